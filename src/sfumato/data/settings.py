@@ -1,0 +1,25 @@
+"""What a recipe says about data: where the samples are, what they look like to the model, where encodings live."""
+
+from dataclasses import dataclass
+
+from sfumato.settings import key
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The section [data] of a recipe."""
+
+    train: str = key(
+        "", "folder of captioned pictures, or an embedded set: openmoji, openmoji-all, shapes", path=True
+    )
+    captions: str = key(
+        "files",
+        "where captions are: files (metadata or .txt beside), folder (class names), none",
+        choices=("files", "folder", "none"),
+    )
+    resolution: int = key(64, "pictures have about resolution x resolution pixels", least=8)
+    buckets: int = key(1, "aspect ratios pictures are sorted into; 1 crops all of them square", least=1)
+    flip: bool = key(False, "also learn from mirrored pictures")
+    caption_dropout: float = key(0.1, "share of samples shown without their caption", least=0, most=1)
+    held_out: float = key(0.05, "share of captions kept out of training to measure it", least=0, most=0.9)
+    store: str = key("~/.cache/sfumato", "where encodings are kept, for all runs", path=True)

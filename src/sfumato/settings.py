@@ -1,0 +1,27 @@
+"""A setting is a dataclass field that explains itself: its default, one line of help, and what it may be."""
+
+from collections.abc import Iterable
+from dataclasses import field
+from typing import Any
+
+
+def key(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] = (),
+    least: float | None = None,
+    most: float | None = None,
+    path: bool = False,
+) -> Any:
+    """A field of a settings dataclass.
+
+    Args:
+        default: the value when nothing is said; its type is the setting's type.
+        help: one line, shown as the comment beside the key in a written recipe.
+        choices: the words a string may be; empty for any.
+        least, most: the bounds of a number, both allowed values.
+        path: the string names a file or folder, relative to the recipe that says it.
+    """
+    rules = {"help": help, "choices": tuple(choices), "least": least, "most": most, "path": path}
+    return field(default=default, metadata=rules)

@@ -1,0 +1,30 @@
+"""What a recipe says about the model: where its three stages come from, and how large new ones are."""
+
+from dataclasses import dataclass
+
+from sfumato.settings import key
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The section [model] of a recipe."""
+
+    base: str = key("scratch", "scratch, or a model's folder to go on from", path=True)
+    train: str = key("full", "what is trained: full (the whole denoiser)", choices=("full",))
+    theory: str = key("", "a theory's name, or file.py:name for your own; empty: the base's own", path=True)
+    codec: str = key(
+        "auto", "scratch only: auto (a small VAE, trained first), pixels, or a codec's folder", path=True
+    )
+    text: str = key(
+        "minilm", "scratch only: minilm, none (unconditional), or a text encoder's folder", path=True
+    )
+    denoiser: str = key("dit", "scratch only: the network", choices=("dit", "unet"))
+    width: int = key(256, "scratch only: channels of the denoiser", least=8)
+    depth: int = key(8, "scratch only: blocks of the denoiser", least=1)
+    heads: int = key(4, "scratch only: attention heads", least=1)
+    patch: int = key(1, "scratch only: the DiT joins patch x patch latents into one token", least=1)
+    stride: int = key(8, "codec auto: pixels a side that become one latent", least=1)
+    latent_channels: int = key(16, "codec auto: channels of a latent", least=1)
+    codec_width: int = key(32, "codec auto: channels of its first level", least=4)
+    codec_steps: int = key(1500, "codec auto: steps its training takes", least=1)
+    codec_batch: int = key(32, "codec auto: pictures in one of its steps", least=1)

@@ -1,0 +1,29 @@
+"""What a recipe says about training: how long, in what steps, and what is kept."""
+
+from dataclasses import dataclass
+
+from sfumato.settings import key
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The section [train] of a recipe."""
+
+    steps: int = key(5000, "optimizer steps in all", least=1)
+    batch: int = key(32, "samples in one step, over all processes and accumulation", least=1)
+    accumulate: int = key(1, "parts a batch is computed in, to need less memory", least=1)
+    learning_rate: float = key(1e-4, "AdamW's learning rate after warm-up", least=0)
+    warmup: int = key(100, "steps in which the learning rate rises from 0", least=0)
+    schedule: str = key(
+        "constant", "the learning rate after warm-up", choices=("constant", "cosine", "linear")
+    )
+    weight_decay: float = key(0.01, "AdamW's weight decay", least=0)
+    clip: float = key(1.0, "largest norm of the gradient; 0 leaves it alone", least=0)
+    ema: float = key(0.999, "decay of the averaged weights; 0 keeps none", least=0, most=1)
+    times: str = key("uniform", "how training times are drawn", choices=("uniform", "logit-normal"))
+    precision: str = key("auto", "auto, fp32 or bf16", choices=("auto", "fp32", "bf16"))
+    device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int = key(0, "CPU threads; 0 leaves the choice to torch", least=0)
+    save_every: int = key(500, "steps between checkpoints; the last step is always saved", least=1)
+    keep: int = key(3, "checkpoints kept", least=1)
+    held_out_every: int = key(500, "steps between measurements of the held-out loss; 0 for never", least=0)
