@@ -1,0 +1,372 @@
+"""The record of a run: a folder that is whole at every moment, whoever is killed.
+
+Files are written beside their place and renamed into it; events are appended as lines; a lock names
+the one process that may write. The studio and the report read nothing but this folder.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import Failed, Refused
+
+EVENT_KEY = ("kind", "step", "split", "weights", "group")
+FOREIGN_LOCK_SECONDS = 600.0
+_CHECKPOINT = re.compile(r"step-(\d+)")
+_OURS = {
+    "recipe.toml",
+    "effective.toml",
+    "events.jsonl",
+    "samples",
+    "checkpoints",
+    "report.html",
+    ".lock",
+}
+
+
+# ----------------------------------------------------------------------------- files
+
+
+@contextmanager
+def said_plainly(path: Path) -> Iterator[None]:
+    """Turn the disk's refusals at `path` into one sentence each.
+
+    Raises:
+        Failed: the disk is full or its quota used up.
+        Refused: the place may not be written to.
+    """
+    try:
+        yield
+    except OSError as problem:
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Failed(
+                f"{path}: no space is left on this disk. Everything saved before is intact; "
+                "make room (or move the output) and give the same command again."
+            ) from problem
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise Refused(
+                f"{path} cannot be written: {problem.strerror}. Choose an output folder you may write to."
+            ) from problem
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path | str, data: bytes | str) -> None:
+    """Write `data` to `path` so that a reader, or a crash, sees the old file or the new one, never half.
+
+    Raises:
+        Failed: no space. Refused: the place is not writable.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with said_plainly(path):
+        try:
+            with beside.open("wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; it becomes `path` when the block ends well, else it is removed.
+
+    A folder already at `path` is replaced.
+
+    Raises:
+        Failed: no space. Refused: the place is not writable.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with said_plainly(path):
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            for entry in sorted(beside.rglob("*")):
+                _sync(entry)
+            _sync(beside)
+            _take_place(beside, path)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+
+def _take_place(beside: Path, path: Path) -> None:
+    """Rename `beside` to `path`; a folder that stood there goes first, out of sight in one rename."""
+    former = None
+    if path.exists():
+        former = path.with_name(f".{path.name}.{os.getpid()}.old.part")
+        path.rename(former)
+    beside.rename(path)
+    _sync(path.parent)
+    if former is not None:
+        shutil.rmtree(former, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left beside their files in `folder`; only the holder of the lock may."""
+    for rest in folder.glob(".*.part"):
+        if rest.is_dir():
+            shutil.rmtree(rest, ignore_errors=True)
+        else:
+            rest.unlink(missing_ok=True)
+
+
+def checksum(path: Path | str) -> str:
+    """The file's sha256 in hexadecimal, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ----------------------------------------------------------------------------- the run
+
+
+@dataclass
+class RunFolder:
+    """One run on disk: recipe, events, pictures, checkpoints.
+
+    Make one with `create` or `open`; hold `lock()` while writing.
+    """
+
+    path: Path
+    _events: int | None = field(default=None, repr=False)
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it was given."""
+        return self.path / "recipe.toml"
+
+    @property
+    def effective(self) -> Path:
+        """Every setting with the value it took."""
+        return self.path / "effective.toml"
+
+    @property
+    def events_file(self) -> Path:
+        """One JSON object a line, appended."""
+        return self.path / "events.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of pictures drawn on the way."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints, `step-000500` and so on."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained page."""
+        return self.path / "report.html"
+
+    @classmethod
+    def create(cls, path: Path | str, recipe_text: str = "", effective_text: str = "") -> "RunFolder":
+        """The run folder at `path`, made if it is missing; an existing run keeps all it holds.
+
+        The two texts are written where given and different from what stands there.
+
+        Raises:
+            Refused: `path` is a file, holds something else than a run, or is not writable.
+        """
+        run = cls(Path(path))
+        if run.path.is_file():
+            raise Refused(f"{run.path} is a file; a run needs a folder. Choose another output.")
+        with said_plainly(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+            strangers = {entry.name for entry in run.path.iterdir() if not entry.name.startswith(".")} - _OURS
+            if strangers and not run.recipe.exists():
+                raise Refused(
+                    f'{run.path} holds other things ("{min(strangers)}") and is no run folder. '
+                    "Choose another output, or an empty folder."
+                )
+            for file, text in ((run.recipe, recipe_text), (run.effective, effective_text)):
+                if not file.exists() or (text and file.read_text(encoding="utf-8") != text):
+                    write_atomic(file, text)
+            run.samples.mkdir(exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunFolder":
+        """The run folder at `path`.
+
+        Raises:
+            Refused: there is none.
+        """
+        run = cls(Path(path))
+        if not run.recipe.is_file():
+            why = "has no recipe.toml" if run.path.is_dir() else "does not exist"
+            raise Refused(f"{run.path} is no run folder: it {why}. Give a folder that `sfumato train` wrote.")
+        return run
+
+    # ------------------------------------------------------------------------- lock
+
+    @contextmanager
+    def lock(self) -> Iterator["RunFolder"]:
+        """Be the only writer of this run; a lock left by a dead process is taken over.
+
+        Raises:
+            Refused: another living process holds it (named by its pid), or the folder is read-only.
+        """
+        file = self.path / ".lock"
+        with said_plainly(self.path), _claim(file) as handle:
+            holder = _read_holder(handle)
+            if holder and _is_alive(holder, file):
+                raise Refused(
+                    f"{self.path} is being written by process {holder['pid']} on {holder['host']}. "
+                    "Wait for it or stop it, or choose another output."
+                )
+            mine = {"pid": os.getpid(), "started": _started(os.getpid()), "host": socket.gethostname()}
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(mine).encode(), 0)
+            os.fsync(handle)
+        try:
+            yield self
+        finally:
+            self.close()
+            with _claim(file) as handle:
+                if _read_holder(handle) == mine:
+                    file.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the events file; the next event opens it again."""
+        if self._events is not None:
+            os.close(self._events)
+            self._events = None
+
+    # ------------------------------------------------------------------------- events
+
+    def event(self, kind: str, *, sync: bool = False, **fields: Any) -> None:
+        """Append {"kind", "time", **fields} as one line; `sync` waits until the disk has it.
+
+        Raises:
+            Failed: no space. Refused: the folder is read-only.
+        """
+        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **fields}, ensure_ascii=False) + "\n"
+        with said_plainly(self.events_file):
+            if self._events is None:
+                self._events = os.open(self.events_file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+                size = os.fstat(self._events).st_size
+                if size and os.pread(self._events, 1, size - 1) != b"\n":
+                    line = "\n" + line
+            os.write(self._events, line.encode())
+            if sync:
+                os.fsync(self._events)
+        lock = self.path / ".lock"
+        if lock.exists():
+            os.utime(lock)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events in order of their steps; of one repeated after a resume, the last wins.
+
+        Lines torn by a kill are skipped. Two events are the same when kind, step, split, weights and
+        group agree; events without a step are never the same.
+        """
+        if not self.events_file.exists():
+            return []
+        found: dict[Any, dict[str, Any]] = {}
+        for number, line in enumerate(self.events_file.read_bytes().split(b"\n")):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if not isinstance(event, dict) or "kind" not in event:
+                continue
+            same = tuple(event.get(name) for name in EVENT_KEY) if event.get("step") is not None else number
+            found[same] = event
+        return list(found.values())
+
+    def checkpoint_folders(self) -> list[Path]:
+        """The checkpoints, oldest first; unfinished ones are not among them."""
+        if not self.checkpoints.is_dir():
+            return []
+        numbered = [
+            (int(match[1]), folder)
+            for folder in self.checkpoints.iterdir()
+            if (match := _CHECKPOINT.fullmatch(folder.name)) and folder.is_dir()
+        ]
+        return [folder for _, folder in sorted(numbered)]
+
+    def checkpoint_folder(self, step: int) -> Path:
+        """Where the checkpoint of `step` stands."""
+        return self.checkpoints / f"step-{step:06d}"
+
+
+# ----------------------------------------------------------------------------- processes
+
+
+@contextmanager
+def _claim(file: Path) -> Iterator[int]:
+    """A handle on the lock file that no other process has at this moment (it is not the lock itself)."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                is_current = os.fstat(handle).st_ino == file.stat().st_ino
+            except FileNotFoundError:
+                is_current = False
+            if is_current:
+                yield handle
+                return
+        finally:
+            os.close(handle)
+
+
+def _read_holder(handle: int) -> dict[str, Any] | None:
+    """Who wrote the lock; None if it is new or torn."""
+    try:
+        holder = json.loads(os.pread(handle, 4096, 0))
+        return {"pid": int(holder["pid"]), "started": holder["started"], "host": str(holder["host"])}
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_alive(holder: dict[str, Any], file: Path) -> bool:
+    """Whether the holder still runs: same pid and start time here, a recent sign of life elsewhere."""
+    if holder["host"] != socket.gethostname():
+        return time.time() - file.stat().st_mtime < FOREIGN_LOCK_SECONDS
+    return _started(holder["pid"]) == holder["started"] is not None
+
+
+def _started(pid: int) -> str | None:
+    """When process `pid` started (clock ticks since boot where /proc tells them); None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            return "unknown"
+        return "unknown"
+    return None if fields[0] in "ZX" else fields[19]
