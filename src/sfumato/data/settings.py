@@ -1,4 +1,4 @@
-"""What a recipe says about data: where the samples are, what they look like to the model, where encodings live."""
+"""What a recipe says about data: where the samples are, what a model sees of them, where encodings are."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,10 @@ class DataSettings:
     """The section [data] of a recipe."""
 
     train: str = key(
-        "", "folder of captioned pictures, or an embedded set: openmoji, openmoji-all, shapes", path=True
+        "",
+        "folder of captioned pictures, or an embedded set: openmoji, openmoji-all, shapes",
+        path=True,
+        words=("openmoji", "openmoji-all", "shapes"),
     )
     captions: str = key(
         "files",

@@ -1,0 +1,63 @@
+"""A sample is a picture (or clip) that can be opened, with the words that describe it.
+
+Everything in this room passes samples around; only `media` opens them.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+TRAIN, HELD_OUT = "train", "held_out"
+
+
+def identity(name: str) -> int:
+    """A number in [0, 2^63) that depends on nothing but the name; noise and order are drawn from it."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captioned picture or clip.
+
+    name is unique within its collection (a path relative to the data folder, or a made-up one);
+    file is where the picture lies, or picture draws it; captions may be several.
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    file: Path | None = None
+    split: str = TRAIN
+    label: int | None = None
+    picture: Callable[[], Image.Image | bytes] | None = None
+    weight: float = 1.0
+    extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def id(self) -> int:
+        """63 bits that depend on the name alone."""
+        return identity(self.name)
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A file that cannot be used, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass
+class Collection:
+    """Samples in a fixed order (by name), and the files that were set aside."""
+
+    name: str
+    samples: list[Sample]
+    set_aside: list[SetAside] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+
+    def of(self, split: str) -> list[Sample]:
+        """The samples of one split, "train" or "held_out"."""
+        return [sample for sample in self.samples if sample.split == split]
