@@ -13,6 +13,8 @@ def key(
     least: float | None = None,
     most: float | None = None,
     path: bool = False,
+    words: Iterable[str] = (),
+    hub: bool = False,
 ) -> Any:
     """A field of a settings dataclass.
 
@@ -22,6 +24,8 @@ def key(
         choices: the words a string may be; empty for any.
         least, most: the bounds of a number, both allowed values.
         path: the string names a file or folder, relative to the recipe that says it.
+        words: the words that stand for themselves where a path is expected.
+        hub: `owner/name` may also be meant, where no such folder exists.
     """
-    rules = {"help": help, "choices": tuple(choices), "least": least, "most": most, "path": path}
-    return field(default=default, metadata=rules)
+    rules = {"help": help, "choices": tuple(choices), "least": least, "most": most}
+    return field(default=default, metadata={**rules, "path": path, "words": tuple(words), "hub": hub})

@@ -25,4 +25,6 @@ class DataSettings:
     flip: bool = key(False, "also learn from mirrored pictures")
     caption_dropout: float = key(0.1, "share of samples shown without their caption", least=0, most=1)
     held_out: float = key(0.05, "share of captions kept out of training to measure it", least=0, most=0.9)
-    store: str = key("~/.cache/sfumato", "where encodings are kept, for all runs", path=True)
+    store: str = key(
+        "~/.cache/sfumato", "where encodings are kept, for all runs", path=True, words=("~/.cache/sfumato",)
+    )

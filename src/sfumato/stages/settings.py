@@ -9,14 +9,22 @@ from sfumato.settings import key
 class ModelSettings:
     """The section [model] of a recipe."""
 
-    base: str = key("scratch", "scratch, or a model's folder to go on from", path=True)
+    base: str = key(
+        "scratch", "scratch, or a model's folder to go on from", path=True, words=("scratch",), hub=True
+    )
     train: str = key("full", "what is trained: full (the whole denoiser)", choices=("full",))
-    theory: str = key("", "a theory's name, or file.py:name for your own; empty: the base's own", path=True)
+    theory: str = key("", "a theory's name, or file.py:name for your own; empty: the base's own")
     codec: str = key(
-        "auto", "scratch only: auto (a small VAE, trained first), pixels, or a codec's folder", path=True
+        "auto",
+        "scratch only: auto (a small VAE, trained first), pixels, or a codec's folder",
+        path=True,
+        words=("auto", "pixels"),
     )
     text: str = key(
-        "minilm", "scratch only: minilm, none (unconditional), or a text encoder's folder", path=True
+        "minilm",
+        "scratch only: minilm, none (unconditional), or a text encoder's folder",
+        path=True,
+        words=("minilm", "none"),
     )
     denoiser: str = key("dit", "scratch only: the network", choices=("dit", "unet"))
     width: int = key(256, "scratch only: channels of the denoiser", least=8)

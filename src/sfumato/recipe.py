@@ -1,0 +1,251 @@
+"""A recipe is one run as a typed tree: TOML in and out, every key explained, unknown keys refused."""
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sfumato.data.settings import DataSettings
+from sfumato.errors import Refused, nearest
+from sfumato.generation.settings import SampleSettings
+from sfumato.settings import key
+from sfumato.stages.settings import ModelSettings
+from sfumato.training.settings import TrainSettings
+
+FORMAT = 1
+DEFAULT, COMMAND_LINE = "default", "command line"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything one run is made of. Paths in it are absolute once it has been read.
+
+    `origins` says where each value that is no default came from, by dotted key.
+    """
+
+    output: str = key("runs/run", "the run's folder", path=True)
+    seed: int = key(0, "every draw of the run follows from this number", least=0)
+    format: int = key(FORMAT, "version of the recipe's format")
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def read(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
+        """The recipe in a TOML file, or in a run folder, with `key=value` overrides laid over it.
+
+        Paths in the file are relative to the file, paths in overrides to the current folder.
+
+        Raises:
+            Refused: for a file that is missing or no TOML, an unknown key, a value that cannot be.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / "effective.toml"
+            if not file.is_file():
+                raise Refused(
+                    f"{path} is a folder without effective.toml. Give a recipe file or a run folder."
+                )
+        said = {name: (value, file.name, file.parent) for name, value in flat(parse(file))}
+        if file.name == "effective.toml":
+            said = {name: entry for name, entry in said.items() if entry[0] != DEFAULTS.get(name)}
+        for override in overrides:
+            name, equals, text = override.partition("=")
+            if not equals:
+                raise Refused(f'"{override}" is no override. Write key=value, for example train.steps=100.')
+            said[name.strip()] = (_from_text(name.strip(), text.strip()), COMMAND_LINE, Path.cwd())
+        return _build(cls(), said)
+
+    def values(self) -> dict[str, Any]:
+        """Every value by its dotted key, in the order of the tree."""
+        return {name: value for name, value, _ in _leaves(self)}
+
+    def to_toml(self, every: bool = False) -> str:
+        """The recipe as TOML: what was said, or `every` key with the origin of its value."""
+        import tomlkit
+
+        document, tables = tomlkit.document(), {}
+        for name, value, rules in _leaves(self):
+            origin = self.origins.get(name, DEFAULT if value == DEFAULTS[name] else "python")
+            if not every and origin == DEFAULT and name != "format":
+                continue
+            section, _, leaf = name.rpartition(".")
+            if section and section not in tables:
+                tables[section] = tomlkit.table()
+                document.add(tomlkit.nl())
+                document.add(section, tables[section])
+            item = tomlkit.item(list(value) if isinstance(value, tuple) else value)
+            item.comment(origin if every else rules["help"])
+            (tables[section] if section else document).add(leaf, item)
+        return tomlkit.dumps(document)
+
+    def checked(self) -> "Recipe":
+        """The recipe itself, after the checks that reading a file makes: for recipes written in Python.
+
+        Raises:
+            Refused: for a value that cannot be.
+        """
+        said = {
+            name: (value, self.origins.get(name, "python"), Path.cwd())
+            for name, value in self.values().items()
+        }
+        defaults = {name for name, value in self.values().items() if value == DEFAULTS[name]}
+        return _build(Recipe(), {name: entry for name, entry in said.items() if name not in defaults})
+
+    def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
+        """The keys whose values differ, as {key: (mine, theirs)}."""
+        theirs = other.values()
+        return {name: (mine, theirs[name]) for name, mine in self.values().items() if mine != theirs[name]}
+
+
+def parse(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        Refused: if it cannot be read as TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refused(f"{file} does not exist. `sfumato new NAME --data DIR` writes a recipe.") from None
+    except UnicodeDecodeError as error:
+        raise Refused(f"{file} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise Refused(f"{file} is not TOML: {error}.") from None
+
+
+def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested tables as (dotted key, value)."""
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            if prefix + name not in SECTIONS:
+                raise Refused(_unknown(prefix + name, section=True))
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Every (dotted key, value, rules) of a tree of settings."""
+    for one in fields(tree):
+        value = getattr(tree, one.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{one.name}.")
+        elif "help" in one.metadata:
+            yield prefix + one.name, value, one.metadata
+
+
+DEFAULTS: dict[str, Any] = {name: value for name, value, _ in _leaves(Recipe())}
+RULES: dict[str, Mapping[str, Any]] = {name: rules for name, _, rules in _leaves(Recipe())}
+SECTIONS = tuple(one.name for one in fields(Recipe) if is_dataclass(one.default_factory))
+
+
+def _build(defaults: Recipe, said: Mapping[str, tuple[Any, str, Path]]) -> Recipe:
+    """`defaults` with what was said laid over it: {dotted key: (value, origin, folder of its paths)}."""
+    version = said.get("format", (FORMAT,))[0]
+    if isinstance(version, int) and version > FORMAT:
+        raise Refused(f"the recipe has format {version}, this sfumato reads up to {FORMAT}. Update sfumato.")
+    trees: dict[str, dict[str, Any]] = {"": {}, **{section: {} for section in SECTIONS}}
+    for name, (value, origin, folder) in said.items():
+        if name not in RULES:
+            raise Refused(_unknown(name))
+        where = (
+            ""
+            if origin == "python"
+            else f" (from the {origin})"
+            if origin == COMMAND_LINE
+            else f" (in {origin})"
+        )
+        section, _, leaf = name.rpartition(".")
+        trees[section][leaf] = _resolve(_fit(name, value, where), RULES[name], folder)
+    if "output" not in trees[""]:
+        trees[""]["output"] = str(Path(defaults.output).absolute())
+    parts = {section: replace(getattr(defaults, section), **trees[section]) for section in SECTIONS}
+    origins = {name: origin for name, (_, origin, _) in said.items()}
+    return replace(defaults, **trees[""], **parts, origins=origins)
+
+
+def _fit(name: str, value: Any, where: str) -> Any:
+    """`value` as the type of the key, within its bounds.
+
+    Raises:
+        Refused: naming the key, the value and what it may be.
+    """
+    wanted, rules = type(DEFAULTS[name]), RULES[name]
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if wanted is tuple and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+        value = tuple(value)
+    if type(value) is not wanted:
+        raise Refused(
+            f"{name} is {value!r}{where}, but it must be {_KINDS[wanted]}, like {_shown(DEFAULTS[name])}."
+        )
+    if rules["choices"] and value not in rules["choices"]:
+        raise Refused(f'{name} is "{value}"{where}, which is not known.{nearest(value, rules["choices"])}')
+    for bound, beyond, word in (("least", -1, "at least"), ("most", 1, "at most")):
+        if rules[bound] is not None and (value - rules[bound]) * beyond > 0:
+            raise Refused(f"{name} is {value}{where}, but it must be {word} {rules[bound]}.")
+    if wanted is float and not abs(value) < float("inf"):
+        raise Refused(f"{name} is {value}{where}, but it must be finite.")
+    return value
+
+
+_KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    tuple: "a list of texts",
+}
+
+
+def _shown(value: Any) -> str:
+    return (
+        f'"{value}"'
+        if isinstance(value, str)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
+
+
+def _from_text(name: str, text: str) -> Any:
+    """The value a command line's `name=text` means: TOML, where bare words are texts."""
+    if name not in DEFAULTS:
+        raise Refused(_unknown(name))
+    wanted = type(DEFAULTS[name])
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if wanted is str and not isinstance(value, str):
+        value = text
+    return (value,) if wanted is tuple and isinstance(value, str) else value
+
+
+def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
+    """A path made absolute; words that stand for themselves and hub ids stay as they are."""
+    if not isinstance(value, str) or not value or value in rules["words"]:
+        return value
+    if not (rules["path"] or ".py:" in value):
+        return value
+    path = (folder / Path(value).expanduser()).absolute()
+    is_hub_id = value.count("/") == 1 and value[0] not in ".~/" and value[-1] != "/" and not path.exists()
+    return value if rules["hub"] and is_hub_id else str(path)
+
+
+def _unknown(name: str, section: bool = False) -> str:
+    """The sentence about a key that does not exist, with the one that was probably meant."""
+    if section:
+        return f"[{name}] is no section of a recipe.{nearest(name, SECTIONS)}"
+    if name in SECTIONS:
+        return f"{name} is a section of the recipe; its keys are written {name}.key=value or under [{name}]."
+    leaf = name.rpartition(".")[2]
+    elsewhere = [known for known in RULES if known.rpartition(".")[2] == leaf]
+    if elsewhere:
+        return f'{name} is no key of a recipe. Did you mean "{elsewhere[0]}"?'
+    siblings = [known for known in RULES if known.rpartition(".")[0] == name.rpartition(".")[0]]
+    return f"{name} is no key of a recipe.{nearest(name, siblings or RULES)}"
