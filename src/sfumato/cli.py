@@ -1,0 +1,273 @@
+"""The command line: thin commands that explain themselves; what is heavy is imported inside them.
+
+Results go to stdout, messages to stderr. Exit codes: 0 done, 1 the run failed, 2 the input was refused,
+130 and 143 stopped by SIGINT and SIGTERM with the state saved.
+"""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .commands.exits import answers
+
+app = typer.Typer(
+    name="sfumato",
+    help="Trains diffusion models for images and video, and draws with them.",
+    epilog="First: sfumato demo. Then: sfumato new NAME --data DIR, and sfumato train NAME.toml.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+theories = typer.Typer(
+    help="Theories: listed, shown, verified.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML), or a run's folder.")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads older annotations too
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values that go before the recipe's: train.steps=100."),
+]
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
+
+
+def out_option(default: str) -> typer.models.OptionInfo:
+    """The option --out of a command that writes, with its default folder."""
+    return typer.Option(metavar="DIR", help="The folder to write into.", show_default=default)
+
+
+@app.command(rich_help_panel=None)
+@answers
+def demo(
+    data: Annotated[str, typer.Option(metavar="SET", help="openmoji, openmoji-all or shapes.")] = "openmoji",
+    out: Annotated[Path, out_option("runs/demo")] = Path("runs/demo"),
+    minutes: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="N", help="Train for about this long in all; longer is better."),
+    ] = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train on embedded pictures, and draw.
+
+    The whole way on this machine: encode, train, draw, judge, and a page to look at.
+    """
+    from .commands import demonstrate
+
+    demonstrate.demo(data, out, minutes, device, json)
+
+
+@app.command()
+@answers
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The recipe is written to NAME.toml.")],
+    data: Annotated[str, typer.Option(metavar="DIR", help="A folder of captioned pictures.")],
+    base: Annotated[
+        str, typer.Option(metavar="MODEL", help="scratch, or the folder of a model to go on from.")
+    ] = "scratch",
+    train: Annotated[str, typer.Option(metavar="HOW", help="What is trained: full.")] = "full",
+) -> None:
+    """Write a short commented recipe."""
+    from .commands import recipes
+
+    recipes.new(name, data, base, train)
+
+
+@app.command()
+@answers
+def plan(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
+    """Say what would run, and run nothing.
+
+    Every value and where it came from, counts, memory, disk.
+    """
+    from .commands import recipes
+
+    recipes.plan(recipe, overrides or [], json)
+
+
+@app.command()
+@answers
+def encode(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
+    """Encode pictures and captions, once."""
+    from .commands import runs
+
+    runs.encode(recipe, overrides or [], json)
+
+
+@app.command()
+@answers
+def train(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
+    """Train a recipe; the same command resumes."""
+    from .commands import runs
+
+    runs.train(recipe, overrides or [], json)
+
+
+@app.command()
+@answers
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder or a model's.")],
+    prompt: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--prompt", "-p", metavar="TEXT", help="What to draw; repeat it for a batch."),
+    ] = None,
+    negative: Annotated[str, typer.Option(metavar="TEXT", help="What to lean away from.")] = "",
+    count: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")] = 0,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Network evaluations a picture.")] = 20,
+    guidance: Annotated[
+        float, typer.Option(metavar="X", help="Lean towards the prompt; 1 is not at all.")
+    ] = 3.0,
+    solver: Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")] = "",
+    width: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
+    height: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
+    out: Annotated[Path, out_option("runs/generate")] = Path("runs/generate"),
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Draw pictures of prompts.
+
+    A picture depends on its own seed, not on the batch it is drawn in.
+    """
+    from .commands import draw
+
+    size = {"width": width, "height": height}
+    wanted = {
+        "negative": negative,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "solver": solver,
+        **size,
+    }
+    draw.generate(model, prompt or [], count, wanted, out, device, json)
+
+
+@app.command("eval")
+@answers
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    samples: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures drawn for each seed.")] = 64,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Repetitions that give the error bars.")] = 3,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Network evaluations a picture.")] = 20,
+    guidance: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="X", help="Default: the recipe's.", show_default=False),
+    ] = None,
+    features: Annotated[
+        str, typer.Option(metavar="NAME", help="KID's features: codec or efficientnet.")
+    ] = "codec",
+    out: Annotated[Path, out_option("runs/eval")] = Path("runs/eval"),
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure a run, with error bars.
+
+    Held-out loss by noise level, nearest neighbours among the training pictures, KID.
+    """
+    from .commands import measure
+
+    measure.evaluate(model, samples, seeds, steps, guidance, features, out, device, json)
+
+
+@app.command()
+@answers
+def data(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of pictures, or an embedded set.")],
+    captions: Annotated[
+        str, typer.Option(metavar="WHERE", help="files, folder (class names) or none.")
+    ] = "files",
+    out: Annotated[Path, out_option("runs/data")] = Path("runs/data"),
+    json: Json = False,
+) -> None:
+    """Report on a data set, as a page.
+
+    Counts, sizes, captions, and every file that was set aside with its reason.
+    """
+    from .commands import dataset
+
+    dataset.data(folder, captions, out, json)
+
+
+@app.command()
+@answers
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+) -> None:
+    """Write a run's page again."""
+    from .commands import runs
+
+    runs.report(run)
+
+
+@app.command()
+@answers
+def doctor(
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="[RECIPE]", help="Also check that this recipe can run."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what this machine has and lacks."""
+    from .commands import health
+
+    health.doctor(recipe, json)
+
+
+@theories.command("list")
+@answers
+def list_theories(json: Json = False) -> None:
+    """Name the theories and the solvers."""
+    from .commands import theory
+
+    theory.show_list(json)
+
+
+TheoryName = Annotated[str, typer.Argument(metavar="THEORY", help="A name of the list, or FILE.py:NAME.")]
+
+
+@theories.command("show")
+@answers
+def show_theory(
+    name: TheoryName,
+    out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
+    json: Json = False,
+) -> None:
+    """Plot a theory, as a page.
+
+    Its two definitions, and what follows from them.
+    """
+    from .commands import theory
+
+    theory.show(name, out, json)
+
+
+@theories.command("check")
+@answers
+def check_theory(
+    name: TheoryName,
+    out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
+    json: Json = False,
+) -> None:
+    """Verify a theory.
+
+    Against its own algebra and an exact oracle; exit code 1 if it fails.
+    """
+    from .commands import theory
+
+    theory.check(name, out, json)
+
+
+app.add_typer(theories, name="theory")
+
+
+def main() -> None:
+    """Run the command line; also what `python -m sfumato` does."""
+    app(prog_name="sfumato")
