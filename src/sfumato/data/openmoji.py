@@ -22,11 +22,13 @@ from .sample import HELD_OUT, TRAIN, Collection, Sample
 LICENCE = "Pictures: OpenMoji, https://openmoji.org, CC BY-SA 4.0."
 SKIN_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
 
-UNSEEN = frozenset(
-    "tiger face;green apple;purple heart;orange book;black cat;pig face;sun with face;fire engine;polar bear;"
-    "crying cat;house with garden;hot pepper;police car;woman’s sandal;smiling face with hearts;white flower;"
-    "sleepy face;glass of milk;cloud with rain;pink heart;motor boat;birthday cake;rabbit face;tropical fish".split(";")
-)
+_UNSEEN = """
+tiger face; green apple; purple heart; orange book; black cat; pig face; sun with face; fire engine;
+polar bear; crying cat; house with garden; hot pepper; police car; woman’s sandal; smiling face with hearts;
+white flower; sleepy face; glass of milk; cloud with rain; pink heart; motor boat; birthday cake; rabbit face;
+tropical fish
+"""
+UNSEEN = frozenset(name.strip() for name in _UNSEEN.split(";"))
 """Pictures never trained on: their parts occur in other captions, so a model can compose them."""
 
 
