@@ -1,0 +1,263 @@
+"""A run's page: its pictures, its curves, its recipe, in one file that needs nothing else.
+
+It reads the run folder only (recipe, events, pictures), so it can be written at any moment of a run.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..record import RunFolder, write_atomic
+from . import curves
+from .page import amount, document, duration, embedded, escape, gallery, section, shares, table, tiles
+
+Event = dict[str, Any]
+GROUPS = {
+    "trained": ("Captions it was trained on", "drawn again from noise"),
+    "held_out": ("Captions it never saw", "put together from what it learned elsewhere"),
+    None: ("Prompts", ""),
+}
+MOST_STEPS, MOST_ROWS = 9, 8
+
+
+def write(run: RunFolder | Path | str) -> Path:
+    """Write the run's report.html from what its folder holds.
+
+    Returns:
+        The page's path.
+    Raises:
+        Refused: if it is no run folder, or not writable.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    write_atomic(folder.report, render(folder))
+    return folder.report
+
+
+def render(run: RunFolder) -> str:
+    """The page of a run, as HTML."""
+    events = run.events()
+    body = [
+        tiles(_facts(events)),
+        section("What it draws", _latest(run, events), _drawn_how(events)),
+        section(
+            "How it learned to",
+            _strips(run, events),
+            "The same noise at every step, from the first to the last.",
+        ),
+        section("Loss", curves.losses(events)),
+        section("Measured", _measured(events)),
+        section("The data", _data(events)),
+        section("Where the time went", shares(_phases(events))),
+        section("The recipe", _recipe(run), "Every value and where it came from; defaults are grey."),
+        section("Notes", _notes(events)),
+    ]
+    return document(run.path.name, _lead(events), body, kicker="sfumato · a run")
+
+
+def of_kind(events: Iterable[Event], kind: str) -> list[Event]:
+    """The events of one kind, in order."""
+    return [event for event in events if event.get("kind") == kind]
+
+
+def _last(events: Iterable[Event], kind: str) -> Event:
+    found = of_kind(events, kind)
+    return found[-1] if found else {}
+
+
+def _lead(events: list[Event]) -> str:
+    start, stop = _last(events, "start"), _last(events, "stop")
+    parts = []
+    if start.get("device"):
+        precision = f" in {start['precision']}" if start.get("precision") else ""
+        threads = f", {start['threads']} threads" if start.get("threads") and start["device"] == "cpu" else ""
+        parts.append(f"On {start['device']}{precision}{threads}.")
+    if stop:
+        finished = stop.get("reason") in ("done", "finished", "complete", None)
+        words = "Finished" if finished else f"Stopped ({stop['reason']})"
+        parts.append(f"{words} at step {stop.get('step', '?')}.")
+    return escape(" ".join(parts))
+
+
+def _facts(events: list[Event]) -> list[tuple[str, str, str]]:
+    steps, start = of_kind(events, "step"), _last(events, "start")
+    held_out = [event for event in of_kind(events, "held_out") if event.get("split") == "held_out"]
+    parameters, data = start.get("parameters"), _last(events, "data").get("summary", {})
+    seconds = sum(value for _, value in _phases(events))
+    facts = [
+        ("Pictures", amount(data["samples"]) if data.get("samples") else "", _less(data)),
+        ("Parameters", amount(_total(parameters)) if parameters else "", "of the denoiser"),
+        ("Steps", amount(steps[-1]["step"]) if steps else "", _rate(steps)),
+        ("Held-out loss", f"{held_out[-1]['loss']:.4f}" if held_out else "", _error(held_out)),
+        ("Time", duration(seconds) if seconds else "", "all phases"),
+    ]
+    judged = _last(events, "judge")
+    for name, value in (judged.get("accuracy") or {}).items():
+        if isinstance(value, int | float):
+            facts.append((_words(name), f"{value:.0%}", "judged right"))
+    return facts
+
+
+def _total(parameters: Any) -> float:
+    """A count of parameters; of a table of counts the trained ones, else the denoiser's."""
+    if isinstance(parameters, dict):
+        return parameters.get("trained", parameters.get("denoiser", sum(parameters.values())))
+    return parameters
+
+
+def _less(data: Event) -> str:
+    held_out, aside = data.get("held_out"), data.get("set_aside")
+    aside = len(aside) if isinstance(aside, list) else aside
+    notes = [f"{held_out:,} held out" if held_out else "", f"{aside:,} set aside" if aside else ""]
+    return ", ".join(note for note in notes if note)
+
+
+def _rate(steps: list[Event]) -> str:
+    rates = sorted(event["samples_per_second"] for event in steps if event.get("samples_per_second"))
+    return f"{amount(rates[len(rates) // 2])} samples/s" if rates else ""
+
+
+def _error(held_out: list[Event]) -> str:
+    return f"± {held_out[-1]['error']:.2g}" if held_out and held_out[-1].get("error") else ""
+
+
+def _drawn(events: list[Event]) -> dict[str | None, list[Event]]:
+    """Events that drew pictures, by group, each in order of steps."""
+    found: dict[str | None, list[Event]] = {}
+    for event in of_kind(events, "pictures"):
+        found.setdefault(event.get("group"), []).append(event)
+    order = [group for group in GROUPS if group in found] + [group for group in found if group not in GROUPS]
+    return {group: sorted(found[group], key=lambda event: event.get("step") or 0) for group in order}
+
+
+def _group(group: str | None) -> tuple[str, str]:
+    return GROUPS.get(group, (_words(str(group)), ""))
+
+
+def _heading(group: str | None) -> str:
+    name, note = _group(group)
+    return f'<h3 class="group">{escape(name)}<small>{escape(note)}</small></h3>'
+
+
+def _drawn_how(events: list[Event]) -> str:
+    steps = [event.get("step") or 0 for event in of_kind(events, "pictures")]
+    return f"Pictures after step {max(steps):,}; click one to see it large." if steps else ""
+
+
+def _latest(run: RunFolder, events: list[Event]) -> str:
+    parts = []
+    for group, drawn in _drawn(events).items():
+        last = drawn[-1]
+        prompts, seeds = last.get("prompts") or [], last.get("seeds") or []
+        pictures = [
+            (
+                embedded(run.path / file),
+                prompts[index] if index < len(prompts) else "",
+                f"seed {seeds[index]}" if index < len(seeds) else "",
+            )
+            for index, file in enumerate(last.get("files", ()))
+        ]
+        parts.append(_heading(group) + gallery(pictures) if any(address for address, *_ in pictures) else "")
+    return "".join(parts)
+
+
+def _strips(run: RunFolder, events: list[Event]) -> str:
+    """For each group a table: a row for each prompt, a column for each step."""
+    parts = []
+    for group, drawn in _drawn(events).items():
+        if len(drawn) < 2:
+            continue
+        chosen = _spread(drawn, MOST_STEPS)
+        prompts = chosen[-1].get("prompts") or []
+        rows = []
+        for row in range(min(len(chosen[-1].get("files", ())), MOST_ROWS)):
+            words = prompts[row] if row < len(prompts) else ""
+            cells = "".join(_cell(run, event, row, words) for event in chosen)
+            rows.append(f"<tr><td>{escape(words)}</td>{cells}</tr>")
+        head = "".join(f"<th>{event.get('step') or 0:,}</th>" for event in chosen)
+        strip = f'<table class="strip"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
+        parts.append(f'{_heading(group)}<div class="wide">{strip}</div>')
+    return "".join(parts)
+
+
+def _cell(run: RunFolder, event: Event, row: int, words: str) -> str:
+    files = event.get("files", ())
+    address = embedded(run.path / files[row]) if row < len(files) else ""
+    step = event.get("step") or 0
+    return f'<td><img src="{address}" alt="{escape(words)} (step {step:,})"></td>' if address else "<td></td>"
+
+
+def _spread(items: list[Event], most: int) -> list[Event]:
+    """At most `most` of the items, spread evenly, first and last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+def _measured(events: list[Event]) -> str:
+    """Metrics of judge and evaluation events; a value may carry an error."""
+    rows = []
+    for event in of_kind(events, "evaluation") + of_kind(events, "judge"):
+        metrics = {**event.get("metrics", {}), **(event.get("accuracy") or {})}
+        for name, value in metrics.items():
+            if isinstance(value, dict) and "value" in value:
+                error = f" ± {value['error']:.2g}" if value.get("error") is not None else ""
+                rows.append((_words(name), f"{value['value']:.4g}{error}", value.get("note", "")))
+            elif isinstance(value, int | float):
+                rows.append((_words(name), f"{value:.4g}", event.get("note", "")))
+    return table(("", "value", "how"), rows)
+
+
+def _data(events: list[Event]) -> str:
+    data = _last(events, "data").get("summary", {})
+    words = []
+    for name, value in data.items():
+        if isinstance(value, int | float | str):
+            words.append((_words(name), amount(value) if not isinstance(value, str) else value))
+    sizes = data.get("sizes") or {}
+    if isinstance(sizes, dict):
+        words += [(f"sized {size}", amount(count)) for size, count in list(sizes.items())[:12]]
+    aside = data.get("set_aside") if isinstance(data.get("set_aside"), list) else of_kind(events, "set_aside")
+    lost = table(
+        ("file set aside", "why"), [(one.get("file", ""), one.get("reason", "")) for one in aside or []]
+    )
+    return table(("", ""), words) + (
+        f"<details><summary>{len(aside)} set aside</summary>{lost}</details>" if aside else ""
+    )
+
+
+def _phases(events: list[Event]) -> list[tuple[str, float]]:
+    """Seconds of each phase, phases of one name added up."""
+    found: dict[str, float] = {}
+    for event in of_kind(events, "phase"):
+        found[event["name"]] = found.get(event["name"], 0.0) + float(event.get("seconds", 0.0))
+    return list(found.items())
+
+
+def _recipe(run: RunFolder) -> str:
+    """The effective recipe, a table for each section."""
+    if not run.effective.is_file():
+        return ""
+    sections: dict[str, list[tuple[str, str, str]]] = {"": []}
+    name = ""
+    for line in run.effective.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            name = line.strip("[] ")
+        elif " = " in line:
+            key, _, rest = line.partition(" = ")
+            value, mark, origin = rest.rpartition(" # ")
+            sections.setdefault(name, []).append((key, value if mark else rest, origin if mark else ""))
+    parts = []
+    for title, rows in sections.items():
+        if rows:
+            dim = ["dim" if origin == "default" else "" for _, _, origin in rows]
+            parts.append(f"<div><h3>{escape(title or 'run')}</h3>{table(('', '', ''), rows, dim)}</div>")
+    return f'<div class="recipe">{"".join(parts)}</div>' if parts else ""
+
+
+def _notes(events: list[Event]) -> str:
+    texts = [event["text"] for event in of_kind(events, "note") if event.get("text")]
+    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("-", " ").capitalize()
