@@ -1,0 +1,1 @@
+"""Training: what is minimised, in which steps, and how none of them is ever lost."""

@@ -1,0 +1,71 @@
+"""The average of the weights over training: what is drawn with, kept beside what is trained.
+
+The exponential average follows w̄ ← w̄ + (1 − β)(w − w̄), with β rising to its final value during the
+first steps so that the random start is soon forgotten.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name, in the network's order."""
+    return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+
+
+def decay_at(step: int, decay: float) -> float:
+    """β after `step` updates (1, 2, …): the smaller of `decay` and (1 + step)/(10 + step)."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Average:
+    """Exponential average of a network's trained weights, in float32.
+
+    Args:
+        network: its trained parameters are followed; the average starts at their present values.
+        decay: β, in [0, 1).
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._weights = list(trained(network).values())
+        self._names = list(trained(network))
+        self._mean = [weight.detach().float().clone() for weight in self._weights]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` updates (1, 2, …)."""
+        share = 1 - decay_at(step, self.decay)
+        torch._foreach_lerp_(self._mean, [weight.detach().float() for weight in self._weights], share)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the network has the averaged weights; afterwards its own, bit for bit."""
+        own = [weight.detach().clone() for weight in self._weights]
+        try:
+            self._put(self._mean)
+            yield
+        finally:
+            self._put(own)
+
+    def keep(self) -> None:
+        """Give the network the averaged weights for good."""
+        self._put(self._mean)
+
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        for weight, value in zip(self._weights, values, strict=True):
+            weight.copy_(value)
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged weights by the names of the network's parameters."""
+        return dict(zip(self._names, self._mean, strict=True))
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state`, as `state()` gave it; entries of other names are left out."""
+        for name, mean in zip(self._names, self._mean, strict=True):
+            mean.copy_(state[name])

@@ -1,0 +1,188 @@
+"""A checkpoint is a folder that says what it holds and can prove it.
+
+`model`, `ema` and `optimizer` are safetensors (in shards where large), `state.json` holds all that is
+no tensor, `manifest.json` the sha256 of each file. The folder appears by one rename; nothing in it is
+ever unpickled. A damaged one is set aside by name, and the one before it is used.
+"""
+
+import errno
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfumato.errors import Failed
+from sfumato.record import RunFolder, atomic_folder, checksum, said_plainly, sweep
+
+FORMAT = 1
+SHARD_BYTES = 5_000_000_000
+SPARE_BYTES = 16_000_000
+Tensors = Mapping[str, Tensor]
+
+
+def save(
+    run: RunFolder,
+    step: int,
+    groups: Mapping[str, Tensors],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 3,
+    keep_every: int = 0,
+) -> Path:
+    """Write the checkpoint of `step` and let older ones go.
+
+    Args:
+        groups: the tensors of each file, as {"model": …, "ema": …, "optimizer": …}.
+        state: JSON.
+        keep: how many of the newest stay; those of every `keep_every`-th step stay as well.
+    Returns:
+        the checkpoint's folder.
+    Raises:
+        Failed: the disk has no room for it (asked before writing, so the older ones are whole).
+        Refused: the run folder is not writable.
+    """
+    with said_plainly(run.checkpoints):
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        sweep(run.checkpoints)
+    _ask_for_room(run.checkpoints, groups)
+    folder = run.checkpoint_folder(step)
+    with atomic_folder(folder) as beside:
+        for group, tensors in groups.items():
+            _write_group(beside, group, tensors)
+        text = json.dumps({"format": FORMAT, "step": step, **state}, indent=1)
+        (beside / "state.json").write_text(text, encoding="utf-8")
+        files = {
+            file.name: {"sha256": checksum(file), "bytes": file.stat().st_size}
+            for file in sorted(beside.iterdir())
+        }
+        manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
+        (beside / "manifest.json").write_text(manifest, encoding="utf-8")
+    run.event("checkpoint", step=step, path=str(folder.relative_to(run.path)), sync=True)
+    _let_go(run, keep, keep_every)
+    return folder
+
+
+def _ask_for_room(place: Path, groups: Mapping[str, Tensors]) -> None:
+    need = SPARE_BYTES + sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
+    free = shutil.disk_usage(place).free
+    if free < need:
+        raise Failed(
+            f"{place}: the next checkpoint needs {need / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB. "
+            "The checkpoints written before are whole; make room or lower train.keep, and give the same "
+            "command again."
+        )
+
+
+def _write_group(folder: Path, group: str, tensors: Tensors) -> None:
+    """Write `group` as one safetensors file, or as many as its size asks for."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        size += tensor.nbytes
+    for number, shard in enumerate(shards, 1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        try:
+            save_file(shard, folder / f"{group}{part}.safetensors")
+        except SafetensorError as problem:
+            if "os error 28" in str(problem) or "os error 122" in str(problem):
+                raise OSError(errno.ENOSPC, "No space left on device") from problem
+            raise
+
+
+def _let_go(run: RunFolder, keep: int, keep_every: int) -> None:
+    for folder in run.checkpoint_folders()[:-keep]:
+        if not keep_every or int(folder.name.removeprefix("step-")) % keep_every:
+            gone = folder.with_name(f".{folder.name}.gone.part")
+            folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None if every byte is as it was written."""
+    manifest = folder / "manifest.json"
+    try:
+        listed = json.loads(manifest.read_bytes())
+        expected = {str(name): str(entry["sha256"]) for name, entry in listed["files"].items()}
+    except FileNotFoundError:
+        return f"{manifest} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        return f"{manifest} cannot be read ({problem})"
+    for name, digest in expected.items():
+        file = folder / name
+        if file.parent != folder or not file.is_file():
+            return f"{file} is missing"
+        if checksum(file) != digest:
+            return f"{file} does not have the checksum it was written with"
+    if "state.json" not in expected:
+        return f"{manifest} does not list state.json"
+    return None
+
+
+def newest_good(run: RunFolder, say: Callable[[str], None] | None = None) -> Path | None:
+    """The newest checkpoint that is whole; None if the run has none yet.
+
+    Args:
+        say: told of each damaged one, which is then renamed out of the way (`damaged-step-…`); without
+            it, damaged ones are only passed over.
+    Raises:
+        Failed: there are checkpoints, and all are damaged.
+    """
+    reasons = []
+    for folder in reversed(run.checkpoint_folders()):
+        reason = damage(folder)
+        if reason is None:
+            return folder
+        reasons.append(reason)
+        if say is not None:
+            say(f"{reason}: {folder.name} is set aside, the checkpoint before it is used.")
+            _set_aside(run, folder, reason)
+    if reasons or (run.checkpoints.is_dir() and any(run.checkpoints.glob("damaged-*"))):
+        told = reasons[0] if reasons else f"{run.checkpoints} holds only damaged checkpoints"
+        raise Failed(
+            f"{told}, and there is no earlier checkpoint to go back to. "
+            f"Remove {run.checkpoints} to start again from step 0, or choose another output."
+        )
+    return None
+
+
+def _set_aside(run: RunFolder, folder: Path, reason: str) -> None:
+    place = folder.with_name(f"damaged-{folder.name}")
+    number = 1
+    while place.exists():
+        number += 1
+        place = folder.with_name(f"damaged-{folder.name}-{number}")
+    with said_plainly(folder):
+        folder.rename(place)
+    run.event("set_aside", file=str(place.relative_to(run.path)), reason=reason, sync=True)
+
+
+def read(folder: Path, group: str, device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of one group ("model", "ema", "optimizer"); {} if the checkpoint has none."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted([*folder.glob(f"{group}.safetensors"), *folder.glob(f"{group}-*-of-*.safetensors")]):
+        tensors.update(load_file(file, device=device))
+    return tensors
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        Failed: it was written by a newer sfumato.
+    """
+    state = json.loads((folder / "state.json").read_bytes())
+    if state["format"] > FORMAT:
+        raise Failed(
+            f"{folder} has checkpoint format {state['format']}, this sfumato reads up to {FORMAT}. "
+            "Use the version that wrote it, or a newer one."
+        )
+    return state

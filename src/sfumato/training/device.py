@@ -1,0 +1,55 @@
+"""Where and how precisely a run computes: device, threads, autocast."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from sfumato.errors import Refused, one_of
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def resolve(device: str) -> torch.device:
+    """The device a setting means; "auto" is the first GPU if there is one.
+
+    Raises:
+        Refused: no such device on this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as problem:
+        raise Refused(f'device "{device}" is not known. Say auto, cpu, cuda or cuda:1.') from problem
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise Refused(f'device "{device}" is not there: torch sees {count} GPUs. Say auto or cpu.')
+    return found
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 there: GPUs, and CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, ask)() for ask in asks if hasattr(torch.cpu, ask))
+
+
+def effective_precision(precision: str, device: torch.device) -> str:
+    """ "fp32" or "bf16": what "auto" means on this device.
+
+    Raises:
+        Refused: unknown precision.
+    """
+    if one_of("precision", precision, PRECISIONS) != "auto":
+        return precision
+    return "bf16" if has_fast_bf16(device) else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """The context the network's forward pass runs in; weights and loss stay float32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()

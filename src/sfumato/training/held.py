@@ -1,0 +1,101 @@
+"""All that a run has learned: weights, their average, the optimizer's state; written and taken up again."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import Refused
+from sfumato.record import RunFolder
+
+from . import checkpoint
+from .average import Average, trained
+from .optimiser import Optimiser
+from .settings import TrainSettings
+
+HARMLESS = {"log_every", "save_every", "keep", "keep_every", "held_out_every", "threads"}
+"""Settings that do not change the weights."""
+
+
+class Held:
+    """A network in training, with its optimizer and its average.
+
+    Raises:
+        Refused: unknown optimizer. Failed: nothing to train.
+    """
+
+    def __init__(self, network: nn.Module, settings: TrainSettings) -> None:
+        self.network, self.settings = network, settings
+        self.optimiser = Optimiser(network, settings)
+        self.average = Average(network, settings.ema) if settings.ema else None
+        self.weights = list(trained(network).values())
+
+    def save(self, run: RunFolder, step: int, state: Mapping[str, Any]) -> Path:
+        """Write the checkpoint of `step`, with `state` beside the settings; returns its folder."""
+        buffers = _buffers(self.network)
+        model = {name: weight.detach() for name, weight in trained(self.network).items()}
+        tensors, rest = self.optimiser.state()
+        groups = {"model": {**model, **buffers}, "optimizer": tensors}
+        if self.average is not None:
+            groups["ema"] = {**self.average.state(), **buffers}
+        told = {"optimizer": rest, "threads": torch.get_num_threads(), "settings": asdict(self.settings)}
+        keep, every = self.settings.keep, self.settings.keep_every
+        return checkpoint.save(run, step, groups, {**told, **state}, keep=keep, keep_every=every)
+
+    def load(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
+        """Take up a checkpoint that is whole.
+
+        Returns:
+            its state, and what keeps the run from going on bit for bit, in half sentences.
+        Raises:
+            Refused: it is of another network.
+        """
+        state = checkpoint.read_state(folder)
+        model = checkpoint.read(folder, "model")
+        _copy(model, self.network, folder)
+        if self.average is not None:
+            self.average.load(checkpoint.read(folder, "ema") or model)
+        if state["settings"]["optimizer"] == self.settings.optimizer:
+            self.optimiser.load(checkpoint.read(folder, "optimizer"), state["optimizer"])
+        return state, self._changed(state)
+
+    def _changed(self, state: Mapping[str, Any]) -> list[str]:
+        now = asdict(self.settings)
+        harmless = HARMLESS | ({"steps"} if self.settings.schedule == "constant" else set())
+        changed = [
+            f"train.{name} was {was} and is {now[name]}"
+            for name, was in state["settings"].items()
+            if name in now and now[name] != was and name not in harmless
+        ]
+        if state["threads"] != torch.get_num_threads():
+            changed.append(f"threads were {state['threads']} and are {torch.get_num_threads()}")
+        return changed
+
+
+def _buffers(network: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers: what a state dict holds besides parameters."""
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    return {name: value.detach() for name, value in network.state_dict().items() if name not in parameters}
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], network: nn.Module, folder: Path) -> None:
+    """Copy a checkpoint's weights into the network.
+
+    Raises:
+        Refused: names or shapes differ.
+    """
+    own = {**trained(network), **_buffers(network)}
+    strange = sorted(own.keys() ^ tensors.keys()) or sorted(
+        name for name, tensor in tensors.items() if tensor.shape != own[name].shape
+    )
+    if strange:
+        raise Refused(
+            f'{folder} is of another network: "{strange[0]}" differs ({len(strange)} in all). The recipe\'s '
+            "[model] was changed after this run began; change it back, or choose another output."
+        )
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)

@@ -1,0 +1,339 @@
+"""The loop: the same function of (recipe, seed, step) whether it ran through, was stopped or was killed.
+
+A step depends on nothing but the weights, the optimizer's state and its own number: samples, times,
+noise and dropped captions are drawn from the number, and torch's own generator is seeded by it. So a
+run that goes on from a checkpoint ends with the bits of one that was never interrupted.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import Failed
+from sfumato.record import RunFolder
+
+from . import blackbox, checkpoint, device
+from .average import Average
+from .held import Held
+from .objective import Objective
+from .settings import TrainSettings
+from .signals import Signals, Stopped
+
+Preview = Callable[[nn.Module, int], None]
+"""preview(network with averaged weights, step): draw something; the loop does not know what."""
+Measure = Callable[[int, str], None]
+"""measure(step, "ema" or "raw"): record the held-out loss of the weights the network has now."""
+Progress = Callable[..., None]
+"""progress(done, total, phase, **figures)."""
+
+
+def to_stderr(sentence: str) -> None:
+    """Say a sentence to whoever watches the run."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `fit` ends with; the network has the raw weights, `average` the averaged ones."""
+
+    step: int
+    resumed: int
+    loss: float
+    seconds: float
+    average: Average | None
+
+
+def fit(
+    objective: Objective,
+    network: nn.Module,
+    settings: TrainSettings,
+    run: RunFolder,
+    seed: int = 0,
+    *,
+    preview: Preview | None = None,
+    preview_every: int = 0,
+    held_out: Measure | None = None,
+    progress: Progress | None = None,
+    phase: str = "train",
+    say: Callable[[str], None] = to_stderr,
+    counts: Mapping[str, int] | None = None,
+) -> Outcome:
+    """Train `network` on `objective`, from the run's newest good checkpoint on if it has one.
+
+    Args:
+        objective: the loss of each sample of a step.
+        network: on its device; its parameters that require a gradient are trained.
+        run: where checkpoints and events go; the caller holds its lock.
+        seed: of torch's own generator, for networks that draw from it (dropout).
+        preview: called every `preview_every` steps and at the end.
+        held_out: called every `settings.held_out_every` steps and at the end.
+        counts: written into the start event.
+    Raises:
+        Failed: a loss or gradient is not finite (the weights are those before it), no checkpoint is
+            whole, the disk is full.
+        Refused: the checkpoint is of another network.
+        Stopped: by SIGINT or SIGTERM, after saving; it ends the process with 130 or 143.
+    """
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    loop = _Loop(objective, network, settings, run, seed, say)
+    loop.duties = [
+        _Duty(settings.held_out_every, lambda step: loop.measure(held_out, step)) if held_out else None,
+        _Duty(preview_every, lambda step: loop.preview(preview, step)) if preview else None,
+    ]
+    loop.progress, loop.phase = progress, phase
+    loop.resume()
+    loop.announce(counts or {})
+    with Signals() as loop.signals:
+        loop.run_through()
+    return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average)
+
+
+@dataclass(frozen=True)
+class _Duty:
+    """Something done every so many steps, and after the last."""
+
+    every: int
+    do: Callable[[int], None]
+
+    def is_due(self, step: int, steps: int) -> bool:
+        return step == steps or (self.every > 0 and step % self.every == 0)
+
+
+class _Loop:
+    """The state of a run between two steps; `step` counts the updates that were made."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        network: nn.Module,
+        settings: TrainSettings,
+        run: RunFolder,
+        seed: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.objective, self.network, self.settings = objective, network, settings
+        self.run, self.seed, self.say = run, seed, say
+        self.held = Held(network, settings)
+        self.optimiser, self.average, self.weights = self.held.optimiser, self.held.average, self.held.weights
+        self.device = self.weights[0].device
+        self.precision = device.effective_precision(settings.precision, self.device)
+        self.asks_every_step = self.device.type == "cpu" or not self.optimiser.skips_on_device
+        self.bad = torch.zeros((), device=self.device)
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.norm = torch.zeros((), device=self.device)
+        self.seen: list[blackbox.Seen] = []
+        self.duties: list[_Duty | None] = []
+        self.progress: Progress | None = None
+        self.phase = "train"
+        self.signals = Signals()
+        self.step = self.resumed = self.loss_count = 0
+        self.seconds = self.window = 0.0
+        self.last_loss = self.speed = float("nan")
+        self.owes = False
+        self.saved: tuple[int, bool] | None = None
+
+    # ------------------------------------------------------------------------- one step
+
+    def run_through(self) -> None:
+        """Steps until the last, each followed by what is due; stops where it is asked to."""
+        self.network.train()
+        try:
+            if self.owes:
+                self.attend()
+            while self.step < self.settings.steps and self.signals.asked is None:
+                began = time.perf_counter()
+                rate = self.advance()
+                self.window += time.perf_counter() - began
+                self.owes = True
+                if self.step % self.settings.log_every == 0 or self.step == self.settings.steps:
+                    self.log(rate)
+                if self.signals.asked is None:
+                    self.attend()
+            if self.signals.asked is not None:
+                raise Stopped(self.signals.asked)
+        except Stopped as stopped:
+            self.leave(stopped)
+            raise
+
+    def advance(self) -> float:
+        """One update of the weights; returns the learning rate.
+
+        Raises:
+            Failed: the loss or its gradient is not finite; the weights have not moved.
+        """
+        settings, parts = self.settings, self.settings.accumulate
+        loss = torch.zeros((), device=self.device)
+        for part in range(parts):
+            torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1_009 + part) & (2**63 - 1))
+            with device.autocast(self.precision, self.device):
+                losses = self.objective.losses(self.step, part, parts)
+            share = losses.per_sample.float().sum() / losses.of
+            share.backward()
+            loss += share.detach()
+            self.seen.append(blackbox.Seen(self.step, losses.ids, losses.per_sample.detach()))
+        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+        self.norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        self.judge(loss)
+        self.clip(gradients)
+        rate = self.optimiser.step(self.step, None if self.asks_every_step else self.bad)
+        for weight in self.weights:
+            weight.grad = None
+        self.step += 1
+        self.loss_sum += loss
+        self.loss_count += 1
+        if self.average is not None:
+            self.average.update(self.step)
+        if self.progress is not None:
+            figures = {} if self.last_loss != self.last_loss else {"loss": self.last_loss}
+            self.progress(self.step, settings.steps, self.phase, **figures, samples_per_second=self.speed)
+        return rate
+
+    def judge(self, loss: Tensor) -> None:
+        """Stop before the weights move if the loss or its gradient is not finite.
+
+        Where asking would stall the device, the optimizer is told on the device to leave the weights
+        alone, and the question is asked when the loss is read.
+        """
+        finite = torch.isfinite(loss) & torch.isfinite(self.norm)
+        if self.asks_every_step:
+            if not finite:
+                self.blow_up()
+            self.seen.clear()
+        else:
+            self.bad = torch.maximum(self.bad, (~finite).to(self.bad.dtype))
+
+    def blow_up(self) -> None:
+        """Write the black box and raise."""
+        for weight in self.weights:
+            weight.grad = None
+        if self.asks_every_step:
+            self.save()
+        raise Failed(blackbox.write(self.run, self.objective, self.network, self.seen, self.settings))
+
+    def clip(self, gradients: list[Tensor]) -> None:
+        """Scale the gradient down to the largest norm allowed."""
+        most = self.settings.clip
+        if most and (not self.asks_every_step or float(self.norm) > most):
+            torch.nn.utils.clip_grads_with_norm_(self.weights, most, self.norm, foreach=True)
+
+    # ------------------------------------------------------------------------- what follows a step
+
+    def log(self, rate: float) -> None:
+        """Read the loss, once, and write the step event."""
+        if not self.asks_every_step and bool(self.bad):
+            self.blow_up()
+        self.seen.clear()
+        loss, norm = torch.stack([self.loss_sum / max(1, self.loss_count), self.norm.float()]).tolist()
+        self.last_loss = loss
+        self.loss_sum.zero_()
+        steps, self.loss_count = self.loss_count, 0
+        self.seconds += self.window
+        self.speed = steps * self.settings.batch / self.window if self.window else float("nan")
+        self.window = 0.0
+        self.run.event(
+            "step",
+            step=self.step,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            samples_per_second=round(self.speed, 3),
+            seconds=round(self.seconds, 3),
+        )
+
+    def attend(self) -> None:
+        """Measure and draw where due, then save where due: a kill in between only repeats them."""
+        step, steps = self.step, self.settings.steps
+        for duty in self.duties:
+            if duty is not None and duty.is_due(step, steps):
+                with self.signals.at_once():
+                    duty.do(step)
+        self.owes = False
+        if step % self.settings.save_every == 0 or step == steps:
+            self.save()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The network with its averaged weights, if there are any."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def measure(self, held_out: Measure, step: int) -> None:
+        """The held-out loss of the raw weights and of the averaged ones."""
+        self.aside(lambda: held_out(step, "raw"))
+        if self.average is not None:
+            with self.averaged():
+                self.aside(lambda: held_out(step, "ema"))
+
+    def preview(self, preview: Preview, step: int) -> None:
+        """Pictures by the averaged weights."""
+        with self.averaged():
+            self.aside(lambda: preview(self.network, step))
+
+    def aside(self, work: Callable[[], None]) -> None:
+        """Do `work` without gradients, the network in evaluation mode."""
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                work()
+        finally:
+            self.network.train()
+
+    # ------------------------------------------------------------------------- saving and resuming
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment."""
+        state = {
+            "seconds": self.seconds + self.window,
+            "loss": [float(self.loss_sum), self.loss_count],
+            "owes": self.owes,
+            "precision": self.precision,
+        }
+        folder = self.held.save(self.run, self.step, state)
+        self.saved = self.step, self.owes
+        return folder
+
+    def leave(self, stopped: Stopped) -> None:
+        """Save, if this step is not saved yet, and say how to go on."""
+        is_saved = self.saved == (self.step, self.owes)
+        folder = self.run.checkpoint_folder(self.step) if is_saved else self.save()
+        self.run.event("stop", step=self.step, reason=stopped.signal.name, sync=True)
+        self.say(
+            f"Stopped by {stopped.signal.name} at step {self.step} of {self.settings.steps}, saved in "
+            f"{folder}. The same command goes on from there."
+        )
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint that is whole."""
+        folder = checkpoint.newest_good(self.run, self.say)
+        if folder is None:
+            return
+        state, changed = self.held.load(folder)
+        self.step = self.resumed = int(state["step"])
+        self.seconds = float(state["seconds"])
+        self.loss_sum.fill_(state["loss"][0])
+        self.loss_count = int(state["loss"][1])
+        self.owes = bool(state["owes"])
+        self.saved = self.step, self.owes
+        self.say(f"Going on from {folder.name} of {self.run.path}.")
+        if changed:
+            self.say(f"{'; '.join(changed)}: the run goes on, but not bit for bit as it would have.")
+
+    def announce(self, counts: Mapping[str, int]) -> None:
+        """Write the start event."""
+        self.run.event(
+            "start",
+            step=self.step,
+            resumed=self.resumed > 0,
+            counts=dict(counts),
+            settings=asdict(self.settings),
+            parameters=sum(weight.numel() for weight in self.weights),
+            device=str(self.device),
+            precision=self.precision,
+            threads=torch.get_num_threads(),
+            sync=True,
+        )

@@ -1,0 +1,209 @@
+"""What is minimised: a loss for every sample, as a pure function of the weights, the seed and the step.
+
+    x_t = C_t · (x_0, x_T),   loss = w(t) · mean (out − C^ε_t · (x_0, x_T))²
+
+A step's batch is computed in parts (accumulation, processes); a sample's time, noise and dropped
+caption depend on the sample, not on the part it is in.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import one_of
+from sfumato.stages.interface import Condition, Model
+from sfumato.theory import Theory, noise, times
+
+from .reading import Reader
+from .settings import TrainSettings
+
+
+class Losses(NamedTuple):
+    """The losses [b] of one part of a batch, with their gradient, whose they are, and the batch's size."""
+
+    per_sample: Tensor
+    ids: Sequence[int]
+    of: int
+
+
+class Objective(Protocol):
+    """What `fit` minimises."""
+
+    def losses(self, step: int, part: int, parts: int) -> Losses:
+        """The losses of part `part` of the `parts` into which the batch of `step` (0, 1, …) is divided."""
+        ...
+
+    def name_of(self, sample: int) -> str:
+        """What the user calls the sample of this id."""
+        ...
+
+
+class Batch(Protocol):
+    """Samples as they are stored: latents [B, C, …], one mapping of condition rows each."""
+
+    ids: Sequence[int]
+    latents: Tensor
+    conditions: Sequence[Mapping[str, Tensor]]
+
+
+class Encoded(Protocol):
+    """Encoded samples: what `sfumato.data` keeps in the store, or anything like it."""
+
+    ids: Sequence[int]
+    names: Sequence[str]
+    null: Mapping[str, Tensor]
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int], seed: int, epoch: int) -> Batch:
+        """The samples at these indices."""
+        ...
+
+
+class Order(Protocol):
+    """Which samples a step takes: a pure function of the step."""
+
+    def at(self, step: int) -> tuple[Sequence[int], int]:
+        """(indices, epoch) of `step` (0, 1, …)."""
+        ...
+
+
+def share(count: int, part: int, parts: int) -> slice:
+    """The positions of part `part` when `count` samples are divided into `parts` as evenly as can be."""
+    return slice(count * part // parts, count * (part + 1) // parts)
+
+
+# ----------------------------------------------------------------------------- weights by time
+
+
+def x0_error(theory: Theory, t: Tensor) -> Tensor:
+    """The squared x_0 error that a unit squared error of the answer makes: (s/det)²."""
+    _, s, _, _, det = theory.rows(t)
+    return (s / det) ** 2
+
+
+def min_snr(theory: Theory, t: Tensor, most: float = 5.0) -> Tensor:
+    """min(snr, 5) on the x_0 error, whatever the network answers with (arXiv:2303.09556)."""
+    return x0_error(theory, t) * theory.log_snr(t).exp().clamp(max=most)
+
+
+WEIGHTINGS: dict[str, Callable[[Theory, Tensor], Tensor]] = {
+    "none": lambda theory, t: torch.ones_like(t),
+    "min-snr": min_snr,
+    "x0": x0_error,
+}
+
+
+# ----------------------------------------------------------------------------- diffusion
+
+
+@dataclass
+class Drawn:
+    """What is drawn for a part of a batch: t [b] in the theory's time, x_T like x_0, dropped [b] bool."""
+
+    t: Tensor
+    x_T: Tensor
+    dropped: Tensor
+
+
+class DiffusionObjective:
+    """The error of a model's answer at random times, on encoded samples.
+
+    Args:
+        model: its theory says what is mixed and regressed, its `predict` answers.
+        encoded: the samples; order: which of them a step takes.
+        settings: `times`, `stratified`, `weighting`.
+        seed: every draw follows from it.
+        caption_dropout: share of samples whose condition is replaced by `encoded.null`.
+        loss: (answer, target) → elementwise error like them; default (answer − target)².
+    Raises:
+        Refused: unknown density or weighting.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        encoded: Encoded,
+        order: Order,
+        settings: TrainSettings,
+        seed: int,
+        caption_dropout: float = 0.1,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model = model
+        self.encoded = encoded
+        self.order = order
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self.stratified = settings.stratified
+        self.density = times.density(settings.times)
+        self.weighting = WEIGHTINGS[one_of("weighting", settings.weighting, WEIGHTINGS)]
+        self.error = loss or squared
+        self._names: dict[int, str] = {}
+        self._reader: Reader[Batch] = Reader(self._read)
+
+    def _read(self, step: int, part: int, parts: int) -> Batch:
+        indices, epoch = self.order.at(step)
+        return self.encoded.read(indices[share(len(indices), part, parts)], self.seed, epoch)
+
+    def name_of(self, sample: int) -> str:
+        """The file or row the sample came from."""
+        if not self._names:
+            self._names = dict(zip(self.encoded.ids, self.encoded.names, strict=True))
+        return self._names.get(sample, f"sample {sample}")
+
+    def losses(self, step: int, part: int, parts: int) -> Losses:
+        """The losses [b] of one part of the batch of `step`."""
+        batch = self._reader(step, part, parts)
+        x_0 = batch.latents.to(self.model.device, torch.float32, non_blocking=True)
+        drawn = self.draw(batch.ids, x_0, step, part, parts)
+        of = len(self.order.at(step)[0])
+        return Losses(self.measure(x_0, drawn, batch.conditions), batch.ids, of)
+
+    def draw(self, ids: Sequence[int], x_0: Tensor, step: int, part: int = 0, parts: int = 1) -> Drawn:
+        """Times, noise and dropped captions of these samples in this step."""
+        u = noise.uniform(self.seed, ids, step=step, purpose="time")
+        if self.stratified:
+            u = self._spread(u, step, part, parts)
+        t = self.density(self.model.theory, u)
+        shape = tuple(x_0.shape[1:])
+        x_T = noise.normal(shape, self.seed, ids, step=step, purpose="noise", device=x_0.device)
+        dropped = noise.uniform(self.seed, ids, step=step, purpose="caption") < self.caption_dropout
+        return Drawn(t.to(x_0.device), x_T, dropped)
+
+    def _spread(self, u: Tensor, step: int, part: int, parts: int) -> Tensor:
+        """Put each of the u [b] into its own of the batch's equal strata, which a permutation deals out."""
+        count = len(self.order.at(step)[0])
+        strata = noise.permutation(count, self.seed, "strata", step)[share(count, part, parts)]
+        return (strata.to(u) + u) / count
+
+    def measure(self, x_0: Tensor, drawn: Drawn, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
+        """The weighted losses [b] of the model's answers."""
+        theory = self.model.theory
+        null = dict(self.encoded.null)
+        kept = [null if gone else dict(row) for row, gone in zip(rows, drawn.dropped.tolist(), strict=True)]
+        condition = Condition.stack(kept).to(x_0.device, x_0.dtype)
+        answer = self.model.predict(theory.mix(x_0, drawn.x_T, drawn.t), drawn.t, condition)
+        target = theory.target(x_0, drawn.x_T, drawn.t)
+        error = self.error(answer.float(), target).flatten(1).mean(1)
+        return error * self.weighting(theory, drawn.t).to(error.dtype)
+
+    def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
+        """What one part of a step was made of, for the black box: names, captions and times."""
+        batch = self._read(step, part, parts)
+        drawn = self.draw(batch.ids, batch.latents.float(), step, part, parts)
+        return {
+            "samples": [self.name_of(sample) for sample in batch.ids],
+            "ids": list(batch.ids),
+            "times": drawn.t.tolist(),
+            "captions_dropped": drawn.dropped.tolist(),
+            "latents_finite": batch.latents.float().flatten(1).isfinite().all(1).tolist(),
+        }
+
+
+def squared(answer: Tensor, target: Tensor) -> Tensor:
+    """(answer − target)², elementwise."""
+    return (answer - target) ** 2

@@ -1,0 +1,215 @@
+"""Laws of the loop: an interrupted run is the uninterrupted one, bit for bit."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from training_world import Encoded, fingerprint, make, train
+
+from sfumato.errors import Failed, Refused
+from sfumato.record import RunFolder
+from sfumato.training.loop import Stopped
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    events = RunFolder.open(folder).events()
+    return [(event["step"], event["loss"]) for event in events if event["kind"] == "step"]
+
+
+def measured(folder: Path) -> list[object]:
+    names = ("step", "split", "weights", "loss", "error", "by_level")
+    events = RunFolder.open(folder).events()
+    return [[event[name] for name in names] for event in events if event["kind"] == "held_out"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [1, 5, 7, 12])
+def test_interrupted_and_continued_equals_uninterrupted(tmp_path, at: int, number: int, accumulate: int):
+    """Law: weights, EMA, optimizer, losses and held-out losses are those of the run that ran through."""
+    train(tmp_path / "through", accumulate=accumulate)
+
+    class Interrupting(Exception):
+        pass
+
+    from sfumato.training import loop
+
+    advance = loop._Loop.advance
+
+    def advance_and_signal(self: loop._Loop) -> float:
+        rate = advance(self)
+        if self.step == at:
+            os.kill(os.getpid(), number)
+        return rate
+
+    loop._Loop.advance = advance_and_signal  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        with pytest.raises(Stopped) as stopped:
+            train(tmp_path / "stopped", accumulate=accumulate)
+    finally:
+        loop._Loop.advance = advance
+    assert stopped.value.code == 128 + number
+    assert RunFolder.open(tmp_path / "stopped").checkpoint_folders()[-1].name == f"step-{at:06d}"
+    outcome = train(tmp_path / "stopped", accumulate=accumulate)
+    assert (outcome.resumed, outcome.step) == (at, 12)
+    assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "through")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "through")
+    assert measured(tmp_path / "stopped") == measured(tmp_path / "through")
+
+
+def test_a_run_lost_at_any_moment_goes_on_from_its_last_checkpoint(tmp_path):
+    """Law: a crash in the middle of accumulation, of a preview or of a save costs steps, not bits."""
+    train(tmp_path / "through", accumulate=2)
+
+    class Crash(Exception):
+        pass
+
+    objective, _, _ = make()
+    original = type(objective).losses
+    for fatal in ((0, 1), (3, 1), (7, 0), (7, 1), (11, 1)):
+
+        def losses_or_crash(self, step, part, parts, fatal=fatal):
+            if (step, part) == fatal:
+                raise Crash
+            return original(self, step, part, parts)
+
+        type(objective).losses = losses_or_crash
+        try:
+            with pytest.raises(Crash):
+                train(tmp_path / "lost", accumulate=2)
+        finally:
+            type(objective).losses = original
+    train(tmp_path / "lost", accumulate=2)
+    assert fingerprint(tmp_path / "lost") == fingerprint(tmp_path / "through")
+    assert losses(tmp_path / "lost") == losses(tmp_path / "through")
+
+
+def test_a_signal_during_a_preview_stops_it_and_the_picture_is_drawn_later(tmp_path):
+    drawn: list[tuple[int, float]] = []
+
+    def preview(network: torch.nn.Module, step: int) -> None:
+        if step == 6 and not drawn:
+            drawn.append((0, 0.0))
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("the signal did not stop the preview")
+        drawn.append((step, float(network.first.weight.sum())))
+
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", preview=preview)
+    train(tmp_path / "run", preview=preview)
+    through: list[tuple[int, float]] = []
+    train(tmp_path / "through", preview=lambda n, step: through.append((step, float(n.first.weight.sum()))))
+    assert drawn[1:] == through
+    assert [step for step, _ in through] == [6, 12]
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "through")
+
+
+def test_more_steps_of_a_finished_run_equal_a_longer_run(tmp_path):
+    train(tmp_path / "short", steps=7)
+    train(tmp_path / "short", steps=12)
+    train(tmp_path / "long", steps=12)
+    assert fingerprint(tmp_path / "short") == fingerprint(tmp_path / "long")
+    assert train(tmp_path / "long", steps=12).resumed == 12
+
+
+def test_parts_of_a_batch_add_up_to_the_batch():
+    """Law: a sample's loss does not depend on the part it is computed in."""
+    objective, network, _ = make()
+    network.eval()
+    whole = objective.losses(3, 0, 1)
+    for parts in (2, 3, 6):
+        split = [objective.losses(3, part, parts) for part in range(parts)]
+        assert [i for part in split for i in part.ids] == whole.ids
+        torch.testing.assert_close(torch.cat([part.per_sample for part in split]), whole.per_sample)
+
+
+@pytest.mark.parametrize("what", ["flip", "truncate", "missing", "manifest", "state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, what: str):
+    train(tmp_path / "run")
+    before = fingerprint(tmp_path / "run")
+    last = RunFolder.open(tmp_path / "run").checkpoint_folders()[-1]
+    file = last / {"manifest": "manifest.json", "state": "state.json"}.get(what, "optimizer.safetensors")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    if what == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(data[:100] if what == "truncate" else data)
+    outcome = train(tmp_path / "run")
+    assert outcome.resumed == 10
+    assert fingerprint(tmp_path / "run") == before
+    said = capsys.readouterr().err
+    assert file.name in said and "step-000010" in said
+    aside = [event for event in RunFolder.open(tmp_path / "run").events() if event["kind"] == "set_aside"]
+    assert len(aside) == 1 and file.name in aside[0]["reason"]
+    assert (tmp_path / "run" / aside[0]["file"]).is_dir()
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_overwritten(tmp_path):
+    train(tmp_path / "run", keep=1)
+    folder = RunFolder.open(tmp_path / "run").checkpoint_folders()[0]
+    (folder / "model.safetensors").write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(Failed, match="no earlier checkpoint"):
+            train(tmp_path / "run", keep=1)
+
+
+def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
+    train(tmp_path / "run", save_every=2, keep=2, keep_every=4)
+    names = [folder.name for folder in RunFolder.open(tmp_path / "run").checkpoint_folders()]
+    assert names == ["step-000004", "step-000008", "step-000010", "step-000012"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, accumulate: int, monkeypatch):
+    original = Encoded.read
+
+    def poisoned(self, indices, seed, epoch):
+        batch = original(self, indices, seed, epoch)
+        for row, sample in enumerate(batch.ids):
+            if sample == 1007 and epoch == 2:
+                batch.latents[row, 0, 0, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(Encoded, "read", poisoned)
+    with pytest.raises(Failed, match=r"cat_007\.png.*came out of first") as failed:
+        train(tmp_path / "run", accumulate=accumulate)
+    assert "cat_006.png" not in str(failed.value)
+    box = json.loads((tmp_path / "run" / "black_box.json").read_text())
+    assert box["samples"] == ["cat_007.png"]
+    step = box["step"]
+    assert RunFolder.open(tmp_path / "run").checkpoint_folders()[-1].name == f"step-{step:06d}"
+    monkeypatch.setattr(Encoded, "read", original)
+    train(tmp_path / "run", accumulate=accumulate)
+    train(tmp_path / "clean", accumulate=accumulate)
+    assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "clean")
+
+
+def test_another_network_is_refused_by_name(tmp_path):
+    train(tmp_path / "run", steps=2)
+    objective, network, settings = make(steps=4)
+    network.second = torch.nn.Linear(16, 33)
+    from sfumato.training.loop import fit
+
+    with pytest.raises(Refused, match=r"second\.bias"):
+        fit(objective, network, settings, RunFolder.open(tmp_path / "run"))
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    import shutil
+
+    train(tmp_path / "run", steps=5)
+    before = fingerprint(tmp_path / "run")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(Failed, match="GB"):
+        train(tmp_path / "run", steps=12)
+    assert fingerprint(tmp_path / "run") == before
+
+
+def test_changed_settings_are_said(tmp_path, capsys):
+    train(tmp_path / "run", steps=2)
+    train(tmp_path / "run", steps=4, learning_rate=1e-3)
+    assert "learning_rate was 0.01 and is 0.001" in capsys.readouterr().err
