@@ -1,0 +1,23 @@
+"""Theory: two definitions, and everything that follows from them."""
+
+from . import guidance, noise, oracle, times
+from .catalogue import about, arguments, get, names, preconditioned
+from .definition import Report, Theory
+from .solver import integrate, methods, solve
+
+__all__ = [
+    "Report",
+    "Theory",
+    "about",
+    "arguments",
+    "get",
+    "guidance",
+    "integrate",
+    "methods",
+    "names",
+    "noise",
+    "oracle",
+    "preconditioned",
+    "solve",
+    "times",
+]

@@ -1,0 +1,300 @@
+"""Two definitions make a theory: what x_t holds, and what the network answers.
+
+    x_t = C_t   · (x_0, x_T)      C_t   = (a_t, s_t)      the data definition
+    out = C^ε_t · (x_0, x_T)      C^ε_t = (p_t, q_t)      the model definition
+
+Training target, denoising step and the split into (x_0, x_T) are one 2×2 solve of these rows, which
+exists while det = a·q − s·p ≠ 0.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import Refused
+from .shapes import Anything, Moment, Rows
+
+SINGULAR = 1e-6
+"""|sin| of the angle between the rows C_t and C^ε_t below which the split is no longer defined."""
+
+
+def exact(t: Moment) -> Tensor:
+    """t as float64, where formulas are evaluated (on the CPU for devices that lack float64)."""
+    if not isinstance(t, Tensor):
+        return torch.as_tensor(t, dtype=torch.float64)
+    return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
+
+
+def spread(coefficient: Tensor, like: Tensor) -> Tensor:
+    """A scalar or [B] turned to [1 or B, 1, …, 1] with the dtype and device of `like` [B, …]."""
+    placed = coefficient.to(like.device, like.dtype)
+    return placed if placed.ndim == 0 else placed.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Definition:
+    """A user's pair of coefficients; what it returns is checked and brought to the shape of t."""
+
+    def __init__(self, rows: Rows, title: str) -> None:
+        self.rows, self.title = rows, title
+
+    def __call__(self, t: Moment) -> tuple[Tensor, Tensor]:
+        """t of any shape → two tensors of that shape.
+
+        Raises:
+            Refused: unless the definition returns two coefficients with the shape of t.
+        """
+        t = t if isinstance(t, Tensor) else exact(t)
+        try:
+            pair = self.rows(t)
+        except Exception as error:
+            raise Refused(
+                f"{self.title} failed on t of shape {tuple(t.shape)}: {error}. Write it with torch functions "
+                f"that take a float tensor of any shape."
+            ) from error
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise Refused(f"{self.title} must return two coefficients, not {type(pair).__name__}.")
+        return self._fit(pair[0], t), self._fit(pair[1], t)
+
+    def _fit(self, value: object, t: Tensor) -> Tensor:
+        if not isinstance(value, Tensor | float | int):
+            raise Refused(
+                f"{self.title} returns {type(value).__name__}; coefficients are tensors or numbers."
+            )
+        tensor = torch.as_tensor(value, dtype=t.dtype, device=t.device)
+        if tensor.ndim and tensor.shape != t.shape:
+            raise Refused(
+                f"{self.title} returns shape {tuple(tensor.shape)} for t of shape {tuple(t.shape)}; "
+                f"return one coefficient per time."
+            )
+        return tensor.expand(t.shape)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `Theory.check` found; `ok` when nothing is wrong."""
+
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        return "ok" if self.ok else "\n".join(self.problems)
+
+
+@dataclass(frozen=True, eq=False)
+class Theory:
+    """A data definition and a model definition; everything else follows.
+
+    Args:
+        data: t → (a, s), with a·x_0 + s·x_T = x_t.
+        model: t → (p, q), with p·x_0 + q·x_T = the network's answer.
+        t_noise, t_data: where the noise and the data are; the network is never asked at t_data.
+        name: what messages call it.
+        clock: t → what the network is told about time; by default 1000 × the way from data to noise.
+        input_scale: t → what the network's input is multiplied by; by default 1.
+    """
+
+    data: Rows
+    model: Rows
+    t_noise: float | int = 1.0
+    t_data: float | int = 0.0
+    name: str = "a theory of one's own"
+    clock: Callable[[Tensor], Tensor] | None = None
+    input_scale: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for role in ("data", "model"):
+            if not callable(getattr(self, role)):
+                raise Refused(
+                    f'Theory "{self.name}": {role} must be a function of t that returns two coefficients.'
+                )
+        t_noise, t_data = float(self.t_noise), float(self.t_data)
+        if not (math.isfinite(t_noise) and math.isfinite(t_data)) or t_noise == t_data:
+            raise Refused(
+                f'Theory "{self.name}": t_noise ({t_noise:g}) and t_data ({t_data:g}) must be two finite times.'
+            )
+        put = object.__setattr__
+        put(self, "t_noise", t_noise)
+        put(self, "t_data", t_data)
+        put(self, "data", Definition(self.data, f'Theory "{self.name}": data(t)'))
+        put(self, "model", Definition(self.model, f'Theory "{self.name}": model(t)'))
+        put(self, "clock", self.clock or (lambda t: (t - t_data) * (1000 / (t_noise - t_data))))
+        put(self, "input_scale", self.input_scale or torch.ones_like)
+
+    # ---------------------------------------------------------------- the four forms of one solve
+
+    def mix(self, x_0: Anything, x_T: Anything, t: Moment) -> Tensor:
+        """a_t·x_0 + s_t·x_T. Shapes: x [B, …], t a number or [B]."""
+        self._same(x_0, x_T, "x_0", "x_T")
+        a, s = (spread(c, x_0) for c in self.data(self._moment(t, x_0)))
+        return a * x_0 + s * x_T
+
+    def target(self, x_0: Anything, x_T: Anything, t: Moment) -> Tensor:
+        """p_t·x_0 + q_t·x_T: what a perfect network answers."""
+        self._same(x_0, x_T, "x_0", "x_T")
+        p, q = (spread(c, x_0) for c in self.model(self._moment(t, x_0)))
+        return p * x_0 + q * x_T
+
+    def split(self, x_t: Anything, out: Anything, t: Moment) -> tuple[Tensor, Tensor]:
+        """(x_0, x_T) behind a state and the network's answer.
+
+        Raises:
+            Refused: where det = 0; the message names the time and the remedy.
+        """
+        self._same(x_t, out, "x_t", "out")
+        a, s, p, q, det = self.rows(self._moment(t, x_t))
+        x0_x, x0_o, xT_x, xT_o = (spread(c / det, x_t) for c in (q, -s, -p, a))
+        return x0_x * x_t + x0_o * out, xT_x * x_t + xT_o * out
+
+    def step(self, x_t: Anything, out: Anything, t: Moment, s: Moment) -> Tensor:
+        """x_s = C_s·(x_0, x_T): from time t to any time s with one answer (DDIM, for every theory)."""
+        self._same(x_t, out, "x_t", "out")
+        keep, add = self.step_weights(self._moment(t, x_t), self._moment(s, x_t))
+        return spread(keep, x_t) * x_t + spread(add, x_t) * out
+
+    # ---------------------------------------------------------------- coefficients
+
+    def rows(self, t: Moment) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(a, s, p, q, det) in float64.
+
+        Raises:
+            Refused: where det vanishes or is not finite.
+        """
+        t = exact(t)
+        (a, s), (p, q) = self.data(t), self.model(t)
+        det = a * q - s * p
+        self._invertible(t, a, s, p, q, det)
+        return a, s, p, q, det
+
+    def step_weights(self, t: Moment, s: Moment) -> tuple[Tensor, Tensor]:
+        """(w_x, w_out) with x_s = w_x·x_t + w_out·out: C_s·[C_t; C^ε_t]⁻¹."""
+        a, n, p, q, det = self.rows(t)
+        a_next, n_next = self.data(exact(s))
+        return (a_next * q - n_next * p) / det, (a * n_next - n * a_next) / det
+
+    def reader(self, t: Moment) -> tuple[Tensor, Tensor, Tensor]:
+        """(r, k_out, k_z) with z = x/r and v = k_out·out + k_z·z, the canonical velocity dz/dφ.
+
+        v = cos φ·x_T − sin φ·x_0 = (r·out − (a·p + s·q)·z) / det.
+        """
+        a, s, p, q, det = self.rows(t)
+        r = torch.hypot(a, s)
+        return r, r / det, -(a * p + s * q) / det
+
+    def angle(self, t: Moment) -> Tensor:
+        """φ = atan2(s, a): 0 at data, π/2 at pure noise, the same for every theory."""
+        a, s = self.data(exact(t))
+        return torch.atan2(s, a)
+
+    def log_snr(self, t: Moment) -> Tensor:
+        """log(a²/s²): +inf where there is no noise, −inf where there is no signal."""
+        a, s = self.data(exact(t))
+        return 2 * (a.log() - s.log())
+
+    def time_at(self, log_snr: Moment) -> Tensor:
+        """The time with this log-SNR, the nearest end where there is none. Any shape, float64."""
+        wanted = exact(log_snr)
+        return self._search(lambda t: -self.log_snr(t), -wanted)
+
+    def time_of(self, angle: Moment) -> Tensor:
+        """The time with this angle φ, the nearest end where there is none. Any shape, float64."""
+        return self._search(self.angle, exact(angle))
+
+    def convert(self, out: Anything, x_t: Anything, t: Moment, to: "Theory") -> tuple[Tensor, Tensor, Tensor]:
+        """(out', x'_t, t'): the same (x_0, x_T) at the same signal-to-noise, as `to` writes it.
+
+        Raises:
+            Refused: where this theory is singular, or `to` has no time with this signal-to-noise.
+        """
+        t = self._moment(t, x_t)
+        self._within(t, to)
+        there = to.time_at(self.log_snr(t))
+        x_0, x_T = self.split(x_t, out, t)
+        ratio = torch.hypot(*to.data(there)) / torch.hypot(*self.data(t))
+        return to.target(x_0, x_T, there), spread(ratio, x_t) * x_t, there
+
+    # ---------------------------------------------------------------- the check
+
+    def check(self, times: Anything | list[float] | None = None) -> Report:
+        """Is the theory sound at these times (by default 257 from t_noise to t_data)?
+
+        Finds definitions that fail or have wrong shapes, negative or vanishing coefficients, times at
+        which the split is singular, an angle that does not rise towards noise, a step that does not
+        reproduce C_s, a clock or input scale that is not finite. t_data is not asked and not checked.
+        """
+        from .soundness import problems_of  # the longest part of a theory is what can be wrong with it
+
+        return Report(problems_of(self, times))
+
+    # ---------------------------------------------------------------- helpers
+
+    def _search(self, rising: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
+        """The t with rising(t) = wanted; 64 sections a round, until neighbouring floats are left."""
+        low = torch.full(wanted.shape, self.t_data, dtype=torch.float64, device=wanted.device)
+        high = torch.full_like(low, self.t_noise)
+        if wanted.numel() == 0:
+            return low
+        fractions = torch.linspace(0, 1, 65, dtype=torch.float64, device=wanted.device)
+        for _ in range(12):
+            ladder = low[..., None] + (high - low)[..., None] * fractions
+            ladder[..., -1] = high
+            below = (rising(ladder[..., 1:-1]) < wanted[..., None]).sum(-1, keepdim=True)
+            low, high = ladder.gather(-1, below)[..., 0], ladder.gather(-1, below + 1)[..., 0]
+        ends = torch.stack([low, high], -1)
+        miss = (rising(ends) - wanted[..., None]).abs().nan_to_num(0.0)  # inf − inf: this end is meant
+        found = ends.gather(-1, miss.argmin(-1, keepdim=True))[..., 0]
+        first, last = (rising(found.new_tensor(end)) for end in (self.t_data, self.t_noise))
+        return torch.where(wanted >= last, self.t_noise, torch.where(wanted <= first, self.t_data, found))
+
+    def _moment(self, t: Moment, x: Tensor) -> Tensor:
+        t = exact(t)
+        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
+            raise Refused(
+                f"Time of shape {tuple(t.shape)} does not fit a batch of {x.shape[0]}: "
+                f"give one time, or one per sample."
+            )
+        return t
+
+    def _same(self, one: Tensor, other: Tensor, name: str, other_name: str) -> None:
+        if one.shape != other.shape:
+            raise Refused(
+                f"{name} has shape {tuple(one.shape)}, {other_name} has {tuple(other.shape)}; they must agree."
+            )
+
+    def _within(self, t: Tensor, to: "Theory") -> None:
+        angle = self.angle(t)
+        low, high = (float(to.angle(end)) for end in (to.t_data, to.t_noise))
+        outside = (angle < low - 1e-9) | (angle > high + 1e-9)
+        if bool(outside.any()):
+            where = t.flatten()[outside.flatten()][0].item()
+            raise Refused(
+                f'At t = {where:g} of "{self.name}" the log-SNR is {self.log_snr(where):.3g}, which "{to.name}" never '
+                f"reaches. Stay between its ends: {to.log_snr(to.t_noise):.3g} to {to.log_snr(to.t_data):.3g}."
+            )
+
+    def _invertible(self, t: Tensor, a: Tensor, s: Tensor, p: Tensor, q: Tensor, det: Tensor) -> None:
+        size = torch.hypot(a, s) * torch.hypot(p, q)
+        bad = ~torch.isfinite(det) | ~(det.abs() > SINGULAR * size)
+        if not bool(bad.any()):
+            return
+        at = int(bad.flatten().nonzero()[0])
+        where, signal, noise, on_data, on_noise = (float(c.flatten()[at]) for c in (t, a, s, p, q))
+        raise Refused(
+            f'Theory "{self.name}" is singular at t = {where:g}: {_why(signal, noise, on_data, on_noise)}'
+        )
+
+
+def _why(a: float, s: float, p: float, q: float) -> str:
+    seen = f"x_t = {a:.3g}·x_0 + {s:.3g}·x_T and out = {p:.3g}·x_0 + {q:.3g}·x_T"
+    if not all(map(math.isfinite, (a, s, p, q))):
+        return f"{seen} is not finite. Keep this time out of the grid, or change the definition there."
+    if a < 1e-3 * s:
+        return f"{seen} do not tell x_0. Start a little before it, or predict velocity or x_0 there."
+    if s < 1e-3 * a:
+        return f"{seen} do not tell x_T. Keep this time out of the grid, or predict velocity or noise there."
+    return f"{seen} are the same mixture. Change the model definition there."
