@@ -25,9 +25,10 @@ def measured(folder: Path) -> list[object]:
     return [[event[name] for name in names] for event in events if event["kind"] == "held_out"]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2, 4])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("at", [1, 5, 7, 12])
+@pytest.mark.parametrize(
+    ("at", "number", "accumulate"),
+    [(1, signal.SIGINT, 1), (5, signal.SIGTERM, 3), (7, signal.SIGINT, 2), (12, signal.SIGTERM, 1)],
+)
 def test_interrupted_and_continued_equals_uninterrupted(tmp_path, at: int, number: int, accumulate: int):
     """Law: weights, EMA, optimizer, losses and held-out losses are those of the run that ran through."""
     train(tmp_path / "through", accumulate=accumulate)

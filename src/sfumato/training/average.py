@@ -39,7 +39,8 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the weights after `step` updates (1, 2, …)."""
         share = 1 - decay_at(step, self.decay)
-        torch._foreach_lerp_(self._mean, [weight.detach().float() for weight in self._weights], share)
+        now = [weight.detach().float() for weight in self._weights]
+        torch._foreach_lerp_(self._mean, now, share)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

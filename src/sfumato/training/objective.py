@@ -109,6 +109,15 @@ class Drawn:
     dropped: Tensor
 
 
+class Prepared(NamedTuple):
+    """One part of a batch, ready to be computed: as stored, x_0 on the device, draws, the batch's size."""
+
+    batch: Batch
+    x_0: Tensor
+    drawn: Drawn
+    of: int
+
+
 class DiffusionObjective:
     """The error of a model's answer at random times, on encoded samples.
 
@@ -143,11 +152,14 @@ class DiffusionObjective:
         self.weighting = WEIGHTINGS[one_of("weighting", settings.weighting, WEIGHTINGS)]
         self.error = loss or squared
         self._names: dict[int, str] = {}
-        self._reader: Reader[Batch] = Reader(self._read)
+        self._reader: Reader[Prepared] = Reader(self._prepare)
 
-    def _read(self, step: int, part: int, parts: int) -> Batch:
+    def _prepare(self, step: int, part: int, parts: int) -> Prepared:
+        """Read and draw one part of a batch; a thread does it while the part before is computed."""
         indices, epoch = self.order.at(step)
-        return self.encoded.read(indices[share(len(indices), part, parts)], self.seed, epoch)
+        batch = self.encoded.read(indices[share(len(indices), part, parts)], self.seed, epoch)
+        x_0 = batch.latents.to(self.model.device, torch.float32)
+        return Prepared(batch, x_0, self.draw(batch.ids, x_0, step, part, parts), len(indices))
 
     def name_of(self, sample: int) -> str:
         """The file or row the sample came from."""
@@ -157,11 +169,8 @@ class DiffusionObjective:
 
     def losses(self, step: int, part: int, parts: int) -> Losses:
         """The losses [b] of one part of the batch of `step`."""
-        batch = self._reader(step, part, parts)
-        x_0 = batch.latents.to(self.model.device, torch.float32, non_blocking=True)
-        drawn = self.draw(batch.ids, x_0, step, part, parts)
-        of = len(self.order.at(step)[0])
-        return Losses(self.measure(x_0, drawn, batch.conditions), batch.ids, of)
+        ready = self._reader(step, part, parts)
+        return Losses(self.measure(ready.x_0, ready.drawn, ready.batch.conditions), ready.batch.ids, ready.of)
 
     def draw(self, ids: Sequence[int], x_0: Tensor, step: int, part: int = 0, parts: int = 1) -> Drawn:
         """Times, noise and dropped captions of these samples in this step."""
@@ -193,14 +202,13 @@ class DiffusionObjective:
 
     def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
         """What one part of a step was made of, for the black box: names, captions and times."""
-        batch = self._read(step, part, parts)
-        drawn = self.draw(batch.ids, batch.latents.float(), step, part, parts)
+        batch, x_0, drawn, _ = self._prepare(step, part, parts)
         return {
             "samples": [self.name_of(sample) for sample in batch.ids],
             "ids": list(batch.ids),
             "times": drawn.t.tolist(),
             "captions_dropped": drawn.dropped.tolist(),
-            "latents_finite": batch.latents.float().flatten(1).isfinite().all(1).tolist(),
+            "latents_finite": x_0.flatten(1).isfinite().all(1).tolist(),
         }
 
 
