@@ -14,7 +14,8 @@ from sfumato.stages.settings import ModelSettings
 from sfumato.training.settings import TrainSettings
 
 FORMAT = 1
-DEFAULT, COMMAND_LINE = "default", "command line"
+DEFAULT, COMMAND_LINE, PYTHON = "default", "command line", "python"
+EMBEDDED = ("openmoji", "openmoji-all", "shapes")
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,17 @@ class Recipe:
         """Every value by its dotted key, in the order of the tree."""
         return {name: value for name, value, _ in _leaves(self)}
 
+    def origin(self, name: str) -> str:
+        """Where the value of a dotted key came from: default, command line, python, or a file's name."""
+        return self.origins.get(name, DEFAULT if self.values()[name] == DEFAULTS[name] else PYTHON)
+
     def to_toml(self, every: bool = False) -> str:
         """The recipe as TOML: what was said, or `every` key with the origin of its value."""
         import tomlkit
 
         document, tables = tomlkit.document(), {}
         for name, value, rules in _leaves(self):
-            origin = self.origins.get(name, DEFAULT if value == DEFAULTS[name] else "python")
+            origin = self.origin(name)
             if not every and origin == DEFAULT and name != "format":
                 continue
             section, _, leaf = name.rpartition(".")
@@ -89,8 +94,7 @@ class Recipe:
             Refused: for a value that cannot be.
         """
         said = {
-            name: (value, self.origins.get(name, "python"), Path.cwd())
-            for name, value in self.values().items()
+            name: (value, self.origins.get(name, PYTHON), Path.cwd()) for name, value in self.values().items()
         }
         defaults = {name for name, value in self.values().items() if value == DEFAULTS[name]}
         return _build(Recipe(), {name: entry for name, entry in said.items() if name not in defaults})
@@ -154,7 +158,7 @@ def _build(defaults: Recipe, said: Mapping[str, tuple[Any, str, Path]]) -> Recip
             raise Refused(_unknown(name))
         where = (
             ""
-            if origin == "python"
+            if origin == PYTHON
             else f" (from the {origin})"
             if origin == COMMAND_LINE
             else f" (in {origin})"
@@ -200,6 +204,13 @@ _KINDS = {
     bool: "true or false",
     tuple: "a list of texts",
 }
+
+
+def quoted(text: str) -> str:
+    """A text as TOML writes it."""
+    import tomlkit
+
+    return tomlkit.item(text).as_string()
 
 
 def _shown(value: Any) -> str:

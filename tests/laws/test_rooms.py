@@ -10,10 +10,11 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 
-GROUND = {"errors", "settings"}
+GROUND = {"errors", "settings", "own"}
 BELOW = {
     "errors": set(),
     "settings": set(),
+    "own": {"errors"},
     "record": GROUND,
     "theory": GROUND,
     "stages": GROUND | {"record", "theory"},
@@ -33,6 +34,7 @@ STANDARD = set(sys.stdlib_module_names)
 OUTSIDE = {
     "errors": set(),
     "settings": set(),
+    "own": set(),
     "record": set(),
     "studio": set(),
     "theory": {"torch", "jaxtyping"},

@@ -19,7 +19,7 @@ def losses(events: list[Event]) -> str:
         _figure("Learning rate", steps, "learning_rate", 4),
         _figure("Samples per second", steps, "samples_per_second", 2),
     ]
-    return _grid(large, "charts") + _grid(small, "charts small")
+    return _grid(large, "charts main") + _grid(small, "charts small")
 
 
 def _grid(figures: list[str], kind: str) -> str:
@@ -51,7 +51,7 @@ def _over_steps(steps: list[Event], held_out: list[Event]) -> str:
             where, what = [event["step"] for event in found], [event["loss"] for event in found]
             lines.append(Line(name, where, what, error, color=color, points=True))
     note = "Held-out loss uses the same noise every time, so its points compare; bars are standard errors."
-    return chart("Loss", lines, x="step", y="loss", log_y=True, note=note if len(lines) > 2 else "")
+    return chart("Loss", lines, x="step", y="loss", log_y=True, width=1060, height=320, note=note if len(lines) > 2 else "")
 
 
 def _over_levels(held_out: list[Event]) -> str:

