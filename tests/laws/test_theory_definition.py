@@ -131,8 +131,8 @@ def test_a_shuffled_angle_a_negative_level_and_a_wrong_shape_are_found():
         (lambda: get("flow-maching"), 'mean "flow-matching"'),
         (lambda: get("flow-matching", shft=3), 'mean "shift"'),
         (lambda: get("ddpm-x0", betas="liner"), 'mean "linear"'),
-        (lambda: Theory(data=lambda t: (t, t), model=lambda t: (t, t), t_noise=0.0), "two finite times"),
-        (lambda: get("trigflow").mix(torch.randn(2, 2), torch.randn(2, 3), 0.5), "must agree"),
+        (lambda: Theory(data=lambda t: (t, t), model=lambda t: (t, t), t_noise=0.0), "finite and differ"),
+        (lambda: get("trigflow").mix(torch.randn(2, 2), torch.randn(2, 3), 0.5), "make them equal"),
         (lambda: get("trigflow").mix(torch.randn(2, 2), torch.randn(2, 2), torch.ones(3)), "one per sample"),
     ],
 )

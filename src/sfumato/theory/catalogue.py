@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Refused, nearest, one_of
-from .definition import Theory
+from .definition import Theory, by_the_way
 from .shapes import Rows
 
 Betas = str | Sequence[float] | Tensor
@@ -189,8 +189,8 @@ def preconditioned(
     data: Rows,
     t_noise: float,
     name: str = "preconditioned",
-    clock: Callable[[Tensor], Tensor] | None = None,
-    input_scale: Callable[[Tensor], Tensor] | None = None,
+    clock: Callable[[Tensor], Tensor] = by_the_way,
+    input_scale: Callable[[Tensor], Tensor] = torch.ones_like,
 ) -> Theory:
     """A network F inside one's own preconditioning x_0 ≈ c_skip(t)·x_t + c_out(t)·F, as a theory.
 
@@ -236,7 +236,7 @@ def beta_table(
 
 
 def zero_terminal(kept: Tensor) -> Tensor:
-    """√ᾱ moved and stretched so that the last is 0 and the first stays (Lin et al. 2023, arXiv:2305.08891)."""
+    """√ᾱ stretched so that the last is 0 and the first stays (Lin et al. 2023, arXiv:2305.08891)."""
     root = kept.sqrt()
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
 
@@ -337,7 +337,7 @@ def score(
     beta_end: float | None = None,
     zero_terminal_snr: bool = False,
 ) -> Theory:
-    """DDPM answered with the score ∇ log p(x_t) = −x_T/√(1−ᾱ). betas: linear, scaled-linear, cosine or a table.
+    """DDPM answered with the score −x_T/√(1−ᾱ). betas: linear, scaled-linear, cosine or a table.
 
     Source: Song et al. 2021, arXiv:2011.13456.
     """

@@ -72,6 +72,11 @@ class Definition:
         return tensor.expand(t.shape)
 
 
+def by_the_way(t: Tensor) -> Tensor:
+    """The clock of a theory that brings none: 1000 × the way from data to noise."""
+    return 1000 * t
+
+
 @dataclass(frozen=True)
 class Report:
     """What `Theory.check` found; `ok` when nothing is wrong."""
@@ -104,8 +109,8 @@ class Theory:
     t_noise: float | int = 1.0
     t_data: float | int = 0.0
     name: str = "a theory of one's own"
-    clock: Callable[[Tensor], Tensor] | None = None
-    input_scale: Callable[[Tensor], Tensor] | None = None
+    clock: Callable[[Tensor], Tensor] = by_the_way
+    input_scale: Callable[[Tensor], Tensor] = torch.ones_like
 
     def __post_init__(self) -> None:
         for role in ("data", "model"):
@@ -116,15 +121,15 @@ class Theory:
         t_noise, t_data = float(self.t_noise), float(self.t_data)
         if not (math.isfinite(t_noise) and math.isfinite(t_data)) or t_noise == t_data:
             raise Refused(
-                f'Theory "{self.name}": t_noise ({t_noise:g}) and t_data ({t_data:g}) must be two finite times.'
+                f'Theory "{self.name}": t_noise {t_noise:g} and t_data {t_data:g} must be finite and differ.'
             )
         put = object.__setattr__
         put(self, "t_noise", t_noise)
         put(self, "t_data", t_data)
         put(self, "data", Definition(self.data, f'Theory "{self.name}": data(t)'))
         put(self, "model", Definition(self.model, f'Theory "{self.name}": model(t)'))
-        put(self, "clock", self.clock or (lambda t: (t - t_data) * (1000 / (t_noise - t_data))))
-        put(self, "input_scale", self.input_scale or torch.ones_like)
+        if self.clock is by_the_way:
+            put(self, "clock", lambda t: (t - t_data) * (1000 / (t_noise - t_data)))
 
     # ---------------------------------------------------------------- the four forms of one solve
 
@@ -263,7 +268,7 @@ class Theory:
     def _same(self, one: Tensor, other: Tensor, name: str, other_name: str) -> None:
         if one.shape != other.shape:
             raise Refused(
-                f"{name} has shape {tuple(one.shape)}, {other_name} has {tuple(other.shape)}; they must agree."
+                f"{name} has shape {tuple(one.shape)}, {other_name} {tuple(other.shape)}; make them equal."
             )
 
     def _within(self, t: Tensor, to: "Theory") -> None:
@@ -273,8 +278,8 @@ class Theory:
         if bool(outside.any()):
             where = t.flatten()[outside.flatten()][0].item()
             raise Refused(
-                f'At t = {where:g} of "{self.name}" the log-SNR is {self.log_snr(where):.3g}, which "{to.name}" never '
-                f"reaches. Stay between its ends: {to.log_snr(to.t_noise):.3g} to {to.log_snr(to.t_data):.3g}."
+                f'At t = {where:g} of "{self.name}" the log-SNR is {self.log_snr(where):.3g}, '
+                f'which "{to.name}" never reaches. Stay within {to.log_snr(to.t_noise):.3g} and {to.log_snr(to.t_data):.3g}.'
             )
 
     def _invertible(self, t: Tensor, a: Tensor, s: Tensor, p: Tensor, q: Tensor, det: Tensor) -> None:

@@ -121,7 +121,7 @@ def _words(
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox 4×32; every word is an int64 tensor with values in [0, 2³²), broadcast together."""
+    """Ten rounds of Philox 4×32; words are int64 tensors with values in [0, 2³²), broadcast together."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import Refused
 from . import noise
+from .course import start_of
 from .definition import Theory, exact
 from .shapes import Anything, Denoise, Moment
 
@@ -86,9 +87,7 @@ class Mixture:
         return z
 
     def reference(self, x_T: Anything, theory: Theory, t: Moment | None = None) -> Tensor:
-        """x at t_data that the exact flow reaches from x_T, read as `solve` reads it (from time t, if given)."""
-        from .solver import start_of
-
+        """x at t_data reached from x_T by the exact flow; x_T is read as in `solve`, at t or t_noise."""
         begin = theory.t_noise if t is None else float(t)
         z = start_of(x_T.double(), theory, begin).reshape(len(x_T), -1)
         end = float(theory.angle(theory.t_data))

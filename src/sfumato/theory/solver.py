@@ -5,10 +5,10 @@ refused is refused before the network is asked for the first time.
 """
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..errors import Refused, nearest, one_of
@@ -113,10 +113,7 @@ def integrate(
     **options: object,
 ) -> Tensor:
     """The last state of `solve`, whose arguments it takes."""
-    x = x_T
-    for x in solve(denoise, x_T, theory, grid, solver, order, eta, noise, **options):
-        pass
-    return x
+    return deque(solve(denoise, x_T, theory, grid, solver, order, eta, noise, **options), maxlen=1)[0]
 
 
 def _times(theory: Theory, grid: int | Sequence[float] | Tensor, method: Method, batch: int) -> Tensor:

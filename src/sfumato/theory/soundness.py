@@ -38,14 +38,14 @@ def _shapes(theory: Theory, t: Tensor) -> list[str]:
     """A definition answers each time by itself, whatever the shape it is asked in."""
     problems = []
     some = t[:: max(1, len(t) // 6)]
-    for definition in (theory.data, theory.model):
+    for role, definition in (("data", theory.data), ("model", theory.model)):
         flat = torch.stack(definition(some))
         column = torch.stack(definition(some[:, None]))[..., 0]
         single = torch.stack([torch.stack(definition(one)) for one in some], -1)
         for other in (column, single):
             if not torch.allclose(flat, other, rtol=1e-9, atol=1e-12, equal_nan=True):
                 problems.append(
-                    f"{definition.title} depends on the shape of t, or is not the same twice; "
+                    f'Theory "{theory.name}": {role}(t) depends on the shape of t, or is not the same twice; '
                     f"write it as a plain function of each time."
                 )
                 break
@@ -127,6 +127,6 @@ def _told(theory: Theory, asked: Tensor) -> list[str]:
         elif not bool(torch.isfinite(told).all()):
             where = asked[~torch.isfinite(told)][0].item()
             problems.append(
-                f'Theory "{theory.name}": {name}(t) is not finite at t = {where:g}, where the network is asked.'
+                f'Theory "{theory.name}": {name}(t) is not finite at the asked time t = {where:g}.'
             )
     return problems

@@ -182,7 +182,7 @@ def within(base: Tensor, new: Tensor, unit: Tensor, share: float, turn: Weight) 
     """`new`, but per sample no further from `base` than share·max(|unit|, |turn|), in root mean square."""
     axes = tuple(range(1, base.ndim))
     move = new - base
-    least = abs(turn) if isinstance(turn, float) else turn.abs()
+    least = abs(turn)
     unit_size = torch.linalg.vector_norm(unit, dim=axes, keepdim=True)
     count = base[0].numel() ** 0.5
     room = share * torch.maximum(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import Refused, nearest, one_of
 from .definition import Theory, exact
-from .densities import Density, density, densities  # noqa: F401  (times to train at live next door)
+from .densities import Density, densities, density
 from .shapes import Anything
 
 __all__ = [
@@ -127,7 +127,7 @@ def two_sided(theory: Theory, steps: int, delta: float = 0.1) -> Tensor:
 
 
 def custom(theory: Theory, moments: Sequence[float] | Anything) -> Tensor:
-    """One's own times, checked: inside the theory, strictly towards the data or strictly towards the noise."""
+    """One's own times, checked: inside the theory, strictly towards the data, or towards the noise."""
     t = exact(torch.as_tensor(moments, dtype=torch.float64))
     if t.ndim not in (1, 2) or t.shape[-1] < 2:
         raise Refused(f"A grid has at least two times; this one has shape {tuple(t.shape)}.")
