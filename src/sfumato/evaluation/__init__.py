@@ -1,0 +1,7 @@
+"""Evaluation: how good the pictures are, as numbers with error bars."""
+
+from .kernel import kernel_distance
+from .measure import Measure, over
+from .neighbours import Neighbours, is_right
+
+__all__ = ["Measure", "Neighbours", "is_right", "kernel_distance", "over"]

@@ -1,0 +1,62 @@
+"""Numbers about pictures say what they claim to say."""
+
+import math
+
+import pytest
+import torch
+
+from sfumato.evaluation import Neighbours, is_right, kernel_distance, over
+from sfumato.evaluation.kernel import latent_features
+from sfumato.evaluation.measure import share
+from sfumato.theory import noise
+
+
+def pictures(count: int, seed: int = 0) -> torch.Tensor:
+    return noise.normal((3, 8, 8), seed, range(count), purpose="pictures").clamp(-1, 1)
+
+
+def test_a_picture_is_its_own_nearest_neighbour_whatever_its_dtype():
+    known = pictures(40)
+    neighbours = Neighbours(known, [(f"thing {i}",) for i in range(40)])
+    assert neighbours.nearest(known) == list(range(40))
+    bytes_ = ((known + 1) * 127.5).round().to(torch.uint8)
+    assert neighbours.nearest(bytes_) == list(range(40))
+
+
+def test_a_prompt_and_a_picture_agree_by_caption_or_by_last_word():
+    assert is_right("red apple", ["green apple"])
+    assert is_right("Red Apple", ["red apple"])
+    assert is_right("woman’s hat", ["hat", "woman’s sandal"])
+    assert not is_right("red apple", ["red heart"])
+    assert not is_right("", ["red heart"])
+    neighbours = Neighbours(pictures(3), [("a",), ("b",), ("c",)])
+    assert neighbours.judge(pictures(3), ["a", "c", "c"]) == [True, False, True]
+
+
+def test_the_kernel_distance_of_equal_sets_is_zero_within_its_error():
+    real = noise.normal((16,), 0, range(400), purpose="x")
+    same = noise.normal((16,), 1, range(400), purpose="x")
+    found = kernel_distance(real, same)
+    assert found.error is not None and abs(found.value) < 4 * found.error + 5e-3
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0])
+def test_the_kernel_distance_grows_with_the_difference(shift):
+    real = noise.normal((16,), 0, range(200), purpose="x")
+    other = noise.normal((16,), 1, range(200), purpose="x")
+    near, far = kernel_distance(real, other + shift / 2), kernel_distance(real, other + shift)
+    assert far.value > near.value > kernel_distance(real, other).value
+
+
+def test_errors_shrink_with_the_root_of_repetitions():
+    values = noise.normal((1,), 0, range(4000), purpose="x").flatten().tolist()
+    few, many = over(values[:400]), over(values)
+    assert few.error and many.error
+    assert math.isclose(few.error / many.error, math.sqrt(10), rel_tol=0.15)
+    assert over([1.0]).error is None
+    assert share([True] * 64).error and share([True] * 64).value == 1.0
+
+
+def test_latent_features_have_one_length_whatever_the_size():
+    assert latent_features(torch.zeros(2, 16, 8, 8)).shape == (2, 256)
+    assert latent_features(torch.zeros(2, 16, 16, 8)).shape == (2, 256)
