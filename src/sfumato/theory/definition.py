@@ -279,7 +279,8 @@ class Theory:
             where = t.flatten()[outside.flatten()][0].item()
             raise Refused(
                 f'At t = {where:g} of "{self.name}" the log-SNR is {self.log_snr(where):.3g}, '
-                f'which "{to.name}" never reaches. Stay within {to.log_snr(to.t_noise):.3g} and {to.log_snr(to.t_data):.3g}.'
+                f'which "{to.name}" never reaches. Stay within {to.log_snr(to.t_noise):.3g} and '
+                f"{to.log_snr(to.t_data):.3g}."
             )
 
     def _invertible(self, t: Tensor, a: Tensor, s: Tensor, p: Tensor, q: Tensor, det: Tensor) -> None:
