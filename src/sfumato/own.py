@@ -13,7 +13,7 @@ def is_own(name: str) -> bool:
     return ".py:" in name
 
 
-def load(name: str) -> Any:
+def load_own(name: str) -> Any:
     """The object called `name` in `file.py:name`.
 
     Raises:

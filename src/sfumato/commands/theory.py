@@ -27,7 +27,7 @@ def find(name: str) -> Theory:
     """
     if not own.is_own(name):
         return get(name)
-    found = own.load(name)
+    found = own.load_own(name)
     theory = found() if callable(found) and not isinstance(found, Theory) else found
     if not isinstance(theory, Theory):
         raise Refused(f"{name} is a {type(theory).__name__}, but a Theory(data=..., model=...) is needed.")
