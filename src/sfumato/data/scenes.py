@@ -190,7 +190,8 @@ def collection(count: int = 4000, seed: int = 0, size: int = 64, held_out: int =
         drawn = scene(np.random.default_rng([seed, index, unseen]), unseen)
         picture: Callable[[], Image.Image] = partial(draw, drawn, size)
         name = f"shapes/{seed}/{size}/{split}-{index:06d}"
-        return Sample(name, (drawn.caption,), split=split, picture=picture)
+        content = f"drawing 1, {size} pixels: {drawn!r}"
+        return Sample(name, (drawn.caption,), split=split, picture=picture, content=content)
 
     samples = [sample(i, TRAIN) for i in range(count)] + [sample(i, HELD_OUT) for i in range(held_out)]
     return Collection("shapes", sorted(samples, key=lambda one: one.name))

@@ -1,0 +1,310 @@
+"""Encoding: the frozen networks see every picture and every caption once, and the store keeps what they say.
+
+The work is cut into chunks before it begins, in an order that depends on nothing but the samples; a chunk
+becomes one shard, and batches never cross chunks. So a killed encode loses its open chunk alone, and the same
+command completes the store with the very bytes an undisturbed run would have written.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import Failed, Refused
+
+from . import formats, media
+from .encoded import Batch, EncodedSet, Item
+from .sample import Sample, SetAside
+from .store import Store, key
+
+T = TypeVar("T")
+R = TypeVar("R")
+Bucket = tuple[int, int]  # width, height in pixels
+Pixels = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+Texts = Callable[[list[str]], list[dict[str, Tensor]]]
+Progress = Callable[[int, int, str], None]
+
+__all__ = ["Batch", "EncodedSet", "Encoding", "Item", "fill"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How samples are encoded; its parts are parts of the store's keys.
+
+    pixels, texts: fingerprints of the encoders. batch, texts_batch: pictures, captions in one call.
+    shard: entries a shard holds at most, and so what a kill can cost. flip: also store mirrored pictures.
+    pixels_format, texts_format: see `formats`. threads: decode pictures ahead while others are encoded.
+    """
+
+    pixels: str
+    texts: str = ""
+    batch: int = 16
+    texts_batch: int = 64
+    shard: int = 256
+    flip: bool = False
+    pixels_format: str = "same"
+    texts_format: str = "same"
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """One sample, and the keys of its picture's variants (plain, mirrored)."""
+
+    sample: Sample
+    bucket: Bucket
+    size: tuple[int, int]
+    keys: tuple[str, ...]
+
+
+@dataclass
+class _Run:
+    """What one call of `fill` has found so far."""
+
+    store: Store
+    how: Encoding
+    progress: Progress
+    set_aside: list[SetAside] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def count(self, what: str, number: int = 1) -> None:
+        self.counts[what] = self.counts.get(what, 0) + number
+
+
+def fill(
+    store: Store,
+    samples: Sequence[Sample],
+    bucket_of: Bucket | Callable[[Bucket], Bucket],
+    encode_pixels: Pixels,
+    encode_captions: Texts | None,
+    how: Encoding,
+    progress: Progress | None = None,
+) -> EncodedSet:
+    """Encode what the store lacks of these samples, verify what it has, and return them ready to be read.
+
+    Args:
+        bucket_of: (width, height) that pictures are fitted to: one, or a function of a picture's size.
+        encode_pixels: pixels [B, 3, H, W] in [−1, 1] → latents [B, …], or {"mean", "std"} of a posterior.
+        encode_captions: captions → one dict of tensors each; None for a model without text.
+        progress: called with (done, total, phase).
+    Returns:
+        The set, its `set_aside` naming every sample that could not be used, its `notes` what was repaired.
+    Raises:
+        Refused: no sample is left. Failed: the disk is full (what was stored stays valid).
+    """
+    run = _Run(store, how, progress or (lambda done, total, phase: None))
+    tasks = _plan(run, samples, bucket_of)
+    _repair(run, "pixels", {one: task.sample.name for task in tasks for one in task.keys})
+    failed = _fill_pictures(run, tasks, encode_pixels)
+    texts: dict[str, str] = {}
+    if encode_captions is not None:
+        captions = {caption for task in tasks for caption in task.sample.captions} | {""}
+        texts = {caption: _text_key(how, caption) for caption in captions}
+        _repair(run, "text", {one: f'the caption "{caption}"' for caption, one in texts.items()})
+        _fill_texts(run, texts, encode_captions)
+    return _gather(run, tasks, failed, texts)
+
+
+def _text_key(how: Encoding, caption: str) -> str:
+    return key(hashlib.sha256(caption.encode()).hexdigest(), "caption", how.texts, how.texts_format)
+
+
+def _plan(run: _Run, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]) -> list[Task]:
+    """The samples that can be opened, with the keys of their pictures."""
+    how = run.how
+
+    def look(sample: Sample) -> Task | SetAside:
+        try:
+            content = sample.content_hash()
+            size = media.size_of(sample.source()) if callable(bucket_of) else (0, 0)
+        except (media.Unreadable, OSError) as problem:
+            return SetAside(sample.name, _reason(problem))
+        bucket = bucket_of(size) if callable(bucket_of) else bucket_of
+        transform = f"{media.TRANSFORM} to {bucket[0]}x{bucket[1]}"
+        variants = [transform, f"{transform} mirrored"] if how.flip else [transform]
+        keys = tuple(key(content, variant, how.pixels, how.pixels_format) for variant in variants)
+        return Task(sample, bucket, size, keys)
+
+    tasks: list[Task] = []
+    with _threads(how.threads) as pool:
+        for done, found in enumerate(_ahead(pool, look, samples, 64)):
+            if isinstance(found, SetAside):
+                run.set_aside.append(found)
+            else:
+                tasks.append(found)
+            run.progress(done + 1, len(samples), "reading")
+    return tasks
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, OSError):
+        return f"cannot be opened: {problem.strerror or problem}"
+    return str(problem)
+
+
+def _repair(run: _Run, kind: str, owners: Mapping[str, str]) -> None:
+    """Verify the stored ones among the keys; take damaged ones out, so that they are encoded again."""
+    damaged = run.store.verify(kind, owners)
+    for one in damaged:
+        whose = owners.get(one.key, "all its samples")
+        run.notes.append(f"damaged: {whose} in shard {kind}/{one.shard}: {one.reason}; encoded again.")
+    run.count("damaged", len(damaged))
+    if damaged:
+        run.store.drop(kind, damaged)
+
+
+def _fill_pictures(run: _Run, tasks: Sequence[Task], encode: Pixels) -> dict[tuple[str, ...], str]:
+    """Encode the pictures that the store lacks, chunk by chunk; returns the reasons of those that failed."""
+    how = run.how
+    first = {task.keys: task for task in reversed(tasks)}  # equal pictures are encoded once
+    ordered = sorted(first.values(), key=lambda task: (task.bucket, task.keys))
+    stored = run.store.has("pixels", [one for task in ordered for one in task.keys])
+    chunks = [
+        [task for task in chunk if not stored.issuperset(task.keys)]
+        for _, members in groupby(ordered, key=lambda task: task.bucket)
+        for chunk in _cut(list(members), how.shard)
+    ]
+    total = sum(map(len, chunks))
+    run.count("pictures_stored_before", len(ordered) - total)
+    failed: dict[tuple[str, ...], str] = {}
+    done = 0
+    with _threads(how.threads) as pool:
+        decoded = _ahead(pool, _decode, (task for chunk in chunks for task in chunk), 3 * how.batch)
+        for chunk in chunks:
+            entries: dict[str, Mapping[str, Tensor]] = {}
+            for group in _cut(chunk, how.batch):
+                failed |= _encode_group(
+                    group, list(islice(decoded, len(group))), encode, how.pixels_format, stored, entries
+                )
+                done += len(group)
+                run.progress(done, total, "pictures")
+            if entries:
+                run.store.commit("pixels", entries)
+    run.count("pictures_encoded", total - len(failed))
+    return failed
+
+
+def _decode(task: Task) -> Tensor | str:
+    """The picture fitted to its bucket, uint8 [3, H, W], or the reason why not."""
+    try:
+        return media.fit(media.read_picture(task.sample.source()), *task.bucket)
+    except (media.Unreadable, OSError) as problem:
+        return _reason(problem)
+
+
+def _encode_group(
+    group: Sequence[Task],
+    decoded: Sequence[Tensor | str],
+    encode: Pixels,
+    form: str,
+    stored: Container[str],
+    entries: dict[str, Mapping[str, Tensor]],
+) -> dict[tuple[str, ...], str]:
+    """Encode one batch into `entries`, every variant not yet stored; returns why some failed."""
+    pairs = list(zip(group, decoded, strict=True))
+    failed = {task.keys: picture for task, picture in pairs if isinstance(picture, str)}
+    sound = [(task, picture) for task, picture in pairs if isinstance(picture, Tensor)]
+    for variant in range(len(group[0].keys)):
+        wanted = [(task, picture) for task, picture in sound if task.keys[variant] not in stored]
+        if not wanted:
+            continue
+        pixels = media.to_pixels(torch.stack([picture for _, picture in wanted]))
+        with torch.no_grad():
+            answer = encode(pixels.flip(-1) if variant else pixels)
+        named = {"latents": answer} if isinstance(answer, Tensor) else dict(answer)
+        for row, (task, _) in enumerate(wanted):
+            own = {name: tensor[row].detach().cpu() for name, tensor in named.items()}
+            if all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
+                entries[task.keys[variant]] = formats.shrink(own, form)
+            else:
+                failed[task.keys] = "its encoding is not finite"
+    return failed
+
+
+def _fill_texts(run: _Run, texts: Mapping[str, str], encode: Texts) -> None:
+    """Encode the captions that the store lacks, those of like length together."""
+    how = run.how
+    ordered = sorted(texts, key=lambda caption: (len(caption), caption))
+    stored = run.store.has("text", texts.values())
+    chunks = [
+        [caption for caption in chunk if texts[caption] not in stored] for chunk in _cut(ordered, how.shard)
+    ]
+    total, done = sum(map(len, chunks)), 0
+    run.count("captions_stored_before", len(ordered) - total)
+    run.count("captions_encoded", total)
+    for chunk in chunks:
+        entries: dict[str, Mapping[str, Tensor]] = {}
+        for group in _cut(chunk, how.texts_batch):
+            with torch.no_grad():
+                answers = encode(list(group))
+            for caption, answer in zip(group, answers, strict=True):
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in answer.values()):
+                    raise Failed(
+                        f'The encoding of the caption "{caption}" is not finite; use a wider precision.'
+                    )
+                own = {name: tensor.detach().cpu() for name, tensor in answer.items()}
+                entries[texts[caption]] = formats.shrink(own, how.texts_format)
+            done += len(group)
+            run.progress(done, total, "captions")
+        if entries:
+            run.store.commit("text", entries)
+
+
+def _gather(
+    run: _Run, tasks: Sequence[Task], failed: Mapping[tuple[str, ...], str], texts: Mapping[str, str]
+) -> EncodedSet:
+    """The samples whose encodings are all there, in the order they were given."""
+    flat = [one for task in tasks for one in task.keys]
+    places = dict(zip(flat, run.store.places("pixels", flat), strict=True))
+    items = []
+    for task in tasks:
+        if task.keys in failed:
+            run.set_aside.append(SetAside(task.sample.name, failed[task.keys]))
+            continue
+        found = tuple(place for place in map(places.get, task.keys) if place is not None)
+        captions = tuple((caption, texts[caption]) for caption in task.sample.captions if caption in texts)
+        plain = tuple((caption, "") for caption in task.sample.captions)
+        items.append(Item(task.sample, found, captions or plain, task.size, task.bucket))
+    if not items:
+        reasons = "; ".join(sorted({one.reason for one in run.set_aside})[:3]) or "there were none"
+        raise Refused(f"No picture is left to train on: {reasons}. Look at them with: sfumato data DIR")
+    null = formats.restore(run.store.get("text", texts[""])) if texts else {}
+    labels = not texts and any(task.sample.label is not None for task in tasks)
+    run.count("samples", len(items))
+    run.count("set_aside", len(run.set_aside))
+    return EncodedSet(run.store, items, null, run.set_aside, run.counts, run.notes, labels)
+
+
+def _cut(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive pieces of at most `size`."""
+    return (items[at : at + size] for at in range(0, len(items), size))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that, when the block fails, does not finish what was only planned."""
+    pool = ThreadPoolExecutor(max(1, count))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+    """work(item) for each item in order, up to `depth` of them under way at once."""
+    coming, waiting = iter(items), deque[Future[R]]()
+    for item in islice(coming, depth):
+        waiting.append(pool.submit(work, item))
+    while waiting:
+        result = waiting.popleft().result()
+        for item in islice(coming, 1):
+            waiting.append(pool.submit(work, item))
+        yield result

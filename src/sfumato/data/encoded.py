@@ -1,0 +1,162 @@
+"""An encoded set reads training batches straight from mapped shards: no decoding, no copies but one.
+
+Which picture variant, which caption and which draw of the posterior a sample shows is a function of
+(seed, sample, epoch).
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from sfumato.theory import noise
+
+from . import formats, shard
+from .index import Place
+from .sample import Sample, SetAside
+from .store import Store
+
+T = TypeVar("T")
+REMEMBERED = 4096  # captions whose tensors stay in memory
+
+
+class Reader(Protocol):
+    """What training needs of data: length, shapes, batches."""
+
+    buckets: list[tuple[int, ...]]
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int], seed: int, epoch: int) -> "Batch": ...
+
+
+@dataclass
+class Batch:
+    """What one step trains on.
+
+    ids: of the samples, 63 bits. latents [B, C, H, W] float32. conditions: tensors of each, not padded.
+    """
+
+    ids: list[int]
+    latents: Tensor
+    conditions: list[dict[str, Tensor]]
+    captions: list[str]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample in the store: where each variant of its picture and each of its captions lies."""
+
+    sample: Sample
+    pictures: tuple[Place, ...]
+    captions: tuple[tuple[str, str], ...]  # (caption, its key)
+    size: tuple[int, int] = (0, 0)  # of the picture itself; (0, 0) where nobody looked
+    bucket: tuple[int, ...] = ()  # (width, height) in pixels
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the latents."""
+        return next(one.shape for one in self.pictures[0].fields if one.name in ("latents", "mean"))
+
+
+@dataclass
+class EncodedSet:
+    """Samples whose encodings are in the store; reads batches of them.
+
+    null holds the tensors of the empty caption; set_aside the files that could not be encoded; counts and
+    notes say what `fill` did.
+    """
+
+    store: Store
+    items: list[Item]
+    null: dict[str, Tensor] = field(default_factory=dict)
+    set_aside: list[SetAside] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    labels: bool = False
+
+    def __post_init__(self) -> None:
+        self.ids = [item.sample.id for item in self.items]
+        self.names = [item.sample.name for item in self.items]
+        self.captions = [item.captions[0][0] if item.captions else "" for item in self.items]
+        self.splits = [item.sample.split for item in self.items]
+        self.buckets = [item.shape for item in self.items]
+        self._texts: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def of(self, split: str) -> "EncodedSet":
+        """The part with that split, "train" or "held_out"."""
+        return replace(self, items=[item for item in self.items if item.sample.split == split])
+
+    def read(self, indices: Sequence[int], seed: int = 0, epoch: int = 0) -> Batch:
+        """The batch of these samples, which must be of one bucket.
+
+        Raises:
+            ValueError: they are of different shapes.
+        """
+        items = [self.items[i] for i in indices]
+        ids = [self.ids[i] for i in indices]
+        captions = _choose([item.captions for item in items], ids, seed, epoch, "caption")
+        places = _choose([item.pictures for item in items], ids, seed, epoch, "variant")
+        conditions = [self.condition(chosen[1]) if chosen else {} for chosen in captions]
+        if self.labels:
+            conditions = [
+                {**condition, "labels": torch.tensor(item.sample.label or 0)}
+                for condition, item in zip(conditions, items, strict=True)
+            ]
+        latents = self._latents([place for place in places if place], ids, seed, epoch)
+        return Batch(ids, latents, conditions, [chosen[0] if chosen else "" for chosen in captions])
+
+    def _latents(self, places: list[Place], ids: list[int], seed: int, epoch: int) -> Tensor:
+        first = places[0].fields
+        if any(place.fields is not first and place.fields != first for place in places):
+            raise ValueError(
+                "the samples of a batch have latents of different shapes; take them from one bucket"
+            )
+        rows = np.empty((len(places), places[0].length), np.uint8)
+        for row, place in zip(rows, places, strict=True):
+            row[:] = self.store.view(place.path)[place.begin : place.begin + place.length]
+        all_rows = torch.from_numpy(rows)
+        stored = {one.name: _column(all_rows, one) for one in first}
+        tensors = formats.restore(stored)
+        if "latents" in tensors:
+            return tensors["latents"]
+        shape = tuple(tensors["mean"].shape[1:])
+        return tensors["mean"] + tensors["std"] * noise.normal(shape, seed, ids, epoch, "posterior")
+
+    def condition(self, key: str) -> dict[str, Tensor]:
+        """The tensors of a caption's encoding; do not write into them."""
+        found = self._texts.get(key)
+        if found is None:
+            found = formats.restore(self.store.get("text", key))
+            self._texts[key] = found
+            if len(self._texts) > REMEMBERED:
+                self._texts.popitem(last=False)
+        return found
+
+
+def _choose(
+    options: Sequence[Sequence[T]], ids: list[int], seed: int, epoch: int, purpose: str
+) -> list[T | None]:
+    """One of each sample's options."""
+    if max(map(len, options), default=0) <= 1:
+        return [some[0] if some else None for some in options]
+    return [
+        some[xxhash.xxh3_64_intdigest(f"{seed} {one} {epoch} {purpose}".encode()) % len(some)]
+        if some
+        else None
+        for some, one in zip(options, ids, strict=True)
+    ]
+
+
+def _column(rows: Tensor, one: shard.Field) -> Tensor:
+    """One field of all rows [B, bytes] uint8 → [B, *shape]."""
+    part = rows[:, one.begin : one.begin + one.length].contiguous()
+    return part.view(one.dtype).reshape(len(rows), *one.shape)

@@ -1,0 +1,166 @@
+"""Media: whatever a picture file holds becomes plain RGB, upright and on white, or a reason why not.
+
+Nothing a file contains can hang or crash a run: sizes are looked at before pixels, and every failure of a
+decoder becomes one sentence.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".jfif")
+CLIPS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+TRANSFORM = "picture 1: upright, on white, sRGB, centre crop, Lanczos"
+"""What `read_picture` and `fit` do, as part of the store's keys; a change of theirs changes it."""
+MOST_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
+THINNEST = 32  # longer side over shorter side
+SMALLEST = 4  # pixels a side
+
+
+class Unreadable(Exception):
+    """A file that is no usable picture; the message is the reason, in a few words."""
+
+
+def open_picture(source: Path | bytes | Image.Image) -> Image.Image:
+    """The picture's first frame, not yet decoded, its size looked at.
+
+    Raises:
+        Unreadable: empty, no picture, too many pixels, or a strip.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, Path):
+        try:
+            source = source.read_bytes()
+        except OSError as problem:
+            raise Unreadable(f"cannot be opened: {problem.strerror}") from problem
+    if not source:
+        raise Unreadable("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(source))
+        except Image.DecompressionBombError as problem:
+            raise Unreadable(_too_large(str(problem))) from problem
+        except Exception as problem:  # decoders fail in every way there is; each is one reason
+            raise Unreadable("no picture in any known format, or its head is broken") from problem
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise Unreadable(_too_large(f"{width}×{height} pixels"))
+    if min(width, height) < SMALLEST or max(width, height) > THINNEST * min(width, height):
+        raise Unreadable(f"a strip or dot of {width}×{height} pixels")
+    return image
+
+
+def _too_large(what: str) -> str:
+    return f"too large to be decoded safely (more than {MOST_PIXELS // 1_000_000} megapixels): {what}"
+
+
+def size_of(source: Path | bytes | Image.Image) -> tuple[int, int]:
+    """(width, height) as seen upright, from the file's head alone.
+
+    Raises:
+        Unreadable: see `open_picture`.
+    """
+    image = open_picture(source)
+    try:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception:  # a broken EXIF block: the picture is taken as it lies
+        turned = False
+    return (image.height, image.width) if turned else image.size
+
+
+def read_picture(source: Path | bytes | Image.Image) -> Image.Image:
+    """The picture as upright RGB: EXIF turned, alpha on white, 16 bits to 8, CMYK and profiles to sRGB.
+
+    Of an animation the first frame.
+
+    Raises:
+        Unreadable: with the reason.
+    """
+    image = open_picture(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image.load()
+            image = _upright(image)
+            return _on_white(_eight_bits(_in_srgb(image)))
+        except Unreadable:
+            raise
+        except Exception as problem:  # decoders fail in every way there is; each is one reason
+            reason = " ".join(str(problem).split())[:120] or type(problem).__name__
+            raise Unreadable(f"its pixels cannot be decoded: {reason}") from problem
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block: the picture is taken as it lies
+        return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Apply an embedded colour profile; one that is broken is ignored, as browsers do."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "CMYK") or b"sRGB" in profile[:4096]:
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        turned = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return turned if turned is not None else image
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Modes of more than 8 bits as "L": 16 bits divided by 257, floats taken in [0, 1] or else [0, 255]."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise Unreadable("it holds values that are not numbers")
+    if image.mode == "F":
+        values = values * 255 if values.max() <= 1 else values
+    elif image.mode != "I" or values.max() > 255:
+        values = values / 257
+    return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        clear = image.convert("RGBA")
+        white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, clear).convert("RGB")
+    return image.convert("RGB")
+
+
+def window(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
+    """The centred part (left, top, right, bottom) of a picture of `size` with the shape width × height."""
+    full_width, full_height = size
+    scale = min(full_width / width, full_height / height)
+    left, top = (full_width - width * scale) / 2, (full_height - height * scale) / 2
+    return left, top, left + width * scale, top + height * scale
+
+
+def fit(image: Image.Image, width: int, height: int) -> Tensor:
+    """The picture cropped centrally and scaled to width × height, uint8 [3, height, width]."""
+    if image.size != (width, height):
+        box = window(image.size, width, height)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def to_pixels(picture: Tensor) -> Tensor:
+    """uint8 0 … 255 → float32 −1 … 1, any shape."""
+    return picture.float() / 127.5 - 1
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """Pixels [3, H, W] in [−1, 1], clamped → a PIL picture."""
+    levels = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
