@@ -32,7 +32,7 @@ class Sample:
     file: Path | None = None
     split: str = TRAIN
     label: int | None = None
-    picture: Callable[[], Image.Image | bytes] | None = None
+    picture: Callable[[], Image.Image | bytes] | None = field(default=None, repr=False, compare=False)
     content: str = ""
     extra: dict[str, str] = field(default_factory=dict)
 

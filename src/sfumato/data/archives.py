@@ -1,0 +1,223 @@
+"""Archives: tar shards, arrays and saved data sets as sources; their pictures are read where they lie."""
+
+import json
+import tarfile
+import zipfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sfumato.errors import Refused
+
+from . import media, metadata
+from .sample import Collection, Sample, SetAside
+
+Kind = Callable[[Path, str], Collection]
+
+
+def recognise(root: Path) -> Kind | None:
+    """What reads this path, if it is an archive of some kind; None for a plain folder."""
+    if root.is_file():
+        return {".tar": tars, ".npz": arrays}.get(root.suffix.lower())
+    if (root / "dataset_info.json").exists() and (root / "state.json").exists():
+        return saved
+    if (root / "dataset_dict.json").exists():
+        return saved
+    names = [path.suffix.lower() for path in root.iterdir() if not path.name.startswith(".")]
+    if ".tar" in names and not any(suffix in media.PICTURES for suffix in names):
+        return tars
+    return None
+
+
+def tars(root: Path, captions: str) -> Collection:
+    """Tar shards in the webdataset layout: members of one stem are one sample. Never unpacked."""
+    result = Collection(root.stem, [])
+    base = (root if root.is_dir() else root.parent).resolve()
+    for path in [root] if root.is_file() else sorted(root.glob("*.tar")):
+        if not path.resolve().is_relative_to(base):
+            result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
+            continue
+        try:
+            _one_tar(path, captions, result)
+        except (tarfile.TarError, OSError, EOFError) as problem:
+            result.set_aside.append(SetAside(path.name, f"the archive is broken: {problem}"))
+    return result
+
+
+def _one_tar(path: Path, captions: str, result: Collection) -> None:
+    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+    with tarfile.open(path, "r:") as archive:
+        for member in archive:
+            if member.isfile():
+                stem, _, suffix = PurePosixPath(member.name).name.partition(".")
+                parent = str(PurePosixPath(member.name).parent)
+                groups.setdefault(f"{parent}/{stem}", {})["." + suffix.lower()] = member
+        for members in groups.values():
+            picture = next(
+                (members[suffix] for suffix in media.PICTURES + media.CLIPS if suffix in members), None
+            )
+            if picture is None:
+                continue
+            name = f"{path.name}/{picture.name}"
+            found, reason = _tar_captions(archive, members) if captions == "files" else (("",), "")
+            label = None
+            if captions == "folder":
+                found, reason, label = _class(archive, members)
+            if reason:
+                result.set_aside.append(SetAside(metadata.printable(name), reason))
+                continue
+            read = partial(_slice, path, picture.offset_data, picture.size)
+            result.samples.append(Sample(name, found, picture=read, label=label))
+
+
+def _slice(path: Path, begin: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(begin)
+        return file.read(length)
+
+
+def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    file = archive.extractfile(member)
+    return "" if file is None else file.read().decode("utf-8-sig", "surrogateescape")
+
+
+def _tar_captions(
+    archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]
+) -> tuple[tuple[str, ...], str]:
+    for suffix in (".txt", ".caption"):
+        if suffix in members:
+            return metadata.captions_of(_member(archive, members[suffix]).splitlines() or [""])
+    if ".json" not in members:
+        return (), "no caption: no .txt or .json of its name in the archive"
+    try:
+        value: Any = json.loads(_member(archive, members[".json"]))
+    except (ValueError, RecursionError):
+        return (), "its .json is not JSON"
+    if isinstance(value, dict):
+        value = next((value[name] for name in metadata.CAPTION_COLUMNS if name in value), None)
+    return metadata.captions_of(value)
+
+
+def _class(
+    archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]
+) -> tuple[tuple[str, ...], str, int | None]:
+    if ".cls" not in members:
+        return (), "no class: no .cls of its name in the archive", None
+    text = _member(archive, members[".cls"]).strip()
+    return (text,), "", int(text) if text.isdecimal() else None
+
+
+def arrays(root: Path, captions: str) -> Collection:
+    """An .npz of pictures [N, H, W] or [N, H, W, C] (uint8), with labels [N] and perhaps captions or classes.
+
+    Raises:
+        Refused: it has no such array, or is no .npz. Arrays of Python objects are never loaded.
+    """
+    try:
+        with np.load(root, allow_pickle=False) as file:
+            named = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as problem:
+        raise Refused(f"{root} is no .npz of plain arrays: {problem}") from problem
+    shapes = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in named.items())
+    pictures = next((a for a in named.values() if a.dtype == np.uint8 and a.ndim in (3, 4)), None)
+    if pictures is None:
+        raise Refused(f"{root} has no pictures: uint8 [N, H, W] or [N, H, W, 3] is wanted; it has {shapes}.")
+    others = {name: a for name, a in named.items() if a.shape[:1] == pictures.shape[:1] and a.ndim == 1}
+    labels = next((a for a in others.values() if a.dtype.kind in "iu"), None)
+    texts = next((a for a in others.values() if a.dtype.kind == "U"), None)
+    classes = _class_names(root, named, labels)
+    if captions == "files" and texts is None and labels is None:
+        raise Refused(
+            f"{root} has neither captions nor labels of its {len(pictures)} pictures; it has {shapes}. "
+            'Set data.captions = "none" to train without.'
+        )
+    result = Collection(root.stem, [], classes=classes)
+    for index in range(len(pictures)):
+        label = None if labels is None else int(labels[index])
+        caption = str(texts[index]) if texts is not None else "" if label is None else classes[label]
+        read = partial(_array_picture, pictures, index)
+        result.samples.append(Sample(f"{root.name}/{index:08d}", (caption,), picture=read, label=label))
+    return result
+
+
+def _class_names(root: Path, named: dict[str, np.ndarray], labels: np.ndarray | None) -> list[str]:
+    """Names of the classes: an array of texts in the file, classes.json beside it, else their numbers."""
+    count = 0 if labels is None else int(labels.max()) + 1
+    inside = next((a for n, a in named.items() if n in ("classes", "names") and a.dtype.kind == "U"), None)
+    if inside is not None and len(inside) >= count:
+        return [str(one) for one in inside]
+    beside = root.parent / "classes.json"
+    if beside.is_file() and beside.resolve().is_relative_to(root.parent.resolve()):
+        try:
+            listed = json.loads(beside.read_bytes())
+        except ValueError as problem:
+            raise Refused(f"{beside} is not JSON: {problem}") from problem
+        if isinstance(listed, dict):
+            listed = [listed.get(str(i), str(i)) for i in range(count)]
+        if isinstance(listed, list) and len(listed) >= count:
+            return [str(one) for one in listed]
+    return [str(i) for i in range(count)]
+
+
+def _array_picture(pictures: np.ndarray, index: int) -> Image.Image:
+    one = pictures[index]
+    return Image.fromarray(one[..., 0] if one.ndim == 3 and one.shape[-1] == 1 else one)
+
+
+def saved(root: Path, captions: str) -> Collection:
+    """A Hub data set that `save_to_disk` wrote (Arrow files), read with pyarrow.
+
+    Raises:
+        Refused: pyarrow is missing, or the columns are.
+    """
+    try:
+        import pyarrow as arrow
+    except ImportError as missing:
+        raise Refused(
+            f"{root} is read with pyarrow, which is not installed: pip install pyarrow"
+        ) from missing
+    result = Collection(root.name, [])
+    for path in sorted(root.rglob("*.arrow")):
+        if not path.resolve().is_relative_to(root.resolve()):
+            result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
+            continue
+        with arrow.memory_map(str(path)) as mapped:
+            table = arrow.ipc.open_stream(mapped).read_all()
+        inside = path.relative_to(root).as_posix()
+        split = metadata.SPLITS.get(PurePosixPath(inside).parts[0], "")
+        _one_table(inside, table, captions, split, result)
+    return result
+
+
+def _one_table(inside: str, table: Any, captions: str, split: str, result: Collection) -> None:
+    names = table.column_names
+    picture = next((name for name in ("image", "img", "picture", "pixel_values") if name in names), None)
+    text = next((name for name in metadata.CAPTION_COLUMNS if name in names), None)
+    label = next((name for name in ("label", "labels", "class") if name in names), None)
+    if picture is None or (captions == "files" and text is None):
+        wanted = "image" if picture is None else "caption or text"
+        raise Refused(f"{inside} has no column {wanted}; it has {', '.join(names)}.")
+    for index in range(table.num_rows):
+        name = f"{inside}/{index:08d}"
+        found, reason = metadata.captions_of(table[text][index].as_py()) if text else (("",), "")
+        number = table[label][index].as_py() if label else None
+        if captions == "folder":
+            found, reason = ((str(number),), "") if number is not None else ((), "no class")
+        if reason and captions != "none":
+            result.set_aside.append(SetAside(name, reason))
+            continue
+        read = partial(_cell, table[picture], index)
+        whole = number if isinstance(number, int) else None
+        result.samples.append(Sample(name, found or ("",), picture=read, split=split, label=whole))
+
+
+def _cell(column: Any, index: int) -> bytes:
+    value = column[index].as_py()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise media.Unreadable("the data set names a file instead of holding the picture")
+    return data
