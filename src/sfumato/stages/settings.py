@@ -16,9 +16,9 @@ class ModelSettings:
     theory: str = key("", "a theory's name, or file.py:name for your own; empty: the base's own")
     codec: str = key(
         "auto",
-        "scratch only: auto (a small VAE, trained first), pixels, or a codec's folder",
+        "scratch only: auto (a small VAE, trained first; also kl, tiny), pixels, or a codec's folder",
         path=True,
-        words=("auto", "pixels"),
+        words=("auto", "kl", "tiny", "pixels"),
     )
     text: str = key(
         "minilm",

@@ -1,0 +1,133 @@
+"""A model from scratch: each stage as the recipe's [model] section describes it."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from sfumato import own
+from sfumato.errors import Refused
+from sfumato.theory import Theory, get
+
+from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
+from .dit import DiT
+from .interface import Codec, Conditioner, Denoiser, Model, Stage, TrainableCodec
+from .settings import ModelSettings
+from .text import NoConditioner, TextConditioner
+from .unet import UNet
+
+DEFAULT_THEORY = "flow-matching"
+Kind = TypeVar("Kind", bound=Stage)
+
+
+def seeded(seed: int, make: Callable[[], Any]) -> Any:
+    """What `make` builds with torch's generator at `seed`; the generator's own state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def new_theory(word: str) -> Theory:
+    """The theory a recipe names: of the catalogue, or `file.py:name` (a Theory, or what makes one)."""
+    if not own.is_own(word):
+        return get(word or DEFAULT_THEORY)
+    made = own.load_own(word)
+    theory = made() if callable(made) and not isinstance(made, Theory) else made
+    if not isinstance(theory, Theory):
+        raise Refused(f"{word} is a {type(theory).__name__}, but a theory must be a sfumato.Theory.")
+    return theory
+
+
+def own_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
+    """The stage `file.py:name` makes when called with the arguments it takes."""
+    made = own.load_own(word)
+    stage = made(**arguments) if callable(made) and not isinstance(made, nn.Module) else made
+    if not isinstance(stage, kind):
+        raise Refused(f"{word} gives a {type(stage).__name__}, but here a {kind.__name__} is needed.")
+    stage.own_name = word
+    return stage
+
+
+def new_conditioner(settings: ModelSettings) -> Conditioner:
+    """The conditioner `model.text` names."""
+    if own.is_own(settings.text):
+        return own_stage(settings.text, Conditioner)
+    return NoConditioner() if settings.text == "none" else TextConditioner(settings.text)
+
+
+def new_codec(settings: ModelSettings, seed: int = 0) -> Codec:
+    """The codec `model.codec` names; a TrainableCodec from "auto", "kl" or "tiny" has yet to be trained.
+
+    A folder is that of a stage saved by sfumato, or of diffusers' AutoencoderKL or AutoencoderTiny.
+    """
+    word, stride, channels = settings.codec, settings.stride, settings.latent_channels
+    if own.is_own(word):
+        return own_stage(word, Codec)
+    if word == "pixels":
+        return PixelCodec()
+    if word == "auto":
+        return seeded(seed, lambda: ResidualCodec(stride, channels, settings.codec_width))
+    if word in ("kl", "tiny"):
+        name = "AutoencoderKL" if word == "kl" else "AutoencoderTiny"
+        return seeded(seed, lambda: AutoencoderCodec.small(name, stride, channels, settings.codec_width))
+    from .weights import load_codec
+
+    return load_codec(Path(word).expanduser())
+
+
+def needs_training(settings: ModelSettings, codec: Codec) -> bool:
+    """Whether the codec starts from nothing and is ours to train."""
+    return settings.codec in ("auto", "kl", "tiny") and isinstance(codec, TrainableCodec)
+
+
+def clock_range(theory: Theory) -> tuple[float, float]:
+    """What the clock says a hundredth of a radian from either end of the theory."""
+    clock = cast(Callable[[torch.Tensor], torch.Tensor], theory.clock)
+    ends = clock(theory.time_of(torch.tensor([0.01, math.pi / 2 - 0.01], dtype=torch.float64)))
+    return float(ends[0]), float(ends[1])
+
+
+def new_denoiser(
+    settings: ModelSettings, theory: Theory, codec: Codec, text_width: int, seed: int = 0
+) -> Denoiser:
+    """The network `model.denoiser` names, its weights drawn from `seed`."""
+    shared: dict[str, Any] = {
+        "channels": codec.latent_channels,
+        "width": settings.width,
+        "depth": settings.depth,
+        "heads": settings.heads,
+        "text_width": text_width,
+        "clock_range": clock_range(theory),
+    }
+    if own.is_own(settings.denoiser):
+        return seeded(seed, lambda: own_stage(settings.denoiser, Denoiser, **shared))
+    if settings.denoiser == "unet":
+        return seeded(seed, lambda: UNet(**shared))
+    return seeded(seed, lambda: DiT(**shared, patch=settings.patch))
+
+
+def check_latents(settings: ModelSettings, codec: Codec, width: int, height: int) -> None:
+    """Raises Refused unless pictures of this size become latents the denoiser can take."""
+    codec.check_size(width, height, f"A picture at data.resolution {width}×{height}")
+    step = {"dit": settings.patch, "unet": 2 ** (settings.depth - 1)}.get(settings.denoiser, 1)
+    if width // codec.stride % step or height // codec.stride % step:
+        grain = codec.stride * step
+        raise Refused(
+            f"Pictures of {width}×{height} become {width // codec.stride}×{height // codec.stride} latents, "
+            f"which this {settings.denoiser} cannot divide by {step}. "
+            f"Choose data.resolution in multiples of {grain}, or a smaller "
+            f"{'model.patch' if settings.denoiser == 'dit' else 'model.depth'}."
+        )
+
+
+def build(settings: ModelSettings, codec: Codec, conditioner: Conditioner, seed: int = 0) -> Model:
+    """A model from scratch around stages that are ready."""
+    theory = new_theory(settings.theory)
+    text_width = int(getattr(conditioner, "width", 0))
+    denoiser = new_denoiser(settings, theory, codec, text_width, seed)
+    model = Model(theory, codec, conditioner, denoiser)
+    model.info["theory"] = settings.theory or DEFAULT_THEORY
+    return model

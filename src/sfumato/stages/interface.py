@@ -1,0 +1,241 @@
+"""A model is three stages and a theory: codec, conditioner, denoiser.
+
+pixels  → codec       → latents       (frozen, once, offline)
+prompts → conditioner → condition     (frozen, once, offline)
+(x_t, t, condition) → denoiser → out  (what is trained)
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import Refused
+from sfumato.theory import Theory
+
+RAGGED = {"tokens": "mask"}
+"""Tensors whose second axis differs from sample to sample, and the mask that says which entries count."""
+
+
+class Condition(Mapping[str, Tensor]):
+    """What guides a batch: named tensors, each [B, ...].
+
+    Names our own models use: `tokens` [B, L, D] with `mask` [B, L] (true where a token counts),
+    `pooled` [B, D], `labels` [B]. Families add their own. An unconditional batch has no tensors,
+    but still a length. `negative` is what to lean away from, if that was asked for.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], size: int | None = None, negative: Self | None = None):
+        lengths = {name: len(tensor) for name, tensor in tensors.items()}
+        if size is not None:
+            lengths["size"] = size
+        if len(set(lengths.values())) != 1:
+            raise Refused(f"A condition's tensors need one batch size, but these have {lengths}.")
+        self.tensors = dict(tensors)
+        self.size = next(iter(lengths.values()))
+        self.negative = negative
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        """The number of tensors; the batch size is `size`."""
+        return len(self.tensors)
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        """Sample `index` alone, without padding and without masks: what the store keeps."""
+        row = {name: tensor[index] for name, tensor in self.tensors.items()}
+        for ragged, mask in RAGGED.items():
+            if ragged in row and mask in row:
+                row[ragged] = row[ragged][row.pop(mask)]
+        return row
+
+    @classmethod
+    def stack(cls, rows: Sequence[Mapping[str, Tensor]]) -> Self:
+        """A batch of rows; ragged tensors are padded with zeros to the longest, and masked."""
+        tensors: dict[str, Tensor] = {}
+        for name in rows[0] if rows else ():
+            parts = [row[name] for row in rows]
+            if name in RAGGED:
+                longest = max(len(part) for part in parts)
+                tensors[name] = torch.stack([F.pad(part, (0, 0, 0, longest - len(part))) for part in parts])
+                places = torch.arange(longest, device=parts[0].device)
+                tensors[RAGGED[name]] = torch.stack([places < len(part) for part in parts])
+            else:
+                tensors[name] = torch.stack(parts)
+        return cls(tensors, size=len(rows))
+
+    @classmethod
+    def join(cls, *parts: "Condition") -> Self:
+        """The samples of all parts, one after the other."""
+        return cls.stack([part.row(i) for part in parts for i in range(part.size)])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """On another device; floating tensors in another dtype."""
+        moved = {
+            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.tensors.items()
+        }
+        return type(self)(moved, size=self.size, negative=self.negative and self.negative.to(device, dtype))
+
+
+class Stage(nn.Module, ABC):
+    """A part of a model that can be written down: a kind, a config of plain values, and weights."""
+
+    kind = ""
+    own_name = ""
+    """`file.py:name` where a user wrote this stage."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Plain values from which `type(self)(**config)` builds the same network."""
+
+    def fingerprint(self) -> str:
+        """A hash of kind, config and weights: two stages that answer alike have the same one."""
+        digest = sha256(f"{self.kind}{sorted(self.config().items())}".encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Codec(Stage):
+    """Pixels [B, 3, H, W] in [-1, 1] ↔ normalised latents [B, C, H/stride, W/stride]."""
+
+    stride: int
+    latent_channels: int
+
+    @abstractmethod
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The posterior's mode, or with standard normal `noise` (shaped as the latents) a sample."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, not clamped."""
+
+    def check_size(self, width: int, height: int, name: str = "The picture") -> None:
+        """Raises Refused unless both sides are multiples of `stride`."""
+        if width % self.stride or height % self.stride:
+            fit = [max(self.stride, side // self.stride * self.stride) for side in (width, height)]
+            raise Refused(
+                f"{name} is {width}×{height}, but this codec needs sides in multiples of {self.stride}. "
+                f"Choose {fit[0]}×{fit[1]}."
+            )
+
+
+class TrainableCodec(Codec):
+    """A codec that can be trained from scratch: reconstruction + KL."""
+
+    @abstractmethod
+    def prepare(self, pixels: Tensor) -> None:
+        """Start from what a sample of the data [N, 3, H, W] shows, before training."""
+
+    @abstractmethod
+    def reconstruct(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """(pixels again [B, 3, H, W], KL to the standard normal per sample [B]); noise as the latents."""
+
+    @abstractmethod
+    def settle(self, pixels: Tensor) -> None:
+        """After training: fix the shift and scale that normalise latents, from a sample of the data."""
+
+
+class Conditioner(Stage):
+    """Prompts, labels or pictures → Condition."""
+
+    @abstractmethod
+    def forward(self, prompt: Sequence[str], **options: Any) -> Condition:
+        """The condition of a batch of prompts; raises Refused for an option it does not know."""
+
+    @abstractmethod
+    def null(self, count: int) -> Condition:
+        """The condition that says nothing, for guidance and caption dropout."""
+
+
+class Denoiser(Stage):
+    """out = network(x_t, what it is told about time, condition)."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x [B, C, ...] scaled by the theory's input_scale, clock [B] → out [B, C, ...]."""
+
+
+class Model:
+    """Codec, conditioner and denoiser, bound by a theory.
+
+    `info` holds what a user expects a model to remember: resolution, guidance, steps.
+    """
+
+    def __init__(
+        self,
+        theory: Theory,
+        codec: Codec,
+        conditioner: Conditioner,
+        denoiser: Denoiser,
+        info: Mapping[str, Any] | None = None,
+    ):
+        self.theory, self.codec, self.conditioner, self.denoiser = theory, codec, conditioner, denoiser
+        self.info = dict(info or {})
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser's weights are."""
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the denoiser's weights."""
+        return next(self.denoiser.parameters()).dtype
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move all three stages; returns self."""
+        for stage in (self.codec, self.conditioner, self.denoiser):
+            stage.to(device=device, dtype=dtype)
+        return self
+
+    @torch.no_grad()
+    def condition(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative: str | Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Condition:
+        """Encode what guides; `negative`, if given, rides along as `.negative`."""
+        if labels is not None:
+            options["labels"] = labels
+        prompts = [""] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        condition = self.conditioner(prompts, **options)
+        if negative is not None:
+            away = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+            condition.negative = self.conditioner(away, **options)
+        return condition
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels [B, 3, H, W] in [-1, 1] → normalised latents: the mode, or with `noise` a sample."""
+        self.codec.check_size(pixels.shape[-1], pixels.shape[-2])
+        return self.codec.encode(pixels.to(self.device, self.dtype), noise)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents → pixels, not clamped."""
+        return self.codec.decode(latents.to(self.device, self.dtype))
+
+    def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
+        """The network's answer at t in the theory's own time (scalar or [B])."""
+        times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
+        scale = self.theory.input_scale(times).to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
+        return self.denoiser(x_t * scale, self.theory.clock(times).to(x_t.dtype), condition)
+
+    def save(self, folder: Any) -> None:
+        """Write everything into one folder of safetensors and JSON, all or nothing."""
+        from .weights import save
+
+        save(self, folder)

@@ -1,0 +1,215 @@
+"""A model on disk: one folder, a subfolder for each stage, safetensors and JSON, written all or nothing.
+
+model.json                                   format, theory, what the model remembers
+codec/ conditioner/ denoiser/                stage.json and weights.safetensors each
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sfumato.errors import Failed, Refused, nearest
+from sfumato.record import RunFolder, atomic_folder, checksum
+
+from .build import new_theory, own_stage
+from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
+from .dit import DiT
+from .interface import Codec, Conditioner, Denoiser, Model, Stage
+from .text import NoConditioner, TextConditioner
+from .unet import UNet
+
+FORMAT = 1
+KINDS: dict[str, type[Stage]] = {
+    stage.kind: stage
+    for stage in (PixelCodec, ResidualCodec, AutoencoderCodec, TextConditioner, NoConditioner, DiT, UNet)
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
+    """Write the model; an older one in this folder is replaced at once.
+
+    Args:
+        text_by_name: the frozen text encoder is not copied, only where it came from.
+    """
+    with atomic_folder(Path(folder)) as beside:
+        for role in ("codec", "conditioner", "denoiser"):
+            save_stage(getattr(model, role), beside / role, text_by_name)
+        described = {"format": FORMAT, "info": model.info}
+        (beside / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def save_stage(stage: Stage, folder: Path, text_by_name: bool = False) -> None:
+    """Write one stage into a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described: dict[str, Any] = {"kind": stage.kind, "config": stage.config()}
+    if stage.own_name:
+        described["own"] = stage.own_name
+    if isinstance(stage, TextConditioner):
+        if not text_by_name:
+            stage.network.save_pretrained(folder)
+            stage.tokenizer.save_pretrained(folder)
+            described["config"]["source"] = "."
+    else:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stage.state_dict().items()}
+        save_file(tensors, folder / "weights.safetensors")
+    (folder / "stage.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def read_json(file: Path) -> Mapping[str, Any]:
+    """A JSON object from a file that sfumato wrote.
+
+    Raises:
+        Failed: the file is damaged.
+    """
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as problem:
+        raise Failed(
+            f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
+        ) from problem
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        Failed: the file is damaged.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as problem:
+        raise Failed(
+            f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
+        ) from problem
+
+
+def load_stage(folder: Path) -> Stage:
+    """The stage in a folder that `save_stage` wrote."""
+    described = read_json(folder / "stage.json")
+    config = dict(described["config"])
+    if described.get("own"):
+        arguments = {} if described["kind"] == "text" else config
+        stage = own_stage(described["own"], Stage, **arguments)
+    elif described["kind"] not in KINDS:
+        raise Refused(
+            f'{folder} holds a stage of kind "{described["kind"]}".{nearest(described["kind"], KINDS)}'
+        )
+    else:
+        if config.get("source") == ".":
+            config["source"] = str(folder)
+        stage = KINDS[described["kind"]](**config)
+    if (folder / "weights.safetensors").exists():
+        fill(stage, read_tensors(folder / "weights.safetensors"), folder / "weights.safetensors")
+    return stage.eval()
+
+
+def fill(stage: Stage, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Put weights into a stage; every name and shape must match.
+
+    Raises:
+        Refused: naming the first that do not.
+    """
+    try:
+        stage.load_state_dict(dict(tensors))
+    except RuntimeError as problem:
+        lines = str(problem).splitlines()
+        raise Refused(
+            f"{source} does not fit a {stage.kind} of this config: {lines[-1].strip()}"
+        ) from problem
+
+
+def load_codec(folder: Path) -> Codec:
+    """A codec from a folder: a stage of ours, a model's, or diffusers' AutoencoderKL or AutoencoderTiny."""
+    for place in (folder, folder / "codec"):
+        if (place / "stage.json").is_file():
+            stage = load_stage(place)
+            if isinstance(stage, Codec):
+                return stage
+            raise Refused(f"{place} holds a {stage.kind}, not a codec.")
+    config = dict(read_json(folder / "config.json")) if (folder / "config.json").is_file() else {}
+    architecture = config.get("_class_name")
+    if architecture not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise Refused(
+            f'model.codec = "{folder}" is no codec: it needs stage.json (sfumato) or the config.json of '
+            "diffusers' AutoencoderKL or AutoencoderTiny. Or say auto, kl, tiny or pixels."
+        )
+    codec = AutoencoderCodec(architecture, **{k: v for k, v in config.items() if not k.startswith("_")})
+    fill_network = codec.network.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    codec.network.load_state_dict(fill_network.state_dict())
+    codec.shift.fill_(config.get("shift_factor") or 0.0)
+    codec.scale.fill_(1.0 / (config.get("scaling_factor") or 1.0))
+    return codec.eval()
+
+
+def newest_weights(run: RunFolder) -> Path:
+    """The averaged weights (or the plain ones) of the run's newest checkpoint that is whole.
+
+    Raises:
+        Refused: the run has none.
+        Failed: every one is damaged.
+    """
+    damaged = []
+    for folder in reversed(run.checkpoint_folders()):
+        listed = read_json(folder / "manifest.json").get("files", {})
+        for name in ("ema.safetensors", "model.safetensors"):
+            if name in listed:
+                if (folder / name).is_file() and checksum(folder / name) == listed[name]["sha256"]:
+                    return folder / name
+                damaged.append(str(folder / name))
+    if damaged:
+        raise Failed(f"{', '.join(damaged)}: damaged, and the run has no other checkpoint. Train it again.")
+    raise Refused(f"{run.path} has no checkpoint yet. Run `sfumato train` on its recipe first.")
+
+
+def load(
+    folder: Path | str,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    model_class: type[Model] = Model,
+) -> Any:
+    """The model in a folder that `save` wrote, or of a run (its newest averaged weights).
+
+    Raises:
+        Refused: no such folder, or nothing in it that is known.
+        Failed: a file is damaged.
+    """
+    path = Path(folder).expanduser()
+    home = path / "model" if (path / "model" / "model.json").is_file() else path
+    if not (home / "model.json").is_file():
+        raise Refused(why_not(path, str(folder)))
+    described = read_json(home / "model.json")
+    if described.get("format", 0) > FORMAT:
+        raise Refused(
+            f"{home} was written by a newer sfumato (format {described['format']}). Update sfumato."
+        )
+    info = dict(described["info"])
+    codec, conditioner = load_stage(home / "codec"), load_stage(home / "conditioner")
+    denoiser = load_stage(home / "denoiser")
+    assert (
+        isinstance(codec, Codec) and isinstance(conditioner, Conditioner) and isinstance(denoiser, Denoiser)
+    )
+    if home != path:
+        weights = newest_weights(RunFolder.open(path))
+        fill(denoiser, read_tensors(weights), weights)
+    model = model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser, info)
+    return model.to(device, DTYPES[dtype] if isinstance(dtype, str) else dtype)
+
+
+def why_not(path: Path, given: str) -> str:
+    """Why nothing can be loaded from there, and what to do."""
+    if not path.exists() and given.count("/") == 1 and not given.startswith((".", "~", "/")):
+        return f'"{given}" is no folder here, and nothing is fetched: download it, and give its folder.'
+    if not path.exists():
+        return f"{path} does not exist. Give the folder of a model or of a run."
+    if (path / "model_index.json").is_file():
+        return f"{path} is a diffusers pipeline; this version loads models and runs that sfumato wrote."
+    if (path / "recipe.toml").is_file():
+        return f"{path} is a run that has not trained yet. Run `sfumato train {path / 'recipe.toml'}` first."
+    return f"{path} holds no model.json. Give the folder of a model or of a run."
