@@ -5,6 +5,7 @@ Run as a script it trains in its own process, so that it can be killed: FOLDER S
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from sfumato.record import RunFolder
 from sfumato.stages.interface import Condition, Model
 from sfumato.theory import get, noise
-from sfumato.training import loop
+from sfumato.training import loop, parallel
 from sfumato.training.held_out import HeldOut
 from sfumato.training.objective import DiffusionObjective
 from sfumato.training.settings import TrainSettings
@@ -101,10 +102,11 @@ def train(
 ) -> loop.Outcome:
     """Train in `folder` until settings.steps; `pause` seconds a step make it easier to hit with a signal."""
     objective, network, settings = make(**changes)
-    run = RunFolder.create(folder)
+    with parallel.current().first():
+        run = RunFolder.create(folder)
     measure = HeldOut(objective, Encoded(4, first=50), objective.encoded, run, samples=4, levels=3)
     slow = (lambda *_, **__: time.sleep(pause)) if pause else None
-    with run.lock():
+    with run.lock() if parallel.current().leads else nullcontext():
         return loop.fit(
             objective,
             network,
@@ -129,9 +131,17 @@ def fingerprint(folder: Path | str) -> str:
     return f"{last.name} {sums}"
 
 
+def truth(word: str) -> bool:
+    return word == "True"
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     words = dict(word.split("=") for word in sys.argv[2:])
     pause = float(words.pop("pause", 0))
-    changes = {name: type(getattr(TrainSettings(), name))(value) for name, value in words.items()}
-    train(sys.argv[1], pause=pause, **changes)
+    kinds = {name: type(getattr(TrainSettings(), name)) for name in words}
+    changes = {
+        name: truth(word) if kinds[name] is bool else kinds[name](word) for name, word in words.items()
+    }
+    with parallel.joined("cpu"):
+        train(sys.argv[1], pause=pause, **changes)

@@ -19,11 +19,12 @@ NAMED = 5
 
 
 class Seen(NamedTuple):
-    """The losses [b] of one part of a step, and whose they are."""
+    """The losses [b] of one part of a step, whose they are, and the size of the whole batch."""
 
     step: int
     ids: Sequence[int]
     per_sample: Tensor
+    of: int
 
 
 def write(
@@ -39,7 +40,7 @@ def write(
     }
     bad = [sample for sample, loss in losses.items() if not _is_finite(loss)]
     what = "loss" if bad else "gradient"
-    module, culprits = _search(objective, network, step, len(losses))
+    module, culprits = _search(objective, network, step, entries[0].of)
     names = [objective.name_of(sample) for sample in (bad or culprits or list(losses))]
     box: dict[str, Any] = {
         "step": step,

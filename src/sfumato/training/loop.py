@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from signal import SIGTERM
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from sfumato.errors import Failed
 from sfumato.record import RunFolder
 
-from . import blackbox, checkpoint, device
+from . import blackbox, checkpoint, device, parallel
 from .average import Average
 from .held import Held
 from .objective import Objective
+from .parallel import Division, Gradients
 from .settings import TrainSettings
 from .signals import Signals, Stopped
 
@@ -36,6 +38,10 @@ Progress = Callable[..., None]
 def to_stderr(sentence: str) -> None:
     """Say a sentence to whoever watches the run."""
     print(sentence, file=sys.stderr, flush=True)
+
+
+def _nothing(sentence: str) -> None:
+    """Say nothing: another process speaks."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +86,18 @@ def fit(
         Refused: the checkpoint is of another network.
         Stopped: by SIGINT or SIGTERM, after saving; it ends the process with 130 or 143.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if settings.threads or settings.exact_elastic:
+        torch.set_num_threads(settings.threads or 1)
     loop = _Loop(objective, network, settings, run, seed, say)
     loop.duties = [
         _Duty(settings.held_out_every, lambda step: loop.measure(held_out, step)) if held_out else None,
         _Duty(preview_every, lambda step: loop.preview(preview, step)) if preview else None,
     ]
-    loop.progress, loop.phase = progress, phase
+    if loop.processes.leads:
+        loop.progress, loop.phase = progress, phase
     loop.resume()
     loop.announce(counts or {})
-    with Signals() as loop.signals:
+    with Signals(patient=loop.processes.count > 1) as loop.signals:
         loop.run_through()
     return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average)
 
@@ -119,7 +126,9 @@ class _Loop:
         say: Callable[[str], None],
     ) -> None:
         self.objective, self.network, self.settings = objective, network, settings
-        self.run, self.seed, self.say = run, seed, say
+        self.processes = parallel.current()
+        self.run = run if self.processes.leads else parallel.Quiet(run.path)
+        self.seed, self.say = seed, say if self.processes.leads else _nothing
         self.held = Held(network, settings)
         self.optimiser, self.average, self.weights = self.held.optimiser, self.held.average, self.held.weights
         self.device = self.weights[0].device
@@ -128,6 +137,9 @@ class _Loop:
         self.bad = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)
         self.norm = torch.zeros((), device=self.device)
+        self.division = Division.of(settings, self.processes)
+        self.gradients = Gradients(self.weights, self.processes, self.division.exact)
+        self.stops = False
         self.seen: list[blackbox.Seen] = []
         self.duties: list[_Duty | None] = []
         self.progress: Progress | None = None
@@ -147,20 +159,29 @@ class _Loop:
         try:
             if self.owes:
                 self.attend()
-            while self.step < self.settings.steps and self.signals.asked is None:
+            while self.step < self.settings.steps and not self.must_stop:
                 began = time.perf_counter()
                 rate = self.advance()
                 self.window += time.perf_counter() - began
                 self.owes = True
-                if self.step % self.settings.log_every == 0 or self.step == self.settings.steps:
+                if self.is_logged(self.step):
                     self.log(rate)
-                if self.signals.asked is None:
+                if not self.must_stop:
                     self.attend()
-            if self.signals.asked is not None:
-                raise Stopped(self.signals.asked)
+            if self.must_stop:
+                raise Stopped(self.signals.asked or SIGTERM)
         except Stopped as stopped:
             self.leave(stopped)
             raise
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether the run was asked to stop; many processes stop when all of them know."""
+        return self.stops or (self.processes.count == 1 and self.signals.asked is not None)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the loss is read after `step` updates."""
+        return step % self.settings.log_every == 0 or step == self.settings.steps
 
     def advance(self) -> float:
         """One update of the weights; returns the learning rate.
@@ -168,23 +189,24 @@ class _Loop:
         Raises:
             Failed: the loss or its gradient is not finite; the weights have not moved.
         """
-        settings, parts = self.settings, self.settings.accumulate
-        loss = torch.zeros((), device=self.device)
-        for part in range(parts):
+        parts = self.division.parts
+        for part in self.division.mine:
             torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1_009 + part) & (2**63 - 1))
             with device.autocast(self.precision, self.device):
                 losses = self.objective.losses(self.step, part, parts)
             share = losses.per_sample.float().sum() / losses.of
             share.backward()
-            loss += share.detach()
-            self.seen.append(blackbox.Seen(self.step, losses.ids, losses.per_sample.detach()))
+            self.gradients.add(share.detach())
+            self.seen.append(blackbox.Seen(self.step, losses.ids, losses.per_sample.detach(), losses.of))
+        loss, wishes = self.gradients.total(self.signals.asked is not None)
+        if self.asks_every_step or self.is_logged(self.step + 1):
+            self.stops = bool(wishes)
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         self.norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         self.judge(loss)
         self.clip(gradients)
         rate = self.optimiser.step(self.step, None if self.asks_every_step else self.bad)
-        for weight in self.weights:
-            weight.grad = None
+        self.gradients.clear()
         self.step += 1
         self.loss_sum += loss
         self.loss_count += 1
@@ -192,7 +214,9 @@ class _Loop:
             self.average.update(self.step)
         if self.progress is not None:
             figures = {} if self.last_loss != self.last_loss else {"loss": self.last_loss}
-            self.progress(self.step, settings.steps, self.phase, **figures, samples_per_second=self.speed)
+            self.progress(
+                self.step, self.settings.steps, self.phase, **figures, samples_per_second=self.speed
+            )
         return rate
 
     def judge(self, loss: Tensor) -> None:
@@ -211,8 +235,7 @@ class _Loop:
 
     def blow_up(self) -> None:
         """Write the black box and raise."""
-        for weight in self.weights:
-            weight.grad = None
+        self.gradients.clear()
         if self.asks_every_step:
             self.save()
         raise Failed(blackbox.write(self.run, self.objective, self.network, self.seen, self.settings))
@@ -251,7 +274,7 @@ class _Loop:
         """Measure and draw where due, then save where due: a kill in between only repeats them."""
         step, steps = self.step, self.settings.steps
         for duty in self.duties:
-            if duty is not None and duty.is_due(step, steps):
+            if duty is not None and duty.is_due(step, steps) and self.processes.leads:
                 with self.signals.at_once():
                     duty.do(step)
         self.owes = False
@@ -293,9 +316,11 @@ class _Loop:
             "owes": self.owes,
             "precision": self.precision,
         }
-        folder = self.held.save(self.run, self.step, state)
+        with self.processes.first():
+            if self.processes.leads:
+                self.held.save(self.run, self.step, state)
         self.saved = self.step, self.owes
-        return folder
+        return self.run.checkpoint_folder(self.step)
 
     def leave(self, stopped: Stopped) -> None:
         """Save, if this step is not saved yet, and say how to go on."""
@@ -308,10 +333,14 @@ class _Loop:
         )
 
     def resume(self) -> None:
-        """Take up the newest checkpoint that is whole."""
-        folder = checkpoint.newest_good(self.run, self.say)
-        if folder is None:
+        """Take up the newest checkpoint that is whole; all processes the same."""
+        folder = checkpoint.newest_good(self.run, self.say) if self.processes.leads else None
+        number = -1 if folder is None else int(folder.name.removeprefix("step-"))
+        number = self.processes.agree(number)
+        if number < 0:
+            self.processes.equalise(self.network)
             return
+        folder = self.run.checkpoint_folder(number)
         state, changed = self.held.load(folder)
         self.step = self.resumed = int(state["step"])
         self.seconds = float(state["seconds"])
@@ -335,5 +364,6 @@ class _Loop:
             device=str(self.device),
             precision=self.precision,
             threads=torch.get_num_threads(),
+            processes=self.processes.count,
             sync=True,
         )

@@ -12,6 +12,8 @@ class TrainSettings:
     steps: int = key(5000, "optimizer steps in all", least=1)
     batch: int = key(32, "samples in one step, over all processes and accumulation", least=1)
     accumulate: int = key(1, "parts a batch is computed in, to need less memory", least=1)
+    exact_elastic: bool = key(False, "end with the same bits on 1, 2, 4, ... processes")
+    virtual_ranks: int = key(4, "exact_elastic only: most processes it may run on; a power of 2", least=1)
     optimizer: str = key("adamw", "what moves the weights", choices=("adamw",))
     learning_rate: float = key(1e-4, "the optimizer's learning rate after warm-up", least=0)
     warmup: int = key(100, "steps in which the learning rate rises from 0", least=0)

@@ -20,9 +20,13 @@ class Signals:
     """Within the block a first SIGINT or SIGTERM is noted in `asked`, a second one stops at once.
 
     Outside the main thread, where Python takes no signals, nothing is changed.
+
+    Args:
+        patient: only ever note signals: other processes must learn of them before this one may leave.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.asked: int | None = None
         self._at_once = False
         self._former: dict[int, Any] = {}
@@ -42,7 +46,7 @@ class Signals:
     def _received(self, number: int, frame: FrameType | None) -> None:
         again = self.asked is not None
         self.asked = number
-        if again or self._at_once:
+        if (again or self._at_once) and not self.patient:
             self._at_once = False
             raise Stopped(number)
 
@@ -53,7 +57,7 @@ class Signals:
         Raises:
             Stopped: also if a signal was noted before.
         """
-        if self.asked is not None:
+        if self.asked is not None and not self.patient:
             raise Stopped(self.asked)
         self._at_once = True
         try:

@@ -1,0 +1,202 @@
+"""Many processes, one run: each computes parts of the batch, and their gradients are added.
+
+Fast: one all-reduce a step, equal to one process up to rounding. Exact: the batch always has the same
+parts, whoever computes them, and gradients are added in one fixed binary tree,
+
+    ((g₀ + g₁) + (g₂ + g₃)) + ((g₄ + g₅) + (g₆ + g₇)),
+
+each process its own subtree first, so that 1, 2, 4 … processes end with the same bits.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sfumato.errors import Refused
+from sfumato.record import RunFolder
+
+from .settings import TrainSettings
+
+PATIENCE = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run and which of them this is."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes, draws and speaks for all."""
+        return self.rank == 0
+
+    def agree(self, number: int) -> int:
+        """The number the leading process has."""
+        if self.count == 1:
+            return number
+        told = torch.tensor([number], device=_own_device())
+        dist.broadcast(told, 0)
+        return int(told)
+
+    @torch.no_grad()
+    def equalise(self, network: nn.Module) -> None:
+        """Give every process the leading one's weights and buffers."""
+        if self.count > 1:
+            for tensor in network.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """The leading process does the block, then the others do, and find done what is kept on disk."""
+        if not self.leads:
+            dist.barrier()
+        yield
+        if self.leads and self.count > 1:
+            dist.barrier()
+
+
+def current() -> Processes:
+    """The processes that were joined; one if none were."""
+    if dist.is_available() and dist.is_initialized():
+        return Processes(dist.get_rank(), dist.get_world_size())
+    return Processes()
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[Processes]:
+    """Join the other processes if torchrun started this one; leave them at the end.
+
+    On GPUs each process takes the one of its local rank (nccl), on CPUs they talk through gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or current().count > 1:
+        yield current()
+        return
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    try:
+        yield current()
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+class Quiet(RunFolder):
+    """A run folder as the processes that do not lead see it: read, never written."""
+
+    def event(self, kind: str, *, sync: bool = False, **fields: object) -> None:
+        """Leave it to the leading process."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a batch is divided: into `parts`, of which this process computes `mine`."""
+
+    parts: int
+    mine: range
+    exact: bool
+
+    @classmethod
+    def of(cls, settings: TrainSettings, processes: Processes) -> "Division":
+        """As the settings say.
+
+        Raises:
+            Refused: the batch has fewer samples than parts, or exact parts cannot be shared evenly.
+        """
+        exact, count = settings.exact_elastic, processes.count
+        parts = settings.accumulate * count
+        if exact:
+            parts = 1 << (max(settings.virtual_ranks, settings.accumulate) - 1).bit_length()
+        if parts > settings.batch:
+            also = "train.virtual_ranks, " if exact else ""
+            raise Refused(
+                f"A batch of {settings.batch} cannot be divided into {parts} parts. Raise train.batch, or "
+                f"lower {also}train.accumulate or the number of processes."
+            )
+        if parts % count or (exact and count & (count - 1)):
+            raise Refused(
+                f"With train.exact_elastic a batch has {parts} parts, which {count} processes cannot share "
+                f"in one tree. Start a power of two of them, at most {parts} (train.virtual_ranks)."
+            )
+        each = parts // count
+        return cls(parts, range(processes.rank * each, (processes.rank + 1) * each), exact)
+
+
+class Gradients:
+    """The sum of the parts' gradients, left in the weights' `.grad` when a batch is complete."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], processes: Processes, exact: bool) -> None:
+        self.weights, self.processes, self.exact = list(weights), processes, exact
+        self.loss = torch.zeros((), device=self.weights[0].device)
+        self._tree: list[tuple[int, Tensor]] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Take in one part after its backward pass; `loss` is its share of the batch's mean."""
+        if not self.exact:
+            self.loss = self.loss + loss.float()
+            return
+        level, packed = 0, self._pack(loss.float())
+        while self._tree and self._tree[-1][0] == level:
+            packed = self._tree.pop()[1].add_(packed)
+            level += 1
+        self._tree.append((level, packed))
+        self.clear()
+
+    def total(self, stop: bool) -> tuple[Tensor, Tensor | bool]:
+        """Add what the processes have: (the batch's mean loss, how many of them were asked to stop)."""
+        if not self.exact and self.processes.count == 1:
+            loss, self.loss = self.loss, torch.zeros_like(self.loss)
+            return loss, stop
+        if self.exact:
+            packed = self._sum_in_tree(self._tree.pop()[1], stop)
+        else:
+            packed = self._pack(self.loss)
+            packed[-1] = float(stop)
+            dist.all_reduce(packed)
+            self.loss = torch.zeros_like(self.loss)
+        self._unpack(packed)
+        return packed[-2].clone(), packed[-1].clone()
+
+    def clear(self) -> None:
+        """Forget the weights' gradients."""
+        for weight in self.weights:
+            weight.grad = None
+
+    def _sum_in_tree(self, mine: Tensor, stop: bool) -> Tensor:
+        """The root of the tree whose subtrees the processes hold."""
+        mine[-1] = float(stop)
+        if self.processes.count == 1:
+            return mine
+        held = [torch.empty_like(mine) for _ in range(self.processes.count)]
+        dist.all_gather(held, mine)
+        while len(held) > 1:
+            held = [left.add_(right) for left, right in zip(held[::2], held[1::2], strict=True)]
+        return held[0]
+
+    def _pack(self, loss: Tensor) -> Tensor:
+        """All gradients as one float32 vector, followed by the loss and a place for the wish to stop."""
+        flat = [
+            torch.zeros(weight.numel(), device=weight.device)
+            if weight.grad is None
+            else weight.grad.detach().flatten().float()
+            for weight in self.weights
+        ]
+        return torch.cat([*flat, loss.detach().view(1), torch.zeros(1, device=loss.device)])
+
+    def _unpack(self, packed: Tensor) -> None:
+        place = 0
+        for weight in self.weights:
+            weight.grad = packed[place : place + weight.numel()].view_as(weight).to(weight.dtype)
+            place += weight.numel()

@@ -1,0 +1,159 @@
+"""Laws of the objective: what is drawn depends on (seed, sample, step), what is weighted on the time."""
+
+import pytest
+import torch
+from training_world import SHAPE, Encoded, Order, make
+
+from sfumato.stages.codec import ResidualCodec
+from sfumato.stages.interface import Condition
+from sfumato.theory import get, names
+from sfumato.training.held_out import HeldOut, chosen
+from sfumato.training.objective import WEIGHTINGS, DiffusionObjective
+from sfumato.training.reading import Reader
+from sfumato.training.reconstruction import ReconstructionObjective, reconstruction_error
+from sfumato.training.settings import TrainSettings
+
+
+def perfect(objective: DiffusionObjective) -> None:
+    """Make the model answer the target: it is told x_0 through the noise it is asked about."""
+    theory = objective.model.theory
+
+    def predict(x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return objective.answer  # type: ignore[attr-defined]
+
+    objective.model.predict = predict  # pyright: ignore[reportAttributeAccessIssue]
+    mix = type(theory).mix
+
+    def mixing(self, x_0, x_T, t):
+        objective.answer = self.target(x_0, x_T, t)  # type: ignore[attr-defined]
+        return mix(self, x_0, x_T, t)
+
+    object.__setattr__(theory, "mix", mixing.__get__(theory))
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_perfect_answer_has_no_loss_in_any_theory(name: str):
+    objective, _, _ = make(name)
+    perfect(objective)
+    losses = objective.losses(0, 0, 1)
+    assert losses.of == 6
+    torch.testing.assert_close(losses.per_sample, torch.zeros(6))
+
+
+@pytest.mark.parametrize("name", names())
+def test_weights_by_time_mean_the_same_in_every_theory(name: str):
+    """Law: x0 weighting turns the answer's squared error into that of x_0."""
+    theory = get(name)
+    theory_times = theory.time_of(torch.tensor([0.3, 0.8, 1.2], dtype=torch.float64))
+    x_0, x_T = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    answer = theory.target(x_0, x_T, theory_times) + 0.1
+    guess, _ = theory.split(theory.mix(x_0, x_T, theory_times), answer, theory_times)
+    weight = WEIGHTINGS["x0"](theory, theory_times)[:, None]
+    torch.testing.assert_close((guess - x_0) ** 2, weight * 0.1**2 * torch.ones_like(x_0))
+
+
+def test_min_snr_is_the_papers_weight_for_noise_prediction():
+    theory = get("ddpm-epsilon")
+    t = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
+    snr = theory.log_snr(t).exp()
+    torch.testing.assert_close(WEIGHTINGS["min-snr"](theory, t), (5 / snr).clamp(max=1))
+
+
+def test_draws_depend_on_the_sample_and_not_on_its_company():
+    objective, _, _ = make(stratified=False)
+    x_0 = torch.zeros(3, *SHAPE)
+    together = objective.draw([7, 8, 9], x_0, step=4)
+    alone = objective.draw([8], x_0[:1], step=4)
+    assert together.t[1] == alone.t[0] and together.dropped[1] == alone.dropped[0]
+    assert torch.equal(together.x_T[1], alone.x_T[0])
+    assert not torch.equal(objective.draw([8], x_0[:1], step=5).x_T, alone.x_T)
+
+
+def test_stratified_times_fill_every_stratum_of_the_batch_whatever_the_parts():
+    objective, _, _ = make(stratified=True)
+    for step in range(4):
+        for parts in (1, 2, 3):
+            ids = objective.encoded.ids[:6]
+            bounds = [(6 * part // parts, 6 * (part + 1) // parts) for part in range(parts)]
+            t = torch.cat(
+                [
+                    objective.draw(ids[low:high], torch.zeros(high - low, *SHAPE), step, part, parts).t
+                    for part, (low, high) in enumerate(bounds)
+                ]
+            )
+            assert (t * 6).floor().sort().values.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(0.0, False), (1.0, True)])
+def test_a_dropped_caption_is_the_null_condition(dropout: float, expected: bool):
+    model, settings = make()[0].model, make()[2]
+    heard: list[Condition] = []
+    model.denoiser.register_forward_hook(lambda module, inputs, out: heard.append(inputs[2]))
+    DiffusionObjective(model, Encoded(), Order(), settings, 0, caption_dropout=dropout).losses(0, 0, 1)
+    assert bool((heard[0]["tokens"] == 0).all()) is expected
+
+
+def test_held_out_loss_is_the_same_twice_and_tells_levels_apart(tmp_path):
+    from sfumato.record import RunFolder
+
+    objective, network, _ = make()
+    network.eval()
+    run = RunFolder.create(tmp_path / "run")
+    measure = HeldOut(objective, Encoded(5, first=40), objective.encoded, run, samples=4, levels=4, batch=3)
+    measure(0, "raw")
+    measure(1, "raw")
+    first, _, again, _ = (event for event in run.events() if event["kind"] == "held_out")
+    assert first["split"] == again["split"] == "held_out"
+    assert first["by_level"] == again["by_level"] and first["error"] > 0
+    levels = [level["level"] for level in first["by_level"]]
+    assert levels == sorted(levels) and 0 < levels[0] < levels[-1] < 1
+    mean = sum(level["loss"] for level in first["by_level"]) / 4
+    assert mean == pytest.approx(first["loss"])
+    assert chosen(3, 10) == [0, 1, 2] and chosen(0, 10) == []
+
+
+def test_reading_ahead_gives_what_is_asked_for_whatever_was_guessed():
+    asked: list[tuple[int, int, int]] = []
+
+    def read(step: int, part: int, parts: int) -> tuple[int, int, int]:
+        asked.append((step, part, parts))
+        return step, part, parts
+
+    reader = Reader(read)
+    places = [(s, p, 2) for s in range(3) for p in range(2)] + [(9, 0, 1), (10, 0, 1), (11, 0, 1), (4, 1, 2)]
+    assert [reader(*place) for place in places] == places
+    assert len(asked) <= 2 * len(places)
+
+
+class Pixels:
+    ids = tuple(range(8))
+    names = tuple(f"{i}.png" for i in range(8))
+    pictures = torch.randint(
+        0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+
+    def read(self, indices: list[int]) -> torch.Tensor:
+        return self.pictures[indices]
+
+
+def test_a_codec_learns_to_give_pictures_back(tmp_path):
+    from sfumato.record import RunFolder
+    from sfumato.training.loop import fit
+
+    torch.manual_seed(0)
+    codec = ResidualCodec(stride=4, latent_channels=8, width=8)
+    objective = ReconstructionObjective(codec, Pixels(), Order(8, 4), seed=0, flip=True)
+    settings = TrainSettings(steps=30, batch=4, warmup=1, learning_rate=3e-3, save_every=100)
+    before = float(objective.losses(1000, 0, 1).per_sample.mean().detach())
+    outcome = fit(objective, codec, settings, RunFolder.create(tmp_path / "run"))
+    after = float(objective.losses(1000, 0, 1).per_sample.mean().detach())
+    assert after < 0.8 * before
+    assert outcome.average is not None
+    outcome.average.keep()
+    assert objective.name_of(3) == "3.png"
+
+
+def test_reconstruction_error_is_zero_only_for_the_same_picture():
+    x = torch.rand(2, 3, 16, 16)
+    assert reconstruction_error(x, x).tolist() == [0, 0]
+    assert (reconstruction_error(x + 0.1, x) > 0.09).all()

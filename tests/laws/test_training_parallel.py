@@ -1,0 +1,101 @@
+"""Laws of many processes: they are one run, in exact mode bit for bit."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_world import fingerprint, train
+
+from sfumato.errors import Refused
+from sfumato.record import RunFolder
+from sfumato.training import parallel
+from sfumato.training.parallel import Division, Gradients, Processes
+from sfumato.training.settings import TrainSettings
+
+
+def work(rank: int, count: int, port: int, folder: Path, changes: dict[str, object]) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with parallel.joined("cpu"):
+        train(folder, **changes)
+
+
+def run_on(count: int, folder: Path, **changes: object) -> str:
+    """Train on `count` processes; the fingerprint of what they end with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(rank, count, port, folder, changes)) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    return fingerprint(folder)
+
+
+EXACT = {"exact_elastic": True, "batch": 6, "virtual_ranks": 4}
+
+
+def test_exact_mode_ends_with_the_same_bits_on_1_2_and_4_processes(tmp_path):
+    changes = {**EXACT, "steps": 4, "held_out_every": 0}
+    assert len({run_on(count, tmp_path / str(count), **changes) for count in (1, 2, 4)}) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_moves_between_numbers_of_processes_ends_with_the_same_bits(tmp_path):
+    through = run_on(1, tmp_path / "through", **EXACT)
+    for count, steps in ((1, 3), (4, 5), (2, 8), (1, 10), (4, 12)):
+        moved = run_on(count, tmp_path / "moved", steps=steps, **EXACT)
+    assert moved == through
+
+
+def test_fast_mode_equals_one_process_up_to_rounding(tmp_path):
+    run_on(1, tmp_path / "one", steps=3, accumulate=2, held_out_every=0)
+    run_on(2, tmp_path / "two", steps=3, held_out_every=0)
+    one, two = (
+        load_file(RunFolder.open(tmp_path / name).checkpoint_folders()[-1] / "model.safetensors")
+        for name in ("one", "two")
+    )
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_added_in_one_tree_whoever_holds_which_part():
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    parts = (
+        torch.randn(8, 1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 8)[:, None]
+    )
+    gradients = Gradients([weight], Processes(), exact=True)
+    for part in parts:
+        weight.grad = part.clone()
+        gradients.add(torch.ones(()))
+    loss, _ = gradients.total(False)
+    expected = list(parts)
+    while len(expected) > 1:
+        expected = [left + right for left, right in zip(expected[::2], expected[1::2], strict=True)]
+    assert weight.grad is not None and torch.equal(weight.grad, expected[0])
+    assert float(loss) == 8
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_the_parts_do_not_depend_on_the_number_of_processes(count: int):
+    settings = TrainSettings(exact_elastic=True, virtual_ranks=8, accumulate=3)
+    divisions = [Division.of(settings, Processes(rank, count)) for rank in range(count)]
+    assert {division.parts for division in divisions} == {8}
+    assert [part for division in divisions for part in division.mine] == list(range(8))
+
+
+def test_a_division_that_cannot_be_is_refused():
+    with pytest.raises(Refused, match="power of two"):
+        Division.of(TrainSettings(exact_elastic=True), Processes(0, 3))
+    with pytest.raises(Refused, match=r"train\.batch"):
+        Division.of(TrainSettings(batch=2, accumulate=2), Processes(0, 2))
