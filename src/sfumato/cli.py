@@ -4,6 +4,7 @@ Results go to stdout, messages to stderr. Exit codes: 0 done, 1 the run failed, 
 130 and 143 stopped by SIGINT and SIGTERM with the state saved.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -270,4 +271,5 @@ app.add_typer(theories, name="theory")
 
 def main() -> None:
     """Run the command line; also what `python -m sfumato` does."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one kind of progress bar is enough
     app(prog_name="sfumato")

@@ -9,6 +9,7 @@ from typing import Any
 from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
 from sfumato.generation.settings import SampleSettings
+from sfumato.own import is_own
 from sfumato.settings import key
 from sfumato.stages.settings import ModelSettings
 from sfumato.training.settings import TrainSettings
@@ -187,7 +188,7 @@ def _fit(name: str, value: Any, where: str) -> Any:
         raise Refused(
             f"{name} is {value!r}{where}, but it must be {_KINDS[wanted]}, like {_shown(DEFAULTS[name])}."
         )
-    if rules["choices"] and value not in rules["choices"]:
+    if rules["choices"] and value not in rules["choices"] and not is_own(str(value)):
         raise Refused(f'{name} is "{value}"{where}, which is not known.{nearest(value, rules["choices"])}')
     for bound, beyond, word in (("least", -1, "at least"), ("most", 1, "at most")):
         if rules[bound] is not None and (value - rules[bound]) * beyond > 0:
@@ -241,7 +242,7 @@ def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
     """A path made absolute; words that stand for themselves and hub ids stay as they are."""
     if not isinstance(value, str) or not value or value in rules["words"]:
         return value
-    if not (rules["path"] or ".py:" in value):
+    if not (rules["path"] or is_own(value)):
         return value
     path = (folder / Path(value).expanduser()).absolute()
     is_hub_id = value.count("/") == 1 and value[0] not in ".~/" and value[-1] != "/" and not path.exists()

@@ -31,7 +31,9 @@ class Progress:
 
     def __call__(self, done: int, total: int, phase: str, **figures: float) -> None:
         """Show that `done` of `total` are done in `phase`."""
-        notes = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
+        notes = "  ".join(
+            f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items() if value == value
+        )
         if self._bars is None:
             self._line(done, total, phase, notes)
             return

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .. import own
 from ..errors import Failed, Refused
+from ..own import is_own, load_own
 from ..record import write_atomic
 from ..studio.charts import Line, chart
 from ..studio.page import document, escape, section, table, tiles
@@ -25,9 +25,9 @@ def find(name: str) -> Theory:
     Raises:
         Refused: if there is none.
     """
-    if not own.is_own(name):
+    if not is_own(name):
         return get(name)
-    found = own.load_own(name)
+    found = load_own(name)
     theory = found() if callable(found) and not isinstance(found, Theory) else found
     if not isinstance(theory, Theory):
         raise Refused(f"{name} is a {type(theory).__name__}, but a Theory(data=..., model=...) is needed.")
@@ -51,7 +51,7 @@ def show(name: str, out: Path, as_json: bool) -> None:
     theory = find(name)
     curves = sample(theory)
     charts = "".join([*_definitions(curves), *_derived(theory, curves)])
-    lead = escape(about(name)) if not own.is_own(name) else escape(name)
+    lead = escape(about(name)) if not is_own(name) else escape(name)
     facts = [
         ("Noise at", f"t = {theory.t_noise:g}", ""),
         ("Data at", f"t = {theory.t_data:g}", ""),

@@ -1,0 +1,34 @@
+"""The commands that make and keep runs: encode, train, report."""
+
+from pathlib import Path
+
+from .console import progress, result, say
+
+
+def encode(recipe: Path, overrides: list[str], as_json: bool) -> None:
+    """Encode what the store lacks, and print counts."""
+    from .. import workflow
+
+    with progress() as shown:
+        found = workflow.encode(recipe, overrides, shown, say)
+    counts = {"samples": len(found.train), "held_out": len(found.held_out), "set_aside": found.set_aside}
+    store = str(found.train.store.root)
+    told = f"{counts['samples']} samples and {counts['held_out']} held out are in {store}"
+    result({**counts, **found.train.counts, "set_aside": found.set_aside, "store": store}, told, as_json)
+
+
+def train(recipe: Path, overrides: list[str], as_json: bool) -> None:
+    """Train, and print the run's folder and page."""
+    from .. import workflow
+
+    with progress() as shown:
+        run = workflow.train(recipe, overrides, shown, say)
+    value = {"run": run.path, "step": run.step, "report": run.report}
+    result(value, f"{run.path}\n{run.report}", as_json)
+
+
+def report(run: Path) -> None:
+    """Write the run's page, and print its path."""
+    from ..studio import report as pages
+
+    print(pages.write(run))

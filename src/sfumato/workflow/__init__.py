@@ -1,0 +1,10 @@
+"""The workflow: from a recipe to a trained run, each step done once and never twice.
+
+recipe → pictures and captions → codec → encodings in the store → training → pictures, numbers, page
+"""
+
+from .agreement import agree
+from .course import Run, encode, ready, train
+from .forecast import plan
+
+__all__ = ["Run", "agree", "encode", "plan", "ready", "train"]

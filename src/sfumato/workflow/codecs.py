@@ -1,0 +1,115 @@
+"""A codec that is missing is trained once, and kept in the store under the key of its data and settings."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..data import media
+from ..data.order import Order
+from ..data.sample import Sample
+from ..recipe import Recipe
+from ..record import RunFolder, atomic_folder
+from ..stages import Codec, TrainableCodec, load_codec, needs_training, new_codec, save_stage
+from ..theory import noise
+from ..training import loop
+from ..training.reconstruction import ReconstructionObjective, to_pixels
+from .material import Bucket, Pictures, few
+
+RECIPE = "codec 1: L1 and gradients, AdamW 1e-3, cosine"
+LOOKED_AT = 1024
+
+Progress = Callable[..., None]
+
+
+def codec_key(
+    recipe: Recipe, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]
+) -> str:
+    """What a trained codec depends on, hashed: pictures, sizes, its settings, the seed."""
+
+    def content(sample: Sample) -> str:
+        try:
+            return sample.content_hash()
+        except OSError:
+            return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        contents = sorted(pool.map(content, samples))
+    model = recipe.model
+    settings = [
+        model.codec,
+        model.stride,
+        model.latent_channels,
+        model.codec_width,
+        model.codec_steps,
+        model.codec_batch,
+    ]
+    size = bucket_of if isinstance(bucket_of, tuple) else [recipe.data.resolution, recipe.data.buckets]
+    said = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+
+
+def place(recipe: Recipe, key: str) -> Path:
+    """Where the codec of a key is kept."""
+    return Path(recipe.data.store).expanduser() / "codecs" / key
+
+
+def ready_codec(
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    bucket_of: Bucket | Callable[[Bucket], Bucket],
+    device: torch.device,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = loop.to_stderr,
+) -> Codec:
+    """The recipe's codec, trained on these samples first if it is missing.
+
+    Raises:
+        Stopped, Failed, Refused: as `training.fit` does.
+    """
+    codec = new_codec(recipe.model, recipe.seed)
+    if not needs_training(recipe.model, codec):
+        return codec.to(device).eval()
+    assert isinstance(codec, TrainableCodec)
+    home = place(recipe, codec_key(recipe, samples, bucket_of))
+    if (home / "stage.json").is_file():
+        return load_codec(home).to(device).eval()
+    say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
+    pictures = Pictures(few(samples, bucket_of), bucket_of)
+    train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
+    with atomic_folder(home) as beside:
+        save_stage(codec, beside)
+    return codec.eval()
+
+
+def train_codec(
+    recipe: Recipe,
+    codec: TrainableCodec,
+    pictures: Pictures,
+    folder: Path,
+    progress: Progress | None,
+    say: Callable[[str], None],
+) -> None:
+    """Train `codec` on `pictures`, resuming what `folder` holds."""
+    device = next(codec.parameters()).device
+    seen = pictures.buckets.index(max(set(pictures.buckets), key=pictures.buckets.count))
+    alike = [i for i, bucket in enumerate(pictures.buckets) if bucket == pictures.buckets[seen]]
+    chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:LOOKED_AT].tolist()
+    sample = to_pixels(pictures.read([alike[i] for i in chosen])).to(device)
+    codec.prepare(sample)
+    steps = recipe.model.codec_steps
+    settings = replace(
+        recipe.train, steps=steps, batch=recipe.model.codec_batch, accumulate=1, learning_rate=1e-3,
+        warmup=20, schedule="cosine", weight_decay=0.0, ema=0.0, save_every=max(100, steps // 5),
+        keep=1, keep_every=0, held_out_every=0,
+    )  # fmt: skip
+    order = Order(pictures.buckets, min(settings.batch, len(pictures)), recipe.seed)
+    objective = ReconstructionObjective(codec, pictures, order, recipe.seed, flip=recipe.data.flip)
+    run = RunFolder.create(folder, "# a codec, trained for the runs that need it\n")
+    with run.lock():
+        loop.fit(objective, codec, settings, run, recipe.seed, progress=progress, phase="codec", say=say)
+    codec.settle(sample)

@@ -1,0 +1,256 @@
+"""Encode and train: what a recipe asks for, in order, each part kept as soon as it is done."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import stages
+from ..data.encode import Encoding, fill
+from ..data.encoded import EncodedSet
+from ..data.order import Order
+from ..data.sample import Collection, Sample
+from ..data.store import Store
+from ..errors import Refused
+from ..generation import PaintingModel, load, painting
+from ..recipe import Recipe
+from ..record import RunFolder
+from ..studio import report
+from ..training import device as devices
+from ..training.held_out import HeldOut
+from ..training.loop import fit, to_stderr
+from ..training.objective import DiffusionObjective
+from .agreement import agree
+from .codecs import Progress, ready_codec
+from .material import Bucket, collect
+from .preview import Preview, groups
+
+RecipeLike = Recipe | str | Path
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk."""
+
+    path: Path
+    step: int = 0
+
+    @property
+    def report(self) -> Path:
+        """Its page."""
+        return self.path / "report.html"
+
+    def model(self, dtype: str = "float32", device: str = "cpu") -> PaintingModel:
+        """The trained model, its averaged weights."""
+        return load(self.path, dtype, device)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, in order."""
+        return RunFolder.open(self.path).events()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All that training needs, made once: the model's stages and the encoded samples."""
+
+    model: PaintingModel
+    collection: Collection
+    train: EncodedSet
+    held_out: EncodedSet
+    set_aside: list[dict[str, str]]
+    device: torch.device
+
+
+def read(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe from wherever it is: a file, a run's folder, or made in Python."""
+    return recipe.checked() if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
+
+
+def encode(
+    recipe: RecipeLike, overrides: Iterable[str] = (), progress: Progress | None = None, say: Say = to_stderr
+) -> Ready:
+    """Train a missing codec, then encode what the store lacks; nothing that is there is done again.
+
+    Raises:
+        Refused: the recipe or its data cannot be used. Failed: the disk is full.
+    """
+    return ready(read(recipe, overrides), progress, say)
+
+
+def train(
+    recipe: RecipeLike, overrides: Iterable[str] = (), progress: Progress | None = None, say: Say = to_stderr
+) -> Run:
+    """Train a recipe, going on from where its run folder stands.
+
+    Raises:
+        Refused: the recipe cannot be used, or is not the one the run began with.
+        Failed: the run could not go on. Stopped: it was asked to stop, and saved.
+    """
+    asked = read(recipe, overrides)
+    run = RunFolder.create(asked.output)
+    with run.lock():
+        for name, (was, now) in agree(run, asked).items():
+            say(f"{name} was {was} and is {now} from here on.")
+        RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
+        prepared = ready(asked, progress, say, run)
+        return Run(run.path, _train(asked, run, prepared, progress, say))
+
+
+def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress | None, say: Say) -> int:
+    model = prepared.model
+    stages.save(model, run.path / "model", text_by_name=True)
+    order = Order(prepared.train.buckets, recipe.train.batch, recipe.seed)
+    dropout = recipe.data.caption_dropout if _guided(model) else 0.0
+    objective = DiffusionObjective(model, prepared.train, order, recipe.train, recipe.seed, dropout)
+    measure = None
+    if recipe.train.held_out_every and len(prepared.held_out):
+        precision = recipe.train.precision
+        measure = HeldOut(objective, prepared.held_out, prepared.train, run, precision=precision)
+    shown = groups(recipe, prepared.train, prepared.held_out, _guided(model))
+    preview = Preview(model, recipe, run, shown, lambda: report.write(run))
+    counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
+    try:
+        with phase(run, "train"):
+            outcome = fit(
+                objective, model.denoiser, recipe.train, run, recipe.seed, preview=preview, held_out=measure,
+                preview_every=recipe.sample.every, progress=progress, say=say, counts=counts,
+            )  # fmt: skip
+        run.event("stop", step=outcome.step, reason="done", sync=True)
+    finally:
+        report.write(run)
+    return outcome.step
+
+
+def ready(
+    recipe: Recipe, progress: Progress | None = None, say: Say = to_stderr, run: RunFolder | None = None
+) -> Ready:
+    """The stages of the recipe's model and its samples, encoded; `run`, if given, is told the phases."""
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    device = devices.resolve(recipe.train.device)
+    theory_of(recipe)
+    collection = collect(recipe.data)
+    trained_on = collection.of("train") or collection.samples
+    base = _base(recipe)
+    bucket_of = sizes(
+        recipe, collection.samples, base.codec if base else stages.new_codec(recipe.model, recipe.seed)
+    )
+    with phase(run, "codec"):
+        codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
+    model = painting(
+        base or stages.build(recipe.model, codec, stages.new_conditioner(recipe.model), recipe.seed)
+    )
+    model.info |= {"resolution": recipe.data.resolution}
+    model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
+    model.to(device)
+    model.codec.eval().requires_grad_(False)
+    model.conditioner.eval().requires_grad_(False)
+    with phase(run, "encode"):
+        encoded = _encoded(recipe, collection.samples, bucket_of, model, progress)
+    aside = [*collection.set_aside, *encoded.set_aside]
+    found = [{"file": one.file, "reason": one.reason} for one in aside]
+    _tell(found, encoded, collection, run, say)
+    return Ready(model, collection, encoded.of("train"), encoded.of("held_out"), found, device)
+
+
+def _encoded(
+    recipe: Recipe,
+    samples: list[Sample],
+    bucket_of: Bucket | Callable[[Bucket], Bucket],
+    model: PaintingModel,
+    progress: Progress | None,
+) -> EncodedSet:
+    """The samples in the store, encoded now as far as they are missing."""
+
+    def captions(texts: list[str]) -> list[dict[str, torch.Tensor]]:
+        condition = model.condition(texts)
+        return [condition.row(index) for index in range(len(texts))]
+
+    guided = _guided(model)
+    how = Encoding(
+        model.codec.fingerprint(), model.conditioner.fingerprint() if guided else "", flip=recipe.data.flip
+    )
+    store = Store(recipe.data.store)
+    return fill(store, samples, bucket_of, model.encode, captions if guided else None, how, progress)
+
+
+def _tell(
+    aside: list[dict[str, str]], encoded: EncodedSet, collection: Collection, run: RunFolder | None, say: Say
+) -> None:
+    """Say what was set aside and repaired, and write the summary of the data."""
+    for note in encoded.notes:
+        say(note)
+    for one in aside:
+        say(f"set aside: {one['file']}: {one['reason']}")
+    if aside:
+        say(f"{len(aside)} set aside, {len(encoded)} samples left.")
+    if run is None:
+        return
+    sizes: dict[str, int] = {}
+    for item in encoded.items:
+        width, height = item.bucket
+        sizes[f"{width}×{height}"] = sizes.get(f"{width}×{height}", 0) + 1
+    captions = len({caption for caption in encoded.captions if caption})
+    summary = {"name": collection.name, "samples": len(encoded.of("train")), "captions": captions}
+    held_out = len(encoded.of("held_out"))
+    run.event("data", summary={**summary, "held_out": held_out, "sizes": sizes, "set_aside": aside})
+
+
+def _base(recipe: Recipe) -> PaintingModel | None:
+    """The model to go on from, or None from scratch.
+
+    Raises:
+        Refused: the recipe asks for another theory than the base was trained in.
+    """
+    if recipe.model.base == "scratch":
+        return None
+    base = load(recipe.model.base)
+    own = base.info.get("theory", "")
+    if recipe.model.theory and recipe.model.theory != own:
+        raise Refused(
+            f'model.theory is "{recipe.model.theory}", but {recipe.model.base} was trained in "{own}". '
+            "Leave model.theory out to go on in the base's own."
+        )
+    return base
+
+
+def theory_of(recipe: Recipe) -> None:
+    """Refuse a theory that is unknown, or singular where training asks it, before anything is computed."""
+    if recipe.model.base != "scratch":
+        return
+    theory = stages.new_theory(recipe.model.theory)
+    found = theory.check()
+    if not found.ok:
+        raise Refused(f"model.theory: {found.problems[0]}")
+
+
+def sizes(recipe: Recipe, samples: list[Sample], codec: stages.Codec) -> Bucket | Callable[[Bucket], Bucket]:
+    """What size (width, height) each picture is brought to.
+
+    Raises:
+        Refused: the resolution is none the codec or the denoiser can take.
+    """
+    side = recipe.data.resolution
+    stages.check_latents(recipe.model, codec, side, side)
+    return side, side
+
+
+def _guided(model: PaintingModel) -> bool:
+    """Whether captions guide the model."""
+    return model.conditioner.kind != "none"
+
+
+@contextmanager
+def phase(run: RunFolder | None, name: str) -> Iterator[None]:
+    """Write how long a part took, also when it ends early."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        if run is not None:
+            run.event("phase", name=name, seconds=round(time.perf_counter() - began, 3))

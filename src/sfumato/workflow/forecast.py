@@ -1,0 +1,83 @@
+"""What a recipe would do, said before it is done: counts, what is missing, memory and disk."""
+
+from pathlib import Path
+from typing import Any
+
+from .. import stages
+from ..recipe import Recipe
+from ..training import device as devices
+from .agreement import agree
+from .codecs import codec_key, place
+from .course import sizes, theory_of
+from .material import collect
+
+FLOAT = 4
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """Counts and sizes of a run, without encoding, training or writing anything.
+
+    Returns:
+        plain values: samples, captions, held_out, set_aside, codec, parameters, steps_per_epoch, epochs,
+        device, precision, memory_gb, disk_gb, run.
+    Raises:
+        Refused: for whatever training would refuse.
+    """
+    from ..record import RunFolder
+
+    device = devices.resolve(recipe.train.device)
+    theory_of(recipe)
+    collection = collect(recipe.data)
+    train, held_out = collection.of("train"), collection.of("held_out")
+    found: dict[str, Any] = {
+        "samples": len(train),
+        "held_out": len(held_out),
+        "captions": len({caption for sample in collection.samples for caption in sample.captions}),
+        "set_aside": [{"file": one.file, "reason": one.reason} for one in collection.set_aside],
+    }
+    codec = stages.new_codec(recipe.model, recipe.seed) if recipe.model.base == "scratch" else None
+    if codec is None:
+        model = stages.load(recipe.model.base)
+        codec = model.codec
+        found["codec"] = f"of {recipe.model.base}"
+        bucket_of = sizes(recipe, collection.samples, codec)
+    else:
+        bucket_of = sizes(recipe, collection.samples, codec)
+        found["codec"] = _codec(recipe, codec, train, bucket_of)
+        model = stages.build(recipe.model, codec, stages.new_conditioner(recipe.model), recipe.seed)
+    parameters = sum(one.numel() for one in model.denoiser.parameters())
+    found["parameters"] = parameters
+    found["steps_per_epoch"] = max(1, len(train) // recipe.train.batch)
+    found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
+    found["device"] = str(device)
+    found["precision"] = devices.effective_precision(recipe.train.precision, device)
+    found["memory_gb"] = round(parameters * FLOAT * (4 + bool(recipe.train.ema)) / 1e9, 3)
+    found["disk_gb"] = round(_disk(recipe, parameters, len(collection.samples), codec) / 1e9, 3)
+    output = Path(recipe.output)
+    if (output / "effective.toml").is_file():
+        run = RunFolder.open(output)
+        agree(run, recipe)
+        folders = run.checkpoint_folders()
+        found["run"] = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
+    else:
+        found["run"] = "new"
+    return found
+
+
+def _codec(recipe: Recipe, codec: stages.Codec, samples: list, bucket_of: Any) -> str:
+    if not stages.needs_training(recipe.model, codec):
+        return recipe.model.codec
+    kept = place(recipe, codec_key(recipe, samples, bucket_of))
+    return (
+        "trained already, in the store"
+        if kept.exists()
+        else f"trained first, {recipe.model.codec_steps:,} steps"
+    )
+
+
+def _disk(recipe: Recipe, parameters: int, samples: int, codec: stages.Codec) -> float:
+    """Bytes the checkpoints and the encodings take at most."""
+    side = recipe.data.resolution // codec.stride
+    latents = samples * codec.latent_channels * side**2 * FLOAT * (1 + recipe.data.flip)
+    kept = (recipe.train.keep + 1) * parameters * FLOAT * (3 + bool(recipe.train.ema))
+    return latents + kept

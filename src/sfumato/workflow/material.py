@@ -1,0 +1,83 @@
+"""The material of a run: its samples, the sizes they are brought to, and their pictures in memory."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from ..data import media
+from ..data.sample import Collection, Sample
+from ..data.settings import DataSettings
+from ..errors import Refused
+from ..recipe import EMBEDDED
+
+Bucket = tuple[int, int]
+MOST_BYTES = 4 << 30
+
+
+def collect(settings: DataSettings) -> Collection:
+    """The samples `data.train` names: a folder's, or an embedded set's.
+
+    Raises:
+        Refused: if there are none, or nothing is said.
+    """
+    if not settings.train:
+        raise Refused(
+            f"data.train is empty. Name a folder of pictures, or one of {', '.join(EMBEDDED)}, "
+            "in the recipe or as data.train=DIR."
+        )
+    if settings.train == "shapes":
+        from ..data import scenes
+
+        return scenes.collection(size=settings.resolution)
+    if settings.train in EMBEDDED:
+        from ..data import openmoji
+
+        return openmoji.collection(every=settings.train == "openmoji-all", size=settings.resolution)
+    from ..data import sources
+
+    return sources.open(settings.train, captions=settings.captions, held_out=settings.held_out)
+
+
+class Pictures:
+    """Pictures in memory, each fitted to its bucket; what training a codec reads.
+
+    Those that cannot be read are left out; encoding names them.
+    """
+
+    def __init__(self, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            decoded = list(pool.map(lambda sample: _decoded(sample, bucket_of), samples))
+        kept = [
+            (sample, picture) for sample, picture in zip(samples, decoded, strict=True) if picture is not None
+        ]
+        if not kept:
+            raise Refused("None of the pictures can be read. Look at them with: sfumato data DIR")
+        self.ids = [sample.id for sample, _ in kept]
+        self.names = [sample.name for sample, _ in kept]
+        self.pictures = [picture for _, picture in kept]
+        self.buckets = [tuple(picture.shape) for picture in self.pictures]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Pictures of one bucket, uint8 [b, 3, H, W]."""
+        return torch.stack([self.pictures[index] for index in indices])
+
+
+def _decoded(sample: Sample, bucket_of: Bucket | Callable[[Bucket], Bucket]) -> Tensor | None:
+    try:
+        image = media.read_picture(sample.source())
+    except (media.Unreadable, OSError):
+        return None
+    width, height = bucket_of(image.size) if callable(bucket_of) else bucket_of
+    return media.fit(image, width, height)
+
+
+def few(samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]) -> Sequence[Sample]:
+    """As many of the samples, evenly spread, as fit into memory when decoded."""
+    width, height = bucket_of((512, 512)) if callable(bucket_of) else bucket_of
+    most = max(1, MOST_BYTES // (3 * width * height))
+    return samples if len(samples) <= most else [samples[i * len(samples) // most] for i in range(most)]

@@ -1,0 +1,77 @@
+"""Pictures drawn while a model trains: the same prompts and noise every time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..data.encoded import EncodedSet
+from ..generation import PaintingModel
+from ..recipe import Recipe
+from ..record import RunFolder
+from ..theory import noise
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts that are drawn together; name says whether the model was trained on them."""
+
+    name: str | None
+    prompts: list[str]
+
+
+def groups(recipe: Recipe, train: EncodedSet, held_out: EncodedSet, guided: bool) -> list[Group]:
+    """What to draw: the recipe's prompts, or captions trained on and captions held out."""
+    if recipe.sample.prompts:
+        return [Group(None, list(recipe.sample.prompts))]
+    if not guided:
+        return [Group(None, [""] * SHOWN)]
+    parts = (("trained", train), ("held_out", held_out))
+    return [Group(name, _some(encoded)) for name, encoded in parts if _some(encoded)]
+
+
+def _some(encoded: EncodedSet) -> list[str]:
+    """A few different captions, the same every time."""
+    captions = sorted({caption for caption in encoded.captions if caption})
+    order = noise.permutation(len(captions), 0, "preview", 0).tolist() if captions else []
+    return [captions[index] for index in order[:SHOWN]]
+
+
+class Preview:
+    """Draws the groups, writes the pictures and their event."""
+
+    def __init__(
+        self,
+        model: PaintingModel,
+        recipe: Recipe,
+        run: RunFolder,
+        shown: list[Group],
+        after: Callable[[], Any],
+    ) -> None:
+        self.model, self.recipe, self.run, self.groups, self.after = model, recipe, run, shown, after
+
+    def __call__(self, network: nn.Module, step: int) -> None:
+        """Draw with the weights the network has now."""
+        sample = self.recipe.sample
+        seed = sample.seed
+        for group in self.groups:
+            seeds = [seed + index for index in range(len(group.prompts))]
+            pictures = self.model.generate(
+                prompt=group.prompts,
+                negative=sample.negative or None,
+                seed=seeds,
+                steps=sample.steps,
+                guidance=sample.guidance,
+            )
+            seed += len(group.prompts)
+            names = []
+            for index, picture in enumerate(pictures):
+                file = self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.png"
+                picture.save(file)
+                names.append(str(file.relative_to(self.run.path)))
+            told = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
+            self.run.event("pictures", step=step, files=names, **told)
+        self.after()
