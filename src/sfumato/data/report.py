@@ -1,0 +1,133 @@
+"""The report of a data set: what is in it, before anyone trains on it, as a dictionary and as one page."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import buckets, survey
+from .metadata import printable
+from .report_page import render
+from .sample import HELD_OUT, TRAIN, Collection
+
+SHOWN = 240  # pictures on the contact sheets
+_STOP = """
+a an the of in on at and or with to for is are by from its it this that as be you your our if can
+"""
+STOP = frozenset(_STOP.split())
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found; `summary` is plain JSON, `page` one HTML file that needs nothing else.
+
+    sheets: for each bucket the (thumbnail, caption) of some of its pictures.
+    """
+
+    summary: dict[str, Any]
+    sheets: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+
+    def page(self) -> str:
+        """The page's HTML."""
+        return render(self.summary, self.sheets)
+
+
+def report(
+    collection: Collection,
+    resolution: int = 256,
+    stride: int = 16,
+    count: int = 5,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Open every picture of a collection and describe what is there.
+
+    Args:
+        resolution, stride, count: of the bucket plan that is shown.
+        progress: called with (done, total, phase).
+    """
+    tell = progress or (lambda done, total, phase: None)
+    shown = survey.spread(len(collection.samples), SHOWN)
+    seen, broken = survey.look(collection.samples, shown, tell)
+    set_aside = [*collection.set_aside, *broken]
+    sizes = [one.size for one in seen]
+    near = survey.near_pairs(seen)
+    square = buckets.choose(sizes, resolution, stride, 1)
+    plan = buckets.choose(sizes, resolution, stride, count)
+    captions = [caption for one in seen for caption in one.sample.captions if caption]
+    summary = {
+        "name": collection.name,
+        "samples": len(seen),
+        "captions": len(captions),
+        "train": sum(one.sample.split == TRAIN for one in seen),
+        "held_out": sum(one.sample.split == HELD_OUT for one in seen),
+        "sizes": {f"{w}x{h}": n for (w, h), n in sorted(Counter(sizes).items(), key=lambda item: -item[1])},
+        "caption_statistics": _captions(captions),
+        "classes": collection.classes,
+        "aspect": _histogram(
+            [w / h for w, h in sizes], (0.25, 0.4, 0.55, 0.7, 0.85, 1.18, 1.43, 1.82, 2.5, 4)
+        ),
+        "megapixels": _histogram(
+            [w * h / 1e6 for w, h in sizes], (0.01, 0.03, 0.1, 0.26, 0.5, 1, 2, 4, 8, 16)
+        ),
+        "bucket_plan": {
+            "resolution": resolution,
+            "stride": stride,
+            "buckets": plan.describe(sizes),
+            "cropped": plan.waste(sizes),
+            "cropped_by_one_square": square.waste(sizes),
+            "enlarged": buckets.mean([buckets.is_enlarged(size, plan(size)) for size in sizes]),
+        },
+        "equal_pictures": [[printable(name) for name in names] for names in survey.equal_groups(seen)],
+        "near_duplicates": [
+            [printable(seen[i].sample.name), printable(seen[j].sample.name), round(apart, 4)]
+            for i, j, apart in near[:200]
+        ],
+        "near_duplicate_pairs": len(near),
+        "leaks": [[printable(a), printable(b), why] for a, b, why in survey.leaks(seen, near)],
+        "set_aside": [{"file": printable(one.file), "reason": one.reason} for one in set_aside],
+    }
+    return Report(summary, _sheets(seen, plan))
+
+
+def _captions(captions: Sequence[str]) -> dict[str, Any]:
+    """Lengths in words, most frequent words, how many captions are different."""
+    lengths = [len(caption.split()) for caption in captions]
+    words = Counter(
+        word
+        for caption in captions
+        for word in set(re.findall(r"[^\W\d_][\w'’-]*", caption.lower()))
+        if word not in STOP
+    )
+    repeated = Counter(captions).most_common(1)
+    return {
+        "different": len(set(captions)),
+        "mean_words": round(buckets.mean(lengths), 2),
+        "longest_words": max(lengths, default=0),
+        "longest_letters": max(map(len, captions), default=0),
+        "words": _histogram(lengths, LENGTHS),
+        "frequent_words": [[word, number] for word, number in words.most_common(60)],
+        "most_repeated": list(repeated[0]) if repeated and repeated[0][1] > 1 else None,
+    }
+
+
+def _histogram(values: Sequence[float], edges: Sequence[float]) -> list[list[Any]]:
+    """[label, count] of the values up to each edge, and above the last; empty ends left out."""
+    labels = [f"≤ {edge:g}" for edge in edges] + [f"> {edges[-1]:g}"]
+    counts = [0] * len(labels)
+    for value in values:
+        counts[sum(value > edge for edge in edges)] += 1
+    filled = [i for i, number in enumerate(counts) if number]
+    if not filled:
+        return []
+    return [[labels[i], counts[i]] for i in range(filled[0], filled[-1] + 1)]
+
+
+def _sheets(seen: Sequence[survey.Look], plan: buckets.Buckets) -> list[tuple[str, list[tuple[str, str]]]]:
+    sheets: dict[buckets.Size, list[tuple[str, str]]] = {shape: [] for shape in plan.shapes}
+    for one in seen:
+        if one.thumbnail:
+            caption = one.sample.captions[0] if one.sample.captions else ""
+            sheets[plan(one.size)].append((one.thumbnail, caption or printable(one.sample.name)))
+    return [(f"{w} × {h}", held) for (w, h), held in sheets.items() if held]

@@ -1,0 +1,132 @@
+"""A survey opens every picture once and notes what a report or a bucket plan wants to know of it."""
+
+import base64
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+from PIL import Image
+
+from . import media
+from .sample import Sample, SetAside
+
+SIDE = 8  # pictures are compared as SIDE × SIDE × 3 numbers
+NEAR = (
+    0.022  # root mean square difference of those numbers, of 1, below which two pictures are near duplicates
+)
+THUMBNAIL = 112
+MOST_COMPARED = 30_000
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one picture is like: size in pixels, hash of its content, descriptor [192] in [0, 1]."""
+
+    sample: Sample
+    size: tuple[int, int]
+    content: str
+    descriptor: np.ndarray = field(repr=False, compare=False)
+    thumbnail: str = field(default="", repr=False)
+
+
+def look(
+    samples: Sequence[Sample], thumbnails: set[int], progress: Callable[[int, int, str], None]
+) -> tuple[list[Look], list[SetAside]]:
+    """Open every picture; those numbered in `thumbnails` also give a small WebP for the contact sheet.
+
+    Returns:
+        What was seen, and the pictures that cannot be read, with reasons.
+    """
+
+    def one(numbered: tuple[int, Sample]) -> Look | SetAside:
+        number, sample = numbered
+        try:
+            content = sample.content_hash()
+            picture = media.read_picture(sample.source())
+        except (media.Unreadable, OSError) as problem:
+            return SetAside(sample.name, str(problem))
+        small = (
+            np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0), np.float32) / 255
+        )
+        shown = _thumbnail(picture) if number in thumbnails else ""
+        return Look(sample, picture.size, content, small.reshape(-1), shown)
+
+    seen: list[Look] = []
+    broken: list[SetAside] = []
+    with ThreadPoolExecutor(2) as pool:
+        for done, found in enumerate(pool.map(one, enumerate(samples), chunksize=1)):
+            if isinstance(found, Look):
+                seen.append(found)
+            else:
+                broken.append(found)
+            progress(done + 1, len(samples), "looking")
+    return seen, broken
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    small = picture.copy()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=72)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def equal_groups(seen: Sequence[Look]) -> list[list[str]]:
+    """Names of pictures whose bytes are the same."""
+    by_content: dict[str, list[str]] = {}
+    for one in seen:
+        by_content.setdefault(one.content, []).append(one.sample.name)
+    return [names for names in by_content.values() if len(names) > 1]
+
+
+def near_pairs(seen: Sequence[Look]) -> list[tuple[int, int, float]]:
+    """(i, j, difference) of pictures that look alike though their bytes differ, the likest first.
+
+    All pairs are compared; of more than MOST_COMPARED pictures, so many, evenly spread.
+    """
+    step = max(1, -(-len(seen) // MOST_COMPARED))
+    chosen = range(0, len(seen), step)
+    if len(chosen) < 2:
+        return []
+    table = np.stack([seen[i].descriptor for i in chosen])
+    squares = np.square(table).sum(1)
+    limit = NEAR**2 * table.shape[1]
+    found = []
+    for at in range(0, len(table), 1024):
+        block = table[at : at + 1024]
+        apart = squares[at : at + 1024, None] + squares[None] - 2 * block @ table.T
+        for row, column in np.argwhere(apart < limit):
+            i, j = chosen[int(row) + at], chosen[int(column)]
+            if i < j and seen[i].content != seen[j].content:
+                difference = float(np.square(seen[i].descriptor - seen[j].descriptor).mean()) ** 0.5
+                found.append((i, j, difference))
+    return sorted(found, key=lambda pair: pair[2])
+
+
+def leaks(seen: Sequence[Look], near: Sequence[tuple[int, int, float]]) -> list[tuple[str, str, str]]:
+    """(train name, held-out name, why) of samples that stand on both sides of the split."""
+    found = []
+    by_content: dict[str, list[Look]] = {}
+    for one in seen:
+        by_content.setdefault(one.content, []).append(one)
+    for group in by_content.values():
+        found += [_sides(a, b, "equal pictures") for a, b in combinations(group[:20], 2) if _crosses(a, b)]
+    found += [_sides(seen[i], seen[j], "near duplicates") for i, j, _ in near if _crosses(seen[i], seen[j])]
+    return found
+
+
+def _crosses(a: Look, b: Look) -> bool:
+    return a.sample.split != b.sample.split
+
+
+def _sides(a: Look, b: Look, why: str) -> tuple[str, str, str]:
+    first, second = (a, b) if a.sample.split == "train" else (b, a)
+    return first.sample.name, second.sample.name, why
+
+
+def spread(count: int, wanted: int) -> set[int]:
+    """`wanted` numbers below `count`, evenly spread."""
+    return set(range(count)) if count <= wanted else {i * count // wanted for i in range(wanted)}
