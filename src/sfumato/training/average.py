@@ -4,8 +4,9 @@ The exponential average follows w̄ ← w̄ + (1 − β)(w − w̄), with β ris
 first steps so that the random start is soon forgotten.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +71,50 @@ class Average:
         """Continue from `state`, as `state()` gave it; entries of other names are left out."""
         for name, mean in zip(self._names, self._mean, strict=True):
             mean.copy_(state[name])
+
+
+class OptimiserMean:
+    """The average that a schedule-free optimizer holds, seen as an `Average`.
+
+    Evaluation mode computes it into the weights; the training weights are put back bit for bit.
+
+    Args:
+        parts: the optimizers, in training mode from now on.
+    """
+
+    def __init__(self, network: nn.Module, parts: Sequence[Any]) -> None:
+        self._named = trained(network)
+        self._parts = parts
+        for part in parts:
+            part.train()
+
+    def update(self, step: int) -> None:
+        """The optimizer has done it."""
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the network has the averaged weights; afterwards its own, bit for bit."""
+        own = [weight.detach().clone() for weight in self._named.values()]
+        try:
+            for part in self._parts:
+                part.eval()
+            yield
+        finally:
+            for part in self._parts:
+                part.train()
+            with torch.no_grad():
+                for weight, value in zip(self._named.values(), own, strict=True):
+                    weight.copy_(value)
+
+    def keep(self) -> None:
+        """Give the network the averaged weights for good."""
+        for part in self._parts:
+            part.eval()
+
+    def state(self) -> dict[str, Tensor]:
+        """The averaged weights by the names of the network's parameters."""
+        with self.applied():
+            return {name: weight.detach().clone() for name, weight in self._named.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The optimizer's own state has it."""

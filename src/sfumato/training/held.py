@@ -12,7 +12,7 @@ from sfumato.errors import Refused
 from sfumato.record import RunFolder
 
 from . import checkpoint
-from .average import Average, trained
+from .average import Average, OptimiserMean, trained
 from .optimiser import Optimiser
 from .settings import TrainSettings
 
@@ -30,7 +30,11 @@ class Held:
     def __init__(self, network: nn.Module, settings: TrainSettings) -> None:
         self.network, self.settings = network, settings
         self.optimiser = Optimiser(network, settings)
-        self.average = Average(network, settings.ema) if settings.ema else None
+        self.average: Average | OptimiserMean | None = None
+        if self.optimiser.averages:
+            self.average = OptimiserMean(network, self.optimiser.parts)
+        elif settings.ema:
+            self.average = Average(network, settings.ema)
         self.weights = list(trained(network).values())
 
     def save(self, run: RunFolder, step: int, state: Mapping[str, Any]) -> Path:

@@ -20,7 +20,7 @@ from sfumato.errors import Failed
 from sfumato.record import RunFolder
 
 from . import blackbox, checkpoint, device, parallel
-from .average import Average
+from .average import Average, OptimiserMean
 from .held import Held
 from .objective import Objective
 from .parallel import Division, Gradients
@@ -52,7 +52,7 @@ class Outcome:
     resumed: int
     loss: float
     seconds: float
-    average: Average | None
+    average: Average | OptimiserMean | None
 
 
 def fit(

@@ -1,48 +1,30 @@
 """The optimizer of a run: chosen by name, its state readable as plain tensors and numbers.
 
-Matrices decay, vectors (biases, gains of norms) do not. The state leaves as {name: tensor} and JSON and
+The state leaves as {name: tensor} and JSON and
 comes back bit for bit; nothing is pickled.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from sfumato.errors import Failed, one_of
+from sfumato.errors import Failed
 
 from .average import trained
+from .optimisers import build
 from .schedule import factor
 from .settings import TrainSettings
 
-Groups = list[dict[str, Any]]
 FROM_SETTINGS = {"params", "lr", "weight_decay", "initial_lr"}
-
-
-def grouped(weights: Iterable[Tensor], weight_decay: float) -> Groups:
-    """Two parameter groups: what decays (two axes or more) and what does not."""
-    weights = list(weights)
-    decaying = [weight for weight in weights if weight.ndim >= 2]
-    others = [weight for weight in weights if weight.ndim < 2]
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def adamw(network: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """AdamW in one fused kernel (arXiv:1711.05101)."""
-    groups = grouped(trained(network).values(), settings.weight_decay)
-    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)]
-
-
-OPTIMIZERS: dict[str, Callable[[nn.Module, TrainSettings], list[torch.optim.Optimizer]]] = {"adamw": adamw}
+"""Entries of a parameter group that the recipe decides, on a resumed run too."""
 
 
 class Optimiser:
     """The optimizer named in the settings, stepping all trained parameters of a network.
 
     Raises:
-        Refused: no optimizer of that name. Failed: the network has nothing to train.
+        Refused: no such optimizer. Failed: the network has nothing to train.
     """
 
     def __init__(self, network: nn.Module, settings: TrainSettings) -> None:
@@ -50,9 +32,13 @@ class Optimiser:
         self.names = {id(weight): name for name, weight in trained(network).items()}
         if not self.names:
             raise Failed("The network has no parameter that may be trained: every requires_grad is off.")
-        build = OPTIMIZERS[one_of("optimizer", settings.optimizer, OPTIMIZERS)]
         self.parts = build(network, settings)
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    @property
+    def averages(self) -> bool:
+        """Whether the optimizer itself holds an average, which its evaluation mode shows (schedule-free)."""
+        return all(hasattr(part, "train") and hasattr(part, "eval") for part in self.parts)
 
     @property
     def skips_on_device(self) -> bool:
@@ -88,6 +74,9 @@ class Optimiser:
                     else:
                         rest["values"][key] = value
             rest["groups"].append([self._own_numbers(group) for group in part.param_groups])
+            for index, group in enumerate(part.param_groups):
+                own = {key: value for key, value in group.items() if isinstance(value, Tensor)}
+                tensors |= {f"{number}/group {index}/{key}": value for key, value in own.items()}
         return tensors, rest
 
     @staticmethod
@@ -111,6 +100,6 @@ class Optimiser:
             ordered = [weight for group in part.param_groups for weight in group["params"]]
             owners = [f"{number}/{self.names[id(weight)]}" for weight in ordered]
             packed["state"] = {i: entries[owner] for i, owner in enumerate(owners) if owner in entries}
-            for group, numbers in zip(packed["param_groups"], rest["groups"][number], strict=True):
-                group.update(numbers)
+            for index, group in enumerate(packed["param_groups"]):
+                group |= rest["groups"][number][index] | entries.get(f"{number}/group {index}", {})
             part.load_state_dict(packed)

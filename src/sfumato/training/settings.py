@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from sfumato.settings import key
 
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "prodigy", "schedule-free")
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -14,7 +16,7 @@ class TrainSettings:
     accumulate: int = key(1, "parts a batch is computed in, to need less memory", least=1)
     exact_elastic: bool = key(False, "end with the same bits on 1, 2, 4, ... processes")
     virtual_ranks: int = key(4, "exact_elastic only: most processes it may run on; a power of 2", least=1)
-    optimizer: str = key("adamw", "what moves the weights", choices=("adamw",))
+    optimizer: str = key("adamw", "what moves the weights", choices=OPTIMIZERS)
     learning_rate: float = key(1e-4, "the optimizer's learning rate after warm-up", least=0)
     warmup: int = key(100, "steps in which the learning rate rises from 0", least=0)
     schedule: str = key(
