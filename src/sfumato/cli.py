@@ -35,6 +35,14 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that go before the recipe's: train.steps=100."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
+Steps = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(metavar="N", min=1, help="Network evaluations a picture; default: the model's own."),
+]
+Guidance = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(metavar="X", help="Lean towards the prompt, 1 is not at all; default: the model's own."),
+]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
 
 
@@ -121,10 +129,8 @@ def generate(
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What to lean away from.")] = "",
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")] = 0,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Network evaluations a picture.")] = 20,
-    guidance: Annotated[
-        float, typer.Option(metavar="X", help="Lean towards the prompt; 1 is not at all.")
-    ] = 3.0,
+    steps: Steps = None,
+    guidance: Guidance = None,
     solver: Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")] = "",
     width: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
     height: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
@@ -156,14 +162,8 @@ def evaluate(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     samples: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures drawn for each seed.")] = 64,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Repetitions that give the error bars.")] = 3,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Network evaluations a picture.")] = 20,
-    guidance: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(metavar="X", help="Default: the recipe's.", show_default=False),
-    ] = None,
-    features: Annotated[
-        str, typer.Option(metavar="NAME", help="KID's features: codec or efficientnet.")
-    ] = "codec",
+    steps: Steps = None,
+    guidance: Guidance = None,
     out: Annotated[Path, out_option("runs/eval")] = Path("runs/eval"),
     device: Device = "auto",
     json: Json = False,
@@ -174,7 +174,7 @@ def evaluate(
     """
     from .commands import measure
 
-    measure.evaluate(model, samples, seeds, steps, guidance, features, out, device, json)
+    measure.evaluate(model, samples, seeds, steps, guidance, out, device, json)
 
 
 @app.command()

@@ -46,7 +46,7 @@ class Axis:
 
     def ticks(self, about: int = 5) -> list[float]:
         """Round values along the axis."""
-        if self.log:
+        if self.log and self.high / self.low > 4:
             return self._log_ticks()
         raw = (self.high - self.low) / about
         size = 10 ** math.floor(math.log10(raw))

@@ -13,7 +13,7 @@ def losses(events: list[Event]) -> str:
     """Every chart of a run, in a grid."""
     steps = [event for event in events if event.get("kind") == "step"]
     held_out = [event for event in events if event.get("kind") == "held_out"]
-    large = [_over_steps(steps, held_out), _over_levels(held_out), _levels_over_steps(held_out)]
+    large = [_over_steps(steps, held_out), over_levels(held_out), _levels_over_steps(held_out)]
     small = [
         _figure("Gradient norm", steps, "gradient_norm", 3, log=True),
         _figure("Learning rate", steps, "learning_rate", 4),
@@ -51,10 +51,19 @@ def _over_steps(steps: list[Event], held_out: list[Event]) -> str:
             where, what = [event["step"] for event in found], [event["loss"] for event in found]
             lines.append(Line(name, where, what, error, color=color, points=True))
     note = "Held-out loss uses the same noise every time, so its points compare; bars are standard errors."
-    return chart("Loss", lines, x="step", y="loss", log_y=True, width=1060, height=320, note=note if len(lines) > 2 else "")
+    return chart(
+        "Loss",
+        lines,
+        x="step",
+        y="loss",
+        log_y=True,
+        width=1060,
+        height=320,
+        note=note if len(lines) > 2 else "",
+    )
 
 
-def _over_levels(held_out: list[Event]) -> str:
+def over_levels(held_out: list[Event]) -> str:
     """The newest measurements by noise level, with error bars."""
     lines = []
     for split, name, color in (("train", "training pictures", 2), ("held_out", "held-out pictures", 1)):

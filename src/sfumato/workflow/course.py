@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import stages
+from ..data import buckets
 from ..data.encode import Encoding, fill
 from ..data.encoded import EncodedSet
 from ..data.order import Order
@@ -17,7 +18,7 @@ from ..data.sample import Collection, Sample
 from ..data.store import Store
 from ..errors import Refused
 from ..generation import PaintingModel, load, painting
-from ..recipe import Recipe
+from ..recipe import EMBEDDED, Recipe
 from ..record import RunFolder
 from ..studio import report
 from ..training import device as devices
@@ -26,7 +27,7 @@ from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
 from .agreement import agree
 from .codecs import Progress, ready_codec
-from .material import Bucket, collect
+from .material import Bucket, collect, known_sizes
 from .preview import Preview, groups
 
 RecipeLike = Recipe | str | Path
@@ -104,7 +105,7 @@ def train(
 def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress | None, say: Say) -> int:
     model = prepared.model
     stages.save(model, run.path / "model", text_by_name=True)
-    order = Order(prepared.train.buckets, recipe.train.batch, recipe.seed)
+    order = order_of(recipe, prepared.train)
     dropout = recipe.data.caption_dropout if _guided(model) else 0.0
     objective = DiffusionObjective(model, prepared.train, order, recipe.train, recipe.seed, dropout)
     measure = None
@@ -151,14 +152,19 @@ def ready(
     model.codec.eval().requires_grad_(False)
     model.conditioner.eval().requires_grad_(False)
     with phase(run, "encode"):
-        encoded = _encoded(recipe, collection.samples, bucket_of, model, progress)
+        encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress)
     aside = [*collection.set_aside, *encoded.set_aside]
     found = [{"file": one.file, "reason": one.reason} for one in aside]
     _tell(found, encoded, collection, run, say)
     return Ready(model, collection, encoded.of("train"), encoded.of("held_out"), found, device)
 
 
-def _encoded(
+def order_of(recipe: Recipe, train: EncodedSet) -> Order:
+    """Which samples each step of the recipe trains on."""
+    return Order(train.buckets, recipe.train.batch, recipe.seed)
+
+
+def encoded_samples(
     recipe: Recipe,
     samples: list[Sample],
     bucket_of: Bucket | Callable[[Bucket], Bucket],
@@ -235,9 +241,24 @@ def sizes(recipe: Recipe, samples: list[Sample], codec: stages.Codec) -> Bucket 
     Raises:
         Refused: the resolution is none the codec or the denoiser can take.
     """
-    side = recipe.data.resolution
+    side, wanted = recipe.data.resolution, recipe.data.buckets
     stages.check_latents(recipe.model, codec, side, side)
-    return side, side
+    if wanted == 1 or recipe.data.train in EMBEDDED:
+        return side, side
+    return buckets.choose(known_sizes(samples), side, _grain(recipe, codec), wanted)
+
+
+def _grain(recipe: Recipe, codec: stages.Codec) -> int:
+    """The smallest side whose multiples codec and denoiser both take."""
+    grain = codec.stride
+    while True:
+        try:
+            stages.check_latents(recipe.model, codec, grain, grain)
+            return grain
+        except Refused:
+            grain += codec.stride
+            if grain > recipe.data.resolution:
+                raise
 
 
 def _guided(model: PaintingModel) -> bool:

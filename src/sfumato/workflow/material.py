@@ -28,9 +28,9 @@ def collect(settings: DataSettings) -> Collection:
             "in the recipe or as data.train=DIR."
         )
     if settings.train == "shapes":
-        from ..data import scenes
+        from ..data import shapes
 
-        return scenes.collection(size=settings.resolution)
+        return shapes.collection(size=settings.resolution)
     if settings.train in EMBEDDED:
         from ..data import openmoji
 
@@ -38,6 +38,19 @@ def collect(settings: DataSettings) -> Collection:
     from ..data import sources
 
     return sources.open(settings.train, captions=settings.captions, held_out=settings.held_out)
+
+
+def known_sizes(samples: Sequence[Sample]) -> list[Bucket]:
+    """(width, height) of every picture that can be opened."""
+
+    def size(sample: Sample) -> Bucket | None:
+        try:
+            return media.size_of(sample.source())
+        except (media.Unreadable, OSError):
+            return None
+
+    with ThreadPoolExecutor(2) as pool:
+        return [found for found in pool.map(size, samples) if found is not None]
 
 
 class Pictures:

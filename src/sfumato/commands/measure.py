@@ -1,0 +1,58 @@
+"""The command that measures a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..record import write_atomic
+from ..studio import curves
+from ..studio.page import document, embedded, escape, gallery, section, table
+from .console import progress, result, say
+
+
+def evaluate(
+    folder: Path,
+    samples: int,
+    seeds: int,
+    steps: int | None,
+    guidance: float | None,
+    out: Path,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure the run, write numbers, pictures and a page into `out`, print the numbers."""
+    from ..workflow.evaluating import evaluate as measure
+
+    with progress() as shown:
+        found = measure(folder, samples, seeds, steps, guidance, device, shown, say)
+    out.mkdir(parents=True, exist_ok=True)
+    listed = []
+    for index, (prompt, picture) in enumerate(found.drawn):
+        file = out / f"drawn-{index:03d}.png"
+        picture.save(file)
+        listed.append((file, prompt))
+    metrics = {name: one.plain() for name, one in found.metrics.items()}
+    value = {"run": str(folder), "step": found.step, "metrics": metrics, "by_level": found.by_level}
+    write_atomic(out / "metrics.json", json.dumps(value, indent=1, ensure_ascii=False))
+    page = out / "report.html"
+    write_atomic(page, _page(folder, found, listed))
+    rows = [
+        f"{name.replace('_', ' '):<26} {one!s:<20} {one.note}".rstrip()
+        for name, one in found.metrics.items()
+    ]
+    result({**value, "page": page}, "\n".join([*rows, str(page)]), as_json)
+
+
+def _page(folder: Path, found: Any, listed: list[tuple[Path, str]]) -> str:
+    rows = [(name.replace("_", " "), str(one), one.note) for name, one in found.metrics.items()]
+    events = [
+        {"kind": "held_out", "step": found.step, "split": split, "loss": 0.0, "by_level": levels}
+        for split, levels in found.by_level.items()
+    ]
+    pictures = [(embedded(file), prompt, "") for file, prompt in listed]
+    body = [
+        section("Measured", table(("", "value", "how"), rows)),
+        section("Loss by noise level", f'<div class="charts">{curves.over_levels(events)}</div>'),
+        section("Drawn", gallery(pictures), "Trained captions, drawn once more from noise."),
+    ]
+    return document(f"Evaluation of {folder.name}", f"After step {found.step:,} of {escape(folder)}.", body)

@@ -1,0 +1,221 @@
+"""Measuring a run: its loss by noise level, whether pictures are of what was asked, how far from the data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .. import stages
+from ..data.sample import Sample
+from ..errors import Refused
+from ..evaluation import Measure, Neighbours, kernel_distance, over
+from ..evaluation.kernel import latent_features
+from ..evaluation.measure import share
+from ..generation import PaintingModel, load
+from ..recipe import Recipe
+from ..record import RunFolder
+from ..studio import report
+from ..theory import noise
+from ..training import device as devices
+from ..training.held_out import HeldOut
+from ..training.loop import to_stderr
+from ..training.objective import DiffusionObjective
+from ..training.reconstruction import to_pixels
+from .codecs import Progress
+from .course import encoded_samples, order_of, sizes
+from .material import Pictures, collect, few
+
+LEVEL_SAMPLES = 128
+MOST_REAL = 2000
+CODEC = "codec latents averaged to 4×4, polynomial kernel, subsets of 100"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured after `step`; by_level: {split: [{level, loss, error}]}; drawn: prompts, pictures."""
+
+    step: int
+    metrics: dict[str, Measure]
+    by_level: dict[str, list[dict[str, float]]]
+    drawn: list[tuple[str, Image.Image]]
+
+
+def evaluate(
+    folder: Path | str,
+    samples: int = 64,
+    seeds: int = 3,
+    steps: int | None = None,
+    guidance: float | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    say: Callable[[str], None] = to_stderr,
+) -> Evaluation:
+    """Measure a run's newest averaged weights; the numbers also go into the run's record and page.
+
+    Args:
+        samples: pictures drawn for each seed; seeds: repetitions that give the error bars.
+        steps, guidance: of drawing; default the recipe's.
+    Raises:
+        Refused: it is no run, or has not trained yet.
+    """
+    run = RunFolder.open(folder)
+    recipe = Recipe.read(run.path)
+    model = load(run.path, device=str(devices.resolve(device)))
+    collection = collect(recipe.data)
+    bucket_of = sizes(recipe, collection.samples, model.codec)
+    encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress)
+    step = int(run.checkpoint_folders()[-1].name.removeprefix("step-"))
+    order = order_of(recipe, encoded.of("train"))
+    objective = DiffusionObjective(model, encoded.of("train"), order, recipe.train, recipe.seed, 0.0)
+    loss = HeldOut(objective, encoded.of("held_out"), encoded.of("train"), run, samples=LEVEL_SAMPLES)
+    metrics: dict[str, Measure] = {}
+    by_level: dict[str, list[dict[str, float]]] = {}
+    for split, indices in loss.chosen.items():
+        if indices:
+            found = loss.measure(loss.sets[split], indices)
+            by_level[split] = [vars(level) for level in found.by_level]
+            metrics[f"loss_{split}"] = Measure(
+                found.loss, found.error, f"{len(indices)} samples, fixed noise"
+            )
+    drawing = {"steps": steps, "guidance": guidance}
+    split = {name: collection.of(name) for name in ("train", "held_out")}
+    painted, drawn = _pictures(recipe, model, split, samples, seeds, drawing, progress)
+    metrics |= painted
+    _record(run, step, metrics, say)
+    return Evaluation(step, metrics, by_level, drawn)
+
+
+def _pictures(
+    recipe: Recipe,
+    model: PaintingModel,
+    split: dict[str, list[Sample]],
+    samples: int,
+    seeds: int,
+    drawing: dict[str, Any],
+    progress: Progress | None,
+) -> tuple[dict[str, Measure], list[tuple[str, Image.Image]]]:
+    """What needs pictures to be drawn: neighbours, kernel distance, the judge where data has one."""
+    side = recipe.data.resolution
+    real = Pictures(few(split["train"], (side, side)), (side, side))
+    known = {name: sample.captions for sample in split["train"] for name in [sample.name]}
+    neighbours = Neighbours(torch.stack(real.pictures), [known[name] for name in real.names])
+    features = _features(model, real.pictures[:MOST_REAL])
+    captions = sorted({text for texts in known.values() for text in texts if text}) or [""]
+    unseen = sorted({text for sample in split["held_out"] for text in sample.captions if text})
+    right: list[float] = []
+    distances: list[float] = []
+    judged: dict[str, list[float]] = {}
+    drawn: list[tuple[str, Image.Image]] = []
+    for seed in range(seeds):
+        prompts = _drawn_prompts(captions, samples, seed)
+        pictures = _draw(model, prompts, seed, drawing, progress, f"drawing {seed + 1} of {seeds}")
+        pixels = _stacked(pictures)
+        right.append(sum(neighbours.judge(pixels, prompts)) / len(prompts))
+        distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
+        drawn = drawn or list(zip(prompts, pictures, strict=True))
+        if recipe.data.train == "shapes" and unseen:
+            asked = _drawn_prompts(unseen, samples, seed)
+            shown = _draw(model, asked, 7919 + seed, drawing, progress, f"unseen {seed + 1} of {seeds}")
+            for name, value in _judged(shown, asked).items():
+                judged.setdefault(name, []).append(value)
+    metrics = {"kid": over(distances, CODEC)}
+    if split["held_out"]:
+        others = Pictures(few(split["held_out"], (side, side)), (side, side))
+        if len(others) > 1:
+            clean = [
+                kernel_distance(features, _features(model, others.pictures), seed=s).value
+                for s in range(seeds)
+            ]
+            metrics["kid_of_held_out_data"] = over(
+                clean, "the floor: held-out pictures against training pictures"
+            )
+    if captions != [""]:
+        metrics["nearest_neighbour"] = _merged(right, samples, neighbours.how)
+    metrics |= {
+        name: _merged(values, samples, "unseen captions, read from pixels") for name, values in judged.items()
+    }
+    metrics["codec_psnr"] = _reconstruction(model, real.pictures[:256])
+    return metrics, drawn
+
+
+def _merged(rates: list[float], samples: int, note: str) -> Measure:
+    """A rate over seeds; its error is the larger of the seeds' spread and the binomial one."""
+    spread = over(rates, note)
+    total = samples * len(rates)
+    binomial = share([True] * round(spread.value * total) + [False] * (total - round(spread.value * total)))
+    return Measure(spread.value, max(spread.error or 0.0, binomial.error or 0.0), note)
+
+
+def _drawn_prompts(captions: list[str], count: int, seed: int) -> list[str]:
+    """`count` captions drawn at random, without repetition while there are enough."""
+    order = noise.permutation(len(captions), seed, "evaluation prompts", 0).tolist()
+    return [captions[order[index % len(order)]] for index in range(count)]
+
+
+def _draw(
+    model: PaintingModel,
+    prompts: list[str],
+    seed: int,
+    drawing: dict[str, Any],
+    progress: Progress | None,
+    phase: str,
+) -> list[Image.Image]:
+    def watch(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total, phase)
+
+    first = 1_000_003 * (seed + 1)
+    return model.generate(
+        prompt=prompts, seed=[first + i for i in range(len(prompts))], watch=watch, **drawing
+    )
+
+
+def _stacked(pictures: list[Image.Image]) -> Tensor:
+    """PIL pictures → uint8 [B, 3, H, W]."""
+    from ..data.media import fit
+
+    return torch.stack([fit(picture, *picture.size) for picture in pictures])
+
+
+@torch.no_grad()
+def _features(model: PaintingModel, pictures: list[Tensor]) -> Tensor:
+    parts = [
+        latent_features(model.encode(to_pixels(torch.stack(pictures[at : at + 64])))).cpu()
+        for at in range(0, len(pictures), 64)
+    ]
+    return torch.cat(parts)
+
+
+def _judged(pictures: list[Image.Image], prompts: list[str]) -> dict[str, float]:
+    """Shares of pictures that show what was asked, as the shapes' own reader sees them."""
+    from ..data import shapes
+
+    verdicts = [shapes.judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    return {
+        name: sum(one[name] for one in verdicts) / len(verdicts) for name in ("shape_and_color", "position")
+    }
+
+
+def _reconstruction(model: stages.Model, pictures: list[Tensor]) -> Measure:
+    """Peak signal to noise of pictures that went through the codec and back, in dB: a bound on sharpness."""
+    ratios = []
+    for at in range(0, len(pictures), 64):
+        pixels = to_pixels(torch.stack(pictures[at : at + 64])).to(model.device)
+        again = model.decode(model.encode(pixels)).clamp(-1, 1)
+        errors = (again - pixels).square().flatten(1).mean(1).clamp_min(1e-12)
+        ratios += (10 * torch.log10(4 / errors)).tolist()
+    return over(ratios, "dB, training pictures through the codec and back")
+
+
+def _record(run: RunFolder, step: int, metrics: dict[str, Measure], say: Callable[[str], None]) -> None:
+    """Write the numbers into the run, unless it is being written or read-only."""
+    try:
+        with run.lock():
+            run.event("evaluation", step=step, metrics={name: one.plain() for name, one in metrics.items()})
+            report.write(run)
+    except Refused as refusal:
+        say(f"The numbers are not written into the run: {refusal}")
