@@ -49,12 +49,25 @@ def save(
     with said_plainly(run.checkpoints):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         sweep(run.checkpoints)
-    _ask_for_room(run.checkpoints, groups)
     folder = run.checkpoint_folder(step)
+    write(folder, groups, {"step": step, **state})
+    run.event("checkpoint", step=step, path=str(folder.relative_to(run.path)), sync=True)
+    _let_go(run, keep, keep_every)
+    return folder
+
+
+def write(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+    """Write tensors, state and manifest as one folder, which appears when all of it is on the disk.
+
+    Raises:
+        Failed: the disk has no room for it. Refused: it is not writable.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _ask_for_room(folder.parent, groups)
     with atomic_folder(folder) as beside:
         for group, tensors in groups.items():
             _write_group(beside, group, tensors)
-        text = json.dumps({"format": FORMAT, "step": step, **state}, indent=1)
+        text = json.dumps({"format": FORMAT, **state}, indent=1)
         (beside / "state.json").write_text(text, encoding="utf-8")
         files = {
             file.name: {"sha256": checksum(file), "bytes": file.stat().st_size}
@@ -62,9 +75,6 @@ def save(
         }
         manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
         (beside / "manifest.json").write_text(manifest, encoding="utf-8")
-    run.event("checkpoint", step=step, path=str(folder.relative_to(run.path)), sync=True)
-    _let_go(run, keep, keep_every)
-    return folder
 
 
 def _ask_for_room(place: Path, groups: Mapping[str, Tensors]) -> None:

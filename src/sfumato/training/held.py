@@ -14,6 +14,7 @@ from sfumato.record import RunFolder
 from . import checkpoint
 from .average import Average, OptimiserMean, trained
 from .optimiser import Optimiser
+from .posthoc import PowerAverages
 from .settings import TrainSettings
 
 HARMLESS = {"log_every", "save_every", "keep", "keep_every", "held_out_every", "threads"}
@@ -35,7 +36,15 @@ class Held:
             self.average = OptimiserMean(network, self.optimiser.parts)
         elif settings.ema:
             self.average = Average(network, settings.ema)
+        self.powers = PowerAverages(network) if settings.ema_snapshots else None
         self.weights = list(trained(network).values())
+
+    def update(self, step: int) -> None:
+        """Take the weights after `step` updates into the averages."""
+        if self.average is not None:
+            self.average.update(step)
+        if self.powers is not None:
+            self.powers.update(step)
 
     def save(self, run: RunFolder, step: int, state: Mapping[str, Any]) -> Path:
         """Write the checkpoint of `step`, with `state` beside the settings; returns its folder."""
@@ -45,6 +54,8 @@ class Held:
         groups = {"model": {**model, **buffers}, "optimizer": tensors}
         if self.average is not None:
             groups["ema"] = {**self.average.state(), **buffers}
+        if self.powers is not None:
+            groups |= self.powers.groups()
         told = {"optimizer": rest, "threads": torch.get_num_threads(), "settings": asdict(self.settings)}
         keep, every = self.settings.keep, self.settings.keep_every
         return checkpoint.save(run, step, groups, {**told, **state}, keep=keep, keep_every=every)
@@ -62,6 +73,9 @@ class Held:
         _copy(model, self.network, folder)
         if self.average is not None:
             self.average.load(checkpoint.read(folder, "ema") or model)
+        if self.powers is not None:
+            kept = {group: checkpoint.read(folder, group) for group in self.powers.groups()}
+            self.powers.load({group: tensors or model for group, tensors in kept.items()})
         if state["settings"]["optimizer"] == self.settings.optimizer:
             self.optimiser.load(checkpoint.read(folder, "optimizer"), state["optimizer"])
         return state, self._changed(state)

@@ -210,8 +210,7 @@ class _Loop:
         self.step += 1
         self.loss_sum += loss
         self.loss_count += 1
-        if self.average is not None:
-            self.average.update(self.step)
+        self.held.update(self.step)
         if self.progress is not None:
             figures = {} if self.last_loss != self.last_loss else {"loss": self.last_loss}
             self.progress(
@@ -277,6 +276,9 @@ class _Loop:
             if duty is not None and duty.is_due(step, steps) and self.processes.leads:
                 with self.signals.at_once():
                     duty.do(step)
+        powers, every = self.held.powers, self.settings.ema_snapshots
+        if powers is not None and self.processes.leads and (step % every == 0 or step == steps):
+            powers.write(self.run, step)
         self.owes = False
         if step % self.settings.save_every == 0 or step == steps:
             self.save()

@@ -75,7 +75,7 @@ class Optimiser:
                         rest["values"][key] = value
             rest["groups"].append([self._own_numbers(group) for group in part.param_groups])
             for index, group in enumerate(part.param_groups):
-                own = {key: value for key, value in group.items() if isinstance(value, Tensor)}
+                own = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}
                 tensors |= {f"{number}/group {index}/{key}": value for key, value in own.items()}
         return tensors, rest
 

@@ -27,6 +27,7 @@ class TrainSettings:
     weight_decay: float = key(0.01, "decay of matrices; vectors never decay", least=0)
     clip: float = key(1.0, "largest norm of the gradient; 0 leaves it alone", least=0)
     ema: float = key(0.999, "decay of the averaged weights; 0 keeps none", least=0, most=1)
+    ema_snapshots: int = key(0, "steps between averages kept for `sfumato ema`; 0 for none", least=0)
     times: str = key("uniform", "how training times are drawn", choices=("uniform", "logit-normal"))
     stratified: bool = key(True, "spread the times of a batch evenly over their density")
     weighting: str = key("none", "weight of a sample's loss by its time", choices=("none", "min-snr", "x0"))
