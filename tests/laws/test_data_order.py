@@ -1,0 +1,104 @@
+"""Order is a function of the step: every sample once an epoch, batches of one bucket, no state."""
+
+from collections import Counter
+
+import pytest
+
+from sfumato.data.buckets import candidates, choose, crop_waste, token_budget
+from sfumato.data.order import Order, share
+from sfumato.errors import Refused
+
+BUCKETS = {
+    "one": [(4, 8, 8)] * 50,
+    "several": [(4, 8, 8)] * 41 + [(4, 6, 10)] * 17 + [(4, 10, 6)] * 3,
+    "tiny": [(4, 8, 8)] * 3,
+}
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+@pytest.mark.parametrize("name", BUCKETS)
+def test_every_sample_is_seen_equally_often(name, batch):
+    buckets = BUCKETS[name]
+    order = Order(buckets, batch, seed=3)
+    seen = Counter()
+    for step in range(order.steps_before(batch)):
+        indices, _ = order.at(step)
+        assert len(indices) == batch
+        assert len({buckets[index] for index in indices}) == 1
+        seen.update(indices)
+    assert set(seen.values()) == {batch}  # after `batch` epochs nothing is left over
+
+
+@pytest.mark.parametrize("name", BUCKETS)
+def test_a_step_is_the_same_whoever_asks_and_in_whatever_order(name):
+    forward = [Order(BUCKETS[name], 4, seed=1).at(step) for step in range(60)]
+    order = Order(BUCKETS[name], 4, seed=1)
+    assert [order.at(step) for step in reversed(range(60))] == forward[::-1]
+    assert [Order(BUCKETS[name], 4, seed=2).at(step) for step in range(60)] != forward
+
+
+def test_epochs_never_fall_and_differ_in_order():
+    order = Order(BUCKETS["several"], 4, seed=0)
+    epochs = [order.at(step)[1] for step in range(100)]
+    assert epochs == sorted(epochs) and epochs[0] == 0
+    first = [order.at(step)[0] for step in range(order.steps_before(1))]
+    second = [order.at(step)[0] for step in range(order.steps_before(1), order.steps_before(2))]
+    assert first != second
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_the_same_global_batch(world):
+    indices, _ = Order(BUCKETS["one"], 8, seed=0).at(5)
+    assert [index for rank in range(world) for index in share(indices, rank, world)] == indices
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(Refused, match="multiple of 3"):
+        share(list(range(8)), 0, 3)
+
+
+def test_repeats_are_seen_so_much_more_often():
+    order = Order([(1,)] * 4, 4, seed=0, repeats=[1, 1, 1, 5])
+    seen = Counter(index for step in range(order.steps_before(1)) for index in order.at(step)[0])
+    assert seen == {0: 1, 1: 1, 2: 1, 3: 5}
+
+
+def test_nothing_to_train_on_is_refused():
+    with pytest.raises(Refused, match="no sample"):
+        Order([], 4, 0)
+
+
+SIZES = [(100 + 13 * i % 90, 80 + 29 * i % 120) for i in range(200)]
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_more_buckets_cut_less_and_all_fit_the_stride(stride):
+    wastes = [choose(SIZES, 128, stride, count).waste(SIZES) for count in range(1, 7)]
+    assert wastes == sorted(wastes, reverse=True)
+    for width, height in choose(SIZES, 128, stride, 6).shapes:
+        assert width % stride == height % stride == 0
+        assert abs(width * height / 128**2 - 1) < 0.2
+
+
+def test_the_choice_is_the_best_there_is():
+    from itertools import combinations
+
+    shapes = candidates(64, 16)
+    best = min(
+        sum(min(crop_waste(size, shape) for shape in some) for size in SIZES)
+        for some in combinations(shapes, 2)
+    )
+    chosen = choose(SIZES, 64, 16, 2)
+    assert sum(crop_waste(size, chosen(size)) for size in SIZES) <= best * 1.01
+
+
+def test_a_resolution_off_the_stride_is_refused_with_the_nearest():
+    with pytest.raises(Refused, match=r"data.resolution = 96"):
+        choose(SIZES, 100, 16, 1)
+
+
+def test_a_token_budget_makes_batches_cost_alike():
+    shapes = [(4, 8, 8)] * 10 + [(4, 16, 16)] * 10
+    order = Order(shapes, token_budget(16, shapes), seed=0)
+    costs = {len(order.at(step)[0]) * shapes[order.at(step)[0][0]][1] ** 2 for step in range(20)}
+    assert max(costs) <= 1.1 * min(costs)
