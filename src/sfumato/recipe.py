@@ -1,5 +1,6 @@
 """A recipe is one run as a typed tree: TOML in and out, every key explained, unknown keys refused."""
 
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -189,11 +190,13 @@ def _fit(name: str, value: Any, where: str) -> Any:
             f"{name} is {value!r}{where}, but it must be {_KINDS[wanted]}, like {_shown(DEFAULTS[name])}."
         )
     if rules["choices"] and value not in rules["choices"] and not is_own(str(value)):
-        raise Refused(f'{name} is "{value}"{where}, which is not known.{nearest(value, rules["choices"])}')
+        raise Refused(
+            f'{name} is "{value}"{where}, which is not known.{nearest(str(value), rules["choices"])}'
+        )
     for bound, beyond, word in (("least", -1, "at least"), ("most", 1, "at most")):
         if rules[bound] is not None and (value - rules[bound]) * beyond > 0:
             raise Refused(f"{name} is {value}{where}, but it must be {word} {rules[bound]}.")
-    if wanted is float and not abs(value) < float("inf"):
+    if isinstance(value, float) and not math.isfinite(value):
         raise Refused(f"{name} is {value}{where}, but it must be finite.")
     return value
 

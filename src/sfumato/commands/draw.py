@@ -26,7 +26,9 @@ def generate(
     if not prompts and model.conditioner.kind != "none":
         raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
     asked = [prompt for prompt in prompts or [""] for _ in range(count)]
-    options = {name: value for name, value in wanted.items() if value not in (None, "", 0) or name == "seed"}
+    options: dict[str, Any] = {
+        name: value for name, value in wanted.items() if value not in (None, "", 0) or name == "seed"
+    }
     with progress() as shown:
         pictures = model.generate(
             prompt=asked, watch=lambda done, total: shown(done, total, "drawing"), **options

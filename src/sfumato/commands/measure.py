@@ -37,8 +37,7 @@ def evaluate(
     page = out / "report.html"
     write_atomic(page, _page(folder, found, listed))
     rows = [
-        f"{name.replace('_', ' '):<26} {one!s:<20} {one.note}".rstrip()
-        for name, one in found.metrics.items()
+        f"{name.replace('_', ' '):<26} {one!s:<20} {one.note}".rstrip() for name, one in found.metrics.items()
     ]
     result({**value, "page": page}, "\n".join([*rows, str(page)]), as_json)
 

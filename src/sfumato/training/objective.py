@@ -44,17 +44,27 @@ class Objective(Protocol):
 class Batch(Protocol):
     """Samples as they are stored: latents [B, C, …], one mapping of condition rows each."""
 
-    ids: Sequence[int]
-    latents: Tensor
-    conditions: Sequence[Mapping[str, Tensor]]
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def latents(self) -> Tensor: ...
+
+    @property
+    def conditions(self) -> Sequence[Mapping[str, Tensor]]: ...
 
 
 class Encoded(Protocol):
     """Encoded samples: what `sfumato.data` keeps in the store, or anything like it."""
 
-    ids: Sequence[int]
-    names: Sequence[str]
-    null: Mapping[str, Tensor]
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def null(self) -> Mapping[str, Tensor]: ...
 
     def __len__(self) -> int: ...
 

@@ -24,8 +24,11 @@ SCALES = 3
 class Pictures(Protocol):
     """Pictures of one size."""
 
-    ids: Sequence[int]
-    names: Sequence[str]
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """The pictures [b, 3, H, W], uint8, or float in [-1, 1]."""
