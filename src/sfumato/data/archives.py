@@ -176,6 +176,7 @@ def saved(root: Path, captions: str) -> Collection:
     """
     try:
         import pyarrow as arrow
+        import pyarrow.ipc as ipc
     except ImportError as missing:
         raise Refused(
             f"{root} is read with pyarrow, which is not installed: pip install pyarrow"
@@ -186,7 +187,7 @@ def saved(root: Path, captions: str) -> Collection:
             result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
             continue
         with arrow.memory_map(str(path)) as mapped:
-            table = arrow.ipc.open_stream(mapped).read_all()
+            table = ipc.open_stream(mapped).read_all()
         inside = path.relative_to(root).as_posix()
         split = metadata.SPLITS.get(PurePosixPath(inside).parts[0], "")
         _one_table(inside, table, captions, split, result)

@@ -64,7 +64,8 @@ class DamagedShard(Exception):
 
 def raw(tensor: Tensor) -> bytes:
     """The tensor's own bytes, row by row."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
 
 
 def pack(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[tuple[str, str, list[int], int]]]:
@@ -156,12 +157,13 @@ def view(path: Path) -> np.ndarray:
 def unpack(data: np.ndarray, fields: tuple[Field, ...]) -> dict[str, Tensor]:
     """The tensors of an entry from its bytes [length]; they own their memory."""
     own = torch.from_numpy(data.copy())
-    return {
-        field.name: own[field.begin : field.begin + field.length]
-        .clone()
-        .view(field.dtype)
-        .reshape(field.shape)
-        if field.begin % field.dtype.itemsize
-        else own[field.begin : field.begin + field.length].view(field.dtype).reshape(field.shape)
-        for field in fields
-    }
+    return {field.name: _typed(own[field.begin : field.begin + field.length], field) for field in fields}
+
+
+def _typed(part: Tensor, field: Field) -> Tensor:
+    """Bytes [length] uint8 as the numbers they are."""
+    if not field.length:
+        return torch.empty(field.shape, dtype=field.dtype)
+    if part.storage_offset() % field.dtype.itemsize:
+        part = part.clone()
+    return part.view(field.dtype).reshape(field.shape)
