@@ -127,7 +127,7 @@ class ResidualCodec(NormalisedCodec):
             most = 3 * stride**2
             raise Refused(
                 f"A codec of stride {stride} with {latent_channels} channels cannot be: the stride must be "
-                f"even, and a patch of {stride}×{stride} pixels holds {most} numbers. Take model.stride 4 or 8."
+                f"even, and a patch of {stride}×{stride} pixels holds {most}. Take model.stride 4 or 8."
             )
         super().__init__(stride, latent_channels)
         self._config = {"stride": stride, "latent_channels": latent_channels, "width": width}

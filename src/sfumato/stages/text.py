@@ -110,7 +110,9 @@ def mean(tokens: Tensor, mask: Tensor) -> Tensor:
 def text_encoder(folder: Path) -> Any:
     """The network in `folder` that reads text: the encoder alone where there is a decoder too."""
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, CLIPTextModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
