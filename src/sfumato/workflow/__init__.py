@@ -4,7 +4,7 @@ recipe → pictures and captions → codec → encodings in the store → traini
 """
 
 from .agreement import agree
-from .course import Run, encode, ready, train
+from .course import Run, encode, gather, ready, train
 from .forecast import plan
 
-__all__ = ["Run", "agree", "encode", "plan", "ready", "train"]
+__all__ = ["Run", "agree", "encode", "gather", "plan", "ready", "train"]

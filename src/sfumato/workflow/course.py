@@ -80,7 +80,8 @@ def encode(
     Raises:
         Refused: the recipe or its data cannot be used. Failed: the disk is full.
     """
-    return ready(read(recipe, overrides), progress, say)
+    asked = read(recipe, overrides)
+    return ready(asked, gather(asked), progress, say)
 
 
 def train(
@@ -93,12 +94,13 @@ def train(
         Failed: the run could not go on. Stopped: it was asked to stop, and saved.
     """
     asked = read(recipe, overrides)
+    gathered = gather(asked)
     run = RunFolder.create(asked.output)
     with run.lock():
         for name, (was, now) in agree(run, asked).items():
             say(f"{name} was {was} and is {now} from here on.")
         RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
-        prepared = ready(asked, progress, say, run)
+        prepared = ready(asked, gathered, progress, say, run)
         return Run(run.path, _train(asked, run, prepared, progress, say))
 
 
@@ -127,25 +129,52 @@ def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress |
     return outcome.step
 
 
-def ready(
-    recipe: Recipe, progress: Progress | None = None, say: Say = to_stderr, run: RunFolder | None = None
-) -> Ready:
-    """The stages of the recipe's model and its samples, encoded; `run`, if given, is told the phases."""
+@dataclass(frozen=True)
+class Gathered:
+    """What a recipe stands on, checked before anything is computed or written."""
+
+    collection: Collection
+    bucket_of: Bucket | Callable[[Bucket], Bucket]
+    device: torch.device
+    base: PaintingModel | None
+    conditioner: stages.Conditioner
+
+
+def gather(recipe: Recipe) -> Gathered:
+    """Look at all that a recipe names.
+
+    Raises:
+        Refused: for whatever cannot be used.
+    """
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     device = devices.resolve(recipe.train.device)
     theory_of(recipe)
-    collection = collect(recipe.data)
-    trained_on = collection.of("train") or collection.samples
     base = _base(recipe)
-    bucket_of = sizes(
-        recipe, collection.samples, base.codec if base else stages.new_codec(recipe.model, recipe.seed)
+    codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed)
+    conditioner = base.conditioner if base else stages.new_conditioner(recipe.model)
+    collection = collect(recipe.data)
+    return Gathered(collection, sizes(recipe, collection.samples, codec), device, base, conditioner)
+
+
+def ready(
+    recipe: Recipe,
+    gathered: Gathered,
+    progress: Progress | None = None,
+    say: Say = to_stderr,
+    run: RunFolder | None = None,
+) -> Ready:
+    """The stages of the recipe's model and its samples, encoded; `run`, if given, is told the phases."""
+    collection, bucket_of, device, base = (
+        gathered.collection,
+        gathered.bucket_of,
+        gathered.device,
+        gathered.base,
     )
+    trained_on = collection.of("train") or collection.samples
     with phase(run, "codec"):
         codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
-    model = painting(
-        base or stages.build(recipe.model, codec, stages.new_conditioner(recipe.model), recipe.seed)
-    )
+    model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed))
     model.info |= {"resolution": recipe.data.resolution}
     model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
     model.to(device)

@@ -5,11 +5,11 @@ from typing import Any
 
 from .. import stages
 from ..recipe import Recipe
+from ..record import RunFolder
 from ..training import device as devices
 from .agreement import agree
 from .codecs import codec_key, place
-from .course import sizes, theory_of
-from .material import collect
+from .course import gather
 
 FLOAT = 4
 
@@ -23,11 +23,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     Raises:
         Refused: for whatever training would refuse.
     """
-    from ..record import RunFolder
-
-    device = devices.resolve(recipe.train.device)
-    theory_of(recipe)
-    collection = collect(recipe.data)
+    gathered = gather(recipe)
+    collection, base = gathered.collection, gathered.base
     train, held_out = collection.of("train"), collection.of("held_out")
     found: dict[str, Any] = {
         "samples": len(train),
@@ -35,22 +32,15 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "captions": len({caption for sample in collection.samples for caption in sample.captions}),
         "set_aside": [{"file": one.file, "reason": one.reason} for one in collection.set_aside],
     }
-    codec = stages.new_codec(recipe.model, recipe.seed) if recipe.model.base == "scratch" else None
-    if codec is None:
-        model = stages.load(recipe.model.base)
-        codec = model.codec
-        found["codec"] = f"of {recipe.model.base}"
-        bucket_of = sizes(recipe, collection.samples, codec)
-    else:
-        bucket_of = sizes(recipe, collection.samples, codec)
-        found["codec"] = _codec(recipe, codec, train, bucket_of)
-        model = stages.build(recipe.model, codec, stages.new_conditioner(recipe.model), recipe.seed)
+    codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed)
+    model = base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed)
+    found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, codec, train, gathered.bucket_of)
     parameters = sum(one.numel() for one in model.denoiser.parameters())
     found["parameters"] = parameters
     found["steps_per_epoch"] = max(1, len(train) // recipe.train.batch)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
-    found["device"] = str(device)
-    found["precision"] = devices.effective_precision(recipe.train.precision, device)
+    found["device"] = str(gathered.device)
+    found["precision"] = devices.effective_precision(recipe.train.precision, gathered.device)
     found["memory_gb"] = round(parameters * FLOAT * (4 + bool(recipe.train.ema)) / 1e9, 3)
     found["disk_gb"] = round(_disk(recipe, parameters, len(collection.samples), codec) / 1e9, 3)
     output = Path(recipe.output)
