@@ -349,3 +349,11 @@ def _timed(work):
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
+
+
+def test_without_a_text_encoder_there_are_no_conditions_but_labels(tmp_path):
+    given = [replace(one, label=i % 3) for i, one in enumerate(samples(6))]
+    plain = encode.fill(Store(tmp_path), samples(6), (16, 16), Encoder().look, None, HOW)
+    assert plain.read([0, 1]).conditions == [{}, {}] and plain.null == {}
+    classes = encode.fill(Store(tmp_path), given, (16, 16), Encoder().look, None, HOW)
+    assert [int(one["labels"]) for one in classes.read([4, 5]).conditions] == [1, 2]

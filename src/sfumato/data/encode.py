@@ -19,49 +19,19 @@ from torch import Tensor
 
 from sfumato.errors import Failed, Refused
 
-from . import formats, media
+from . import formats, views
 from .encoded import Batch, EncodedSet, Item
 from .sample import Sample, SetAside
 from .store import Store, key
+from .views import Encoding, Size, Task
 
 T = TypeVar("T")
 R = TypeVar("R")
-Bucket = tuple[int, int]  # width, height in pixels
 Pixels = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 Texts = Callable[[list[str]], list[dict[str, Tensor]]]
 Progress = Callable[[int, int, str], None]
 
 __all__ = ["Batch", "EncodedSet", "Encoding", "Item", "fill"]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How samples are encoded; its parts are parts of the store's keys.
-
-    pixels, texts: fingerprints of the encoders. batch, texts_batch: pictures, captions in one call.
-    shard: entries a shard holds at most, and so what a kill can cost. flip: also store mirrored pictures.
-    pixels_format, texts_format: see `formats`. threads: decode pictures ahead while others are encoded.
-    """
-
-    pixels: str
-    texts: str = ""
-    batch: int = 16
-    texts_batch: int = 64
-    shard: int = 256
-    flip: bool = False
-    pixels_format: str = "same"
-    texts_format: str = "same"
-    threads: int = 2
-
-
-@dataclass(frozen=True)
-class Task:
-    """One sample, and the keys of its picture's variants (plain, mirrored)."""
-
-    sample: Sample
-    bucket: Bucket
-    size: tuple[int, int]
-    keys: tuple[str, ...]
 
 
 @dataclass
@@ -82,7 +52,7 @@ class _Run:
 def fill(
     store: Store,
     samples: Sequence[Sample],
-    bucket_of: Bucket | Callable[[Bucket], Bucket],
+    bucket_of: Size | Callable[[Size], Size],
     encode_pixels: Pixels,
     encode_captions: Texts | None,
     how: Encoding,
@@ -92,7 +62,8 @@ def fill(
 
     Args:
         bucket_of: (width, height) that pictures are fitted to: one, or a function of a picture's size.
-        encode_pixels: pixels [B, 3, H, W] in [−1, 1] → latents [B, …], or {"mean", "std"} of a posterior.
+        encode_pixels: pixels [B, 3, H, W] (clips [B, 3, F, H, W]) in [−1, 1] → latents [B, …], or a
+            posterior's {"mean", "std"}.
         encode_captions: captions → one dict of tensors each; None for a model without text.
         progress: called with (done, total, phase).
     Returns:
@@ -117,24 +88,14 @@ def _text_key(how: Encoding, caption: str) -> str:
     return key(hashlib.sha256(caption.encode()).hexdigest(), "caption", how.texts, how.texts_format)
 
 
-def _plan(run: _Run, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]) -> list[Task]:
-    """The samples that can be opened, with the keys of their pictures."""
-    how = run.how
+def _plan(run: _Run, samples: Sequence[Sample], bucket_of: Size | Callable[[Size], Size]) -> list[Task]:
+    """The samples that can be opened, with the keys of their views."""
 
     def look(sample: Sample) -> Task | SetAside:
-        try:
-            content = sample.content_hash()
-            size = media.size_of(sample.source()) if callable(bucket_of) else (0, 0)
-        except (media.Unreadable, OSError) as problem:
-            return SetAside(sample.name, _reason(problem))
-        bucket = bucket_of(size) if callable(bucket_of) else bucket_of
-        transform = f"{media.TRANSFORM} to {bucket[0]}x{bucket[1]}"
-        variants = [transform, f"{transform} mirrored"] if how.flip else [transform]
-        keys = tuple(key(content, variant, how.pixels, how.pixels_format) for variant in variants)
-        return Task(sample, bucket, size, keys)
+        return views.plan(sample, bucket_of, run.how)
 
     tasks: list[Task] = []
-    with _threads(how.threads) as pool:
+    with _threads(run.how.threads) as pool:
         for done, found in enumerate(_ahead(pool, look, samples, 64)):
             if isinstance(found, SetAside):
                 run.set_aside.append(found)
@@ -142,12 +103,6 @@ def _plan(run: _Run, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bu
                 tasks.append(found)
             run.progress(done + 1, len(samples), "reading")
     return tasks
-
-
-def _reason(problem: Exception) -> str:
-    if isinstance(problem, OSError):
-        return f"cannot be opened: {problem.strerror or problem}"
-    return str(problem)
 
 
 def _repair(run: _Run, kind: str, owners: Mapping[str, str]) -> None:
@@ -177,13 +132,12 @@ def _fill_pictures(run: _Run, tasks: Sequence[Task], encode: Pixels) -> dict[tup
     failed: dict[tuple[str, ...], str] = {}
     done = 0
     with _threads(how.threads) as pool:
-        decoded = _ahead(pool, _decode, (task for chunk in chunks for task in chunk), 3 * how.batch)
+        decoded = _ahead(pool, views.decode, (task for chunk in chunks for task in chunk), 3 * how.batch)
         for chunk in chunks:
             entries: dict[str, Mapping[str, Tensor]] = {}
             for group in _cut(chunk, how.batch):
-                failed |= _encode_group(
-                    group, list(islice(decoded, len(group))), encode, how.pixels_format, stored, entries
-                )
+                pieces = list(islice(decoded, len(group)))
+                failed |= _encode_group(group, pieces, encode, how, stored, entries)
                 done += len(group)
                 run.progress(done, total, "pictures")
             if entries:
@@ -192,38 +146,29 @@ def _fill_pictures(run: _Run, tasks: Sequence[Task], encode: Pixels) -> dict[tup
     return failed
 
 
-def _decode(task: Task) -> Tensor | str:
-    """The picture fitted to its bucket, uint8 [3, H, W], or the reason why not."""
-    try:
-        return media.fit(media.read_picture(task.sample.source()), *task.bucket)
-    except (media.Unreadable, OSError) as problem:
-        return _reason(problem)
-
-
 def _encode_group(
     group: Sequence[Task],
-    decoded: Sequence[Tensor | str],
+    decoded: Sequence[list[Tensor] | str],
     encode: Pixels,
-    form: str,
+    how: Encoding,
     stored: Container[str],
     entries: dict[str, Mapping[str, Tensor]],
 ) -> dict[tuple[str, ...], str]:
-    """Encode one batch into `entries`, every variant not yet stored; returns why some failed."""
+    """Encode one batch into `entries`, every view not yet stored; returns why some failed."""
     pairs = list(zip(group, decoded, strict=True))
-    failed = {task.keys: picture for task, picture in pairs if isinstance(picture, str)}
-    sound = [(task, picture) for task, picture in pairs if isinstance(picture, Tensor)]
-    for variant in range(len(group[0].keys)):
-        wanted = [(task, picture) for task, picture in sound if task.keys[variant] not in stored]
+    failed = {task.keys: pieces for task, pieces in pairs if isinstance(pieces, str)}
+    sound = [(task, pieces) for task, pieces in pairs if not isinstance(pieces, str)]
+    for view in range(len(group[0].keys)):
+        wanted = [(task, pieces) for task, pieces in sound if task.keys[view] not in stored]
         if not wanted:
             continue
-        pixels = media.to_pixels(torch.stack([picture for _, picture in wanted]))
         with torch.no_grad():
-            answer = encode(pixels.flip(-1) if variant else pixels)
+            answer = encode(views.stack([views.show(pieces, view, how.flip) for _, pieces in wanted]))
         named = {"latents": answer} if isinstance(answer, Tensor) else dict(answer)
         for row, (task, _) in enumerate(wanted):
             own = {name: tensor[row].detach().cpu() for name, tensor in named.items()}
             if all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
-                entries[task.keys[variant]] = formats.shrink(own, form)
+                entries[task.keys[view]] = formats.shrink(own, how.pixels_format)
             else:
                 failed[task.keys] = "its encoding is not finite"
     return failed

@@ -54,7 +54,7 @@ class Item:
 
     sample: Sample
     pictures: tuple[Place, ...]
-    captions: tuple[tuple[str, str], ...]  # (caption, its key)
+    captions: tuple[tuple[str, str], ...]  # (caption, its key or "")
     size: tuple[int, int] = (0, 0)  # of the picture itself; (0, 0) where nobody looked
     bucket: tuple[int, ...] = ()  # (width, height) in pixels
 
@@ -105,7 +105,7 @@ class EncodedSet:
         ids = [self.ids[i] for i in indices]
         captions = _choose([item.captions for item in items], ids, seed, epoch, "caption")
         places = _choose([item.pictures for item in items], ids, seed, epoch, "variant")
-        conditions = [self.condition(chosen[1]) if chosen else {} for chosen in captions]
+        conditions = [self.condition(chosen[1]) if chosen and chosen[1] else {} for chosen in captions]
         if self.labels:
             conditions = [
                 {**condition, "labels": torch.tensor(item.sample.label or 0)}

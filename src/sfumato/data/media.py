@@ -15,7 +15,7 @@ from torch import Tensor
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".jfif")
 CLIPS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
-TRANSFORM = "picture 1: upright, on white, sRGB, centre crop, Lanczos"
+TRANSFORM = "picture 1: upright, on white, sRGB, centre crop, Lanczos, large JPEGs by halves"
 """What `read_picture` and `fit` do, as part of the store's keys; a change of theirs changes it."""
 MOST_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 THINNEST = 32  # longer side over shorter side
@@ -75,10 +75,11 @@ def size_of(source: Path | bytes | Image.Image) -> tuple[int, int]:
     return (image.height, image.width) if turned else image.size
 
 
-def read_picture(source: Path | bytes | Image.Image) -> Image.Image:
+def read_picture(source: Path | bytes | Image.Image, least: tuple[int, int] | None = None) -> Image.Image:
     """The picture as upright RGB: EXIF turned, alpha on white, 16 bits to 8, CMYK and profiles to sRGB.
 
-    Of an animation the first frame.
+    Of an animation the first frame. A JPEG much larger than `least` (width, height) is decoded at a half, a
+    quarter or an eighth of its size, but not below twice `least`.
 
     Raises:
         Unreadable: with the reason.
@@ -87,6 +88,9 @@ def read_picture(source: Path | bytes | Image.Image) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            if least and image.format == "JPEG":
+                side = 2 * max(least)
+                image.draft(None, (side, side))
             image.load()
             image = _upright(image)
             return _on_white(_eight_bits(_in_srgb(image)))

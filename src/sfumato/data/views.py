@@ -1,0 +1,112 @@
+"""A view is one way a sample is shown to the encoder: fitted to its bucket, mirrored, a piece of a clip."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import clips, media
+from .sample import Sample, SetAside
+from .store import key
+
+Size = tuple[int, int]
+Bucket = tuple[int, ...]  # width, height in pixels, and frames where clips are wanted
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How samples are encoded.
+
+    pixels, texts: fingerprints of the encoders. batch, texts_batch: pictures, captions in one call.
+    shard: entries a shard holds at most, and so what a kill can cost. flip: also store mirrored pictures.
+    frames > 0 takes clips of so many frames at `rate` a second (pictures are clips of one frame), in
+    `segments` pieces each. pixels_format, texts_format: see `formats`. threads decode while others encode.
+    """
+
+    pixels: str
+    texts: str = ""
+    batch: int = 16
+    texts_batch: int = 64
+    shard: int = 256
+    flip: bool = False
+    frames: int = 0
+    rate: float = 8.0
+    segments: int = 1
+    pixels_format: str = "same"
+    texts_format: str = "same"
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """One sample to be encoded: its bucket, its own size ((0, 0) if not looked at), one key for each view."""
+
+    sample: Sample
+    bucket: Bucket
+    size: Size
+    keys: tuple[str, ...]
+    pieces: tuple[clips.Piece, ...] = ()
+
+
+def plan(sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding) -> Task | SetAside:
+    """The task of a sample, or why it can have none."""
+    try:
+        content = sample.content_hash()
+        clip = bool(how.frames or sample.name.lower().endswith(media.CLIPS)) and clips.is_clip(
+            sample.name, sample.source()
+        )
+        if clip and not how.frames:
+            return SetAside(sample.name, "a clip; this model is trained on pictures")
+        size = (0, 0)
+        if callable(bucket_of):
+            seen = sample.source()
+            size = clips.facts(sample.name, seen).size if clip else media.size_of(seen)
+    except (media.Unreadable, OSError) as problem:
+        return SetAside(sample.name, reason(problem))
+    bucket: Bucket = bucket_of(size) if callable(bucket_of) else bucket_of
+    transform = f"{media.TRANSFORM} to {bucket[0]}x{bucket[1]}"
+    pieces: tuple[clips.Piece, ...] = ()
+    if how.frames:
+        bucket = (*bucket, how.frames if clip else 1)
+    if clip:
+        pieces = tuple(clips.Piece(how.frames, how.rate, i, how.segments) for i in range(how.segments))
+    views = [f"{transform}, {piece.words}" for piece in pieces] or [
+        f"{transform}{', a clip' * bool(how.frames)}"
+    ]
+    if how.flip:
+        views = [view for plain in views for view in (plain, f"{plain} mirrored")]
+    keys = tuple(key(content, view, how.pixels, how.pixels_format) for view in views)
+    return Task(sample, bucket, size, keys, pieces)
+
+
+def decode(task: Task) -> list[Tensor] | str:
+    """The sample's pieces fitted to its bucket, uint8 [3, H, W] or [3, F, H, W], or why not."""
+    width, height, *frames = task.bucket
+    try:
+        source = task.sample.source()
+        if task.pieces:
+            return [clips.read(task.sample.name, source, piece, width, height) for piece in task.pieces]
+        still = media.fit(media.read_picture(source, (width, height)), width, height)
+        return [still[:, None] if frames else still]
+    except (media.Unreadable, OSError) as problem:
+        return reason(problem)
+
+
+def show(pieces: list[Tensor], view: int, flip: bool) -> Tensor:
+    """What the encoder sees as view number `view`: uint8 like the piece."""
+    if not flip:
+        return pieces[view]
+    return pieces[view // 2].flip(-1) if view % 2 else pieces[view // 2]
+
+
+def stack(pictures: list[Tensor]) -> Tensor:
+    """Pixels [B, 3, …] in [−1, 1] of pictures [3, …] uint8."""
+    return media.to_pixels(torch.stack(pictures))
+
+
+def reason(problem: Exception) -> str:
+    """What went wrong, for the list of files set aside."""
+    if isinstance(problem, OSError):
+        return f"cannot be opened: {problem.strerror or problem}"
+    return str(problem)
