@@ -3,13 +3,14 @@
 from . import guidance, noise, oracle, times
 from .catalogue import about, arguments, get, names, preconditioned
 from .definition import Report, Theory
-from .solver import integrate, methods, solve
+from .solver import evaluations, integrate, methods, solve
 
 __all__ = [
     "Report",
     "Theory",
     "about",
     "arguments",
+    "evaluations",
     "get",
     "guidance",
     "integrate",

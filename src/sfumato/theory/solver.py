@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import Refused, nearest, one_of
-from . import steps
+from . import multistep, steps
+from .adaptive import adaptive
 from .course import Course, scaled, start_of
 from .definition import Theory
 from .shapes import Anything, Denoise, Renoise
 from .times import custom, two_sided
+from .trusted import trusted
 
 __all__ = ["Method", "evaluations", "integrate", "methods", "solve", "start_of"]
 
@@ -26,28 +28,44 @@ class Method:
     """A solver: how it walks, what it costs, what it promises.
 
     Args:
-        walk: (course, z, **options) → iterator of z; plans before it returns.
-        cost: network evaluations of n steps.
-        order: the order of convergence it promises for an `order` argument.
+        walk: (course, z, **options) → iterator of z, one a step; it plans before it returns.
+        cost: network evaluations of n steps at an order.
+        promise: the order of convergence at an order.
         orders: the values `order` may take; empty when it takes none.
-        stochastic: whether it takes eta > 0.
+        usual: the order when none is named.
+        eta: the eta when none is named; None where the walk takes no eta.
+        draws: whether it needs noise even at eta = 0.
+        free: whether it yields states of its own times instead of one z per step of the grid.
     """
 
     walk: Callable[..., Iterator[Tensor]]
-    cost: Callable[[int], int]
-    order: Callable[[int], int]
+    cost: Callable[[int, int], int] = lambda n, order: n
+    promise: Callable[[int], int] = lambda order: order
     orders: tuple[int, ...] = ()
-    usual: int = 0
-    stochastic: bool = False
-    eta: float = 0.0
+    usual: int = 1
+    eta: float | None = None
+    draws: bool = False
+    free: bool = False
+
+
+def _once_more(n: int, order: int) -> int:
+    return n + (1 if order > 3 and n > 1 else 0)
 
 
 _METHODS: dict[str, Method] = {
-    "auto": Method(steps.trusted, lambda n: n, lambda k: 2),
-    "euler": Method(steps.euler, lambda n: n, lambda k: 1, stochastic=True),
-    "ancestral": Method(steps.euler, lambda n: n, lambda k: 1, stochastic=True, eta=1.0),
-    "heun": Method(steps.heun, lambda n: 2 * n - 1, lambda k: 2, stochastic=True),
-    "multistep": Method(steps.multistep, lambda n: n, lambda k: k, orders=(1, 2, 3), usual=2),
+    "auto": Method(trusted, usual=3),
+    "euler": Method(steps.euler, eta=0.0),
+    "ancestral": Method(steps.euler, eta=1.0),
+    "heun": Method(steps.heun, lambda n, order: 2 * n - 1, usual=2, eta=0.0),
+    "midpoint": Method(steps.midpoint, lambda n, order: 2 * n, usual=2, eta=0.0),
+    "rk4": Method(steps.rk4, lambda n, order: 4 * n - 1, usual=4, eta=0.0),
+    "multistep": Method(multistep.adams, _once_more, orders=(1, 2, 3, 4), usual=2),
+    "dpm++": Method(multistep.dpm, orders=(1, 2, 3), usual=2, eta=0.0),
+    "deis": Method(multistep.deis, orders=(1, 2, 3), usual=2, eta=0.0),
+    "unipc": Method(multistep.unipc, _once_more, orders=(1, 2, 3, 4), usual=2),
+    "sde-multistep": Method(multistep.dpm, lambda n, order: n, lambda order: 1, (1, 2, 3), 2, eta=1.0),
+    "churn": Method(steps.churn, lambda n, order: 2 * n - 1, lambda order: 1, draws=True),
+    "adaptive": Method(adaptive, lambda n, order: 3 * n, usual=3, free=True),
 }
 
 
@@ -56,9 +74,10 @@ def methods() -> dict[str, Method]:
     return dict(_METHODS)
 
 
-def evaluations(solver: str, grid_steps: int) -> int:
+def evaluations(solver: str, grid_steps: int, order: int | None = None) -> int:
     """How often a solver asks the network over a grid of this many steps."""
-    return _METHODS[one_of("Solver", solver, _METHODS)].cost(grid_steps)
+    method = _METHODS[one_of("Solver", solver, _METHODS)]
+    return method.cost(grid_steps, order or method.usual)
 
 
 def solve(
@@ -91,13 +110,13 @@ def solve(
     method = _METHODS[one_of("Solver", solver, _METHODS)]
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
         raise Refused("x_T must be a floating-point tensor [B, …].")
-    times = _times(theory, grid, method, len(x_T))
     settings = _settings(solver, method, order, eta, noise, options)
+    times = _times(theory, grid, solver, method, order or method.usual, len(x_T))
     course = Course(denoise, theory, times, x_T)
-    if method.eta and not eta:
-        settings["eta"] = method.eta
     z = start_of(x_T, theory, times[0] if times.ndim == 1 else times[:, 0])
     walk = method.walk(course, z, **settings)
+    if method.free:
+        return walk
     return (scaled(r, z) for r, z in zip(course.radii[1:], walk, strict=True))
 
 
@@ -116,19 +135,22 @@ def integrate(
     return deque(solve(denoise, x_T, theory, grid, solver, order, eta, noise, **options), maxlen=1)[0]
 
 
-def _times(theory: Theory, grid: int | Sequence[float] | Tensor, method: Method, batch: int) -> Tensor:
-    if isinstance(grid, bool) or (isinstance(grid, int) and grid < 1):
-        raise Refused(f"{grid} network evaluations cannot sample anything; ask for at least 1.")
+def _times(
+    theory: Theory, grid: int | Sequence[float] | Tensor, solver: str, method: Method, order: int, batch: int
+) -> Tensor:
     if isinstance(grid, int):
+        if isinstance(grid, bool) or grid < method.cost(1, order):
+            raise Refused(
+                f'{grid} network evaluations are too few for solver "{solver}"; '
+                f"it needs at least {method.cost(1, order)}."
+            )
         count = 1
-        while method.cost(count + 1) <= grid:
+        while method.cost(count + 1, order) <= grid:
             count += 1
         return two_sided(theory, count)
     times = custom(theory, grid).cpu()
     if times.ndim == 2 and len(times) != batch:
-        raise Refused(
-            f"The grid has {len(times)} rows for a batch of {batch}; give one row, or one per sample."
-        )
+        raise Refused(f"The grid has {len(times)} rows for a batch of {batch}; give one, or one per sample.")
     return times
 
 
@@ -140,29 +162,29 @@ def _settings(
     noise: Renoise | None,
     options: dict[str, object],
 ) -> dict[str, object]:
-    settings = dict(options)
-    known = [
-        w
-        for w in inspect.signature(method.walk).parameters
-        if w not in ("course", "z", "order", "eta", "noise")
-    ]
+    taken = inspect.signature(method.walk).parameters
+    known = [word for word in taken if word not in ("course", "z", "order", "eta", "noise")]
     for word in options:
         if word not in known:
             raise Refused(
                 f'Solver "{solver}" takes no argument "{word}".{nearest(word, known) if known else ""}'
             )
-    if order is not None and order not in (method.orders or (method.order(0),)):
-        choice = ", ".join(map(str, method.orders or (method.order(0),)))
-        raise Refused(f'Solver "{solver}" has no order {order}; it has {choice}.')
+    settings = dict(options)
+    orders = method.orders or (method.usual,)
+    if order is not None and order not in orders:
+        raise Refused(f'Solver "{solver}" has no order {order}; it has {", ".join(map(str, orders))}.')
     if method.orders:
         settings["order"] = order or method.usual
     if not 0 <= eta <= 1:
         raise Refused(f"eta is {eta:g}; it runs from 0 (no new noise) to 1 (ancestral).")
-    if (eta or method.eta) and not method.stochastic:
-        able = ", ".join(name for name, m in _METHODS.items() if m.stochastic)
+    if eta and method.eta is None:
+        able = ", ".join(name for name, m in _METHODS.items() if m.eta is not None)
         raise Refused(f'Solver "{solver}" takes no eta; these do: {able}.')
-    if (eta or method.eta) and noise is None:
-        raise Refused("Sampling with eta > 0 draws noise: pass noise=noise.of(seed).")
-    if method.stochastic:
-        settings |= {"eta": eta, "noise": noise}
+    strength = eta or method.eta or 0.0
+    if (strength or method.draws) and noise is None:
+        raise Refused(f'Solver "{solver}" draws noise here: pass noise=noise.of(seed).')
+    if method.eta is not None:
+        settings |= {"eta": strength, "noise": noise if strength else None}
+    elif method.draws:
+        settings["noise"] = noise
     return settings

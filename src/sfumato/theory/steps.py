@@ -1,15 +1,18 @@
-"""The walks: each plans its coefficients in float64, then asks the network and moves z.
+"""One-step walks: each plans its coefficients in float64, then asks the network and moves z.
 
-Euler is the derived step itself, a rotation of (z, v); the multistep walks integrate v as a polynomial
-in φ (Adams), optionally redoing each step with the answer that the next one needs anyway.
+Euler is the derived step itself, a rotation of (z, v); the others are Runge–Kutta rules for dz/dφ = v whose
+last step never asks at the data, where a network has not been trained.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .course import Course, Weight, combine, scaled
+from ..errors import Refused
+from .course import Course, Node, Weight, combine, scaled
+from .renoise import renoised, renoising, rising
 from .shapes import Renoise
 
 
@@ -19,26 +22,6 @@ def rotation(course: Course, start: Tensor, end: Tensor) -> list[list[Weight]]:
     return course.weights(torch.stack([turn.cos(), turn.sin()], -1))
 
 
-def renoising(course: Course, eta: float) -> tuple[Tensor, list[list[Weight]]]:
-    """Angles to solve down to, and how to come back up with new noise: (ρ, √(1 − ρ²)).
-
-    With z at φ_down, ρ·z + √(1 − ρ²)·n lies at φ_next when cos φ_next = ρ·cos φ_down. η = 1 is ancestral
-    sampling, and for the rotation this is DDIM-η (arXiv:2010.02502, eq. 16).
-    """
-    here, there = course.angles[:-1], course.angles[1:]
-    fresh = (1 - (there.tan() / here.tan()).square()).clamp(min=0).sqrt() * there.sin() * eta
-    kept = (1 - fresh.square()).sqrt()
-    down = torch.acos((there.cos() / kept).clamp(max=1))
-    return torch.where(fresh > 0, down, there), course.weights(torch.stack([kept, fresh], -1))
-
-
-def renoised(z: Tensor, back: list[Weight], noise: Renoise | None, step: int) -> Tensor:
-    """ρ·z + √(1 − ρ²)·n, or z where nothing is drawn."""
-    if noise is None or (isinstance(back[1], float) and back[1] == 0.0):
-        return z
-    return combine((back[0], z), (back[1], noise(z, step)))
-
-
 def euler(course: Course, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
     """First order: the theory's own step, exact for a single data point. One evaluation a step."""
     nodes = course.asked()
@@ -46,12 +29,11 @@ def euler(course: Course, z: Tensor, eta: float = 0.0, noise: Renoise | None = N
     turns = rotation(course, course.angles[:-1], down)
     # x and out straight to z at the next node: cos·z + sin·v with v read from (out, z)
     merged = [
-        (cos + sin * node.from_z, sin * node.from_out, r)
-        for (cos, sin), node, r in zip(turns, nodes, course.radii[1:], strict=True)
+        (cos + sin * node.from_z, sin * node.from_out) for (cos, sin), node in zip(turns, nodes, strict=True)
     ]
 
     def walk(z: Tensor) -> Iterator[Tensor]:
-        for i, (node, (keep, add, _)) in enumerate(zip(nodes, merged, strict=True)):
+        for i, (node, (keep, add)) in enumerate(zip(nodes, merged, strict=True)):
             out = course.answer(node.t, scaled(node.r, z))
             z = renoised(combine((keep, z), (add, out)), back[i], noise, i)
             yield z
@@ -59,134 +41,111 @@ def euler(course: Course, z: Tensor, eta: float = 0.0, noise: Renoise | None = N
     return walk(z)
 
 
-def heun(course: Course, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
-    """Second order: each step redone with the velocity at its end; the last is a single rotation.
+Tableau = tuple[tuple[float, ...], ...]
+"""Rows of a Runge–Kutta rule: the fraction of the step, then weights of earlier stages; the last row sums."""
 
-    Two evaluations a step, one for the last, so that the end is not asked.
-    """
-    nodes = course.asked()
+HEUN: Tableau = ((1.0, 1.0), (1.0, 0.5, 0.5))
+MIDPOINT: Tableau = ((0.5, 0.5), (1.0, 0.0, 1.0))
+KUTTA: Tableau = ((0.5, 0.5), (0.5, 0.0, 0.5), (1.0, 0.0, 0.0, 1.0), (1.0, 1 / 6, 1 / 3, 1 / 3, 1 / 6))
+OPEN_THIRD: Tableau = ((1 / 3, 1 / 3), (2 / 3, 0.0, 2 / 3), (1.0, 0.25, 0.0, 0.75))
+"""Heun's third-order rule; its stages stop at two thirds of the step."""
+SINGLE: Tableau = ((1.0, 1.0),)
+
+
+def runge_kutta(
+    course: Course, z: Tensor, rule: Tableau, last: Tableau, eta: float = 0.0, noise: Renoise | None = None
+) -> Iterator[Tensor]:
+    """`rule` on every step but the last, where `last` does not ask at the end; both in φ."""
     down, back = renoising(course, eta)
-    turns = rotation(course, course.angles[:-1], down)
-    trials = nodes[1:] if not eta else course.between(down[:-1])
-    steps = course.weights((down - course.angles[:-1])[..., None])
+    here, count = course.angles[:-1], course.steps
+    rules = [rule] * (count - 1) + [last]
+    sizes = down - here
+    first = course.asked()
+    wanted = [(i, here[i] + row[0] * sizes[i]) for i in range(count) for row in rules[i][:-1]]
+    asked = iter(course.between(torch.stack([angle for _, angle in wanted])) if wanted else [])
+    stages: list[list[Node]] = [[first[i], *(next(asked) for _ in rules[i][:-1])] for i in range(count)]
+    if not eta:  # stages on the grid are asked at its own times, to the last bit
+        for i in range(count - 1):
+            stages[i] = [
+                first[i + 1] if k and rules[i][k - 1][0] == 1.0 else node for k, node in enumerate(stages[i])
+            ]
+    steps = [course.weight(h) for h in sizes]
+    turns = rotation(course, here, down)
 
     def walk(z: Tensor) -> Iterator[Tensor]:
-        for i, node in enumerate(nodes):
-            v = course.velocity(node, z)
-            trial = combine((turns[i][0], z), (turns[i][1], v))
-            if i < len(trials):
-                half = steps[i][0] / 2
-                trial = combine((1.0, z), (half, v), (half, course.velocity(trials[i], trial)))
-            z = renoised(trial, back[i], noise, i)
+        for i, (nodes, tableau) in enumerate(zip(stages, rules, strict=True)):
+            slopes: list[Tensor] = []
+            place = z
+            for node, row in zip(nodes, tableau, strict=True):
+                slopes.append(course.velocity(node, place))
+                if tableau is SINGLE:
+                    place = combine((turns[i][0], z), (turns[i][1], slopes[0]))
+                else:
+                    shares = [(w * steps[i], v) for w, v in zip(row[1:], slopes, strict=True)]
+                    place = combine((1.0, z), *shares)
+            z = renoised(place, back[i], noise, i)
             yield z
 
     return walk(z)
 
 
-def adams(start: Tensor, end: Tensor, nodes: Tensor) -> Tensor:
-    """∫ of the Lagrange basis on `nodes` [..., k] from start [...] to end [...]: weights [..., k]."""
-    size = (end - start)[..., None]
-    place = (nodes - start[..., None]) / size
-    power = torch.arange(nodes.shape[-1], dtype=nodes.dtype)
-    moments = 1 / (power + 1)
-    table = place[..., None, :] ** power[:, None]
-    return torch.linalg.solve(table, moments.expand(*place.shape)) * size
+def heun(course: Course, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+    """Second order: each step redone with the velocity at its end, the last a rotation. 2n − 1 evaluations.
 
-
-def adams_tables(angles: Tensor, order: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Predictor and corrector weights of every step, [1 or B, terms], newest velocity first.
-
-    The predictor of step i uses the velocities at i, i − 1, …; the corrector redoes step i − 1 with those
-    and the one at i. Both start with what there is.
+    Source: Karras et al. 2022, arXiv:2206.00364, algorithm 1, here in φ.
     """
-    count = len(angles) - 1
-    predict: list[Tensor] = [torch.empty(0)] * count
-    correct: list[Tensor] = [torch.empty(0)] * count
-    for terms in range(1, order + 2):
-        late = range(order - 1, count) if terms == order else [terms - 1] if terms < order else []
-        rows = [i for i in late if i < count]
-        if rows:
-            nodes = torch.stack([torch.stack([angles[i - j] for j in range(terms)], -1) for i in rows])
-            made = adams(angles[rows], angles[[i + 1 for i in rows]], nodes)
-            for i, weights in zip(rows, made, strict=True):
-                predict[i] = weights
-        late = range(order, count) if terms == order + 1 else [terms - 1] if 1 < terms <= order else []
-        rows = [i for i in late if 0 < i < count]
-        if rows:
-            nodes = torch.stack([torch.stack([angles[i - j] for j in range(terms)], -1) for i in rows])
-            made = adams(angles[[i - 1 for i in rows]], angles[rows], nodes)
-            for i, weights in zip(rows, made, strict=True):
-                correct[i] = weights
-    return predict, correct
+    return runge_kutta(course, z, HEUN, SINGLE, eta, noise)
 
 
-def multistep(course: Course, z: Tensor, order: int = 2) -> Iterator[Tensor]:
-    """Adams–Bashforth in φ with variable steps, started by its own free corrector.
+def midpoint(course: Course, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+    """Second order: the velocity half-way carries the whole step. 2n evaluations."""
+    return runge_kutta(course, z, MIDPOINT, MIDPOINT, eta, noise)
 
-    One evaluation a step. Order 1 is the rotation (Euler, DDIM).
+
+def rk4(course: Course, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+    """Fourth order (Kutta 1901); the last step uses three stages. 4n − 1 evaluations."""
+    return runge_kutta(course, z, KUTTA, OPEN_THIRD, eta, noise)
+
+
+def churn(
+    course: Course,
+    z: Tensor,
+    noise: Renoise | None = None,
+    amount: float = 0.4,
+    least: float = 0.05,
+    most: float = 50.0,
+) -> Iterator[Tensor]:
+    """EDM's stochastic sampler: noise is raised by `amount` before each Heun step. 2n − 1 evaluations.
+
+    Args:
+        amount: γ: s/a grows to (1 + γ)·s/a, at most √2 − 1.
+        least, most: s/a between which noise is raised.
+    Source: Karras et al. 2022, arXiv:2206.00364, algorithm 2.
     """
-    if order == 1:
-        return euler(course, z)
-    nodes = course.asked()
-    predict, correct = adams_tables(course.angles, order)
-    forward = [[course.weight(w) for w in table.T] for table in predict]
-    redo = [course.weight(w) for w in correct[1].T] if course.steps > 1 and order > 2 else []
+    if not 0 <= amount <= math.sqrt(2) - 1 + 1e-9:
+        raise Refused(f"amount is {amount:g}; churn raises s/a by a share between 0 and √2 − 1 = 0.4142.")
+    here = course.angles[:-1]
+    ratio = here.tan()
+    inside = (ratio >= least) & (ratio <= most)
+    top = float(course.theory.angle(course.theory.t_noise))
+    lifted = torch.where(inside, torch.atan((1 + amount) * ratio).clamp(max=top), here)
+    up = course.weights(torch.stack(rising(here, lifted), -1))
+    asked = course.asked()
+    raised = course.between(lifted)
+    nodes = [r if bool(moved.any()) else n for n, r, moved in zip(asked, raised, inside, strict=True)]
+    sizes = [course.weight(h) for h in course.angles[1:] - lifted]
+    turns = rotation(course, lifted, course.angles[1:])
 
     def walk(z: Tensor) -> Iterator[Tensor]:
-        past: list[Tensor] = []
-        first = z
         for i, node in enumerate(nodes):
+            z = renoised(z, up[i], noise, i)
             v = course.velocity(node, z)
-            past = [v, *past][:order]
-            if i == 1 and redo:  # the Euler step that started the walk would cap the order at 2
-                z = combine((1.0, first), *zip(redo, past, strict=True))
-            z = combine((1.0, z), *zip(forward[i], past, strict=True))
+            if i + 1 < len(nodes):
+                trial = combine((1.0, z), (sizes[i], v))
+                half = sizes[i] / 2
+                z = combine((1.0, z), (half, v), (half, course.velocity(asked[i + 1], trial)))
+            else:
+                z = combine((turns[i][0], z), (turns[i][1], v))
             yield z
 
     return walk(z)
-
-
-def trusted(course: Course, z: Tensor, order: int = 2) -> Iterator[Tensor]:
-    """The default: Adams in φ, every step redone with the next answer, both within a trust region.
-
-    One evaluation a step. Per sample the corrector may move a state by at most 0.3, and the higher-order
-    part of a predictor by at most 0.7, of the first-order step, which holds where strong guidance bends
-    the velocity faster than the grid can follow.
-    """
-    nodes = course.asked()
-    predict, correct = adams_tables(course.angles, order)
-    forward = [[course.weight(w) for w in table.T] for table in predict]
-    redo = [[course.weight(w) for w in table.T] if table.numel() else [] for table in correct]
-    sizes = [course.weight(h) for h in course.angles.diff(dim=0)]
-
-    def walk(z: Tensor) -> Iterator[Tensor]:
-        past: list[Tensor] = []
-        before = z
-        for i, node in enumerate(nodes):
-            v = course.velocity(node, z)
-            if i:
-                better = combine((1.0, before), *zip(redo[i], [v, *past], strict=True))
-                z = within(z, better, z - before, 0.3, sizes[i - 1])
-            past, before = [v, *past][:order], z
-            plain = combine((1.0, z), (sizes[i], v))
-            if i:
-                bent = combine((1.0, z), *zip(forward[i], past, strict=True))
-                plain = within(plain, bent, plain - z, 0.7, sizes[i])
-            z = plain
-            yield z
-
-    return walk(z)
-
-
-def within(base: Tensor, new: Tensor, unit: Tensor, share: float, turn: Weight) -> Tensor:
-    """`new`, but per sample no further from `base` than share·max(|unit|, |turn|), in root mean square."""
-    axes = tuple(range(1, base.ndim))
-    move = new - base
-    least = abs(turn)
-    unit_size = torch.linalg.vector_norm(unit, dim=axes, keepdim=True)
-    count = base[0].numel() ** 0.5
-    room = share * torch.maximum(
-        unit_size, torch.as_tensor(least * count, dtype=base.dtype, device=base.device)
-    )
-    size = torch.linalg.vector_norm(move, dim=axes, keepdim=True)
-    return base + move * (room / size.clamp(min=1e-12)).clamp(max=1)

@@ -1,0 +1,197 @@
+"""Multistep walks: earlier answers, carried on as a polynomial, say where the next step goes.
+
+What is carried differs: the velocity v (Adams), the data x_0 (DPM-Solver++, UniPC) or the noise x_T (DEIS).
+Held constant, x_0 and x_T both give the rotation of the derived step; polynomials are integrated exactly:
+
+    v:    z(s) = z(p) + ∫ v dθ
+    x_0:  z(s) = sin s/sin p · z(p) − sin s ∫ x_0/sin²θ dθ
+    x_T:  z(s) = cos s/cos p · z(p) + cos s ∫ x_T/cos²θ dθ         integrals from p to s
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .course import Course, Weight, combine
+from .renoise import renoised, renoising
+from .shapes import Renoise
+
+SOFT = 0.01
+"""How far from the ends log((s + δ·a)/(a + δ·s)) follows log(s/a): the log-SNR, with both ends finite."""
+
+
+@dataclass(slots=True)
+class Leg:
+    """One step: z ← keep·z + Σ w_j·y_j over past answers, newest first; before it, the last one redone."""
+
+    keep: Weight = 1.0
+    past: list[Weight] = field(default_factory=list)
+    redo_keep: Weight = 1.0
+    redo: list[Weight] = field(default_factory=list)
+
+
+def gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights on [−1, 1], exact for polynomials up to degree 2·count − 1 (Golub & Welsch 1969)."""
+    k = torch.arange(1, count, dtype=torch.float64)
+    off = k / (4 * k * k - 1).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return nodes, 2 * vectors[0].square()
+
+
+def coordinate(kind: str, angle: Tensor) -> Tensor:
+    """Where polynomials live: φ itself, and the softened log-SNR for x_0, as DPM-Solver++ has it."""
+    if kind != "data":
+        return angle
+    sin, cos = angle.sin(), angle.cos()
+    return ((sin + SOFT * cos) / (cos + SOFT * sin)).log()
+
+
+def carried(kind: str, start: Tensor, end: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
+    """(keep [...], weights [..., k]) of a step from start to end [...] with answers at nodes [..., k]."""
+    x, share = gauss_legendre(32 if kind == "data" else 12)
+    half = (end - start)[..., None] / 2
+    theta = start[..., None] + half * (1 + x)
+    basis = lagrange(coordinate(kind, theta), coordinate(kind, nodes))  # [..., k, points]
+    if kind == "velocity":
+        return torch.ones_like(end), (basis * (half * share)[..., None, :]).sum(-1)
+    if kind == "noise":
+        inner = (basis * (half * share / theta.cos().square())[..., None, :]).sum(-1)
+        return end.cos() / start.cos(), end.cos()[..., None] * inner
+    inner = (basis * (half * share / theta.sin().square())[..., None, :]).sum(-1)
+    at_end = lagrange(coordinate(kind, end[..., None]), coordinate(kind, nodes))[..., 0]
+    data = torch.where(end[..., None] < 1e-6, at_end, -end.sin()[..., None] * inner)
+    return end.sin() / start.sin(), data
+
+
+def lagrange(at: Tensor, nodes: Tensor) -> Tensor:
+    """Polynomials, 1 at one node and 0 at the others: at [..., m], nodes [..., k] → [..., k, m]."""
+    count = nodes.shape[-1]
+    rows = []
+    for j in range(count):
+        row = torch.ones_like(at)
+        for m in range(count):
+            if m != j:
+                row = row * (at - nodes[..., m : m + 1]) / (nodes[..., j : j + 1] - nodes[..., m : m + 1])
+        rows.append(row)
+    return torch.stack(rows, -2)
+
+
+def plan(course: Course, kind: str, order: int, corrected: int, ends: Tensor | None = None) -> list[Leg]:
+    """Every step's coefficients, before the first.
+
+    Args:
+        kind: what is carried on.
+        order: answers a step uses.
+        corrected: answers that redo the step before with the newest among them; 0 redoes only the first
+            step, without which the start would cap the order at 2.
+        ends: angles [steps, 1 or B] to step to, where they are not the grid's.
+    """
+    angles, count = course.angles, course.steps
+    goal = angles[1:] if ends is None else ends
+    legs = [Leg() for _ in range(count)]
+
+    def history(rows: list[int], terms: int) -> Tensor:
+        return torch.stack([angles[[i - j for i in rows]] for j in range(terms)], -1)
+
+    for terms in range(1, order + 1):
+        rows = [i for i in range(count) if min(i + 1, order) == terms]
+        if not rows:
+            continue
+        turn = goal[rows] - angles[rows]
+        if terms == 1 and kind != "velocity":  # x_0 and x_T held: cos Δ·z + sin Δ·v, see `walk`
+            keep, past = turn.cos(), turn.sin()[..., None]
+        else:
+            keep, past = carried(kind, angles[rows], goal[rows], history(rows, terms))
+        for i, k, w in zip(rows, keep, past, strict=True):
+            legs[i].keep, legs[i].past = course.weight(k), [course.weight(c) for c in w.T]
+    for terms in range(2, max(corrected, 2) + 1):
+        rows = [i for i in range(1, count) if min(i + 1, max(corrected, 2)) == terms]
+        rows = rows if corrected else [i for i in rows if i == 1 and order > 2]
+        if not rows:
+            continue
+        first = terms == 2  # from pure noise, where x_T alone says nothing about the data, v does
+        before = [i - 1 for i in rows]
+        keep, past = carried(
+            "velocity" if first else kind, angles[before], angles[rows], history(rows, terms)
+        )
+        for i, k, w in zip(rows, keep, past, strict=True):
+            legs[i].redo_keep, legs[i].redo = course.weight(k), [course.weight(c) for c in w.T]
+    return legs
+
+
+def reading(course: Course, kind: str) -> list[tuple[Weight, Weight]]:
+    """(of z, of v) at every asked node: what is carried on, from the state and its velocity."""
+    sin, cos = course.angles[:-1].sin(), course.angles[:-1].cos()
+    pair = {"velocity": (0 * sin, 1 + 0 * cos), "data": (cos, -sin), "noise": (sin, cos)}[kind]
+    return [(course.weight(z), course.weight(v)) for z, v in zip(*pair, strict=True)]
+
+
+def walk_on(
+    course: Course,
+    z: Tensor,
+    kind: str,
+    order: int,
+    corrected: int = 0,
+    eta: float = 0.0,
+    noise: Renoise | None = None,
+) -> Iterator[Tensor]:
+    """The walk behind every name below. One evaluation a step; a fourth order asks once more at the start."""
+    nodes = course.asked()
+    down, back = renoising(course, eta)
+    legs = plan(course, kind, order, corrected, down if eta else None)
+    reads = reading(course, kind)
+    again = order > 3 and not eta
+
+    def walk(z: Tensor) -> Iterator[Tensor]:
+        past: list[Tensor] = []
+        speeds: list[Tensor] = []
+        before = z
+        for i, (node, leg) in enumerate(zip(nodes, legs, strict=True)):
+            v = course.velocity(node, z)
+            if i and leg.redo and not eta:
+                on = speeds if len(leg.redo) == 2 else past
+                newest = v if len(leg.redo) == 2 else combine((reads[i][0], z), (reads[i][1], v))
+                z = combine((leg.redo_keep, before), *zip(leg.redo, [newest, *on], strict=False))
+                if i == 1 and again:
+                    v = course.velocity(node, z)
+            y = v if kind == "velocity" else combine((reads[i][0], z), (reads[i][1], v))
+            past, speeds = [y, *past][: max(order, corrected)], [v]
+            before = z
+            first = len(leg.past) == 1
+            z = combine((leg.keep, z), *zip(leg.past, [v] if first else past, strict=False))
+            z = renoised(z, back[i], noise, i)
+            yield z
+
+    return walk(z)
+
+
+def adams(course: Course, z: Tensor, order: int = 2) -> Iterator[Tensor]:
+    """Adams–Bashforth: v as a polynomial in φ. Order 1 is the rotation (Euler, DDIM)."""
+    return walk_on(course, z, "velocity" if order > 1 else "data", order)
+
+
+def dpm(
+    course: Course, z: Tensor, order: int = 2, eta: float = 0.0, noise: Renoise | None = None
+) -> Iterator[Tensor]:
+    """x_0 as a polynomial in log-SNR; with eta > 0 its stochastic sibling.
+
+    Source: Lu et al. 2022, arXiv:2211.01095 (DPM-Solver++), with exact integrals.
+    """
+    return walk_on(course, z, "data", order, 0, eta, noise)
+
+
+def deis(
+    course: Course, z: Tensor, order: int = 2, eta: float = 0.0, noise: Renoise | None = None
+) -> Iterator[Tensor]:
+    """x_T as a polynomial in φ. Source: Zhang & Chen 2022, arXiv:2204.13902, tAB with φ as time."""
+    return walk_on(course, z, "noise", order, 0, eta, noise)
+
+
+def unipc(course: Course, z: Tensor, order: int = 2) -> Iterator[Tensor]:
+    """DPM-Solver++ whose every step is redone with the next answer, one order higher.
+
+    Source: Zhao et al. 2023, arXiv:2302.04867, with exact integrals.
+    """
+    return walk_on(course, z, "data", order, order + 1)

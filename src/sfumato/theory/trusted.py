@@ -1,0 +1,66 @@
+"""The default walk: Adams in φ, each step redone with the next answer, leaning only as far as trusted.
+
+The velocity is bounded and, for data of unit variance, close to zero, so its polynomial in φ goes far.
+Where data part into modes, and under strong guidance, it bends faster than the grid can follow; there the
+high-order parts are shrunk, sample by sample, by how large they are beside the first-order step.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .course import Course, Weight, combine
+from .multistep import plan
+
+PREDICTED, CORRECTED = 0.6, 0.2
+"""Shares of the first-order step at which a predictor's higher-order part, and a correction, are halved."""
+
+
+def trusted(course: Course, z: Tensor) -> Iterator[Tensor]:
+    """One evaluation a step; third order.
+
+    Of a prediction or correction d beside the first-order step u,
+    d / (1 + |d| / (share·|u|)) is used, per sample, with |u| at least the angle turned.
+    """
+    nodes = course.asked()
+    legs = plan(course, "velocity", 3, 3 if course.steps < 12 else 4)
+    sizes = [course.weight(h) for h in course.angles.diff(dim=0)]
+
+    def walk(z: Tensor) -> Iterator[Tensor]:
+        past: list[Tensor] = []
+        before = z
+        for i, (node, leg) in enumerate(zip(nodes, legs, strict=True)):
+            v = course.velocity(node, z)
+            past = [v, *past][:4]
+            if i:
+                made = z - before
+                move = combine((-1.0, made), *zip(leg.redo, past, strict=False))
+                z = lean(z, move, made, CORRECTED, sizes[i - 1])
+            before = z
+            if i:
+                bend = combine((leg.past[0] - sizes[i], v), *zip(leg.past[1:], past[1:], strict=False))
+                z = lean(
+                    combine((1.0, z), (sizes[i], v)),
+                    bend,
+                    v,
+                    PREDICTED * abs(sizes[i]),
+                    1.0,
+                )
+            else:
+                z = combine((1.0, z), (sizes[0], v))
+            yield z
+
+    return walk(z)
+
+
+def lean(base: Tensor, move: Tensor, unit: Tensor, share: Weight, least: Weight) -> Tensor:
+    """base + move / (1 + |move| / (share · max(|unit|, |least|))), sizes in root mean square per sample."""
+    axes = tuple(range(1, base.ndim))
+    count = base[0].numel() ** 0.5
+    exact = torch.promote_types(base.dtype, torch.float32)
+    size = torch.linalg.vector_norm(unit, dim=axes, keepdim=True, dtype=exact)
+    floor = abs(least) * count
+    room = share * (size.clamp(min=floor) if isinstance(floor, float) else torch.maximum(size, floor))
+    part = room / (room + torch.linalg.vector_norm(move, dim=axes, keepdim=True, dtype=exact))
+    return torch.addcmul(base, move, part.to(base.dtype))
