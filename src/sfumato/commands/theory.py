@@ -38,7 +38,7 @@ def show_list(as_json: bool) -> None:
     """Print every theory and solver."""
     theories = {name: {"about": about(name), "arguments": arguments(name)} for name in names()}
     solvers = {
-        name: {"orders": list(one.orders), "stochastic": one.stochastic} for name, one in methods().items()
+        name: {"orders": list(one.orders), "eta": one.eta} for name, one in methods().items()
     }
     found = {"theories": theories, "solvers": solvers, "grids": times.grids()}
     lines = [f"{name:<32} {entry['about']}" for name, entry in theories.items()]
@@ -176,7 +176,7 @@ def against_oracle(theory: Theory, count: int = 64) -> dict[str, list[float]]:
         found = integrate(denoise, x_T, theory, budget, solver=solver)
         return float((found - exact).square().mean().sqrt())
 
-    plain = [name for name, method in methods().items() if not method.eta]
+    plain = [name for name, method in methods().items() if not (method.eta or method.draws)]
     return {solver: [error(solver, budget) for budget in BUDGETS] for solver in plain}
 
 

@@ -211,7 +211,7 @@ def _data(events: list[Event]) -> str:
     data = _last(events, "data").get("summary", {})
     words = []
     for name, value in data.items():
-        if isinstance(value, int | float | str):
+        if isinstance(value, int | float | str) and name != "content":
             words.append((_words(name), amount(value) if not isinstance(value, str) else value))
     sizes = data.get("sizes") or {}
     if isinstance(sizes, dict):

@@ -1,7 +1,10 @@
 """A run keeps the recipe it began with: what may change does, what may not is refused by name."""
 
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 
+from ..data.sample import Sample
 from ..errors import Refused
 from ..recipe import Recipe
 from ..record import RunFolder
@@ -10,26 +13,41 @@ FREE = ("output", "format", "data.store", "train.steps", "train.log_every", "tra
 FREE_PARTS = ("sample.", "train.keep_every", "train.held_out_every", "train.threads", "train.device")
 
 
-def agree(run: RunFolder, recipe: Recipe) -> dict[str, tuple[object, object]]:
-    """Compare the recipe with the one this run began with.
+def agree(run: RunFolder, recipe: Recipe, content: str = "") -> list[str]:
+    """Compare recipe and data with those this run began with.
 
+    Args:
+        content: fingerprint of the samples' names, captions and split now.
     Returns:
-        what changed and may: {key: (before, now)}.
+        sentences about what changed and may.
     Raises:
         Refused: naming the first key that may not change.
     """
     if not run.effective.is_file() or not run.effective.read_text(encoding="utf-8").strip():
-        return {}
-    before = Recipe.read(run.path)
-    changed = before.differences(recipe)
-    for name, (was, now) in changed.items():
-        if name in FREE or name.startswith(FREE_PARTS):
-            continue
-        raise Refused(
-            f"{run.path} was begun with {name} = {_said(was)}, but the recipe now says {_said(now)}. "
-            f"Go on with {name}={_said(was)}, or give this recipe another output."
-        )
-    return {name: pair for name, pair in changed.items() if name not in ("output", "format")}
+        return []
+    before = [event["summary"].get("content") for event in run.events() if event["kind"] == "data"]
+    same_data = not before or not content or before[-1] == content
+    notes = []
+    for name, (was, now) in Recipe.read(run.path).differences(recipe).items():
+        moved = name == "data.train" and same_data
+        if not (moved or name in FREE or name.startswith(FREE_PARTS)):
+            raise Refused(
+                f"{run.path} was begun with {name} = {_said(was)}, but the recipe now says {_said(now)}. "
+                f"Go on with {name}={_said(was)}, or give this recipe another output."
+            )
+        if name not in ("output", "format"):
+            notes.append(f"{name} was {_said(was)} and is {_said(now)} from here on.")
+    if not same_data:
+        notes.append("The data changed since the run began; it goes on, but not as it would have.")
+    return notes
+
+
+def content_of(samples: Iterable[Sample]) -> str:
+    """A fingerprint of names, captions and split."""
+    digest = sha256()
+    for sample in samples:
+        digest.update(repr((sample.name, sample.captions, sample.split)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def _said(value: object) -> str:

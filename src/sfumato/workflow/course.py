@@ -25,7 +25,7 @@ from ..training import device as devices
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
-from .agreement import agree
+from .agreement import agree, content_of
 from .codecs import Progress, ready_codec
 from .material import Bucket, collect, known_sizes
 from .preview import Preview, groups
@@ -97,8 +97,8 @@ def train(
     gathered = gather(asked)
     run = RunFolder.create(asked.output)
     with run.lock():
-        for name, (was, now) in agree(run, asked).items():
-            say(f"{name} was {was} and is {now} from here on.")
+        for note in agree(run, asked, content_of(gathered.collection.samples)):
+            say(note)
         RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
         prepared = ready(asked, gathered, progress, say, run)
         return Run(run.path, _train(asked, run, prepared, progress, say))
@@ -231,7 +231,13 @@ def _tell(
         width, height = item.bucket
         sizes[f"{width}×{height}"] = sizes.get(f"{width}×{height}", 0) + 1
     captions = len({caption for caption in encoded.captions if caption})
-    summary = {"name": collection.name, "samples": len(encoded.of("train")), "captions": captions}
+    content = content_of(collection.samples)
+    summary = {
+        "name": collection.name,
+        "content": content,
+        "samples": len(encoded.of("train")),
+        "captions": captions,
+    }
     held_out = len(encoded.of("held_out"))
     run.event("data", summary={**summary, "held_out": held_out, "sizes": sizes, "set_aside": aside})
 

@@ -7,7 +7,7 @@ from .. import stages
 from ..recipe import Recipe
 from ..record import RunFolder
 from ..training import device as devices
-from .agreement import agree
+from .agreement import agree, content_of
 from .codecs import codec_key, place
 from .course import gather
 
@@ -46,7 +46,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     output = Path(recipe.output)
     if (output / "effective.toml").is_file():
         run = RunFolder.open(output)
-        agree(run, recipe)
+        found["changed"] = agree(run, recipe, content_of(collection.samples))
         folders = run.checkpoint_folders()
         found["run"] = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
     else:
