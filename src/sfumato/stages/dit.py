@@ -8,6 +8,8 @@ but the text stream itself stays as the encoder left it: only its keys and value
 What is ours: the canvas. From the prompt's summary a two-layer network draws a coarse grid of features
 that is spread over the picture and added to the tokens. Near the noise, where the answer depends on the
 prompt alone, that is the answer's sketch; it costs a hundredth of a block's work for each of its weights.
+And the pass: each number of the input reaches the answer by a factor that depends on the time, which is
+all a linear denoiser (Wiener's filter) does where channels are uncorrelated; the blocks learn the rest.
 """
 
 import math
@@ -155,7 +157,8 @@ class DiT(Denoiser):
         self.blocks = nn.ModuleList(Block(width, heads, bool(text_width)) for _ in range(depth))
         self.last_modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels * patch * patch)
-        for layer in (self.last_modulation, self.leave):
+        self.through = nn.Linear(width, channels * patch * patch)
+        for layer in (self.last_modulation, self.leave, self.through):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -172,8 +175,8 @@ class DiT(Denoiser):
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x [B, C, H, W], clock [B], `tokens` [B, L, D], `mask` [B, L], `pooled` [B, D] → [B, C, H, W]."""
         rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
-        tokens = self.enter(F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2))
-        tokens = tokens + self.place(places(rows, columns, x.device).to(x.dtype))
+        patches = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
+        tokens = self.enter(patches) + self.place(places(rows, columns, x.device).to(x.dtype))
         if self.canvas is not None and "pooled" in condition:
             sketch = F.interpolate(self.canvas(condition["pooled"]), (rows, columns), mode="bilinear")
             tokens = tokens + sketch.flatten(2).transpose(1, 2)
@@ -185,5 +188,5 @@ class DiT(Denoiser):
         for block in self.blocks:
             tokens = block(tokens, time, text, mask, angles)
         shift, scale = self.last_modulation(time).chunk(2, dim=-1)
-        out = self.leave(modulate(tokens, shift, scale)).transpose(1, 2).unflatten(-1, (rows, columns))
-        return F.pixel_shuffle(out, self.patch)
+        out = self.leave(modulate(tokens, shift, scale)) + self.through(time)[:, None] * patches
+        return F.pixel_shuffle(out.transpose(1, 2).unflatten(-1, (rows, columns)), self.patch)

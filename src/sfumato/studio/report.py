@@ -16,6 +16,8 @@ GROUPS = {
     "trained": ("Captions it was trained on", "drawn again from noise"),
     "held_out": ("Captions it never saw", "put together from what it learned elsewhere"),
     None: ("Prompts", ""),
+    "judged": ("Judged", "captions it was trained on, drawn at random, noise it never met"),
+    "judged_held_out": ("Judged, never seen", "captions that no training picture had"),
 }
 MOST_STEPS, MOST_ROWS = 9, 8
 
