@@ -162,9 +162,9 @@ class DiffusionObjective:
         self.weighting = WEIGHTINGS[one_of("weighting", settings.weighting, WEIGHTINGS)]
         self.error = loss or squared
         self._names: dict[int, str] = {}
-        self._reader: Reader[Prepared] = Reader(self._prepare)
+        self._reader: Reader[Prepared] = Reader(self.prepare)
 
-    def _prepare(self, step: int, part: int, parts: int) -> Prepared:
+    def prepare(self, step: int, part: int, parts: int) -> Prepared:
         """Read and draw one part of a batch; a thread does it while the part before is computed."""
         indices, epoch = self.order.at(step)
         batch = self.encoded.read(indices[share(len(indices), part, parts)], self.seed, epoch)
@@ -212,7 +212,7 @@ class DiffusionObjective:
 
     def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
         """What one part of a step was made of, for the black box: names, captions and times."""
-        batch, x_0, drawn, _ = self._prepare(step, part, parts)
+        batch, x_0, drawn, _ = self.prepare(step, part, parts)
         return {
             "samples": [self.name_of(sample) for sample in batch.ids],
             "ids": list(batch.ids),

@@ -1,0 +1,158 @@
+"""The sanity ladder: cheap questions whose wrong answer makes a long run worthless.
+
+Each rung is one sentence that must be true before training starts; a rung that fails says what to do.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sfumato.stages.interface import Condition
+
+from .held import Held
+from .objective import DiffusionObjective
+from .settings import TrainSettings
+
+TRIES, FEW = 40, 4
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A question, its answer, and what was measured or what to do."""
+
+    claim: str
+    holds: bool
+    detail: str
+
+
+def climb(objective: DiffusionObjective, settings: TrainSettings) -> Iterator[Rung]:
+    """Answer the questions one by one; the model's weights are left as they were.
+
+    The rungs: latents have unit size; the first loss is that of a network that says nothing, or better;
+    every trained weight gets a gradient; the answer depends on x_t, on the time and on the condition; one
+    batch can be learned by heart.
+    """
+    network = objective.model.denoiser
+    kept = copy.deepcopy(network.state_dict())
+    try:
+        yield _unit_latents(objective)
+        yield _first_loss(objective)
+        yield _gradients(objective, network)
+        yield from _dependences(objective)
+        yield _overfits(objective, network, settings)
+    finally:
+        network.load_state_dict(kept)
+        for weight in network.parameters():
+            weight.grad = None
+
+
+def _unit_latents(objective: DiffusionObjective) -> Rung:
+    indices = list(range(min(64, len(objective.encoded))))
+    alike = [i for i in indices if _shape(objective, i) == _shape(objective, 0)]
+    latents = objective.encoded.read(alike, 0, 0).latents.float()
+    size, mean = float(latents.square().mean().sqrt()), float(latents.mean())
+    good = 0.3 < size < 3 and abs(mean) < 1
+    detail = f"root mean square {size:.2f}, mean {mean:.2f}"
+    return Rung(
+        "the latents are about of unit size",
+        good,
+        detail if good else f"{detail}: the codec's shift and scale do not fit this data; encode again",
+    )
+
+
+def _shape(objective: DiffusionObjective, index: int) -> object:
+    shapes = getattr(objective.encoded, "buckets", None)
+    return None if shapes is None else shapes[index]
+
+
+def _first_loss(objective: DiffusionObjective) -> Rung:
+    with torch.no_grad():
+        losses = objective.losses(0, 0, 1).per_sample
+        _, x_0, drawn, _ = objective.prepare(0, 0, 1)
+        target = objective.model.theory.target(x_0, drawn.x_T, drawn.t)
+        nothing = float(objective.error(torch.zeros_like(target), target).mean())
+    loss = float(losses.mean())
+    good = math.isfinite(loss) and loss < 5 * nothing
+    detail = f"{loss:.3f}, that of answering 0 is {nothing:.3f}"
+    return Rung(
+        "the first loss is no worse than saying nothing",
+        good,
+        detail if good else f"{detail}: the network's last layer starts too large, or its theory is another",
+    )
+
+
+def _gradients(objective: DiffusionObjective, network: nn.Module) -> Rung:
+    """Layers that start at zero hide those before them for a step or two, so a few steps are taken."""
+    held = Held(network, TrainSettings(warmup=0, learning_rate=1e-3, ema=0))
+    seen: set[str] = set()
+    for step in range(3):
+        objective.losses(step, 0, 1).per_sample.mean().backward()
+        named = network.named_parameters()
+        seen |= {name for name, weight in named if weight.grad is not None and bool(weight.grad.any())}
+        held.optimiser.step(step)
+        for weight in network.parameters():
+            weight.grad = None
+    deaf = [name for name, weight in network.named_parameters() if weight.requires_grad and name not in seen]
+    detail = "all of them" if not deaf else f"none reaches {', '.join(deaf[:3])} ({len(deaf)} in all)"
+    return Rung("every trained weight gets a gradient", not deaf, detail)
+
+
+def _dependences(objective: DiffusionObjective) -> Iterator[Rung]:
+    """After three steps the answer must move when one of its three inputs does."""
+    model, theory = objective.model, objective.model.theory
+    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    rows = [dict(row) for row in batch.conditions]
+    x_t = theory.mix(x_0, drawn.x_T, drawn.t)
+
+    def answer(x: torch.Tensor, t: torch.Tensor, told: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        with torch.no_grad():
+            return model.predict(x, t, Condition.stack(told).to(x.device, x.dtype))
+
+    network = model.denoiser
+    was_training = network.training
+    network.eval()
+    usual = answer(x_t, drawn.t, rows)
+    changes: dict[str, Callable[[], torch.Tensor]] = {
+        "x_t": lambda: answer(x_t.roll(1, 0) + 0.1, drawn.t, rows),
+        "the time": lambda: answer(x_t, drawn.t.flip(0), rows),
+    }
+    if any(rows):
+        changes["the condition"] = lambda: answer(x_t, drawn.t, rows[1:] + rows[:1])
+    for name, change in changes.items():
+        moved = float((change() - usual).abs().mean() / usual.abs().mean().clamp(min=1e-12))
+        good = moved > 1e-6
+        detail = f"it moves by {moved:.1e} of its size"
+        yield Rung(f"the answer depends on {name}", good, detail if good else f"{detail}: {name} is not used")
+    network.train(was_training)
+
+
+def _overfits(objective: DiffusionObjective, network: nn.Module, settings: TrainSettings) -> Rung:
+    """One batch with one noise, again and again: any network that can learn at all learns this."""
+    network.train()
+    fast = TrainSettings(
+        steps=TRIES, warmup=5, learning_rate=max(1e-3, settings.learning_rate), ema=0, clip=1
+    )
+    held = Held(network, fast)
+    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    few = slice(0, min(FEW, len(x_0)))
+    small = type(drawn)(drawn.t[few], drawn.x_T[few], drawn.dropped[few])
+    losses = []
+    for step in range(TRIES):
+        loss = objective.measure(x_0[few], small, list(batch.conditions)[few]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(held.weights, 1.0)
+        held.optimiser.step(step)
+        for weight in held.weights:
+            weight.grad = None
+        losses.append(float(loss.detach()))
+    good = losses[-1] < 0.7 * losses[0]
+    detail = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {TRIES} steps"
+    return Rung(
+        "four samples can be learned by heart",
+        good,
+        detail if good else f"{detail}: raise train.learning_rate, or look for frozen or dead layers",
+    )

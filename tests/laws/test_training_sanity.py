@@ -1,0 +1,74 @@
+"""Laws of the sanity ladder and the plan: sound runs pass, each fault falls from its own rung."""
+
+import pytest
+import torch
+from training_world import Network, make
+
+from sfumato.stages.interface import Condition
+from sfumato.training import plan
+from sfumato.training.sanity import climb
+from sfumato.training.settings import TrainSettings
+
+FAST = TrainSettings(learning_rate=2e-2)
+
+
+def fallen(objective) -> list[str]:
+    return [rung.claim for rung in climb(objective, FAST) if not rung.holds]
+
+
+def test_a_sound_run_climbs_the_whole_ladder_and_keeps_its_weights():
+    objective, network, _ = make()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    assert fallen(objective) == []
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(weight.grad is None for weight in network.parameters())
+
+
+def test_large_latents_fall():
+    objective, _, _ = make()
+    objective.encoded.latents *= 20
+    assert "the latents are about of unit size" in fallen(objective)
+
+
+def test_a_network_that_is_deaf_to_its_condition_falls():
+    objective, network, _ = make()
+    original = Network.forward
+
+    def deaf(self, x, clock, condition):
+        return original(self, x, clock, Condition({name: value * 0 + 1 for name, value in condition.items()}))
+
+    network.forward = deaf.__get__(network)
+    assert fallen(objective) == ["the answer depends on the condition"]
+
+
+def test_a_layer_nobody_listens_to_falls():
+    objective, network, _ = make()
+    network.spare = torch.nn.Linear(3, 3)
+    assert fallen(objective) == ["every trained weight gets a gradient"]
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_memory_counted_on_meta_is_memory_saved_for_real(batch: int):
+    network = Network()
+    rows = [{"tokens": torch.ones(2, 8)}] * batch
+    inputs = (
+        torch.randn(batch, 2, 4, 4),
+        torch.rand(batch),
+        Condition.stack(rows),
+    )
+    forecast = plan.predict(network, inputs, TrainSettings(ema_snapshots=5))
+    real, _ = plan.saved_bytes(lambda: network(*inputs), network.parameters())
+    assert forecast.memory.activations == pytest.approx(real, rel=0.02)
+    weights = sum(weight.numel() for weight in network.parameters()) * 4
+    memory = forecast.memory
+    assert (memory.gradients, memory.optimizer, memory.average) == (weights, 2 * weights, 3 * weights)
+    products = 2 * batch * (41 * 16 + 16 * 32)
+    assert forecast.flops == 3 * products
+
+
+def test_a_probe_measures_and_changes_nothing():
+    network = torch.nn.Sequential(torch.nn.Linear(512, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 512))
+    before = network[0].weight.clone()
+    found = plan.probe(network, (torch.randn(256, 512),), TrainSettings())
+    assert found.seconds > 0 and found.peak > 4 * sum(weight.nbytes for weight in network.parameters())
+    assert torch.equal(network[0].weight, before)
