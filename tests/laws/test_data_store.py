@@ -3,9 +3,6 @@
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -241,51 +238,6 @@ def test_a_full_disk_is_one_sentence_and_the_store_stays_valid(tmp_path, monkeyp
     fill(tmp_path / "other", 8)
     fill(tmp_path / "other", 40)
     assert hashes(tmp_path) == hashes(tmp_path / "other")
-
-
-SCRIPT = """
-import sys, time
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from test_data_store import Encoder, fill
-class Slow(Encoder):
-    def look(self, pixels):
-        time.sleep(0.004)
-        return super().look(pixels)
-print("ready", flush=True)
-fill({root!r}, 96, encoder=Slow())
-"""
-
-
-def kill_after(root, seconds):
-    text = SCRIPT.format(tests=str(Path(__file__).parent), root=str(root))
-    child = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, env={**os.environ})
-    child.stdout.readline()
-    time.sleep(seconds)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-
-
-def killed_many_times(tmp_path, times, longest):
-    chance = np.random.default_rng(0)
-    for _ in range(times):
-        kill_after(tmp_path / "killed", float(chance.uniform(0, longest)))
-        for kind in ("pixels", "text"):
-            if (tmp_path / "killed" / kind).exists():
-                Store(tmp_path / "killed").content_hash(kind)  # every shard there is whole
-    fill(tmp_path / "killed", 96)
-    fill(tmp_path / "quiet", 96)
-    assert hashes(tmp_path / "killed") == hashes(tmp_path / "quiet")
-
-
-def test_kills_change_nothing(tmp_path):
-    killed_many_times(tmp_path, 2, 0.15)
-
-
-@pytest.mark.slow
-def test_fifty_kills_change_nothing(tmp_path):
-    killed_many_times(tmp_path, 50, 0.25)
 
 
 @pytest.mark.parametrize(

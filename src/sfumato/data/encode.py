@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sfumato.errors import Failed, Refused
 
-from . import formats, views
+from . import formats, together, views
 from .encoded import Batch, EncodedSet, Item
 from .sample import Sample, SetAside
 from .store import Store, key
@@ -41,12 +41,17 @@ class _Run:
     store: Store
     how: Encoding
     progress: Progress
+    part: tuple[int, int] = (0, 1)
     set_aside: list[SetAside] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
     def count(self, what: str, number: int = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + number
+
+    def share(self, items: list[T]) -> list[T]:
+        """Those of the chunks (or keys) that this process takes."""
+        return items[self.part[0] :: self.part[1]]
 
 
 def fill(
@@ -57,6 +62,8 @@ def fill(
     encode_captions: Texts | None,
     how: Encoding,
     progress: Progress | None = None,
+    part: tuple[int, int] = (0, 1),
+    patience: float = 600.0,
 ) -> EncodedSet:
     """Encode what the store lacks of these samples, verify what it has, and return them ready to be read.
 
@@ -66,21 +73,34 @@ def fill(
             posterior's {"mean", "std"}.
         encode_captions: captions → one dict of tensors each; None for a model without text.
         progress: called with (done, total, phase).
+        part: (rank, world) where several processes or machines fill the store; each encodes every world-th
+            shard, waits for the others (while shards come, and `patience` seconds more) and takes over from
+            those that died.
     Returns:
         The set, its `set_aside` naming every sample that could not be used, its `notes` what was repaired.
     Raises:
         Refused: no sample is left. Failed: the disk is full (what was stored stays valid).
     """
-    run = _Run(store, how, progress or (lambda done, total, phase: None))
+    run = _Run(store, how, progress or (lambda done, total, phase: None), part)
     tasks = _plan(run, samples, bucket_of)
-    _repair(run, "pixels", {one: task.sample.name for task in tasks for one in task.keys})
-    failed = _fill_pictures(run, tasks, encode_pixels)
+    owners = {one: task.sample.name for task in tasks for one in task.keys}
     texts: dict[str, str] = {}
     if encode_captions is not None:
         captions = {caption for task in tasks for caption in task.sample.captions} | {""}
         texts = {caption: _text_key(how, caption) for caption in captions}
-        _repair(run, "text", {one: f'the caption "{caption}"' for caption, one in texts.items()})
+    mine = together.begin(store.root, together.name_of([*owners, *texts.values()]), *part)
+    _repair(run, "pixels", owners)
+    _repair(run, "text", {one: f'the caption "{caption}"' for caption, one in texts.items()})
+    failed = _fill_pictures(run, tasks, encode_pixels)
+    if encode_captions is not None:
         _fill_texts(run, texts, encode_captions)
+    if part[1] > 1:
+        failed = together.meet(mine, failed, patience, run.progress)
+        store.refresh()
+        run.part = (0, 1)
+        failed |= _fill_pictures(run, [task for task in tasks if task.keys not in failed], encode_pixels)
+        if encode_captions is not None:
+            _fill_texts(run, texts, encode_captions)
     return _gather(run, tasks, failed, texts)
 
 
@@ -107,7 +127,7 @@ def _plan(run: _Run, samples: Sequence[Sample], bucket_of: Size | Callable[[Size
 
 def _repair(run: _Run, kind: str, owners: Mapping[str, str]) -> None:
     """Verify the stored ones among the keys; take damaged ones out, so that they are encoded again."""
-    damaged = run.store.verify(kind, owners)
+    damaged = run.store.verify(kind, run.share(sorted(owners)))
     for one in damaged:
         whose = owners.get(one.key, "all its samples")
         run.notes.append(f"damaged: {whose} in shard {kind}/{one.shard}: {one.reason}; encoded again.")
@@ -127,8 +147,9 @@ def _fill_pictures(run: _Run, tasks: Sequence[Task], encode: Pixels) -> dict[tup
         for _, members in groupby(ordered, key=lambda task: task.bucket)
         for chunk in _cut(list(members), how.shard)
     ]
+    run.count("pictures_stored_before", len(ordered) - sum(map(len, chunks)))
+    chunks = run.share(chunks)
     total = sum(map(len, chunks))
-    run.count("pictures_stored_before", len(ordered) - total)
     failed: dict[tuple[str, ...], str] = {}
     done = 0
     with _threads(how.threads) as pool:
@@ -182,8 +203,9 @@ def _fill_texts(run: _Run, texts: Mapping[str, str], encode: Texts) -> None:
     chunks = [
         [caption for caption in chunk if texts[caption] not in stored] for chunk in _cut(ordered, how.shard)
     ]
+    run.count("captions_stored_before", len(ordered) - sum(map(len, chunks)))
+    chunks = run.share(chunks)
     total, done = sum(map(len, chunks)), 0
-    run.count("captions_stored_before", len(ordered) - total)
     run.count("captions_encoded", total)
     for chunk in chunks:
         entries: dict[str, Mapping[str, Tensor]] = {}
