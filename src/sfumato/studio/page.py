@@ -99,7 +99,7 @@ def embedded(picture: Path | bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def gallery(pictures: Iterable[tuple[str, str, str]]) -> str:
+def gallery(pictures: Iterable[tuple[str, str, str]], small: bool = False) -> str:
     """Pictures with their words beneath, each (address, words, small note)."""
     cells = [
         f'<figure class="picture"><img src="{address}" alt="{escape(words)}" loading="lazy">'
@@ -107,7 +107,7 @@ def gallery(pictures: Iterable[tuple[str, str, str]]) -> str:
         for address, words, note in pictures
         if address
     ]
-    return f'<div class="gallery">{"".join(cells)}</div>' if cells else ""
+    return f'<div class="gallery{" small" * small}">{"".join(cells)}</div>' if cells else ""
 
 
 def shares(parts: Sequence[tuple[str, float]]) -> str:

@@ -16,8 +16,17 @@ GROUPS = {
     "trained": ("Captions it was trained on", "drawn again from noise"),
     "held_out": ("Captions it never saw", "put together from what it learned elsewhere"),
     None: ("Prompts", ""),
-    "judged": ("Judged", "captions it was trained on, drawn at random, noise it never met"),
-    "judged_held_out": ("Judged, never seen", "captions that no training picture had"),
+    "judged": ("Captions it was trained on", "chosen at random, from noise it never met"),
+    "judged_held_out": ("Captions it never saw", "that no training picture had"),
+}
+JUDGED = "judged"
+"""Groups of this beginning are what a number was taken from; they have a section of their own."""
+SHARES = {
+    "trained": ("Trained captions", "pictures right"),
+    "held_out": ("Unseen captions", "pictures right"),
+    "shape_and_color": ("Shape and color", "right, unseen captions"),
+    "position": ("Position", "right, unseen captions"),
+    "reader": ("The reader", "right on clean drawings"),
 }
 MOST_STEPS, MOST_ROWS = 9, 8
 
@@ -40,12 +49,13 @@ def render(run: RunFolder) -> str:
     events = run.events()
     body = [
         tiles(_facts(events)),
-        section("What it draws", _latest(run, events), _drawn_how(events)),
+        section("What it draws", _latest(run, events, judged=False), _drawn_how(events)),
         section(
             "How it learned to",
             _strips(run, events),
             "The same noise at every step, from the first to the last.",
         ),
+        section("What was judged", _latest(run, events, judged=True), _judged_how(events)),
         section("Loss", curves.losses(events)),
         section("Measured", _measured(events)),
         section("The data", _data(events)),
@@ -95,7 +105,8 @@ def _facts(events: list[Event]) -> list[tuple[str, str, str]]:
     judged = _last(events, "judge")
     for name, value in (judged.get("accuracy") or {}).items():
         if isinstance(value, int | float):
-            facts.append((_words(name), f"{value:.0%}", "judged right"))
+            words, note = SHARES.get(name, (_words(name), "judged right"))
+            facts.append((words, f"{value:.0%}", note))
     return facts
 
 
@@ -145,9 +156,22 @@ def _drawn_how(events: list[Event]) -> str:
     return f"Pictures after step {max(steps):,}; click one to see it large." if steps else ""
 
 
-def _latest(run: RunFolder, events: list[Event]) -> str:
+def _judged_how(events: list[Event]) -> str:
+    notes = _notes_of(_last(events, "judge"))
+    return escape(". ".join(f"{_words(name)}: {note}" for name, note in notes.items()))
+
+
+def _notes_of(event: Event) -> dict[str, str]:
+    """How each number of an event was taken."""
+    notes = event.get("notes") or {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def _latest(run: RunFolder, events: list[Event], judged: bool) -> str:
     parts = []
     for group, drawn in _drawn(events).items():
+        if (group or "").startswith(JUDGED) != judged:
+            continue
         last = drawn[-1]
         prompts, seeds = last.get("prompts") or [], last.get("seeds") or []
         pictures = [
@@ -158,7 +182,9 @@ def _latest(run: RunFolder, events: list[Event]) -> str:
             )
             for index, file in enumerate(last.get("files", ()))
         ]
-        parts.append(_heading(group) + gallery(pictures) if any(address for address, *_ in pictures) else "")
+        parts.append(
+            _heading(group) + gallery(pictures, small=judged) if any(one[0] for one in pictures) else ""
+        )
     return "".join(parts)
 
 
@@ -199,13 +225,13 @@ def _measured(events: list[Event]) -> str:
     """Metrics of judge and evaluation events; a value may carry an error."""
     rows = []
     for event in of_kind(events, "evaluation") + of_kind(events, "judge"):
-        metrics = {**event.get("metrics", {}), **(event.get("accuracy") or {})}
+        metrics, notes = {**event.get("metrics", {}), **(event.get("accuracy") or {})}, _notes_of(event)
         for name, value in metrics.items():
             if isinstance(value, dict) and "value" in value:
                 error = f" ± {value['error']:.2g}" if value.get("error") is not None else ""
                 rows.append((_words(name), f"{value['value']:.4g}{error}", value.get("note", "")))
             elif isinstance(value, int | float):
-                rows.append((_words(name), f"{value:.4g}", event.get("note", "")))
+                rows.append((_words(name), f"{value:.4g}", notes.get(name, "")))
     return table(("", "value", "how"), rows)
 
 
