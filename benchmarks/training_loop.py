@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from sfumato.record import RunFolder
-from sfumato.stages.build import new_denoiser
+from sfumato.stages.scratch import new_denoiser
 from sfumato.stages.codec import PixelCodec
 from sfumato.stages.interface import Condition, Model
 from sfumato.stages.settings import ModelSettings

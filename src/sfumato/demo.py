@@ -28,7 +28,7 @@ from .generation.settings import SampleSettings
 from .recipe import Recipe
 from .record import RunFolder
 from .stages import Condition
-from .stages.build import new_denoiser
+from .stages.scratch import new_denoiser
 from .stages.settings import ModelSettings
 from .studio import report
 from .theory import noise

@@ -1,8 +1,15 @@
-"""The three stages of a model: codec, conditioner, denoiser."""
+"""The three stages of a model: codec, conditioner, denoiser.
 
-from .build import build, check_latents, needs_training, new_codec, new_conditioner, new_theory
-from .interface import Codec, Condition, Conditioner, Denoiser, Model, TrainableCodec
-from .weights import load, load_codec, load_stage, save, save_stage
+The names load on first use, so that reading a recipe's settings does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .interface import Codec, Condition, Conditioner, Denoiser, Model, TrainableCodec
+    from .scratch import build, check_latents, needs_training, new_codec, new_conditioner, new_theory
+    from .weights import load, load_codec, load_stage, save, save_stage
 
 __all__ = [
     "Codec",
@@ -23,3 +30,12 @@ __all__ = [
     "save",
     "save_stage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for home in ("interface", "scratch", "weights"):
+            module = import_module(f"{__name__}.{home}")
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

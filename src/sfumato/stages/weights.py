@@ -17,10 +17,10 @@ from torch import Tensor
 from sfumato.errors import Failed, Refused, nearest
 from sfumato.record import RunFolder, atomic_folder, checksum
 
-from .build import new_theory, own_stage
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
+from .scratch import new_theory, own_stage
 from .text import NoConditioner, TextConditioner
 from .unet import UNet
 
