@@ -1,4 +1,4 @@
-"""Encoding survives kills at any moment and is shared by several processes: the store's bytes are the same."""
+"""Encoding survives kills at any moment, and several processes share it: the stored bytes are the same."""
 
 import os
 import signal
