@@ -127,7 +127,7 @@ class _Loop:
     ) -> None:
         self.objective, self.network, self.settings = objective, network, settings
         self.processes = parallel.current()
-        self.run = run if self.processes.leads else parallel.Quiet(run.path)
+        self.run = parallel.own_view(run)
         self.seed, self.say = seed, say if self.processes.leads else _nothing
         self.held = Held(network, settings)
         self.optimiser, self.average, self.weights = self.held.optimiser, self.held.average, self.held.weights

@@ -93,11 +93,21 @@ def _own_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
+def own_view(run: RunFolder) -> RunFolder:
+    """The run folder as this process may use it: all of it if it leads, else without writing."""
+    return run if current().leads else Quiet(run.path)
+
+
 class Quiet(RunFolder):
     """A run folder as the processes that do not lead see it: read, never written."""
 
     def event(self, kind: str, *, sync: bool = False, **fields: object) -> None:
         """Leave it to the leading process."""
+
+    @contextmanager
+    def lock(self) -> Iterator[RunFolder]:
+        """The leading process holds it for all."""
+        yield self
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..recipe import Recipe
 from ..record import RunFolder, atomic_folder
 from ..stages import Codec, TrainableCodec, load_codec, needs_training, new_codec, save_stage
 from ..theory import noise
-from ..training import loop
+from ..training import loop, parallel
 from ..training.reconstruction import ReconstructionObjective, to_pixels
 from .material import Bucket, Pictures, few
 
@@ -81,8 +81,9 @@ def ready_codec(
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
     pictures = Pictures(few(samples, bucket_of), bucket_of)
     train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
-    with atomic_folder(home) as beside:
-        save_stage(codec, beside)
+    if parallel.current().leads:
+        with atomic_folder(home) as beside:
+            save_stage(codec, beside)
     return codec.eval()
 
 
@@ -104,12 +105,13 @@ def train_codec(
     steps = recipe.model.codec_steps
     settings = replace(
         recipe.train, steps=steps, batch=recipe.model.codec_batch, accumulate=1, learning_rate=1e-3,
-        warmup=20, schedule="cosine", weight_decay=0.0, ema=0.0, save_every=max(100, steps // 5),
-        keep=1, keep_every=0, held_out_every=0,
+        optimizer="adamw", warmup=20, schedule="cosine", weight_decay=0.0, ema=0.0, ema_snapshots=0,
+        save_every=max(100, steps // 5), keep=1, keep_every=0, held_out_every=0,
     )  # fmt: skip
     order = Order(pictures.buckets, min(settings.batch, len(pictures)), recipe.seed)
     objective = ReconstructionObjective(codec, pictures, order, recipe.seed, flip=recipe.data.flip)
-    run = RunFolder.create(folder, "# a codec, trained for the runs that need it\n")
+    with parallel.current().first():
+        run = parallel.own_view(RunFolder.create(folder, "# a codec, trained for the runs that need it\n"))
     with run.lock():
         loop.fit(objective, codec, settings, run, recipe.seed, progress=progress, phase="codec", say=say)
     codec.settle(sample)

@@ -22,6 +22,7 @@ from ..recipe import EMBEDDED, Recipe
 from ..record import RunFolder
 from ..studio import report
 from ..training import device as devices
+from ..training import parallel
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
@@ -94,19 +95,26 @@ def train(
         Failed: the run could not go on. Stopped: it was asked to stop, and saved.
     """
     asked = read(recipe, overrides)
-    gathered = gather(asked)
-    run = RunFolder.create(asked.output)
-    with run.lock():
-        for note in agree(run, asked, content_of(gathered.collection.samples)):
-            say(note)
-        RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
-        prepared = ready(asked, gathered, progress, say, run)
-        return Run(run.path, _train(asked, run, prepared, progress, say))
+    with parallel.joined(asked.train.device) as processes:
+        if not processes.leads:
+            progress, say = None, lambda sentence: None
+        gathered = gather(asked)
+        with processes.first():
+            run = parallel.own_view(RunFolder.create(asked.output))
+        with run.lock():
+            with processes.first():
+                for note in agree(run, asked, content_of(gathered.collection.samples)):
+                    say(note)
+                if processes.leads:
+                    RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
+            prepared = ready(asked, gathered, progress, say, run)
+            return Run(run.path, _train(asked, run, prepared, progress, say))
 
 
 def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress | None, say: Say) -> int:
-    model = prepared.model
-    stages.save(model, run.path / "model", text_by_name=True)
+    model, leads = prepared.model, parallel.current().leads
+    if leads:
+        stages.save(model, run.path / "model", text_by_name=True)
     order = order_of(recipe, prepared.train)
     dropout = recipe.data.caption_dropout if _guided(model) else 0.0
     objective = DiffusionObjective(model, prepared.train, order, recipe.train, recipe.seed, dropout)
@@ -125,7 +133,8 @@ def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress |
             )  # fmt: skip
         run.event("stop", step=outcome.step, reason="done", sync=True)
     finally:
-        report.write(run)
+        if leads:
+            report.write(run)
     return outcome.step
 
 
@@ -211,7 +220,8 @@ def encoded_samples(
         model.codec.fingerprint(), model.conditioner.fingerprint() if guided else "", flip=recipe.data.flip
     )
     store = Store(recipe.data.store)
-    return fill(store, samples, bucket_of, model.encode, captions if guided else None, how, progress)
+    with parallel.current().first():
+        return fill(store, samples, bucket_of, model.encode, captions if guided else None, how, progress)
 
 
 def _tell(
