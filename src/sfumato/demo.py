@@ -21,7 +21,7 @@ from .data import shapes
 from .data.media import fit
 from .data.sample import Collection
 from .data.settings import DataSettings
-from .errors import one_of
+from .errors import Refused, one_of
 from .evaluation import Neighbours
 from .generation import PaintingModel
 from .generation.settings import SampleSettings
@@ -61,7 +61,7 @@ class Plan:
     most_codec: int
 
 
-_MODEL = ModelSettings(width=192, depth=6, heads=3, patch=2, stride=8, latent_channels=32, codec_width=32)
+_MODEL = ModelSettings(width=192, depth=6, heads=3, patch=2, stride=8, latent_channels=24, codec_width=32)
 _TRAIN = TrainSettings(
     batch=32, learning_rate=1.2e-3, warmup=40, schedule="linear", ema=0.99, save_every=200, keep=1,
     held_out_every=0,
@@ -98,7 +98,7 @@ def run(
     began = time.perf_counter()
     out = Path(out).absolute()
     one_of("data", data, PLANS)
-    recipe = Recipe.read(out) if (out / "effective.toml").is_file() else planned(data, out, minutes, device)
+    recipe = begun(data, out) or planned(data, out, minutes, device)
     trained = train(recipe, progress=progress)
     with RunFolder.open(out).lock() as folder:
         model = trained.model(device=str(devices.resolve(device)))
@@ -115,6 +115,23 @@ def run(
         report.write(folder)
     found = {"data": data, "seconds": seconds, "accuracy": accuracy, "peak_memory_gb": peak}
     return {**found, "report": str(folder.report)}
+
+
+def begun(data: str, out: Path) -> Recipe | None:
+    """The recipe of a demo that was begun in this folder, or None.
+
+    Raises:
+        Refused: it was begun on other data.
+    """
+    if not (out / "effective.toml").is_file():
+        return None
+    recipe = Recipe.read(out)
+    if recipe.data.train != data:
+        raise Refused(
+            f'{out} holds a demo on "{recipe.data.train}". Go on with --data {recipe.data.train}, '
+            f"or give this one on {data} another --out."
+        )
+    return recipe
 
 
 def planned(data: str, out: Path, minutes: float | None, device: str) -> Recipe:

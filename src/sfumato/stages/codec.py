@@ -110,6 +110,8 @@ class ResidualCodec(NormalisedCodec):
 
     The shortcut is fitted in a second and already draws recognisable pictures; training starts there
     instead of at noise. Residual autoencoding: arXiv:2410.10733, with averaging for a shortcut.
+    The posterior starts wide, so that the convolutions learn to clean up latents that are a little wrong,
+    as a denoiser's are.
 
     Args:
         stride: a patch of stride × stride pixels becomes one latent; even, at least 2.
@@ -135,7 +137,7 @@ class ResidualCodec(NormalisedCodec):
         self.linear_in = nn.Parameter(torch.randn(latent_channels, patch) / patch**0.5)
         self.linear_out = nn.Parameter(torch.randn(patch, latent_channels) / latent_channels**0.5)
         self.register_buffer("average", torch.zeros(patch))
-        self.log_variance = nn.Parameter(torch.full((latent_channels, 1, 1), -5.0))
+        self.log_variance = nn.Parameter(torch.full((latent_channels, 1, 1), -2.5))
         self.see = nn.Sequential(
             nn.Conv2d(3 * half**2, width, 3, padding=1),
             Refine(width),

@@ -1,15 +1,14 @@
 """A diffusion transformer: patches of latents, attending to each other and to the text, told the time.
 
 Source: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-zero); QK-norm: arXiv:2302.05442;
-rotary positions in two dimensions: arXiv:2104.09864, one half of each head for rows, one for columns.
+squared ReLU: arXiv:2109.08668; rotary positions in two dimensions: arXiv:2104.09864, one half of each
+head for rows, one for columns.
 Image queries attend to image and text keys in one attention, as joint attention does (arXiv:2403.03206),
 but the text stream itself stays as the encoder left it: only its keys and values are learned in each block.
 
 What is ours: the canvas. From the prompt's summary a two-layer network draws a coarse grid of features
 that is spread over the picture and added to the tokens. Near the noise, where the answer depends on the
 prompt alone, that is the answer's sketch; it costs a hundredth of a block's work for each of its weights.
-And the pass: each number of the input reaches the answer by a factor that depends on the time, which is
-all a linear denoiser (Wiener's filter) does where channels are uncorrelated; the blocks learn the rest.
 """
 
 import math
@@ -99,7 +98,7 @@ class Block(nn.Module):
         """x [B, N, D], time [B, D] → [B, N, D]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, dim=-1)
         x = torch.addcmul(x, gate_a[:, None], self.attend(modulate(x, shift_a, scale_a), text, mask, angles))
-        hidden = F.gelu(self.up(modulate(x, shift_m, scale_m)), approximate="tanh")
+        hidden = F.relu(self.up(modulate(x, shift_m, scale_m))).square()
         return torch.addcmul(x, gate_m[:, None], self.down(hidden))
 
 
@@ -157,8 +156,7 @@ class DiT(Denoiser):
         self.blocks = nn.ModuleList(Block(width, heads, bool(text_width)) for _ in range(depth))
         self.last_modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels * patch * patch)
-        self.through = nn.Linear(width, channels * patch * patch)
-        for layer in (self.last_modulation, self.leave, self.through):
+        for layer in (self.last_modulation, self.leave):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -188,5 +186,5 @@ class DiT(Denoiser):
         for block in self.blocks:
             tokens = block(tokens, time, text, mask, angles)
         shift, scale = self.last_modulation(time).chunk(2, dim=-1)
-        out = self.leave(modulate(tokens, shift, scale)) + self.through(time)[:, None] * patches
+        out = self.leave(modulate(tokens, shift, scale))
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(-1, (rows, columns)), self.patch)

