@@ -170,7 +170,7 @@ def _build(defaults: Recipe, said: Mapping[str, tuple[Any, str, Path]]) -> Recip
     if "output" not in trees[""]:
         trees[""]["output"] = str(Path(defaults.output).absolute())
     parts = {section: replace(getattr(defaults, section), **trees[section]) for section in SECTIONS}
-    origins = {name: origin for name, (_, origin, _) in said.items()}
+    origins = {"output": DEFAULT, **{name: origin for name, (_, origin, _) in said.items()}}
     return replace(defaults, **trees[""], **parts, origins=origins)
 
 

@@ -60,7 +60,8 @@ class Axis:
         factors = (
             (1,) if decades > 4 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.7 else range(1, 10)
         )
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        every = max(1, round(decades / 8))
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1, every)
         found = [factor * 10.0**power for power in powers for factor in factors]
         found = [value for value in found if self.low * 0.999 <= value <= self.high * 1.001]
         return found if len(found) > 1 else [self.low, self.high]

@@ -1,0 +1,165 @@
+"""A run's page stands alone, shows all that happened, and trusts nothing it is told."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from sfumato.record import RunFolder
+from sfumato.studio import report
+from sfumato.studio.charts import Axis, Line, chart, smoothed, thinned
+from sfumato.studio.page import amount, duration
+
+NASTY = '<script>alert("x")</script> & "quotes"'
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A tiny run: a handful of events and four pictures."""
+    run = RunFolder.create(
+        tmp_path / "apples", "seed = 0\n", "seed = 0 # default\n\n[train]\nsteps = 4 # r.toml\n"
+    )
+    run.event(
+        "data", summary={"samples": 12, "sizes": {"8×8": 12}, "set_aside": [{"file": NASTY, "reason": "no"}]}
+    )
+    run.event("start", step=0, parameters=1234, device="cpu", precision="fp32", threads=1)
+    for step in range(1, 5):
+        rates = {"learning_rate": 1e-3, "gradient_norm": 1.0, "samples_per_second": 9.0}
+        run.event("step", step=step, loss=1.0 / step, **rates)
+    for step in (2, 4):
+        levels = [
+            {"level": 0.25, "loss": 0.5, "error": 0.1},
+            {"level": 0.75, "loss": 1.5 / step, "error": 0.1},
+        ]
+        for split in ("train", "held_out"):
+            told = {"loss": 1.0, "error": 0.1, "by_level": levels}
+            run.event("held_out", step=step, split=split, weights="ema", **told)
+        for group in ("trained", "held_out"):
+            file = run.samples / f"{group}-{step}.png"
+            Image.new("RGB", (8, 8), (step * 40, 0, 0)).save(file)
+            told = {"files": [str(file.relative_to(run.path))], "prompts": [NASTY], "seeds": [3]}
+            run.event("pictures", step=step, group=group, **told)
+    run.event("phase", name="train", seconds=75.0)
+    run.event("judge", accuracy={"trained": 0.75}, notes={"trained": "by eye"})
+    run.event("stop", step=4, reason="done")
+    return run
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in order, and collects their attributes."""
+
+    VOID = ("meta", "img", "line", "polyline", "path", "circle", "br", "input")
+
+    def __init__(self):
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else(run):
+    text = report.write(run).read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    for tag, attributes in tags.seen:
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+    assert not re.search(r"https?://|url\(|@import", text)
+
+
+def test_the_page_shows_what_happened(run):
+    text = report.render(run)
+    assert text.count("data:image/png;base64,") == 2 + 4
+    for words in (
+        "Captions it was trained on",
+        "Captions it never saw",
+        "seed 3",
+        "75%",
+        "by eye",
+        "1 min 15 s",
+    ):
+        assert words in text, words
+    for words in (
+        "Loss by noise level",
+        "Gradient norm",
+        "Where the time went",
+        "1,234",
+        "1 set aside",
+        "r.toml",
+    ):
+        assert words in text, words
+
+
+def test_what_it_is_told_stays_text(run):
+    text = report.render(run)
+    assert NASTY not in text and "&lt;script&gt;alert" in text
+    assert text.count("<script") == len(re.findall(r"<figure class=\"chart\"", text)) + 1
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path):
+    run = RunFolder.create(tmp_path / "new", "seed = 0\n")
+    assert "<h1>new</h1>" in report.render(run)
+    run.event("step", step=1, loss=float("nan"))
+    run.event("step", step=2, loss=2.0)
+    run.event("pictures", step=2, files=["samples/lost.png"], prompts=["gone"], seeds=[0], group=None)
+    run.event("something-new", step=2, shape=[1])
+    assert "Loss" in report.render(run)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    "values", [[1.0, 2.0, 3.0], [1e-6, 1.0, 1e6], [5.0, 5.0], [1.0, float("nan"), 3.0], [0.0, 1.0]]
+)
+def test_every_mark_of_a_chart_lies_on_its_paper(log, values):
+    text = chart(
+        "c",
+        [Line("a", range(len(values)), values, [0.1] * len(values), points=True)],
+        x="x",
+        y="y",
+        log_y=log,
+    )
+    points = re.findall(r"([\d.-]+),([\d.-]+)", " ".join(re.findall(r'points="([^"]*)"', text)))
+    assert points
+    for x, y in points:
+        assert 0 <= float(x) <= 520 and 0 <= float(y) <= 280
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.13, 0.19), (1e-5, 1e5), (0, 5000), (2.0, 2.2)])
+@pytest.mark.parametrize("log", [False, True])
+def test_ticks_lie_between_the_ends_and_are_a_few(low, high, log):
+    ticks = Axis(max(low, 1e-9) if log else low, high, 0, 100, log).ticks()
+    assert 2 <= len(ticks) <= 12
+    room = 1e-9 * (high - low)
+    assert all(low * 0.99 - room <= tick <= high * 1.01 for tick in ticks)
+
+
+def test_smoothing_keeps_a_line_and_thinning_keeps_the_mean():
+    assert smoothed([2.0] * 50, 5) == pytest.approx([2.0] * 50)
+    rough = [1.0, 3.0] * 50
+    assert max(smoothed(rough, 10)[5:-5]) - min(smoothed(rough, 10)[5:-5]) < 0.3
+    x, y = thinned(range(1000), rough * 10, 100)
+    assert len(x) == 100 and sum(y) / 100 == pytest.approx(2.0)
+
+
+def test_numbers_read_well():
+    assert [duration(s) for s in (3.21, 42.4, 75, 3600, 7512)] == [
+        "3.2 s",
+        "42 s",
+        "1 min 15 s",
+        "1 h 0 min",
+        "2 h 5 min",
+    ]
+    assert [amount(n) for n in (7, 12345, 1_750_000, 0.03121)] == ["7", "12,345", "1.75 M", "0.0312"]
