@@ -1,6 +1,7 @@
 """What a command says: messages and progress on stderr, results on stdout."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,9 @@ def say(text: str) -> None:
 
 
 def result(value: Any, text: str, as_json: bool) -> None:
-    """A result, on stdout: `text`, or `value` as one line of JSON."""
+    """A result, on stdout: `text`, or `value` as one line of JSON; said once, by the first of many processes."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(json.dumps(value, ensure_ascii=False, default=str) if as_json else text, flush=True)
 
 

@@ -220,8 +220,9 @@ def encoded_samples(
         model.codec.fingerprint(), model.conditioner.fingerprint() if guided else "", flip=recipe.data.flip
     )
     store = Store(recipe.data.store)
-    with parallel.current().first():
-        return fill(store, samples, bucket_of, model.encode, captions if guided else None, how, progress)
+    processes, texts = parallel.current(), captions if guided else None
+    part = processes.rank, processes.count
+    return fill(store, samples, bucket_of, model.encode, texts, how, progress, part)
 
 
 def _tell(
