@@ -15,7 +15,7 @@ def say(text: str) -> None:
 
 
 def result(value: Any, text: str, as_json: bool) -> None:
-    """A result, on stdout: `text`, or `value` as one line of JSON; said once, by the first of many processes."""
+    """A result, on stdout: `text`, or `value` as one line of JSON; of many processes the first says it."""
     if os.environ.get("RANK", "0") != "0":
         return
     print(json.dumps(value, ensure_ascii=False, default=str) if as_json else text, flush=True)
