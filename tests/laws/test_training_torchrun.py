@@ -1,0 +1,92 @@
+"""The whole command under torchrun: the run of one process, bit for bit, also when its workers are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from training_world import fingerprint
+
+from sfumato.record import RunFolder
+
+RECIPE = """
+output = "{output}"
+[model]
+text = "none"
+width = 32
+depth = 1
+heads = 2
+latent_channels = 4
+codec_width = 8
+codec_steps = 3
+codec_batch = 4
+[data]
+train = "pictures"
+captions = "none"
+resolution = 16
+store = "store-{output}"
+[train]
+steps = {steps}
+batch = 4
+warmup = 2
+save_every = 2
+held_out_every = 0
+log_every = 1
+exact_elastic = true
+[sample]
+every = 100000
+steps = 2
+"""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * i, 255 - 20 * i, 90)).save(tmp_path / "pictures" / f"{i:02d}.png")
+    return tmp_path
+
+
+def start(
+    folder: Path, output: str, processes: int, steps: int = 6, restarts: int = 0
+) -> subprocess.Popen[str]:
+    recipe = folder / f"{output}.toml"
+    recipe.write_text(RECIPE.format(output=output, steps=steps))
+    many = [*TORCHRUN, str(processes), "--max-restarts", str(restarts)] if processes > 1 else []
+    words = [sys.executable, *many, "-m", "sfumato", "train", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, said = process.communicate(timeout=280)
+    assert process.returncode == 0, said
+
+
+@pytest.mark.slow
+def test_torchrun_on_2_and_4_processes_is_the_run_of_one(folder):
+    for processes in (1, 2, 4):
+        finish(start(folder, f"on{processes}", processes))
+    assert len({fingerprint(folder / f"on{processes}") for processes in (1, 2, 4)}) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_started_again_and_the_run_ends_with_the_same_bits(folder):
+    finish(start(folder, "peace", 1, steps=40))
+    process = start(folder, "killed", 2, steps=40, restarts=3)
+    lock = folder / "killed" / ".lock"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not RunFolder(folder / "killed").checkpoint_folders():
+        time.sleep(0.1)
+    import json
+
+    os.kill(json.loads(lock.read_text())["pid"], signal.SIGKILL)
+    finish(process)
+    assert fingerprint(folder / "killed") == fingerprint(folder / "peace")
+    starts = [event for event in RunFolder.open(folder / "killed").events() if event["kind"] == "start"]
+    assert starts[-1]["resumed"] and starts[-1]["processes"] == 2
