@@ -309,3 +309,12 @@ def test_without_a_text_encoder_there_are_no_conditions_but_labels(tmp_path):
     assert plain.read([0, 1]).conditions == [{}, {}] and plain.null == {}
     classes = encode.fill(Store(tmp_path), given, (16, 16), Encoder().look, None, HOW)
     assert [int(one["labels"]) for one in classes.read([4, 5]).conditions] == [1, 2]
+
+
+def test_how_a_picture_was_cut_is_told(tmp_path):
+    wide = replace(samples(1)[0], picture=None, file=tmp_path / "wide.png")
+    picture(0).resize((64, 32)).save(wide.file)
+    encoded, _ = fill(tmp_path / "store", given=[wide], bucket=(16, 16))
+    assert encoded.read([0]).framings.tolist() == [[32, 64, 0, 8, 16, 16]]
+    whole, _ = fill(tmp_path / "store", given=[wide], bucket=lambda size: size)
+    assert whole.read([0]).framings.tolist() == [[32, 64, 0, 0, 32, 64]]

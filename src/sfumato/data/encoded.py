@@ -7,6 +7,7 @@ Which picture variant, which caption and which draw of the posterior a sample sh
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -40,12 +41,14 @@ class Batch:
     """What one step trains on.
 
     ids: of the samples, 63 bits. latents [B, C, H, W] float32. conditions: tensors of each, not padded.
+    framings [B, 6]: how each picture was cut from its file, see `Item.framing`.
     """
 
     ids: list[int]
     latents: Tensor
     conditions: list[dict[str, Tensor]]
     captions: list[str]
+    framings: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,18 @@ class Item:
     def shape(self) -> tuple[int, ...]:
         """Of the latents."""
         return next(one.shape for one in self.pictures[0].fields if one.name in ("latents", "mean"))
+
+    @cached_property
+    def framing(self) -> tuple[int, int, int, int, int, int]:
+        """Height, width of the file's picture; top, left of the cut after scaling; height, width of the cut.
+
+        What SDXL is told (arXiv:2307.01952, section 2.2). An unknown size counts as the cut's own.
+        """
+        width, height = self.bucket[:2]
+        full_width, full_height = self.size if self.size[0] else (width, height)
+        scale = max(width / full_width, height / full_height)
+        top, left = round((full_height * scale - height) / 2), round((full_width * scale - width) / 2)
+        return full_height, full_width, top, left, height, width
 
 
 @dataclass
@@ -86,6 +101,7 @@ class EncodedSet:
         self.captions = [item.captions[0][0] if item.captions else "" for item in self.items]
         self.splits = [item.sample.split for item in self.items]
         self.buckets = [item.shape for item in self.items]
+        self.repeats = [item.sample.repeat for item in self.items]
         self._texts: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -112,7 +128,8 @@ class EncodedSet:
                 for condition, item in zip(conditions, items, strict=True)
             ]
         latents = self._latents([place for place in places if place], ids, seed, epoch)
-        return Batch(ids, latents, conditions, [chosen[0] if chosen else "" for chosen in captions])
+        words = [chosen[0] if chosen else "" for chosen in captions]
+        return Batch(ids, latents, conditions, words, torch.tensor([item.framing for item in items]))
 
     def _latents(self, places: list[Place], ids: list[int], seed: int, epoch: int) -> Tensor:
         first = places[0].fields

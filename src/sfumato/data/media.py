@@ -13,7 +13,23 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".jfif")
+warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file is said once, as its reason
+
+PICTURES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".avif",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".bmp",
+    ".jfif",
+    ".jp2",
+    ".ppm",
+)
+UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw")
 CLIPS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 TRANSFORM = "picture 1: upright, on white, sRGB, centre crop, Lanczos, large JPEGs by halves"
 """What `read_picture` and `fit` do, as part of the store's keys; a change of theirs changes it."""
@@ -41,14 +57,12 @@ def open_picture(source: Path | bytes | Image.Image) -> Image.Image:
             raise Unreadable(f"cannot be opened: {problem.strerror}") from problem
     if not source:
         raise Unreadable("the file is empty")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(source))
-        except Image.DecompressionBombError as problem:
-            raise Unreadable(_too_large(str(problem))) from problem
-        except Exception as problem:  # decoders fail in every way there is; each is one reason
-            raise Unreadable("no picture in any known format, or its head is broken") from problem
+    try:
+        image = Image.open(io.BytesIO(source))
+    except Image.DecompressionBombError as problem:
+        raise Unreadable(_too_large(str(problem))) from problem
+    except Exception as problem:  # decoders fail in every way there is; each is one reason
+        raise Unreadable("no picture in any known format, or its head is broken") from problem
     width, height = image.size
     if width * height > MOST_PIXELS:
         raise Unreadable(_too_large(f"{width}×{height} pixels"))
@@ -85,20 +99,17 @@ def read_picture(source: Path | bytes | Image.Image, least: tuple[int, int] | No
         Unreadable: with the reason.
     """
     image = open_picture(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            if least and image.format == "JPEG":
-                side = 2 * max(least)
-                image.draft(None, (side, side))
-            image.load()
-            image = _upright(image)
-            return _on_white(_eight_bits(_in_srgb(image)))
-        except Unreadable:
-            raise
-        except Exception as problem:  # decoders fail in every way there is; each is one reason
-            reason = " ".join(str(problem).split())[:120] or type(problem).__name__
-            raise Unreadable(f"its pixels cannot be decoded: {reason}") from problem
+    try:
+        if least and image.format == "JPEG":
+            side = 2 * max(least)
+            image.draft(None, (side, side))
+        image.load()
+        return _on_white(_eight_bits(_in_srgb(_upright(image))))
+    except Unreadable:
+        raise
+    except Exception as problem:  # decoders fail in every way there is; each is one reason
+        reason = " ".join(str(problem).split())[:120] or type(problem).__name__
+        raise Unreadable(f"its pixels cannot be decoded: {reason}") from problem
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import buckets, survey
+from .captions import truncated
 from .metadata import printable
 from .report_page import render
 from .sample import HELD_OUT, TRAIN, Collection
@@ -40,12 +41,15 @@ def report(
     stride: int = 16,
     count: int = 5,
     progress: Callable[[int, int, str], None] | None = None,
+    tokens: Callable[[list[str]], list[int]] | None = None,
+    most_tokens: int = 77,
 ) -> Report:
     """Open every picture of a collection and describe what is there.
 
     Args:
         resolution, stride, count: of the bucket plan that is shown.
         progress: called with (done, total, phase).
+        tokens: lengths of captions by the model's own tokenizer; those above most_tokens are listed.
     """
     tell = progress or (lambda done, total, phase: None)
     shown = survey.spread(len(collection.samples), SHOWN)
@@ -64,6 +68,7 @@ def report(
         "held_out": sum(one.sample.split == HELD_OUT for one in seen),
         "sizes": {f"{w}x{h}": n for (w, h), n in sorted(Counter(sizes).items(), key=lambda item: -item[1])},
         "caption_statistics": _captions(captions),
+        "truncated": truncated(sorted(set(captions)), tokens, most_tokens) if tokens else [],
         "classes": collection.classes,
         "aspect": _histogram(
             [w / h for w, h in sizes], (0.25, 0.4, 0.55, 0.7, 0.85, 1.18, 1.43, 1.82, 2.5, 4)

@@ -16,6 +16,7 @@ def render(summary: dict[str, Any], sheets: Sequence[tuple[str, Sequence[tuple[s
         _pictures(summary),
         _buckets(summary["bucket_plan"]),
         _words(summary["caption_statistics"]),
+        _truncated(summary["truncated"]),
         _twins(summary),
         _set_aside(summary["set_aside"]),
         _sheets(sheets, summary["samples"]),
@@ -99,6 +100,13 @@ def _words(told: dict[str, Any]) -> str:
         f'<div class="two">{_bars("Words in a caption", told["words"])}'
         f'<div class="card"><h3>Most frequent words</h3><div class="words">{words}</div></div></div>'
     )
+
+
+def _truncated(listed: Sequence[Sequence[Any]]) -> str:
+    if not listed:
+        return ""
+    table = _table(("caption", "tokens"), listed)
+    return f"<details><summary>Longer than the model reads ({len(listed):,})</summary>{table}</details>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -24,7 +24,8 @@ class Sample:
 
     name is unique within its collection (a path relative to the data folder, or a made-up one);
     file is where the picture lies, or picture draws it (or reads its bytes from an archive); content, if
-    given, is a text that changes whenever the drawn picture would. Captions may be several.
+    given, is a text that changes whenever the drawn picture would. Captions may be several. An epoch shows
+    the sample `repeat` times.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Sample:
     label: int | None = None
     picture: Callable[[], Image.Image | bytes] | None = field(default=None, repr=False, compare=False)
     content: str = ""
+    repeat: int = 1
     extra: dict[str, str] = field(default_factory=dict)
 
     @property

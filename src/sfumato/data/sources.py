@@ -6,7 +6,7 @@ Nothing is decoded here; `media` does that later. No name in a metadata file can
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -52,6 +52,22 @@ def open(path: str | Path, captions: str = "files", held_out: float = 0.05) -> C
     return replace(found, samples=split(found.samples, held_out))
 
 
+def several(parts: Mapping[str | Path, int], captions: str = "files", held_out: float = 0.05) -> Collection:
+    """Several data sets as one; each sample is shown so many times an epoch as its set's number says.
+
+    Give `EncodedSet.repeats` to `Order`. Names begin with the set's own, so that none is lost.
+    """
+    whole = Collection(" + ".join(Path(path).name for path in parts), [])
+    for number, (path, repeat) in enumerate(parts.items()):
+        found = open(path, captions, held_out)
+        prefix = f"{number}-{found.name}"
+        whole.samples += [
+            replace(one, name=f"{prefix}/{one.name}", repeat=repeat * one.repeat) for one in found.samples
+        ]
+        whole.set_aside += [SetAside(f"{prefix}/{one.file}", one.reason) for one in found.set_aside]
+    return whole
+
+
 def _embedded() -> dict[str, Callable[[], Collection]]:
     from . import openmoji, shapes
 
@@ -78,6 +94,10 @@ def folder(root: Path, captions: str) -> Collection:
     """The pictures and clips below a folder."""
     files, refused = walk(root)
     result = Collection(root.name, [], refused)
+    unread = [name for name in files if name.lower().endswith(media.UNREAD)]
+    refused += [
+        SetAside(metadata.printable(name), "not a kind that is read; save it as PNG") for name in unread
+    ]
     pictures = [name for name in files if name.lower().endswith(media.PICTURES + media.CLIPS)]
     if not pictures and not any(_is_metadata(name) for name in files):
         raise Refused(

@@ -59,7 +59,7 @@ def plan(sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding
         if clip and not how.frames:
             return SetAside(sample.name, "a clip; this model is trained on pictures")
         size = (0, 0)
-        if callable(bucket_of):
+        if callable(bucket_of) or (sample.file is not None and not clip):
             seen = sample.source()
             size = clips.facts(sample.name, seen).size if clip else media.size_of(seen)
     except (media.Unreadable, OSError) as problem:

@@ -1,0 +1,67 @@
+"""Captions are worded before training; sets are joined with their weights; long captions are counted."""
+
+import pytest
+from PIL import Image
+
+from sfumato.data import captions, report, sources
+from sfumato.data.captions import Wording, worded
+from sfumato.data.order import Order
+from sfumato.data.sample import Sample
+from sfumato.errors import Refused
+
+ONE = Sample("a", ("fox, red, small, night, in the snow",), extra={"artist": "Anna"})
+
+
+def test_template_and_trigger_surround_the_caption():
+    (sample,) = worded([ONE], Wording(template="{caption}, by {artist}", trigger="sks"))
+    assert sample.captions == ("sks fox, red, small, night, in the snow, by Anna",)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_shuffling_keeps_the_prefix_and_loses_no_tag(keep):
+    (sample,) = worded([ONE], Wording(shuffles=6, keep=keep))
+    tags = ONE.captions[0].split(", ")
+    assert 1 < len(sample.captions) <= 6
+    for caption in sample.captions:
+        assert caption.split(", ")[:keep] == tags[:keep]
+        assert sorted(caption.split(", ")) == sorted(tags)
+    assert worded([ONE], Wording(shuffles=6, keep=keep))[0] == sample
+
+
+@pytest.mark.parametrize("template", ["no place", "{caption} by {painter}", "{caption} {0}", "{caption"])
+def test_a_template_that_cannot_be_filled_is_refused(template):
+    with pytest.raises(Refused, match="template"):
+        worded([ONE], Wording(template=template))
+
+
+def test_long_captions_are_found_by_the_given_tokenizer():
+    found = captions.truncated(["one", "one two three"], lambda texts: [len(t.split()) for t in texts], 2)
+    assert found == [("one two three", 3)]
+
+
+@pytest.fixture
+def two_sets(tmp_path):
+    for name, count in (("photos", 4), ("drawings", 2)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (16, 16), (40 * index, 0, 0)).save(tmp_path / name / f"{index}.png")
+            (tmp_path / name / f"{index}.txt").write_text(f"{name} {index}")
+    return tmp_path
+
+
+def test_sets_are_joined_with_their_weights(two_sets):
+    whole = sources.several({two_sets / "photos": 1, two_sets / "drawings": 3}, held_out=0)
+    assert len({sample.id for sample in whole.samples}) == 6
+    repeats = [sample.repeat for sample in whole.samples]
+    order = Order([(1,)] * 6, 5, seed=0, repeats=repeats)
+    shown = [index for step in range(order.steps_before(1)) for index in order.at(step)[0]]
+    assert sorted(shown) == sorted(i for i, times in enumerate(repeats) for _ in range(times))
+
+
+def test_the_report_counts_truncated_captions_and_kinds_not_read(two_sets):
+    (two_sets / "photos" / "x.heic").write_bytes(b"heic")
+    told = report.report(
+        sources.open(two_sets / "photos"), tokens=lambda texts: [len(text) for text in texts], most_tokens=4
+    )
+    assert len(told.summary["truncated"]) == 4 and "Longer than the model reads (4)" in told.page()
+    assert [one["file"] for one in told.summary["set_aside"]] == ["x.heic"]
