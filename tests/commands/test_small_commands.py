@@ -1,0 +1,109 @@
+"""Commands that answer at once: help, doctor, theory, data."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sfumato as package
+from sfumato.commands import theory
+from sfumato.theory import methods, names
+
+from .world import draw_pictures, sfumato
+
+COMMANDS = [
+    "demo",
+    "new",
+    "plan",
+    "encode",
+    "train",
+    "generate",
+    "eval",
+    "data",
+    "report",
+    "doctor",
+    "theory",
+]
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['sfumato', '--help']\n"
+        "from sfumato.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'numpy', 'rich', 'PIL', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f"\n  {command} " in done.stdout
+    assert "..." not in done.stdout.partition("Commands:")[2], "a summary is too long for its line"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    answer = sfumato(command, "--help")
+    assert answer.code == 0 and "Usage:" in answer.out
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "sfumato", "-h"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.startswith("Usage: sfumato")
+
+
+def test_doctor_says_what_is_here():
+    found = sfumato("doctor", "--json").json()
+    assert found["packages"]["torch"] and found["machine"]["cores"] >= 1 and isinstance(found["advice"], list)
+
+
+def test_every_theory_and_solver_is_listed():
+    found = sfumato("theory", "list", "--json").json()
+    assert list(found["theories"]) == names() and list(found["solvers"]) == list(methods())
+    assert "flow-matching" in sfumato("theory", "list").out
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_theory_can_be_shown(name):
+    answer = sfumato("theory", "show", name, "--out", "here", "--json")
+    assert answer.code == 0, answer.err
+    page = Path(answer.json()["page"])
+    assert page.parent == Path("here") and page.read_text().count("<svg") == 6
+
+
+OWN = """
+import math, torch
+from sfumato.commands import theory
+from sfumato.theory import Theory
+mine = Theory(data=lambda t: (torch.cos(t), torch.sin(t)), model=lambda t: (-torch.sin(t), torch.cos(t)),
+              t_noise=math.pi / 2, name="mine")
+"""
+
+
+def test_ones_own_theory_is_checked_against_the_oracle(monkeypatch):
+    monkeypatch.setattr(theory, "BUDGETS", (5, 10))
+    Path("mine.py").write_text(OWN)
+    answer = sfumato("theory", "check", "mine.py:mine", "--json")
+    assert answer.code == 0, answer.err
+    found = answer.json()
+    assert found["ok"] and found["errors"]["auto"][-1] < found["errors"]["euler"][-1] < 0.1
+
+
+def test_data_reports_into_a_page(tmp_path):
+    answer = sfumato("data", draw_pictures(tmp_path / "pictures"))
+    assert answer.code == 0 and Path("runs/data/report.html").is_file()
+    assert answer.out.splitlines()[-1] == "runs/data/report.html"
+
+
+def test_the_readme_shows_the_two_commands_and_real_ones_only():
+    readme = (Path(package.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in readme.split("```sh\n")[1:]]
+    assert blocks[0].rstrip().endswith("sfumato demo") and blocks[1].rstrip().endswith("pytest")
+    for block in blocks:
+        for line in block.splitlines():
+            if line.startswith("sfumato "):
+                assert line.split()[1] in COMMANDS, line
