@@ -340,3 +340,16 @@ def test_the_report_counts_what_is_there_and_names_what_is_not(folder):
     page = told.page()
     assert "http" not in page and "<script" not in page and "<b>words" not in page
     assert "empty.png" in page
+
+
+def test_companions_stay_in_the_folder_and_are_no_samples_themselves(folder):
+    rows = [
+        {"file_name": "a.png", "caption": "a", "conditioning_image": "b.png", "mask": "not a picture"},
+        {"file_name": "c.png", "caption": "c", "control_file_name": "../secrets/secret.png"},
+    ]
+    save(folder / "c.png", Image.new("RGB", (20, 20), RED))
+    table(folder, rows)
+    found = sources.open(folder)
+    (sample,) = found.samples
+    assert sample.companions == {"conditioning": folder / "b.png"} and sample.extra["mask"] == "not a picture"
+    assert reasons(found) == {"c.png": "its control ../secrets/secret.png: refused: outside the data folder"}

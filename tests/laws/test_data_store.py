@@ -318,3 +318,21 @@ def test_how_a_picture_was_cut_is_told(tmp_path):
     assert encoded.read([0]).framings.tolist() == [[32, 64, 0, 8, 16, 16]]
     whole, _ = fill(tmp_path / "store", given=[wide], bucket=lambda size: size)
     assert whole.read([0]).framings.tolist() == [[32, 64, 0, 0, 32, 64]]
+
+
+def test_companions_are_cut_and_mirrored_with_their_pictures(tmp_path):
+    given = []
+    for index, one in enumerate(samples(6)):
+        picture(index).save(tmp_path / f"{index}.png")
+        if index < 5:
+            given.append(replace(one, companions={"control": tmp_path / f"{index}.png"}))
+        else:
+            given.append(one)
+    how = replace(HOW, flip=True)
+    encoded = encode.fill(
+        Store(tmp_path / "store"), given, (16, 16), Encoder().look, None, how, companions=["control"]
+    )
+    assert [one.reason for one in encoded.set_aside] == ["it has no control"]
+    for epoch in range(5):
+        batch = encoded.read(range(5), 0, epoch)
+        assert torch.equal(batch.companions["control"], batch.latents)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from sfumato.errors import Failed, Refused
 
 from . import formats, together, views
 from .encoded import Batch, EncodedSet, Item
+from .index import Place
 from .sample import Sample, SetAside
 from .store import Store, key
 from .views import Encoding, Size, Task
@@ -64,6 +65,7 @@ def fill(
     progress: Progress | None = None,
     part: tuple[int, int] = (0, 1),
     patience: float = 600.0,
+    companions: Sequence[str] = (),
 ) -> EncodedSet:
     """Encode what the store lacks of these samples, verify what it has, and return them ready to be read.
 
@@ -76,6 +78,7 @@ def fill(
         part: (rank, world) where several processes or machines fill the store; each encodes every world-th
             shard, waits for the others (while shards come, and `patience` seconds more) and takes over from
             those that died.
+        companions: which further pictures of the samples ("control", "mask", …) to encode too.
     Returns:
         The set, its `set_aside` naming every sample that could not be used, its `notes` what was repaired.
     Raises:
@@ -83,7 +86,9 @@ def fill(
     """
     run = _Run(store, how, progress or (lambda done, total, phase: None), part)
     tasks = _plan(run, samples, bucket_of)
-    owners = {one: task.sample.name for task in tasks for one in task.keys}
+    tasks, beside = _companions(run, tasks, companions)
+    pictures = [*tasks, *beside.values()]
+    owners = {one: task.sample.name for task in pictures for one in task.keys}
     texts: dict[str, str] = {}
     if encode_captions is not None:
         captions = {caption for task in tasks for caption in task.sample.captions} | {""}
@@ -91,17 +96,17 @@ def fill(
     mine = together.begin(store.root, together.name_of([*owners, *texts.values()]), *part)
     _repair(run, "pixels", owners)
     _repair(run, "text", {one: f'the caption "{caption}"' for caption, one in texts.items()})
-    failed = _fill_pictures(run, tasks, encode_pixels)
+    failed = _fill_pictures(run, pictures, encode_pixels)
     if encode_captions is not None:
         _fill_texts(run, texts, encode_captions)
     if part[1] > 1:
         failed = together.meet(mine, failed, patience, run.progress)
         store.refresh()
         run.part = (0, 1)
-        failed |= _fill_pictures(run, [task for task in tasks if task.keys not in failed], encode_pixels)
+        failed |= _fill_pictures(run, [task for task in pictures if task.keys not in failed], encode_pixels)
         if encode_captions is not None:
             _fill_texts(run, texts, encode_captions)
-    return _gather(run, tasks, failed, texts)
+    return _gather(run, tasks, beside, failed, texts)
 
 
 def _text_key(how: Encoding, caption: str) -> str:
@@ -123,6 +128,31 @@ def _plan(run: _Run, samples: Sequence[Sample], bucket_of: Size | Callable[[Size
                 tasks.append(found)
             run.progress(done + 1, len(samples), "reading")
     return tasks
+
+
+def _companions(
+    run: _Run, tasks: Sequence[Task], names: Sequence[str]
+) -> tuple[list[Task], dict[tuple[str, str], Task]]:
+    """The tasks whose samples have all companions, and the companions' own by (sample's name, which)."""
+    whole: list[Task] = []
+    beside: dict[tuple[str, str], Task] = {}
+    for task in tasks:
+        sample, found = task.sample, {}
+        for name in names:
+            file = sample.companions.get(name)
+            other = replace(sample, name=f"{sample.name} ({name})", file=file, picture=None, content="")
+            found[sample.name, name] = (
+                SetAside(sample.name, f"it has no {name}")
+                if file is None
+                else views.plan(other, (task.bucket[0], task.bucket[1]), run.how)
+            )
+        missing = next((one for one in found.values() if isinstance(one, SetAside)), None)
+        if missing is None:
+            whole.append(task)
+            beside |= {place: one for place, one in found.items() if isinstance(one, Task)}
+        else:
+            run.set_aside.append(missing)
+    return whole, beside
 
 
 def _repair(run: _Run, kind: str, owners: Mapping[str, str]) -> None:
@@ -226,20 +256,28 @@ def _fill_texts(run: _Run, texts: Mapping[str, str], encode: Texts) -> None:
 
 
 def _gather(
-    run: _Run, tasks: Sequence[Task], failed: Mapping[tuple[str, ...], str], texts: Mapping[str, str]
+    run: _Run,
+    tasks: Sequence[Task],
+    beside: Mapping[tuple[str, str], Task],
+    failed: Mapping[tuple[str, ...], str],
+    texts: Mapping[str, str],
 ) -> EncodedSet:
     """The samples whose encodings are all there, in the order they were given."""
-    flat = [one for task in tasks for one in task.keys]
+    flat = [one for task in [*tasks, *beside.values()] for one in task.keys]
     places = dict(zip(flat, run.store.places("pixels", flat), strict=True))
+    others: dict[str, dict[str, Task]] = {}
+    for (sample, name), other in beside.items():
+        others.setdefault(sample, {})[name] = other
     items = []
     for task in tasks:
-        if task.keys in failed:
-            run.set_aside.append(SetAside(task.sample.name, failed[task.keys]))
+        own = others.get(task.sample.name, {})
+        reasons = [(one.sample.name, failed[one.keys]) for one in (task, *own.values()) if one.keys in failed]
+        if reasons:
+            run.set_aside.append(SetAside(*reasons[0]))
             continue
-        found = tuple(place for place in map(places.get, task.keys) if place is not None)
-        captions = tuple((caption, texts[caption]) for caption in task.sample.captions if caption in texts)
-        plain = tuple((caption, "") for caption in task.sample.captions)
-        items.append(Item(task.sample, found, captions or plain, task.size, task.bucket))
+        captions = tuple((caption, texts.get(caption, "")) for caption in task.sample.captions)
+        with_them = {name: _places(other, places) for name, other in own.items()}
+        items.append(Item(task.sample, _places(task, places), captions, task.size, task.bucket, with_them))
     if not items:
         reasons = "; ".join(sorted({one.reason for one in run.set_aside})[:3]) or "there were none"
         raise Refused(f"No picture is left to train on: {reasons}. Look at them with: sfumato data DIR")
@@ -248,6 +286,10 @@ def _gather(
     run.count("samples", len(items))
     run.count("set_aside", len(run.set_aside))
     return EncodedSet(run.store, items, null, run.set_aside, run.counts, run.notes, labels)
+
+
+def _places(task: Task, places: Mapping[str, Place | None]) -> tuple[Place, ...]:
+    return tuple(place for place in map(places.get, task.keys) if place is not None)
 
 
 def _cut(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -41,7 +41,8 @@ class Batch:
     """What one step trains on.
 
     ids: of the samples, 63 bits. latents [B, C, H, W] float32. conditions: tensors of each, not padded.
-    framings [B, 6]: how each picture was cut from its file, see `Item.framing`.
+    framings [B, 6]: how each picture was cut from its file, see `Item.framing`. companions: encodings of control
+    pictures and the like by name, [B, C, H, W], cut and mirrored as the pictures are.
     """
 
     ids: list[int]
@@ -49,6 +50,7 @@ class Batch:
     conditions: list[dict[str, Tensor]]
     captions: list[str]
     framings: Tensor
+    companions: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Item:
     captions: tuple[tuple[str, str], ...]  # (caption, its key or "")
     size: tuple[int, int] = (0, 0)  # of the picture itself; (0, 0) where nobody looked
     bucket: tuple[int, ...] = ()  # (width, height) in pixels
+    companions: dict[str, tuple[Place, ...]] = field(default_factory=dict)  # one place for each variant
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,16 +123,22 @@ class EncodedSet:
         items = [self.items[i] for i in indices]
         ids = [self.ids[i] for i in indices]
         captions = _choose([item.captions for item in items], ids, seed, epoch, "caption")
-        places = _choose([item.pictures for item in items], ids, seed, epoch, "variant")
+        views = _choose([range(len(item.pictures)) for item in items], ids, seed, epoch, "variant")
         conditions = [self.condition(chosen[1]) if chosen and chosen[1] else {} for chosen in captions]
         if self.labels:
             conditions = [
                 {**condition, "labels": torch.tensor(item.sample.label or 0)}
                 for condition, item in zip(conditions, items, strict=True)
             ]
-        latents = self._latents([place for place in places if place], ids, seed, epoch)
+        shown = [(item, view or 0) for item, view in zip(items, views, strict=True)]
+        latents = self._latents([item.pictures[view] for item, view in shown], ids, seed, epoch)
+        companions = {
+            name: self._latents([item.companions[name][view] for item, view in shown], ids, seed, epoch)
+            for name in items[0].companions
+        }
+        framings = torch.tensor([item.framing for item in items])
         words = [chosen[0] if chosen else "" for chosen in captions]
-        return Batch(ids, latents, conditions, words, torch.tensor([item.framing for item in items]))
+        return Batch(ids, latents, conditions, words, framings, companions)
 
     def _latents(self, places: list[Place], ids: list[int], seed: int, epoch: int) -> Tensor:
         first = places[0].fields

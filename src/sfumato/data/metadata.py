@@ -14,6 +14,7 @@ from typing import Any
 
 from sfumato.errors import Refused, nearest
 
+from .media import CLIPS, PICTURES
 from .sample import HELD_OUT, TRAIN, SetAside
 
 FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.tsv")
@@ -30,6 +31,8 @@ SPLITS = {
     "val": HELD_OUT,
     "dev": HELD_OUT,
 }
+COMPANIONS = ("control", "conditioning", "reference", "mask", "depth", "source", "edit_source")
+ENDINGS = ("_file_name", "_image", "_file", "_path", "")
 LONGEST_CAPTION = 20_000
 csv.field_size_limit(10_000_000)
 
@@ -45,6 +48,7 @@ class Row:
     label: int | None = None
     reason: str = ""
     extra: dict[str, str] = field(default_factory=dict)
+    companions: dict[str, str] = field(default_factory=dict)
 
 
 def printable(name: str) -> str:
@@ -100,7 +104,19 @@ def _row(table: str, said: str, row: Mapping[str, Any], caption_column: str) -> 
     if isinstance(label, str) and label.isdecimal():
         label = int(label)
     whole = label if isinstance(label, int) and not isinstance(label, bool) else None
-    return Row(_inside(table, said), said, captions, known, whole, reason, extra)
+    companions = {
+        name: _inside(table, extra.pop(column))
+        for column in list(extra)
+        if (name := companion(column, extra[column]))
+    }
+    return Row(_inside(table, said), said, captions, known, whole, reason, extra, companions)
+
+
+def companion(column: str, value: str) -> str:
+    """The companion a column names ("mask_image" → "mask"), "" if its value is no picture's name."""
+    stem = next(column.removesuffix(ending) for ending in ENDINGS if column.endswith(ending))
+    named = stem in COMPANIONS or column.endswith("_file_name")
+    return stem if named and value.lower().endswith(PICTURES + CLIPS) else ""
 
 
 def _inside(table: str, said: str) -> str:

@@ -25,7 +25,7 @@ class Sample:
     name is unique within its collection (a path relative to the data folder, or a made-up one);
     file is where the picture lies, or picture draws it (or reads its bytes from an archive); content, if
     given, is a text that changes whenever the drawn picture would. Captions may be several. An epoch shows
-    the sample `repeat` times.
+    the sample `repeat` times. companions are further pictures of it: control, reference, mask, ….
     """
 
     name: str
@@ -36,6 +36,7 @@ class Sample:
     picture: Callable[[], Image.Image | bytes] | None = field(default=None, repr=False, compare=False)
     content: str = ""
     repeat: int = 1
+    companions: dict[str, Path] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
 
     @property

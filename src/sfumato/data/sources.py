@@ -187,9 +187,10 @@ def _from_files(root: Path, files: list[str], pictures: list[str], result: Colle
             else:
                 reason = _why_unknown(root, inside)
                 result.set_aside.append(SetAside(metadata.printable(row.said), reason))
-    for name in sorted(set(pictures) | set(rows)):
+    taken = {inside for some in rows.values() for row in some for inside in row.companions.values()}
+    for name in sorted((set(pictures) - taken) | set(rows)):
         if name in rows:
-            _take(root, name, rows[name], result)
+            _take(root, name, rows[name], known, result)
         else:
             captions, reason = _beside(root, name, known)
             if reason:
@@ -207,7 +208,7 @@ def _why_unknown(root: Path, inside: str) -> str:
     return reason_against(root / inside, root.resolve()) or "not a file that can be read"
 
 
-def _take(root: Path, name: str, rows: list[metadata.Row], result: Collection) -> None:
+def _take(root: Path, name: str, rows: list[metadata.Row], known: set[str], result: Collection) -> None:
     """One sample from all rows that name its file; equal rows are counted once."""
     captions: list[str] = []
     reasons: list[str] = []
@@ -222,6 +223,11 @@ def _take(root: Path, name: str, rows: list[metadata.Row], result: Collection) -
         reason = f"listed {repeated + 1} times with one caption; used once"
         result.set_aside.append(SetAside(metadata.printable(name), reason))
     first = rows[0]
+    for what, inside in first.companions.items():
+        if inside not in known:
+            reason = f"its {what} {metadata.printable(inside)}: {_why_unknown(root, inside)}"
+            result.set_aside.append(SetAside(metadata.printable(name), reason))
+            return
     result.samples.append(
         Sample(
             name,
@@ -229,6 +235,7 @@ def _take(root: Path, name: str, rows: list[metadata.Row], result: Collection) -
             file=root / name,
             split=first.split or "",
             label=first.label,
+            companions={what: root / inside for what, inside in first.companions.items()},
             extra=first.extra,
         )
     )
