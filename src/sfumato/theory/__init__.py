@@ -2,6 +2,7 @@
 
 from . import guidance, noise, oracle, times
 from .catalogue import about, arguments, get, names, preconditioned
+from .change import translate
 from .definition import Report, Theory
 from .solver import evaluations, integrate, methods, solve
 
@@ -21,4 +22,5 @@ __all__ = [
     "preconditioned",
     "solve",
     "times",
+    "translate",
 ]

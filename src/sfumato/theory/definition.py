@@ -239,13 +239,14 @@ class Theory:
     # ---------------------------------------------------------------- helpers
 
     def _search(self, rising: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
-        """The t with rising(t) = wanted; 64 sections a round, until neighbouring floats are left."""
+        """The t with rising(t) = wanted: ever finer ladders, until neighbouring floats are left."""
         low = torch.full(wanted.shape, self.t_data, dtype=torch.float64, device=wanted.device)
         high = torch.full_like(low, self.t_noise)
         if wanted.numel() == 0:
             return low
-        fractions = torch.linspace(0, 1, 65, dtype=torch.float64, device=wanted.device)
-        for _ in range(12):
+        bits = 12 if wanted.numel() <= 4 else 9 if wanted.numel() <= 64 else 6
+        fractions = torch.linspace(0, 1, 2**bits + 1, dtype=torch.float64, device=wanted.device)
+        for _ in range(-(-64 // bits)):
             ladder = low[..., None] + (high - low)[..., None] * fractions
             ladder[..., -1] = high
             below = (rising(ladder[..., 1:-1]) < wanted[..., None]).sum(-1, keepdim=True)

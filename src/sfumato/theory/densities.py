@@ -1,7 +1,11 @@
-"""Times to train at: densities over the way from data to noise, as maps from even numbers.
+"""Times to train at, and how much each counts.
 
-A density turns u, even in (0, 1), into times of a theory; u may come from anywhere, so that draws are
-reproducible (noise.uniform) or stratified.
+A density maps u, even in (0, 1), to times of a theory; u may come from anywhere, so that draws are
+reproducible (noise.uniform) or stratified over a batch. Each is written once, on a coordinate of its own,
+and cut to the times a theory has. A weighting is written for the loss its paper weighs and carried to the
+theory's own answer:
+
+    ‖out − out*‖² = (det/det_of)² · ‖of − of*‖²     for the same x_t and t
 """
 
 import inspect
@@ -13,48 +17,154 @@ import torch
 from torch import Tensor
 
 from ..errors import Refused, nearest, one_of
+from . import noise
 from .definition import Theory, exact
 from .shapes import Anything
 
-Quantile = Callable[[Theory, Tensor], Tensor]
+Curve = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Law:
+    """A distribution of one number y that grows with the noise: share below y, its inverse, its slope."""
+
+    cdf: Curve
+    quantile: Curve
+    pdf: Curve
 
 
 @dataclass(frozen=True)
 class Density:
-    """A distribution of training times, known by its quantiles."""
+    """A distribution of training times.
+
+    Args:
+        name: as the catalogue has it.
+        of: the law of the coordinate.
+        coordinate: "time" (the theory's own, 0 at data and 1 at noise) or "ratio" (log s/a).
+    """
 
     name: str
-    quantile: Quantile
+    of: Law
+    coordinate: str
 
     def __call__(self, theory: Theory, u: Anything) -> Tensor:
         """u [B] in (0, 1), even → t [B] float64, distributed as this density says."""
-        return self.quantile(theory, exact(u))
+        low, high = self._ends(theory)
+        y = self.of.quantile(low + (high - low) * exact(u))
+        if self.coordinate == "time":
+            return theory.t_data + (theory.t_noise - theory.t_data) * y
+        return theory.time_at(-2 * y)
+
+    def pdf(self, theory: Theory, t: Anything) -> Tensor:
+        """How densely times are drawn at t [B], per unit of t; it integrates to 1 over the theory's times."""
+        low, high = self._ends(theory)
+        with torch.enable_grad():
+            moment = exact(t).detach().requires_grad_()
+            y = self._coordinate(theory, moment)
+            (slope,) = torch.autograd.grad(y.sum(), moment)
+        return (self.of.pdf(y) * slope.abs() / (high - low)).detach()
+
+    def _coordinate(self, theory: Theory, t: Tensor) -> Tensor:
+        if self.coordinate == "time":
+            return (t - theory.t_data) / (theory.t_noise - theory.t_data)
+        return -theory.log_snr(t) / 2
+
+    def _ends(self, theory: Theory) -> tuple[Tensor, Tensor]:
+        low, high = (self._coordinate(theory, exact(end)) for end in (theory.t_data, theory.t_noise))
+        return self.of.cdf(low), self.of.cdf(high)
 
 
-def _uniform(theory: Theory, u: Tensor) -> Tensor:
-    return theory.t_data + (theory.t_noise - theory.t_data) * u
+# ---------------------------------------------------------------- laws
 
 
-def uniform() -> Quantile:
+def _even(low: float, high: float) -> Law:
+    return Law(
+        cdf=lambda y: ((y - low) / (high - low)).clamp(0, 1),
+        quantile=lambda u: low + (high - low) * u,
+        pdf=lambda y: torch.where((y >= low) & (y <= high), 1 / (high - low), 0.0),
+    )
+
+
+def _normal(mean: float, std: float) -> Law:
+    if not std > 0:
+        raise Refused(f"std is {std:g}; it must be above 0.")
+    return Law(
+        cdf=lambda y: 0.5 * torch.erfc((mean - y) / (std * math.sqrt(2))),
+        quantile=lambda u: mean + std * math.sqrt(2) * torch.erfinv(2 * u - 1),
+        pdf=lambda y: torch.exp(-0.5 * ((y - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi)),
+    )
+
+
+def uniform() -> tuple[Law, str]:
     """Even in the theory's own time."""
-    return _uniform
+    return _even(0.0, 1.0), "time"
 
 
-def logit_normal(mean: float = 0.0, std: float = 1.0) -> Quantile:
+def logit_normal(mean: float = 0.0, std: float = 1.0) -> tuple[Law, str]:
     """log(s/a) is normal; in flow matching t is logit-normal.
 
     Source: Esser et al. 2024, arXiv:2403.03206, section 3.1.
     """
-    if not std > 0:
-        raise Refused(f"std is {std:g}; it must be above 0.")
-    return lambda theory, u: _at_log_ratio(theory, mean + std * math.sqrt(2) * torch.erfinv(2 * u - 1))
+    return _normal(mean, std), "ratio"
 
 
-def _at_log_ratio(theory: Theory, log_ratio: Tensor) -> Tensor:
-    return theory.time_at(-2 * log_ratio)
+def log_normal(mean: float = -1.2, std: float = 1.2) -> tuple[Law, str]:
+    """EDM's: log σ is normal. Source: Karras et al. 2022, arXiv:2206.00364, table 1."""
+    return _normal(mean, std), "ratio"
 
 
-_DENSITIES: dict[str, Callable[..., Quantile]] = {"uniform": uniform, "logit-normal": logit_normal}
+def log_snr(lowest: float = 0.002, highest: float = 80.0) -> tuple[Law, str]:
+    """Even in log-SNR between two ratios s/a. Source: Kingma et al. 2021, arXiv:2107.00630."""
+    if not 0 < lowest < highest:
+        raise Refused(f"lowest {lowest:g} and highest {highest:g} must satisfy 0 < lowest < highest.")
+    return _even(math.log(lowest), math.log(highest)), "ratio"
+
+
+def cosmap() -> tuple[Law, str]:
+    """Even in the angle φ = atan(s/a). Source: Esser et al. 2024, arXiv:2403.03206, section 3.1."""
+    half = math.pi / 2
+    return Law(
+        cdf=lambda y: y.exp().atan() / half,
+        quantile=lambda u: (half * u).tan().log(),
+        pdf=lambda y: 1 / (half * 2 * y.cosh()),
+    ), "ratio"
+
+
+def mode(scale: float = 1.29) -> tuple[Law, str]:
+    """Flow time 1 − u − scale·(cos²(πu/2) − 1 + u): crowded in the middle, positive at both ends.
+
+    Source: Esser et al. 2024, arXiv:2403.03206, eq. 20.
+    """
+    if not -1 <= scale <= 2 / (math.pi - 2):
+        raise Refused(f"scale is {scale:g}; it must lie between −1 and {2 / (math.pi - 2):.3f}.")
+    half = math.pi / 2
+
+    def flow(u: Tensor) -> Tensor:  # rising in u: the paper's formula at 1 − u
+        return u - scale * ((half * u).sin().square() - u)
+
+    def cdf(y: Tensor) -> Tensor:
+        wanted, low, high = torch.sigmoid(y), torch.zeros_like(y), torch.ones_like(y)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = flow(middle) < wanted
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return high
+
+    def pdf(y: Tensor) -> Tensor:
+        u, share = cdf(y.detach()), torch.sigmoid(y)
+        return share * (1 - share) / (1 + scale - scale * half * (math.pi * u).sin())
+
+    return Law(cdf, lambda u: torch.logit(flow(u)), pdf), "ratio"
+
+
+_DENSITIES: dict[str, Callable[..., tuple[Law, str]]] = {
+    "uniform": uniform,
+    "logit-normal": logit_normal,
+    "log-normal": log_normal,
+    "log-snr": log_snr,
+    "cosmap": cosmap,
+    "mode": mode,
+}
 
 
 def densities() -> list[str]:
@@ -69,10 +179,98 @@ def density(name: str, **args: float) -> Density:
         Refused: for a name or an argument that is not known, with the nearest that is.
     """
     make = _DENSITIES[one_of("Training density", name.replace("_", "-"), _DENSITIES)]
+    return Density(name, *make(**_known(f'Density "{name}"', make, args)))
+
+
+def stratified(seed: int, batch: int, step: int, rows: range | None = None) -> Tensor:
+    """u [rows] in (0, 1): one draw in each of `batch` equal parts, dealt out at random over the global batch.
+
+    Args:
+        rows: this process's rows of the global batch, all by default.
+    """
+    part = noise.permutation(batch, seed, "strata", step).double()
+    jitter = noise.uniform(seed, range(batch), step, "strata")
+    u = (part + jitter) / batch
+    return u if rows is None else u[list(rows)]
+
+
+# ---------------------------------------------------------------- weightings
+
+Weighting = Callable[[Theory, Tensor], Tensor]
+
+
+def _on_data(weigh: Curve) -> Weighting:
+    """weigh(log-SNR) of the x_0 loss, as a weight of the theory's own."""
+    return lambda theory, t: _carried(theory, t, weigh, on_data=True)
+
+
+def _on_noise(weigh: Curve) -> Weighting:
+    return lambda theory, t: _carried(theory, t, weigh, on_data=False)
+
+
+def _carried(theory: Theory, t: Tensor, weigh: Curve, on_data: bool) -> Tensor:
+    a, s, _, _, det = theory.rows(t)
+    return weigh(theory.log_snr(t)) * ((s if on_data else a) / det).square()
+
+
+def unit() -> Weighting:
+    """1 on the theory's own answer."""
+    return lambda theory, t: torch.ones_like(exact(t))
+
+
+def min_snr(gamma: float = 5.0) -> Weighting:
+    """min(SNR, γ) on x_0. Source: Hang et al. 2023, arXiv:2303.09556."""
+    return _on_data(lambda log_snr: log_snr.exp().clamp(max=gamma))
+
+
+def edm(sigma_data: float = 0.5) -> Weighting:
+    """(σ² + σ_d²)/(σ·σ_d)² on x_0: 1 on EDM's own answer. Source: Karras et al. 2022, arXiv:2206.00364."""
+    return _on_data(lambda log_snr: log_snr.exp() + 1 / sigma_data**2)
+
+
+def sigmoid(bias: float = 2.0) -> Weighting:
+    """sigmoid(bias − log-SNR) on the noise. Source: Kingma & Gao 2023, arXiv:2303.00848."""
+    return _on_noise(lambda log_snr: torch.sigmoid(bias - log_snr))
+
+
+def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
+    """1/(k + SNR)^γ on the noise. Source: Choi et al. 2022, arXiv:2204.00227."""
+    return _on_noise(lambda log_snr: (k + log_snr.exp()) ** -gamma)
+
+
+def debiased() -> Weighting:
+    """1/√SNR on the noise. Source: Yu et al. 2023, arXiv:2310.08442."""
+    return _on_noise(lambda log_snr: torch.exp(-log_snr / 2))
+
+
+_WEIGHTINGS: dict[str, Callable[..., Weighting]] = {
+    "unit": unit,
+    "min-snr": min_snr,
+    "edm": edm,
+    "sigmoid": sigmoid,
+    "p2": p2,
+    "debiased": debiased,
+}
+
+
+def weightings() -> list[str]:
+    """The names `weighting` knows."""
+    return list(_WEIGHTINGS)
+
+
+def weighting(name: str, **args: float) -> Weighting:
+    """weigh(theory, t [B]) → [B]: what a sample's squared error of the theory's own answer is multiplied by.
+
+    Raises:
+        Refused: for a name or an argument that is not known, with the nearest that is.
+    """
+    make = _WEIGHTINGS[one_of("Weighting", name.replace("_", "-"), _WEIGHTINGS)]
+    return make(**_known(f'Weighting "{name}"', make, args))
+
+
+def _known(title: str, make: Callable[..., object], args: dict[str, float]) -> dict[str, float]:
     known = list(inspect.signature(make).parameters)
     for word in args:
         if word not in known:
-            raise Refused(
-                f'Density "{name}" takes no argument "{word}".{nearest(word, known) if known else ""}'
-            )
-    return Density(name, make(**args))
+            raise Refused(f'{title} takes no argument "{word}".{nearest(word, known) if known else ""}')
+    return args

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import Refused, nearest, one_of
 from .definition import Theory, exact
-from .densities import Density, densities, density
+from .densities import Density, densities, density, stratified, weighting, weightings
 from .shapes import Anything
 
 __all__ = [
@@ -30,7 +30,10 @@ __all__ = [
     "log_snr",
     "resolution_shift",
     "shifted",
+    "stratified",
     "two_sided",
+    "weighting",
+    "weightings",
 ]
 
 
@@ -112,18 +115,21 @@ def cosine(theory: Theory, steps: int) -> Tensor:
     return _at_angles(theory, torch.linspace(high, low, _count(steps) + 1, dtype=torch.float64))
 
 
-def two_sided(theory: Theory, steps: int, delta: float = 0.1) -> Tensor:
-    """Crowded near data and near noise, reaching both: even in log((s + δ·a)/(a + δ·s)); ours.
+def two_sided(theory: Theory, steps: int, data: float | None = None, noise: float | None = None) -> Tensor:
+    """Crowded near the data and, less, near the noise, reaching both: even in log((s + δ·a)/(a + ε·s)); ours.
 
     Args:
-        delta: crowding; 1 spaces φ almost evenly, towards 0 the grid becomes even in log-SNR.
+        data, noise: δ and ε in (0, 1), how early the crowding ends on either side; by default δ is
+            steps/100 up to 0.15, for few steps must skip the finest scales, and ε = 2.5·δ.
     """
-    if not 0 < delta < 1:
-        raise Refused(f"delta is {delta:g}; it must lie between 0 and 1.")
+    delta = min(_count(steps) / 100, 0.15) if data is None else data
+    epsilon = 2.5 * delta if noise is None else noise
+    if not (0 < delta < 1 and 0 < epsilon < 1):
+        raise Refused(f"data {delta:g} and noise {epsilon:g} must lie between 0 and 1.")
     ends = torch.stack([theory.angle(end) for end in (theory.t_noise, theory.t_data)])
-    high, low = torch.log((ends.sin() + delta * ends.cos()) / (ends.cos() + delta * ends.sin())).tolist()
-    g = torch.linspace(high, low, _count(steps) + 1, dtype=torch.float64).exp()
-    return _at_angles(theory, torch.atan2((g - delta).clamp(min=0), (1 - delta * g).clamp(min=0)))
+    high, low = torch.log((ends.sin() + delta * ends.cos()) / (ends.cos() + epsilon * ends.sin())).tolist()
+    g = torch.linspace(high, low, steps + 1, dtype=torch.float64).exp()
+    return _at_angles(theory, torch.atan2((g - delta).clamp(min=0), (1 - epsilon * g).clamp(min=0)))
 
 
 def custom(theory: Theory, moments: Sequence[float] | Anything) -> Tensor:

@@ -13,18 +13,21 @@ from torch import Tensor
 from .course import Course, Weight, combine
 from .multistep import plan
 
-PREDICTED, CORRECTED = 0.6, 0.2
-"""Shares of the first-order step at which a predictor's higher-order part, and a correction, are halved."""
+PREDICTED, CORRECTED = 0.1, 0.02
+"""Shares of the first-order step, per step of the grid up to 20, at which a prediction's higher-order part
+and a correction are halved: the denser the grid, the further polynomials are trusted."""
 
 
 def trusted(course: Course, z: Tensor) -> Iterator[Tensor]:
-    """One evaluation a step; third order.
+    """One evaluation a step; third order, and fourth from 20 steps on.
 
     Of a prediction or correction d beside the first-order step u,
     d / (1 + |d| / (share·|u|)) is used, per sample, with |u| at least the angle turned.
     """
     nodes = course.asked()
-    legs = plan(course, "velocity", 3, 3 if course.steps < 12 else 4)
+    order = 3 if course.steps < 20 else 4
+    legs = plan(course, "velocity", order, order)
+    predicted, corrected = (share * min(course.steps, 20) for share in (PREDICTED, CORRECTED))
     sizes = [course.weight(h) for h in course.angles.diff(dim=0)]
 
     def walk(z: Tensor) -> Iterator[Tensor]:
@@ -36,7 +39,7 @@ def trusted(course: Course, z: Tensor) -> Iterator[Tensor]:
             if i:
                 made = z - before
                 move = combine((-1.0, made), *zip(leg.redo, past, strict=False))
-                z = lean(z, move, made, CORRECTED, sizes[i - 1])
+                z = lean(z, move, made, corrected, sizes[i - 1])
             before = z
             if i:
                 bend = combine((leg.past[0] - sizes[i], v), *zip(leg.past[1:], past[1:], strict=False))
@@ -44,7 +47,7 @@ def trusted(course: Course, z: Tensor) -> Iterator[Tensor]:
                     combine((1.0, z), (sizes[i], v)),
                     bend,
                     v,
-                    PREDICTED * abs(sizes[i]),
+                    predicted * abs(sizes[i]),
                     1.0,
                 )
             else:

@@ -1,0 +1,55 @@
+"""Change of theory: a network trained under one theory, asked as if it had been trained under another.
+
+Time is matched by signal-to-noise, the input is rescaled, the answer is read as the canonical velocity and
+written again. Exact, and differentiable in state and answer: it serves sampling, distilling and fine-tuning.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import Refused
+from .definition import Theory, exact, spread
+from .shapes import Denoise, Moment
+
+OUTSIDE = 0.05
+"""How far past the trained angles a network may be asked at its last: pure noise, for EDM at s/a = 80."""
+
+
+def translate(denoise: Denoise, trained: Theory, to: Theory) -> Denoise:
+    """`denoise` of theory `trained` as a denoise of theory `to`.
+
+    Where `to` reaches further into noise or data than `trained` (flow matching starts at pure noise, EDM at
+    s/a = 80), the network is asked at its nearest time.
+
+    Raises (when called):
+        Refused: at a time whose angle is more than 0.05 beyond all that was trained, and where `trained`
+            is singular.
+    """
+
+    def answer(x_t: Tensor, t: Moment) -> Tensor:
+        moment = exact(t)
+        there, ratio, ask, keep = translation(trained, to, moment)
+        told = there.to(x_t.dtype if x_t.dtype == torch.float64 else torch.float32).to(x_t.device)
+        out = denoise(spread(ratio, x_t) * x_t, told.expand(len(x_t)))
+        return spread(ask, x_t) * out + spread(keep, x_t) * x_t
+
+    return answer
+
+
+def translation(trained: Theory, to: Theory, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(t', ratio, ask, keep): the network hears t' and ratio·x; its answer becomes ask·out + keep·x."""
+    there = trained.time_at(to.log_snr(t))
+    gap = (trained.angle(there) - to.angle(t)).abs()
+    if bool((gap > OUTSIDE).any()):
+        where = t.flatten()[gap.flatten().argmax()].item()
+        raise Refused(
+            f'"{trained.name}" was never trained at the log-SNR of t = {where:g} in "{to.name}". '
+            f"Sample between the times both know."
+        )
+    r_there, from_out, from_z = trained.reader(there)
+    a, s = to.data(t)
+    p, q = to.model(t)
+    r = torch.hypot(a, s)
+    # out' = p·x_0 + q·x_T with x_0 = cos φ·z − sin φ·v and x_T = sin φ·z + cos φ·v
+    of_z, of_v = (p * a + q * s) / r, (q * a - p * s) / r
+    return there, r_there / r, of_v * from_out, (of_z + of_v * from_z) / r
