@@ -203,8 +203,8 @@ def _strips(run: RunFolder, events: list[Event]) -> str:
             rows.append(f"<tr><td>{escape(words)}</td>{cells}</tr>")
         head = "".join(f"<th>{event.get('step') or 0:,}</th>" for event in chosen)
         strip = f'<table class="strip"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
-        parts.append(f'{_heading(group)}<div class="wide">{strip}</div>')
-    return "".join(parts)
+        parts.append(f'<div>{_heading(group)}<div class="wide">{strip}</div></div>')
+    return f'<div class="strips">{"".join(parts)}</div>' if parts else ""
 
 
 def _cell(run: RunFolder, event: Event, row: int, words: str) -> str:
