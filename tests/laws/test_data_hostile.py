@@ -225,6 +225,16 @@ def test_one_picture_without_caption_is_set_aside_but_all_are_refused(folder):
         sources.open(folder)
 
 
+def test_a_report_is_made_even_if_every_file_was_set_aside(folder):
+    table(folder, [{"file_name": "a.png", "caption": ""}, {"file_name": "../x.png", "caption": "x"}])
+    (folder / "b.png").unlink()
+    with pytest.raises(Refused, match="all 2 pictures were set aside"):
+        sources.open(folder)
+    told = report.report(sources.open(folder, empty=True))
+    assert told.summary["samples"] == 0 and len(told.summary["set_aside"]) == 2
+    assert "its caption is empty" in told.page()
+
+
 def test_nothing_no_folder_no_pictures_no_column_are_refused(folder, tmp_path):
     with pytest.raises(Refused, match="does not exist"):
         sources.open(tmp_path / "nowhere")

@@ -12,7 +12,7 @@ def data(folder: str, captions: str, out: Path, as_json: bool) -> None:
     from ..data.report import report
 
     with progress() as shown:
-        found = report(sources.open(folder, captions=captions), progress=shown)
+        found = report(sources.open(folder, captions=captions, empty=True), progress=shown)
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
     write_atomic(page, found.page())

@@ -41,8 +41,8 @@ class Batch:
     """What one step trains on.
 
     ids: of the samples, 63 bits. latents [B, C, H, W] float32. conditions: tensors of each, not padded.
-    framings [B, 6]: how each picture was cut from its file, see `Item.framing`. companions: encodings of control
-    pictures and the like by name, [B, C, H, W], cut and mirrored as the pictures are.
+    framings [B, 6]: how each picture was cut from its file, see `Item.framing`. companions: encodings of
+    control pictures and the like by name, [B, C, H, W], cut and mirrored as the pictures are.
     """
 
     ids: list[int]

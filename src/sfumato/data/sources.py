@@ -21,7 +21,9 @@ OUTSIDE = "refused: outside the data folder"
 SIDECARS = (".txt", ".caption", ".json")
 
 
-def open(path: str | Path, captions: str = "files", held_out: float = 0.05) -> Collection:
+def open(
+    path: str | Path, captions: str = "files", held_out: float = 0.05, empty: bool = False
+) -> Collection:
     """The samples of a data set, in a fixed order.
 
     Args:
@@ -30,6 +32,7 @@ def open(path: str | Path, captions: str = "files", held_out: float = 0.05) -> C
         captions: "files" (metadata.jsonl, .csv or .parquet, or a .txt or .json beside each picture), "folder"
             (the picture's folder is its class), "none".
         held_out: share of captions kept from training where the data say nothing themselves.
+        empty: whether a collection may do of which every file was set aside.
     Raises:
         Refused: nothing there, no pictures, or no captions; the message says what to do.
     """
@@ -47,7 +50,7 @@ def open(path: str | Path, captions: str = "files", held_out: float = 0.05) -> C
     found.samples.sort(key=lambda sample: sample.name)
     if captions == "none":
         found.samples = [replace(sample, captions=("",)) for sample in found.samples]
-    if not found.samples:
+    if not found.samples and (not empty or _lacks_captions(captions, found.set_aside)):
         raise Refused(_nothing_left(root, captions, found.set_aside))
     return replace(found, samples=split(found.samples, held_out))
 
@@ -251,10 +254,15 @@ def _beside(root: Path, name: str, known: set[str]) -> tuple[tuple[str, ...], st
     return (), "no caption: no row in a metadata file, no .txt beside it"
 
 
+def _lacks_captions(captions: str, set_aside: list[SetAside]) -> bool:
+    """Whether all that is wrong is that nobody wrote captions."""
+    return captions == "files" and all(one.reason.startswith("no caption") for one in set_aside)
+
+
 def _nothing_left(root: Path, captions: str, set_aside: list[SetAside]) -> str:
     """The sentence for a source of which no sample is left."""
     reasons = sorted({one.reason for one in set_aside})
-    if captions == "files" and all(reason.startswith("no caption") for reason in reasons):
+    if _lacks_captions(captions, set_aside):
         return (
             f"{root} has {len(set_aside)} pictures but no captions: no metadata.jsonl, metadata.csv or "
             'metadata.parquet, no .txt beside a picture. Write some, or set data.captions = "folder" to take '
@@ -281,7 +289,7 @@ def split(samples: Iterable[Sample], share: float) -> list[Sample]:
             side = HELD_OUT if _chance(one.name if few else group) < share else TRAIN
             one = replace(one, split=given.get(group, side))
         result.append(one)
-    if all(one.split == HELD_OUT for one in result):
+    if result and all(one.split == HELD_OUT for one in result):
         result = [replace(one, split=TRAIN) for one in result]
     return result
 
