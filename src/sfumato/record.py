@@ -13,7 +13,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,10 +149,11 @@ def checksum(path: Path | str) -> str:
 class RunFolder:
     """One run on disk: recipe, events, pictures, checkpoints.
 
-    Make one with `create` or `open`; hold `lock()` while writing.
+    Make one with `create` or `open`; hold `lock()` while writing. `listeners` are told every event.
     """
 
     path: Path
+    listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list, repr=False)
     _events: int | None = field(default=None, repr=False)
 
     @property
@@ -268,7 +269,8 @@ class RunFolder:
         Raises:
             Failed: no space. Refused: the folder is read-only.
         """
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **fields}, ensure_ascii=False) + "\n"
+        event = {"kind": kind, "time": round(time.time(), 3), **fields}
+        line = json.dumps(event, ensure_ascii=False) + "\n"
         with said_plainly(self.events_file):
             if self._events is None:
                 self._events = os.open(self.events_file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -281,6 +283,8 @@ class RunFolder:
         lock = self.path / ".lock"
         if lock.exists():
             os.utime(lock)
+        for listener in self.listeners:
+            listener(event)
 
     def events(self) -> list[dict[str, Any]]:
         """All events in order of their steps; of one repeated after a resume, the last wins.

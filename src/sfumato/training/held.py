@@ -17,7 +17,7 @@ from .optimiser import Optimiser
 from .posthoc import PowerAverages
 from .settings import TrainSettings
 
-HARMLESS = {"log_every", "save_every", "keep", "keep_every", "held_out_every", "threads"}
+HARMLESS = {"log_every", "save_every", "keep", "keep_every", "held_out_every", "threads", "trackers"}
 """Settings that do not change the weights."""
 
 

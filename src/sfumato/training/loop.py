@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sfumato.errors import Failed
 from sfumato.record import RunFolder
 
-from . import blackbox, checkpoint, device, parallel
+from . import blackbox, checkpoint, device, parallel, trackers
 from .average import Average, OptimiserMean
 from .held import Held
 from .objective import Objective
@@ -97,8 +97,12 @@ def fit(
         loop.progress, loop.phase = progress, phase
     loop.resume()
     loop.announce(counts or {})
-    with Signals(patient=loop.processes.count > 1) as loop.signals:
-        loop.run_through()
+    end = trackers.follow(loop.run, settings.trackers if loop.processes.leads else ())
+    try:
+        with Signals(patient=loop.processes.count > 1) as loop.signals:
+            loop.run_through()
+    finally:
+        end()
     return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average)
 
 

@@ -39,3 +39,4 @@ class TrainSettings:
     keep: int = key(3, "newest checkpoints kept", least=1)
     keep_every: int = key(0, "checkpoints of every so many steps are kept as well; 0 for none", least=0)
     held_out_every: int = key(500, "steps between measurements of the held-out loss; 0 for never", least=0)
+    trackers: tuple[str, ...] = key((), "who else hears of the curves: tensorboard, wandb, trackio")
