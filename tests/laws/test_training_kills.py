@@ -33,7 +33,7 @@ def steps_done(folder: Path) -> int:
 
 def finish(folder: Path) -> None:
     process = start(folder)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
 
 
@@ -43,7 +43,7 @@ def kill_at_random(folder: Path, kills: int, dice: random.Random, signals: list[
     for _ in range(kills):
         process = start(folder)
         before = steps_done(folder)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while process.poll() is None and steps_done(folder) <= before and time.monotonic() < deadline:
             time.sleep(0.02)
         time.sleep(dice.uniform(0, 0.5))
@@ -51,7 +51,7 @@ def kill_at_random(folder: Path, kills: int, dice: random.Random, signals: list[
         if process.poll() is None:
             process.send_signal(number)
             met += 1
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
         assert process.returncode in (0, -signal.SIGKILL, 130, 143), said
         if process.returncode == 0:
             break
@@ -74,14 +74,14 @@ def test_killed_by_the_dozen_the_run_ends_with_the_same_bits(tmp_path, signals: 
 
 def test_sigterm_saves_and_exits_143(tmp_path):
     process = start(tmp_path / "run")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while steps_done(tmp_path / "run") < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 143, said
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert "Stopped by SIGTERM at step" in said and "goes on from there" in said
     run = RunFolder.open(tmp_path / "run")
     last = run.events()[-1]

@@ -6,9 +6,11 @@ from training_world import SHAPE, Encoded, Order, make
 
 from sfumato.stages.codec import ResidualCodec
 from sfumato.stages.interface import Condition
-from sfumato.theory import get, names
+from sfumato.theory import densities, names
+from sfumato.training import settings
 from sfumato.training.held_out import HeldOut, chosen
-from sfumato.training.objective import WEIGHTINGS, DiffusionObjective
+from sfumato.training.objective import DiffusionObjective
+from sfumato.training.optimisers import OPTIMIZERS
 from sfumato.training.reading import Reader
 from sfumato.training.reconstruction import ReconstructionObjective, reconstruction_error
 from sfumato.training.settings import TrainSettings
@@ -40,23 +42,22 @@ def test_a_perfect_answer_has_no_loss_in_any_theory(name: str):
     torch.testing.assert_close(losses.per_sample, torch.zeros(6))
 
 
-@pytest.mark.parametrize("name", names())
-def test_weights_by_time_mean_the_same_in_every_theory(name: str):
-    """Law: x0 weighting turns the answer's squared error into that of x_0."""
-    theory = get(name)
-    theory_times = theory.time_of(torch.tensor([0.3, 0.8, 1.2], dtype=torch.float64))
-    x_0, x_T = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    answer = theory.target(x_0, x_T, theory_times) + 0.1
-    guess, _ = theory.split(theory.mix(x_0, x_T, theory_times), answer, theory_times)
-    weight = WEIGHTINGS["x0"](theory, theory_times)[:, None]
-    torch.testing.assert_close((guess - x_0) ** 2, weight * 0.1**2 * torch.ones_like(x_0))
+def test_the_settings_offer_what_theory_knows():
+    assert tuple(densities.densities()) == settings.DENSITIES
+    assert tuple(densities.weightings()) == settings.WEIGHTINGS
+    assert tuple(OPTIMIZERS) == settings.OPTIMIZERS
 
 
-def test_min_snr_is_the_papers_weight_for_noise_prediction():
-    theory = get("ddpm-epsilon")
-    t = torch.tensor([0.1, 0.4, 0.9], dtype=torch.float64)
-    snr = theory.log_snr(t).exp()
-    torch.testing.assert_close(WEIGHTINGS["min-snr"](theory, t), (5 / snr).clamp(max=1))
+@pytest.mark.parametrize("weighting", settings.WEIGHTINGS)
+def test_a_weighting_multiplies_the_loss_of_each_sample(weighting: str):
+    plain, _, _ = make(stratified=False)
+    weighted, _, _ = make(stratified=False, weighting=weighting)
+    for objective in (plain, weighted):
+        objective.model.denoiser.eval()
+    drawn = plain.prepare(0, 0, 1).drawn
+    factor = densities.weighting(weighting.replace("none", "unit"))(plain.model.theory, drawn.t).float()
+    expected = plain.losses(0, 0, 1).per_sample * factor
+    torch.testing.assert_close(weighted.losses(0, 0, 1).per_sample, expected)
 
 
 def test_draws_depend_on_the_sample_and_not_on_its_company():
@@ -86,10 +87,10 @@ def test_stratified_times_fill_every_stratum_of_the_batch_whatever_the_parts():
 
 @pytest.mark.parametrize(("dropout", "expected"), [(0.0, False), (1.0, True)])
 def test_a_dropped_caption_is_the_null_condition(dropout: float, expected: bool):
-    model, settings = make()[0].model, make()[2]
+    model, plain = make()[0].model, make()[2]
     heard: list[Condition] = []
     model.denoiser.register_forward_hook(lambda module, inputs, out: heard.append(inputs[2]))
-    DiffusionObjective(model, Encoded(), Order(), settings, 0, caption_dropout=dropout).losses(0, 0, 1)
+    DiffusionObjective(model, Encoded(), Order(), plain, 0, caption_dropout=dropout).losses(0, 0, 1)
     assert bool((heard[0]["tokens"] == 0).all()) is expected
 
 
@@ -143,9 +144,9 @@ def test_a_codec_learns_to_give_pictures_back(tmp_path):
     torch.manual_seed(0)
     codec = ResidualCodec(stride=4, latent_channels=8, width=8)
     objective = ReconstructionObjective(codec, Pixels(), Order(8, 4), seed=0, flip=True)
-    settings = TrainSettings(steps=30, batch=4, warmup=1, learning_rate=3e-3, save_every=100)
+    few = TrainSettings(steps=30, batch=4, warmup=1, learning_rate=3e-3, save_every=100)
     before = float(objective.losses(1000, 0, 1).per_sample.mean().detach())
-    outcome = fit(objective, codec, settings, RunFolder.create(tmp_path / "run"))
+    outcome = fit(objective, codec, few, RunFolder.create(tmp_path / "run"))
     after = float(objective.losses(1000, 0, 1).per_sample.mean().detach())
     assert after < 0.8 * before
     assert outcome.average is not None

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sfumato.errors import one_of
 from sfumato.stages.interface import Condition, Model
-from sfumato.theory import Theory, noise, times
+from sfumato.theory import densities, noise
 
 from .reading import Reader
 from .settings import TrainSettings
@@ -86,27 +85,6 @@ def share(count: int, part: int, parts: int) -> slice:
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
-# ----------------------------------------------------------------------------- weights by time
-
-
-def x0_error(theory: Theory, t: Tensor) -> Tensor:
-    """The squared x_0 error that a unit squared error of the answer makes: (s/det)²."""
-    _, s, _, _, det = theory.rows(t)
-    return (s / det) ** 2
-
-
-def min_snr(theory: Theory, t: Tensor, most: float = 5.0) -> Tensor:
-    """min(snr, 5) on the x_0 error, whatever the network answers with (arXiv:2303.09556)."""
-    return x0_error(theory, t) * theory.log_snr(t).exp().clamp(max=most)
-
-
-WEIGHTINGS: dict[str, Callable[[Theory, Tensor], Tensor]] = {
-    "none": lambda theory, t: torch.ones_like(t),
-    "min-snr": min_snr,
-    "x0": x0_error,
-}
-
-
 # ----------------------------------------------------------------------------- diffusion
 
 
@@ -158,8 +136,8 @@ class DiffusionObjective:
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.stratified = settings.stratified
-        self.density = times.density(settings.times)
-        self.weighting = WEIGHTINGS[one_of("weighting", settings.weighting, WEIGHTINGS)]
+        self.density = densities.density(settings.times)
+        self.weighting = densities.weighting("unit" if settings.weighting == "none" else settings.weighting)
         self.error = loss or squared
         self._names: dict[int, str] = {}
         self._reader: Reader[Prepared] = Reader(self.prepare)

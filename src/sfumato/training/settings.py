@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from sfumato.settings import key
 
+DENSITIES = ("uniform", "logit-normal", "log-normal", "log-snr", "cosmap", "mode")
+WEIGHTINGS = ("none", "min-snr", "edm", "sigmoid", "p2", "debiased")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "prodigy", "schedule-free")
 
 
@@ -28,9 +30,9 @@ class TrainSettings:
     clip: float = key(1.0, "largest norm of the gradient; 0 leaves it alone", least=0)
     ema: float = key(0.999, "decay of the averaged weights; 0 keeps none", least=0, most=1)
     ema_snapshots: int = key(0, "steps between averages kept for `sfumato ema`; 0 for none", least=0)
-    times: str = key("uniform", "how training times are drawn", choices=("uniform", "logit-normal"))
+    times: str = key("uniform", "how training times are drawn", choices=DENSITIES)
     stratified: bool = key(True, "spread the times of a batch evenly over their density")
-    weighting: str = key("none", "weight of a sample's loss by its time", choices=("none", "min-snr", "x0"))
+    weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
     precision: str = key("auto", "auto, fp32 or bf16", choices=("auto", "fp32", "bf16"))
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", least=0)
