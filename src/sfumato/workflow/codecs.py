@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ..stages import Codec, TrainableCodec, load_codec, needs_training, new_code
 from ..theory import noise
 from ..training import loop, parallel
 from ..training.reconstruction import ReconstructionObjective, to_pixels
-from .material import Bucket, Pictures, few
+from .material import Bucket, Pictures, each, few
 
 RECIPE = "codec 1: L1 and gradients, AdamW 1e-3, cosine"
 LOOKED_AT = 1024
@@ -37,8 +36,7 @@ def codec_key(
         except OSError:
             return ""
 
-    with ThreadPoolExecutor(2) as pool:
-        contents = sorted(pool.map(content, samples))
+    contents = sorted(each(content, samples))
     model = recipe.model
     settings = [
         model.codec,

@@ -3,15 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import stages
 from ..recipe import Recipe
 from ..record import RunFolder
 from ..training import device as devices
+from ..training import plan as planning
+from ..training.parallel import Division, Processes
 from .agreement import agree, content_of
 from .codecs import codec_key, place
 from .course import gather
 
 FLOAT = 4
+PROBED_SECONDS = 3.0
+BESIDE_PRODUCTS = 1.35
+"""A step's time over that of its matrix products, as measured on CPUs."""
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -19,7 +26,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         plain values: samples, captions, held_out, set_aside, codec, parameters, steps_per_epoch, epochs,
-        device, precision, memory_gb, disk_gb, run.
+        device, precision, memory_gb, memory, seconds_per_step, hours, disk_gb, run.
     Raises:
         Refused: for whatever training would refuse.
     """
@@ -41,7 +48,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(gathered.device)
     found["precision"] = devices.effective_precision(recipe.train.precision, gathered.device)
-    found["memory_gb"] = round(parameters * FLOAT * (4 + bool(recipe.train.ema)) / 1e9, 3)
+    found |= _cost(recipe, model.to(gathered.device), [sample.captions for sample in train])
     found["disk_gb"] = round(_disk(recipe, parameters, len(collection.samples), codec) / 1e9, 3)
     output = Path(recipe.output)
     if (output / "effective.toml").is_file():
@@ -52,6 +59,26 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     else:
         found["run"] = "new"
     return found
+
+
+def _cost(recipe: Recipe, model: Any, captions: list[tuple[str, ...]]) -> dict[str, Any]:
+    """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated."""
+    division = Division.of(recipe.train, Processes())
+    count = -(-recipe.train.batch // division.parts)
+    side = recipe.data.resolution // model.codec.stride
+    texts = [(captions[i % len(captions)] or ("",))[0] for i in range(count)]
+    guided = model.conditioner.kind != "none"
+    condition = model.condition(texts if guided else [""] * count).to(model.device, model.dtype)
+    latents = torch.zeros(count, model.codec.latent_channels, side, side, device=model.device)
+    inputs = (latents, torch.full((count,), 500.0, device=model.device), condition)
+    forecast = planning.predict(model.denoiser, inputs, recipe.train)
+    seconds = BESIDE_PRODUCTS * forecast.seconds(planning.flops_per_second(device=model.device))
+    if seconds < PROBED_SECONDS:
+        seconds = planning.probe(model.denoiser, inputs, recipe.train).seconds
+    memory = {name: round(size / 1e9, 3) for name, size in vars(forecast.memory).items()}
+    hours = round(seconds * recipe.train.steps / 3600, 2)
+    peak = round(forecast.memory.peak / 1e9, 3)
+    return {"memory_gb": peak, "memory": memory, "seconds_per_step": round(seconds, 3), "hours": hours}
 
 
 def _codec(recipe: Recipe, codec: stages.Codec, samples: list, bucket_of: Any) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..data.settings import DataSettings
 from ..errors import Refused
 from ..recipe import EMBEDDED
 
+T = TypeVar("T")
 Bucket = tuple[int, int]
 MOST_BYTES = 4 << 30
 
@@ -40,6 +42,15 @@ def collect(settings: DataSettings) -> Collection:
     return sources.open(settings.train, captions=settings.captions, held_out=settings.held_out)
 
 
+def each(work: Callable[[Sample], T], samples: Sequence[Sample]) -> list[T]:
+    """`work` of every sample, by two threads; when it is interrupted, what was only planned is dropped."""
+    pool = ThreadPoolExecutor(2)
+    try:
+        return list(pool.map(work, samples))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def known_sizes(samples: Sequence[Sample]) -> list[Bucket]:
     """(width, height) of every picture that can be opened."""
 
@@ -49,8 +60,7 @@ def known_sizes(samples: Sequence[Sample]) -> list[Bucket]:
         except (media.Unreadable, OSError):
             return None
 
-    with ThreadPoolExecutor(2) as pool:
-        return [found for found in pool.map(size, samples) if found is not None]
+    return [found for found in each(size, samples) if found is not None]
 
 
 class Pictures:
@@ -60,8 +70,7 @@ class Pictures:
     """
 
     def __init__(self, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]) -> None:
-        with ThreadPoolExecutor(2) as pool:
-            decoded = list(pool.map(lambda sample: _decoded(sample, bucket_of), samples))
+        decoded = each(lambda sample: _decoded(sample, bucket_of), samples)
         kept = [
             (sample, picture) for sample, picture in zip(samples, decoded, strict=True) if picture is not None
         ]
