@@ -52,15 +52,17 @@ class Sample:
             raise ValueError(f"sample {self.name} has neither a file nor a picture")
         return self.file
 
-    def content_hash(self) -> str:
+    def content_hash(self, source: Path | bytes | Image.Image | None = None) -> str:
         """Hash of all that the picture's pixels depend on: the file's bytes, or what draws it.
 
+        Args:
+            source: what `source()` gave or the bytes of that file, where they have been read already.
         Raises:
             OSError: the file cannot be read.
         """
         if self.content:
             return hashlib.sha256(self.content.encode()).hexdigest()
-        source = self.source()
+        source = self.source() if source is None else source
         if isinstance(source, Path):
             with source.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()

@@ -122,13 +122,13 @@ def _place(
 ) -> list[tuple[float, float]]:
     """Centres that keep the shapes apart, inside the picture, and the relation beyond doubt."""
     if relation is None:
-        return [(float(x), float(y)) for x, y in chance.uniform(0.35, 0.65, (1, 2))]
+        return [(float(x), float(y)) for x, y in chance.uniform(0.47, 0.53, (1, 2))]
     edge, gap = 0.045, 0.05
     reach = [1.3 * radius for radius in radii]  # the star's points
     slack = 1 - 2 * edge - gap - 2 * (radii[0] + radii[1])
-    first = edge + radii[0] + slack * chance.uniform(0.1, 0.45)
-    second = 1 - edge - radii[1] - slack * chance.uniform(0.1, 0.45)
-    across = [float(np.clip(chance.normal(0.5, 0.06), edge + r, 1 - edge - r)) for r in reach]
+    first = edge + radii[0] + slack * chance.uniform(0.22, 0.3)
+    second = 1 - edge - radii[1] - slack * chance.uniform(0.22, 0.3)
+    across = [float(np.clip(chance.normal(0.5, 0.012), edge + r, 1 - edge - r)) for r in reach]
     if relation in ("below", "right of"):
         first, second = 1 - first, 1 - second
     along = (first, second)
@@ -148,7 +148,7 @@ def scene(chance: np.random.Generator, unseen: bool = False) -> Scene:
             pairs.append(other)
     sizes = [str(chance.choice(list(SIZES))) for _ in pairs]
     relation = str(chance.choice(RELATIONS)) if two else None
-    radii = [SIZES[size] * float(chance.uniform(0.92, 1.08)) for size in sizes]
+    radii = [SIZES[size] * float(chance.uniform(0.97, 1.03)) for size in sizes]
     centres = _place(relation, radii, chance)
     things = tuple(
         Thing(shape, color, size, x, y, radius)

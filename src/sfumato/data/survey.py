@@ -19,6 +19,7 @@ NEAR = (
 )
 THUMBNAIL = 112
 MOST_COMPARED = 30_000
+MOST_PAIRS = 10_000
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def equal_groups(seen: Sequence[Look]) -> list[list[str]]:
 def near_pairs(seen: Sequence[Look]) -> list[tuple[int, int, float]]:
     """(i, j, difference) of pictures that look alike though their bytes differ, the likest first.
 
-    All pairs are compared; of more than MOST_COMPARED pictures, so many, evenly spread.
+    At most MOST_PAIRS. All pairs are compared; of more than MOST_COMPARED pictures, so many, evenly spread.
     """
     step = max(1, -(-len(seen) // MOST_COMPARED))
     chosen = range(0, len(seen), step)
@@ -94,15 +95,18 @@ def near_pairs(seen: Sequence[Look]) -> list[tuple[int, int, float]]:
     table = np.stack([seen[i].descriptor for i in chosen])
     squares = np.square(table).sum(1)
     limit = NEAR**2 * table.shape[1]
-    found = []
+    found: list[tuple[int, int, float]] = []
     for at in range(0, len(table), 1024):
         block = table[at : at + 1024]
-        apart = squares[at : at + 1024, None] + squares[None] - 2 * block @ table.T
-        for row, column in np.argwhere(apart < limit):
-            i, j = chosen[int(row) + at], chosen[int(column)]
-            if i < j and seen[i].content != seen[j].content:
+        apart = squares[at : at + 1024, None] + squares[None, at:] - 2 * block @ table[at:].T
+        rows, columns = np.nonzero(np.triu(apart < limit, 1))
+        for row, column in zip((rows + at).tolist(), (columns + at).tolist(), strict=True):
+            i, j = chosen[row], chosen[column]
+            if seen[i].content != seen[j].content:
                 difference = float(np.square(seen[i].descriptor - seen[j].descriptor).mean()) ** 0.5
                 found.append((i, j, difference))
+            if len(found) >= MOST_PAIRS:
+                return sorted(found, key=lambda pair: pair[2])
     return sorted(found, key=lambda pair: pair[2])
 
 

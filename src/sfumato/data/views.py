@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -51,17 +52,18 @@ class Task:
 
 def plan(sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding) -> Task | SetAside:
     """The task of a sample, or why it can have none."""
+    video = sample.name.lower().endswith(media.CLIPS)
+    if video and not how.frames:
+        return SetAside(sample.name, "a clip; this model is trained on pictures")
     try:
-        content = sample.content_hash()
-        clip = bool(how.frames or sample.name.lower().endswith(media.CLIPS)) and clips.is_clip(
-            sample.name, sample.source()
-        )
-        if clip and not how.frames:
-            return SetAside(sample.name, "a clip; this model is trained on pictures")
+        source = None if sample.content and not callable(bucket_of) and not how.frames else sample.source()
+        if isinstance(source, Path) and not video:
+            source = source.read_bytes()
+        content = sample.content_hash(source)
+        clip = bool(how.frames) and source is not None and clips.is_clip(sample.name, source)
         size = (0, 0)
-        if callable(bucket_of) or (sample.file is not None and not clip):
-            seen = sample.source()
-            size = clips.facts(sample.name, seen).size if clip else media.size_of(seen)
+        if source is not None and (callable(bucket_of) or not clip):
+            size = clips.facts(sample.name, source).size if clip else media.size_of(source)
     except (media.Unreadable, OSError) as problem:
         return SetAside(sample.name, reason(problem))
     bucket: Bucket = bucket_of(size) if callable(bucket_of) else bucket_of
