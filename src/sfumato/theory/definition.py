@@ -176,6 +176,12 @@ class Theory:
         self._invertible(t, a, s, p, q, det)
         return a, s, p, q, det
 
+    def singular(self, t: Moment) -> Tensor:
+        """Where the split is not defined: a boolean per time."""
+        t = exact(t)
+        (a, s), (p, q) = self.data(t), self.model(t)
+        return _parallel(a, s, p, q, a * q - s * p)
+
     def step_weights(self, t: Moment, s: Moment) -> tuple[Tensor, Tensor]:
         """(w_x, w_out) with x_s = w_x·x_t + w_out·out: C_s·[C_t; C^ε_t]⁻¹."""
         a, n, p, q, det = self.rows(t)
@@ -285,8 +291,7 @@ class Theory:
             )
 
     def _invertible(self, t: Tensor, a: Tensor, s: Tensor, p: Tensor, q: Tensor, det: Tensor) -> None:
-        size = torch.hypot(a, s) * torch.hypot(p, q)
-        bad = ~torch.isfinite(det) | ~(det.abs() > SINGULAR * size)
+        bad = _parallel(a, s, p, q, det)
         if not bool(bad.any()):
             return
         at = int(bad.flatten().nonzero()[0])
@@ -294,6 +299,12 @@ class Theory:
         raise Refused(
             f'Theory "{self.name}" is singular at t = {where:g}: {_why(signal, noise, on_data, on_noise)}'
         )
+
+
+def _parallel(a: Tensor, s: Tensor, p: Tensor, q: Tensor, det: Tensor) -> Tensor:
+    """Where the rows (a, s) and (p, q) do not tell x_0 from x_T."""
+    size = torch.hypot(a, s) * torch.hypot(p, q)
+    return ~torch.isfinite(det) | ~(det.abs() > SINGULAR * size)
 
 
 def _why(a: float, s: float, p: float, q: float) -> str:

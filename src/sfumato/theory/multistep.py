@@ -18,7 +18,7 @@ from .course import Course, Weight, combine
 from .renoise import renoised, renoising
 from .shapes import Renoise
 
-SOFT = 0.01
+SOFT = 0.1
 """How far from the ends log((s + δ·a)/(a + δ·s)) follows log(s/a): the log-SNR, with both ends finite."""
 
 
@@ -60,7 +60,7 @@ def carried(kind: str, start: Tensor, end: Tensor, nodes: Tensor) -> tuple[Tenso
         inner = (basis * (half * share / theta.cos().square())[..., None, :]).sum(-1)
         return end.cos() / start.cos(), end.cos()[..., None] * inner
     inner = (basis * (half * share / theta.sin().square())[..., None, :]).sum(-1)
-    at_end = lagrange(coordinate(kind, end[..., None]), coordinate(kind, nodes))[..., 0]
+    at_end = lagrange(end[..., None], nodes)[..., 0]  # in φ: the log-SNR of the data end is too far to reach
     data = torch.where(end[..., None] < 1e-6, at_end, -end.sin()[..., None] * inner)
     return end.sin() / start.sin(), data
 
@@ -96,7 +96,10 @@ def plan(course: Course, kind: str, order: int, corrected: int, ends: Tensor | N
         return torch.stack([angles[[i - j for i in rows]] for j in range(terms)], -1)
 
     for terms in range(1, order + 1):
-        rows = [i for i in range(count) if min(i + 1, order) == terms]
+        used = [min(i + 1, order) for i in range(count)]
+        if ends is not None:  # new noise reaches x_0 last; the end is not extrapolated
+            used[-1] = 1
+        rows = [i for i in range(count) if used[i] == terms]
         if not rows:
             continue
         turn = goal[rows] - angles[rows]

@@ -8,6 +8,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -16,8 +17,8 @@ from . import multistep, steps
 from .adaptive import adaptive
 from .course import Course, scaled, start_of
 from .definition import Theory
+from .grids import custom, two_sided
 from .shapes import Anything, Denoise, Renoise
-from .times import custom, two_sided
 from .trusted import trusted
 
 __all__ = ["Method", "evaluations", "integrate", "methods", "solve", "start_of"]
@@ -39,7 +40,7 @@ class Method:
     """
 
     walk: Callable[..., Iterator[Tensor]]
-    cost: Callable[[int, int], int] = lambda n, order: n
+    cost: Callable[..., int] = lambda n, order: n
     promise: Callable[[int], int] = lambda order: order
     orders: tuple[int, ...] = ()
     usual: int = 1
@@ -50,6 +51,10 @@ class Method:
 
 def _once_more(n: int, order: int) -> int:
     return n + (1 if order > 3 and n > 1 else 0)
+
+
+def _restarted(n: int, order: int, repeats: int = 1, parts: int = 3) -> int:
+    return 2 * n - 1 + 2 * repeats * parts
 
 
 _METHODS: dict[str, Method] = {
@@ -65,6 +70,7 @@ _METHODS: dict[str, Method] = {
     "unipc": Method(multistep.unipc, _once_more, orders=(1, 2, 3, 4), usual=2),
     "sde-multistep": Method(multistep.dpm, lambda n, order: n, lambda order: 1, (1, 2, 3), 2, eta=1.0),
     "churn": Method(steps.churn, lambda n, order: 2 * n - 1, lambda order: 1, draws=True),
+    "restart": Method(steps.restart, _restarted, lambda order: 1, draws=True),
     "adaptive": Method(adaptive, lambda n, order: 3 * n, usual=3, free=True),
 }
 
@@ -111,7 +117,9 @@ def solve(
     if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
         raise Refused("x_T must be a floating-point tensor [B, …].")
     settings = _settings(solver, method, order, eta, noise, options)
-    times = _times(theory, grid, solver, method, order or method.usual, len(x_T))
+    counted = inspect.signature(method.cost).parameters
+    extra = {word: value for word, value in options.items() if word in counted}
+    times = _times(theory, grid, solver, partial(method.cost, order=order or method.usual, **extra), len(x_T))
     course = Course(denoise, theory, times, x_T)
     z = start_of(x_T, theory, times[0] if times.ndim == 1 else times[:, 0])
     walk = method.walk(course, z, **settings)
@@ -136,16 +144,15 @@ def integrate(
 
 
 def _times(
-    theory: Theory, grid: int | Sequence[float] | Tensor, solver: str, method: Method, order: int, batch: int
+    theory: Theory, grid: int | Sequence[float] | Tensor, solver: str, cost: Callable[[int], int], batch: int
 ) -> Tensor:
     if isinstance(grid, int):
-        if isinstance(grid, bool) or grid < method.cost(1, order):
+        if isinstance(grid, bool) or grid < cost(1):
             raise Refused(
-                f'{grid} network evaluations are too few for solver "{solver}"; '
-                f"it needs at least {method.cost(1, order)}."
+                f'{grid} network evaluations are too few for solver "{solver}"; it needs at least {cost(1)}.'
             )
         count = 1
-        while method.cost(count + 1, order) <= grid:
+        while cost(count + 1) <= grid:
             count += 1
         return two_sided(theory, count)
     times = custom(theory, grid).cpu()

@@ -85,17 +85,17 @@ def _order(theory: Theory, t: Tensor) -> list[str]:
 
 def _split(theory: Theory, asked: Tensor) -> list[str]:
     """Singular times one by one, then the step against C_s on the times that are left."""
-    problems, sound = [], []
-    for t in asked:
+    singular = theory.singular(asked)
+    problems = []
+    for t in asked[singular][:3]:
         try:
             theory.rows(t)
-            sound.append(t)
         except Refused as refusal:
             problems.append(str(refusal))
-    if len(problems) > 3:
-        problems = [*problems[:3], f"{len(problems) - 3} more times are singular."]
-    if sound:
-        here = torch.stack(sound)
+    if int(singular.sum()) > 3:
+        problems.append(f"{int(singular.sum()) - 3} more times are singular.")
+    here = asked[~singular]
+    if len(here):
         there = torch.cat([here[1:], here[-1:].new_tensor([theory.t_data])])
         x_0, x_T = (
             torch.linspace(-1, 1, len(here), dtype=torch.float64),

@@ -139,13 +139,65 @@ def churn(
     def walk(z: Tensor) -> Iterator[Tensor]:
         for i, node in enumerate(nodes):
             z = renoised(z, up[i], noise, i)
-            v = course.velocity(node, z)
             if i + 1 < len(nodes):
-                trial = combine((1.0, z), (sizes[i], v))
-                half = sizes[i] / 2
-                z = combine((1.0, z), (half, v), (half, course.velocity(asked[i + 1], trial)))
+                z = _heun_step(course, z, node, asked[i + 1], sizes[i])
             else:
-                z = combine((turns[i][0], z), (turns[i][1], v))
+                z = combine((turns[i][0], z), (turns[i][1], course.velocity(node, z)))
             yield z
 
     return walk(z)
+
+
+def restart(
+    course: Course,
+    z: Tensor,
+    noise: Renoise | None = None,
+    low: float = 0.3,
+    high: float = 1.5,
+    repeats: int = 1,
+    parts: int = 3,
+) -> Iterator[Tensor]:
+    """Heun, and once past `low`, back up to `high` with new noise and down again.
+
+    Asks 2n − 1 + 2·repeats·parts times.
+
+    Args:
+        low, high: ratios s/a; the walk restarts at the grid's time nearest to `low`.
+        repeats: how often.
+        parts: Heun steps of each way down.
+    Source: Xu et al. 2023, arXiv:2306.14878.
+    """
+    if not (0 < low < high and repeats >= 1 and parts >= 1):
+        raise Refused(f"Restart needs 0 < low ({low:g}) < high ({high:g}), repeats and parts at least 1.")
+    inner = course.angles[1:-1] if course.steps > 1 else course.angles[:1]
+    turn_at = int((inner.mean(1).tan().log() - math.log(low)).abs().argmin()) + (1 if course.steps > 1 else 0)
+    bottom = course.angles[turn_at]
+    top = torch.atan(torch.full_like(bottom, high)).maximum(bottom).clamp(max=float(course.angles[0].max()))
+    up = [course.weight(c) for c in rising(bottom, top)]
+    leg = top + (bottom - top) * torch.linspace(0, 1, parts + 1, dtype=torch.float64)[:, None]
+    stops = course.between(leg)
+    sizes = [course.weight(h) for h in leg.diff(dim=0)]
+    nodes, count = course.asked(), course.steps
+    strides = [course.weight(h) for h in course.angles.diff(dim=0)]
+    turns = rotation(course, course.angles[:-1], course.angles[1:])
+
+    def walk(z: Tensor) -> Iterator[Tensor]:
+        for i, node in enumerate(nodes):
+            if i == turn_at:
+                for again in range(repeats):
+                    z = renoised(z, up, noise, again)
+                    for start, end, size in zip(stops, stops[1:], sizes, strict=False):
+                        z = _heun_step(course, z, start, end, size)
+            if i + 1 < count:
+                z = _heun_step(course, z, node, nodes[i + 1], strides[i])
+            else:
+                z = combine((turns[i][0], z), (turns[i][1], course.velocity(node, z)))
+            yield z
+
+    return walk(z)
+
+
+def _heun_step(course: Course, z: Tensor, start: Node, end: Node, size: Weight) -> Tensor:
+    v = course.velocity(start, z)
+    trial = course.velocity(end, combine((1.0, z), (size, v)))
+    return combine((1.0, z), (size / 2, v), (size / 2, trial))
