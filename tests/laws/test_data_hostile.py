@@ -298,6 +298,25 @@ def test_a_tar_that_names_outside_files_gives_only_what_it_holds(tmp_path):
     assert not (tmp_path.parent.parent / "evil.png").exists()
 
 
+@pytest.mark.parametrize("form", ["beside", "folder", "none", "npz", "tar"])
+def test_every_source_has_a_held_out_part(form, tmp_path):
+    place = tmp_path / "things"
+    for index in range(80):
+        file = place / f"class {index % 4}" / f"{index}.png"
+        save(file, Image.new("RGB", (8, 8), RED))
+        file.with_suffix(".txt").write_text(f"thing {index}")
+    if form == "npz":
+        place = tmp_path / "digits.npz"
+        np.savez(place, images=np.zeros((80, 8, 8), np.uint8), labels=np.arange(80) % 4)
+    if form == "tar":
+        with tarfile.open(tmp_path / "all.tar", "w") as archive:
+            archive.add(place, "things")
+        place = tmp_path / "all.tar"
+    found = sources.open(place, captions=form if form in ("folder", "none") else "files", held_out=0.2)
+    assert 4 <= len(found.of("held_out")) <= 32
+    assert len(found.of("train")) + len(found.of("held_out")) == 80
+
+
 def test_an_npz_of_objects_is_refused_and_one_of_pictures_is_read(tmp_path):
     np.savez(tmp_path / "objects.npz", images=np.array([{"a": 1}], dtype=object))
     with pytest.raises(Refused, match="plain arrays"):

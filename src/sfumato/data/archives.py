@@ -71,7 +71,7 @@ def _one_tar(path: Path, captions: str, result: Collection) -> None:
                 result.set_aside.append(SetAside(metadata.printable(name), reason))
                 continue
             read = partial(_slice, path, picture.offset_data, picture.size)
-            result.samples.append(Sample(name, found, picture=read, label=label))
+            result.samples.append(Sample(name, found, picture=read, label=label, split=""))
 
 
 def _slice(path: Path, begin: int, length: int) -> bytes:
@@ -140,7 +140,9 @@ def arrays(root: Path, captions: str) -> Collection:
         label = None if labels is None else int(labels[index])
         caption = str(texts[index]) if texts is not None else "" if label is None else classes[label]
         read = partial(_array_picture, pictures, index)
-        result.samples.append(Sample(f"{root.name}/{index:08d}", (caption,), picture=read, label=label))
+        result.samples.append(
+            Sample(f"{root.name}/{index:08d}", (caption,), picture=read, label=label, split="")
+        )
     return result
 
 
@@ -157,7 +159,8 @@ def _class_names(root: Path, named: dict[str, np.ndarray], labels: np.ndarray | 
         except ValueError as problem:
             raise Refused(f"{beside} is not JSON: {problem}") from problem
         if isinstance(listed, dict):
-            listed = [listed.get(str(i), str(i)) for i in range(count)]
+            named = [listed[name] for name in ("captions", "classes", "names") if name in listed]
+            listed = named[0] if named else [listed.get(str(i), str(i)) for i in range(count)]
         if isinstance(listed, list) and len(listed) >= count:
             return [str(one) for one in listed]
     return [str(i) for i in range(count)]

@@ -109,7 +109,7 @@ def folder(root: Path, captions: str) -> Collection:
     if captions == "folder":
         _from_folders(root, pictures, result)
     elif captions == "none":
-        result.samples = [Sample(name, (), file=root / name) for name in pictures]
+        result.samples = [Sample(name, (), file=root / name, split="") for name in pictures]
     else:
         _from_files(root, files, pictures, result)
     return result
@@ -169,7 +169,7 @@ def _from_folders(root: Path, pictures: list[str], result: Collection) -> None:
             result.set_aside.append(SetAside(metadata.printable(name), "it lies in no class folder"))
         else:
             label = number[parent]
-            result.samples.append(Sample(name, (words(parent),), file=root / name, label=label))
+            result.samples.append(Sample(name, (words(parent),), file=root / name, label=label, split=""))
 
 
 def words(name: str) -> str:
@@ -199,7 +199,7 @@ def _from_files(root: Path, files: list[str], pictures: list[str], result: Colle
             if reason:
                 result.set_aside.append(SetAside(metadata.printable(name), reason))
             else:
-                result.samples.append(Sample(name, captions, file=root / name))
+                result.samples.append(Sample(name, captions, file=root / name, split=""))
 
 
 def _why_unknown(root: Path, inside: str) -> str:
