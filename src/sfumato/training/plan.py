@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .average import trained
 from .held import Held
+from .parallel import Division, Processes
 from .settings import TrainSettings
 
 STATES = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0.01, "prodigy": 4, "schedule-free": 2}
@@ -114,7 +115,8 @@ def predict(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Fore
         activations=activations,
         scratch=4 * largest,
     )
-    return Forecast(memory, FORWARD_AND_BACKWARD * settings.accumulate * counter.get_total_flops())
+    parts = Division.of(settings, Processes()).parts
+    return Forecast(memory, FORWARD_AND_BACKWARD * parts * counter.get_total_flops())
 
 
 def probe(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Probe:
@@ -126,7 +128,7 @@ def probe(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Probe:
         taken = 0.0
         for number in range(2):
             began = time.perf_counter()
-            for _ in range(settings.accumulate):
+            for _ in range(Division.of(settings, Processes()).parts):
                 held.network(*inputs).float().square().mean().backward()
             held.optimiser.step(number)
             held.update(number + 1)
