@@ -39,6 +39,8 @@ from .workflow.material import collect
 
 Progress = Callable[..., None]
 JUDGED = 64
+WIDTHS = (384, 13 * 384)
+"""Of the text encoder's tokens and summary."""
 FIRST_SEED = 1_000_003
 """Judged pictures start from noise that no preview used."""
 
@@ -63,18 +65,20 @@ class Plan:
 
 _MODEL = ModelSettings(width=192, depth=6, heads=3, patch=2, stride=8, latent_channels=24, codec_width=32)
 _TRAIN = TrainSettings(
-    batch=32, learning_rate=1.2e-3, warmup=40, schedule="linear", ema=0.99, save_every=200, keep=1,
+    batch=16, learning_rate=1.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500, keep=1,
     held_out_every=0,
 )  # fmt: skip
 _SAMPLE = SampleSettings(steps=16, guidance=2.0)
 _PICTURES = Recipe(model=replace(_MODEL, codec_batch=16), train=_TRAIN, sample=_SAMPLE)
 _SHAPES = Recipe(
-    model=replace(_MODEL, stride=4, latent_channels=16, codec_batch=32), train=_TRAIN, sample=_SAMPLE
+    model=replace(_MODEL, width=128, depth=5, heads=2, stride=4, latent_channels=16, codec_batch=32),
+    train=replace(_TRAIN, learning_rate=2.5e-3),
+    sample=_SAMPLE,
 )
 PLANS = {
-    "openmoji": Plan(_PICTURES, 5.2, 0.17, 40, 400, 8000, 150, 2000),
-    "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 800, 20000, 200, 3000),
-    "shapes": Plan(_SHAPES, 4.4, 0.10, 45, 400, 8000, 100, 1000),
+    "openmoji": Plan(_PICTURES, 5.2, 0.17, 40, 800, 16000, 150, 2000),
+    "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 1600, 40000, 200, 3000),
+    "shapes": Plan(_SHAPES, 4.4, 0.10, 45, 800, 16000, 100, 1000),
 }
 RESOLUTION = {"openmoji": 64, "openmoji-all": 64, "shapes": 32}
 
@@ -173,10 +177,10 @@ def time_steps(
         again, kl = codec.reconstruct(pixels, drawn)
         return (again - pixels).abs().mean() + kl.mean()
 
-    words = {"tokens": torch.zeros(8, 384), "pooled": torch.zeros(384)}
+    words = {"tokens": torch.zeros(8, WIDTHS[0]), "pooled": torch.zeros(WIDTHS[1])}
     condition = Condition.stack([words] * settings.batch).to(where)
     theory = stages.new_theory(model.theory)
-    denoiser = new_denoiser(model, theory, codec, 384)
+    denoiser = new_denoiser(model, theory, codec, WIDTHS)
     x = noise.normal(shape, 0, range(settings.batch)).to(where)
     clock = torch.full((settings.batch,), 500.0, device=where)
     cast = devices.autocast(devices.effective_precision(settings.precision, where), where)

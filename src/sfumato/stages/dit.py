@@ -110,7 +110,8 @@ class DiT(Denoiser):
         width, depth, heads: of the transformer; width / heads must be a multiple of 4.
         patch: patch × patch latents become one token.
         canvas: sides of the grid that the summary is drawn on; 0 for none.
-        text_width: D of the condition's `tokens` and `pooled`; 0 for an unconditional network.
+        text_width: D of the condition's `tokens`; 0 for an unconditional network.
+        pooled_width: of its `pooled`; default the same.
         clock_range: what the theory's clock says near the data and near the noise; mapped onto [0, 1000].
     """
 
@@ -125,16 +126,19 @@ class DiT(Denoiser):
         patch: int = 1,
         canvas: int = 4,
         text_width: int = 384,
+        pooled_width: int | None = None,
         clock_range: tuple[float, float] = (0.0, 1000.0),
     ):
         super().__init__()
+        pooled_width = text_width if pooled_width is None else pooled_width
         if width % (4 * heads):
             raise Refused(
                 f"A DiT of width {width} cannot have {heads} heads: width / heads must divide by 4."
             )
         self._config = {
             "channels": channels, "width": width, "depth": depth, "heads": heads, "patch": patch,
-            "canvas": canvas, "text_width": text_width, "clock_range": list(clock_range),
+            "canvas": canvas, "text_width": text_width, "pooled_width": pooled_width,
+            "clock_range": list(clock_range),
         }  # fmt: skip
         self.patch, self.width, self.head = patch, width, width // heads
         self.clock_range = clock_range
@@ -143,12 +147,12 @@ class DiT(Denoiser):
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         if text_width:
             self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
-            self.pooled = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+            self.pooled = nn.Sequential(nn.LayerNorm(pooled_width), nn.Linear(pooled_width, width))
         self.canvas = None
         if canvas and text_width:
             self.canvas = nn.Sequential(
-                nn.LayerNorm(text_width),
-                nn.Linear(text_width, 4 * width),
+                nn.LayerNorm(pooled_width),
+                nn.Linear(pooled_width, 4 * width),
                 nn.SiLU(),
                 nn.Linear(4 * width, width * canvas * canvas),
                 nn.Unflatten(-1, (width, canvas, canvas)),
@@ -164,7 +168,7 @@ class DiT(Denoiser):
         """The arguments it was built with."""
         return self._config
 
-    def told(self, clock: Tensor, condition: Condition) -> Tensor:
+    def heard(self, clock: Tensor, condition: Condition) -> Tensor:
         """Time and the condition's summary in one vector [B, width]."""
         low, high = self.clock_range
         time = self.time(sinusoids((clock - low) * (1000 / (high - low)), 256))
@@ -178,7 +182,7 @@ class DiT(Denoiser):
         if self.canvas is not None and "pooled" in condition:
             sketch = F.interpolate(self.canvas(condition["pooled"]), (rows, columns), mode="bilinear")
             tokens = tokens + sketch.flatten(2).transpose(1, 2)
-        time, angles = self.told(clock, condition), rotary(rows, columns, self.head, x.device)
+        time, angles = self.heard(clock, condition), rotary(rows, columns, self.head, x.device)
         text = self.text(condition["tokens"]) if "tokens" in condition else None
         mask = None
         if text is not None and "mask" in condition:

@@ -91,7 +91,7 @@ def clock_range(theory: Theory) -> tuple[float, float]:
 
 
 def new_denoiser(
-    settings: ModelSettings, theory: Theory, codec: Codec, text_width: int, seed: int = 0
+    settings: ModelSettings, theory: Theory, codec: Codec, widths: tuple[int, int], seed: int = 0
 ) -> Denoiser:
     """The network `model.denoiser` names, its weights drawn from `seed`."""
     shared: dict[str, Any] = {
@@ -99,7 +99,8 @@ def new_denoiser(
         "width": settings.width,
         "depth": settings.depth,
         "heads": settings.heads,
-        "text_width": text_width,
+        "text_width": widths[0],
+        "pooled_width": widths[1],
         "clock_range": clock_range(theory),
     }
     if own.is_own(settings.denoiser):
@@ -126,8 +127,9 @@ def check_latents(settings: ModelSettings, codec: Codec, width: int, height: int
 def build(settings: ModelSettings, codec: Codec, conditioner: Conditioner, seed: int = 0) -> Model:
     """A model from scratch around stages that are ready."""
     theory = new_theory(settings.theory)
-    text_width = int(getattr(conditioner, "width", 0))
-    denoiser = new_denoiser(settings, theory, codec, text_width, seed)
+    width = int(getattr(conditioner, "width", 0))
+    widths = width, int(getattr(conditioner, "pooled_width", width))
+    denoiser = new_denoiser(settings, theory, codec, widths, seed)
     model = Model(theory, codec, conditioner, denoiser)
     model.info["theory"] = settings.theory or DEFAULT_THEORY
     return model

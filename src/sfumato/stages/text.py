@@ -1,6 +1,7 @@
 """Conditioners that read text: any encoder that transformers loads, kept frozen."""
 
 import importlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from .interface import Condition, Conditioner
 
 MINILM = "minilm"
 OPTIONS = ("max_sequence_length",)
+WAVES, PERIOD = 6, 32
+"""The summary weighs tokens by this many waves; the longest spans this many tokens."""
 
 
 def minilm_folder() -> Path:
@@ -34,7 +37,7 @@ def minilm_folder() -> Path:
 
 
 class TextConditioner(Conditioner):
-    """Prompts → `tokens` [B, L, D], `mask` [B, L], `pooled` [B, D] (the tokens' mean).
+    """Prompts → `tokens` [B, L, D], `mask` [B, L], `pooled` [B, 13·D] (their summary).
 
     Args:
         source: "minilm", or the folder of a transformers text encoder and its tokenizer.
@@ -61,6 +64,7 @@ class TextConditioner(Conditioner):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.network = text_encoder(folder).eval().requires_grad_(False)
         self.width = int(self.network.config.hidden_size)
+        self.pooled_width = (1 + 2 * WAVES) * self.width
         self._fingerprint = ""
 
     def config(self) -> dict[str, Any]:
@@ -79,7 +83,7 @@ class TextConditioner(Conditioner):
     def forward(
         self, prompt: Sequence[str], max_sequence_length: int | None = None, **options: Any
     ) -> Condition:
-        """The last hidden state of each prompt's tokens, and their mean."""
+        """The last hidden state of each prompt's tokens, and their summary."""
         if options:
             word = next(iter(options))
             raise Refused(f'A text encoder takes no "{word}".{nearest(word, OPTIONS)}')
@@ -90,7 +94,7 @@ class TextConditioner(Conditioner):
         words.pop("token_type_ids", None)
         mask = words["attention_mask"].bool()
         tokens = self.network(**words).last_hidden_state * mask[:, :, None]
-        return Condition({"tokens": tokens, "mask": mask, "pooled": mean(tokens, mask)})
+        return Condition({"tokens": tokens, "mask": mask, "pooled": summary(tokens, mask)})
 
     def null(self, count: int) -> Condition:
         """What the encoder makes of the empty prompt."""
@@ -101,10 +105,21 @@ class TextConditioner(Conditioner):
         return len(self.tokenizer(prompt)["input_ids"])
 
 
-def mean(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The mean [B, D] of the tokens [B, L, D] that the mask [B, L] keeps."""
-    kept = mask[:, :, None].to(tokens.dtype)
-    return (tokens * kept).sum(1) / kept.sum(1).clamp(min=1)
+def summary(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the tokens, and their means weighted by waves over the prompt: [B, (1 + 2·WAVES)·D].
+
+    A plain mean forgets which word came first, so that "red above blue" and "blue above red" look alike;
+    the first few Fourier coefficients along the prompt remember.
+
+    Args:
+        tokens: [B, L, D]; mask: [B, L], true for those that count.
+    """
+    places = torch.arange(tokens.shape[1], device=tokens.device, dtype=tokens.dtype)
+    angles = places[:, None] * torch.arange(1, WAVES + 1, device=tokens.device) * (2 * math.pi / PERIOD)
+    waves = torch.cat((torch.ones_like(places)[:, None], angles.cos(), angles.sin()), dim=1)
+    kept = mask.to(tokens.dtype)
+    sums = torch.einsum("bl,lw,bld->bwd", kept, waves.to(tokens.dtype), tokens)
+    return (sums / kept.sum(1).clamp(min=1)[:, None, None]).flatten(1)
 
 
 def text_encoder(folder: Path) -> Any:
@@ -132,7 +147,7 @@ class NoConditioner(Conditioner):
     """Nothing guides: conditions have a length and no tensors."""
 
     kind = "none"
-    width = 0
+    width = pooled_width = 0
 
     def config(self) -> dict[str, Any]:
         """Nothing to say."""

@@ -17,7 +17,8 @@ class UNet(Denoiser):
         width: of the first level; the levels have width · 1, 2, 3, …
         depth: levels; each but the first halves the sides.
         heads: attention heads.
-        text_width: D of the condition's `tokens` and `pooled`; 0 for an unconditional network.
+        text_width: D of the condition's `tokens`; 0 for an unconditional network.
+        pooled_width: of its `pooled`; default the same.
         clock_range: what the theory's clock says near the data and near the noise; mapped onto [0, 1000].
     """
 
@@ -30,6 +31,7 @@ class UNet(Denoiser):
         depth: int = 2,
         heads: int = 4,
         text_width: int = 384,
+        pooled_width: int | None = None,
         clock_range: tuple[float, float] = (0.0, 1000.0),
     ):
         super().__init__()
@@ -39,7 +41,7 @@ class UNet(Denoiser):
             raise Refused(f"A UNet of width {width} cannot have {heads} heads: width must divide by 8·heads.")
         self._config = {
             "channels": channels, "width": width, "depth": depth, "heads": heads,
-            "text_width": text_width, "clock_range": list(clock_range),
+            "text_width": text_width, "pooled_width": pooled_width, "clock_range": list(clock_range),
         }  # fmt: skip
         self.clock_range, self.text_width, self.deepest = clock_range, text_width, 2 ** (depth - 1)
         cross = "CrossAttn" if text_width else ""
@@ -56,7 +58,7 @@ class UNet(Denoiser):
             norm_num_groups=8,
             layers_per_block=1,
             class_embed_type="projection" if text_width else None,
-            projection_class_embeddings_input_dim=text_width or None,
+            projection_class_embeddings_input_dim=(pooled_width or text_width) or None,
         )
 
     def config(self) -> dict[str, Any]:
