@@ -93,7 +93,8 @@ def test_the_opposite_position_is_wrong(relation, opposite):
 
 def test_unseen_pairs_occur_in_every_held_out_caption_and_in_no_training_caption():
     collection = shapes.collection(800, 0, 32, 64)
-    assert len({name for name, _ in shapes.UNSEEN}) == len({name for _, name in shapes.UNSEEN}) == 6
+    assert {shape for shape, _ in shapes.UNSEEN} == set(shapes.SHAPES)
+    assert {color for _, color in shapes.UNSEEN} == set(shapes.COLORS)
     for sample in collection.samples:
         pairs = {(thing.shape, thing.color) for thing in shapes.parse(sample.captions[0]).things}
         assert bool(pairs & shapes.UNSEEN) == (sample.split == "held_out")
