@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # here, so that no forked process imports it
 from safetensors.torch import load_file
 from training_world import fingerprint, train
 
