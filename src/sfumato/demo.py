@@ -73,12 +73,12 @@ _PICTURES = Recipe(model=replace(_MODEL, codec_batch=16), train=_TRAIN, sample=_
 _SHAPES = Recipe(
     model=replace(_MODEL, width=128, depth=5, heads=2, stride=4, latent_channels=16, codec_batch=32),
     train=replace(_TRAIN, learning_rate=2.5e-3),
-    sample=_SAMPLE,
+    sample=replace(_SAMPLE, guidance=4.0),
 )
 PLANS = {
     "openmoji": Plan(_PICTURES, 5.2, 0.17, 40, 800, 16000, 150, 2000),
     "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 1600, 40000, 200, 3000),
-    "shapes": Plan(_SHAPES, 4.4, 0.10, 45, 800, 16000, 100, 1000),
+    "shapes": Plan(_SHAPES, 4.6, 0.10, 45, 800, 16000, 100, 1000),
 }
 RESOLUTION = {"openmoji": 64, "openmoji-all": 64, "shapes": 32}
 

@@ -20,6 +20,7 @@ def generate(
 ) -> None:
     """Draw `count` pictures of each prompt into `out`, with a page that shows them."""
     from ..generation import load
+    from ..generation.sheet import contact_sheet
     from ..training.device import resolve
 
     model = load(folder, device=str(resolve(device)))
@@ -40,11 +41,14 @@ def generate(
         file = out / f"{index:03d}-{slug(prompt)}-{seed}.png"
         picture.save(file)
         listed.append({"file": str(file), "prompt": prompt, "seed": seed})
-    page = out / "index.html"
+    sheet, page = out / "sheet.png", out / "index.html"
+    contact_sheet(pictures, asked).save(sheet)
     shown_pictures = [(embedded(Path(one["file"])), one["prompt"], f"seed {one['seed']}") for one in listed]
     write_atomic(page, document("Pictures", f"By {folder}.", [section("Drawn", gallery(shown_pictures))]))
     result(
-        {"pictures": listed, "page": page}, "\n".join([*(one["file"] for one in listed), str(page)]), as_json
+        {"pictures": listed, "sheet": sheet, "page": page},
+        "\n".join([*(one["file"] for one in listed), str(sheet), str(page)]),
+        as_json,
     )
 
 
