@@ -77,7 +77,7 @@ def draw(file: Path, size: int) -> Image.Image:
 
 
 def collection(every: bool = False, size: int = 64) -> Collection:
-    """The demo's pictures: about 700 recognisable things, or all 1,918 with `every`.
+    """The demo's pictures: about 590 recognisable things, or all 1,918 with `every`.
 
     Args:
         every: also people, flags, signs, clock faces, ….
