@@ -261,7 +261,7 @@ class Table:
         ends_dark = torch.isneginf(high)
         log = low + part * torch.where(ends_dark, 0.0, high - low)
         kept = torch.where(ends_dark, (low.exp().sqrt() * (1 - part)).square(), log.exp())
-        lost = torch.where(ends_dark, 1 - kept, -torch.expm1(log))
+        lost = torch.where(ends_dark, 1 - kept, 0.0 - torch.expm1(log))
         return kept.sqrt(), lost.sqrt()
 
 

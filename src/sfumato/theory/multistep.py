@@ -188,7 +188,10 @@ def dpm(
 def deis(
     course: Course, z: Tensor, order: int = 2, eta: float = 0.0, noise: Renoise | None = None
 ) -> Iterator[Tensor]:
-    """x_T as a polynomial in φ. Source: Zhang & Chen 2022, arXiv:2204.13902, tAB with φ as time."""
+    """x_T as a polynomial in φ; at pure noise, where x_T says nothing of the data, order 3 errs like order 2.
+
+    Source: Zhang & Chen 2022, arXiv:2204.13902, tAB with φ as time.
+    """
     return walk_on(course, z, "noise", order, 0, eta, noise)
 
 

@@ -66,7 +66,7 @@ _METHODS: dict[str, Method] = {
     "rk4": Method(steps.rk4, lambda n, order: 4 * n - 1, usual=4, eta=0.0),
     "multistep": Method(multistep.adams, _once_more, orders=(1, 2, 3, 4), usual=2),
     "dpm++": Method(multistep.dpm, orders=(1, 2, 3), usual=2, eta=0.0),
-    "deis": Method(multistep.deis, orders=(1, 2, 3), usual=2, eta=0.0),
+    "deis": Method(multistep.deis, promise=lambda order: min(order, 2), orders=(1, 2, 3), usual=2, eta=0.0),
     "unipc": Method(multistep.unipc, _once_more, orders=(1, 2, 3, 4), usual=2),
     "sde-multistep": Method(multistep.dpm, lambda n, order: n, lambda order: 1, (1, 2, 3), 2, eta=1.0),
     "churn": Method(steps.churn, lambda n, order: 2 * n - 1, lambda order: 1, draws=True),

@@ -13,20 +13,20 @@ from torch import Tensor
 from .course import Course, Weight, combine
 from .multistep import plan
 
-PREDICTED, CORRECTED = 0.1, 0.02
+PREDICTED, CORRECTED = 0.2, 0.04
 """Shares of the first-order step, per step of the grid up to 20, at which a prediction's higher-order part
 and a correction are halved: the denser the grid, the further polynomials are trusted."""
 
 
 def trusted(course: Course, z: Tensor) -> Iterator[Tensor]:
-    """One evaluation a step; third order, and fourth from 20 steps on.
+    """One evaluation a step; third order, and fourth from 25 steps on.
 
     Of a prediction or correction d beside the first-order step u,
     d / (1 + |d| / (share·|u|)) is used, per sample, with |u| at least the angle turned.
     """
     nodes = course.asked()
-    order = 3 if course.steps < 20 else 4
-    legs = plan(course, "velocity", order, order)
+    predict, correct = (2, 3) if course.steps < 12 else (3, 3) if course.steps < 25 else (4, 4)
+    legs = plan(course, "velocity", predict, correct)
     predicted, corrected = (share * min(course.steps, 20) for share in (PREDICTED, CORRECTED))
     sizes = [course.weight(h) for h in course.angles.diff(dim=0)]
 
