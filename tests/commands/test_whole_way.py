@@ -120,6 +120,9 @@ def test_control_c_of_the_real_command_ends_with_130(tmp_path):
         while time.monotonic() < deadline and '"step"' not in (events.read_text() if events.exists() else ""):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err and "Stopped" in err
