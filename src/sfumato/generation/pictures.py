@@ -20,6 +20,7 @@ from sfumato.theory import guidance as guiding
 from sfumato.theory import noise, solve
 from sfumato.theory import times as sampling_times
 
+Denoise = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SIDE = 20, 3.0, 64
 
 
@@ -75,75 +76,110 @@ class PaintingModel(Model):
         batch: int = 64,
         watch: Callable[[int, int], None] | None = None,
         **options: Any,
-    ) -> list[Image.Image]:
-        """Draw one picture a prompt.
+    ) -> list[Any]:
+        """Draw one picture (or clip) a prompt.
 
         Args:
             prompt, negative, seed: one for all or a list; without a negative, guidance leans away from
                 the model's unprompted answer.
             steps: network evaluations a picture; guidance: 1 for none, then also half the work.
-            height, width: pixels; default the size the model was trained at.
-            times: a grid for `solve`, or its name ("linear", "karras", …); default the solver's own.
-            solver: default "auto".
-            latents: unit noise [B, C, h, w] to start from, instead of noise from the seeds.
+            height, width, frames: pixels, and pictures of a clip; default as the model was trained.
+            times: a grid for `solve`, or its name ("linear", "karras", …); default the pretrained pipeline's
+                own, else the solver's.
+            solver: default the nearest to the pretrained pipeline's scheduler, else "auto".
+            latents: unit noise [B, C, (F,) h, w] to start from, instead of noise from the seeds.
             batch: pictures drawn at once; changes memory, not pictures.
             watch: called with (pictures' steps done, in all).
             options: further arguments of the conditioner.
         Returns:
-            PIL images, RGB.
+            PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
         Raises:
             Refused: sizes, lists or arguments that do not fit.
         """
-        if frames is not None:
-            raise Refused(f"frames = {frames}: this model draws pictures, not clips. Leave frames out.")
+        prompt = [str(label) for label in options.pop("labels")] if "labels" in options else prompt
         todo = wishes(prompt, negative, seed)
-        side = int(self.info.get("resolution", DEFAULT_SIDE))
         steps = int(self.info.get("steps", DEFAULT_STEPS)) if steps is None else steps
         guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
-        shape = self.latent_shape(width or side, height or side)
+        shape = self.latent_shape(width, height, frames)
         if latents is not None and tuple(latents.shape) != (len(todo), *shape):
             raise Refused(f"latents are {list(latents.shape)}, but {[len(todo), *shape]} are needed.")
         grid = sampling_times.grid(times, self.theory, steps) if isinstance(times, str) else times
-        pictures: list[Image.Image] = []
+        if self.sampling is not None:
+            grid = self.sampling.times(steps, shape) if grid is None else grid
+            solver = solver or self.sampling.solver
+        pictures: list[Any] = []
         for first in range(0, len(todo), batch):
             some = todo[first : first + batch]
             start = self.start(some, shape) if latents is None else latents[first : first + batch]
             denoise = self.guided(some, guidance, options)
-            x = start.to(self.device, self.dtype)
+            x = self.first_state(start, grid).to(self.device, self.dtype)
             with torch.no_grad():
-                path = solve(denoise, x, self.theory, steps if grid is None else grid, solver or "auto")
+                draw = noise.of([wish.seed for wish in some])
+                path = solve(
+                    denoise, x, self.theory, steps if grid is None else grid, solver or "auto", noise=draw
+                )
                 for step, state in enumerate(path, 1):
                     x = state
                     if watch is not None:
                         watch(first * steps + step * len(some), len(todo) * steps)
-                pictures += to_images(self.decode(x))
+                pictures += to_pictures(self.decode(x), "frames" in self.info)
         return pictures
 
-    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """[C, h, w] of the latents of a picture of this size."""
-        self.codec.check_size(width, height)
-        return self.codec.latent_channels, height // self.codec.stride, width // self.codec.stride
+    def latent_shape(
+        self, width: int | None = None, height: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """[C, (F,) h, w] of the latents of a picture or clip; by default as the model was trained.
+
+        Raises:
+            Refused: a size that does not fit, or frames of a model that draws pictures.
+        """
+        side = self.info.get("resolution", DEFAULT_SIDE)
+        width, height = width or self.info.get("width", side), height or self.info.get("height", side)
+        if frames is not None and "frames" not in self.info:
+            raise Refused(f"frames = {frames}: this model draws pictures, not clips. Leave frames out.")
+        return self.codec.latent_shape(width, height, frames or self.info.get("frames", 1))
 
     def start(self, todo: Sequence[Wish], shape: tuple[int, ...]) -> Tensor:
         """The noise each picture starts from [B, C, h, w]."""
         return noise.normal(shape, [wish.seed for wish in todo], [0] * len(todo), purpose="start")
+
+    def first_state(self, start: Tensor, grid: Any) -> Tensor:
+        """What `solve` is given: unit noise; a pretrained pipeline takes it for its first state as it is."""
+        if self.sampling is None or isinstance(grid, int):
+            return start
+        first = torch.as_tensor(grid, dtype=torch.float64)[..., 0]
+        if float(first.max()) != self.theory.t_noise:
+            return start
+        return start / float(self.theory.data(first.max())[1])
 
     def guided(
         self, todo: Sequence[Wish], guidance: float, options: dict[str, Any]
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The denoiser of these wishes: leaning away from the weaker answer unless guidance is 1."""
         prompted = self.condition([wish.prompt for wish in todo], **options)
-        if guidance == 1 or not len(prompted):
-            strong = prompted.to(self.device, self.dtype)
-            return lambda x_t, t: self.predict(x_t, t, strong)
         away = [wish.negative for wish in todo]
-        weak = (
-            self.conditioner.null(len(todo))
-            if all(text is None for text in away)
-            else self.condition([text or "" for text in away], **options)
-        )
-        both = Condition.join(prompted, weak).to(self.device, self.dtype)
-        return guiding.batched(lambda x_t, t: self.predict(x_t, t, both), guidance)
+        asked = any(text is not None for text in away)
+        if not len(prompted) or not self.denoiser.leans(guidance, asked):
+            strong = self.denoiser.told(prompted, guidance).to(self.device, self.dtype)
+            return lambda x_t, t: self.predict(x_t, t, strong)
+        with torch.no_grad():
+            weak = self.conditioner.away(away, **options)
+        joined = Condition.join(prompted.to(self.device), weak.to(self.device))
+        both = self.denoiser.told(joined, guidance).to(self.device, self.dtype)
+
+        def leaning(strong: Denoise, weak: Denoise) -> Denoise:
+            return lambda x_t, t: self.denoiser.lean(strong(x_t, t), weak(x_t, t), guidance)
+
+        return guiding.together(lambda x_t, t: self.predict(x_t, t, both), leaning)
+
+
+def to_pictures(pixels: Tensor, moving: bool) -> list[Any]:
+    """Pixels [B, 3, H, W] → PIL images; [B, 3, F, H, W] → clips [F, H, W, 3], or images unless `moving`."""
+    if pixels.ndim == 4:
+        return to_images(pixels)
+    if not moving:
+        return to_images(pixels[:, :, 0])
+    return [np.stack([np.asarray(image) for image in to_images(clip.transpose(0, 1))]) for clip in pixels]
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -159,4 +195,8 @@ def load(folder: Path | str, dtype: str = "float32", device: str = "cpu") -> Pai
 
 def painting(model: Model, denoiser: Any = None) -> PaintingModel:
     """The same stages as a model that draws, optionally with other weights (the averaged ones)."""
-    return PaintingModel(model.theory, model.codec, model.conditioner, denoiser or model.denoiser, model.info)
+    painter = PaintingModel(
+        model.theory, model.codec, model.conditioner, denoiser or model.denoiser, model.info
+    )
+    painter.origin, painter.sampling = model.origin, model.sampling
+    return painter

@@ -120,6 +120,11 @@ class Codec(Stage):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, not clamped."""
 
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        """[C, h, w] of the latents of a picture of this size in pixels."""
+        self.check_size(width, height)
+        return self.latent_channels, height // self.stride, width // self.stride
+
     def check_size(self, width: int, height: int, name: str = "The picture") -> None:
         """Raises Refused unless both sides are multiples of `stride`."""
         if width % self.stride or height % self.stride:
@@ -157,6 +162,12 @@ class Conditioner(Stage):
     def null(self, count: int) -> Condition:
         """The condition that says nothing, for guidance and caption dropout."""
 
+    def away(self, prompt: Sequence[str | None], **options: Any) -> Condition:
+        """What guidance leans away from: these prompts, None where none was given."""
+        if all(text is None for text in prompt):
+            return self.null(len(prompt))
+        return self([text or "" for text in prompt], **options)
+
 
 class Denoiser(Stage):
     """out = network(x_t, what it is told about time, condition)."""
@@ -164,6 +175,18 @@ class Denoiser(Stage):
     @abstractmethod
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x [B, C, ...] scaled by the theory's input_scale, clock [B] → out [B, C, ...]."""
+
+    def told(self, condition: Condition, guidance: float) -> Condition:
+        """The condition of a network that hears the guidance; most do not."""
+        return condition
+
+    def leans(self, guidance: float, asked: bool) -> bool:
+        """Whether guidance needs a weaker answer; `asked` where a negative was given."""
+        return guidance != 1
+
+    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
+        """The guided answer."""
+        return torch.lerp(weak, strong, guidance)
 
 
 class Model:
@@ -182,6 +205,10 @@ class Model:
     ):
         self.theory, self.codec, self.conditioner, self.denoiser = theory, codec, conditioner, denoiser
         self.info = dict(info or {})
+        self.origin: Any = None
+        """The diffusers pipeline it came from, if any."""
+        self.sampling: Any = None
+        """How that pipeline samples: `.times(steps, shape)` and `.solver`."""
 
     @property
     def device(self) -> torch.device:
@@ -214,7 +241,7 @@ class Model:
         condition = self.conditioner(prompts, **options)
         if negative is not None:
             away = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-            condition.negative = self.conditioner(away, **options)
+            condition.negative = self.conditioner.away(away, **options)
         return condition
 
     @torch.no_grad()

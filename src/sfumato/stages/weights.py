@@ -20,6 +20,7 @@ from sfumato.record import RunFolder, atomic_folder, checksum
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
+from .pipeline import INDEX, load_pipeline, save_pipeline
 from .scratch import new_theory, own_stage
 from .text import NoConditioner, TextConditioner
 from .unet import UNet
@@ -39,6 +40,9 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
         text_by_name: the frozen text encoder is not copied, only where it came from.
     """
     with atomic_folder(Path(folder)) as beside:
+        if model.origin is not None:
+            save_pipeline(model, beside)
+            return
         for role in ("codec", "conditioner", "denoiser"):
             save_stage(getattr(model, role), beside / role, text_by_name)
         described = {"format": FORMAT, "info": model.info}
@@ -181,7 +185,15 @@ def load(
         Failed: a file is damaged.
     """
     path = Path(folder).expanduser()
-    home = path / "model" if (path / "model" / "model.json").is_file() else path
+    number = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    insides = [path / "model" / name for name in ("model.json", INDEX)]
+    home = path / "model" if any(file.is_file() for file in insides) else path
+    if (home / INDEX).is_file():
+        model = load_pipeline(home, number, model_class)
+        if home != path:
+            weights = newest_weights(RunFolder.open(path))
+            fill(model.denoiser, read_tensors(weights), weights)
+        return model.to(device)
     if not (home / "model.json").is_file():
         raise Refused(why_not(path, str(folder)))
     described = read_json(home / "model.json")
@@ -199,7 +211,7 @@ def load(
         weights = newest_weights(RunFolder.open(path))
         fill(denoiser, read_tensors(weights), weights)
     model = model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser, info)
-    return model.to(device, DTYPES[dtype] if isinstance(dtype, str) else dtype)
+    return model.to(device, number)
 
 
 def why_not(path: Path, given: str) -> str:
@@ -208,8 +220,6 @@ def why_not(path: Path, given: str) -> str:
         return f'"{given}" is no folder here, and nothing is fetched: download it, and give its folder.'
     if not path.exists():
         return f"{path} does not exist. Give the folder of a model or of a run."
-    if (path / "model_index.json").is_file():
-        return f"{path} is a diffusers pipeline; this version loads models and runs that sfumato wrote."
     if (path / "recipe.toml").is_file():
         return f"{path} is a run that has not trained yet. Run `sfumato train {path / 'recipe.toml'}` first."
     return f"{path} holds no model.json. Give the folder of a model or of a run."

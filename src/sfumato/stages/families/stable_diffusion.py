@@ -1,0 +1,24 @@
+"""Stable Diffusion 1.x and 2.x: a UNet that reads one CLIP; 2.x at 768 px answers with v instead of ε.
+
+Source: Rombach et al. 2022, arXiv:2112.10752.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.stages.family import Family
+from sfumato.stages.interface import Condition
+
+
+class StableDiffusion(Family):
+    """Tokens [B, 77, D] of CLIP's last layer; steps are told as whole numbers."""
+
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+    network = "unet"
+    patch = 1
+    prompt_only = ("clip_skip",)
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """ε or v [B, 4, H, W]."""
+        return network(x, clock, encoder_hidden_states=condition["tokens"]).sample

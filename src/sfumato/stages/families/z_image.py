@@ -1,0 +1,44 @@
+"""Z-Image: a single-stream transformer that reads Qwen3, is told the share of signal, answers x_0 − x_T.
+
+Source: Z-Image Team 2025, arXiv:2511.22699.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.stages.family import Family
+from sfumato.stages.interface import Condition
+
+
+class ZImage(Family):
+    """Tokens of unequal length; guidance counts from 0, as the pipeline's: strong + g·(strong − weak)."""
+
+    pipelines = ("ZImagePipeline",)
+    clock = "share of signal"
+    sign = -1
+    even_sigmas = True
+
+    def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
+        """As the pipeline does; its list of prompts becomes tokens and mask."""
+        rows, _ = pipe.encode_prompt(
+            list(prompts), device=pipe.device, do_classifier_free_guidance=False, **options
+        )
+        return dict(Condition.stack([{"tokens": row} for row in rows]))
+
+    def leans(self, network: Any, guidance: float, asked: bool) -> bool:
+        """Guidance 0 is none."""
+        return guidance > 0
+
+    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
+        """strong + g·(strong − weak)."""
+        return strong + guidance * (strong - weak)
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x_0 − x_T [B, 16, H, W]."""
+        tokens, mask = condition["tokens"], condition["mask"]
+        words = [row[kept] for row, kept in zip(tokens, mask, strict=True)]
+        out = network(list(x.unsqueeze(2).unbind(0)), clock, words, return_dict=False)[0]
+        return torch.stack(list(out)).squeeze(2)

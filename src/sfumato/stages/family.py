@@ -1,0 +1,158 @@
+"""A family translates between our words and one pretrained network's.
+
+A file in families/ subclasses Family and overrides what differs; everything else (loop, solvers, store,
+tests) works with the words here. Families have no state: all they need is in the pipeline, the network or
+the condition.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.theory import Theory
+
+from . import schedules
+from .interface import Condition
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@cache
+def called_with(pipeline: type) -> dict[str, Any]:
+    """The defaults of a pipeline's call, by name."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    return {k: v.default for k, v in parameters.items() if v.default is not inspect.Parameter.empty}
+
+
+class Family:
+    """One network's dialect. The defaults fit a UNet with noise prediction and text."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """Names of diffusers pipelines whose folders hold this family."""
+    network: ClassVar[str] = "transformer"
+    """The pipeline's component that denoises."""
+    clock: ClassVar[str] = ""
+    """What a flow network is told about time, one of schedules.CLOCKS; empty for a table of betas."""
+    sign: ClassVar[int] = 1
+    """1 where a flow network answers x_T − x_0, −1 where it answers x_0 − x_T."""
+    patch: ClassVar[int] = 2
+    """Latent sides must be multiples of this."""
+    even_sigmas: ClassVar[bool] = False
+    """Whether the pipeline hands evenly spaced sigmas to its scheduler."""
+    guidance: ClassVar[str] = "guidance_scale"
+    """The argument of the pipeline's call that `generate(guidance=…)` means."""
+    answers: ClassVar[tuple[str, ...]] = ("tokens",)
+    """Our names for what encode_prompt returns, in its order; empty for what is not kept."""
+    prompt_only: ClassVar[tuple[str, ...]] = ()
+    """Options of encode_prompt that the pipeline does not apply to a negative prompt."""
+    video: ClassVar[bool] = False
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+
+    def theory(self, scheduler: Any) -> Theory:
+        """The theory this network was trained under."""
+        return (
+            schedules.flow_theory(self.clock, self.sign) if self.clock else schedules.table_theory(scheduler)
+        )
+
+    # ---------------------------------------------------------------- text
+
+    def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Prompts → named tensors, by the pipeline's own encode_prompt; options are its arguments."""
+        known = inspect.signature(pipe.encode_prompt).parameters
+        usual = {
+            "device": pipe.device,
+            "do_classifier_free_guidance": False,
+            "num_images_per_prompt": 1,
+            "num_videos_per_prompt": 1,
+        }
+        given = {name: value for name, value in usual.items() if name in known}
+        answer = pipe.encode_prompt(prompt=list(prompts), **given, **options)
+        named = dict(zip(self.answers, answer, strict=False))
+        if "mask" in named:
+            full = named["tokens"].new_ones(named["tokens"].shape[:2])
+            named["mask"] = (full if named["mask"] is None else named["mask"]).bool()
+        return {name: named[name] for name in named if name}
+
+    def read_negative(
+        self, pipe: Any, prompts: Sequence[str | None], options: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """What to lean away from; None where nobody asked for anything particular."""
+        without = dict.fromkeys(self.prompt_only)
+        return self.read(pipe, [prompt or "" for prompt in prompts], {**options, **without})
+
+    # ---------------------------------------------------------------- the network
+
+    def whole(self, pipe: Any) -> nn.Module:
+        """The network that denoises, taken from a pipeline."""
+        return getattr(pipe, self.network)
+
+    def put_back(self, pipe: Any, network: nn.Module) -> None:
+        """The inverse of `whole`: give the pipeline this network."""
+        pipe.register_modules(**{self.network: network})
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x [B, C, …], what the network is told about time [B], condition → its raw answer [B, C, …]."""
+        raise TypeError(f"{type(self).__name__} does not say how its network is asked")
+
+    def told(self, network: Any, condition: Condition, guidance: float) -> Condition:
+        """The condition of a network that hears the guidance; by default it does not."""
+        return condition
+
+    def leans(self, network: Any, guidance: float, asked: bool) -> bool:
+        """Whether a weaker answer is needed at this guidance; `asked` where a negative was given."""
+        return guidance > 1
+
+    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
+        """The guided answer, as the pipeline combines the two."""
+        return weak + guidance * (strong - weak)
+
+    # ---------------------------------------------------------------- sampling
+
+    def shift(self, config: Mapping[str, Any], tokens: int, steps: int) -> float:
+        """μ for a scheduler that shifts by picture."""
+        return schedules.shift_by_tokens(config, tokens)
+
+    def sigmas(self, steps: int) -> list[float] | None:
+        """Shares of noise handed to the scheduler, or None for its own."""
+        return schedules.line_of_sigmas(steps) if self.even_sigmas else None
+
+    def times(self, scheduler: Any, steps: int, shape: Sequence[int]) -> Tensor:
+        """The pipeline's own grid for latents of this shape (C, [F,] H, W)."""
+        tokens = (shape[-1] // self.patch) * (shape[-2] // self.patch) * (shape[1] if len(shape) == 4 else 1)
+        mu = self.shift(scheduler.config, tokens, steps)
+        return schedules.times_of(scheduler, steps, self.sigmas(steps), mu)
+
+    def size(self, pipe: Any) -> tuple[int, int]:
+        """(height, width) in pixels when nobody asks for one."""
+        call = called_with(type(pipe))
+        if call.get("height"):
+            return call["height"], call["width"]
+        known = getattr(pipe, self.network).config.get("sample_size") or 128
+        side = int(getattr(pipe, "default_sample_size", known) * pipe.vae_scale_factor)
+        return side, side
+
+    def frames(self, pipe: Any) -> int | None:
+        """Frames of a clip when nobody asks for a number; None for pictures."""
+        return called_with(type(pipe)).get("num_frames") if self.video else None
+
+    def info(self, pipe: Any) -> dict[str, Any]:
+        """What a user expects a model to remember: size, steps, guidance, as the pipeline has them."""
+        call = called_with(type(pipe))
+        height, width = self.size(pipe)
+        known = {
+            "height": height,
+            "width": width,
+            "resolution": max(height, width),
+            "steps": call["num_inference_steps"],
+            "guidance": float(call.get(self.guidance) or 1.0),
+        }
+        return known | ({"frames": self.frames(pipe)} if self.video else {})
+
+
+def normed_like(answer: Tensor, strong: Tensor, axis: int = -1) -> Tensor:
+    """The answer, with the prompted one's norm along an axis."""
+    return answer * (torch.norm(strong, dim=axis, keepdim=True) / torch.norm(answer, dim=axis, keepdim=True))

@@ -1,0 +1,195 @@
+"""A diffusers pipeline's folder → a model: recognised by model_index.json, read from safetensors only."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import Failed, Refused, nearest
+
+from . import schedules
+from .codec import PixelCodec
+from .families import pipelines
+from .family import Family
+from .interface import Codec, Conditioner, Model
+from .pretrained import (
+    LabelConditioner,
+    PretrainedCodec,
+    PretrainedConditioner,
+    PretrainedDenoiser,
+    statistics,
+)
+from .text import NoConditioner
+
+INDEX = "model_index.json"
+IDLE = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that no stage of ours uses."""
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+@dataclass
+class Sampling:
+    """How the pipeline samples: its own times, and our solver that is nearest to its scheduler's."""
+
+    family: Family
+    scheduler: Any
+
+    @property
+    def solver(self) -> str:
+        """The name of our solver."""
+        return schedules.SOLVERS.get(type(self.scheduler).__name__, "euler")
+
+    def times(self, steps: int, shape: Sequence[int]) -> Tensor:
+        """The pipeline's grid [steps + 1] for latents of this shape, in the theory's time."""
+        return self.family.times(self.scheduler, steps, shape)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The content of model_index.json.
+
+    Raises:
+        Failed: it is damaged.
+    """
+    try:
+        return dict(json.loads((folder / INDEX).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as problem:
+        raise Failed(f"{folder / INDEX} is damaged ({problem}). Copy the folder again.") from problem
+
+
+def family_of(folder: Path) -> Family:
+    """The family that speaks to the pipeline in a folder.
+
+    Raises:
+        Refused: no family does; the nearest pipeline is offered.
+    """
+    name, known = str(read_index(folder).get("_class_name")), pipelines()
+    if name not in known:
+        raise Refused(f'{folder} holds a "{name}", which no family here reads.{nearest(name, known)}')
+    return known[name]
+
+
+def check_parts(folder: Path) -> None:
+    """Raises Refused where a component that the index lists is missing, or is only there as a pickle."""
+    for name, entry in read_index(folder).items():
+        if name.startswith("_") or name in IDLE or not isinstance(entry, list) or entry[0] is None:
+            continue
+        place = folder / name
+        if not place.is_dir():
+            raise Refused(
+                f'{folder} lists a component "{name}" ({entry[1]}) but has no folder {name}/. '
+                "Download the model again, whole."
+            )
+        files = [file.name for file in place.iterdir()]
+        is_network = "config.json" in files and not name.startswith("tokenizer")
+        if not is_network or any(file.endswith(".safetensors") for file in files):
+            continue
+        pickles = [file for file in files if file.endswith(PICKLES)]
+        if pickles:
+            raise Refused(
+                f"{place} holds {pickles[0]}, a pickle, which can run anything when it is opened; only "
+                f"safetensors are read. Convert it where you trust it: load the pipeline with diffusers "
+                f"and call save_pretrained(folder, safe_serialization=True)."
+            )
+        raise Refused(f"{place} holds no weights (*.safetensors). Download the model again, whole.")
+
+
+def open_pipeline(folder: Path, dtype: torch.dtype) -> Any:
+    """diffusers' own pipeline object from a folder.
+
+    Raises:
+        Refused: it does not load; the reason is passed on.
+    """
+    import diffusers
+    from diffusers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.disable_progress_bar()
+    index = read_index(folder)
+    left_out: dict[str, Any] = {name: None for name in IDLE if name in index}
+    if "requires_safety_checker" in index:
+        left_out["requires_safety_checker"] = False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call torch_dtype dtype
+            pipe: Any = getattr(diffusers, index["_class_name"]).from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **left_out
+            )
+    except (OSError, ValueError, TypeError, RuntimeError) as problem:
+        said = " ".join(str(problem).split())
+        raise Refused(f"{folder} does not load as a {index['_class_name']}: {said}") from problem
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def first_of(pipe: Any, *names: str, otherwise: int = 1) -> int:
+    """The first of these attributes that the pipeline has."""
+    return next((int(getattr(pipe, name)) for name in names if getattr(pipe, name, None)), otherwise)
+
+
+def codec_of(family: Family, pipe: Any) -> Codec:
+    """The pipeline's autoencoder as a codec; pixels where it has none."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return PixelCodec()
+    shift, scale = getattr(family, "statistics", statistics)(vae)
+    gather = int(getattr(family, "gather", 1))
+    levels = len(vae.config.get("block_out_channels") or (1,))
+    stride = first_of(
+        pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor",
+        "vae_scale_factor", otherwise=2 ** (levels - 1),
+    )  # fmt: skip
+    time_stride = first_of(
+        pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor"
+    )
+    return PretrainedCodec(
+        vae, shift, scale, stride * gather, time_stride, family.patch, shift.ndim == 4, patch=gather
+    )
+
+
+def conditioner_of(family: Family, pipe: Any) -> Conditioner:
+    """What guides the pipeline: text, labels, or nothing."""
+    if hasattr(pipe, "encode_prompt"):
+        return PretrainedConditioner(family, pipe)
+    network = getattr(pipe, family.network)
+    if network.config.get("num_embeds_ada_norm"):
+        names = {str(k).lower(): int(v) for k, v in (getattr(pipe, "labels", None) or {}).items()}
+        return LabelConditioner(names, int(network.config["num_embeds_ada_norm"]))
+    return NoConditioner()
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype, model_class: type[Model]) -> Model:
+    """The model in a diffusers folder.
+
+    Raises:
+        Refused: an unknown pipeline, a missing component, weights that are not safetensors.
+    """
+    family = family_of(folder)
+    check_parts(folder)
+    pipe = open_pipeline(folder, dtype)
+    network: nn.Module = family.whole(pipe)
+    model = model_class(
+        family.theory(pipe.scheduler),
+        codec_of(family, pipe),
+        conditioner_of(family, pipe),
+        PretrainedDenoiser(family, network),
+        {**family.info(pipe), "family": type(family).__name__, "pipeline": type(pipe).__name__},
+    )
+    for stage in (model.codec, model.conditioner, model.denoiser):
+        stage.eval().requires_grad_(False)
+    model.origin, model.sampling = pipe, Sampling(family, pipe.scheduler)
+    return model
+
+
+def save_pipeline(model: Model, folder: Path) -> None:
+    """Write a model that came from a pipeline as such a pipeline again, with its present weights."""
+    pipe: Any = model.origin
+    denoiser: Any = model.denoiser
+    family: Family = denoiser.family
+    family.put_back(pipe, denoiser.network)
+    pipe.save_pretrained(folder, safe_serialization=True)

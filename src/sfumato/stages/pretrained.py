@@ -1,0 +1,268 @@
+"""The three stages around a pretrained pipeline's own networks; what differs is asked of its family."""
+
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import Refused, nearest
+
+from .family import Family, called_with
+from .interface import Codec, Condition, Conditioner, Denoiser
+
+INTERNAL = {
+    "self", "prompt", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "device", "dtype",
+    "num_images_per_prompt", "num_videos_per_prompt", "do_classifier_free_guidance", "kwargs", "lora_scale",
+}  # fmt: skip
+"""Arguments of encode_prompt that are not a user's to choose; tensors (…_embeds, …_mask) are not either."""
+
+
+class PretrainedCodec(Codec):
+    """A pipeline's autoencoder with its normalisation: latents = (raw − shift) / scale.
+
+    Args:
+        network: the autoencoder; shift, scale: [C, 1, …], as `statistics` reads them.
+        stride, time_stride: pixels and frames a latent stands for.
+        grain: sides must be multiples of this many latents.
+        video: latents are [B, C, F, H, W].
+        patch: raw latents are gathered patch × patch into channels before they are normalised.
+    """
+
+    kind = "pretrained codec"
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        shift: Tensor,
+        scale: Tensor,
+        stride: int,
+        time_stride: int = 1,
+        grain: int = 1,
+        video: bool = False,
+        patch: int = 1,
+    ):
+        super().__init__()
+        self.network: Any = network
+        self.stride, self.time_stride, self.grain = stride, time_stride, grain
+        self.video, self.patch = video, patch
+        self.latent_channels = len(shift)
+        self.register_buffer("shift", shift)
+        self.register_buffer("scale", scale)
+
+    def config(self) -> dict[str, Any]:
+        """The autoencoder's own config."""
+        return {"class": type(self.network).__name__, **dict(self.network.config)}
+
+    def raw(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """The autoencoder's latents, gathered into patches: the mode, or with noise a sample."""
+        answer = self.network.encode(pixels)
+        if not hasattr(answer, "latent_dist"):
+            plain = answer.latent if hasattr(answer, "latent") else answer.latents
+            return self.gathered(plain)
+        posterior = answer.latent_dist
+        mode = self.gathered(posterior.mode())
+        return mode if noise is None else mode + self.gathered(posterior.std) * noise.to(mode.dtype)
+
+    def gathered(self, raw: Tensor) -> Tensor:
+        """Raw latents with patches as channels."""
+        return F.pixel_unshuffle(raw, self.patch) if self.patch > 1 else raw
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels [B, 3, H, W] (for video also [B, 3, F, H, W]) in [-1, 1] → normalised latents."""
+        pixels = pixels.unsqueeze(2) if self.video and pixels.ndim == 4 else pixels
+        return (self.raw(pixels, noise) - self.shift) / self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels, not clamped, with as many axes as the latents."""
+        flat = self.video and latents.ndim == 4
+        raw = (latents.unsqueeze(2) if flat else latents) * self.scale + self.shift
+        raw = F.pixel_shuffle(raw, self.patch) if self.patch > 1 else raw
+        options: dict[str, Any] = {}
+        if self.network.config.get("timestep_conditioning"):
+            options["temb"] = raw.new_zeros(len(raw))
+        pixels = self.network.decode(raw, **options).sample
+        return pixels.squeeze(2) if flat else pixels
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        """[C, (F,) h, w] of the latents of pictures or clips of this size."""
+        self.check_size(width, height)
+        flat = (height // self.stride, width // self.stride)
+        deep = ((frames - 1) // self.time_stride + 1,) if self.video else ()
+        return self.latent_channels, *deep, *flat
+
+    def check_size(self, width: int, height: int, name: str = "The picture") -> None:
+        """Raises Refused unless the network can be asked about pictures of this size."""
+        step = self.stride * self.grain
+        if width % step or height % step:
+            fit = [max(step, side // step * step) for side in (width, height)]
+            raise Refused(
+                f"{name} is {width}×{height}, but this model needs sides in multiples of {step}. "
+                f"Choose {fit[0]}×{fit[1]}."
+            )
+
+
+def statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """(shift, scale) [C, 1, 1] or [C, 1, 1, 1] of an autoencoder: per channel where it says so, else one.
+
+    latents = (raw − mean)·factor/std, or (raw − shift_factor)·factor.
+    """
+    config = vae.config
+    factor = config.get("scaling_factor") or 1.0
+    channels = config.get("z_dim") or config["latent_channels"]
+    axes = [1] * (3 if "3d" in " ".join(type(m).__name__.lower() for m in vae.modules()) else 2)
+    measured = {**config, **dict(vae.named_buffers(recurse=False))}
+    mean, std = measured.get("latents_mean"), measured.get("latents_std")
+    if mean is not None and std is not None:
+        shift = torch.as_tensor(mean, dtype=torch.float32).view(-1, *axes)
+        return shift, torch.as_tensor(std, dtype=torch.float32).view(-1, *axes) / factor
+    whole = torch.ones(channels, *axes)
+    return whole * (config.get("shift_factor") or 0.0), whole / factor
+
+
+class PretrainedConditioner(Conditioner):
+    """A pipeline's tokenizers and text encoders, read as the pipeline reads them."""
+
+    kind = "pretrained text"
+
+    def __init__(self, family: Family, pipe: Any):
+        super().__init__()
+        self.family, self.pipe = family, pipe
+        for name, part in pipe.components.items():
+            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+                self.add_module(name, part)
+
+    def config(self) -> dict[str, Any]:
+        """The pipeline whose reading this is, and its vocabularies."""
+        words = {
+            name: sha256(str(sorted(part.get_vocab().items())).encode()).hexdigest()
+            for name, part in self.pipe.components.items()
+            if name.startswith("tokenizer") and part is not None
+        }
+        return {"pipeline": type(self.pipe).__name__, **words}
+
+    def settings(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options for encode_prompt: the pipeline's own defaults, then the given.
+
+        Raises:
+            Refused: for an option it does not have.
+        """
+        names = options_of(type(self.pipe))
+        for word in options:
+            if word not in names:
+                raise Refused(
+                    f'{type(self.pipe).__name__} takes no "{word}" with its prompts.{nearest(word, names)}'
+                )
+        call = called_with(type(self.pipe))
+        return {name: call.get(name, default) for name, default in names.items()} | options
+
+    @torch.no_grad()
+    def forward(self, prompt: Sequence[str], **options: Any) -> Condition:
+        """The condition of a batch of prompts; options are named as the pipeline names them."""
+        return Condition(self.family.read(self.pipe, prompt, self.settings(options)))
+
+    @torch.no_grad()
+    def away(self, prompt: Sequence[str | None], **options: Any) -> Condition:
+        """The condition to lean away from, encoded as the pipeline encodes a negative prompt."""
+        return Condition(self.family.read_negative(self.pipe, prompt, self.settings(options)))
+
+    def null(self, count: int) -> Condition:
+        """What the pipeline leans away from when it is given no negative."""
+        return self.away([None] * count)
+
+
+@cache
+def options_of(pipeline: type) -> dict[str, Any]:
+    """What a user may choose of a pipeline's encode_prompt, with the defaults."""
+    return {
+        name: parameter.default if parameter.default is not inspect.Parameter.empty else None
+        for name, parameter in inspect.signature(pipeline.encode_prompt).parameters.items()
+        if name not in INTERNAL and not name.endswith(("_embeds", "_mask"))
+    }
+
+
+class LabelConditioner(Conditioner):
+    """Class numbers, or the names of classes, → `labels` [B]; one number beyond the last says nothing."""
+
+    kind = "pretrained labels"
+
+    def __init__(self, names: dict[str, int], count: int):
+        super().__init__()
+        self.names, self.count = names, count
+        self.register_buffer("place", torch.zeros(0), persistent=False)
+
+    def config(self) -> dict[str, Any]:
+        """Names and count."""
+        return {"names": self.names, "count": self.count}
+
+    def forward(
+        self, prompt: Sequence[str], labels: Sequence[int] | None = None, **options: Any
+    ) -> Condition:
+        """The labels, else those that the prompts name (or write as numbers).
+
+        Raises:
+            Refused: for a class that does not exist.
+        """
+        if options:
+            raise Refused(f'A class-conditional model takes no "{next(iter(options))}", only labels.')
+        numbers = [self.number(word) for word in prompt] if labels is None else [int(one) for one in labels]
+        for number in numbers:
+            if not 0 <= number <= self.count:
+                raise Refused(f"Class {number} does not exist; choose 0 to {self.count - 1}.")
+        return Condition({"labels": torch.tensor(numbers, device=self.get_buffer("place").device)})
+
+    def number(self, word: str) -> int:
+        """The class that a prompt names; the empty prompt names none."""
+        if not word:
+            return self.count
+        if word.strip().isdigit():
+            return int(word)
+        if word.strip().lower() not in self.names:
+            raise Refused(f'"{word}" is no class of this model.{nearest(word, self.names)}')
+        return self.names[word.strip().lower()]
+
+    def null(self, count: int) -> Condition:
+        """The label that says nothing."""
+        return self([""] * count)
+
+
+class PretrainedDenoiser(Denoiser):
+    """A pipeline's own network, asked as its family asks it."""
+
+    kind = "pretrained denoiser"
+
+    def __init__(self, family: Family, network: nn.Module):
+        super().__init__()
+        self.family, self.network = family, network
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """The layers that adapters usually go to."""
+        return self.family.lora_targets
+
+    def config(self) -> dict[str, Any]:
+        """The network's own config."""
+        config: Any = self.network.config
+        return {"class": type(self.network).__name__, **dict(config)}
+
+    def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """The network's raw answer, in the latents' layout."""
+        return self.family.predict(self.network, x, clock, condition)
+
+    def told(self, condition: Condition, guidance: float) -> Condition:
+        """The condition, with the guidance where this network hears it."""
+        return self.family.told(self.network, condition, guidance)
+
+    def leans(self, guidance: float, asked: bool) -> bool:
+        """Whether a weaker answer is needed."""
+        return self.family.leans(self.network, guidance, asked)
+
+    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
+        """The guided answer."""
+        return self.family.lean(strong, weak, guidance)

@@ -1,0 +1,124 @@
+"""From a diffusers scheduler's config to our words: a theory, the times to sample at, a solver.
+
+A discrete scheduler's step n of N sits at t = (n + 1)/N; a flow scheduler's σ is t itself.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.errors import Refused, nearest
+from sfumato.theory import Theory, get
+
+CLOCKS = {
+    "thousandths": lambda t: 1000 * t,
+    "share of noise": lambda t: t,
+    "share of signal": lambda t: 1 - t,
+    "thousandths of signal": lambda t: 1000 * (1 - t),
+}
+"""What flow networks are told about a time t, the share of noise."""
+
+ANSWERS = {"epsilon": "ddpm-epsilon", "v_prediction": "ddpm-velocity", "sample": "ddpm-x0"}
+SOLVERS = {
+    "DDPMScheduler": "ancestral",
+    "EulerAncestralDiscreteScheduler": "ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpm++",
+    "DPMSolverSinglestepScheduler": "dpm++",
+    "DEISMultistepScheduler": "deis",
+    "UniPCMultistepScheduler": "unipc",
+    "PNDMScheduler": "multistep",
+    "LMSDiscreteScheduler": "multistep",
+}
+"""Our solver for a scheduler; where none is named, it takes first-order steps: euler.
+Exact for first-order and ancestral ones; multistep ones share order and idea, and integrate exactly in φ."""
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a scheduler walks a straight line from data to noise."""
+    config = scheduler.config
+    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    return bool(flows) or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def flow_theory(clock: str, sign: int = 1) -> Theory:
+    """x_t = (1 − t)·x_0 + t·x_T, answered with sign·(x_T − x_0); `clock` is one of CLOCKS."""
+    return Theory(
+        data=lambda t: (1 - t, t),
+        model=lambda t: (-sign * torch.ones_like(t), sign * torch.ones_like(t)),
+        name="flow-matching" if sign > 0 else "flow-matching, towards the data",
+        clock=CLOCKS[clock],
+    )
+
+
+def table_theory(scheduler: Any) -> Theory:
+    """The discrete theory of a scheduler's table of betas and prediction type.
+
+    Raises:
+        Refused: a scheduler that has no such table, or an answer that is not known.
+    """
+    config = scheduler.config
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise Refused(
+            f"The scheduler {type(scheduler).__name__} has no table of betas, which this network was trained "
+            "with. Put the scheduler_config.json of the original model (DDIM, Euler, DPM++, …) in scheduler/."
+        )
+    answer = config.get("prediction_type", "epsilon")
+    if answer not in ANSWERS:
+        raise Refused(f'The scheduler\'s prediction_type "{answer}" is not known.{nearest(answer, ANSWERS)}')
+    kept = scheduler.alphas_cumprod.double()
+    if config.get("rescale_betas_zero_snr"):
+        kept[-1] = 0  # some schedulers write a tiny number there
+    return get(ANSWERS[answer], betas=1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]))
+
+
+def line_of_sigmas(steps: int) -> list[float]:
+    """Shares of noise 1 … 1/steps, evenly spaced, before any shift."""
+    return torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+
+
+def shift_by_tokens(config: Mapping[str, Any], tokens: int, most: float = 1.15) -> float:
+    """μ, the logarithm of the shift: a line in the number of tokens.
+
+    Source: the pipelines' `calculate_shift`, after Esser et al. 2024, arXiv:2403.03206, section 5.3.2.
+    """
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", most)
+    return low + (tokens - few) * (high - low) / (many - few)
+
+
+def times_of(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Tensor:
+    """The grid [steps + 1] that a scheduler walks, in the theory's time, falling.
+
+    Args:
+        sigmas: shares of noise the pipeline hands over before the shift; None leaves them to the scheduler.
+        mu: the shift for this picture, where the scheduler shifts by picture.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    flow = is_flow(scheduler)
+    given: dict[str, Any] = {}
+    if mu is not None and scheduler.config.get("use_dynamic_shifting"):
+        given["mu"] = mu
+    if sigmas is not None and type(scheduler).__name__.startswith("FlowMatch"):
+        given["sigmas"] = list(sigmas)
+    else:
+        given["num_inference_steps"] = steps
+    scheduler.set_timesteps(**given)
+    if flow:
+        noise = torch.as_tensor(scheduler.sigmas).double()
+        noise = 1 - noise if scheduler.config.get("invert_sigmas") else noise
+        return torch.unique_consecutive(noise)
+    told = torch.unique_consecutive(torch.as_tensor(scheduler.timesteps).double())
+    count = scheduler.config.num_train_timesteps
+    return torch.cat([(told + 1) / count, told.new_tensor([end_of(scheduler) / count])])
+
+
+def end_of(scheduler: Any) -> int:
+    """The step after the last, counted from the data: 0 is the data itself, 1 the first trained step."""
+    config = scheduler.config
+    stays = config.get("final_sigmas_type") == "sigma_min" or config.get("set_alpha_to_one") is False
+    return int(bool(stays))

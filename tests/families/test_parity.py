@@ -1,0 +1,246 @@
+"""Laws of pretrained families: what a diffusers pipeline computes, we compute; each family by itself."""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import sfumato
+from sfumato.errors import Refused
+from sfumato.stages.families import families
+
+from .zoo import NEGATIVE, PROMPT, ZOO, Case
+
+CLOSE = 1e-4
+STEPS = 4
+
+
+@dataclass
+class Drawn:
+    """One guided picture by a pipeline, with what its network and its decoder saw."""
+
+    case: Case
+    folder: Any
+    pipe: Any
+    start: Tensor
+    times: Tensor
+    answers: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    pixels: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def guidance(self) -> float:
+        return self.case.call.get(self.case.guidance, 1.0)
+
+
+@pytest.fixture(scope="module", params=list(ZOO))
+def drawn(request, tmp_path_factory) -> Drawn:
+    """The pipeline's own picture of a family."""
+    case, folder = ZOO[request.param], tmp_path_factory.mktemp("zoo") / request.param
+    torch.manual_seed(0)
+    case.make(request.param).save_pretrained(folder)
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    flow = type(pipe.scheduler).__name__.startswith("FlowMatch") or pipe.scheduler.config.get(
+        "use_flow_sigmas"
+    )
+    if not flow and not type(pipe.scheduler).__name__.startswith("CogVideoX"):
+        spacing = pipe.scheduler.config.get(
+            "timestep_spacing", "leading"
+        )  # DDIM steps evenly, linspace does not
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(
+            pipe.scheduler.config,
+            clip_sample=False,
+            timestep_spacing="trailing" if spacing == "linspace" else spacing,
+        )
+    elif flow and not type(pipe.scheduler).__name__.startswith("FlowMatch"):
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    result = Drawn(case, folder, pipe, torch.zeros(0), torch.zeros(0))
+    watch(pipe, result)
+    call = dict(case.call) | {
+        k: v for k, v in case.options.items() if k in inspect.signature(pipe.__call__).parameters
+    }
+    if case.prompt:
+        call["prompt"] = [PROMPT]
+    if case.negative:
+        call["negative_prompt"] = [NEGATIVE]
+    if request.param == "dit":
+        call["class_labels"] = [3]
+    with torch.no_grad():
+        pipe(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7), output_type="np")
+    result.times = grid_of(pipe.scheduler, bool(flow))
+    return result
+
+
+def watch(pipe: Any, result: Drawn) -> None:
+    """Record what the network answers, and the pixels the decoder gives."""
+    network = getattr(pipe, "unet", None) or pipe.transformer
+
+    def answered(module: Any, given: Any, out: Any) -> None:
+        out = out[0]
+        result.answers.append(torch.stack(list(out)) if isinstance(out, list) else out.detach())
+
+    network.register_forward_hook(answered)
+    if getattr(pipe, "vae", None) is None:
+        return
+    decode = pipe.vae.decode
+
+    def decoded(*given: Any, **named: Any) -> Any:
+        out = decode(*given, **named)
+        result.pixels = (out[0] if isinstance(out, tuple) else out.sample).detach()
+        return out
+
+    pipe.vae.decode = decoded
+
+
+def grid_of(scheduler: Any, flow: bool) -> Tensor:
+    """The scheduler's times in ours: σ, or (step + 1)/1000 and what follows the last step."""
+    if flow:
+        sigmas = scheduler.sigmas.double()
+        return 1 - sigmas if scheduler.config.get("invert_sigmas") else sigmas
+    told = (torch.as_tensor(scheduler.timesteps).double() + 1) / 1000
+    return torch.cat([told, told.new_tensor([0.0 if scheduler.config.set_alpha_to_one else 0.001])])
+
+
+@pytest.fixture(scope="module")
+def model(drawn: Drawn) -> Any:
+    """Our model of the same folder."""
+    return sfumato.load(drawn.folder)
+
+
+def start_of(model: Any, drawn: Drawn) -> Tensor:
+    """The noise the pipeline started from, in our layout."""
+    call = drawn.case.call
+    shape = model.latent_shape(call.get("width"), call.get("height"), call.get("num_frames"))
+    if type(drawn.pipe).__name__.startswith("CogVideoX"):
+        turned = (shape[1], shape[0], *shape[2:])
+        return torch.randn(1, *turned, generator=torch.Generator().manual_seed(7)).transpose(1, 2)
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(7))
+
+
+def told(model: Any, drawn: Drawn) -> Any:
+    """Our condition of the pipeline's prompts."""
+    if not drawn.case.prompt:
+        return model.condition(labels=[3]) if drawn.case.call else model.condition()
+    return model.condition([PROMPT], NEGATIVE if drawn.case.negative else None, **drawn.case.options)
+
+
+def ours(model: Any, x: Tensor, t: Tensor, condition: Any, network: Any) -> Tensor:
+    """The network's answer as the network gives it, asked through our model."""
+    raw: list[Tensor] = []
+    hook = network.register_forward_hook(lambda module, given, out: raw.append(out[0]))
+    with torch.no_grad():
+        out = model.predict(x, t, condition)
+    hook.remove()
+    assert out.shape == x.shape
+    return torch.stack(list(raw[0])) if isinstance(raw[0], list) else raw[0]
+
+
+def shown(pixels: Tensor) -> Tensor:
+    """Pixels as a picture holds them, in [0, 1]."""
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def test_the_network_answers_as_in_its_pipeline(drawn, model):
+    """Law: the condition, the time and the layout reach the network as its pipeline sends them."""
+    condition, network = told(model, drawn), model.denoiser.network
+    condition = model.denoiser.told(condition, drawn.guidance)
+    first = ours(model, start_of(model, drawn), drawn.times[0], condition, network)
+    expected = drawn.answers[0]
+    if len(expected) == 1:
+        assert torch.allclose(first, expected, atol=CLOSE), (first - expected).abs().max()
+        return
+    errors = [(first[0] - row).abs().max().item() for row in expected]  # pipelines differ in who comes first
+    assert min(errors) < CLOSE, errors
+    if condition.negative is not None:
+        away = ours(model, start_of(model, drawn), drawn.times[0], condition.negative, network)
+        other = expected[1 - errors.index(min(errors))]
+        assert torch.allclose(away[0], other, atol=CLOSE), (away[0] - other).abs().max()
+
+
+def test_latents_decode_to_what_was_encoded(drawn, model):
+    """Law: decode ∘ encode is the autoencoder's own round trip."""
+    if getattr(drawn.pipe, "vae", None) is None:
+        pixels = torch.rand(1, 3, 16, 16)
+        assert torch.equal(model.decode(model.encode(pixels)), pixels)
+        return
+    shape = (1, 3, 9, 64, 96) if model.codec.video and "frames" in model.info else (1, 3, 64, 96)
+    pixels = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    pixels = (
+        torch.nn.functional.interpolate(pixels, (*shape[2:-2], 128, 192))
+        if model.codec.stride > 16
+        else pixels
+    )
+    latents = model.encode(pixels)
+    frames = [shape[2]] if len(shape) == 5 else []
+    assert latents.shape[1:] == model.latent_shape(pixels.shape[-1], pixels.shape[-2], *frames)
+    vae = drawn.pipe.vae
+    with torch.no_grad():
+        code = vae.encode(pixels.unsqueeze(2) if latents.ndim == 5 and pixels.ndim == 4 else pixels)
+        raw = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latent
+        again = model.codec.network.decode(raw).sample
+    assert torch.allclose(model.decode(latents), again, atol=CLOSE)
+
+
+def test_a_family_draws_what_its_pipeline_draws(drawn, model, monkeypatch):
+    """Law: the same noise, times and guidance give the same pixels."""
+    if not drawn.pixels.numel():
+        with torch.no_grad():
+            drawn.pixels = torch.as_tensor(
+                drawn.pipe(
+                    num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7), output_type="pt"
+                ).images
+            )
+            drawn.pixels = drawn.pixels * 2 - 1
+    seen: list[Tensor] = []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda x: seen.append(decode(x)) or seen[-1])
+    call = drawn.case.call
+    who = {"prompt": [PROMPT]} if drawn.case.prompt else {"labels": [3]} if call else {}
+    pictures = model.generate(
+        **who,
+        negative=NEGATIVE if drawn.case.negative else None,
+        steps=STEPS,
+        guidance=drawn.guidance,
+        height=call.get("height"),
+        width=call.get("width"),
+        frames=call.get("num_frames"),
+        times=drawn.times,
+        solver="euler",
+        latents=start_of(model, drawn),
+        **drawn.case.options,
+    )
+    mine, theirs = (shown(pixels) for pixels in (seen[0], drawn.pixels))
+    assert mine.numel() == theirs.numel()
+    error = (mine.flatten() - theirs.flatten()).abs().max()
+    print(f"{drawn.folder.name}: {error:.1e}")
+    assert error < CLOSE
+    assert np.asarray(pictures[0]).dtype == np.uint8
+
+
+def test_defaults_come_from_the_pipeline(drawn, model):
+    """Law: without a grid, the pipeline's own times; every theory is sound at them."""
+    grid = model.sampling.times(STEPS, model.latent_shape())
+    assert len(grid) == STEPS + 1 and bool((grid.diff() < 0).all())
+    assert model.theory.check(grid).ok, str(model.theory.check(grid))
+    assert model.info["steps"] > 0 and model.denoiser.lora_targets
+
+
+def test_every_family_is_in_the_zoo():
+    """Law: a family that is listed is tested."""
+    known = {type(case.make(name)).__name__ for name, case in ZOO.items()} if len(ZOO) < 4 else set()
+    for name, family in families().items():
+        assert family.pipelines, name
+        assert known <= {p for f in families().values() for p in f.pipelines}
+
+
+def test_an_unknown_pipeline_is_refused_with_the_nearest(tmp_path):
+    """Law: a folder nobody reads says which one it may have meant."""
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDifusionPipeline"}')
+    with pytest.raises(Refused, match='Did you mean "StableDiffusionPipeline"'):
+        sfumato.load(tmp_path)
