@@ -245,9 +245,7 @@ def judge_shapes(
         for name in ("shape_and_color", "position")
     }
     accuracy["reader"] = shapes.accuracy(size=int(model.info["resolution"]))
-    how = (
-        "every named thing read from the pixels; each prompt names a pair of shape and color never trained on"
-    )
+    how = "every thing named is read from the pixels; training never showed a prompt's two things together"
     return accuracy, {"shape_and_color": how, "reader": "the same, on clean drawings"}
 
 

@@ -12,11 +12,11 @@ from .scenes import (
     COLORS,
     SHAPES,
     SIZES,
-    UNSEEN,
     Scene,
     Thing,
     collection,
     draw,
+    is_unseen,
     parse,
     silhouette,
 )
@@ -187,13 +187,13 @@ def accuracy(count: int = 200, seed: int = 1, size: int = 64) -> float:
 
 
 __all__ = [
-    "UNSEEN",
     "Scene",
     "Thing",
     "accuracy",
     "background",
     "collection",
     "draw",
+    "is_unseen",
     "judge",
     "parse",
     "read",

@@ -93,10 +93,8 @@ class TextConditioner(Conditioner):
         ).to(self.network.device)
         words.pop("token_type_ids", None)
         mask = words["attention_mask"].bool()
-        answer = self.network(**words, output_hidden_states=True)
-        tokens = answer.last_hidden_state * mask[:, :, None]
-        pooled = summary(tokens, answer.hidden_states[0], mask)
-        return Condition({"tokens": tokens, "mask": mask, "pooled": pooled})
+        tokens = self.network(**words).last_hidden_state * mask[:, :, None]
+        return Condition({"tokens": tokens, "mask": mask, "pooled": summary(tokens, mask)})
 
     def null(self, count: int) -> Condition:
         """What the encoder makes of the empty prompt."""
@@ -107,24 +105,21 @@ class TextConditioner(Conditioner):
         return len(self.tokenizer(prompt)["input_ids"])
 
 
-def summary(tokens: Tensor, words: Tensor, mask: Tensor) -> Tensor:
-    """The mean of the tokens, and means of the words weighted by waves over the prompt: [B, (1 + 2·WAVES)·D].
+def summary(tokens: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the tokens, and their means weighted by waves over the prompt: [B, (1 + 2·WAVES)·D].
 
     A plain mean forgets which word came first, so that "red above blue" and "blue above red" look alike;
-    the first few Fourier coefficients along the prompt remember. They are taken of the words before the
-    encoder mixes them, where "red" is the same whatever is red, so that new combinations are no surprise.
+    the first few Fourier coefficients along the prompt remember.
 
     Args:
-        tokens, words: the encoder's last and first hidden states [B, L, D].
-        mask: [B, L], true for those that count.
+        tokens: [B, L, D]; mask: [B, L], true for those that count.
     """
     places = torch.arange(tokens.shape[1], device=tokens.device, dtype=tokens.dtype)
     angles = places[:, None] * torch.arange(1, WAVES + 1, device=tokens.device) * (2 * math.pi / PERIOD)
-    waves = torch.cat((angles.cos(), angles.sin()), dim=1).to(words.dtype)
+    waves = torch.cat((torch.ones_like(places)[:, None], angles.cos(), angles.sin()), dim=1)
     kept = mask.to(tokens.dtype)
-    mean = torch.einsum("bl,bld->bd", kept, tokens)
-    ordered = torch.einsum("bl,lw,bld->bwd", kept, waves, words).flatten(1)
-    return torch.cat((mean, ordered), dim=1) / kept.sum(1).clamp(min=1)[:, None]
+    sums = torch.einsum("bl,lw,bld->bwd", kept, waves.to(tokens.dtype), tokens)
+    return (sums / kept.sum(1).clamp(min=1)[:, None, None]).flatten(1)
 
 
 def text_encoder(folder: Path) -> Any:
