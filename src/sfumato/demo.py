@@ -69,15 +69,19 @@ _TRAIN = TrainSettings(
     held_out_every=0,
 )  # fmt: skip
 _SAMPLE = SampleSettings(steps=16, guidance=2.0)
-_PICTURES = Recipe(model=replace(_MODEL, codec_batch=16), train=_TRAIN, sample=_SAMPLE)
+_PICTURES = Recipe(
+    model=replace(_MODEL, codec_batch=16),
+    train=replace(_TRAIN, batch=32, learning_rate=1.2e-3, ema=0.99),
+    sample=_SAMPLE,
+)
 _SHAPES = Recipe(
     model=replace(_MODEL, width=128, depth=5, heads=2, stride=4, latent_channels=16, codec_batch=32),
     train=replace(_TRAIN, learning_rate=2.5e-3),
     sample=replace(_SAMPLE, guidance=4.0),
 )
 PLANS = {
-    "openmoji": Plan(_PICTURES, 5.2, 0.17, 40, 800, 16000, 150, 2000),
-    "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 1600, 40000, 200, 3000),
+    "openmoji": Plan(_PICTURES, 5.4, 0.13, 30, 400, 8000, 150, 2000),
+    "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 800, 20000, 200, 3000),
     "shapes": Plan(_SHAPES, 4.6, 0.10, 45, 800, 16000, 100, 1000),
 }
 RESOLUTION = {"openmoji": 64, "openmoji-all": 64, "shapes": 32}
