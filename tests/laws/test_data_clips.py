@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import clips, encode, media
+from sfumato.data import clips, encode, media, report, sources
 from sfumato.data.clips import Piece
 from sfumato.data.encode import Encoding
 from sfumato.data.sample import Sample
@@ -144,3 +144,11 @@ def test_a_model_of_pictures_sets_videos_aside_and_takes_first_frames_of_animati
     encoded = fill(tmp_path, given, replace(HOW, frames=0))
     assert [one.file for one in encoded.set_aside] == ["short.mp4"]
     assert encoded.buckets == [(1, 16, 16)] * 4
+
+
+def test_the_report_tells_how_long_clips_are(given, tmp_path):
+    (tmp_path / "noise.mp4").write_bytes(b"no video")
+    told = report.report(sources.open(tmp_path, captions="none"))
+    assert told.summary["clips"]["count"] == 4 and told.summary["samples"] == 5
+    assert [one["file"] for one in told.summary["set_aside"]] == ["noise.mp4"]
+    assert "4 of them move" in told.page()

@@ -159,8 +159,8 @@ def _class_names(root: Path, named: dict[str, np.ndarray], labels: np.ndarray | 
         except ValueError as problem:
             raise Refused(f"{beside} is not JSON: {problem}") from problem
         if isinstance(listed, dict):
-            named = [listed[name] for name in ("captions", "classes", "names") if name in listed]
-            listed = named[0] if named else [listed.get(str(i), str(i)) for i in range(count)]
+            lists = [listed[name] for name in ("captions", "classes", "names") if name in listed]
+            listed = lists[0] if lists else [listed.get(str(i), str(i)) for i in range(count)]
         if isinstance(listed, list) and len(listed) >= count:
             return [str(one) for one in listed]
     return [str(i) for i in range(count)]

@@ -84,6 +84,20 @@ def facts(name: str, source: Path | bytes | Image.Image) -> Facts:
         return Facts((height, width) if turned else (width, height), seconds, rate)
 
 
+def poster(source: Path | bytes | Image.Image, seconds: float) -> Image.Image:
+    """A video's frame near its middle.
+
+    Raises:
+        media.Unreadable: with the reason.
+    """
+    with _opened(source) as container:
+        if seconds:
+            container.seek(int(seconds / 2 * 1e6))
+        for _, image in _video(container):
+            return image
+    raise media.Unreadable("a video without a frame")
+
+
 def read(name: str, source: Path | bytes | Image.Image, piece: Piece, width: int, height: int) -> Tensor:
     """The frames of a piece fitted to width × height, uint8 [3, frames, height, width].
 

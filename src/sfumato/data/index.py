@@ -56,7 +56,7 @@ class Index:
         self._known: dict[tuple[Field, ...], tuple[Field, ...]] = {}  # one object per layout
         self._columns = {name: np.zeros(0, np.uint64) for name in COLUMNS}
         self._load()
-        there = {path.name for path in folder.glob("*.safetensors")} - {self.file.name}
+        there = {path.name for path in shard.listed(folder)}
         self._forget(there)
         fresh = sorted(there - set(self._shards))
         for name in fresh:

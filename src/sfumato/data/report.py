@@ -8,6 +8,7 @@ from typing import Any
 
 from . import buckets, survey
 from .captions import truncated
+from .clips import Facts
 from .metadata import printable
 from .report_page import render
 from .sample import HELD_OUT, TRAIN, Collection
@@ -76,6 +77,7 @@ def report(
         "megapixels": _histogram(
             [w * h / 1e6 for w, h in sizes], (0.01, 0.03, 0.1, 0.26, 0.5, 1, 2, 4, 8, 16)
         ),
+        "clips": _clips([one.clip for one in seen if one.clip is not None]),
         "bucket_plan": {
             "resolution": resolution,
             "stride": stride,
@@ -94,6 +96,18 @@ def report(
         "set_aside": [{"file": printable(one.file), "reason": one.reason} for one in set_aside],
     }
     return Report(summary, _sheets(seen, plan))
+
+
+def _clips(found: Sequence[Facts]) -> dict[str, Any] | None:
+    """How long the clips are and how many frames a second they have; None where there are none."""
+    if not found:
+        return None
+    return {
+        "count": len(found),
+        "total_seconds": round(sum(one.seconds for one in found), 2),
+        "seconds": _histogram([one.seconds for one in found], (0.5, 1, 2, 3, 5, 8, 15, 30, 60, 300)),
+        "rates": _histogram([one.rate for one in found], (6, 8, 10, 12, 15, 24, 25, 30, 50, 60)),
+    }
 
 
 def _captions(captions: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ def render(summary: dict[str, Any], sheets: Sequence[tuple[str, Sequence[tuple[s
     parts = [
         _head(summary),
         _pictures(summary),
+        _clips(summary["clips"]),
         _buckets(summary["bucket_plan"]),
         _words(summary["caption_statistics"]),
         _truncated(summary["truncated"]),
@@ -62,6 +63,16 @@ def _pictures(summary: dict[str, Any]) -> str:
         "<h2>Pictures</h2><p>As they are on disk, seen upright.</p>"
         f'<div class="two">{_bars("Width over height", summary["aspect"])}'
         f"{_bars('Megapixels', summary['megapixels'])}{_bars('Most frequent sizes', common)}</div>"
+    )
+
+
+def _clips(told: dict[str, Any] | None) -> str:
+    if told is None:
+        return ""
+    return (
+        f"<h2>Clips</h2><p>{told['count']:,} of them move, {told['total_seconds']:,.0f} seconds in all; "
+        f'the middle frame is shown.</p><div class="two">{_bars("Seconds", told["seconds"])}'
+        f"{_bars('Frames a second', told['rates'])}</div>"
     )
 
 

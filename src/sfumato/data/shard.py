@@ -7,6 +7,7 @@ bytes, so that whoever writes a shard, once or after a kill, writes the same fil
 import hashlib
 import json
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ NAMES = {
     torch.float8_e4m3fn: "F8_E4M3",
 }
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 LONGEST_HEADER = 100_000_000
 
 
@@ -56,6 +58,11 @@ class Entry:
     length: int
     checksum: str
     fields: tuple[Field, ...]
+
+
+def listed(folder: Path) -> list[Path]:
+    """The shards of a folder, by name; other people's files are not looked at."""
+    return sorted(path for path in folder.glob("*.safetensors") if NAME.fullmatch(path.name))
 
 
 class DamagedShard(Exception):

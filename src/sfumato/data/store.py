@@ -176,7 +176,7 @@ class Store:
         """One hash of all entries (or of `keys`); stores that hold the same have the same."""
         wanted = None if keys is None else set(keys)
         lines: set[str] = set()
-        for path in sorted((self.root / kind).glob("*.safetensors")):
+        for path in shard.listed(self.root / kind):
             for one, entry in shard.header(path).items():
                 if wanted is None or one in wanted:
                     lines.add(f"{one} {entry.checksum}")
@@ -185,7 +185,7 @@ class Store:
     def collect(self, kind: str, keep: set[str]) -> int:
         """Remove every entry not in `keep` and all leftovers of killed writers; returns the bytes freed."""
         freed = 0
-        for path in sorted((self.root / kind).glob("*.safetensors")):
+        for path in shard.listed(self.root / kind):
             entries = shard.header(path)
             kept = [one for one in entries if one in keep]
             if len(kept) == len(entries):

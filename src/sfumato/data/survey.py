@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from . import media
+from . import clips, media
 from .sample import Sample, SetAside
 
 SIDE = 8  # pictures are compared as SIDE × SIDE × 3 numbers
@@ -31,6 +31,7 @@ class Look:
     content: str
     descriptor: np.ndarray = field(repr=False, compare=False)
     thumbnail: str = field(default="", repr=False)
+    clip: clips.Facts | None = None
 
 
 def look(
@@ -45,15 +46,17 @@ def look(
     def one(numbered: tuple[int, Sample]) -> Look | SetAside:
         number, sample = numbered
         try:
-            content = sample.content_hash()
-            picture = media.read_picture(sample.source())
+            content, source = sample.content_hash(), sample.source()
+            clip = clips.facts(sample.name, source) if clips.is_clip(sample.name, source) else None
+            video = clip is not None and sample.name.lower().endswith(media.CLIPS)
+            picture = media.read_picture(clips.poster(source, clip.seconds) if clip and video else source)
         except (media.Unreadable, OSError) as problem:
             return SetAside(sample.name, str(problem))
         small = (
             np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0), np.float32) / 255
         )
         shown = _thumbnail(picture) if number in thumbnails else ""
-        return Look(sample, picture.size, content, small.reshape(-1), shown)
+        return Look(sample, picture.size, content, small.reshape(-1), shown, clip)
 
     seen: list[Look] = []
     broken: list[SetAside] = []
