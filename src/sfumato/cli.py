@@ -23,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 theories = typer.Typer(
-    help="Theories: listed, shown, verified.",
+    help="Theories: list, show, check, compare.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -264,6 +264,23 @@ def check_theory(
     from .commands import theory
 
     theory.check(name, out, json)
+
+
+@theories.command("compare")
+@answers
+def compare_solvers(
+    name: TheoryName,
+    budget: Annotated[int, typer.Option(metavar="N", min=2, help="Network evaluations.")] = 20,
+    out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
+    json: Json = False,
+) -> None:
+    """Compare solvers and grids.
+
+    On a problem whose exact answer is known, at one budget of network evaluations.
+    """
+    from .commands import theory
+
+    theory.compare(name, budget, out, json)
 
 
 app.add_typer(theories, name="theory")

@@ -72,7 +72,7 @@ def test_every_theory_can_be_shown(name):
     answer = sfumato("theory", "show", name, "--out", "here", "--json")
     assert answer.code == 0, answer.err
     page = Path(answer.json()["page"])
-    assert page.parent == Path("here") and page.read_text().count("<svg") == 6
+    assert page.parent == Path("here") and page.read_text().count("<svg") == 7
 
 
 OWN = """
