@@ -14,6 +14,7 @@ import sfumato
 from sfumato.errors import Refused
 from sfumato.stages.families import families
 
+from . import clips  # noqa: F401  (fills the zoo)
 from .zoo import NEGATIVE, PROMPT, ZOO, Case
 
 CLOSE = 1e-4
@@ -169,7 +170,8 @@ def test_latents_decode_to_what_was_encoded(drawn, model):
         pixels = torch.rand(1, 3, 16, 16)
         assert torch.equal(model.decode(model.encode(pixels)), pixels)
         return
-    shape = (1, 3, 9, 64, 96) if model.codec.video and "frames" in model.info else (1, 3, 64, 96)
+    frames = drawn.case.call.get("num_frames")
+    shape = (1, 3, frames, 64, 96) if frames else (1, 3, 64, 96)
     pixels = torch.rand(shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     pixels = (
         torch.nn.functional.interpolate(pixels, (*shape[2:-2], 128, 192))
@@ -177,8 +179,7 @@ def test_latents_decode_to_what_was_encoded(drawn, model):
         else pixels
     )
     latents = model.encode(pixels)
-    frames = [shape[2]] if len(shape) == 5 else []
-    assert latents.shape[1:] == model.latent_shape(pixels.shape[-1], pixels.shape[-2], *frames)
+    assert latents.shape[1:] == model.latent_shape(pixels.shape[-1], pixels.shape[-2], frames)
     vae = drawn.pipe.vae
     with torch.no_grad():
         code = vae.encode(pixels.unsqueeze(2) if latents.ndim == 5 and pixels.ndim == 4 else pixels)
