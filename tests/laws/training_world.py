@@ -22,7 +22,7 @@ from sfumato.training.settings import TrainSettings
 
 SHAPE = (2, 4, 4)
 SETTINGS = {"steps": 12, "batch": 6, "warmup": 3, "learning_rate": 1e-2, "save_every": 5, "log_every": 2}
-SETTINGS |= {"held_out_every": 4, "ema": 0.9, "clip": 0.5}
+SETTINGS |= {"held_out_every": 6, "ema": 0.9, "clip": 0.5}
 
 
 @dataclass
@@ -104,7 +104,7 @@ def train(
     objective, network, settings = make(**changes)
     with parallel.current().first():
         run = RunFolder.create(folder)
-    measure = HeldOut(objective, Encoded(4, first=50), objective.encoded, run, samples=4, levels=3)
+    measure = HeldOut(objective, Encoded(4, first=50), objective.encoded, run, samples=4, levels=2)
     slow = (lambda *_, **__: time.sleep(pause)) if pause else None
     with run.lock() if parallel.current().leads else nullcontext():
         return loop.fit(

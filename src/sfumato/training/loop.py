@@ -7,11 +7,13 @@ run that goes on from a checkpoint ends with the bits of one that was never inte
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import SIGTERM
+from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,8 @@ Measure = Callable[[int, str], None]
 """measure(step, "ema" or "raw"): record the held-out loss of the weights the network has now."""
 Progress = Callable[..., None]
 """progress(done, total, phase, **figures)."""
+SPIKE = 6.0
+"""Standard deviations above the recent losses at which a loss is noted."""
 
 
 def to_stderr(sentence: str) -> None:
@@ -152,6 +156,7 @@ class _Loop:
         self.step = self.resumed = self.loss_count = 0
         self.seconds = self.window = 0.0
         self.last_loss = self.speed = float("nan")
+        self.recent: deque[float] = deque(maxlen=20)
         self.owes = False
         self.saved: tuple[int, bool] | None = None
 
@@ -257,6 +262,7 @@ class _Loop:
             self.blow_up()
         self.seen.clear()
         loss, norm = torch.stack([self.loss_sum / max(1, self.loss_count), self.norm.float()]).tolist()
+        self.note_spike(loss)
         self.last_loss = loss
         self.loss_sum.zero_()
         steps, self.loss_count = self.loss_count, 0
@@ -272,6 +278,15 @@ class _Loop:
             samples_per_second=round(self.speed, 3),
             seconds=round(self.seconds, 3),
         )
+
+    def note_spike(self, loss: float) -> None:
+        """Note a loss far above the twenty before it."""
+        if len(self.recent) == self.recent.maxlen:
+            usual = mean(self.recent)
+            if loss > usual + SPIKE * max(stdev(self.recent), 0.01 * usual):
+                text = f"step {self.step}: the loss jumped to {loss:.4g} from {usual:.4g}"
+                self.run.event("note", text=text)
+        self.recent.append(loss)
 
     def attend(self) -> None:
         """Measure and draw where due, then save where due: a kill in between only repeats them."""
@@ -315,7 +330,9 @@ class _Loop:
     # ------------------------------------------------------------------------- saving and resuming
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+        """Write a checkpoint of this moment, unless a number in it is not finite."""
+        if not self.asks_every_step and bool(self.bad):
+            self.blow_up()
         state = {
             "seconds": self.seconds + self.window,
             "loss": [float(self.loss_sum), self.loss_count],
