@@ -39,8 +39,7 @@ from .workflow.material import collect
 
 Progress = Callable[..., None]
 JUDGED = 64
-WIDTHS = (384, 13 * 384)
-"""Of the text encoder's tokens and summary."""
+TEXT_WIDTH = 384
 FIRST_SEED = 1_000_003
 """Judged pictures start from noise that no preview used."""
 
@@ -75,7 +74,9 @@ _PICTURES = Recipe(
     sample=_SAMPLE,
 )
 _SHAPES = Recipe(
-    model=replace(_MODEL, width=128, depth=5, heads=2, stride=4, latent_channels=16, codec_batch=32),
+    model=replace(
+        _MODEL, width=128, depth=5, heads=2, text_waves=6, stride=4, latent_channels=16, codec_batch=32
+    ),
     train=replace(_TRAIN, learning_rate=2.5e-3),
     sample=replace(_SAMPLE, guidance=4.0),
 )
@@ -181,10 +182,11 @@ def time_steps(
         again, kl = codec.reconstruct(pixels, drawn)
         return (again - pixels).abs().mean() + kl.mean()
 
-    words = {"tokens": torch.zeros(8, WIDTHS[0]), "pooled": torch.zeros(WIDTHS[1])}
+    widths = TEXT_WIDTH, (1 + 2 * model.text_waves) * TEXT_WIDTH
+    words = {"tokens": torch.zeros(8, widths[0]), "pooled": torch.zeros(widths[1])}
     condition = Condition.stack([words] * settings.batch).to(where)
     theory = stages.new_theory(model.theory)
-    denoiser = new_denoiser(model, theory, codec, WIDTHS)
+    denoiser = new_denoiser(model, theory, codec, widths)
     x = noise.normal(shape, 0, range(settings.batch)).to(where)
     clock = torch.full((settings.batch,), 500.0, device=where)
     cast = devices.autocast(devices.effective_precision(settings.precision, where), where)

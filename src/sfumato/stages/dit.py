@@ -61,17 +61,6 @@ def sinusoids(clock: Tensor, width: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1).to(clock.dtype)
 
 
-def levelled(width: int, usual: int) -> nn.LayerNorm:
-    """A layer norm whose outputs together are as strong as `usual` numbers, however many there are.
-
-    An optimizer that moves every weight by about the learning rate would otherwise shake what reads a wide
-    vector harder than the rest of the network.
-    """
-    norm = nn.LayerNorm(width)
-    nn.init.constant_(norm.weight, (usual / width) ** 0.5)
-    return norm
-
-
 class Block(nn.Module):
     """Attention and a two-layer network, both gated by the time; the gates start at zero."""
 
@@ -158,11 +147,11 @@ class DiT(Denoiser):
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         if text_width:
             self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
-            self.pooled = nn.Sequential(levelled(pooled_width, text_width), nn.Linear(pooled_width, width))
+            self.pooled = nn.Sequential(nn.LayerNorm(pooled_width), nn.Linear(pooled_width, width))
         self.canvas = None
         if canvas and text_width:
             self.canvas = nn.Sequential(
-                levelled(pooled_width, text_width),
+                nn.LayerNorm(pooled_width),
                 nn.Linear(pooled_width, 4 * width),
                 nn.SiLU(),
                 nn.Linear(4 * width, width * canvas * canvas),

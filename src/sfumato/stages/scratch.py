@@ -55,7 +55,11 @@ def new_conditioner(settings: ModelSettings) -> Conditioner:
     """The conditioner `model.text` names."""
     if own.is_own(settings.text):
         return own_stage(settings.text, Conditioner)
-    return NoConditioner() if settings.text == "none" else TextConditioner(settings.text)
+    return (
+        NoConditioner()
+        if settings.text == "none"
+        else TextConditioner(settings.text, waves=settings.text_waves)
+    )
 
 
 def new_codec(settings: ModelSettings, seed: int = 0) -> Codec:

@@ -26,6 +26,7 @@ class ModelSettings:
         path=True,
         words=("minilm", "none"),
     )
+    text_waves: int = key(0, "how finely the prompt's summary remembers the order of words", least=0)
     denoiser: str = key("dit", "scratch only: the network", choices=("dit", "unet"))
     width: int = key(256, "scratch only: channels of the denoiser", least=8)
     depth: int = key(8, "scratch only: blocks of the denoiser", least=1)

@@ -15,8 +15,8 @@ from .interface import Condition, Conditioner
 
 MINILM = "minilm"
 OPTIONS = ("max_sequence_length",)
-WAVES, PERIOD = 6, 32
-"""The summary weighs tokens by this many waves; the longest spans this many tokens."""
+PERIOD = 32
+"""Tokens that the longest wave of a summary spans."""
 
 
 def minilm_folder() -> Path:
@@ -37,22 +37,23 @@ def minilm_folder() -> Path:
 
 
 class TextConditioner(Conditioner):
-    """Prompts → `tokens` [B, L, D], `mask` [B, L], `pooled` [B, 13·D] (their summary).
+    """Prompts → `tokens` [B, L, D], `mask` [B, L], `pooled` [B, (1 + 2·waves)·D] (their summary).
 
     Args:
         source: "minilm", or the folder of a transformers text encoder and its tokenizer.
         max_tokens: what is longer is cut off there.
+        waves: how finely the summary remembers the order of words; 0 for their mean alone.
     Raises:
         Refused: no such folder, or nothing in it that reads text.
     """
 
     kind = "text"
 
-    def __init__(self, source: str = MINILM, max_tokens: int = 64):
+    def __init__(self, source: str = MINILM, max_tokens: int = 64, waves: int = 0):
         super().__init__()
         from transformers import AutoTokenizer
 
-        self.source, self.max_tokens = source, max_tokens
+        self.source, self.max_tokens, self.waves = source, max_tokens, waves
         folder = minilm_folder() if source == MINILM else Path(source).expanduser()
         if not (folder / "config.json").is_file():
             raise Refused(
@@ -64,12 +65,12 @@ class TextConditioner(Conditioner):
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.network = text_encoder(folder).eval().requires_grad_(False)
         self.width = int(self.network.config.hidden_size)
-        self.pooled_width = (1 + 2 * WAVES) * self.width
+        self.pooled_width = (1 + 2 * waves) * self.width
         self._fingerprint = ""
 
     def config(self) -> dict[str, Any]:
         """Where the encoder came from, and how much it reads."""
-        return {"source": self.source, "max_tokens": self.max_tokens}
+        return {"source": self.source, "max_tokens": self.max_tokens, "waves": self.waves}
 
     def fingerprint(self) -> str:
         """A hash of the weights; not of the place they were read from."""
@@ -94,7 +95,7 @@ class TextConditioner(Conditioner):
         words.pop("token_type_ids", None)
         mask = words["attention_mask"].bool()
         tokens = self.network(**words).last_hidden_state * mask[:, :, None]
-        return Condition({"tokens": tokens, "mask": mask, "pooled": summary(tokens, mask)})
+        return Condition({"tokens": tokens, "mask": mask, "pooled": summary(tokens, mask, self.waves)})
 
     def null(self, count: int) -> Condition:
         """What the encoder makes of the empty prompt."""
@@ -105,8 +106,8 @@ class TextConditioner(Conditioner):
         return len(self.tokenizer(prompt)["input_ids"])
 
 
-def summary(tokens: Tensor, mask: Tensor) -> Tensor:
-    """The mean of the tokens, and their means weighted by waves over the prompt: [B, (1 + 2·WAVES)·D].
+def summary(tokens: Tensor, mask: Tensor, waves: int) -> Tensor:
+    """The mean of the tokens, and their means weighted by waves over the prompt: [B, (1 + 2·waves)·D].
 
     A plain mean forgets which word came first, so that "red above blue" and "blue above red" look alike;
     the first few Fourier coefficients along the prompt remember.
@@ -115,10 +116,10 @@ def summary(tokens: Tensor, mask: Tensor) -> Tensor:
         tokens: [B, L, D]; mask: [B, L], true for those that count.
     """
     places = torch.arange(tokens.shape[1], device=tokens.device, dtype=tokens.dtype)
-    angles = places[:, None] * torch.arange(1, WAVES + 1, device=tokens.device) * (2 * math.pi / PERIOD)
-    waves = torch.cat((torch.ones_like(places)[:, None], angles.cos(), angles.sin()), dim=1)
+    angles = places[:, None] * torch.arange(1, waves + 1, device=tokens.device) * (2 * math.pi / PERIOD)
+    weights = torch.cat((torch.ones_like(places)[:, None], angles.cos(), angles.sin()), dim=1)
     kept = mask.to(tokens.dtype)
-    sums = torch.einsum("bl,lw,bld->bwd", kept, waves.to(tokens.dtype), tokens)
+    sums = torch.einsum("bl,lw,bld->bwd", kept, weights.to(tokens.dtype), tokens)
     return (sums / kept.sum(1).clamp(min=1)[:, None, None]).flatten(1)
 
 
