@@ -239,7 +239,7 @@ def _tell(
         return
     sizes: dict[str, int] = {}
     for item in encoded.items:
-        width, height = item.bucket
+        width, height = item.bucket[:2]
         sizes[f"{width}×{height}"] = sizes.get(f"{width}×{height}", 0) + 1
     captions = len({caption for caption in encoded.captions if caption})
     content = content_of(collection.samples)
