@@ -217,7 +217,10 @@ def load(
 def why_not(path: Path, given: str) -> str:
     """Why nothing can be loaded from there, and what to do."""
     if not path.exists() and given.count("/") == 1 and not given.startswith((".", "~", "/")):
-        return f'"{given}" is no folder here, and nothing is fetched: download it, and give its folder.'
+        return (
+            f'"{given}" is no folder here, and nothing is fetched, as if you were offline: '
+            f"put the folder at {path}, or give the place where it is."
+        )
     if not path.exists():
         return f"{path} does not exist. Give the folder of a model or of a run."
     if (path / "recipe.toml").is_file():
