@@ -46,13 +46,17 @@ class Course:
         self.times = times.reshape(-1, times.shape[-1]).T  # [N + 1, 1 or B]
         self.angles = theory.angle(self.times)
         self.steps = len(self.times) - 1
-        self.radii = [self.weight(r) for r in torch.hypot(*theory.data(self.times))]
+        self.radii = self.column(torch.hypot(*theory.data(self.times)))
 
     def weight(self, coefficient: Tensor) -> Weight:
         """[1] or [B] float64 → a number or a tensor that multiplies states."""
         if coefficient.shape[0] == 1:
             return float(coefficient)
         return coefficient.to(self.like.device, self.like.dtype).reshape(-1, *[1] * (self.like.ndim - 1))
+
+    def column(self, table: Tensor) -> list[Weight]:
+        """[steps, 1 or B] → one weight per step."""
+        return [row[0] for row in self.weights(table[..., None])]
 
     def weights(self, table: Tensor) -> list[list[Weight]]:
         """[steps, 1 or B, terms] → weights per step and term."""
@@ -74,12 +78,12 @@ class Course:
         Raises:
             Refused: where the theory is singular, before anything is sampled.
         """
-        readers = [[self.weight(c) for c in column] for column in self.theory.reader(times)]
+        readers = self.weights(torch.stack(self.theory.reader(times), -1))
         width = self.like.dtype if self.like.dtype == torch.float64 else torch.float32
         if self.like.device.type == "mps":
             width = torch.float32
         told = times.to(self.like.device, width).expand(-1, len(self.like)).contiguous()
-        return [Node(t, *reader) for t, *reader in zip(told, *readers, strict=True)]
+        return [Node(t, *reader) for t, reader in zip(told, readers, strict=True)]
 
     def velocity(self, node: Node, z: Samples) -> Tensor:
         """v at z: the network asked once."""

@@ -250,7 +250,7 @@ class Theory:
         high = torch.full_like(low, self.t_noise)
         if wanted.numel() == 0:
             return low
-        bits = 12 if wanted.numel() <= 4 else 9 if wanted.numel() <= 64 else 6
+        bits = 9 if wanted.numel() <= 8 else 6
         fractions = torch.linspace(0, 1, 2**bits + 1, dtype=torch.float64, device=wanted.device)
         for _ in range(-(-64 // bits)):
             ladder = low[..., None] + (high - low)[..., None] * fractions

@@ -10,6 +10,7 @@ Held constant, x_0 and x_T both give the rotation of the derived step; polynomia
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Leg:
     redo: list[Weight] = field(default_factory=list)
 
 
+@lru_cache
 def gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights on [−1, 1], exact for polynomials up to degree 2·count − 1 (Golub & Welsch 1969)."""
     k = torch.arange(1, count, dtype=torch.float64)
@@ -107,8 +109,8 @@ def plan(course: Course, kind: str, order: int, corrected: int, ends: Tensor | N
             keep, past = turn.cos(), turn.sin()[..., None]
         else:
             keep, past = carried(kind, angles[rows], goal[rows], history(rows, terms))
-        for i, k, w in zip(rows, keep, past, strict=True):
-            legs[i].keep, legs[i].past = course.weight(k), [course.weight(c) for c in w.T]
+        for i, k, w in zip(rows, course.column(keep), course.weights(past), strict=True):
+            legs[i].keep, legs[i].past = k, w
     for terms in range(2, max(corrected, 2) + 1):
         rows = [i for i in range(1, count) if min(i + 1, max(corrected, 2)) == terms]
         rows = rows if corrected else [i for i in rows if i == 1 and order > 2]
@@ -119,8 +121,8 @@ def plan(course: Course, kind: str, order: int, corrected: int, ends: Tensor | N
         keep, past = carried(
             "velocity" if first else kind, angles[before], angles[rows], history(rows, terms)
         )
-        for i, k, w in zip(rows, keep, past, strict=True):
-            legs[i].redo_keep, legs[i].redo = course.weight(k), [course.weight(c) for c in w.T]
+        for i, k, w in zip(rows, course.column(keep), course.weights(past), strict=True):
+            legs[i].redo_keep, legs[i].redo = k, w
     return legs
 
 
@@ -128,7 +130,7 @@ def reading(course: Course, kind: str) -> list[tuple[Weight, Weight]]:
     """(of z, of v) at every asked node: what is carried on, from the state and its velocity."""
     sin, cos = course.angles[:-1].sin(), course.angles[:-1].cos()
     pair = {"velocity": (0 * sin, 1 + 0 * cos), "data": (cos, -sin), "noise": (sin, cos)}[kind]
-    return [(course.weight(z), course.weight(v)) for z, v in zip(*pair, strict=True)]
+    return [(z, v) for z, v in course.weights(torch.stack(pair, -1))]
 
 
 def walk_on(

@@ -69,7 +69,7 @@ def runge_kutta(
             stages[i] = [
                 first[i + 1] if k and rules[i][k - 1][0] == 1.0 else node for k, node in enumerate(stages[i])
             ]
-    steps = [course.weight(h) for h in sizes]
+    steps = course.column(sizes)
     turns = rotation(course, here, down)
 
     def walk(z: Tensor) -> Iterator[Tensor]:
@@ -178,7 +178,7 @@ def restart(
     stops = course.between(leg)
     sizes = [course.weight(h) for h in leg.diff(dim=0)]
     nodes, count = course.asked(), course.steps
-    strides = [course.weight(h) for h in course.angles.diff(dim=0)]
+    strides = course.column(course.angles.diff(dim=0))
     turns = rotation(course, course.angles[:-1], course.angles[1:])
 
     def walk(z: Tensor) -> Iterator[Tensor]:

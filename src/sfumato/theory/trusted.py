@@ -28,7 +28,7 @@ def trusted(course: Course, z: Tensor) -> Iterator[Tensor]:
     predict, correct = (2, 3) if course.steps < 12 else (3, 3) if course.steps < 25 else (4, 4)
     legs = plan(course, "velocity", predict, correct)
     predicted, corrected = (share * min(course.steps, 20) for share in (PREDICTED, CORRECTED))
-    sizes = [course.weight(h) for h in course.angles.diff(dim=0)]
+    sizes = course.column(course.angles.diff(dim=0))
 
     def walk(z: Tensor) -> Iterator[Tensor]:
         past: list[Tensor] = []
