@@ -1,4 +1,4 @@
-"""Error per network evaluation on data whose perfect denoiser is known: ours beside the schedulers of diffusers.
+"""Error per network evaluation on data whose perfect denoiser is known: ours beside diffusers.
 
     python benchmarks/theory_oracle.py [--budgets 5,10,20] [--samples 256] [--out runs/oracle.json]
 

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from sfumato.theory import get, solve
+from sfumato.theory import get, integrate
 
 torch.set_num_threads(1)
 STEPS = 50
@@ -25,6 +25,11 @@ def timed(run) -> float:
     return time.perf_counter() - began
 
 
+def fused(x: torch.Tensor, answer: torch.Tensor) -> None:
+    for _ in range(STEPS):
+        torch.add(x, answer, alpha=0.1)
+
+
 def main() -> None:
     x_T = torch.randn(1, 4, 128, 128)
     answer = torch.randn(1, 4, 128, 128)
@@ -39,7 +44,9 @@ def main() -> None:
         for solver, order in (("euler", None), ("multistep", 2), ("dpm++", 2), ("unipc", 3), ("auto", None)):
             rows.append((
                 f"sfumato {solver} {order or ''} ({name})",
-                microseconds(lambda t=theory, s=solver, o=order: list(solve(lambda x, t: answer, x_T, t, STEPS, s, o))),
+                microseconds(
+                    lambda t=theory, s=solver, o=order: integrate(lambda x, t: answer, x_T, t, STEPS, s, o)
+                ),
             ))  # fmt: skip
     try:
         import diffusers
