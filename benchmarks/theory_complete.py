@@ -79,7 +79,7 @@ def theirs() -> Counter[str]:
     count: Counter[str] = Counter()
     kinds = [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}]
     answers = ["epsilon", "sample", "v_prediction", "flow_prediction"]
-    for title in ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete",
+    for title in ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete",  # noqa: E501
                   "HeunDiscrete", "LMSDiscrete", "DDIM", "IPNDM", "PNDM"):  # fmt: skip
         make = getattr(diffusers, f"{title}Scheduler")
         for answer in answers:
@@ -92,7 +92,7 @@ def theirs() -> Counter[str]:
                         for k, v in {"prediction_type": answer, **kind, **flow}.items()
                     )
                     scheduler.set_timesteps(12)
-                    x = torch.randn(4, 1, 2, 2) * float(scheduler.init_noise_sigma)
+                    x = torch.randn(4, 1, 2, 2) * float(getattr(scheduler, "init_noise_sigma", 1.0))
                     for t in scheduler.timesteps:
                         x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
                     fine = bool(x.isfinite().all())

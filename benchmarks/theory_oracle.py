@@ -2,9 +2,9 @@
 
     python benchmarks/theory_oracle.py [--budgets 5,10,20] [--samples 256] [--out runs/oracle.json]
 
-Every peer is told the exact noise level of its state and is judged against the exact flow from its own start to
-its own end, so that only the solver's own error counts. Errors are root mean squares over the best 98 % of
-samples, with the plain ones in brackets. Peers that are not installed are left out.
+Every peer is told the exact noise level of its state and is judged against the exact flow from its own
+start to its own end, so that only the solver's own error counts. Errors are root mean squares over the
+best 98 % of samples, with the plain ones in brackets. Peers that are not installed are left out.
 """
 
 import argparse
@@ -140,14 +140,14 @@ def levels(space: str, value: float) -> tuple[float, float]:
 
 
 def drive(scheduler: object, space: str, problem: Problem, x_T: Tensor, budget: int) -> Tensor | None:
-    """A scheduler's end minus the exact flow from its own start; None where it asks more often than `budget`."""
+    """A scheduler's end minus the exact flow from its own start; None where it asks more than `budget`."""
     circle = get("trigflow")
     exact = problem.denoiser(circle)
     half = (budget + 1) // 2 if "Heun" in type(scheduler).__name__ else budget
     scheduler.set_timesteps(half)
     if len(scheduler.timesteps) > budget:
         return None
-    x = start = x_T * float(scheduler.init_noise_sigma)
+    x = start = x_T * float(getattr(scheduler, "init_noise_sigma", 1.0))
     first: tuple[float, float] | None = None
     for t in scheduler.timesteps:
         seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
@@ -230,7 +230,8 @@ def summary(rows: list[dict[str, object]]) -> str:
         if found:
             won = sum(r <= 1 for r in found)
             tell.append(
-                f"{name}: median ratio {found[len(found) // 2]:.2f}, at or below the best peer in {won} of {len(found)}"
+                f"{name}: median ratio {found[len(found) // 2]:.2f}, "
+                f"at or below the best peer in {won} of {len(found)}"
             )
     return "\n".join(tell)
 

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from sfumato.record import RunFolder
-from sfumato.stages.scratch import new_denoiser
 from sfumato.stages.codec import PixelCodec
 from sfumato.stages.interface import Condition, Model
+from sfumato.stages.scratch import new_denoiser
 from sfumato.stages.settings import ModelSettings
 from sfumato.stages.text import NoConditioner
 from sfumato.theory import get, noise

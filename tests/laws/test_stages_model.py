@@ -17,8 +17,6 @@ TINY = {"width": 32, "depth": 2, "heads": 4, "latent_channels": 4, "codec_width"
 DENOISERS = {"dit": {"patch": 2}, "unet": {"depth": 2}}
 
 
-
-
 def tiny(**changes) -> ModelSettings:
     return ModelSettings(**{**TINY, **changes})
 
@@ -31,7 +29,9 @@ def pixels():
 def words(lengths: list[int], width: int = 24) -> Condition:
     """A condition of prompts with these numbers of tokens."""
     generator = torch.Generator().manual_seed(1)
-    rows = [{"tokens": torch.randn(n, width, generator=generator), "pooled": torch.randn(width)} for n in lengths]
+    rows = [
+        {"tokens": torch.randn(n, width, generator=generator), "pooled": torch.randn(width)} for n in lengths
+    ]
     return Condition.stack(rows)
 
 
@@ -134,7 +134,7 @@ def test_a_sample_of_the_posterior_lies_around_its_mode(pixels):
 
 
 def test_a_size_the_codec_cannot_take_is_refused_with_one_that_it_can():
-    with pytest.raises(Refused, match="multiples of 8.*Choose 32×24"):
+    with pytest.raises(Refused, match=r"multiples of 8.*Choose 32×24"):
         new_codec(tiny()).check_size(33, 30)
 
 
@@ -205,7 +205,7 @@ def test_lists_of_different_lengths_are_refused():
         model.generate(["", ""], seed=[1, 2, 3])
 
 
-OWN = '''
+OWN = """
 import torch
 from sfumato.stages import Condition, Conditioner, Denoiser
 
@@ -219,7 +219,7 @@ class Average(Denoiser):
         return {"channels": self.channels}
     def forward(self, x, clock, condition):
         return x * self.weight
-'''
+"""
 
 
 def test_a_network_of_ones_own_is_built_saved_and_loaded(tmp_path):

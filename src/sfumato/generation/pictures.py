@@ -133,8 +133,9 @@ class PaintingModel(Model):
         Raises:
             Refused: a size that does not fit, or frames of a model that draws pictures.
         """
-        side = self.info.get("resolution", DEFAULT_SIDE)
-        width, height = width or self.info.get("width", side), height or self.info.get("height", side)
+        side = int(self.info.get("resolution", DEFAULT_SIDE))
+        width = width or int(self.info.get("width", side))
+        height = height or int(self.info.get("height", side))
         if frames is not None and "frames" not in self.info:
             raise Refused(f"frames = {frames}: this model draws pictures, not clips. Leave frames out.")
         return self.codec.latent_shape(width, height, frames or self.info.get("frames", 1))

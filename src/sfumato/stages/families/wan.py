@@ -45,7 +45,7 @@ class Wan(Family):
         if border is not None and pipe.transformer is not None and pipe.transformer_2 is not None:
             count = pipe.scheduler.config.num_train_timesteps
             return Experts(pipe.transformer, pipe.transformer_2, border * count)
-        network = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+        network: Any = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
         network.register_to_config(expand_timesteps=bool(pipe.config.expand_timesteps))
         return network
 
