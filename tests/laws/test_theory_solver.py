@@ -199,9 +199,9 @@ def test_what_a_solver_cannot_do_is_refused_before_sampling(how, words):
 def test_a_singular_time_is_refused_before_sampling_with_its_remedy(solver):
     theory = Theory(data=lambda t: (1 - t, t), model=lambda t: (torch.zeros_like(t), torch.ones_like(t)))
     with pytest.raises(Refused, match=r"t = 1.*velocity"):
-        solve(lambda x, t: pytest.fail("asked"), X_T, theory, 5, solver, noise=noise.of(0))
+        solve(lambda x, t: pytest.fail("asked"), X_T, theory, 8, solver, noise=noise.of(0))
     with pytest.raises(Refused, match="shape"):
-        integrate(lambda x, t: x[:1], X_T, get("trigflow"), 5, solver, noise=noise.of(0))
+        integrate(lambda x, t: x[:1], X_T, get("trigflow"), 8, solver, noise=noise.of(0))
 
 
 def test_guidance_of_scale_one_is_the_prompted_network_and_batched_agrees():
