@@ -160,7 +160,7 @@ def planned(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
         model=replace(model, codec_steps=codec_steps),
         data=DataSettings(train=data, resolution=side, store=str(out / "store")),
         train=replace(plan.recipe.train, steps=steps, device=device),
-        sample=replace(plan.recipe.sample, every=max(1, steps // 4)),
+        sample=replace(plan.recipe.sample, every=-(-steps // 4)),
     )
 
 
