@@ -3,7 +3,7 @@
 A picture depends on its prompt and its own seed, not on what is drawn beside it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -112,18 +112,28 @@ class PaintingModel(Model):
             some = todo[first : first + batch]
             start = self.start(some, shape) if latents is None else latents[first : first + batch]
             denoise = self.guided(some, guidance, options)
-            x = self.first_state(start, grid).to(self.device, self.dtype)
             with torch.no_grad():
-                draw = noise.of([wish.seed for wish in some])
-                path = solve(
-                    denoise, x, self.theory, steps if grid is None else grid, solver or "auto", noise=draw
-                )
-                for step, state in enumerate(path, 1):
+                x = start
+                for step, state in enumerate(self.path(some, start, denoise, grid, steps, solver), 1):
                     x = state
                     if watch is not None:
                         watch(first * steps + step * len(some), len(todo) * steps)
                 pictures += to_pictures(self.decode(x), "frames" in self.info)
         return pictures
+
+    def path(
+        self,
+        todo: Sequence[Wish],
+        start: Tensor,
+        denoise: Callable[[Tensor, Tensor], Tensor],
+        grid: Any,
+        steps: int,
+        solver: str | None,
+    ) -> Iterator[Tensor]:
+        """The states from these wishes' unit noise to their latents; without a grid, `steps` evaluations."""
+        x = self.first_state(start, grid).to(self.device, self.dtype)
+        draw = noise.of([wish.seed for wish in todo])
+        return solve(denoise, x, self.theory, steps if grid is None else grid, solver or "auto", noise=draw)
 
     def latent_shape(
         self, width: int | None = None, height: int | None = None, frames: int | None = None
