@@ -81,9 +81,9 @@ _SHAPES = Recipe(
     sample=replace(_SAMPLE, guidance=4.0),
 )
 PLANS = {
-    "openmoji": Plan(_PICTURES, 5.4, 0.13, 30, 400, 8000, 150, 2000),
+    "openmoji": Plan(_PICTURES, 5.2, 0.13, 30, 400, 8000, 150, 2000),
     "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 800, 20000, 200, 3000),
-    "shapes": Plan(_SHAPES, 4.6, 0.10, 45, 800, 16000, 100, 1000),
+    "shapes": Plan(_SHAPES, 4.2, 0.10, 45, 800, 16000, 100, 1000),
 }
 RESOLUTION = {"openmoji": 64, "openmoji-all": 64, "shapes": 32}
 
