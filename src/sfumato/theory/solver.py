@@ -105,7 +105,7 @@ def solve(
             (image-to-image: theory.mix(x_0, x_T, t); inversion: x_0, with a grid from data to noise).
         grid: times [N + 1], [B, N + 1] with a row per sample, or a number of network evaluations,
             which the solver then places itself.
-        solver: auto, euler, heun, multistep, ancestral.
+        solver: a name of `methods()`: auto, euler, heun, multistep, dpm++, unipc, adaptive, …
         order: for solvers that have several.
         eta: how much of the noise is drawn anew each step, 0 (none) to 1 (ancestral sampling).
         noise: noise.of(seed), needed when eta > 0.
