@@ -134,13 +134,22 @@ def generate(
     solver: Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")] = "",
     width: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
     height: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
+    frames: Annotated[int, typer.Option(metavar="N", min=0, help="Of a clip; 0 is as it was trained.")] = 0,
+    fps: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="X", help="Frames a second of a clip's file; default: the model's own."),
+    ] = None,
+    format: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="KIND", help="png, webp; of clips mp4, webp, frames; repeat it for several."),
+    ] = None,
     out: Annotated[Path, out_option("runs/generate")] = Path("runs/generate"),
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Draw pictures of prompts.
+    """Draw pictures or clips of prompts.
 
-    A picture depends on its own seed, not on the batch it is drawn in.
+    A picture depends on its own seed, not on the batch it is drawn in. Each file says what it shows.
     """
     from .commands import draw
 
@@ -151,9 +160,10 @@ def generate(
         "steps": steps,
         "guidance": guidance,
         "solver": solver,
+        "frames": frames,
         **size,
     }
-    draw.generate(model, prompt or [], count, wanted, out, device, json)
+    draw.generate(model, prompt or [], count, wanted, out, device, json, format or (), fps)
 
 
 @app.command("eval")

@@ -1,9 +1,10 @@
 """The command that draws."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import Refused
+from ..errors import Refused, one_of
 from ..record import write_atomic
 from ..studio.page import document, embedded, gallery, section
 from .console import progress, result
@@ -17,39 +18,80 @@ def generate(
     out: Path,
     device: str,
     as_json: bool,
+    kinds: Sequence[str] = (),
+    fps: float | None = None,
 ) -> None:
-    """Draw `count` pictures of each prompt into `out`, with a page that shows them."""
-    from ..generation import load
-    from ..generation.sheet import contact_sheet
+    """Draw `count` pictures or clips of each prompt into `out`, with a page that shows them.
+
+    Args:
+        kinds: of file; default PNG, of clips MP4. fps: of clips; default as the model was trained.
+    """
+    from ..generation import files, load
+    from ..generation.sheet import sheet_of
     from ..training.device import resolve
 
     model = load(folder, device=str(resolve(device)))
     if not prompts and model.conditioner.kind != "none":
         raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
+    known = files.CLIP_KINDS if "frames" in model.info else files.PICTURE_KINDS
+    kinds = [one_of("--format", kind, known) for kind in kinds or known[:1]]
+    if fps is not None and "frames" not in model.info:
+        raise Refused(f"--fps {fps:g}: this model draws pictures, not clips. Leave --fps out.")
+    fps = float(model.info.get("fps", files.DEFAULT_FPS)) if fps is None else files.check_fps(fps)
     asked = [prompt for prompt in prompts or [""] for _ in range(count)]
     options: dict[str, Any] = {
         name: value for name, value in wanted.items() if value not in (None, "", 0) or name == "seed"
     }
     with progress() as shown:
-        pictures = model.generate(
+        drawn = model.generate(
             prompt=asked, watch=lambda done, total: shown(done, total, "drawing"), **options
         )
-    out.mkdir(parents=True, exist_ok=True)
     listed = []
-    for index, (prompt, picture) in enumerate(zip(asked, pictures, strict=True)):
+    for index, (prompt, one) in enumerate(zip(asked, drawn, strict=True)):
         seed = wanted["seed"] + index
-        file = out / f"{index:03d}-{slug(prompt)}-{seed}.png"
-        picture.save(file)
-        listed.append({"file": str(file), "prompt": prompt, "seed": seed})
+        said = {"prompt": prompt, **options, "seed": seed, "model": folder.name}
+        place = out / f"{index:03d}-{slug(prompt)}-{seed}"
+        listed.append({**keep(one, place, kinds, said, fps), "prompt": prompt, "seed": seed})
     sheet, page = out / "sheet.png", out / "index.html"
-    contact_sheet(pictures, asked).save(sheet)
-    shown_pictures = [(embedded(Path(one["file"])), one["prompt"], f"seed {one['seed']}") for one in listed]
-    write_atomic(page, document("Pictures", f"By {folder}.", [section("Drawn", gallery(shown_pictures))]))
+    write_atomic(sheet, files.png(sheet_of(drawn, asked), {}))
+    shown_there = [
+        (embedded(*moving(one, fps)), row["prompt"], f"seed {row['seed']}")
+        for one, row in zip(drawn, listed, strict=True)
+    ]
+    title = "Clips" if files.is_clip(drawn[0]) else "Pictures"
+    write_atomic(page, document(title, f"By {folder}.", [section("Drawn", gallery(shown_there))]))
     result(
         {"pictures": listed, "sheet": sheet, "page": page},
-        "\n".join([*(one["file"] for one in listed), str(sheet), str(page)]),
+        "\n".join([*(file for one in listed for file in one["files"]), str(sheet), str(page)]),
         as_json,
     )
+
+
+def keep(drawn: Any, place: Path, kinds: Sequence[str], said: dict[str, Any], fps: float) -> dict[str, Any]:
+    """Write a picture or clip to `place` and an ending; where it is now, numbered frames as their folder."""
+    from ..generation import files
+
+    written = []
+    for kind in kinds:
+        for ending, content in files.contents(drawn, kind, said, fps).items():
+            file = Path(f"{place}{ending}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, content)
+            written.append(str(file))
+    frames = next((i for i, kind in enumerate(kinds) if kind == "frames"), None)
+    first = str(place) if frames == 0 else written[0]
+    return {"file": first, "files": written}
+
+
+def moving(drawn: Any, fps: float) -> tuple[bytes, str]:
+    """What a page shows of a picture or clip: its bytes and what they are."""
+    from PIL import Image
+
+    from ..generation import files
+
+    if not files.is_clip(drawn):
+        return files.png(drawn, {}), "image/png"
+    return files.webp([Image.fromarray(frame) for frame in drawn], {}, fps), "image/webp"
 
 
 def slug(text: str, most: int = 40) -> str:

@@ -118,7 +118,7 @@ class PaintingModel(Model):
                     x = state
                     if watch is not None:
                         watch(first * steps + step * len(some), len(todo) * steps)
-                pictures += to_pictures(self.decode(x), "frames" in self.info)
+                pictures += to_pictures(self.decode(x), "frames" in self.info, frames)
         return pictures
 
     def path(
@@ -140,6 +140,8 @@ class PaintingModel(Model):
     ) -> tuple[int, ...]:
         """[C, (F,) h, w] of the latents of a picture or clip; by default as the model was trained.
 
+        A number of frames that the codec does not give is rounded up; `generate` cuts what is too much.
+
         Raises:
             Refused: a size that does not fit, or frames of a model that draws pictures.
         """
@@ -148,7 +150,12 @@ class PaintingModel(Model):
         height = height or int(self.info.get("height", side))
         if frames is not None and "frames" not in self.info:
             raise Refused(f"frames = {frames}: this model draws pictures, not clips. Leave frames out.")
-        return self.codec.latent_shape(width, height, frames or self.info.get("frames", 1))
+        if frames is not None and frames < 1:
+            raise Refused(f"frames = {frames}: a clip has at least one frame.")
+        step = self.codec.time_stride
+        known = frames or int(self.info.get("frames", 1))
+        count = 1 + -(-(known - 1) // step) * step
+        return self.codec.latent_shape(width, height, count)
 
     def start(self, todo: Sequence[Wish], shape: tuple[int, ...]) -> Tensor:
         """The noise each picture starts from [B, C, h, w]."""
@@ -184,13 +191,19 @@ class PaintingModel(Model):
         return guiding.together(lambda x_t, t: self.predict(x_t, t, both), leaning)
 
 
-def to_pictures(pixels: Tensor, moving: bool) -> list[Any]:
-    """Pixels [B, 3, H, W] → PIL images; [B, 3, F, H, W] → clips [F, H, W, 3], or images unless `moving`."""
+def to_pictures(pixels: Tensor, moving: bool, frames: int | None = None) -> list[Any]:
+    """Pixels [B, 3, H, W] → PIL images; [B, 3, F, H, W] → clips [F, H, W, 3], or images unless `moving`.
+
+    Of a clip the first `frames` frames are kept.
+    """
     if pixels.ndim == 4:
         return to_images(pixels)
     if not moving:
         return to_images(pixels[:, :, 0])
-    return [np.stack([np.asarray(image) for image in to_images(clip.transpose(0, 1))]) for clip in pixels]
+    return [
+        np.stack([np.asarray(image) for image in to_images(clip[:, :frames].transpose(0, 1))])
+        for clip in pixels
+    ]
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

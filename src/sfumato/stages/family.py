@@ -50,6 +50,8 @@ class Family:
     prompt_only: ClassVar[tuple[str, ...]] = ()
     """Options of encode_prompt that the pipeline does not apply to a negative prompt."""
     video: ClassVar[bool] = False
+    fps: ClassVar[float] = 8.0
+    """Frames a second of the clips it was trained on, where its pipeline's call does not say."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
 
     def theory(self, scheduler: Any) -> Theory:
@@ -150,7 +152,9 @@ class Family:
             "steps": call["num_inference_steps"],
             "guidance": float(call.get(self.guidance) or 1.0),
         }
-        return known | ({"frames": self.frames(pipe)} if self.video else {})
+        if not self.video:
+            return known
+        return known | {"frames": self.frames(pipe), "fps": float(call.get("frame_rate") or self.fps)}
 
 
 def normed_like(answer: Tensor, strong: Tensor, axis: int = -1) -> Tensor:

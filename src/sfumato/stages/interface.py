@@ -111,6 +111,8 @@ class Codec(Stage):
 
     stride: int
     latent_channels: int
+    time_stride: int = 1
+    """Frames of a clip that share a latent, the first frame having one of its own."""
 
     @abstractmethod
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:

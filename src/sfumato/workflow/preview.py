@@ -8,8 +8,9 @@ from torch import nn
 
 from ..data.encoded import EncodedSet
 from ..generation import PaintingModel
+from ..generation.files import DEFAULT_FPS, contents, is_clip
 from ..recipe import Recipe
-from ..record import RunFolder
+from ..record import RunFolder, write_atomic
 from ..theory import noise
 
 SHOWN = 8
@@ -69,8 +70,12 @@ class Preview:
             seed += len(group.prompts)
             names = []
             for index, picture in enumerate(pictures):
-                file = self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.png"
-                picture.save(file)
+                kind = "webp" if is_clip(picture) else "png"
+                file = self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"
+                said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
+                fps = float(self.model.info.get("fps", DEFAULT_FPS))
+                (content,) = contents(picture, kind, said, fps).values()
+                write_atomic(file, content)
                 names.append(str(file.relative_to(self.run.path)))
             told = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
             self.run.event("pictures", step=step, files=names, **told)

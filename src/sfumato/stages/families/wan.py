@@ -37,7 +37,7 @@ class Wan(Family):
 
     pipelines = ("WanPipeline",)
     clock = "thousandths"
-    video = True
+    video, fps = True, 16.0
 
     def whole(self, pipe: Any) -> nn.Module:
         """Both networks where there are two; the one there is otherwise."""
