@@ -4,6 +4,7 @@ Results go to stdout, messages to stderr. Exit codes: 0 done, 1 the run failed, 
 130 and 143 stopped by SIGINT and SIGTERM with the state saved.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Optional
@@ -298,5 +299,7 @@ app.add_typer(theories, name="theory")
 
 def main() -> None:
     """Run the command line; also what `python -m sfumato` does."""
+    for name in ("torchao", "torch.utils._pytree"):  # what these say of themselves while they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_DISABLE", "1")  # one kind of progress bar is enough
     app(prog_name="sfumato")

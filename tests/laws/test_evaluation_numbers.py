@@ -48,6 +48,13 @@ def test_the_kernel_distance_grows_with_the_difference(shift):
     assert far.value > near.value > kernel_distance(real, other).value
 
 
+def test_a_feature_that_hardly_varies_does_not_drown_the_others():
+    real = noise.normal((16,), 0, range(200), purpose="x")
+    real[:, 0] = 1e-9 * real[:, 0]
+    drawn = noise.normal((16,), 1, range(200), purpose="x") * torch.tensor([0.01] + [1.0] * 15)
+    assert abs(kernel_distance(real, drawn).value) < 0.1
+
+
 def test_errors_shrink_with_the_root_of_repetitions():
     values = noise.normal((1,), 0, range(4000), purpose="x").flatten().tolist()
     few, many = over(values[:400]), over(values)

@@ -20,10 +20,13 @@ def kernel_distance(
 ) -> Measure:
     """KID of features [N, D] and [M, D], averaged over random subsets; its error is that of their mean.
 
-    Features are standardised by the real ones' mean and deviation, so that no channel counts by its scale.
+    Features are standardised by the real ones' mean and deviation, so that no channel counts by its scale;
+    one that hardly varies among the real ones counts by a tenth of the usual deviation, or it would drown
+    all others.
     """
     real, drawn = real.double(), drawn.double()
-    mean, deviation = real.mean(0), real.std(0).clamp_min(1e-6)
+    mean, deviation = real.mean(0), real.std(0)
+    deviation = deviation.clamp_min(max(float(deviation.mean()) / 10, 1e-12))
     real, drawn = (real - mean) / deviation, (drawn - mean) / deviation
     size = min(subset, len(real), len(drawn))
     if size < 2:
