@@ -55,7 +55,11 @@ def out_option(default: str) -> typer.models.OptionInfo:
 @app.command(rich_help_panel=None)
 @answers
 def demo(
-    data: Annotated[str, typer.Option(metavar="SET", help="openmoji, openmoji-all or shapes.")] = "openmoji",
+    task: Annotated[str, typer.Option(metavar="TASK", help="What is shown: text.")] = "text",
+    data: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="SET", help="openmoji, openmoji-all or shapes.", show_default="the task's own"),
+    ] = None,
     out: Annotated[Path, out_option("runs/demo")] = Path("runs/demo"),
     minutes: Annotated[
         Optional[float],  # noqa: UP045
@@ -70,7 +74,7 @@ def demo(
     """
     from .commands import demonstrate
 
-    demonstrate.demo(data, out, minutes, device, json)
+    demonstrate.demo(task, data, out, minutes, device, json)
 
 
 @app.command()

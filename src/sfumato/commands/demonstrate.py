@@ -2,20 +2,22 @@
 
 from pathlib import Path
 
+from ..demo import TASKS
 from ..errors import Refused, one_of
-from ..recipe import EMBEDDED
 from .console import progress, result
 
 
-def demo(data: str, out: Path, minutes: float | None, device: str, as_json: bool) -> None:
-    """Train on an embedded set, draw, judge; print the page's path, or one line of JSON."""
-    one_of("--data", data, EMBEDDED)
+def demo(task: str, data: str | None, out: Path, minutes: float | None, device: str, as_json: bool) -> None:
+    """Train what a task shows, draw, judge; print the page's path, or one line of JSON."""
+    one_of("--task", task, TASKS)
+    if data is not None:
+        one_of("--data", data, TASKS[task])
     if minutes is not None and not 0 < minutes < float("inf"):
         raise Refused(f"--minutes is {minutes}, but it must be a positive number.")
     from ..demo import run
 
     with progress() as shown:
-        found = run(data=data, out=out, minutes=minutes, device=device, progress=shown)
+        found = run(data, out, minutes, device, shown, task)
     seconds = found["seconds"]
     lines = [f"{name.replace('_', ' '):<18} {share:.1%}" for name, share in found["accuracy"].items()]
     lines += [f"{name + ' seconds':<18} {seconds[name]:.1f}" for name in seconds]

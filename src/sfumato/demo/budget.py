@@ -1,0 +1,113 @@
+"""How a demo's minutes are spent: steps are timed on this machine, then counted.
+
+A faster machine trains longer.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import stages
+from ..data.settings import DataSettings
+from ..recipe import Recipe
+from ..stages import Condition
+from ..stages.scratch import new_denoiser
+from ..stages.settings import ModelSettings
+from ..theory import noise
+from ..training import device as devices
+from ..training.settings import TrainSettings
+
+TEXT_WIDTH = 384
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a data set's minutes are spent.
+
+    minutes: in all; codec: share of them for the codec; rest: seconds for all that is not training;
+    fewest, most: steps of the denoiser, and fewest_codec, most_codec of the codec; side: of its pictures.
+    """
+
+    recipe: Recipe
+    minutes: float
+    codec: float
+    rest: float
+    fewest: int
+    most: int
+    fewest_codec: int
+    most_codec: int
+    side: int
+
+
+def planned(plan: Plan, data: str, out: Path, minutes: float | None, device: str) -> Recipe:
+    """The recipe that fills the minutes on this machine."""
+    minutes = minutes or plan.minutes
+    model = plan.recipe.model
+    where = devices.resolve(device)
+    codec_step, step = time_steps(model, plan.recipe.train, plan.side, where)
+    for_codec = 60 * minutes * plan.codec
+    for_training = 60 * minutes - for_codec - plan.rest
+    codec_steps = _between(plan.fewest_codec, for_codec / codec_step, plan.most_codec)
+    steps = _between(plan.fewest, for_training / step, plan.most if minutes <= plan.minutes else 10**7)
+    return replace(
+        plan.recipe,
+        output=str(out),
+        model=replace(model, codec_steps=codec_steps),
+        data=DataSettings(train=data, resolution=plan.side, store=str(out / "store")),
+        train=replace(plan.recipe.train, steps=steps, device=device),
+        sample=replace(plan.recipe.sample, every=-(-steps // 4)),
+    )
+
+
+def _between(fewest: int, wanted: float, most: int) -> int:
+    return max(fewest, min(int(wanted), most))
+
+
+def time_steps(
+    model: ModelSettings, settings: TrainSettings, side: int, where: torch.device
+) -> tuple[float, float]:
+    """Seconds that a step of the codec and one of the denoiser take here, measured on noise."""
+    codec = stages.new_codec(model)
+    assert isinstance(codec, stages.TrainableCodec)
+    pixels = noise.normal((3, side, side), 0, range(model.codec_batch)).clamp(-1, 1).to(where)
+    shape = (model.latent_channels, side // model.stride, side // model.stride)
+    drawn = noise.normal(shape, 0, range(model.codec_batch)).to(where)
+
+    def codec_loss() -> Tensor:
+        again, kl = codec.reconstruct(pixels, drawn)
+        return (again - pixels).abs().mean() + kl.mean()
+
+    widths = TEXT_WIDTH, (1 + 2 * model.text_waves) * TEXT_WIDTH
+    words = {"tokens": torch.zeros(8, widths[0]), "pooled": torch.zeros(widths[1])}
+    condition = Condition.stack([words] * settings.batch).to(where)
+    theory = stages.new_theory(model.theory)
+    denoiser = new_denoiser(model, theory, codec, widths)
+    x = noise.normal(shape, 0, range(settings.batch)).to(where)
+    clock = torch.full((settings.batch,), 500.0, device=where)
+    cast = devices.autocast(devices.effective_precision(settings.precision, where), where)
+
+    def loss() -> Tensor:
+        with cast:
+            return denoiser(x, clock, condition).float().square().mean()
+
+    codec_seconds = _seconds(codec.to(where), codec_loss, where)
+    return codec_seconds, _seconds(denoiser.to(where), loss, where)
+
+
+def _seconds(network: torch.nn.Module, loss: Callable[[], Tensor], where: torch.device) -> float:
+    """The median of five optimizer steps after two that warm up."""
+    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    taken = []
+    for _ in range(7):
+        began = time.perf_counter()
+        loss().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+        taken.append(time.perf_counter() - began)
+    return sorted(taken[2:])[2] * 1.1

@@ -1,0 +1,44 @@
+"""What every judge of a demo needs: which prompts, and pictures drawn and entered into the run."""
+
+from typing import Any
+
+from PIL import Image
+
+from ..data.sample import Sample
+from ..theory import noise
+from .way import Seen
+
+JUDGED = 64
+FIRST_SEED = 1_000_003
+"""Judged pictures start from noise that no preview used."""
+
+
+def chosen(captions: list[str], count: int) -> list[str]:
+    """`count` of the captions at random, the same every time."""
+    distinct = sorted(set(captions))
+    order = noise.permutation(len(distinct), 0, "judged prompts", 0).tolist()
+    return [distinct[index] for index in order[:count]]
+
+
+def draw(seen: Seen, prompts: list[str], group: str, **guides: Any) -> list[Image.Image]:
+    """Draw the prompts, guided by what else `generate` takes, and enter the pictures into the run."""
+    seeds = [FIRST_SEED + index for index in range(len(prompts))]
+
+    def watch(done: int, total: int) -> None:
+        if seen.progress is not None:
+            seen.progress(done, total, f"drawing {group.replace('_', ' ')}")
+
+    pictures = seen.model.generate(prompts, seed=seeds, watch=watch, **guides)
+    names = [f"{group}-{seen.step:06d}-{index:02d}.png" for index in range(len(pictures))]
+    for picture, name in zip(pictures, names, strict=True):
+        picture.save(seen.folder.samples / name)
+    told = {"prompts": prompts, "seeds": seeds, "group": group}
+    seen.folder.event("pictures", step=seen.step, files=[f"samples/{name}" for name in names], **told)
+    return pictures
+
+
+def picture_of(sample: Sample) -> Image.Image:
+    """The picture of an embedded sample, which draws itself."""
+    source = sample.source()
+    assert isinstance(source, Image.Image), "embedded samples draw themselves"
+    return source

@@ -1,0 +1,91 @@
+"""Demo: text → picture, on OpenMoji's drawings or on shapes whose every word is read back from the pixels."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..data import shapes
+from ..data.media import fit
+from ..evaluation import Neighbours
+from ..generation.settings import SampleSettings
+from ..recipe import Recipe
+from ..stages.settings import ModelSettings
+from ..training.settings import TrainSettings
+from .budget import Plan, planned
+from .drawing import JUDGED, chosen, draw, picture_of
+from .way import Seen, Task, Verdict
+
+_MODEL = ModelSettings(width=192, depth=6, heads=3, patch=2, stride=8, latent_channels=24, codec_width=32)
+_TRAIN = TrainSettings(
+    batch=16, learning_rate=1.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500, keep=1,
+    held_out_every=0,
+)  # fmt: skip
+_SAMPLE = SampleSettings(steps=16, guidance=2.0)
+_PICTURES = Recipe(
+    model=replace(_MODEL, codec_batch=16),
+    train=replace(_TRAIN, batch=32, learning_rate=1.2e-3, ema=0.99),
+    sample=_SAMPLE,
+)
+_SHAPES = Recipe(
+    model=replace(
+        _MODEL, width=128, depth=5, heads=2, text_waves=6, stride=4, latent_channels=16, codec_batch=32
+    ),
+    train=replace(_TRAIN, learning_rate=2.5e-3),
+    sample=replace(_SAMPLE, guidance=4.0),
+)
+PLANS = {
+    "openmoji": Plan(_PICTURES, 5.2, 0.13, 30, 400, 8000, 150, 2000, 64),
+    "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 800, 20000, 200, 3000, 64),
+    "shapes": Plan(_SHAPES, 4.2, 0.10, 45, 800, 16000, 100, 1000, 32),
+}
+
+
+def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
+    """The recipe that fills the minutes on this machine."""
+    return planned(PLANS[data], data, out, minutes, device)
+
+
+def judge(seen: Seen) -> Verdict:
+    """By the data: shapes are read, drawings compared with the training pictures."""
+    return judge_shapes(seen) if seen.data.name == "shapes" else judge_openmoji(seen)
+
+
+def judge_openmoji(seen: Seen) -> Verdict:
+    """Share of pictures whose nearest training picture is the one asked for, or its namesake."""
+    known = seen.data.of("train")
+    side = int(seen.model.info["resolution"])
+    pictures = torch.stack([fit(picture_of(sample), side, side) for sample in known])
+    neighbours = Neighbours(pictures, [sample.captions for sample in known])
+    prompts = chosen([sample.captions[0] for sample in known], JUDGED)
+    drawn = draw(seen, prompts, "judged")
+    right = neighbours.judge(torch.stack([fit(picture, side, side) for picture in drawn]), prompts)
+    unseen = seen.data.of("held_out")[:JUDGED]
+    accuracy = {"trained": sum(right) / len(right)}
+    if unseen:
+        asked = [sample.captions[0] for sample in unseen]
+        fresh = draw(seen, asked, "judged_held_out")
+        truth = torch.stack([fit(picture_of(sample), side, side) for sample in unseen])
+        everything = Neighbours(
+            torch.cat([pictures, truth]), [*(one.captions for one in known), *([text] for text in asked)]
+        )
+        found = everything.judge(torch.stack([fit(picture, side, side) for picture in fresh]), asked)
+        accuracy["held_out"] = sum(found) / len(found)
+    return accuracy, {"trained": neighbours.how, "held_out": "the same, the held-out pictures added"}
+
+
+def judge_shapes(seen: Seen) -> Verdict:
+    """Shares of pictures of unseen combinations in which every named thing is right, read from the pixels."""
+    prompts = chosen([sample.captions[0] for sample in seen.data.of("held_out")], JUDGED)
+    drawn = draw(seen, prompts, "judged_held_out")
+    verdicts = [shapes.judge(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
+    accuracy = {
+        name: sum(verdict[name] for verdict in verdicts) / len(verdicts)
+        for name in ("shape_and_color", "position")
+    }
+    accuracy["reader"] = shapes.accuracy(size=int(seen.model.info["resolution"]))
+    how = "every thing named is read from the pixels; training never showed a prompt's two things together"
+    return accuracy, {"shape_and_color": how, "reader": "the same, on clean drawings"}
+
+
+TASK = Task(recipe, judge)
