@@ -380,5 +380,5 @@ def test_companions_stay_in_the_folder_and_are_no_samples_themselves(folder):
     table(folder, rows)
     found = sources.open(folder)
     (sample,) = found.samples
-    assert sample.companions == {"conditioning": folder / "b.png"} and sample.extra["mask"] == "not a picture"
+    assert sample.companions == {"control": folder / "b.png"} and sample.extra["mask"] == "not a picture"
     assert reasons(found) == {"c.png": "its control ../secrets/secret.png: refused: outside the data folder"}

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from sfumato.data import encode, formats, shard
-from sfumato.data.encode import Encoding
+from sfumato.data.encode import Companion, Encoding
 from sfumato.data.index import Index
 from sfumato.data.sample import Sample
 from sfumato.data.store import Store, key
@@ -330,7 +330,13 @@ def test_companions_are_cut_and_mirrored_with_their_pictures(tmp_path):
             given.append(one)
     how = replace(HOW, flip=True)
     encoded = encode.fill(
-        Store(tmp_path / "store"), given, (16, 16), Encoder().look, None, how, companions=["control"]
+        Store(tmp_path / "store"),
+        given,
+        (16, 16),
+        Encoder().look,
+        None,
+        how,
+        companions={"control": Companion(Encoder().look, "codec-1")},
     )
     assert [one.reason for one in encoded.set_aside] == ["it has no control"]
     for epoch in range(5):

@@ -14,9 +14,10 @@ from PIL import Image
 from sfumato.errors import Refused
 
 from . import media, metadata
-from .sample import Collection, Sample, SetAside
+from .metadata import Reading
+from .sample import Collection, Picture, Sample, SetAside
 
-Kind = Callable[[Path, str], Collection]
+Kind = Callable[[Path, Reading], Collection]
 
 
 def recognise(root: Path) -> Kind | None:
@@ -33,7 +34,7 @@ def recognise(root: Path) -> Kind | None:
     return None
 
 
-def tars(root: Path, captions: str) -> Collection:
+def tars(root: Path, how: Reading) -> Collection:
     """Tar shards in the webdataset layout: members of one stem are one sample. Never unpacked."""
     result = Collection(root.stem, [])
     base = (root if root.is_dir() else root.parent).resolve()
@@ -42,13 +43,13 @@ def tars(root: Path, captions: str) -> Collection:
             result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
             continue
         try:
-            _one_tar(path, captions, result)
+            _one_tar(path, how, result)
         except (tarfile.TarError, OSError, EOFError) as problem:
             result.set_aside.append(SetAside(path.name, f"the archive is broken: {problem}"))
     return result
 
 
-def _one_tar(path: Path, captions: str, result: Collection) -> None:
+def _one_tar(path: Path, how: Reading, result: Collection) -> None:
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
     with tarfile.open(path, "r:") as archive:
         for member in archive:
@@ -63,15 +64,27 @@ def _one_tar(path: Path, captions: str, result: Collection) -> None:
             if picture is None:
                 continue
             name = f"{path.name}/{picture.name}"
-            found, reason = _tar_captions(archive, members) if captions == "files" else (("",), "")
-            label = None
-            if captions == "folder":
+            found, reason = _tar_captions(archive, members) if how.captions == "files" else (("",), "")
+            label = _label(archive, members)
+            if how.captions == "folder":
                 found, reason, label = _class(archive, members)
             if reason:
                 result.set_aside.append(SetAside(metadata.printable(name), reason))
                 continue
+            others = _beside_in_tar(path, members, how)
             read = partial(_slice, path, picture.offset_data, picture.size)
-            result.samples.append(Sample(name, found, picture=read, label=label, split=""))
+            result.samples.append(Sample(name, found, picture=read, label=label, split="", companions=others))
+
+
+def _beside_in_tar(path: Path, members: dict[str, tarfile.TarInfo], how: Reading) -> dict[str, Picture]:
+    """Members called STEM.control.png, STEM.mask.png and the like."""
+    found: dict[str, Picture] = {}
+    for suffix, member in members.items():
+        what, _, kind = suffix[1:].rpartition(".")
+        what = what if what in how.companions else metadata.COMPANIONS.get(what, "")
+        if what and f".{kind}" in media.PICTURES + media.CLIPS:
+            found[what] = partial(_slice, path, member.offset_data, member.size)
+    return found
 
 
 def _slice(path: Path, begin: int, length: int) -> bytes:
@@ -102,6 +115,10 @@ def _tar_captions(
     return metadata.captions_of(value)
 
 
+def _label(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> int | None:
+    return metadata.class_number(_member(archive, members[".cls"])) if ".cls" in members else None
+
+
 def _class(
     archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]
 ) -> tuple[tuple[str, ...], str, int | None]:
@@ -111,7 +128,7 @@ def _class(
     return (text,), "", int(text) if text.isdecimal() else None
 
 
-def arrays(root: Path, captions: str) -> Collection:
+def arrays(root: Path, how: Reading) -> Collection:
     """An .npz of pictures [N, H, W] or [N, H, W, C] (uint8), with labels [N] and perhaps captions or classes.
 
     Raises:
@@ -123,14 +140,16 @@ def arrays(root: Path, captions: str) -> Collection:
     except (OSError, ValueError, zipfile.BadZipFile) as problem:
         raise Refused(f"{root} is no .npz of plain arrays: {problem}") from problem
     shapes = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in named.items())
-    pictures = next((a for a in named.values() if a.dtype == np.uint8 and a.ndim in (3, 4)), None)
+    drawn = {name: a for name, a in named.items() if a.dtype == np.uint8 and a.ndim in (3, 4)}
+    beside = {what: drawn[name] for name in drawn if (what := _what(name, how))}
+    pictures = next((a for name, a in drawn.items() if not _what(name, how)), None)
     if pictures is None:
         raise Refused(f"{root} has no pictures: uint8 [N, H, W] or [N, H, W, 3] is wanted; it has {shapes}.")
     others = {name: a for name, a in named.items() if a.shape[:1] == pictures.shape[:1] and a.ndim == 1}
     labels = next((a for a in others.values() if a.dtype.kind in "iu"), None)
     texts = next((a for a in others.values() if a.dtype.kind == "U"), None)
     classes = _class_names(root, named, labels)
-    if captions == "files" and texts is None and labels is None:
+    if how.captions == "files" and texts is None and labels is None:
         raise Refused(
             f"{root} has neither captions nor labels of its {len(pictures)} pictures; it has {shapes}. "
             'Set data.captions = "none" to train without.'
@@ -140,10 +159,21 @@ def arrays(root: Path, captions: str) -> Collection:
         label = None if labels is None else int(labels[index])
         caption = str(texts[index]) if texts is not None else "" if label is None else classes[label]
         read = partial(_array_picture, pictures, index)
+        companions: dict[str, Picture] = {
+            what: partial(_array_picture, array, index)
+            for what, array in beside.items()
+            if len(array) == len(pictures)
+        }
+        name = f"{root.name}/{index:08d}"
         result.samples.append(
-            Sample(f"{root.name}/{index:08d}", (caption,), picture=read, label=label, split="")
+            Sample(name, (caption,), picture=read, label=label, split="", companions=companions)
         )
     return result
+
+
+def _what(column: str, how: Reading) -> str:
+    """The companion that a column of pictures is, "" for none."""
+    return metadata.companion(column, "any.png", how.companions)
 
 
 def _class_names(root: Path, named: dict[str, np.ndarray], labels: np.ndarray | None) -> list[str]:
@@ -171,7 +201,7 @@ def _array_picture(pictures: np.ndarray, index: int) -> Image.Image:
     return Image.fromarray(one[..., 0] if one.ndim == 3 and one.shape[-1] == 1 else one)
 
 
-def saved(root: Path, captions: str) -> Collection:
+def saved(root: Path, how: Reading) -> Collection:
     """A Hub data set that `save_to_disk` wrote (Arrow files), read with pyarrow.
 
     Raises:
@@ -193,30 +223,49 @@ def saved(root: Path, captions: str) -> Collection:
             table = ipc.open_stream(mapped).read_all()
         inside = path.relative_to(root).as_posix()
         split = metadata.SPLITS.get(PurePosixPath(inside).parts[0], "")
-        _one_table(inside, table, captions, split, result)
+        _one_table(inside, table, how, split, result)
     return result
 
 
-def _one_table(inside: str, table: Any, captions: str, split: str, result: Collection) -> None:
+def _one_table(inside: str, table: Any, how: Reading, split: str, result: Collection) -> None:
     names = table.column_names
     picture = next((name for name in ("image", "img", "picture", "pixel_values") if name in names), None)
     text = next((name for name in metadata.CAPTION_COLUMNS if name in names), None)
     label = next((name for name in ("label", "labels", "class") if name in names), None)
-    if picture is None or (captions == "files" and text is None):
+    beside = {column: what for column in names if column != picture and (what := _what(column, how))}
+    beside = {column: what for column, what in beside.items() if _holds_pictures(table[column])}
+    if picture is None or (how.captions == "files" and text is None):
         wanted = "image" if picture is None else "caption or text"
         raise Refused(f"{inside} has no column {wanted}; it has {', '.join(names)}.")
     for index in range(table.num_rows):
         name = f"{inside}/{index:08d}"
         found, reason = metadata.captions_of(table[text][index].as_py()) if text else (("",), "")
         number = table[label][index].as_py() if label else None
-        if captions == "folder":
+        if how.captions == "folder":
             found, reason = ((str(number),), "") if number is not None else ((), "no class")
-        if reason and captions != "none":
+        if reason and how.captions != "none":
             result.set_aside.append(SetAside(name, reason))
             continue
         read = partial(_cell, table[picture], index)
+        companions: dict[str, Picture] = {
+            what: partial(_cell, table[column], index)
+            for column, what in beside.items()
+            if table[column][index].is_valid
+        }
         whole = number if isinstance(number, int) else None
-        result.samples.append(Sample(name, found or ("",), picture=read, split=split, label=whole))
+        result.samples.append(
+            Sample(name, found or ("",), picture=read, split=split, label=whole, companions=companions)
+        )
+
+
+def _holds_pictures(column: Any) -> bool:
+    """Whether a column has the layout of pictures: their bytes, or a struct that holds them."""
+    import pyarrow.types as types
+
+    kind = column.type
+    if types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return types.is_binary(kind) or types.is_large_binary(kind)
 
 
 def _cell(column: Any, index: int) -> bytes:

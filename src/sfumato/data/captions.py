@@ -47,6 +47,9 @@ def worded(samples: Iterable[Sample], wording: Wording) -> list[Sample]:
 
 def _all(sample: Sample, wording: Wording) -> Iterable[str]:
     for caption in sample.captions:
+        if not caption:
+            yield caption
+            continue
         for version in shuffled(caption, sample.id, wording):
             try:
                 text = wording.template.format(**{**sample.extra, "caption": version})

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from .encoded import Batch, EncodedSet, Item
 from .index import Place
 from .sample import Sample, SetAside
 from .store import Store, key
-from .views import Encoding, Size, Task
+from .views import Companion, Encoding, Size, Task
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -32,7 +32,7 @@ Pixels = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 Texts = Callable[[list[str]], list[dict[str, Tensor]]]
 Progress = Callable[[int, int, str], None]
 
-__all__ = ["Batch", "EncodedSet", "Encoding", "Item", "fill"]
+__all__ = ["Batch", "Companion", "EncodedSet", "Encoding", "Item", "fill"]
 
 
 @dataclass
@@ -65,7 +65,7 @@ def fill(
     progress: Progress | None = None,
     part: tuple[int, int] = (0, 1),
     patience: float = 600.0,
-    companions: Sequence[str] = (),
+    companions: Mapping[str, Companion] | None = None,
 ) -> EncodedSet:
     """Encode what the store lacks of these samples, verify what it has, and return them ready to be read.
 
@@ -78,7 +78,7 @@ def fill(
         part: (rank, world) where several processes or machines fill the store; each encodes every world-th
             shard, waits for the others (while shards come, and `patience` seconds more) and takes over from
             those that died.
-        companions: which further pictures of the samples ("control", "mask", …) to encode too.
+        companions: which further pictures of the samples ("control", "mask", …) to encode too, and how.
     Returns:
         The set, its `set_aside` naming every sample that could not be used, its `notes` what was repaired.
     Raises:
@@ -86,7 +86,9 @@ def fill(
     """
     run = _Run(store, how, progress or (lambda done, total, phase: None), part)
     tasks = _plan(run, samples, bucket_of)
+    companions = companions or {}
     tasks, beside = _companions(run, tasks, companions)
+    encoders = {"": encode_pixels, **{name: one.encode for name, one in companions.items()}}
     pictures = [*tasks, *beside.values()]
     owners = {one: task.sample.name for task in pictures for one in task.keys}
     texts: dict[str, str] = {}
@@ -96,14 +98,14 @@ def fill(
     mine = together.begin(store.root, together.name_of([*owners, *texts.values()]), *part)
     _repair(run, "pixels", owners)
     _repair(run, "text", {one: f'the caption "{caption}"' for caption, one in texts.items()})
-    failed = _fill_pictures(run, pictures, encode_pixels)
+    failed = _fill_pictures(run, pictures, encoders)
     if encode_captions is not None:
         _fill_texts(run, texts, encode_captions)
     if part[1] > 1:
         failed = together.meet(mine, failed, patience, run.progress)
         store.refresh()
         run.part = (0, 1)
-        failed |= _fill_pictures(run, [task for task in pictures if task.keys not in failed], encode_pixels)
+        failed |= _fill_pictures(run, [task for task in pictures if task.keys not in failed], encoders)
         if encode_captions is not None:
             _fill_texts(run, texts, encode_captions)
     return _gather(run, tasks, beside, failed, texts)
@@ -131,28 +133,29 @@ def _plan(run: _Run, samples: Sequence[Sample], bucket_of: Size | Callable[[Size
 
 
 def _companions(
-    run: _Run, tasks: Sequence[Task], names: Sequence[str]
+    run: _Run, tasks: Sequence[Task], companions: Mapping[str, Companion]
 ) -> tuple[list[Task], dict[tuple[str, str], Task]]:
     """The tasks whose samples have all companions, and the companions' own by (sample's name, which)."""
     whole: list[Task] = []
     beside: dict[tuple[str, str], Task] = {}
     for task in tasks:
-        sample, found = task.sample, {}
-        for name in names:
-            file = sample.companions.get(name)
-            other = replace(sample, name=f"{sample.name} ({name})", file=file, picture=None, content="")
-            found[sample.name, name] = (
-                SetAside(sample.name, f"it has no {name}")
-                if file is None
-                else views.plan(other, (task.bucket[0], task.bucket[1]), run.how)
-            )
+        found = {
+            (task.sample.name, name): views.beside(task, name, run.how, companion)
+            for name, companion in companions.items()
+        }
         missing = next((one for one in found.values() if isinstance(one, SetAside)), None)
         if missing is None:
             whole.append(task)
             beside |= {place: one for place, one in found.items() if isinstance(one, Task)}
         else:
-            run.set_aside.append(missing)
+            run.set_aside.append(SetAside(task.sample.name, _of_companion(task, missing)))
     return whole, beside
+
+
+def _of_companion(task: Task, missing: SetAside) -> str:
+    """The reason that a companion gives for setting its sample aside."""
+    where = missing.file.removeprefix(f"{task.sample.name}: ")
+    return missing.reason if missing.file == task.sample.name else f"{where}: {missing.reason}"
 
 
 def _repair(run: _Run, kind: str, owners: Mapping[str, str]) -> None:
@@ -166,15 +169,17 @@ def _repair(run: _Run, kind: str, owners: Mapping[str, str]) -> None:
         run.store.drop(kind, damaged)
 
 
-def _fill_pictures(run: _Run, tasks: Sequence[Task], encode: Pixels) -> dict[tuple[str, ...], str]:
+def _fill_pictures(
+    run: _Run, tasks: Sequence[Task], encoders: Mapping[str, Pixels]
+) -> dict[tuple[str, ...], str]:
     """Encode the pictures that the store lacks, chunk by chunk; returns the reasons of those that failed."""
     how = run.how
     first = {task.keys: task for task in reversed(tasks)}  # equal pictures are encoded once
-    ordered = sorted(first.values(), key=lambda task: (task.bucket, task.keys))
+    ordered = sorted(first.values(), key=lambda task: (task.companion, task.bucket, task.keys))
     stored = run.store.has("pixels", [one for task in ordered for one in task.keys])
     chunks = [
         [task for task in chunk if not stored.issuperset(task.keys)]
-        for _, members in groupby(ordered, key=lambda task: task.bucket)
+        for _, members in groupby(ordered, key=lambda task: (task.companion, task.bucket))
         for chunk in _cut(list(members), how.shard)
     ]
     run.count("pictures_stored_before", len(ordered) - sum(map(len, chunks)))
@@ -188,7 +193,7 @@ def _fill_pictures(run: _Run, tasks: Sequence[Task], encode: Pixels) -> dict[tup
             entries: dict[str, Mapping[str, Tensor]] = {}
             for group in _cut(chunk, how.batch):
                 pieces = list(islice(decoded, len(group)))
-                failed |= _encode_group(group, pieces, encode, how, stored, entries)
+                failed |= _encode_group(group, pieces, encoders[group[0].companion], how, stored, entries)
                 done += len(group)
                 run.progress(done, total, "pictures")
             if entries:
@@ -273,7 +278,8 @@ def _gather(
         own = others.get(task.sample.name, {})
         reasons = [(one.sample.name, failed[one.keys]) for one in (task, *own.values()) if one.keys in failed]
         if reasons:
-            run.set_aside.append(SetAside(*reasons[0]))
+            where = SetAside(*reasons[0])
+            run.set_aside.append(SetAside(task.sample.name, _of_companion(task, where)))
             continue
         captions = tuple((caption, texts.get(caption, "")) for caption in task.sample.captions)
         with_them = {name: _places(other, places) for name, other in own.items()}

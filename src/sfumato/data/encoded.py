@@ -42,7 +42,8 @@ class Batch:
 
     ids: of the samples, 63 bits. latents [B, C, H, W] float32. conditions: tensors of each, not padded.
     framings [B, 6]: how each picture was cut from its file, see `Item.framing`. companions: encodings of
-    control pictures and the like by name, [B, C, H, W], cut and mirrored as the pictures are.
+    control pictures and the like by name, [B, …], cut and mirrored as the pictures are ("reference.tokens"
+    where an encoder names its tensors); each sample's are in its conditions too, beside those of its caption.
     """
 
     ids: list[int]
@@ -132,15 +133,28 @@ class EncodedSet:
             ]
         shown = [(item, view or 0) for item, view in zip(items, views, strict=True)]
         latents = self._latents([item.pictures[view] for item, view in shown], ids, seed, epoch)
-        companions = {
-            name: self._latents([item.companions[name][view] for item, view in shown], ids, seed, epoch)
-            for name in items[0].companions
-        }
+        companions: dict[str, Tensor] = {}
+        for name in items[0].companions:
+            tensors = self._tensors([_turn(item.companions[name], view) for item, view in shown])
+            companions |= {name if one == "latents" else f"{name}.{one}": x for one, x in tensors.items()}
+        if companions:
+            conditions = [
+                {**own, **{name: tensor[row] for name, tensor in companions.items()}}
+                for row, own in enumerate(conditions)
+            ]
         framings = torch.tensor([item.framing for item in items])
         words = [chosen[0] if chosen else "" for chosen in captions]
         return Batch(ids, latents, conditions, words, framings, companions)
 
     def _latents(self, places: list[Place], ids: list[int], seed: int, epoch: int) -> Tensor:
+        tensors = self._tensors(places)
+        if "latents" in tensors:
+            return tensors["latents"]
+        shape = tuple(tensors["mean"].shape[1:])
+        return tensors["mean"] + tensors["std"] * noise.normal(shape, seed, ids, epoch, "posterior")
+
+    def _tensors(self, places: list[Place]) -> dict[str, Tensor]:
+        """The entries at these places, stacked by name."""
         first = places[0].fields
         if any(place.fields is not first and place.fields != first for place in places):
             raise ValueError(
@@ -151,11 +165,7 @@ class EncodedSet:
             row[:] = self.store.view(place.path)[place.begin : place.begin + place.length]
         all_rows = torch.from_numpy(rows)
         stored = {one.name: _column(all_rows, one) for one in first}
-        tensors = formats.restore(stored)
-        if "latents" in tensors:
-            return tensors["latents"]
-        shape = tuple(tensors["mean"].shape[1:])
-        return tensors["mean"] + tensors["std"] * noise.normal(shape, seed, ids, epoch, "posterior")
+        return formats.restore(stored)
 
     def condition(self, key: str) -> dict[str, Tensor]:
         """The tensors of a caption's encoding; do not write into them."""
@@ -180,6 +190,11 @@ def _choose(
         else None
         for some, one in zip(options, ids, strict=True)
     ]
+
+
+def _turn(places: tuple[Place, ...], view: int) -> Place:
+    """A companion's variant for a picture's: a still beside a clip of many pieces has the same for each."""
+    return places[view % len(places)]
 
 
 def _column(rows: Tensor, one: shard.Field) -> Tensor:

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,10 +31,30 @@ SPLITS = {
     "val": HELD_OUT,
     "dev": HELD_OUT,
 }
-COMPANIONS = ("control", "conditioning", "reference", "mask", "depth", "source", "edit_source")
+COMPANIONS = {
+    "control": "control",
+    "conditioning": "control",
+    "reference": "reference",
+    "mask": "mask",
+    "depth": "depth",
+    "edit_source": "edit_source",
+    "source": "edit_source",
+    "input": "edit_source",
+    "original": "edit_source",
+}
+"""Columns (or parts of file names) that name a further picture of a sample, and what it is called here."""
+LABELS = ("label", "labels", "class", "class_label")
 ENDINGS = ("_file_name", "_image", "_file", "_path", "")
 LONGEST_CAPTION = 20_000
 csv.field_size_limit(10_000_000)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a source is read: where captions come from, and which columns of the user's own are companions."""
+
+    captions: str = "files"
+    companions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +81,12 @@ def is_text(words: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in words)
 
 
-def read(root: Path, table: str, set_aside: list[SetAside]) -> Iterator[Row]:
+def read(
+    root: Path,
+    table: str,
+    set_aside: list[SetAside],
+    how: Reading = Reading(),
+) -> Iterator[Row]:
     """The rows of one table; those that say nothing usable go to `set_aside`.
 
     Raises:
@@ -74,22 +99,23 @@ def read(root: Path, table: str, set_aside: list[SetAside]) -> Iterator[Row]:
     caption_column = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if not rows:
         raise Refused(f"{path} has no rows that can be read. Each row needs file_name and caption.")
+    needed = how.captions != "none"
     for what, found, wanted in (("files", file_column, "file_name"), ("captions", caption_column, "caption")):
-        if found is None:
+        if found is None and (needed or what == "files"):
             raise Refused(
                 f"{path} has no column of {what}: it has {', '.join(map(printable, columns))}. "
                 f'Name one of them "{wanted}".{nearest(wanted, columns) if columns else ""}'
             )
-    assert file_column is not None and caption_column is not None
+    assert file_column is not None
     for number, row in rows:
         said = row.get(file_column)
         if not isinstance(said, str) or not said:
             set_aside.append(SetAside(f"{table}:{number}", "the row names no file"))
             continue
-        yield _row(table, said, row, caption_column)
+        yield _row(table, said, row, caption_column or "", how.companions)
 
 
-def _row(table: str, said: str, row: Mapping[str, Any], caption_column: str) -> Row:
+def _row(table: str, said: str, row: Mapping[str, Any], caption_column: str, own: Sequence[str]) -> Row:
     captions, reason = captions_of(row.get(caption_column))
     extra = {
         column: value
@@ -100,23 +126,36 @@ def _row(table: str, said: str, row: Mapping[str, Any], caption_column: str) -> 
     known = SPLITS.get(str(split).strip().lower()) if split not in (None, "") else None
     if split not in (None, "") and known is None:
         captions, reason = (), f'its split "{split}" is none of {", ".join(SPLITS)}'
-    label = row.get("label")
-    if isinstance(label, str) and label.isdecimal():
-        label = int(label)
-    whole = label if isinstance(label, int) and not isinstance(label, bool) else None
+    whole = next((found for name in LABELS if (found := class_number(row.get(name))) is not None), None)
     companions = {
         name: _inside(table, extra.pop(column))
         for column in list(extra)
-        if (name := companion(column, extra[column]))
+        if (name := companion(column, extra[column], own))
     }
     return Row(_inside(table, said), said, captions, known, whole, reason, extra, companions)
 
 
-def companion(column: str, value: str) -> str:
-    """The companion a column names ("mask_image" → "mask"), "" if its value is no picture's name."""
+def class_number(value: Any) -> int | None:
+    """A class number from a cell: an integer, or its digits; None for anything else."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def companion(column: str, value: Any, own: Sequence[str] = ()) -> str:
+    """The companion a column names ("mask_image" → "mask"), "" if its value is no picture's name.
+
+    Args:
+        own: columns of the user's that are companions under their own name.
+    """
+    if not isinstance(value, str) or not value.lower().endswith(PICTURES + CLIPS):
+        return ""
+    if column in own:
+        return column
     stem = next(column.removesuffix(ending) for ending in ENDINGS if column.endswith(ending))
-    named = stem in COMPANIONS or column.endswith("_file_name")
-    return stem if named and value.lower().endswith(PICTURES + CLIPS) else ""
+    if stem in own:
+        return stem
+    return COMPANIONS.get(stem, stem if column.endswith("_file_name") else "")
 
 
 def _inside(table: str, said: str) -> str:

@@ -4,13 +4,14 @@ Everything in this room passes samples around; only `media` opens them.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 TRAIN, HELD_OUT = "train", "held_out"
+Picture = Path | Callable[[], Image.Image | bytes]
 
 
 def identity(name: str) -> int:
@@ -25,7 +26,8 @@ class Sample:
     name is unique within its collection (a path relative to the data folder, or a made-up one);
     file is where the picture lies, or picture draws it (or reads its bytes from an archive); content, if
     given, is a text that changes whenever the drawn picture would. Captions may be several. An epoch shows
-    the sample `repeat` times. companions are further pictures of it: control, reference, mask, ….
+    the sample `repeat` times. companions are further pictures of it (control, reference, mask, …): files, or
+    what draws or reads them.
     """
 
     name: str
@@ -35,8 +37,8 @@ class Sample:
     label: int | None = None
     picture: Callable[[], Image.Image | bytes] | None = field(default=None, repr=False, compare=False)
     content: str = ""
-    repeat: int = 1
-    companions: dict[str, Path] = field(default_factory=dict)
+    repeat: float = 1
+    companions: Mapping[str, Picture] = field(default_factory=dict)
     extra: dict[str, str] = field(default_factory=dict)
 
     @property

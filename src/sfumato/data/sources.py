@@ -6,14 +6,15 @@ Nothing is decoded here; `media` does that later. No name in a metadata file can
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from sfumato.errors import Refused, one_of
 
 from . import media, metadata
-from .sample import HELD_OUT, TRAIN, Collection, Sample, SetAside
+from .metadata import Reading
+from .sample import HELD_OUT, TRAIN, Collection, Picture, Sample, SetAside
 
 CAPTIONS = ("files", "folder", "none")
 FEW_CAPTIONS = 20  # with fewer different ones, pictures are held out, not captions
@@ -22,7 +23,11 @@ SIDECARS = (".txt", ".caption", ".json")
 
 
 def open(
-    path: str | Path, captions: str = "files", held_out: float = 0.05, empty: bool = False
+    path: str | Path,
+    captions: str = "files",
+    held_out: float = 0.05,
+    empty: bool = False,
+    companions: Sequence[str] = (),
 ) -> Collection:
     """The samples of a data set, in a fixed order.
 
@@ -33,6 +38,8 @@ def open(
             (the picture's folder is its class), "none".
         held_out: share of captions kept from training where the data say nothing themselves.
         empty: whether a collection may do of which every file was set aside.
+        companions: columns of the user's own that name further pictures; control, reference, mask, depth and
+            edit_source are known.
     Raises:
         Refused: nothing there, no pictures, or no captions; the message says what to do.
     """
@@ -46,7 +53,7 @@ def open(
             f"{root} does not exist. data.train takes a folder of pictures, a .tar or .npz file, or one of: "
             f"{', '.join(_embedded())}."
         )
-    found = _read(root, captions)
+    found = _read(root, Reading(captions, tuple(companions)))
     found.samples.sort(key=lambda sample: sample.name)
     if captions == "none":
         found.samples = [replace(sample, captions=("",)) for sample in found.samples]
@@ -55,14 +62,24 @@ def open(
     return replace(found, samples=split(found.samples, held_out))
 
 
-def several(parts: Mapping[str | Path, int], captions: str = "files", held_out: float = 0.05) -> Collection:
+def several(
+    parts: Mapping[str | Path, float],
+    captions: str = "files",
+    held_out: float = 0.05,
+    companions: Sequence[str] = (),
+) -> Collection:
     """Several data sets as one; each sample is shown so many times an epoch as its set's number says.
 
-    Give `EncodedSet.repeats` to `Order`. Names begin with the set's own, so that none is lost.
+    A number need not be whole: 0.5 shows half of a set in one epoch, the other half in the next. Give
+    `EncodedSet.repeats` to `Order`. Names begin with the set's own, so that none is lost.
     """
-    whole = Collection(" + ".join(Path(path).name for path in parts), [])
-    for number, (path, repeat) in enumerate(parts.items()):
-        found = open(path, captions, held_out)
+    return joined([(open(path, captions, held_out, companions=companions), n) for path, n in parts.items()])
+
+
+def joined(parts: Sequence[tuple[Collection, float]]) -> Collection:
+    """Collections as one, each with its number of repeats."""
+    whole = Collection(" + ".join(found.name for found, _ in parts), [])
+    for number, (found, repeat) in enumerate(parts):
         prefix = f"{number}-{found.name}"
         whole.samples += [
             replace(one, name=f"{prefix}/{one.name}", repeat=repeat * one.repeat) for one in found.samples
@@ -81,19 +98,19 @@ def _embedded() -> dict[str, Callable[[], Collection]]:
     }
 
 
-def _read(root: Path, captions: str) -> Collection:
+def _read(root: Path, how: Reading) -> Collection:
     """Whatever kind of source `root` is."""
     from . import archives
 
     kind = archives.recognise(root)
     if kind is not None:
-        return kind(root, captions)
+        return kind(root, how)
     if not root.is_dir():
         raise Refused(f"{root} is no folder, and no .tar or .npz file; data.train cannot read it.")
-    return folder(root, captions)
+    return folder(root, how)
 
 
-def folder(root: Path, captions: str) -> Collection:
+def folder(root: Path, how: Reading) -> Collection:
     """The pictures and clips below a folder."""
     files, refused = walk(root)
     result = Collection(root.name, [], refused)
@@ -106,12 +123,11 @@ def folder(root: Path, captions: str) -> Collection:
         raise Refused(
             f"{root} holds no pictures; it was searched for {', '.join(media.PICTURES + media.CLIPS)}."
         )
-    if captions == "folder":
+    if how.captions == "folder":
         _from_folders(root, pictures, result)
-    elif captions == "none":
-        result.samples = [Sample(name, (), file=root / name, split="") for name in pictures]
     else:
-        _from_files(root, files, pictures, result)
+        _from_files(root, files, pictures, how, result)
+        _name_classes(result)
     return result
 
 
@@ -177,13 +193,13 @@ def words(name: str) -> str:
     return " ".join(name.replace("_", " ").replace("/", " ").split())
 
 
-def _from_files(root: Path, files: list[str], pictures: list[str], result: Collection) -> None:
+def _from_files(root: Path, files: list[str], pictures: list[str], how: Reading, result: Collection) -> None:
     """Captions from metadata files where there are any, else from the files beside the pictures."""
     tables = [name for name in files if _is_metadata(name)]
     known = set(files)
     rows: dict[str, list[metadata.Row]] = {}
     for table in tables:
-        for row in metadata.read(root, table, result.set_aside):
+        for row in metadata.read(root, table, result.set_aside, how):
             inside = row.file
             if inside in known:
                 rows.setdefault(inside, []).append(row)
@@ -191,15 +207,42 @@ def _from_files(root: Path, files: list[str], pictures: list[str], result: Colle
                 reason = _why_unknown(root, inside)
                 result.set_aside.append(SetAside(metadata.printable(row.said), reason))
     taken = {inside for some in rows.values() for row in some for inside in row.companions.values()}
+    beside = _companions_beside(pictures, how)
+    taken |= {other for found in beside.values() for other in found.values()} - set(rows)
     for name in sorted((set(pictures) - taken) | set(rows)):
+        others = {what: root / other for what, other in beside.get(name, {}).items()}
         if name in rows:
-            _take(root, name, rows[name], known, result)
+            _take(root, name, rows[name], known, how, others, result)
         else:
-            captions, reason = _beside(root, name, known)
+            captions, reason = ((), "") if how.captions == "none" else _beside(root, name, known)
             if reason:
                 result.set_aside.append(SetAside(metadata.printable(name), reason))
             else:
-                result.samples.append(Sample(name, captions, file=root / name, split=""))
+                result.samples.append(Sample(name, captions, file=root / name, split="", companions=others))
+
+
+def _companions_beside(pictures: Iterable[str], how: Reading) -> dict[str, dict[str, str]]:
+    """Pictures called NAME.control.png, NAME.mask.png and the like, by the picture NAME.… they belong to."""
+    by_stem = {str(PurePosixPath(name).with_suffix("")): name for name in pictures}
+    found: dict[str, dict[str, str]] = {}
+    for stem, name in by_stem.items():
+        owner, _, what = stem.rpartition(".")
+        what = what if what in how.companions else metadata.COMPANIONS.get(what, "")
+        if what and owner in by_stem:
+            found.setdefault(by_stem[owner], {})[what] = name
+    return found
+
+
+def _name_classes(result: Collection) -> None:
+    """Number the classes that a column names in words; numbers stay as they are."""
+    if any(one.label is not None for one in result.samples):
+        return
+    named = [next((one.extra[c] for c in metadata.LABELS if one.extra.get(c)), "") for one in result.samples]
+    result.classes = sorted(set(named) - {""})
+    number = {name: index for index, name in enumerate(result.classes)}
+    result.samples = [
+        replace(one, label=number.get(name)) for one, name in zip(result.samples, named, strict=True)
+    ]
 
 
 def _why_unknown(root: Path, inside: str) -> str:
@@ -211,14 +254,22 @@ def _why_unknown(root: Path, inside: str) -> str:
     return reason_against(root / inside, root.resolve()) or "not a file that can be read"
 
 
-def _take(root: Path, name: str, rows: list[metadata.Row], known: set[str], result: Collection) -> None:
+def _take(
+    root: Path,
+    name: str,
+    rows: list[metadata.Row],
+    known: set[str],
+    how: Reading,
+    beside: Mapping[str, Picture],
+    result: Collection,
+) -> None:
     """One sample from all rows that name its file; equal rows are counted once."""
     captions: list[str] = []
     reasons: list[str] = []
     for row in rows:
         reasons += [row.reason] if row.reason else []
         captions += [caption for caption in row.captions if caption not in captions]
-    if not captions:
+    if not captions and (how.captions != "none" or any(not one.startswith("no caption") for one in reasons)):
         result.set_aside.append(SetAside(metadata.printable(name), reasons[0] if reasons else "no caption"))
         return
     repeated = sum(row == rows[0] for row in rows[1:])
@@ -238,7 +289,7 @@ def _take(root: Path, name: str, rows: list[metadata.Row], known: set[str], resu
             file=root / name,
             split=first.split or "",
             label=first.label,
-            companions={what: root / inside for what, inside in first.companions.items()},
+            companions={**beside, **{what: root / inside for what, inside in first.companions.items()}},
             extra=first.extra,
         )
     )

@@ -1,7 +1,7 @@
 """A view is one way a sample is shown to the encoder: fitted to its bucket, mirrored, a piece of a clip."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +40,20 @@ class Encoding:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """How a further picture of each sample is encoded.
+
+    encode: pixels as for the samples themselves → a tensor [B, …] or named ones; fingerprint: changes
+    whenever its answers would. size (width, height): its own, the same for all; None cuts it exactly as its
+    picture.
+    """
+
+    encode: Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+    fingerprint: str
+    size: Size | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """One sample to be encoded: its bucket, its own size ((0, 0) if not looked at), one key for each view."""
 
@@ -48,6 +62,21 @@ class Task:
     size: Size
     keys: tuple[str, ...]
     pieces: tuple[clips.Piece, ...] = ()
+    companion: str = ""
+
+
+def beside(task: Task, name: str, how: Encoding, companion: Companion) -> Task | SetAside:
+    """The task of a sample's companion: the same cut, mirrored and cut into pieces alike."""
+    sample = task.sample
+    found = sample.companions.get(name)
+    if found is None:
+        return SetAside(sample.name, f"it has no {name}")
+    file, draw = (found, None) if isinstance(found, Path) else (None, found)
+    ending = file.name if file else sample.name  # readers go by the ending
+    other = replace(sample, name=f"{sample.name}: its {name} {ending}", file=file, picture=draw, content="")
+    size = companion.size or (task.bucket[0], task.bucket[1])
+    planned = plan(other, size, replace(how, pixels=companion.fingerprint))
+    return replace(planned, companion=name) if isinstance(planned, Task) else planned
 
 
 def plan(sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding) -> Task | SetAside:

@@ -7,7 +7,7 @@ caption depend on the sample, not on the part it is in.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -90,11 +90,16 @@ def share(count: int, part: int, parts: int) -> slice:
 
 @dataclass
 class Drawn:
-    """What is drawn for a part of a batch: t [b] in the theory's time, x_T like x_0, dropped [b] bool."""
+    """What is drawn for a part of a batch.
+
+    t [b] in the theory's time, x_T like x_0, dropped [b] bool: captions left out; without: the same for
+    each companion by name.
+    """
 
     t: Tensor
     x_T: Tensor
     dropped: Tensor
+    without: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Prepared(NamedTuple):
@@ -114,7 +119,8 @@ class DiffusionObjective:
         encoded: the samples; order: which of them a step takes.
         settings: `times`, `stratified`, `weighting`.
         seed: every draw follows from it.
-        caption_dropout: share of samples whose condition is replaced by `encoded.null`.
+        caption_dropout: share of samples whose caption's tensors are replaced by `encoded.null`.
+        dropout: share of samples shown without a companion ("control", …), whose tensors are then 0.
         loss: (answer, target) → elementwise error like them; default (answer − target)².
     Raises:
         Refused: unknown density or weighting.
@@ -129,12 +135,14 @@ class DiffusionObjective:
         seed: int,
         caption_dropout: float = 0.1,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        dropout: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
         self.encoded = encoded
         self.order = order
         self.seed = seed
         self.caption_dropout = caption_dropout
+        self.dropout = dict(dropout or {})
         self.stratified = settings.stratified
         self.density = densities.density(settings.times)
         self.weighting = densities.weighting("unit" if settings.weighting == "none" else settings.weighting)
@@ -169,7 +177,11 @@ class DiffusionObjective:
         shape = tuple(x_0.shape[1:])
         x_T = noise.normal(shape, self.seed, ids, step=step, purpose="noise", device=x_0.device)
         dropped = noise.uniform(self.seed, ids, step=step, purpose="caption") < self.caption_dropout
-        return Drawn(t.to(x_0.device), x_T, dropped)
+        without = {
+            name: noise.uniform(self.seed, ids, step=step, purpose=f"without {name}") < share
+            for name, share in self.dropout.items()
+        }
+        return Drawn(t.to(x_0.device), x_T, dropped, without)
 
     def _spread(self, u: Tensor, step: int, part: int, parts: int) -> Tensor:
         """Put each of the u [b] into its own of the batch's equal strata, which a permutation deals out."""
@@ -180,13 +192,24 @@ class DiffusionObjective:
     def measure(self, x_0: Tensor, drawn: Drawn, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The weighted losses [b] of the model's answers."""
         theory = self.model.theory
-        null = dict(self.encoded.null)
-        kept = [null if gone else dict(row) for row, gone in zip(rows, drawn.dropped.tolist(), strict=True)]
-        condition = Condition.stack(kept).to(x_0.device, x_0.dtype)
+        condition = Condition.stack(self.kept(rows, drawn)).to(x_0.device, x_0.dtype)
         answer = self.model.predict(theory.mix(x_0, drawn.x_T, drawn.t), drawn.t, condition)
         target = theory.target(x_0, drawn.x_T, drawn.t)
         error = self.error(answer.float(), target).flatten(1).mean(1)
         return error * self.weighting(theory, drawn.t).to(error.dtype)
+
+    def kept(self, rows: Sequence[Mapping[str, Tensor]], drawn: Drawn) -> list[dict[str, Tensor]]:
+        """The condition rows with what was dropped replaced: captions by null, companions by zeros."""
+        null = dict(self.encoded.null)
+        result = [
+            {**row, **null} if gone else dict(row)
+            for row, gone in zip(rows, drawn.dropped.tolist(), strict=True)
+        ]
+        for name, gone in drawn.without.items():
+            for row, is_gone in zip(result, gone.tolist(), strict=True):
+                mine = [one for one in row if is_gone and (one == name or one.startswith(f"{name}."))]
+                row |= {one: torch.zeros_like(row[one]) for one in mine}
+        return result
 
     def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
         """What one part of a step was made of, for the black box: names, captions and times."""

@@ -26,6 +26,7 @@ from ..training import parallel
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
+from . import companions
 from .agreement import agree, content_of
 from .codecs import Progress, ready_codec
 from .material import Bucket, collect, known_sizes
@@ -117,7 +118,11 @@ def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress |
         stages.save(model, run.path / "model", text_by_name=True)
     order = order_of(recipe, prepared.train)
     dropout = recipe.data.caption_dropout if _guided(model) else 0.0
-    objective = DiffusionObjective(model, prepared.train, order, recipe.train, recipe.seed, dropout)
+    seen = companions.encoders(model, recipe.data.companions)
+    objective = DiffusionObjective(
+        model, prepared.train, order, recipe.train, recipe.seed, dropout,
+        dropout=companions.shares(recipe.data, list(seen)),
+    )  # fmt: skip
     measure = None
     if recipe.train.held_out_every and len(prepared.held_out):
         precision = recipe.train.precision
@@ -159,6 +164,7 @@ def gather(recipe: Recipe) -> Gathered:
         torch.set_num_threads(recipe.train.threads)
     device = devices.resolve(recipe.train.device)
     theory_of(recipe)
+    companions.shares(recipe.data, recipe.data.companions)
     base = _base(recipe)
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed)
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model)
@@ -222,7 +228,8 @@ def encoded_samples(
     store = Store(recipe.data.store)
     processes, texts = parallel.current(), captions if guided else None
     part = processes.rank, processes.count
-    return fill(store, samples, bucket_of, model.encode, texts, how, progress, part)
+    beside = companions.encoders(model, recipe.data.companions)
+    return fill(store, samples, bucket_of, model.encode, texts, how, progress, part, companions=beside)
 
 
 def _tell(

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..data import media
+from ..data.captions import Wording, worded
 from ..data.sample import Collection, Sample
 from ..data.settings import DataSettings
 from ..errors import Refused
@@ -29,6 +31,17 @@ def collect(settings: DataSettings) -> Collection:
             f"data.train is empty. Name a folder of pictures, or one of {', '.join(EMBEDDED)}, "
             "in the recipe or as data.train=DIR."
         )
+    found = _source(settings)
+    return replace(found, samples=worded(found.samples, _wording(settings)))
+
+
+def _wording(settings: DataSettings) -> Wording:
+    return Wording(
+        settings.template, settings.trigger, settings.tag_orders, settings.tags_kept, settings.tag_separator
+    )
+
+
+def _source(settings: DataSettings) -> Collection:
     if settings.train == "shapes":
         from ..data import shapes
 
@@ -39,7 +52,12 @@ def collect(settings: DataSettings) -> Collection:
         return openmoji.collection(every=settings.train == "openmoji-all", size=settings.resolution)
     from ..data import sources
 
-    return sources.open(settings.train, captions=settings.captions, held_out=settings.held_out)
+    return sources.open(
+        settings.train,
+        captions=settings.captions,
+        held_out=settings.held_out,
+        companions=settings.companions,
+    )
 
 
 def each(work: Callable[[Sample], T], samples: Sequence[Sample]) -> list[T]:

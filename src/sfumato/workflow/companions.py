@@ -1,0 +1,60 @@
+"""Companions: which function encodes a sample's control picture, mask, reference or edit source.
+
+A denoiser that wants one encoded in its own way says so: `companions(model)` gives {name: Companion}. Else a
+mask becomes one number per latent, and every other picture becomes latents by the model's own codec.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..data.settings import DataSettings
+from ..data.views import Companion
+from ..errors import Refused, nearest
+from ..stages import Model
+
+
+def encoders(model: Model, names: Sequence[str]) -> dict[str, Companion]:
+    """How each of the named companions is encoded for this model; what the model itself needs comes too."""
+    asks: Any = getattr(model.denoiser, "companions", None)
+    own: Mapping[str, Companion] = asks(model) if asks else {}
+    return {name: own.get(name) or _usual(model, name) for name in dict.fromkeys([*own, *names])}
+
+
+def _usual(model: Model, name: str) -> Companion:
+    return _mask(model) if name == "mask" else Companion(model.encode, model.codec.fingerprint())
+
+
+def _mask(model: Model) -> Companion:
+    """Masks [B, 1, h, w] in [0, 1], 1 where the picture is white: the mean over each latent's pixels."""
+    stride = model.codec.stride
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        grey = (pixels.mean(1, keepdim=True) + 1) / 2
+        return F.avg_pool2d(grey, stride) if grey.ndim == 4 else F.avg_pool3d(grey, (1, stride, stride))
+
+    return Companion(encode, f"mask 1, mean over {stride} pixels")
+
+
+def shares(settings: DataSettings, names: Sequence[str]) -> dict[str, float]:
+    """`data.dropout` read: {companion: share of samples shown without it}.
+
+    Raises:
+        Refused: it is not written name=share, names no companion, or the share is none.
+    """
+    found: dict[str, float] = {}
+    for said in settings.dropout:
+        name, _, text = said.partition("=")
+        try:
+            share = float(text)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise Refused(f'data.dropout has "{said}"; write a companion and a share, like "control=0.1".')
+        if name.strip() not in names:
+            hint = nearest(name, names) if names else " Set data.companions first."
+            raise Refused(f'data.dropout names "{name}", which is no companion of this run.{hint}')
+        found[name.strip()] = share
+    return found
