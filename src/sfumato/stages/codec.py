@@ -17,7 +17,7 @@ from .interface import Codec, TrainableCodec
 class PixelCodec(Codec):
     """The identity: latents are pixels."""
 
-    kind, stride, latent_channels = "pixels", 1, 3
+    kind, stride, latent_channels, reach = "pixels", 1, 3, (0, 0)
 
     def config(self) -> dict[str, Any]:
         """Nothing to say."""
@@ -78,8 +78,9 @@ class NormalisedCodec(TrainableCodec):
     def settle(self, pixels: Tensor) -> None:
         """Shift and scale per channel from the posterior's means on pixels [N, 3, H, W]."""
         means = torch.cat([self.posterior(part)[0] for part in pixels.split(32)])
-        self.shift.copy_(means.mean((0, 2, 3)).view_as(self.shift))
-        self.scale.copy_(means.std((0, 2, 3)).clamp(min=1e-6).view_as(self.scale))
+        means = means.movedim(1, 0).flatten(1)
+        self.shift.copy_(means.mean(1).view_as(self.shift))
+        self.scale.copy_(means.std(1).clamp(min=1e-6).view_as(self.scale))
 
 
 class Refine(nn.Module):
@@ -117,29 +118,31 @@ class ResidualCodec(NormalisedCodec):
         stride: a patch of stride × stride pixels becomes one latent; even, at least 2.
         latent_channels: numbers in a latent, at most 3·stride².
         width: channels of the convolutions at half the stride.
+        deep: pictures laid on top of each other, so that a pixel has 3·deep colors.
     """
 
     kind = "residual"
+    reach = (7, 0)
     linear_in: Tensor
     linear_out: Tensor
     average: Tensor
 
-    def __init__(self, stride: int = 8, latent_channels: int = 16, width: int = 32):
-        if stride % 2 or stride < 2 or latent_channels > 3 * stride**2:
-            most = 3 * stride**2
+    def __init__(self, stride: int = 8, latent_channels: int = 16, width: int = 32, deep: int = 1):
+        if stride % 2 or stride < 2 or latent_channels > 3 * deep * stride**2:
+            most = 3 * deep * stride**2
             raise Refused(
                 f"A codec of stride {stride} with {latent_channels} channels cannot be: the stride must be "
                 f"even, and a patch of {stride}×{stride} pixels holds {most}. Take model.stride 4 or 8."
             )
         super().__init__(stride, latent_channels)
         self._config = {"stride": stride, "latent_channels": latent_channels, "width": width}
-        half, patch = stride // 2, 3 * stride**2
+        half, patch = stride // 2, 3 * deep * stride**2
         self.linear_in = nn.Parameter(torch.randn(latent_channels, patch) / patch**0.5)
         self.linear_out = nn.Parameter(torch.randn(patch, latent_channels) / latent_channels**0.5)
         self.register_buffer("average", torch.zeros(patch))
         self.log_variance = nn.Parameter(torch.full((latent_channels, 1, 1), -2.5))
         self.see = nn.Sequential(
-            nn.Conv2d(3 * half**2, width, 3, padding=1),
+            nn.Conv2d(3 * deep * half**2, width, 3, padding=1),
             Refine(width),
             nn.Conv2d(width, 2 * width, 2, stride=2),
             Refine(2 * width),
@@ -151,7 +154,7 @@ class ResidualCodec(NormalisedCodec):
             nn.PixelShuffle(2),
             Refine(width),
             Refine(width),
-            zero(nn.Conv2d(width, 3 * half**2, 3, padding=1)),
+            zero(nn.Conv2d(width, 3 * deep * half**2, 3, padding=1)),
         )
 
     def config(self) -> dict[str, Any]:
@@ -163,6 +166,10 @@ class ResidualCodec(NormalisedCodec):
 
         Half-way between whitening, which would blow up the faintest detail, and leaving it unlearnably faint.
         """
+        self.fit(pixels)
+
+    def fit(self, pixels: Tensor) -> None:
+        """Fit the shortcut to pictures [N, colors, H, W]."""
         with torch.no_grad():
             patches = F.pixel_unshuffle(pixels.double(), self.stride).movedim(1, -1).flatten(0, -2)
             average = patches.mean(0)

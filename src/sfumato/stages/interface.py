@@ -113,6 +113,8 @@ class Codec(Stage):
     latent_channels: int
     time_stride: int = 1
     """Frames of a clip that share a latent, the first frame having one of its own."""
+    reach: tuple[int, int] | None = None
+    """How far `decode` looks around a latent, in latents of space and, backwards, of time; None: anywhere."""
 
     @abstractmethod
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -126,6 +128,21 @@ class Codec(Stage):
         """[C, h, w] of the latents of a picture of this size in pixels."""
         self.check_size(width, height)
         return self.latent_channels, height // self.stride, width // self.stride
+
+    def latent_frames(self, frames: int) -> int:
+        """Latents that stand for so many frames of a clip.
+
+        Raises:
+            Refused: the frames are not 1 + a multiple of time_stride.
+        """
+        more = (frames - 1) % self.time_stride
+        if more or frames < 1:
+            fit = max(1, frames - more)
+            raise Refused(
+                f"A clip of {frames} frames does not fit this codec, which takes one frame and then "
+                f"{self.time_stride} for each latent. Choose {fit} or {fit + self.time_stride} frames."
+            )
+        return (frames - 1) // self.time_stride + 1
 
     def check_size(self, width: int, height: int, name: str = "The picture") -> None:
         """Raises Refused unless both sides are multiples of `stride`."""
@@ -258,9 +275,12 @@ class Model:
         return self.codec.decode(latents.to(self.device, self.dtype))
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
-        """The network's answer at t in the theory's own time (scalar or [B])."""
-        times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device).expand(len(x_t))
-        scale = self.theory.input_scale(times).to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
+        """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
+        times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        times = times.expand(len(x_t)) if times.ndim < 2 else times
+        scale = self.theory.input_scale(times).to(x_t.dtype)
+        places = (-1, 1, times.shape[1]) if times.ndim == 2 else (-1, 1)
+        scale = scale.view(*places, *[1] * (x_t.ndim - len(places)))
         return self.denoiser(x_t * scale, self.theory.clock(times).to(x_t.dtype), condition)
 
     def save(self, folder: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sfumato.errors import Failed, Refused, nearest
 from sfumato.record import RunFolder, atomic_folder, checksum
 
+from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
@@ -28,7 +29,18 @@ from .unet import UNet
 FORMAT = 1
 KINDS: dict[str, type[Stage]] = {
     stage.kind: stage
-    for stage in (PixelCodec, ResidualCodec, AutoencoderCodec, TextConditioner, NoConditioner, DiT, UNet)
+    for stage in (
+        PixelCodec,
+        ResidualCodec,
+        AutoencoderCodec,
+        ClipCodec,
+        FramewiseCodec,
+        VideoAutoencoderCodec,
+        TextConditioner,
+        NoConditioner,
+        DiT,
+        UNet,
+    )
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -139,10 +151,17 @@ def load_codec(folder: Path) -> Codec:
             raise Refused(f"{place} holds a {stage.kind}, not a codec.")
     config = dict(read_json(folder / "config.json")) if (folder / "config.json").is_file() else {}
     architecture = config.get("_class_name")
+    if architecture in VIDEO_AUTOENCODERS:
+        made = VideoAutoencoderCodec(architecture, **{k: v for k, v in config.items() if k[0] != "_"})
+        weights = made.network.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        made.network.load_state_dict(weights.state_dict())
+        made.measure()
+        return made.eval()
     if architecture not in ("AutoencoderKL", "AutoencoderTiny"):
         raise Refused(
             f'model.codec = "{folder}" is no codec: it needs stage.json (sfumato) or the config.json of '
-            "diffusers' AutoencoderKL or AutoencoderTiny. Or say auto, kl, tiny or pixels."
+            "diffusers' AutoencoderKL or AutoencoderTiny, or of one of its video autoencoders "
+            f"({', '.join(VIDEO_AUTOENCODERS)}). Or say auto, kl, tiny or pixels."
         )
     codec = AutoencoderCodec(architecture, **{k: v for k, v in config.items() if not k.startswith("_")})
     fill_network = codec.network.from_pretrained(folder, use_safetensors=True, local_files_only=True)
