@@ -92,6 +92,17 @@ def test_the_textbook_coefficients():
     assert float(get("flow-matching", shift=3.0).data(0.5)[1]) == 0.75
 
 
+def test_a_trained_step_is_a_time_and_the_network_hears_its_number():
+    table = [0.1, 0.2, 0.4, 0.5]
+    theory, steps = get("ddpm-velocity", betas=table), torch.arange(4)
+    t = times.trained(steps, steps=4)
+    kept = (1 - torch.tensor(table, dtype=F64)).cumprod(0)
+    torch.testing.assert_close(theory.data(t)[0].square(), kept)
+    torch.testing.assert_close(theory.clock(t), steps.double())
+    half = theory.data((t[1] + t[2]) / 2)[0].square()  # between two steps, log ᾱ is halfway
+    torch.testing.assert_close(half, (kept[1] * kept[2]).sqrt())
+
+
 def test_zero_terminal_snr_ends_in_pure_noise_and_epsilon_says_so():
     velocity, epsilon = (get(f"ddpm-{kind}", zero_terminal_snr=True) for kind in ("velocity", "epsilon"))
     assert float(velocity.data(1.0)[0]) == 0
@@ -112,7 +123,19 @@ def test_a_shuffled_angle_a_negative_level_and_a_wrong_shape_are_found():
     shape = Theory(data=lambda t: (torch.ones(3), t), model=lambda t: (0 * t, 1 + 0 * t))
     same = Theory(data=lambda t: (1 - t, t), model=lambda t: (1 - t, t))
     told = Theory(data=lambda t: (1 - t, t), model=lambda t: (-1, 1), clock=lambda t: t / 0)
+    blind = Theory(data=lambda t: (1 - t, t), model=lambda t: (-1, 1), input_scale=lambda t: 0 * t)
+    between = Theory(data=lambda t: (1 - t, t), model=lambda t: (0.3337 + 0 * t, 0.6663 + 0 * t))
+    ripple = Theory(
+        data=lambda t: (1 - t, t + 1e-3 * torch.sin(512 * math.pi * t)), model=lambda t: (-1, 1), t_data=0.1
+    )
+    jump = Theory(data=lambda t: (1 - t, torch.where(t < 0.5, t, 2 * t)), model=lambda t: (-1, 1))
+    wave = Theory(data=lambda t: (1 - t, t * (1 + 0j)), model=lambda t: (-1, 1))
     for theory, word in (
+        (blind, "input_scale"),
+        (between, "near t = 0.6663"),
+        (ripple, "rise"),
+        (jump, "t = 0.5 φ jumps"),
+        (wave, "complex"),
         (flat, "rise"),
         (negative, "negative"),
         (shape, "shape"),
@@ -132,6 +155,14 @@ def test_a_shuffled_angle_a_negative_level_and_a_wrong_shape_are_found():
         (lambda: get("flow-matching", shft=3), 'mean "shift"'),
         (lambda: get("ddpm-x0", betas="liner"), 'mean "linear"'),
         (lambda: Theory(data=lambda t: (t, t), model=lambda t: (t, t), t_noise=0.0), "finite and differ"),
+        (lambda: get("ddpm-x0", betas=[0.1, 0.2], steps=5), "leave nothing for steps"),
+        (lambda: get("ddpm-x0", betas="cosine", beta_end=0.1), "Leave them out"),
+        (lambda: get("flow-matching", shift="3"), "must be a number"),
+        (lambda: get("ddpm-x0").mix(torch.randn(2, 2), torch.randn(2, 2), 500), r"t = \(n \+ 1\)/N"),
+        (lambda: get("flow-matching").mix(torch.randn(2, 2), torch.randn(2, 2), math.nan), "outside"),
+        (lambda: get("flow-matching").time_at(math.nan), "not a number"),
+        (lambda: get("flow-matching").data(torch.ones(2) + 1j), "no time"),
+        (lambda: times.trained(1000), "from 0 to 999"),
         (lambda: get("trigflow").mix(torch.randn(2, 2), torch.randn(2, 3), 0.5), "make them equal"),
         (lambda: get("trigflow").mix(torch.randn(2, 2), torch.randn(2, 2), torch.ones(3)), "one per sample"),
     ],

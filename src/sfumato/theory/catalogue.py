@@ -5,6 +5,7 @@ Only the definitions are written here. Targets, steps and conversions follow fro
 
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Refused, nearest, one_of
-from .definition import Theory, by_the_way
+from .definition import Theory, by_the_way, exact
 from .shapes import Rows
 
 Betas = str | Sequence[float] | Tensor
@@ -31,14 +32,29 @@ def get(name: str, **args: object) -> Theory:
     Raises:
         Refused: for a name or an argument that is not known, with the nearest that is.
     """
-    make = _CATALOGUE[one_of("Theory", name, _CATALOGUE)]
+    make = _CATALOGUE[one_of("Theory", str(name).replace("_", "-"), _CATALOGUE)]
     known = inspect.signature(make).parameters
-    for word in args:
+    args = {word: v.item() if isinstance(v, Tensor) and v.ndim == 0 else v for word, v in args.items()}
+    for word, value in args.items():
         if word not in known:
             raise Refused(
                 f'Theory "{name}" takes no argument "{word}".{nearest(word, known) if known else ""}'
             )
+        _fits(word, value, known[word].default)
     return make(**args)
+
+
+def _fits(word: str, value: object, default: object) -> None:
+    """Refuse a value that is not of its default's kind; betas speak for themselves."""
+    if word == "betas" or (value is None and default is None):
+        return
+    kind, name = {
+        bool: (bool, "true or false"),
+        int: (int, "a whole number"),
+    }.get(type(default), (numbers.Real, "a number"))
+    fits = isinstance(value, kind) and (kind is bool) == isinstance(value, bool)
+    if not fits or not math.isfinite(float(value)):  # pyright: ignore[reportArgumentType]
+        raise Refused(f"{word} is {value!r}; it must be {name}.")
 
 
 def about(name: str) -> str:
@@ -216,14 +232,14 @@ def beta_table(
     (scaled-linear 0.00085 … 0.012); Nichol & Dhariwal 2021, arXiv:2102.09672 (cosine).
     """
     if not isinstance(betas, str):
-        table = torch.as_tensor(betas, dtype=torch.float64).flatten()
-        if not (len(table) and bool(((table > 0) & (table <= 1)).all()) and bool((table[:-1] < 1).all())):
-            raise Refused("betas must be numbers in (0, 1), one per step; only the last may be 1.")
-        return table
+        return _own_table(betas, steps, (beta_start, beta_end))
     if steps < 1:
         raise Refused(f"steps is {steps}; a table of betas needs at least 1.")
-    kind = one_of("Beta schedule", betas.replace("_", "-"), ("linear", "scaled-linear", "cosine"))
+    word = betas.replace("_", "-").replace("squaredcos-cap-v2", "cosine")  # as diffusers calls it
+    kind = one_of("Beta schedule", word, ("linear", "scaled-linear", "cosine"))
     if kind == "cosine":
+        if beta_start is not None or beta_end is not None:
+            raise Refused("The cosine schedule has no beta_start and beta_end. Leave them out.")
         time = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         level = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
         return (1 - level[1:] / level[:-1]).clamp(max=0.999)
@@ -235,8 +251,28 @@ def beta_table(
     return torch.linspace(low ** (1 / power), high ** (1 / power), steps, dtype=torch.float64) ** power
 
 
+def _own_table(betas: Sequence[float] | Tensor, steps: int, ends: tuple[object, object]) -> Tensor:
+    if not isinstance(betas, Tensor | Sequence) or any(isinstance(beta, str) for beta in betas):
+        raise Refused(f"betas is {betas!r}; name a schedule, or give a list of numbers.")
+    table = exact(betas)
+    good = table.ndim == 1 and len(table) and bool(((table > 0) & (table <= 1)).all())
+    if not good or not bool((table[:-1] < 1).all()):
+        raise Refused("betas must be a list of numbers in (0, 1), one per step; only the last may be 1.")
+    if steps not in (1000, len(table)) or ends != (None, None):
+        raise Refused(
+            f"betas are {len(table)} numbers; they leave nothing for steps, beta_start or beta_end."
+        )
+    return table
+
+
 def zero_terminal(kept: Tensor) -> Tensor:
-    """√ᾱ stretched so that the last is 0 and the first stays (Lin et al. 2023, arXiv:2305.08891)."""
+    """√ᾱ stretched so that the last is 0 and the first stays (Lin et al. 2023, arXiv:2305.08891).
+
+    Raises:
+        Refused: a single step, which cannot be both.
+    """
+    if len(kept) < 2:
+        raise Refused("Zero terminal SNR keeps the first step and darkens the last; one step cannot be both.")
     root = kept.sqrt()
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
 
@@ -255,7 +291,8 @@ class Table:
         logs = self.logs.to(t.device, t.dtype)
         count = len(logs) - 1
         place = (t * count).clamp(0, count)
-        below = place.floor().clamp(max=count - 1)
+        place = place.masked_fill((t < -1e-6) | (t > 1 + 1e-6), math.nan)  # such a time was never trained
+        below = place.nan_to_num(0.0).floor().clamp(max=count - 1)
         part, i = place - below, below.long()
         low, high = logs[i], logs[i + 1]
         ends_dark = torch.isneginf(high)

@@ -22,10 +22,19 @@ SINGULAR = 1e-6
 
 
 def exact(t: Moment) -> Tensor:
-    """t as float64, where formulas are evaluated (on the CPU for devices that lack float64)."""
-    if not isinstance(t, Tensor):
+    """t as float64, where formulas are evaluated (on the CPU for devices that lack float64).
+
+    Raises:
+        Refused: what is no real number, nor a tensor or list of them.
+    """
+    if isinstance(t, Tensor) and not t.is_complex():
+        return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
+    try:
+        if isinstance(t, Tensor):
+            raise TypeError("complex")
         return torch.as_tensor(t, dtype=torch.float64)
-    return t.to("cpu" if t.device.type == "mps" else t.device, torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Refused(f"{t!r} is no time: give a real number, or a tensor with one per sample.") from error
 
 
 def spread(coefficient: Tensor, like: Tensor) -> Tensor:
@@ -46,7 +55,7 @@ class Definition:
         Raises:
             Refused: unless the definition returns two coefficients with the shape of t.
         """
-        t = t if isinstance(t, Tensor) else exact(t)
+        t = t if isinstance(t, Tensor) and t.is_floating_point() else exact(t)
         try:
             pair = self.rows(t)
         except Exception as error:
@@ -59,10 +68,9 @@ class Definition:
         return self._fit(pair[0], t), self._fit(pair[1], t)
 
     def _fit(self, value: object, t: Tensor) -> Tensor:
-        if not isinstance(value, Tensor | float | int):
-            raise Refused(
-                f"{self.title} returns {type(value).__name__}; coefficients are tensors or numbers."
-            )
+        if not isinstance(value, Tensor | float | int) or (isinstance(value, Tensor) and value.is_complex()):
+            kind = "complex numbers" if isinstance(value, Tensor) else type(value).__name__
+            raise Refused(f"{self.title} returns {kind}; coefficients are real tensors or numbers.")
         tensor = torch.as_tensor(value, dtype=t.dtype, device=t.device)
         if tensor.ndim and tensor.shape != t.shape:
             raise Refused(
@@ -118,7 +126,7 @@ class Theory:
                 raise Refused(
                     f'Theory "{self.name}": {role} must be a function of t that returns two coefficients.'
                 )
-        t_noise, t_data = float(self.t_noise), float(self.t_data)
+        t_noise, t_data = float(exact(self.t_noise)), float(exact(self.t_data))
         if not (math.isfinite(t_noise) and math.isfinite(t_data)) or t_noise == t_data:
             raise Refused(
                 f'Theory "{self.name}": t_noise {t_noise:g} and t_data {t_data:g} must be finite and differ.'
@@ -210,6 +218,8 @@ class Theory:
     def time_at(self, log_snr: Moment) -> Tensor:
         """The time with this log-SNR, the nearest end where there is none. Any shape, float64."""
         wanted = exact(log_snr)
+        if bool(wanted.isnan().any()):
+            raise Refused(f'"{self.name}" has no time whose log-SNR is not a number.')
         return self._search(lambda t: -self.log_snr(t), -wanted)
 
     def time_of(self, angle: Moment) -> Tensor:
@@ -231,7 +241,7 @@ class Theory:
 
     # ---------------------------------------------------------------- the check
 
-    def check(self, times: Anything | list[float] | None = None) -> Report:
+    def check(self, times: Moment | None = None) -> Report:
         """Is the theory sound at these times (by default 257 from t_noise to t_data)?
 
         Finds definitions that fail or have wrong shapes, negative or vanishing coefficients, times at
@@ -265,14 +275,31 @@ class Theory:
 
     def _moment(self, t: Moment, x: Tensor) -> Tensor:
         t = exact(t)
-        if t.ndim > 1 or (t.ndim == 1 and t.shape[0] not in (1, x.shape[0])):
+        if t.ndim > 1 or (t.ndim == 1 and (x.ndim == 0 or t.shape[0] not in (1, x.shape[0]))):
             raise Refused(
-                f"Time of shape {tuple(t.shape)} does not fit a batch of {x.shape[0]}: "
+                f"Time of shape {tuple(t.shape)} does not fit x of shape {tuple(x.shape)}: "
                 f"give one time, or one per sample."
             )
+        if t.device.type == "cpu":  # elsewhere the check would wait for the device
+            self.within(t)
         return t
 
+    def within(self, t: Tensor) -> None:
+        """Refuse times that the theory does not have; float32's rounding of an end is let through."""
+        low, high = sorted((self.t_data, self.t_noise))
+        slack = 1e-6 * (high - low)
+        outside = ~((t >= low - slack) & (t <= high + slack))
+        if bool(outside.any()):
+            where = t[outside].flatten()[0].item()
+            trained = " A trained step n of N is t = (n + 1)/N." if high == 1 and where > 1 else ""
+            ends = f"whose times lie between {low:g} and {high:g}."
+            raise Refused(f'Time {where:g} is outside "{self.name}", {ends}{trained}')
+
     def _same(self, one: Tensor, other: Tensor, name: str, other_name: str) -> None:
+        for x, called in ((one, name), (other, other_name)):
+            if not isinstance(x, Tensor) or not x.is_floating_point():
+                kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise Refused(f"{called} is {kind}; it must be a floating-point tensor [B, …].")
         if one.shape != other.shape:
             raise Refused(
                 f"{name} has shape {tuple(one.shape)}, {other_name} {tuple(other.shape)}; make them equal."

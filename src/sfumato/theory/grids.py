@@ -126,6 +126,16 @@ def evenness(ratio: Tensor, delta: float, epsilon: float) -> Tensor:
     )
 
 
+def trained(step: int | Sequence[int] | Tensor, steps: int = 1000) -> Tensor:
+    """The time (n + 1)/N of a discrete model's trained step n, 0 … N − 1; float64, like `step` in shape."""
+    n = torch.as_tensor(step)
+    if n.is_floating_point() or n.is_complex() or bool(((n < 0) | (n >= steps)).any()):
+        raise Refused(
+            f"A trained step is a whole number from 0 to {steps - 1}; between them, t itself is meant."
+        )
+    return (n.double() + 1) / steps
+
+
 def custom(theory: Theory, moments: Sequence[float] | Anything) -> Tensor:
     """One's own times, checked: inside the theory, strictly towards the data, or towards the noise."""
     t = exact(torch.as_tensor(moments, dtype=torch.float64))

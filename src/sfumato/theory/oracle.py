@@ -88,7 +88,7 @@ class Mixture:
 
     def reference(self, x_T: Anything, theory: Theory, t: Moment | None = None) -> Tensor:
         """x at t_data reached from x_T by the exact flow; x_T is read as in `solve`, at t or t_noise."""
-        begin = theory.t_noise if t is None else float(t)
+        begin = theory.t_noise if t is None else float(exact(t))
         z = start_of(x_T.double(), theory, begin).reshape(len(x_T), -1)
         end = float(theory.angle(theory.t_data))
         r = float(torch.hypot(*theory.data(theory.t_data)))

@@ -1,6 +1,6 @@
 """Shapes as types: what a tensor means is written where it enters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,8 +14,8 @@ Times = Float[Tensor, " batch"]
 Grid = Float[Tensor, "*batch nodes"]
 """Times to sample at, from noise to data: [steps + 1], or [B, steps + 1] with a row per sample."""
 
-Moment = Anything | float | int
-"""A time: a number, or a tensor with one per sample."""
+Moment = Tensor | Sequence[float] | float | int
+"""A time: a number, or one per sample."""
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """denoise(x_t [B, ...], t [B]) → out [B, ...], as the theory's model definition says."""
 Rows = Callable[..., tuple[Tensor, Tensor]]

@@ -8,30 +8,37 @@ import torch
 from torch import Tensor
 
 from ..errors import Refused
+from .shapes import Moment
 
 if TYPE_CHECKING:
     from .definition import Theory
 
 
-def problems_of(theory: Theory, times: Tensor | list[float] | None) -> list[str]:
+def problems_of(theory: Theory, times: Moment | None) -> list[str]:
     """One sentence per problem, the gravest first; an empty list when the theory is sound."""
     from .definition import exact
 
-    if times is None:
-        times = torch.linspace(theory.t_noise, theory.t_data, 257, dtype=torch.float64)
-    t = exact(torch.as_tensor(times)).flatten()
-    low, high = sorted((theory.t_data, theory.t_noise))
-    outside = (t < low - 1e-12) | (t > high + 1e-12)
-    if bool(outside.any()):
-        return [f"t = {t[outside][0].item():g} is outside the theory's times {low:g} to {high:g}."]
-    asked = t[t != theory.t_data]
     try:
+        t = _everywhere(theory) if times is None else exact(times).flatten()
+        if not len(t):
+            return ["There is no time to check at; give some, or leave them out."]
+        theory.within(t)
+        asked = t[t != theory.t_data]
         problems = _shapes(theory, t) or _levels(theory, t)
         if not problems:
             problems = _order(theory, t) + _split(theory, asked) + _told(theory, asked)
+        if not problems and times is None:
+            problems = _between(theory, t) + _jump(theory, t)
     except Refused as refusal:
         return [str(refusal)]
     return problems
+
+
+def _everywhere(theory: Theory) -> Tensor:
+    """257 even times and two in every gap, at uneven places that no ripple is likely to share."""
+    even = torch.linspace(theory.t_noise, theory.t_data, 257, dtype=torch.float64)
+    inside = [even[:-1] + even.diff() * share for share in (0.3819660, 0.7236068)]
+    return torch.cat([torch.stack([even[:-1], *inside], 1).flatten(), even[-1:]])
 
 
 def _shapes(theory: Theory, t: Tensor) -> list[str]:
@@ -114,6 +121,52 @@ def _split(theory: Theory, asked: Tensor) -> list[str]:
     return problems
 
 
+def _sine(theory: Theory, t: Tensor) -> Tensor:
+    """The sine of the angle between C_t and C^ε_t: 0 where the split is singular."""
+    (a, s), (p, q) = theory.data(t), theory.model(t)
+    return (a * q - s * p) / (torch.hypot(a, s) * torch.hypot(p, q))
+
+
+def _between(theory: Theory, t: Tensor) -> list[str]:
+    """Times between those looked at where the rows become one mixture: the sine dips to 0 or crosses it."""
+    sine = _sine(theory, t[:-1])
+    size = sine.abs()
+    dips = (size[1:-1] <= size[:-2]) & (size[1:-1] <= size[2:]) & (size[1:-1] < 0.1)
+    crossed = sine[1:-1].sign() != sine[2:].sign()
+    at = (dips | crossed).nonzero()[:, 0]
+    if not len(at):
+        return []
+    low, high = t[at], t[(at + 3).clamp(max=len(t) - 2)]
+    for _ in range(90):  # golden section, in every dip at once
+        left, right = low + 0.381966 * (high - low), low + 0.618034 * (high - low)
+        better = _sine(theory, left).abs() < _sine(theory, right).abs()
+        low, high = torch.where(better, low, left), torch.where(better, right, high)
+    bottom = (low + high) / 2
+    deep = _sine(theory, bottom).abs() < 1e-5
+    return [
+        f'Theory "{theory.name}" is singular near t = {where:g}: there x_t and out are the same mixture of '
+        f"x_0 and x_T (det = a·q − s·p is 0). Change the model definition there."
+        for where in bottom[deep][:1].tolist()
+    ]
+
+
+def _jump(theory: Theory, t: Tensor) -> list[str]:
+    """A gap in φ: no time has the noise inside it, and neither grids nor other theories find one."""
+    widest = int(theory.angle(t).diff().abs().argmax())
+    low, high = t[widest], t[widest + 1]
+    for _ in range(13):  # 2⁴ finer each time, down to neighbouring floats
+        ladder = low + (high - low) * torch.linspace(0, 1, 17, dtype=torch.float64)
+        widest = int(theory.angle(ladder).diff().abs().argmax())
+        low, high = ladder[widest], ladder[widest + 1]
+    ends = theory.angle(torch.stack([low, high])).sort()[0].tolist()
+    if ends[1] - ends[0] < 1e-4:
+        return []
+    return [
+        f"At t = {high.item():g} φ jumps from {ends[0]:.6g} to {ends[1]:.6g}; no time has the noise between. "
+        f"Make data(t) continuous."
+    ]
+
+
 def _told(theory: Theory, asked: Tensor) -> list[str]:
     problems = []
     for name in ("clock", "input_scale"):
@@ -128,5 +181,11 @@ def _told(theory: Theory, asked: Tensor) -> list[str]:
             where = asked[~torch.isfinite(told)][0].item()
             problems.append(
                 f'Theory "{theory.name}": {name}(t) is not finite at the asked time t = {where:g}.'
+            )
+        elif name == "input_scale" and bool((told == 0).any()):
+            where = asked[told == 0][0].item()
+            problems.append(
+                f'Theory "{theory.name}": input_scale(t) is 0 at t = {where:g}, where the network would see '
+                f"nothing. Keep it away from 0."
             )
     return problems

@@ -13,6 +13,7 @@ from .grids import (
     log_snr,
     resolution_shift,
     shifted,
+    trained,
     two_sided,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "resolution_shift",
     "shifted",
     "stratified",
+    "trained",
     "two_sided",
     "weighting",
     "weightings",

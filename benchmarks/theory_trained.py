@@ -1,0 +1,127 @@
+"""Theories trained and judged alike: the same codec, network, data, steps and seeds.
+
+    python benchmarks/theory_trained.py flow-matching examples/even.py:even --seeds 3 --steps 1000
+
+Losses of two theories are not comparable, for they weigh errors differently. What is: the error of the
+canonical velocity v = cos φ·x_T − sin φ·x_0 at given angles φ, on held-out pictures and fixed noise. An
+error e in v is an error sin φ·e in x_0, whatever the network answers.
+Pictures are judged by the shapes' own reader.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sfumato.data import shapes
+from sfumato.data.settings import DataSettings
+from sfumato.demo import PLANS, chosen
+from sfumato.generation import PaintingModel
+from sfumato.recipe import Recipe
+from sfumato.stages import Condition
+from sfumato.theory import noise
+from sfumato.workflow import train
+from sfumato.workflow.codecs import codec_key, place, ready_codec
+from sfumato.workflow.course import encoded_samples, sizes
+from sfumato.workflow.material import collect
+
+ANGLES = [
+    math.pi / 2 * share
+    for share in (0.03, 0.08, 0.15, 0.23, 0.32, 0.41, 0.5, 0.59, 0.68, 0.77, 0.86, 0.95, 1.0)
+]
+CODEC_SEED = 100
+
+
+def recipe_of(theory: str, times: str, seed: int, steps: int, out: Path, codec: str) -> Recipe:
+    """The demo's own recipe on shapes, with this theory and seed."""
+    base = PLANS["shapes"].recipe
+    return replace(
+        base,
+        output=str(out / f"{Path(theory.split(':')[0]).stem}-{times}-{seed}"),
+        seed=seed,
+        model=replace(base.model, theory=theory, codec=codec, codec_steps=400),
+        data=DataSettings(train="shapes", resolution=32, store=str(out / "store")),
+        train=replace(base.train, steps=steps, times=times, threads=1, save_every=10**6, held_out_every=0),
+        sample=replace(base.sample, every=0),
+    )
+
+
+@torch.no_grad()
+def by_angle(model: PaintingModel, recipe: Recipe, most: int = 131) -> list[float]:
+    """Mean squared error of v on held-out pictures at each of ANGLES."""
+    collection = collect(recipe.data)
+    bucket = sizes(recipe, collection.samples, model.codec)
+    held = encoded_samples(recipe, collection.samples, bucket, model, None).of("held_out")
+    batch = held.read(list(range(min(most, len(held)))), 0, 0)
+    x_0, condition = batch.latents.float(), Condition.stack([dict(row) for row in batch.conditions])
+    found = []
+    for index, angle in enumerate(ANGLES):
+        x_T = noise.normal(tuple(x_0.shape[1:]), 7, batch.ids, step=index, purpose="by angle")
+        t = model.theory.time_of(angle).expand(len(x_0))
+        x_t = model.theory.mix(x_0, x_T, t)
+        r, from_out, from_z = (float(c[0]) for c in model.theory.reader(t))
+        v = from_out * model.predict(x_t, t, condition) + from_z * x_t / r
+        found.append(float((v - (math.cos(angle) * x_T - math.sin(angle) * x_0)).square().mean()))
+    return found
+
+
+def accuracy(model: PaintingModel, recipe: Recipe, count: int) -> dict[str, float]:
+    """Shares of pictures of unseen combinations that show what was asked."""
+    prompts = chosen([one.captions[0] for one in collect(recipe.data).of("held_out")], count)
+    drawn = model.generate(prompts, seed=[1_000_003 + i for i in range(len(prompts))])
+    verdicts = [shapes.judge(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
+    return {name: sum(v[name] for v in verdicts) / len(verdicts) for name in ("shape_and_color", "position")}
+
+
+def one(theory: str, times: str, seed: int, steps: int, out: Path, codec: str, count: int) -> dict[str, Any]:
+    """Train, measure, and return one row."""
+    recipe = recipe_of(theory, times, seed, steps, out, codec)
+    began = time.perf_counter()
+    model = train(recipe).model()
+    row = {
+        "theory": theory,
+        "times": times,
+        "seed": seed,
+        "steps": steps,
+        "by_angle": by_angle(model, recipe),
+    }
+    return {**row, **accuracy(model, recipe, count), "seconds": time.perf_counter() - began}
+
+
+def main() -> None:
+    """Train what is missing, measure, print one JSON line a run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("theories", nargs="+", help="a name, or FILE.py:NAME; with /DENSITY for other times")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--judged", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("runs/theory-trained"))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    pilot = recipe_of("flow-matching", "uniform", CODEC_SEED, asked.steps, asked.out.absolute(), "auto")
+    codec = codec_of(pilot)
+    for seed in range(1, asked.seeds + 1):
+        for word in asked.theories:
+            theory, _, times = word.partition("/") if ".py:" not in word else (word, "", "")
+            theory, times = (theory, times or "uniform")
+            row = one(theory, times, seed, asked.steps, asked.out.absolute(), codec, asked.judged)
+            print(json.dumps(row), flush=True)
+
+
+def codec_of(recipe: Recipe) -> str:
+    """The folder of the one codec that all runs share, trained first if it is missing."""
+    collection = collect(recipe.data)
+    side = (recipe.data.resolution, recipe.data.resolution)
+    ready_codec(recipe, collection.samples, side, torch.device("cpu"))
+    return str(place(recipe, codec_key(recipe, collection.samples, side)))
+
+
+if __name__ == "__main__":
+    main()
