@@ -132,6 +132,19 @@ def generate(
         typer.Option("--prompt", "-p", metavar="TEXT", help="What to draw; repeat it for a batch."),
     ] = None,
     negative: Annotated[str, typer.Option(metavar="TEXT", help="What to lean away from.")] = "",
+    image: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(
+            metavar="FILE",
+            help="A picture that an editing or image-to-video model is shown; repeat it for several.",
+        ),
+    ] = None,
+    option: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="NAME=VALUE", help="Further arguments by the pipeline's names: true_cfg_scale=4."
+        ),
+    ] = None,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")] = 0,
     steps: Steps = None,
@@ -168,6 +181,7 @@ def generate(
         "frames": frames,
         **size,
     }
+    wanted |= draw.further(image or [], option or [])
     draw.generate(model, prompt or [], count, wanted, out, device, json, format or (), fps)
 
 

@@ -1,6 +1,7 @@
 """Laws of pretrained families: what a diffusers pipeline computes, we compute; each family by itself."""
 
 import inspect
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,13 +9,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import sfumato
 from sfumato.errors import Refused
 from sfumato.stages.families import families
 
-from . import clips, zoo
+from . import clips, pictures, zoo
 from .zoo import NEGATIVE, PROMPT, ZOO, Case
 
 CLOSE = 1e-4
@@ -40,12 +42,18 @@ class Drawn:
 
 
 @pytest.fixture(scope="module", params=list(ZOO))
-def drawn(request, tmp_path_factory) -> Drawn:
+def drawn(request, tmp_path_factory):
     """The pipeline's own picture of a family."""
     case, folder = ZOO[request.param], tmp_path_factory.mktemp("zoo") / request.param
+    with pictures.small():
+        yield drawing(case, request.param, folder)
+
+
+def drawing(case: Case, name: str, folder: Any) -> Drawn:
+    """The pipeline's picture, with what was seen on the way."""
     torch.manual_seed(0)
-    case.make(request.param).save_pretrained(folder)
-    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
+    case.make(name).save_pretrained(folder)
+    pipe: Any = opened(folder)
     pipe.set_progress_bar_config(disable=True)
     flow = type(pipe.scheduler).__name__.startswith("FlowMatch") or pipe.scheduler.config.get(
         "use_flow_sigmas"
@@ -70,12 +78,23 @@ def drawn(request, tmp_path_factory) -> Drawn:
         call["prompt"] = [PROMPT]
     if case.negative:
         call["negative_prompt"] = [NEGATIVE]
-    if request.param == "dit":
+    if name == "dit":
         call["class_labels"] = [3]
     with torch.no_grad():
         pipe(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7), output_type="np")
     result.times = grid_of(pipe.scheduler, bool(flow))
     return result
+
+
+def opened(folder: Any) -> Any:
+    """The pipeline by diffusers alone."""
+    index = json.loads((folder / "model_index.json").read_text())
+    by_hand = {}
+    if "processor" in index:
+        by_hand["processor"] = pictures.ByHand(
+            transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+        )
+    return diffusers.DiffusionPipeline.from_pretrained(folder, **by_hand)
 
 
 def watch(pipe: Any, result: Drawn) -> None:
@@ -128,7 +147,16 @@ def told(model: Any, drawn: Drawn) -> Any:
     """Our condition of the pipeline's prompts."""
     if not drawn.case.prompt:
         return model.condition(labels=[3]) if drawn.case.call else model.condition()
-    return model.condition([PROMPT], NEGATIVE if drawn.case.negative else None, **drawn.case.options)
+    return model.condition([PROMPT], NEGATIVE if drawn.case.negative else None, **options_of(model, drawn))
+
+
+def options_of(model: Any, drawn: Drawn, drawing: bool = False) -> dict[str, Any]:
+    """What our model is told beside the prompts: pictures, and where they go unless `generate` says so."""
+    call, sees = drawn.case.call, model.conditioner.sees
+    seen = {name: [call[name]] for name in sees if name in call}
+    places = {name: call[name] for name in ("height", "width", "num_frames") if model.conditioner.placed}
+    knobs = {name: call[name] for name in model.denoiser.knobs if name in call}
+    return drawn.case.options | seen | (knobs if drawing else places)
 
 
 def ours(model: Any, x: Tensor, t: Tensor, condition: Any, network: Any) -> Tensor:
@@ -214,7 +242,7 @@ def test_a_family_draws_what_its_pipeline_draws(drawn, model, monkeypatch):
         times=drawn.times,
         solver="euler",
         latents=start_of(model, drawn),
-        **drawn.case.options,
+        **options_of(model, drawn, drawing=True),
     )
     mine, theirs = (shown(pixels) for pixels in (seen[0], drawn.pixels))
     assert mine.numel() == theirs.numel()
@@ -234,7 +262,7 @@ def test_defaults_come_from_the_pipeline(drawn, model):
 
 def test_every_family_is_in_the_zoo():
     """Law: a family that is listed is tested."""
-    made = inspect.getsource(zoo) + inspect.getsource(clips)
+    made = inspect.getsource(zoo) + inspect.getsource(clips) + inspect.getsource(pictures)
     for name, family in families().items():
         assert any(f"D.{pipeline}(" in made for pipeline in family.pipelines), name
 

@@ -24,7 +24,8 @@ class Case:
     Args:
         make: key → the pipeline.
         call: arguments of the pipeline's call; guidance: which of them `generate(guidance=…)` means.
-        options: arguments of `condition`; negative: whether the pipeline takes a negative prompt.
+        options: arguments of `condition`, where pictures of the call go too; negative: whether the pipeline
+            takes a negative prompt.
     """
 
     make: Callable[[str], Any]
@@ -174,8 +175,8 @@ def stable_diffusion_3(key: str):
     )  # fmt: skip
 
 
-def flux(key: str, guided: bool, scheduler: Any):
-    """FLUX.1."""
+def flux(key: str, guided: bool, scheduler: Any, pipeline: Any = None):
+    """FLUX.1, and what shares its parts."""
     first, first_words = clip(key + "/text")
     second, second_words = t5(key + "/text_2")
     network = D.FluxTransformer2DModel(
@@ -183,7 +184,7 @@ def flux(key: str, guided: bool, scheduler: Any):
         num_attention_heads=2, joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
         guidance_embeds=guided,
     )  # fmt: skip
-    return D.FluxPipeline(
+    return (pipeline or D.FluxPipeline)(
         transformer=seeded(network, key), vae=vae(key + "/vae", **FLUX_VAE), tokenizer=first_words,
         text_encoder=first, text_encoder_2=second, tokenizer_2=second_words, scheduler=scheduler,
     )  # fmt: skip
@@ -209,6 +210,11 @@ def flux_schnell(key: str):
     options={"max_sequence_length": 64},
 )
 def qwen_image(key: str):
+    return D.QwenImagePipeline(**qwen_image_parts(key))
+
+
+def qwen_image_parts(key: str) -> dict[str, Any]:
+    """What Qwen-Image's pipelines share."""
     encoder, tokenizer = qwen_vl(key + "/text")
     network = D.QwenImageTransformer2DModel(
         patch_size=2, in_channels=64, out_channels=16, num_layers=2, attention_head_dim=16,
@@ -219,10 +225,10 @@ def qwen_image(key: str):
         time_shift_type="exponential", shift=1.0,
     )  # fmt: skip
     coder = D.AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1, dim_mult=[1, 2, 2, 2])
-    return D.QwenImagePipeline(
-        transformer=seeded(network, key), vae=seeded(coder, key + "/vae"), text_encoder=encoder,
-        tokenizer=tokenizer, scheduler=scheduler,
-    )  # fmt: skip
+    return {
+        "transformer": seeded(network, key), "vae": seeded(coder, key + "/vae"), "text_encoder": encoder,
+        "tokenizer": tokenizer, "scheduler": scheduler,
+    }  # fmt: skip
 
 
 @case("z-image", call={**SIZE, "guidance_scale": 3.0}, options={"max_sequence_length": 48})

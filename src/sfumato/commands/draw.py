@@ -1,5 +1,6 @@
 """The command that draws."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,21 @@ def slug(text: str, most: int = 40) -> str:
     """A text as a part of a file's name."""
     kept = "".join(letter if letter.isalnum() else "-" for letter in text.lower())
     return "-".join(part for part in kept.split("-") if part)[:most] or "picture"
+
+
+def further(images: list[Path], options: list[str]) -> dict[str, Any]:
+    """Arguments of `generate` that only some models take, from the command line.
+
+    Raises:
+        Refused: an option that is no NAME=VALUE.
+    """
+    known: dict[str, Any] = {"image": [[str(image) for image in images]]} if images else {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name.strip():
+            raise Refused(f'--option "{option}" must be NAME=VALUE, such as max_sequence_length=128.')
+        try:
+            known[name.strip()] = json.loads(value)
+        except ValueError:
+            known[name.strip()] = value
+    return known

@@ -3,8 +3,8 @@
 A picture depends on its prompt and its own seed, not on what is drawn beside it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato import stages
 from sfumato.errors import Refused
 from sfumato.stages import Condition, Model
+from sfumato.stages.seeing import pictures_of
 from sfumato.theory import guidance as guiding
 from sfumato.theory import noise, solve
 from sfumato.theory import times as sampling_times
@@ -31,12 +32,23 @@ class Wish:
     prompt: str
     negative: str | None
     seed: int
+    shown: Mapping[str, list[Image.Image]] = field(default_factory=dict)
+
+    @property
+    def looks(self) -> list[tuple[str, tuple[int, int]]]:
+        """The sizes of the pictures it is shown; only equal ones can be drawn together."""
+        return [(name, one.size) for name, some in self.shown.items() for one in some]
 
 
 def wishes(
-    prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None, seed: int | Sequence[int]
+    prompt: str | Sequence[str] | None,
+    negative: str | Sequence[str] | None,
+    seed: int | Sequence[int],
+    shown: Mapping[str, Any],
 ) -> list[Wish]:
     """One wish a picture; single values serve all, and picture i of an int seed uses seed + i.
+
+    `shown` holds pictures by the argument that brings them: one for all, one for each, or a list for each.
 
     Raises:
         Refused: lists of different lengths, or an empty one.
@@ -50,11 +62,25 @@ def wishes(
     if len(set(lengths.values())) > 1 or 0 in lengths.values():
         said = ", ".join(f"{name}: {length}" for name, length in lengths.items())
         raise Refused(f"Lists must be as long as there are pictures, at least 1, but these have {said}.")
-    count = next(iter(lengths.values()), 1)
+    many = [len(some) for some in shown.values() if isinstance(some, list | tuple)]
+    count = next(iter(lengths.values()), max(many, default=1) if prompt is None else 1)
     prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
     away = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    return [Wish(*wish) for wish in zip(prompts, away, seeds, strict=True)]
+    seen = {name: pictures_of(some, count, name) for name, some in shown.items()}
+    return [
+        Wish(*wish, {name: some[i] for name, some in seen.items()})
+        for i, wish in enumerate(zip(prompts, away, seeds, strict=True))
+    ]
+
+
+def together(todo: Sequence[Wish], most: int) -> Iterator[Sequence[Wish]]:
+    """The wishes in order, at most so many at once, and only those that are shown pictures of equal sizes."""
+    first = 0
+    for last in range(1, len(todo) + 1):
+        if last == len(todo) or last - first == most or todo[last].looks != todo[first].looks:
+            yield todo[first:last]
+            first = last
 
 
 class PaintingModel(Model):
@@ -90,14 +116,19 @@ class PaintingModel(Model):
             latents: unit noise [B, C, (F,) h, w] to start from, instead of noise from the seeds.
             batch: pictures drawn at once; changes memory, not pictures.
             watch: called with (pictures' steps done, in all).
-            options: further arguments of the conditioner.
+            options: further arguments of the conditioner, by the pipeline's names; pictures (`image`) as one
+                for all, one for each prompt, or a list for each.
         Returns:
             PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
         Raises:
             Refused: sizes, lists or arguments that do not fit.
         """
         prompt = [str(label) for label in options.pop("labels")] if "labels" in options else prompt
-        todo = wishes(prompt, negative, seed)
+        shown = {name: options.pop(name) for name in self.conditioner.sees if options.get(name) is not None}
+        knobs = {name: options.pop(name, usual) for name, usual in self.denoiser.knobs.items()}
+        todo = wishes(prompt, negative, seed, shown)
+        if shown and height is None and width is None and self.sampling is not None:
+            height, width = self.sampling.size(next(iter(todo[0].shown.values()))) or (None, None)
         steps = int(self.info.get("steps", DEFAULT_STEPS)) if steps is None else steps
         guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
         shape = self.latent_shape(width, height, frames)
@@ -108,16 +139,19 @@ class PaintingModel(Model):
             grid = self.sampling.times(steps, shape) if grid is None else grid
             solver = solver or self.sampling.solver
         pictures: list[Any] = []
-        for first in range(0, len(todo), batch):
-            some = todo[first : first + batch]
-            start = self.start(some, shape) if latents is None else latents[first : first + batch]
-            denoise = self.guided(some, guidance, options)
+        for some in together(todo, batch):
+            first = len(pictures)
+            start = self.start(some, shape) if latents is None else latents[first : first + len(some)]
+            given = options | self.seen(some, shape)
+            prompted = self.condition([wish.prompt for wish in some], **given)
+            denoise = self.guided(prompted, some, guidance, given, knobs)
             with torch.no_grad():
                 x = start
                 for step, state in enumerate(self.path(some, start, denoise, grid, steps, solver), 1):
                     x = state
                     if watch is not None:
                         watch(first * steps + step * len(some), len(todo) * steps)
+                x = self.denoiser.finish(x, prompted)
                 pictures += to_pictures(self.decode(x), "frames" in self.info, frames)
         return pictures
 
@@ -170,14 +204,33 @@ class PaintingModel(Model):
             return start
         return start / float(self.theory.data(first.max())[1])
 
+    def seen(self, todo: Sequence[Wish], shape: tuple[int, ...]) -> dict[str, Any]:
+        """What the conditioner is told of the pictures these wishes are shown, and of what is drawn."""
+        shown: dict[str, Any] = {name: [wish.shown[name] for wish in todo] for name in todo[0].shown}
+        return shown | (self.codec.pixel_size(shape) if shown and self.conditioner.placed else {})
+
     def guided(
-        self, todo: Sequence[Wish], guidance: float, options: dict[str, Any]
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """The denoiser of these wishes: leaning away from the weaker answer unless guidance is 1."""
-        prompted = self.condition([wish.prompt for wish in todo], **options)
+        self,
+        prompted: Condition,
+        todo: Sequence[Wish],
+        guidance: float,
+        options: dict[str, Any],
+        knobs: Mapping[str, Any],
+    ) -> Denoise:
+        """The denoiser of these wishes: leaning away from the weaker answer unless guidance is 1.
+
+        Raises:
+            Refused: a negative that this network would not hear.
+        """
         away = [wish.negative for wish in todo]
         asked = any(text is not None for text in away)
-        if not len(prompted) or not self.denoiser.leans(guidance, asked):
+        most = self.denoiser.scale(guidance, self.theory.t_noise, knobs)
+        if not len(prompted) or not self.denoiser.leans(most, asked):
+            if asked and "true_cfg_scale" in knobs:
+                raise Refused(
+                    "This model hears its guidance and does not lean away from a negative by itself: "
+                    "leave the negative out, or give true_cfg_scale above 1 with it."
+                )
             strong = self.denoiser.told(prompted, guidance).to(self.device, self.dtype)
             return lambda x_t, t: self.predict(x_t, t, strong)
         with torch.no_grad():
@@ -186,7 +239,11 @@ class PaintingModel(Model):
         both = self.denoiser.told(joined, guidance).to(self.device, self.dtype)
 
         def leaning(strong: Denoise, weak: Denoise) -> Denoise:
-            return lambda x_t, t: self.denoiser.lean(strong(x_t, t), weak(x_t, t), guidance)
+            def answer(x_t: Tensor, t: Tensor) -> Tensor:
+                scale = self.denoiser.scale(guidance, float(t.flatten()[0]), knobs) if knobs else guidance
+                return self.denoiser.lean(strong(x_t, t), weak(x_t, t), scale)
+
+            return answer
 
         return guiding.together(lambda x_t, t: self.predict(x_t, t, both), leaning)
 

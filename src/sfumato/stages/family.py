@@ -8,6 +8,7 @@ the condition.
 import inspect
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from sfumato.theory import Theory
 
 from . import schedules
 from .interface import Condition
+from .seeing import Encode, Pictures
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -52,6 +54,15 @@ class Family:
     video: ClassVar[bool] = False
     fps: ClassVar[float] = 8.0
     """Frames a second of the clips it was trained on, where its pipeline's call does not say."""
+    knobs: ClassVar[Mapping[str, float | None]] = {}
+    """Further numbers of the pipeline's call that guide, with their defaults."""
+    sees: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the pipeline's call that show pictures."""
+    seeing: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of the call that say how they are seen."""
+    must_see: ClassVar[bool] = False
+    idle: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    """Components that no stage of ours uses."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
 
     def theory(self, scheduler: Any) -> Theory:
@@ -86,7 +97,27 @@ class Family:
         without = dict.fromkeys(self.prompt_only)
         return self.read(pipe, [prompt or "" for prompt in prompts], {**options, **without})
 
+    # ---------------------------------------------------------------- pictures
+
+    def see(
+        self, pipe: Any, shown: Mapping[str, Sequence[Pictures]], options: Mapping[str, Any], encode: Encode
+    ) -> dict[str, Tensor]:
+        """Named tensors of the pictures that are shown: `shown[argument][i]` are those of prompt i."""
+        return {}
+
+    def size_beside(self, pipe: Any, pictures: Pictures) -> tuple[int, int] | None:
+        """(height, width) in pixels of what is drawn beside these pictures; None for the usual."""
+        return None
+
+    def finish(self, network: Any, x: Tensor, condition: Condition) -> Tensor:
+        """Latents as they are decoded, after the last step."""
+        return x
+
     # ---------------------------------------------------------------- the network
+
+    def put_together(self, folder: Path) -> dict[str, Any]:
+        """Components of the pipeline that are composed here instead of by diffusers."""
+        return {}
 
     def whole(self, pipe: Any) -> nn.Module:
         """The network that denoises, taken from a pipeline."""
@@ -103,6 +134,10 @@ class Family:
     def told(self, network: Any, condition: Condition, guidance: float) -> Condition:
         """The condition of a network that hears the guidance; by default it does not."""
         return condition
+
+    def scale(self, network: Any, guidance: float, t: float, knobs: Mapping[str, Any]) -> float:
+        """How far to lean at this time, from what `generate` was told."""
+        return guidance
 
     def leans(self, network: Any, guidance: float, asked: bool) -> bool:
         """Whether a weaker answer is needed at this guidance; `asked` where a negative was given."""

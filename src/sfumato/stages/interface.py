@@ -144,6 +144,10 @@ class Codec(Stage):
             )
         return (frames - 1) // self.time_stride + 1
 
+    def pixel_size(self, shape: Sequence[int]) -> dict[str, int]:
+        """height, width (and num_frames) of what latents of this shape [C, (F,) h, w] show."""
+        return {"height": shape[-2] * self.stride, "width": shape[-1] * self.stride}
+
     def check_size(self, width: int, height: int, name: str = "The picture") -> None:
         """Raises Refused unless both sides are multiples of `stride`."""
         if width % self.stride or height % self.stride:
@@ -173,6 +177,11 @@ class TrainableCodec(Codec):
 class Conditioner(Stage):
     """Prompts, labels or pictures → Condition."""
 
+    sees: tuple[str, ...] = ()
+    """Options that show pictures; each holds one for every prompt, or a list of them."""
+    placed: bool = False
+    """Whether those are seen at the size of what is drawn (the codec's `pixel_size`)."""
+
     @abstractmethod
     def forward(self, prompt: Sequence[str], **options: Any) -> Condition:
         """The condition of a batch of prompts; raises Refused for an option it does not know."""
@@ -195,9 +204,16 @@ class Denoiser(Stage):
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x [B, C, ...] scaled by the theory's input_scale, clock [B] → out [B, C, ...]."""
 
+    knobs: Mapping[str, float | None] = {}
+    """Further numbers that guide, with their defaults."""
+
     def told(self, condition: Condition, guidance: float) -> Condition:
         """The condition of a network that hears the guidance; most do not."""
         return condition
+
+    def scale(self, guidance: float, t: float, knobs: Mapping[str, Any]) -> float:
+        """How far to lean at this time, from what is asked for."""
+        return guidance
 
     def leans(self, guidance: float, asked: bool) -> bool:
         """Whether guidance needs a weaker answer; `asked` where a negative was given."""
@@ -206,6 +222,10 @@ class Denoiser(Stage):
     def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
         """The guided answer."""
         return torch.lerp(weak, strong, guidance)
+
+    def finish(self, x: Tensor, condition: Condition) -> Tensor:
+        """Latents as they are decoded, after the last step."""
+        return x
 
 
 class Model:

@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,10 @@ from .pretrained import (
     PretrainedDenoiser,
     statistics,
 )
+from .seeing import Pictures
 from .text import NoConditioner
 
 INDEX = "model_index.json"
-IDLE = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components that no stage of ours uses."""
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -37,12 +37,21 @@ class Sampling:
     """How the pipeline samples: its own times, and our solver that is nearest to its scheduler's."""
 
     family: Family
-    scheduler: Any
+    pipe: Any
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler."""
+        return self.pipe.scheduler
 
     @property
     def solver(self) -> str:
         """The name of our solver."""
         return schedules.SOLVERS.get(type(self.scheduler).__name__, "euler")
+
+    def size(self, pictures: Pictures) -> tuple[int, int] | None:
+        """(height, width) of what is drawn beside these pictures, where that follows from them."""
+        return self.family.size_beside(self.pipe, pictures)
 
     def times(self, steps: int, shape: Sequence[int]) -> Tensor:
         """The pipeline's grid [steps + 1] for latents of this shape, in the theory's time."""
@@ -73,10 +82,10 @@ def family_of(folder: Path) -> Family:
     return known[name]
 
 
-def check_parts(folder: Path) -> None:
+def check_parts(folder: Path, family: Family) -> None:
     """Raises Refused where a component that the index lists is missing, or is only there as a pickle."""
     for name, entry in read_index(folder).items():
-        if name.startswith("_") or name in IDLE or not isinstance(entry, list) or entry[0] is None:
+        if name.startswith("_") or name in family.idle or not isinstance(entry, list) or entry[0] is None:
             continue
         place = folder / name
         if not place.is_dir():
@@ -98,7 +107,7 @@ def check_parts(folder: Path) -> None:
         raise Refused(f"{place} holds no weights (*.safetensors). Download the model again, whole.")
 
 
-def open_pipeline(folder: Path, dtype: torch.dtype) -> Any:
+def open_pipeline(folder: Path, dtype: torch.dtype, family: Family) -> Any:
     """diffusers' own pipeline object from a folder.
 
     Raises:
@@ -111,14 +120,15 @@ def open_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     disable_progress_bar()
     logging.disable_progress_bar()
     index = read_index(folder)
-    left_out: dict[str, Any] = {name: None for name in IDLE if name in index}
+    given: dict[str, Any] = {name: None for name in family.idle if name in index}
+    given |= family.put_together(folder)
     if "requires_safety_checker" in index:
-        left_out["requires_safety_checker"] = False
+        given["requires_safety_checker"] = False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call torch_dtype dtype
             pipe: Any = getattr(diffusers, index["_class_name"]).from_pretrained(
-                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **left_out
+                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **given
             )
     except (OSError, ValueError, TypeError, RuntimeError) as problem:
         said = " ".join(str(problem).split())
@@ -152,10 +162,10 @@ def codec_of(family: Family, pipe: Any) -> Codec:
     )
 
 
-def conditioner_of(family: Family, pipe: Any) -> Conditioner:
+def conditioner_of(family: Family, pipe: Any, codec: Codec) -> Conditioner:
     """What guides the pipeline: text, labels, or nothing."""
     if hasattr(pipe, "encode_prompt"):
-        return PretrainedConditioner(family, pipe)
+        return PretrainedConditioner(family, pipe, codec.encode)
     network = getattr(pipe, family.network)
     if network.config.get("num_embeds_ada_norm"):
         names = {str(k).lower(): int(v) for k, v in (getattr(pipe, "labels", None) or {}).items()}
@@ -170,19 +180,20 @@ def load_pipeline(folder: Path, dtype: torch.dtype, model_class: type[Model]) ->
         Refused: an unknown pipeline, a missing component, weights that are not safetensors.
     """
     family = family_of(folder)
-    check_parts(folder)
-    pipe = open_pipeline(folder, dtype)
+    check_parts(folder, family)
+    pipe = open_pipeline(folder, dtype, family)
     network: nn.Module = family.whole(pipe)
+    codec = codec_of(family, pipe)
     model = model_class(
         family.theory(pipe.scheduler),
-        codec_of(family, pipe),
-        conditioner_of(family, pipe),
+        codec,
+        conditioner_of(family, pipe, codec),
         PretrainedDenoiser(family, network),
         {**family.info(pipe), "family": type(family).__name__, "pipeline": type(pipe).__name__},
     )
     for stage in (model.codec, model.conditioner, model.denoiser):
         stage.eval().requires_grad_(False)
-    model.origin, model.sampling = pipe, Sampling(family, pipe.scheduler)
+    model.origin, model.sampling = pipe, Sampling(family, pipe)
     return model
 
 
@@ -192,4 +203,23 @@ def save_pipeline(model: Model, folder: Path) -> None:
     denoiser: Any = model.denoiser
     family: Family = denoiser.family
     family.put_back(pipe, denoiser.network)
-    pipe.save_pretrained(folder, safe_serialization=True)
+    with quiet():
+        pipe.save_pretrained(folder, safe_serialization=True)
+    for name, part in pipe.components.items():
+        if hasattr(part, "written_as"):  # composed here, so diffusers does not know it
+            part.save_pretrained(folder / name)
+            index = read_index(folder) | {name: list(part.written_as)}
+            (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """diffusers keeps to itself what is handled here."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

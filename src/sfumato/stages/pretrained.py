@@ -1,7 +1,7 @@
 """The three stages around a pretrained pipeline's own networks; what differs is asked of its family."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from typing import Any
@@ -14,6 +14,7 @@ from sfumato.errors import Refused, nearest
 
 from .family import Family, called_with
 from .interface import Codec, Condition, Conditioner, Denoiser
+from .seeing import SHOWN, Encode, pictures_of
 
 INTERNAL = {
     "self", "prompt", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "device", "dtype",
@@ -97,6 +98,11 @@ class PretrainedCodec(Codec):
         deep = ((frames - 1) // self.time_stride + 1,) if self.video else ()
         return self.latent_channels, *deep, *flat
 
+    def pixel_size(self, shape: Sequence[int]) -> dict[str, int]:
+        """Also the frames of clips."""
+        frames = {"num_frames": (shape[1] - 1) * self.time_stride + 1} if len(shape) == 4 else {}
+        return super().pixel_size(shape) | frames
+
     def check_size(self, width: int, height: int, name: str = "The picture") -> None:
         """Raises Refused unless the network can be asked about pictures of this size."""
         step = self.stride * self.grain
@@ -131,11 +137,12 @@ class PretrainedConditioner(Conditioner):
 
     kind = "pretrained text"
 
-    def __init__(self, family: Family, pipe: Any):
+    def __init__(self, family: Family, pipe: Any, encode: Encode):
         super().__init__()
-        self.family, self.pipe = family, pipe
+        self.family, self.pipe, self.encode = family, pipe, encode
+        self.sees, self.placed = family.sees, "height" in family.seeing
         for name, part in pipe.components.items():
-            if name.startswith("text_encoder") and isinstance(part, nn.Module):
+            if name.startswith(("text_encoder", "image_encoder")) and isinstance(part, nn.Module):
                 self.add_module(name, part)
 
     def config(self) -> dict[str, Any]:
@@ -153,24 +160,49 @@ class PretrainedConditioner(Conditioner):
         Raises:
             Refused: for an option it does not have.
         """
-        names = options_of(type(self.pipe))
+        call = called_with(type(self.pipe))
+        names = options_of(type(self.pipe)) | {name: call[name] for name in self.family.seeing}
+        names.pop("image", None)
         for word in options:
             if word not in names:
                 raise Refused(
                     f'{type(self.pipe).__name__} takes no "{word}" with its prompts.{nearest(word, names)}'
                 )
-        call = called_with(type(self.pipe))
         return {name: call.get(name, default) for name, default in names.items()} | options
 
-    @torch.no_grad()
     def forward(self, prompt: Sequence[str], **options: Any) -> Condition:
-        """The condition of a batch of prompts; options are named as the pipeline names them."""
-        return Condition(self.family.read(self.pipe, prompt, self.settings(options)))
+        """The condition of a batch of prompts and of the pictures beside them.
 
-    @torch.no_grad()
+        Options are named as the pipeline names them; `image` holds one picture for each prompt, or a list.
+        """
+        return self.both(self.family.read, prompt, options)
+
     def away(self, prompt: Sequence[str | None], **options: Any) -> Condition:
         """The condition to lean away from, encoded as the pipeline encodes a negative prompt."""
-        return Condition(self.family.read_negative(self.pipe, prompt, self.settings(options)))
+        return self.both(self.family.read_negative, prompt, options)
+
+    @torch.no_grad()
+    def both(self, read: Callable[..., dict[str, Tensor]], prompt: Sequence[Any], options: Any) -> Condition:
+        """What is read and what is seen."""
+        given = {name: options.pop(name) for name in SHOWN if options.get(name) is not None}
+        for name in SHOWN:
+            options.pop(name, None)
+        if wrong := [name for name in given if name not in self.sees]:
+            raise Refused(
+                f"{type(self.pipe).__name__} takes no {wrong[0]}: "
+                + (f"it takes {' and '.join(self.sees)}." if self.sees else "it draws from words alone.")
+            )
+        if self.family.must_see and "image" not in given and any(prompt):
+            raise Refused(
+                f"{type(self.pipe).__name__} starts from a picture: give image=[…], or --image FILE."
+            )
+        settings = self.settings(options)
+        shown = {name: pictures_of(value, len(prompt), name) for name, value in given.items()}
+        apart = {name: settings.pop(name) for name in self.family.seeing}
+        reads = "image" in inspect.signature(self.pipe.encode_prompt).parameters
+        beside = {"image": shown.get("image")} if reads else {}
+        tensors = read(self.pipe, prompt, settings | beside)
+        return Condition(tensors | (self.family.see(self.pipe, shown, apart, self.encode) if shown else {}))
 
     def null(self, count: int) -> Condition:
         """What the pipeline leans away from when it is given no negative."""
@@ -239,7 +271,7 @@ class PretrainedDenoiser(Denoiser):
 
     def __init__(self, family: Family, network: nn.Module):
         super().__init__()
-        self.family, self.network = family, network
+        self.family, self.network, self.knobs = family, network, family.knobs
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -258,6 +290,14 @@ class PretrainedDenoiser(Denoiser):
     def told(self, condition: Condition, guidance: float) -> Condition:
         """The condition, with the guidance where this network hears it."""
         return self.family.told(self.network, condition, guidance)
+
+    def scale(self, guidance: float, t: float, knobs: Mapping[str, Any]) -> float:
+        """How far to lean at this time."""
+        return self.family.scale(self.network, guidance, t, knobs)
+
+    def finish(self, x: Tensor, condition: Condition) -> Tensor:
+        """Latents as they are decoded."""
+        return self.family.finish(self.network, x, condition)
 
     def leans(self, guidance: float, asked: bool) -> bool:
         """Whether a weaker answer is needed."""

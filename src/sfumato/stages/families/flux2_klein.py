@@ -1,9 +1,9 @@
-"""FLUX.2 klein: a rectified flow on patchified latents that reads three layers of Qwen3.
+"""FLUX.2 klein: a rectified flow on patchified latents that reads Qwen3 and is shown pictures.
 
 Source: Black Forest Labs 2025, FLUX.2 model card.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato.stages.family import Family
 from sfumato.stages.interface import Condition
+from sfumato.stages.seeing import Encode, Pictures, by_place, encoded, reference_name, references
 
 
 class Flux2Klein(Family):
@@ -21,6 +22,7 @@ class Flux2Klein(Family):
     even_sigmas = True
     patch = 1
     gather = 2
+    sees = ("image",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 
     def statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
@@ -37,20 +39,54 @@ class Flux2Klein(Family):
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_T − x_0 [B, 128, H, W]."""
         height, width = x.shape[-2:]
-        tokens = condition["tokens"]
-        one = torch.arange(1, device=x.device)
-        axes = [torch.arange(side, device=x.device) for side in (height, width, tokens.shape[1])]
+        tokens, beside = condition["tokens"], [one.to(x.dtype) for one in references(condition)]
+        words = places(x.device, length=tokens.shape[1])
+        pictures = [places(x.device, 10 * time, *one.shape[-2:]) for time, one in enumerate((x, *beside))]
         out = network(
-            hidden_states=x.flatten(2).transpose(1, 2),
+            hidden_states=torch.cat([one.flatten(2).transpose(1, 2) for one in (x, *beside)], 1),
             timestep=clock,
             guidance=None,
             encoder_hidden_states=tokens,
-            txt_ids=torch.cartesian_prod(one, one, one, axes[2]).expand(len(x), -1, -1),
-            img_ids=torch.cartesian_prod(one, axes[0], axes[1], one).expand(len(x), -1, -1),
+            txt_ids=words.expand(len(x), -1, -1),
+            img_ids=torch.cat(pictures).expand(len(x), -1, -1),
         ).sample
-        return out.transpose(1, 2).unflatten(2, (height, width))
+        return out[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+
+    def see(
+        self, pipe: Any, shown: Mapping[str, Sequence[Pictures]], options: Mapping[str, Any], encode: Encode
+    ) -> dict[str, Tensor]:
+        """References of at most a megapixel, cut to whole patches."""
+        tensors = {}
+        for number, pictures in enumerate(by_place(shown["image"])):
+            pixels = []
+            for one in pictures:
+                if one.width * one.height > 1024 * 1024:
+                    one = pipe.image_processor._resize_to_target_area(one, 1024 * 1024)
+                height, width = self.cut(pipe, one)
+                pixels.append(pipe.image_processor.preprocess(one, height, width, resize_mode="crop"))
+            tensors[reference_name(number)] = encoded(encode, pixels)
+        return tensors
+
+    def cut(self, pipe: Any, picture: Any) -> tuple[int, int]:
+        """(height, width) in whole patches."""
+        step = pipe.vae_scale_factor * 2
+        return picture.height // step * step, picture.width // step * step
+
+    def size_beside(self, pipe: Any, pictures: Pictures) -> tuple[int, int] | None:
+        """The first picture's."""
+        first = pictures[0]
+        if first.width * first.height > 1024 * 1024:
+            first = pipe.image_processor._resize_to_target_area(first, 1024 * 1024)
+        return self.cut(pipe, first)
 
     def info(self, pipe: Any) -> dict[str, Any]:
         """The pipeline's; distilled ones take four steps and no guidance."""
         known = super().info(pipe)
         return known | ({"steps": 4, "guidance": 1.0} if pipe.config.is_distilled else {})
+
+
+def places(device: torch.device, time: int = 0, height: int = 1, width: int = 1, length: int = 1) -> Tensor:
+    """(time, row, column, word) of every token [time·height·width·length, 4]."""
+    moment = torch.tensor([time], device=device)
+    axes = [torch.arange(side, device=device) for side in (height, width, length)]
+    return torch.cartesian_prod(moment, *axes)

@@ -5,11 +5,13 @@ Source: Wu et al. 2025, arXiv:2508.02324.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sfumato.stages.family import Family, normed_like
 from sfumato.stages.interface import Condition
 from sfumato.stages.packing import patches, unpatched
+from sfumato.stages.seeing import references
 
 
 class QwenImage(Family):
@@ -35,12 +37,13 @@ class QwenImage(Family):
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_T − x_0 [B, 16, 1, H, W]."""
         height, width = x.shape[-2:]
-        mask = condition.get("mask")
+        mask, beside = condition.get("mask"), references(condition)
+        shapes = [(1, one.shape[-2] // 2, one.shape[-1] // 2) for one in (x, *beside)]
         out = network(
-            hidden_states=patches(x.squeeze(2)),
+            hidden_states=torch.cat([patches(one.squeeze(2).to(x.dtype)) for one in (x, *beside)], 1),
             timestep=clock,
             encoder_hidden_states=condition["tokens"],
             encoder_hidden_states_mask=None if mask is None or bool(mask.all()) else mask.long(),
-            img_shapes=[[(1, height // 2, width // 2)]] * len(x),
+            img_shapes=[shapes] * len(x),
         ).sample
-        return unpatched(out, height, width).unsqueeze(2)
+        return unpatched(out[:, : height * width // 4], height, width).unsqueeze(2)

@@ -4,7 +4,8 @@
 Source: Wan Team 2025, arXiv:2503.20314.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,17 @@ class Experts(nn.Module):
         self.noisy, self.clean, self.border = noisy, clean, border
         self.config: Any = noisy.config
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+    def forward(self, timestep: Tensor, return_dict: bool = False, **given: Tensor) -> tuple[Tensor]:
         """Each sample is answered by the network of its time."""
-        loud = timestep >= self.border
-        out = torch.empty_like(hidden_states)
+        loud, parts = timestep >= self.border, []
         for network, rows in ((self.noisy, loud), (self.clean, ~loud)):
             if bool(rows.any()):
-                given = hidden_states[rows], timestep[rows], encoder_hidden_states[rows]
-                out[rows] = network(*given, return_dict=False)[0]
-        return out
+                some = {name: tensor[rows] for name, tensor in given.items()}
+                parts.append((rows, network(timestep=timestep[rows], return_dict=False, **some)[0]))
+        out = parts[0][1].new_empty(len(timestep), *parts[0][1].shape[1:])
+        for rows, part in parts:
+            out[rows] = part
+        return (out,)
 
 
 class Wan(Family):
@@ -38,6 +41,7 @@ class Wan(Family):
     pipelines = ("WanPipeline",)
     clock = "thousandths"
     video, fps = True, 16.0
+    knobs: ClassVar[Mapping[str, float | None]] = {"guidance_scale_2": None}
 
     def whole(self, pipe: Any) -> nn.Module:
         """Both networks where there are two; the one there is otherwise."""
@@ -57,12 +61,28 @@ class Wan(Family):
             name = "transformer" if pipe.transformer is not None else "transformer_2"
             pipe.register_modules(**{name: network})
 
+    def scale(self, network: Any, guidance: float, t: float, knobs: Mapping[str, Any]) -> float:
+        """`guidance_scale_2` is the quiet expert's, where it is given."""
+        quiet = isinstance(network, Experts) and 1000 * t < network.border
+        return float(knobs["guidance_scale_2"]) if quiet and knobs["guidance_scale_2"] else guidance
+
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_T − x_0 [B, 16, F, H, W]."""
-        if isinstance(network, Experts):
-            return network(x, clock, condition["tokens"])
-        if network.config.get("expand_timesteps"):
-            frames, height, width = x.shape[-3:]
-            clock = clock[:, None].expand(-1, frames * (height // 2) * (width // 2))
-        tokens = condition["tokens"]
-        return network(hidden_states=x, timestep=clock, encoder_hidden_states=tokens, return_dict=False)[0]
+        given = {"hidden_states": x, "encoder_hidden_states": condition["tokens"]}
+        if "vision" in condition:
+            given["encoder_hidden_states_image"] = condition["vision"].flatten(0, 1)
+        if "known" in condition:
+            given["hidden_states"] = torch.cat([x, condition["known"].to(x.dtype)], 1)
+        if network.config.get("expand_timesteps") and not isinstance(network, Experts):
+            asked = torch.ones_like(x[:, :1])
+            if "first" in condition:
+                given["hidden_states"] = self.finish(network, x, condition)
+                asked[:, :, 0] = 0
+            clock = (asked[:, 0, :, ::2, ::2] * clock.view(-1, 1, 1, 1)).flatten(1)
+        return network(timestep=clock, return_dict=False, **given)[0]
+
+    def finish(self, network: Any, x: Tensor, condition: Condition) -> Tensor:
+        """A first frame that is given stays as it is."""
+        if "first" not in condition:
+            return x
+        return torch.cat([condition["first"].to(x), x[:, :, 1:]], 2)
