@@ -188,7 +188,7 @@ def generate(
 @app.command("eval")
 @answers
 def evaluate(
-    model: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a checkpoint or average in it.")],
     samples: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures drawn for each seed.")] = 64,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="Repetitions that give the error bars.")] = 3,
     steps: Steps = None,
@@ -234,6 +234,32 @@ def report(
     from .commands import runs
 
     runs.report(run)
+
+
+@app.command()
+@answers
+def ema(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    length: Annotated[
+        float, typer.Option(metavar="X", help="Share of the run to average over: above 0, below 0.25.")
+    ] = 0.1,
+    step: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=1, help="Where the average ends; default: the last snapshot."),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="The model's folder; default: RUN/averages/ema-LENGTH."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Average a run over any length, afterwards.
+
+    Writes a model that generate and eval take.
+    """
+    from .commands import runs
+
+    runs.ema(run, length, step, out, json)
 
 
 @app.command()

@@ -126,3 +126,21 @@ def test_control_c_of_the_real_command_ends_with_130(tmp_path):
             process.kill()
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err and "Stopped" in err
+
+
+def test_an_average_of_any_length_is_a_model_to_draw_and_measure_with(tmp_path):
+    recipe = write_recipe(tmp_path)
+    assert sfumato("train", recipe, "train.ema_snapshots=2").code == 0
+    answer = sfumato("ema", "run", "--length", "0.07", "--json")
+    assert answer.code == 0, answer.err
+    made = answer.json()
+    assert made["step"] == 6 and Path(made["model"]) == Path("run/averages/ema-0.070")
+    assert sfumato("generate", made["model"], "--prompt", "red", "--steps", 1, "--out", "drawn").code == 0
+    for part in (made["model"], "run/checkpoints/best"):
+        answer = sfumato(
+            "eval", part, "--samples", 2, "--seeds", 1, "--steps", 1, "--out", "measured", "--json"
+        )
+        assert answer.code == 0, answer.err
+    assert not [event for event in RunFolder.open("run").events() if event["kind"] == "evaluation"]
+    refused = sfumato("ema", "run", "--length", "0.3")
+    assert refused.code == 2 and "0.25" in refused.err

@@ -71,3 +71,30 @@ def test_the_weights_of_a_snapshot_itself_are_one():
     weights, missed = coefficients(taken, 200, 0.1)
     torch.testing.assert_close(weights, torch.tensor([0.0, 0, 0, 1], dtype=torch.float64), atol=1e-6, rtol=0)
     assert missed < 1e-5
+
+
+def test_few_snapshots_stay_evenly_spread(tmp_path):
+    run = RunFolder.create(tmp_path / "run")
+    averages = PowerAverages(torch.nn.Linear(2, 2))
+    for step in range(1, 131):
+        averages.update(step)
+        if step % 5 == 0:
+            averages.write(run, step, 5)
+    kept = sorted({one.step for one in posthoc.snapshots(run)})
+    assert kept == [20, 40, 60, 80, 100, 120, 130]
+    assert not list((run.path / "averages").glob(".*"))
+
+
+def test_an_average_that_sees_fewer_steps_is_nearly_the_one_that_sees_all():
+    """Law: the stride costs less than a hundredth of what the average smooths away."""
+    torch.manual_seed(1)
+    network = torch.nn.Linear(8, 8)
+    kept, (gamma,) = PowerAverages(network, [0.1]), [exponent(0.1)]
+    mean = torch.zeros(8, 8)
+    for step in range(1, 2001):
+        with torch.no_grad():
+            network.weight.add_(torch.randn(8, 8), alpha=0.05)
+        kept.update(step)
+        mean.lerp_(network.weight.detach(), 1 - (1 - 1 / step) ** (gamma + 1))
+    found = kept.groups()["power-0.100"]["weight"]
+    assert (found - mean).norm() < 0.01 * (network.weight.detach() - mean).norm() + 0.05

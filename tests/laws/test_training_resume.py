@@ -150,16 +150,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
 
 
 def test_when_no_checkpoint_is_whole_nothing_is_overwritten(tmp_path):
-    train(tmp_path / "run", keep=1)
+    train(tmp_path / "run", keep=1, keep_best=False)
     folder = RunFolder.open(tmp_path / "run").checkpoint_folders()[0]
     (folder / "model.safetensors").write_bytes(b"")
     for _ in range(2):
         with pytest.raises(Failed, match="no earlier checkpoint"):
-            train(tmp_path / "run", keep=1)
+            train(tmp_path / "run", keep=1, keep_best=False)
 
 
 def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
-    train(tmp_path / "run", save_every=2, keep=2, keep_every=4)
+    train(tmp_path / "run", save_every=2, keep=2, keep_every=4, keep_best=False)
     names = [folder.name for folder in RunFolder.open(tmp_path / "run").checkpoint_folders()]
     assert names == ["step-000004", "step-000008", "step-000010", "step-000012"]
 

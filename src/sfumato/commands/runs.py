@@ -32,3 +32,14 @@ def report(run: Path) -> None:
     from ..studio import report as pages
 
     print(pages.write(run))
+
+
+def ema(run: Path, length: float, step: int | None, out: Path | None, as_json: bool) -> None:
+    """Write the model averaged over `length` of the run, and print its folder."""
+    from ..workflow.averaging import average
+
+    made = average(run, length, step, out)
+    told = f"Averaged over {length:g} of the run, as it was at step {made.step:,}"
+    say(f"{told}; the profile is missed by {made.missed:.2%}. Draw: sfumato generate {made.folder}")
+    value = {"model": made.folder, "length": length, "step": made.step, "missed": made.missed}
+    result(value, str(made.folder), as_json)

@@ -171,6 +171,10 @@ def load_codec(folder: Path) -> Codec:
     return codec.eval()
 
 
+WEIGHTS = ("ema.safetensors", "model.safetensors")
+"""The files of a checkpoint a model is loaded from: the averaged weights if there are any."""
+
+
 def newest_weights(run: RunFolder) -> Path:
     """The averaged weights (or the plain ones) of the run's newest checkpoint that is whole.
 
@@ -180,15 +184,45 @@ def newest_weights(run: RunFolder) -> Path:
     """
     damaged = []
     for folder in reversed(run.checkpoint_folders()):
-        listed = read_json(folder / "manifest.json").get("files", {})
-        for name in ("ema.safetensors", "model.safetensors"):
-            if name in listed:
-                if (folder / name).is_file() and checksum(folder / name) == listed[name]["sha256"]:
-                    return folder / name
-                damaged.append(str(folder / name))
+        found, bad = weights_in(folder)
+        if found is not None:
+            return found
+        damaged += bad
     if damaged:
         raise Failed(f"{', '.join(damaged)}: damaged, and the run has no other checkpoint. Train it again.")
     raise Refused(f"{run.path} has no checkpoint yet. Run `sfumato train` on its recipe first.")
+
+
+def weights_in(checkpoint: Path) -> tuple[Path | None, list[str]]:
+    """(the weights a checkpoint is drawn with, None if no file of them is whole; the damaged ones)."""
+    listed, damaged = read_json(checkpoint / "manifest.json").get("files", {}), []
+    for name in WEIGHTS:
+        if name in listed:
+            if (checkpoint / name).is_file() and checksum(checkpoint / name) == listed[name]["sha256"]:
+                return checkpoint / name, damaged
+            damaged.append(str(checkpoint / name))
+    return None, damaged
+
+
+def weights_of(path: Path) -> tuple[Path, Path | None]:
+    """(the run a path means, the checkpoint in it that was named, as `RUN/checkpoints/best`)."""
+    if path.parent.name == "checkpoints" and (path / "manifest.json").is_file():
+        return path.parent.parent, path.resolve()
+    return path, None
+
+
+def chosen_weights(run: Path, checkpoint: Path | None) -> Path:
+    """The weights to load: of the checkpoint that was named, else of the newest.
+
+    Raises:
+        Refused: the run has no checkpoint. Failed: what was asked for is damaged.
+    """
+    if checkpoint is None:
+        return newest_weights(RunFolder.open(run))
+    found, damaged = weights_in(checkpoint)
+    if found is None:
+        raise Failed(f"{', '.join(damaged) or checkpoint}: damaged. Choose another checkpoint of {run}.")
+    return found
 
 
 def load(
@@ -197,20 +231,21 @@ def load(
     device: str = "cpu",
     model_class: type[Model] = Model,
 ) -> Any:
-    """The model in a folder that `save` wrote, or of a run (its newest averaged weights).
+    """The model in a folder that `save` wrote, or of a run: its newest averaged weights, or those of the
+    checkpoint that is named (`runs/apples/checkpoints/best`).
 
     Raises:
         Refused: no such folder, or nothing in it that is known.
         Failed: a file is damaged.
     """
-    path = Path(folder).expanduser()
+    path, checkpoint = weights_of(Path(folder).expanduser())
     number = DTYPES[dtype] if isinstance(dtype, str) else dtype
     insides = [path / "model" / name for name in ("model.json", INDEX)]
     home = path / "model" if any(file.is_file() for file in insides) else path
     if (home / INDEX).is_file():
         model = load_pipeline(home, number, model_class)
         if home != path:
-            weights = newest_weights(RunFolder.open(path))
+            weights = chosen_weights(path, checkpoint)
             fill(model.denoiser, read_tensors(weights), weights)
         return model.to(device)
     if not (home / "model.json").is_file():
@@ -227,7 +262,7 @@ def load(
         isinstance(codec, Codec) and isinstance(conditioner, Conditioner) and isinstance(denoiser, Denoiser)
     )
     if home != path:
-        weights = newest_weights(RunFolder.open(path))
+        weights = chosen_weights(path, checkpoint)
         fill(denoiser, read_tensors(weights), weights)
     model = model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser, info)
     return model.to(device, number)

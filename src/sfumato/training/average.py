@@ -17,6 +17,12 @@ def trained(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, unless it is sharded."""
+    shard: Any = getattr(tensor.detach(), "to_local", None)
+    return tensor if shard is None else shard()
+
+
 def decay_at(step: int, decay: float) -> float:
     """β after `step` updates (1, 2, …): the smaller of `decay` and (1 + step)/(10 + step)."""
     return min(decay, (1 + step) / (10 + step))

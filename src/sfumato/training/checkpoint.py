@@ -9,6 +9,8 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +27,83 @@ SPARE_BYTES = 16_000_000
 Tensors = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay.
+
+    newest: how many of the newest; every: those of every so many steps as well, 0 for none; best: the step
+    whose checkpoint stays, 0 for none.
+    """
+
+    newest: int = 3
+    every: int = 0
+    best: int = 0
+
+
+def bytes_of(groups: Mapping[str, Tensors]) -> int:
+    """Of all tensors."""
+    return sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
+
+
 def save(
     run: RunFolder,
     step: int,
     groups: Mapping[str, Tensors],
     state: Mapping[str, Any],
-    *,
-    keep: int = 3,
-    keep_every: int = 0,
+    keep: Keep | None = None,
 ) -> Path:
     """Write the checkpoint of `step` and let older ones go.
 
     Args:
         groups: the tensors of each file, as {"model": …, "ema": …, "optimizer": …}.
         state: JSON.
-        keep: how many of the newest stay; those of every `keep_every`-th step stay as well.
     Returns:
         the checkpoint's folder.
     Raises:
         Failed: the disk has no room for it (asked before writing, so the older ones are whole).
         Refused: the run folder is not writable.
     """
+    folder = prepare(run, step, groups)
+    write(folder, groups, {"step": step, **state})
+    publish(run, step, keep or Keep())
+    return folder
+
+
+def prepare(run: RunFolder, step: int, groups: Mapping[str, Tensors]) -> Path:
+    """Make sure that the checkpoint of `step` can be written; returns its folder.
+
+    Raises:
+        Failed: the disk has no room for it. Refused: the run folder is not writable.
+    """
     with said_plainly(run.checkpoints):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         sweep(run.checkpoints)
-    folder = run.checkpoint_folder(step)
-    write(folder, groups, {"step": step, **state})
-    run.event("checkpoint", step=step, path=str(folder.relative_to(run.path)), sync=True)
-    _let_go(run, keep, keep_every)
-    return folder
+    ask_for_room(run.checkpoints, bytes_of(groups))
+    return run.checkpoint_folder(step)
+
+
+def publish(run: RunFolder, step: int, keep: Keep) -> None:
+    """Record a checkpoint that stands in its place, point at the best one, and let older ones go."""
+    run.event("checkpoint", step=step, path=str(run.checkpoint_folder(step).relative_to(run.path)), sync=True)
+    if keep.best and run.checkpoint_folder(keep.best).is_dir():
+        _point(run.checkpoints / "best", run.checkpoint_folder(keep.best).name)
+    for folder in run.checkpoint_folders()[: -keep.newest]:
+        number = int(folder.name.removeprefix("step-"))
+        if number != keep.best and not (keep.every and number % keep.every == 0):
+            gone = folder.with_name(f".{folder.name}.gone.part")
+            folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _point(link: Path, name: str) -> None:
+    """Make `link` a link to `name` beside it, in one rename; where the disk has no links, leave it out."""
+    if link.is_symlink() and str(link.readlink()) == name:
+        return
+    beside = link.with_name(f".{link.name}.part")
+    beside.unlink(missing_ok=True)
+    with suppress(OSError, NotImplementedError):
+        beside.symlink_to(name)
+        beside.replace(link)
 
 
 def write(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
@@ -63,7 +113,7 @@ def write(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any])
         Failed: the disk has no room for it. Refused: it is not writable.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _ask_for_room(folder.parent, groups)
+    ask_for_room(folder.parent, bytes_of(groups))
     with atomic_folder(folder) as beside:
         for group, tensors in groups.items():
             _write_group(beside, group, tensors)
@@ -77,12 +127,12 @@ def write(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any])
         (beside / "manifest.json").write_text(manifest, encoding="utf-8")
 
 
-def _ask_for_room(place: Path, groups: Mapping[str, Tensors]) -> None:
-    need = SPARE_BYTES + sum(tensor.nbytes for tensors in groups.values() for tensor in tensors.values())
-    free = shutil.disk_usage(place).free
+def ask_for_room(place: Path, nbytes: int, what: str = "the next checkpoint") -> None:
+    """Raises Failed unless the disk of `place` has room for so many bytes."""
+    need, free = SPARE_BYTES + nbytes, shutil.disk_usage(place).free
     if free < need:
         raise Failed(
-            f"{place}: the next checkpoint needs {need / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB. "
+            f"{place}: {what} needs {need / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB. "
             "The checkpoints written before are whole; make room or lower train.keep, and give the same "
             "command again."
         )
@@ -106,14 +156,6 @@ def _write_group(folder: Path, group: str, tensors: Tensors) -> None:
             if "os error 28" in str(problem) or "os error 122" in str(problem):
                 raise OSError(errno.ENOSPC, "No space left on device") from problem
             raise
-
-
-def _let_go(run: RunFolder, keep: int, keep_every: int) -> None:
-    for folder in run.checkpoint_folders()[:-keep]:
-        if not keep_every or int(folder.name.removeprefix("step-")) % keep_every:
-            gone = folder.with_name(f".{folder.name}.gone.part")
-            folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
 
 
 def damage(folder: Path) -> str | None:

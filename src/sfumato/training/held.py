@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
 
 from . import checkpoint
 from .average import Average, OptimiserMean, trained
@@ -17,7 +16,10 @@ from .optimiser import Optimiser
 from .posthoc import PowerAverages
 from .settings import TrainSettings
 
-HARMLESS = {"log_every", "save_every", "keep", "keep_every", "held_out_every", "threads", "trackers"}
+HARMLESS = {
+    *("log_every", "save_every", "keep", "keep_every", "keep_best", "save_async", "patience"),
+    *("held_out_every", "threads", "trackers", "ema_snapshots"),
+}
 """Settings that do not change the weights."""
 
 
@@ -46,19 +48,19 @@ class Held:
         if self.powers is not None:
             self.powers.update(step)
 
-    def save(self, run: RunFolder, step: int, state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of `step`, with `state` beside the settings; returns its folder."""
+    def gathered(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """What a checkpoint of this moment holds: the tensors of each file, and JSON."""
         buffers = _buffers(self.network)
         model = {name: weight.detach() for name, weight in trained(self.network).items()}
         tensors, rest = self.optimiser.state()
-        groups = {"model": {**model, **buffers}, "optimizer": tensors}
+        groups: dict[str, Mapping[str, Tensor]] = {"model": {**model, **buffers}, "optimizer": tensors}
         if self.average is not None:
             groups["ema"] = {**self.average.state(), **buffers}
         if self.powers is not None:
             groups |= self.powers.groups()
-        told = {"optimizer": rest, "threads": torch.get_num_threads(), "settings": asdict(self.settings)}
-        keep, every = self.settings.keep, self.settings.keep_every
-        return checkpoint.save(run, step, groups, {**told, **state}, keep=keep, keep_every=every)
+        return groups, {
+            "optimizer": rest, "threads": torch.get_num_threads(), "settings": asdict(self.settings)
+        }  # fmt: skip
 
     def load(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
         """Take up a checkpoint that is whole.

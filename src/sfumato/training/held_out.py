@@ -7,6 +7,7 @@ trained ones is what the model learned by heart.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from sfumato.record import RunFolder
 from sfumato.theory import noise
 
+from . import parallel
 from .device import autocast, effective_precision
 from .objective import DiffusionObjective, Drawn, Encoded
 
@@ -46,7 +48,7 @@ class HeldOut:
         held_out: encoded held-out samples; train: the encoded training samples.
         run: where the events go.
         samples: how many of each are measured; levels: at how many quantiles of the training density.
-        batch: samples at once.
+        batch: samples at once; processes share the batches.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class HeldOut:
         *,
         samples: int = 64,
         levels: int = 8,
-        batch: int = 64,
+        batch: int = 16,
         precision: str = "auto",
     ) -> None:
         self.objective, self.run, self.levels, self.batch = objective, run, levels, batch
@@ -66,40 +68,48 @@ class HeldOut:
         self.chosen = {split: chosen(len(encoded), samples) for split, encoded in self.sets.items()}
         self.precision = precision
 
-    def __call__(self, step: int, weights: str) -> None:
-        """Record the loss of the weights the network has now, as `weights` ("ema" or "raw")."""
-        for split, encoded in self.sets.items():
-            if not self.chosen[split]:
-                continue
-            found = self.measure(encoded, self.chosen[split])
-            self.run.event(
-                "held_out",
-                step=step,
-                split=split,
-                weights=weights,
-                loss=found.loss,
-                error=found.error,
-                by_level=[vars(level) for level in found.by_level],
-            )
+    def __call__(self, step: int, weights: str) -> HeldOutLoss | None:
+        """Record the loss of the weights the network has now, as `weights` ("ema" or "raw").
+
+        Returns:
+            the held-out loss; None if no sample is held out.
+        """
+        found = {
+            split: self.measure(encoded, self.chosen[split])
+            for split, encoded in self.sets.items()
+            if self.chosen[split]
+        }
+        for split, one in found.items():
+            by_level = [vars(level) for level in one.by_level]
+            told = {"step": step, "split": split, "weights": weights, "by_level": by_level}
+            self.run.event("held_out", loss=one.loss, error=one.error, **told)
+        if len(found) == 2:
+            gap, error = gap_of(found["held_out"], found["train"])
+            self.run.event("gap", step=step, weights=weights, gap=gap, error=error)
+        return found.get("held_out")
 
     @torch.no_grad()
     def measure(self, encoded: Encoded, indices: Sequence[int]) -> HeldOutLoss:
         """The loss on these samples, each at every level with noise of its own."""
-        columns: list[Tensor] = []
-        angles: list[float] = []
-        for level in range(self.levels):
-            t = self._time(level)
-            angles.append(float(self.objective.model.theory.angle(t)) * 2 / math.pi)
-            columns.append(
-                torch.cat([self._losses(encoded, part, t, level) for part in self._parts(encoded, indices)])
-            )
-        losses = torch.stack(columns, 1).double().cpu()
-        error = (
-            losses.mean(1).std(correction=1) / math.sqrt(len(losses))
-            if len(losses) > 1
-            else torch.tensor(0.0)
-        )
-        spread = losses.std(0, correction=1) / math.sqrt(len(losses)) if len(losses) > 1 else losses[0] * 0
+        processes = parallel.current()
+        parts = self._parts(encoded, indices)
+        losses = torch.zeros(len(indices), self.levels, dtype=torch.float64)
+        starts = [0, *accumulate(len(part) for part in parts)]
+        for first in range(0, len(parts), processes.count):
+            # Every process computes as often as every other, or sharded weights could not be gathered.
+            number = min(first + processes.rank, len(parts) - 1)
+            for level in range(self.levels):
+                found = self._losses(encoded, parts[number], self._time(level), level)
+                if first + processes.rank < len(parts):
+                    losses[starts[number] : starts[number + 1], level] = found.double().cpu()
+        losses = processes.add(losses)
+        angles = [
+            float(self.objective.model.theory.angle(self._time(level))) * 2 / math.pi
+            for level in range(self.levels)
+        ]
+        many = len(losses) > 1
+        error = losses.mean(1).std(correction=1) / math.sqrt(len(losses)) if many else torch.tensor(0.0)
+        spread = losses.std(0, correction=1) / math.sqrt(len(losses)) if many else losses[0] * 0
         by_level = [
             Level(angle, float(loss), float(bar))
             for angle, loss, bar in zip(angles, losses.mean(0), spread, strict=True)
@@ -135,6 +145,11 @@ class HeldOut:
         drawn = Drawn(t.expand(len(batch.ids)).to(place), x_T, kept)
         with autocast(effective_precision(self.precision, place), place):
             return objective.measure(x_0, drawn, batch.conditions)
+
+
+def gap_of(held_out: HeldOutLoss, train: HeldOutLoss) -> tuple[float, float]:
+    """(held-out loss minus that of trained samples, its standard error): what was learned by heart."""
+    return held_out.loss - train.loss, math.hypot(held_out.error, train.error)
 
 
 def chosen(count: int, samples: int) -> list[int]:

@@ -7,13 +7,10 @@ run that goes on from a checkpoint ends with the bits of one that was never inte
 
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from signal import SIGTERM
-from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +20,18 @@ from sfumato.record import RunFolder
 
 from . import blackbox, checkpoint, device, parallel, trackers
 from .average import Average, OptimiserMean
+from .checkpoint import Keep
+from .duties import Duties, Measure, Preview
 from .held import Held
 from .objective import Objective
 from .parallel import Division, Gradients
+from .saving import Saver
 from .settings import TrainSettings
 from .signals import Signals, Stopped
+from .verdict import Spikes, Verdict
 
-Preview = Callable[[nn.Module, int], None]
-"""preview(network with averaged weights, step): draw something; the loop does not know what."""
-Measure = Callable[[int, str], None]
-"""measure(step, "ema" or "raw"): record the held-out loss of the weights the network has now."""
 Progress = Callable[..., None]
 """progress(done, total, phase, **figures)."""
-SPIKE = 6.0
-"""Standard deviations above the recent losses at which a loss is noted."""
 
 
 def to_stderr(sentence: str) -> None:
@@ -57,6 +52,7 @@ class Outcome:
     loss: float
     seconds: float
     average: Average | OptimiserMean | None
+    reason: str = "done"
 
 
 def fit(
@@ -93,10 +89,8 @@ def fit(
     if settings.threads or settings.exact_elastic:
         torch.set_num_threads(settings.threads or 1)
     loop = _Loop(objective, network, settings, run, seed, say)
-    loop.duties = [
-        _Duty(settings.held_out_every, lambda step: loop.measure(held_out, step)) if held_out else None,
-        _Duty(preview_every, lambda step: loop.preview(preview, step)) if preview else None,
-    ]
+    loop.duties.measure, loop.duties.measure_every = held_out, settings.held_out_every
+    loop.duties.preview, loop.duties.preview_every = preview, preview_every
     if loop.processes.leads:
         loop.progress, loop.phase = progress, phase
     loop.resume()
@@ -106,19 +100,10 @@ def fit(
         with Signals(patient=loop.processes.count > 1) as loop.signals:
             loop.run_through()
     finally:
+        loop.saver.close()
         end()
-    return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average)
-
-
-@dataclass(frozen=True)
-class _Duty:
-    """Something done every so many steps, and after the last."""
-
-    every: int
-    do: Callable[[int], None]
-
-    def is_due(self, step: int, steps: int) -> bool:
-        return step == steps or (self.every > 0 and step % self.every == 0)
+    why = "done" if loop.step == settings.steps else "held-out loss no longer falls"
+    return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average, why)
 
 
 class _Loop:
@@ -149,14 +134,16 @@ class _Loop:
         self.gradients = Gradients(self.weights, self.processes, self.division.exact)
         self.stops = False
         self.seen: list[blackbox.Seen] = []
-        self.duties: list[_Duty | None] = []
+        self.verdict = Verdict(settings.patience)
+        self.duties = Duties(self.held, self.run, self.verdict, leads=self.processes.leads)
+        self.saver = Saver(self.run, settings.save_async)
         self.progress: Progress | None = None
         self.phase = "train"
         self.signals = Signals()
         self.step = self.resumed = self.loss_count = 0
         self.seconds = self.window = 0.0
         self.last_loss = self.speed = float("nan")
-        self.recent: deque[float] = deque(maxlen=20)
+        self.spikes = Spikes()
         self.owes = False
         self.saved: tuple[int, bool] | None = None
 
@@ -168,7 +155,7 @@ class _Loop:
         try:
             if self.owes:
                 self.attend()
-            while self.step < self.settings.steps and not self.must_stop:
+            while self.step < self.settings.steps and not (self.must_stop or self.verdict.is_over):
                 began = time.perf_counter()
                 rate = self.advance()
                 self.window += time.perf_counter() - began
@@ -177,6 +164,7 @@ class _Loop:
                     self.log(rate)
                 if not self.must_stop:
                     self.attend()
+            self.saver.wait()
             if self.must_stop:
                 raise Stopped(self.signals.asked or SIGTERM)
         except Stopped as stopped:
@@ -246,6 +234,7 @@ class _Loop:
         self.gradients.clear()
         if self.asks_every_step:
             self.save()
+        self.saver.wait()
         raise Failed(blackbox.write(self.run, self.objective, self.network, self.seen, self.settings))
 
     def clip(self, gradients: list[Tensor]) -> None:
@@ -262,7 +251,8 @@ class _Loop:
             self.blow_up()
         self.seen.clear()
         loss, norm = torch.stack([self.loss_sum / max(1, self.loss_count), self.norm.float()]).tolist()
-        self.note_spike(loss)
+        if said := self.spikes.hear(self.step, loss):
+            self.run.event("note", text=said)
         self.last_loss = loss
         self.loss_sum.zero_()
         steps, self.loss_count = self.loss_count, 0
@@ -279,53 +269,14 @@ class _Loop:
             seconds=round(self.seconds, 3),
         )
 
-    def note_spike(self, loss: float) -> None:
-        """Note a loss far above the twenty before it."""
-        if len(self.recent) == self.recent.maxlen:
-            usual = mean(self.recent)
-            if loss > usual + SPIKE * max(stdev(self.recent), 0.01 * usual):
-                text = f"step {self.step}: the loss jumped to {loss:.4g} from {usual:.4g}"
-                self.run.event("note", text=text)
-        self.recent.append(loss)
-
     def attend(self) -> None:
         """Measure and draw where due, then save where due: a kill in between only repeats them."""
-        step, steps = self.step, self.settings.steps
-        for duty in self.duties:
-            if duty is not None and duty.is_due(step, steps) and self.processes.leads:
-                with self.signals.at_once():
-                    duty.do(step)
-        powers, every = self.held.powers, self.settings.ema_snapshots
-        if powers is not None and self.processes.leads and (step % every == 0 or step == steps):
-            powers.write(self.run, step)
+        step, is_last = self.step, self.step == self.settings.steps
+        self.saver.look()
+        is_best = self.duties.attend(step, is_last, self.signals) and self.settings.keep_best
         self.owes = False
-        if step % self.settings.save_every == 0 or step == steps:
+        if step % self.settings.save_every == 0 or is_last or is_best or self.verdict.is_over:
             self.save()
-
-    def averaged(self) -> AbstractContextManager[None]:
-        """The network with its averaged weights, if there are any."""
-        return nullcontext() if self.average is None else self.average.applied()
-
-    def measure(self, held_out: Measure, step: int) -> None:
-        """The held-out loss of the raw weights and of the averaged ones."""
-        self.aside(lambda: held_out(step, "raw"))
-        if self.average is not None:
-            with self.averaged():
-                self.aside(lambda: held_out(step, "ema"))
-
-    def preview(self, preview: Preview, step: int) -> None:
-        """Pictures by the averaged weights."""
-        with self.averaged():
-            self.aside(lambda: preview(self.network, step))
-
-    def aside(self, work: Callable[[], None]) -> None:
-        """Do `work` without gradients, the network in evaluation mode."""
-        self.network.eval()
-        try:
-            with torch.no_grad():
-                work()
-        finally:
-            self.network.train()
 
     # ------------------------------------------------------------------------- saving and resuming
 
@@ -333,15 +284,18 @@ class _Loop:
         """Write a checkpoint of this moment, unless a number in it is not finite."""
         if not self.asks_every_step and bool(self.bad):
             self.blow_up()
-        state = {
+        groups, state = self.held.gathered()
+        state |= {
             "seconds": self.seconds + self.window,
             "loss": [float(self.loss_sum), self.loss_count],
             "owes": self.owes,
             "precision": self.precision,
+            "verdict": self.verdict.state(),
         }
-        with self.processes.first():
-            if self.processes.leads:
-                self.held.save(self.run, self.step, state)
+        settings = self.settings
+        best = self.verdict.best if settings.keep_best else 0
+        if self.processes.leads:
+            self.saver.save(self.step, groups, state, Keep(settings.keep, settings.keep_every, best))
         self.saved = self.step, self.owes
         return self.run.checkpoint_folder(self.step)
 
@@ -349,6 +303,7 @@ class _Loop:
         """Save, if this step is not saved yet, and say how to go on."""
         is_saved = self.saved == (self.step, self.owes)
         folder = self.run.checkpoint_folder(self.step) if is_saved else self.save()
+        self.saver.wait()
         self.run.event("stop", step=self.step, reason=stopped.signal.name, sync=True)
         self.say(
             f"Stopped by {stopped.signal.name} at step {self.step} of {self.settings.steps}, saved in "
@@ -370,6 +325,8 @@ class _Loop:
         self.loss_sum.fill_(state["loss"][0])
         self.loss_count = int(state["loss"][1])
         self.owes = bool(state["owes"])
+        if "verdict" in state:
+            self.verdict.load(state["verdict"])
         self.saved = self.step, self.owes
         self.say(f"Going on from {folder.name} of {self.run.path}.")
         if changed:

@@ -46,6 +46,23 @@ class Processes:
         dist.broadcast(told, 0)
         return int(told)
 
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum of the tensors that the processes have, on the CPU."""
+        if self.count > 1:
+            total = tensor.to(_own_device())
+            dist.all_reduce(total)
+            return total.cpu()
+        return tensor
+
+    def wait(self) -> None:
+        """Return when every process is here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def dealt(self, count: int) -> list[int]:
+        """Which of `count` things this process does; one at least, so that all compute together."""
+        return list(range(self.rank, count, self.count)) or [0] * bool(count)
+
     @torch.no_grad()
     def equalise(self, network: nn.Module) -> None:
         """Give every process the leading one's weights and buffers."""

@@ -10,6 +10,7 @@ squares: Karras et al. 2024, arXiv:2312.02696, section 3 and algorithm 3.
 """
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused
-from sfumato.record import RunFolder
+from sfumato.record import RunFolder, sweep
 
 from . import checkpoint
-from .average import trained
+from .average import local, trained
 
 LENGTHS = (0.05, 0.10)
 LONGEST = 0.25
+STRIDE = 8
+MOST_SNAPSHOTS = 10
 _FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -50,22 +53,46 @@ def relative_length(gamma: float) -> float:
     return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
 
 
+def stride(step: int) -> int:
+    """Steps between two updates of the averages around `step`: 1 up to 256, then 2, 4, 8.
+
+    An average over many steps hardly changes if it sees every eighth of them, and costs an eighth.
+    """
+    wide = 1
+    while wide < STRIDE and step >= 256 * wide:
+        wide *= 2
+    return wide
+
+
+def follows(step: int) -> int:
+    """The last step at or before `step` at which the averages are updated."""
+    return step - step % stride(step)
+
+
 class PowerAverages:
-    """Power-function averages of a network's weights, one for each of `lengths`."""
+    """Power-function averages of a network's weights, one for each of `lengths`, in host memory."""
 
     def __init__(self, network: nn.Module, lengths: Sequence[float] = LENGTHS) -> None:
-        self._named = trained(network)
+        self._named = {name: local(weight) for name, weight in trained(network).items()}
         self.lengths = tuple(lengths)
         self._gammas = [exponent(length) for length in lengths]
-        self._means = [[weight.detach().float().clone() for weight in self._named.values()] for _ in lengths]
+        now = self._now()
+        self._means = [[weight.clone() for weight in now] for _ in lengths]
+
+    def _now(self) -> list[Tensor]:
+        return [weight.detach().to("cpu", torch.float32) for weight in self._named.values()]
+
+    def update(self, step: int) -> None:
+        """Take in the weights after `step` updates (1, 2, …), if it is one of the steps that count."""
+        if follows(step) == step:
+            self._take_in(self._means, step)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after `step` updates (1, 2, …)."""
-        now = [weight.detach().float() for weight in self._named.values()]
-        for gamma, means in zip(self._gammas, self._means, strict=True):
-            share = 1 - (1 - 1 / step) ** (gamma + 1)
-            torch._foreach_lerp_(means, now, share)  # pyright: ignore[reportPrivateImportUsage]
+    def _take_in(self, means: list[list[Tensor]], step: int) -> None:
+        now, before = self._now(), follows(step - 1)
+        for gamma, mean in zip(self._gammas, means, strict=True):
+            share = 1 - (before / step) ** (gamma + 1)
+            torch._foreach_lerp_(mean, now, share)  # pyright: ignore[reportPrivateImportUsage]
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Each average as a group of a checkpoint."""
@@ -81,13 +108,38 @@ class PowerAverages:
             for name, mean in zip(self._named, means, strict=True):
                 mean.copy_(groups[f"power-{length:.3f}"][name])
 
-    def write(self, run: RunFolder, step: int) -> None:
-        """Write the averages after `step` updates down for later, in half precision."""
+    def write(self, run: RunFolder, step: int, every: int = 0) -> None:
+        """Write the averages after `step` updates down for later, in half precision.
+
+        Args:
+            every: steps between two snapshots; of many, those of every second interval are let go.
+        """
+        means = [[mean.clone() for mean in kept] for kept in self._means]
+        if follows(step) != step:
+            self._take_in(means, step)
         groups = {
-            name: {key: mean.half() if mean.abs().max() < 6e4 else mean for key, mean in tensors.items()}
-            for name, tensors in self.groups().items()
+            f"power-{length:.3f}": {
+                name: mean.half() if mean.abs().max() < 6e4 else mean
+                for name, mean in zip(self._named, kept, strict=True)
+            }
+            for length, kept in zip(self.lengths, means, strict=True)
         }
+        sweep(run.path / "averages")
         checkpoint.write(run.path / "averages" / f"step-{step:06d}", groups, {"step": step})
+        if every:
+            _thin(run, step, every)
+
+
+def _thin(run: RunFolder, newest: int, every: int) -> None:
+    """Keep at most ten snapshots, evenly spread, and the newest."""
+    steps = sorted({one.step for one in snapshots(run)})
+    while newest // every > MOST_SNAPSHOTS:
+        every *= 2
+    for step in steps:
+        if step % every and step != newest:
+            folder = run.path / "averages" / f"step-{step:06d}"
+            folder.rename(gone := folder.with_name(f".{folder.name}.gone.part"))
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 @dataclass(frozen=True)

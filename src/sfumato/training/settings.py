@@ -29,7 +29,7 @@ class TrainSettings:
     weight_decay: float = key(0.01, "decay of matrices; vectors never decay", least=0)
     clip: float = key(1.0, "largest norm of the gradient; 0 leaves it alone", least=0)
     ema: float = key(0.999, "decay of the averaged weights; 0 keeps none", least=0, most=1)
-    ema_snapshots: int = key(0, "steps between averages kept for `sfumato ema`; 0 for none", least=0)
+    ema_snapshots: int = key(500, "steps between averages kept for `sfumato ema`; 0 for none", least=0)
     times: str = key("uniform", "how training times are drawn", choices=DENSITIES)
     stratified: bool = key(True, "spread the times of a batch evenly over their density")
     weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
@@ -40,5 +40,10 @@ class TrainSettings:
     save_every: int = key(500, "steps between checkpoints; the last step is always saved", least=1)
     keep: int = key(3, "newest checkpoints kept", least=1)
     keep_every: int = key(0, "checkpoints of every so many steps are kept as well; 0 for none", least=0)
+    keep_best: bool = key(True, "the checkpoint with the lowest held-out loss is kept as well")
+    save_async: bool = key(True, "write checkpoints beside the steps where memory allows a copy")
+    patience: int = key(
+        0, "stop after so many measurements without a lower held-out loss; 0 for never", least=0
+    )
     held_out_every: int = key(500, "steps between measurements of the held-out loss; 0 for never", least=0)
     trackers: tuple[str, ...] = key((), "who else hears of the curves: tensorboard, wandb, trackio")

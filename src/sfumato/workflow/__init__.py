@@ -4,7 +4,8 @@ recipe → pictures and captions → codec → encodings in the store → traini
 """
 
 from .agreement import agree
+from .averaging import average
 from .course import Run, encode, gather, ready, train
 from .forecast import plan
 
-__all__ = ["Run", "agree", "encode", "gather", "plan", "ready", "train"]
+__all__ = ["Run", "agree", "average", "encode", "gather", "plan", "ready", "train"]

@@ -136,7 +136,7 @@ def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress |
                 objective, model.denoiser, recipe.train, run, recipe.seed, preview=preview, held_out=measure,
                 preview_every=recipe.sample.every, progress=progress, say=say, counts=counts,
             )  # fmt: skip
-        run.event("stop", step=outcome.step, reason="done", sync=True)
+        run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)
     finally:
         if leads:
             report.write(run)

@@ -57,18 +57,20 @@ def evaluate(
     """Measure a run's newest averaged weights; the numbers also go into the run's record and page.
 
     Args:
+        folder: a run; or a part of it, one of its checkpoints or of its averages, which is measured instead
+            and leaves the record alone.
         samples: pictures drawn for each seed; seeds: repetitions that give the error bars.
         steps, guidance: of drawing; default the recipe's.
     Raises:
         Refused: it is no run, or has not trained yet.
     """
-    run = RunFolder.open(folder)
+    run = run_of(Path(folder))
     recipe = Recipe.read(run.path)
-    model = load(run.path, device=str(devices.resolve(device)))
+    model = load(folder, device=str(devices.resolve(device)))
     collection = collect(recipe.data)
     bucket_of = sizes(recipe, collection.samples, model.codec)
     encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress)
-    step = int(run.checkpoint_folders()[-1].name.removeprefix("step-"))
+    step = step_of(run, Path(folder), model)
     order = order_of(recipe, encoded.of("train"))
     objective = DiffusionObjective(model, encoded.of("train"), order, recipe.train, recipe.seed, 0.0)
     loss = HeldOut(objective, encoded.of("held_out"), encoded.of("train"), run, samples=LEVEL_SAMPLES)
@@ -85,8 +87,31 @@ def evaluate(
     split = {name: collection.of(name) for name in ("train", "held_out")}
     painted, drawn = _pictures(recipe, model, split, samples, seeds, drawing, progress)
     metrics |= painted
-    _record(run, step, metrics, say)
+    if Path(folder).resolve() == run.path.resolve():
+        _record(run, step, metrics, say)
     return Evaluation(step, metrics, by_level, drawn)
+
+
+def run_of(path: Path) -> RunFolder:
+    """The run a path is, or lies in.
+
+    Raises:
+        Refused: none.
+    """
+    inside = path.expanduser().absolute()
+    for place in (inside, inside.parent.parent):
+        if (place / "effective.toml").is_file():
+            return RunFolder.open(path if place == inside else place)
+    return RunFolder.open(path)
+
+
+def step_of(run: RunFolder, path: Path, model: PaintingModel) -> int:
+    """After how many steps of the run the weights were taken."""
+    if averaged := model.info.get("averaged"):
+        return int(averaged["step"])
+    named = path.resolve().name
+    folder = named if named.startswith("step-") else run.checkpoint_folders()[-1].name
+    return int(folder.removeprefix("step-"))
 
 
 def _pictures(

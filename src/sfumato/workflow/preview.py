@@ -12,6 +12,7 @@ from ..generation.files import DEFAULT_FPS, contents, is_clip
 from ..recipe import Recipe
 from ..record import RunFolder, write_atomic
 from ..theory import noise
+from ..training import parallel
 
 SHOWN = 8
 
@@ -55,28 +56,36 @@ class Preview:
         self.model, self.recipe, self.run, self.groups, self.after = model, recipe, run, shown, after
 
     def __call__(self, network: nn.Module, step: int) -> None:
-        """Draw with the weights the network has now."""
-        sample = self.recipe.sample
-        seed = sample.seed
+        """Draw with the weights the network has now; processes share the pictures."""
+        seed = self.recipe.sample.seed
         for group in self.groups:
             seeds = [seed + index for index in range(len(group.prompts))]
-            pictures = self.model.generate(
-                prompt=group.prompts,
-                negative=sample.negative or None,
-                seed=seeds,
-                steps=sample.steps,
-                guidance=sample.guidance,
-            )
             seed += len(group.prompts)
-            names = []
-            for index, picture in enumerate(pictures):
-                kind = "webp" if is_clip(picture) else "png"
-                file = self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"
-                said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
-                fps = float(self.model.info.get("fps", DEFAULT_FPS))
-                (content,) = contents(picture, kind, said, fps).values()
-                write_atomic(file, content)
-                names.append(str(file.relative_to(self.run.path)))
+            names = self._draw(group, seeds, step)
+            parallel.current().wait()
             told = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
             self.run.event("pictures", step=step, files=names, **told)
-        self.after()
+        if parallel.current().leads:
+            self.after()
+
+    def _draw(self, group: Group, seeds: list[int], step: int) -> list[str]:
+        """Draw and write this process's share; the names of all files, in the run's folder."""
+        sample, mine = self.recipe.sample, parallel.current().dealt(len(seeds))
+        pictures = self.model.generate(
+            prompt=[group.prompts[index] for index in mine],
+            negative=sample.negative or None,
+            seed=[seeds[index] for index in mine],
+            steps=sample.steps,
+            guidance=sample.guidance,
+        )
+        kind = "webp" if is_clip(pictures[0]) else "png"
+        fps = float(self.model.info.get("fps", DEFAULT_FPS))
+        files = [
+            self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"
+            for index in range(len(seeds))
+        ]
+        for index, picture in zip(mine, pictures, strict=True):
+            said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
+            (content,) = contents(picture, kind, said, fps).values()
+            write_atomic(files[index], content)
+        return [str(file.relative_to(self.run.path)) for file in files]

@@ -1,0 +1,49 @@
+"""An average of any length, chosen after training, as a model to draw and measure with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import stages
+from ..errors import Failed
+from ..generation import load
+from ..record import RunFolder
+from ..training import posthoc
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """A model that was averaged: its folder, the step it was averaged up to, the profile's relative error."""
+
+    folder: Path
+    step: int
+    missed: float
+
+
+def average(
+    run: RunFolder | Path | str, length: float, step: int | None = None, out: Path | str | None = None
+) -> Averaged:
+    """Write the model whose weights are averaged over `length` of a run.
+
+    Args:
+        length: a share of the run, above 0 and below 0.25 (EDM2's sigma_rel, arXiv:2312.02696).
+        step: where the average ends; default the last snapshot.
+        out: the folder; default `RUN/averages/ema-0.100`.
+    Raises:
+        Refused: no such length, or the run wrote no averages. Failed: one of them is damaged.
+    """
+    folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
+    weights, missed = posthoc.reconstruct(folder, length, step)
+    last = step or posthoc.snapshots(folder)[-1].step
+    model = load(folder.path)
+    own = {**dict(model.denoiser.named_parameters()), **dict(model.denoiser.named_buffers())}
+    if strange := sorted(weights.keys() - own.keys()):
+        raise Failed(f'{folder.path}/averages are of another network: it has no "{strange[0]}".')
+    with torch.no_grad():
+        for name, weight in weights.items():
+            own[name].copy_(weight)
+    model.info |= {"averaged": {"run": str(folder.path), "length": length, "step": last}}
+    home = Path(out) if out else folder.path / "averages" / f"ema-{length:.3f}"
+    stages.save(model, home, text_by_name=True)
+    return Averaged(home, last, missed)
