@@ -10,7 +10,16 @@ from ..recipe import Recipe
 from ..record import RunFolder
 
 FREE = ("output", "format", "data.store", "train.steps", "train.log_every", "train.save_every", "train.keep")
-FREE_PARTS = ("sample.", "train.keep_every", "train.held_out_every", "train.threads", "train.device")
+FREE_PARTS = (
+    "sample.",
+    "train.keep_",
+    "train.save_async",
+    "train.patience",
+    "train.ema_snapshots",
+    "train.held_out_every",
+    "train.threads",
+    "train.device",
+)
 
 
 def agree(run: RunFolder, recipe: Recipe, content: str = "") -> list[str]:
