@@ -46,7 +46,8 @@ class Course:
         self.times = times.reshape(-1, times.shape[-1]).T  # [N + 1, 1 or B]
         self.angles = theory.angle(self.times)
         self.steps = len(self.times) - 1
-        self.radii = self.column(torch.hypot(*theory.data(self.times)))
+        self.lengths = torch.hypot(*theory.data(self.times))
+        self.radii = self.column(self.lengths)
 
     def weight(self, coefficient: Tensor) -> Weight:
         """[1] or [B] float64 → a number or a tensor that multiplies states."""
@@ -59,10 +60,27 @@ class Course:
         return [row[0] for row in self.weights(table[..., None])]
 
     def weights(self, table: Tensor) -> list[list[Weight]]:
-        """[steps, 1 or B, terms] → weights per step and term."""
+        """[steps, 1 or B, terms] → weights per step and term; 1 but for rounding is 1, and costs nothing."""
+        table = torch.where((table - 1).abs() < 1e-14, 1.0, table)
         if table.shape[1] == 1:
             return table[:, 0].tolist()
         return [[self.weight(column) for column in row.T] for row in table]
+
+    def readers(self) -> tuple[Tensor, Tensor]:
+        """(of out, of x) [steps, 1 or B] float64: v = of_out·out + of_x·x_t at every asked time.
+
+        Raises:
+            Refused: where the theory is singular, before anything is sampled.
+        """
+        r, from_out, from_z = self.theory.reader(self.times[:-1])
+        return from_out, from_z / r
+
+    def told(self, times: Tensor) -> list[Tensor]:
+        """Times [n, 1 or B] as the network is told them: n tensors [B]."""
+        width = self.like.dtype if self.like.dtype == torch.float64 else torch.float32
+        if self.like.device.type == "mps":
+            width = torch.float32
+        return list(times.to(self.like.device, width).expand(-1, len(self.like)).contiguous())
 
     def asked(self) -> list[Node]:
         """The grid's nodes without its end."""
@@ -79,11 +97,7 @@ class Course:
             Refused: where the theory is singular, before anything is sampled.
         """
         readers = self.weights(torch.stack(self.theory.reader(times), -1))
-        width = self.like.dtype if self.like.dtype == torch.float64 else torch.float32
-        if self.like.device.type == "mps":
-            width = torch.float32
-        told = times.to(self.like.device, width).expand(-1, len(self.like)).contiguous()
-        return [Node(t, *reader) for t, reader in zip(told, readers, strict=True)]
+        return [Node(t, *reader) for t, reader in zip(self.told(times), readers, strict=True)]
 
     def velocity(self, node: Node, z: Samples) -> Tensor:
         """v at z: the network asked once."""
@@ -110,21 +124,23 @@ def scaled(weight: Weight, x: Tensor) -> Tensor:
 
 
 def combine(*terms: tuple[Weight, Tensor]) -> Tensor:
-    """The weighted sum of tensors, in as few passes as it takes; terms of weight 0 cost nothing."""
-    total: Tensor | None = None
+    """The weighted sum of tensors, one pass a term; what has weight 0, or is scaled by 1, is free."""
     kept = [(w, x) for w, x in terms if isinstance(w, Tensor) or w != 0.0] or [terms[0]]
-    ones = [i for i, (w, _) in enumerate(kept) if isinstance(w, float) and w == 1.0]
-    if ones:
-        kept.insert(0, kept.pop(ones[0]))
-    for weight, x in kept:
-        if total is None:
-            total = scaled(weight, x)
-        elif isinstance(weight, Tensor):
-            total = torch.addcmul(total, x, weight)
+    whole = [i for i, (w, _) in enumerate(kept) if isinstance(w, float) and w == 1.0]
+    first = kept.pop(whole[0] if whole else 0)
+    total = _added(first[1], *kept.pop(0)) if whole and kept else scaled(*first)
+    for weight, x in kept:  # `total` is a tensor of our own by now
+        if isinstance(weight, Tensor):
+            total.addcmul_(x, weight)
         else:
-            total = torch.add(total, x, alpha=weight)
-    assert total is not None
+            total.add_(x, alpha=weight)
     return total
+
+
+def _added(total: Tensor, weight: Weight, x: Tensor) -> Tensor:
+    if isinstance(weight, Tensor):
+        return torch.addcmul(total, x, weight)
+    return torch.add(total, x, alpha=weight)
 
 
 def start_of(x_T: Samples, theory: Theory, t: float | Sequence[float] | Tensor) -> Tensor:

@@ -80,7 +80,9 @@ def lagrange(at: Tensor, nodes: Tensor) -> Tensor:
     return torch.stack(rows, -2)
 
 
-def plan(course: Course, kind: str, order: int, corrected: int, ends: Tensor | None = None) -> list[Leg]:
+def plan(
+    course: Course, kind: str, order: int, corrected: int, ends: Tensor | None = None, plain: bool = True
+) -> list[Leg]:
     """Every step's coefficients, before the first.
 
     Args:
@@ -89,7 +91,9 @@ def plan(course: Course, kind: str, order: int, corrected: int, ends: Tensor | N
         corrected: answers that redo the step before with the newest among them; 0 redoes only the first
             step, without which the start would cap the order at 2.
         ends: angles [steps, 1 or B] to step to, where they are not the grid's.
+        plain: whether the states are x_t, not z = x_t/r.
     """
+    r = course.lengths if plain else torch.ones_like(course.lengths)
     angles, count = course.angles, course.steps
     goal = angles[1:] if ends is None else ends
     legs = [Leg() for _ in range(count)]
@@ -109,6 +113,8 @@ def plan(course: Course, kind: str, order: int, corrected: int, ends: Tensor | N
             keep, past = turn.cos(), turn.sin()[..., None]
         else:
             keep, past = carried(kind, angles[rows], goal[rows], history(rows, terms))
+        after = r[[i + 1 for i in rows]]
+        keep, past = keep * after / r[rows], past * after[..., None]
         for i, k, w in zip(rows, course.column(keep), course.weights(past), strict=True):
             legs[i].keep, legs[i].past = k, w
     for terms in range(2, max(corrected, 2) + 1):
@@ -121,55 +127,68 @@ def plan(course: Course, kind: str, order: int, corrected: int, ends: Tensor | N
         keep, past = carried(
             "velocity" if first else kind, angles[before], angles[rows], history(rows, terms)
         )
+        keep, past = keep * r[rows] / r[before], past * r[rows][..., None]
         for i, k, w in zip(rows, course.column(keep), course.weights(past), strict=True):
             legs[i].redo_keep, legs[i].redo = k, w
     return legs
 
 
-def reading(course: Course, kind: str) -> list[tuple[Weight, Weight]]:
-    """(of z, of v) at every asked node: what is carried on, from the state and its velocity."""
+def reading(course: Course, kind: str) -> Tensor:
+    """(of out, of x_t) [steps, 1 or B, 2]: what is carried on, from the answer and the state."""
     sin, cos = course.angles[:-1].sin(), course.angles[:-1].cos()
-    pair = {"velocity": (0 * sin, 1 + 0 * cos), "data": (cos, -sin), "noise": (sin, cos)}[kind]
-    return [(z, v) for z, v in course.weights(torch.stack(pair, -1))]
+    of_z, of_v = {"velocity": (0 * sin, 1 + 0 * cos), "data": (cos, -sin), "noise": (sin, cos)}[kind]
+    of_out, of_x = course.readers()
+    return torch.stack([of_v * of_out, of_z / course.lengths[:-1] + of_v * of_x], -1)
 
 
 def walk_on(
     course: Course,
-    z: Tensor,
+    x: Tensor,
     kind: str,
     order: int,
     corrected: int = 0,
     eta: float = 0.0,
     noise: Renoise | None = None,
 ) -> Iterator[Tensor]:
-    """The walk behind every name below. One evaluation a step; a fourth order asks once more at the start."""
-    nodes = course.asked()
+    """The walk behind every name below, in x_t itself.
+
+    One evaluation a step; a fourth order asks once more at the start.
+    """
     down, back = renoising(course, eta)
     legs = plan(course, kind, order, corrected, down if eta else None)
-    reads = reading(course, kind)
+    reads, speeds = (course.weights(reading(course, of)) for of in (kind, "velocity"))
+    fresh = [course.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
+    told = course.told(course.times[:-1])
     again = order > 3 and not eta
 
-    def walk(z: Tensor) -> Iterator[Tensor]:
-        past: list[Tensor] = []
-        speeds: list[Tensor] = []
-        before = z
-        for i, (node, leg) in enumerate(zip(nodes, legs, strict=True)):
-            v = course.velocity(node, z)
-            if i and leg.redo and not eta:
-                on = speeds if len(leg.redo) == 2 else past
-                newest = v if len(leg.redo) == 2 else combine((reads[i][0], z), (reads[i][1], v))
-                z = combine((leg.redo_keep, before), *zip(leg.redo, [newest, *on], strict=False))
-                if i == 1 and again:
-                    v = course.velocity(node, z)
-            y = v if kind == "velocity" else combine((reads[i][0], z), (reads[i][1], v))
-            past, speeds = [y, *past][: max(order, corrected)], [v]
-            before = z
-            first = len(leg.past) == 1
-            z = combine((leg.keep, z), *zip(leg.past, [v] if first else past, strict=False))
-            z = renoised(z, back[i], noise, i)
-            yield z
+    moved = [  # where v itself is needed: the step turns by it, or the next one redoes this one with it
+        len(leg.past) == 1 or len(after.redo) == 2
+        for leg, after in zip(legs, [*legs[1:], Leg()], strict=True)
+    ]
 
-    return walk(z)
+    def walk(x: Tensor) -> Iterator[Tensor]:
+        past: list[Tensor] = []
+        v = before = x
+        for i, (t, leg) in enumerate(zip(told, legs, strict=True)):
+            asked = (course.answer(t, x), x)
+            y = combine(*zip(reads[i], asked, strict=True))
+            if i and leg.redo and not eta:
+                first = len(leg.redo) == 2
+                newest = combine(*zip(speeds[i], asked, strict=True)) if first else y
+                earlier = [v] if first else past
+                x = combine((leg.redo_keep, before), *zip(leg.redo, [newest, *earlier], strict=False))
+                if i == 1 and again:
+                    asked = (course.answer(t, x), x)
+                    y = combine(*zip(reads[i], asked, strict=True))
+            past = [y, *past][: max(order, corrected)]
+            if moved[i]:
+                v = y if kind == "velocity" else combine(*zip(speeds[i], asked, strict=True))
+            before = x
+            x = combine((leg.keep, x), *zip(leg.past, [v] if len(leg.past) == 1 else past, strict=False))
+            x = renoised(x, [back[i][0], fresh[i]], noise, i)
+            yield x
+
+    return walk(x)
 
 
 def adams(course: Course, z: Tensor, order: int = 2) -> Iterator[Tensor]:

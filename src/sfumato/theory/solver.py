@@ -29,14 +29,15 @@ class Method:
     """A solver: how it walks, what it costs, what it promises.
 
     Args:
-        walk: (course, z, **options) → iterator of z, one a step; it plans before it returns.
+        walk: (course, z, **options) → iterator of z = x_t/r, one a step; it plans before it returns.
         cost: network evaluations of n steps at an order.
         promise: the order of convergence at an order.
         orders: the values `order` may take; empty when it takes none.
         usual: the order when none is named.
         eta: the eta when none is named; None where the walk takes no eta.
         draws: whether it needs noise even at eta = 0.
-        free: whether it yields states of its own times instead of one z per step of the grid.
+        free: whether it yields states x_t of its own times instead of one z per step of the grid.
+        plain: whether it takes and yields x_t, one per step of the grid, instead of z.
     """
 
     walk: Callable[..., Iterator[Tensor]]
@@ -47,6 +48,7 @@ class Method:
     eta: float | None = None
     draws: bool = False
     free: bool = False
+    plain: bool = False
 
 
 def _once_more(n: int, order: int) -> int:
@@ -59,16 +61,20 @@ def _restarted(n: int, order: int, repeats: int = 1, parts: int = 3) -> int:
 
 _METHODS: dict[str, Method] = {
     "auto": Method(trusted, usual=3),
-    "euler": Method(steps.euler, eta=0.0),
-    "ancestral": Method(steps.euler, eta=1.0),
+    "euler": Method(steps.euler, eta=0.0, plain=True),
+    "ancestral": Method(steps.euler, eta=1.0, plain=True),
     "heun": Method(steps.heun, lambda n, order: 2 * n - 1, usual=2, eta=0.0),
     "midpoint": Method(steps.midpoint, lambda n, order: 2 * n, usual=2, eta=0.0),
     "rk4": Method(steps.rk4, lambda n, order: 4 * n - 1, usual=4, eta=0.0),
-    "multistep": Method(multistep.adams, _once_more, orders=(1, 2, 3, 4), usual=2),
-    "dpm++": Method(multistep.dpm, orders=(1, 2, 3), usual=2, eta=0.0),
-    "deis": Method(multistep.deis, promise=lambda order: min(order, 2), orders=(1, 2, 3), usual=2, eta=0.0),
-    "unipc": Method(multistep.unipc, _once_more, orders=(1, 2, 3, 4), usual=2),
-    "sde-multistep": Method(multistep.dpm, lambda n, order: n, lambda order: 1, (1, 2, 3), 2, eta=1.0),
+    "multistep": Method(multistep.adams, _once_more, orders=(1, 2, 3, 4), usual=2, plain=True),
+    "dpm++": Method(multistep.dpm, orders=(1, 2, 3), usual=2, eta=0.0, plain=True),
+    "deis": Method(
+        multistep.deis, promise=lambda order: min(order, 2), orders=(1, 2, 3), usual=2, eta=0.0, plain=True
+    ),
+    "unipc": Method(multistep.unipc, _once_more, orders=(1, 2, 3, 4), usual=2, plain=True),
+    "sde-multistep": Method(
+        multistep.dpm, lambda n, order: n, lambda order: 1, (1, 2, 3), 2, eta=1.0, plain=True
+    ),
     "churn": Method(steps.churn, lambda n, order: 2 * n - 1, lambda order: 1, draws=True),
     "restart": Method(steps.restart, _restarted, lambda order: 1, draws=True),
     "adaptive": Method(adaptive, lambda n, order: 3 * n, usual=3, free=True),
@@ -122,6 +128,8 @@ def solve(
     times = _times(theory, grid, solver, partial(method.cost, order=order or method.usual, **extra), len(x_T))
     course = Course(denoise, theory, times, x_T)
     z = start_of(x_T, theory, times[0] if times.ndim == 1 else times[:, 0])
+    if method.plain:
+        return method.walk(course, scaled(course.radii[0], z), **settings)
     walk = method.walk(course, z, **settings)
     if method.free:
         return walk

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Refused
-from .course import Course, Node, Weight, combine, scaled
+from .course import Course, Node, Weight, combine
 from .renoise import renoised, renoising, rising
 from .shapes import Renoise
 
@@ -22,23 +22,26 @@ def rotation(course: Course, start: Tensor, end: Tensor) -> list[list[Weight]]:
     return course.weights(torch.stack([turn.cos(), turn.sin()], -1))
 
 
-def euler(course: Course, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
-    """First order: the theory's own step, exact for a single data point. One evaluation a step."""
-    nodes = course.asked()
+def euler(course: Course, x: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+    """First order: the theory's own step, exact for a single data point. One evaluation a step.
+
+    Walks in x_t itself: one pass over the state where the step keeps it whole (flow matching), else two.
+    """
+    of_out, of_x = course.readers()
     down, back = renoising(course, eta)
-    turns = rotation(course, course.angles[:-1], down)
-    # x and out straight to z at the next node: cos·z + sin·v with v read from (out, z)
-    merged = [
-        (cos + sin * node.from_z, sin * node.from_out) for (cos, sin), node in zip(turns, nodes, strict=True)
-    ]
+    turn, grown = down - course.angles[:-1], course.lengths[1:]
+    keep = turn.cos() / course.lengths[:-1] + turn.sin() * of_x
+    weights = course.weights(torch.stack([grown * keep, grown * turn.sin() * of_out], -1))
+    fresh = [course.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
+    told = course.told(course.times[:-1])
 
-    def walk(z: Tensor) -> Iterator[Tensor]:
-        for i, (node, (keep, add)) in enumerate(zip(nodes, merged, strict=True)):
-            out = course.answer(node.t, scaled(node.r, z))
-            z = renoised(combine((keep, z), (add, out)), back[i], noise, i)
-            yield z
+    def walk(x: Tensor) -> Iterator[Tensor]:
+        for i, (t, (of_state, of_answer)) in enumerate(zip(told, weights, strict=True)):
+            x = combine((of_state, x), (of_answer, course.answer(t, x)))
+            x = renoised(x, [back[i][0], fresh[i]], noise, i)
+            yield x
 
-    return walk(z)
+    return walk(x)
 
 
 Tableau = tuple[tuple[float, ...], ...]

@@ -26,7 +26,7 @@ def trusted(course: Course, z: Tensor) -> Iterator[Tensor]:
     """
     nodes = course.asked()
     predict, correct = (2, 3) if course.steps < 12 else (3, 3) if course.steps < 25 else (4, 4)
-    legs = plan(course, "velocity", predict, correct)
+    legs = plan(course, "velocity", predict, correct, plain=False)
     predicted, corrected = (share * min(course.steps, 20) for share in (PREDICTED, CORRECTED))
     sizes = course.column(course.angles.diff(dim=0))
 
