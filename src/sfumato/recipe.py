@@ -183,6 +183,8 @@ def _fit(name: str, value: Any, where: str) -> Any:
     wanted, rules = type(DEFAULTS[name]), RULES[name]
     if wanted is float and type(value) is int:
         value = float(value)
+    if wanted is tuple and isinstance(value, str):
+        value = (value,)
     if wanted is tuple and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
         value = tuple(value)
     if type(value) is not wanted:

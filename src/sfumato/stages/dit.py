@@ -191,6 +191,7 @@ class DiT(Denoiser):
     """
 
     kind = "dit"
+    lora_targets = ("qkv", "text_kv", "out", "up", "down")
 
     def __init__(
         self,
@@ -220,6 +221,7 @@ class DiT(Denoiser):
         self._config |= {"frames": frames, "attention": attention} if frames else {}
         self.frames = frames
         self.patch, self.width, self.head = patch, width, width // heads
+        self.grain = patch
         self.clock_range = clock_range
         self.enter = nn.Linear(channels * patch * patch, width)
         self.place = nn.Linear(32, width)

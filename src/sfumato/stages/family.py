@@ -64,6 +64,8 @@ class Family:
     idle: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     """Components that no stage of ours uses."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+    framing: ClassVar[str] = ""
+    """The condition's tensor that says how a picture was cut from its file, where the network hears it."""
 
     def theory(self, scheduler: Any) -> Theory:
         """The theory this network was trained under."""

@@ -57,6 +57,10 @@ class Condition(Mapping[str, Tensor]):
                 row[ragged] = row[ragged][row.pop(mask)]
         return row
 
+    def rows(self) -> list[dict[str, Tensor]]:
+        """Every sample alone, as `row` gives it."""
+        return [self.row(index) for index in range(self.size)]
+
     @classmethod
     def stack(cls, rows: Sequence[Mapping[str, Tensor]]) -> Self:
         """A batch of rows; ragged tensors are padded with zeros to the longest, and masked."""
@@ -199,6 +203,13 @@ class Conditioner(Stage):
 
 class Denoiser(Stage):
     """out = network(x_t, what it is told about time, condition)."""
+
+    lora_targets: tuple[str, ...] = ()
+    """Ends of the names of the layers that adapters usually go to."""
+    framing: str = ""
+    """The condition's tensor [B, 6] that says how a picture was cut from its file, where that is heard."""
+    grain: int = 1
+    """Sides of latents must be multiples of this."""
 
     @abstractmethod
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:

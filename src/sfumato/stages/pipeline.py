@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -197,14 +197,16 @@ def load_pipeline(folder: Path, dtype: torch.dtype, model_class: type[Model]) ->
     return model
 
 
-def save_pipeline(model: Model, folder: Path) -> None:
-    """Write a model that came from a pipeline as such a pipeline again, with its present weights."""
+def save_pipeline(model: Model, folder: Path, denoiser: Any) -> None:
+    """Write a model that came from a pipeline as such a pipeline again, with this denoiser's weights."""
     pipe: Any = model.origin
-    denoiser: Any = model.denoiser
     family: Family = denoiser.family
     family.put_back(pipe, denoiser.network)
-    with quiet():
-        pipe.save_pretrained(folder, safe_serialization=True)
+    try:
+        with quiet():
+            pipe.save_pretrained(folder, safe_serialization=True)
+    finally:
+        family.put_back(pipe, cast(Any, model.denoiser).network)
     for name, part in pipe.components.items():
         if hasattr(part, "written_as"):  # composed here, so diffusers does not know it
             part.save_pretrained(folder / name)

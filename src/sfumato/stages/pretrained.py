@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +141,8 @@ class PretrainedConditioner(Conditioner):
         super().__init__()
         self.family, self.pipe, self.encode = family, pipe, encode
         self.sees, self.placed = family.sees, "height" in family.seeing
+        self.usual: dict[str, Any] = {}
+        """Options of every prompt unless it says otherwise."""
         for name, part in pipe.components.items():
             if name.startswith(("text_encoder", "image_encoder")) and isinstance(part, nn.Module):
                 self.add_module(name, part)
@@ -152,7 +154,8 @@ class PretrainedConditioner(Conditioner):
             for name, part in self.pipe.components.items()
             if name.startswith("tokenizer") and part is not None
         }
-        return {"pipeline": type(self.pipe).__name__, **words}
+        usual = {name: str(value) for name, value in sorted(self.usual.items())}
+        return {"pipeline": type(self.pipe).__name__, **words, **usual}
 
     def settings(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options for encode_prompt: the pipeline's own defaults, then the given.
@@ -163,12 +166,12 @@ class PretrainedConditioner(Conditioner):
         call = called_with(type(self.pipe))
         names = options_of(type(self.pipe)) | {name: call[name] for name in self.family.seeing}
         names.pop("image", None)
-        for word in options:
+        for word in (given := {**self.usual, **options}):
             if word not in names:
                 raise Refused(
                     f'{type(self.pipe).__name__} takes no "{word}" with its prompts.{nearest(word, names)}'
                 )
-        return {name: call.get(name, default) for name, default in names.items()} | options
+        return {name: call.get(name, default) for name, default in names.items()} | given
 
     def forward(self, prompt: Sequence[str], **options: Any) -> Condition:
         """The condition of a batch of prompts and of the pictures beside them.
@@ -273,10 +276,15 @@ class PretrainedDenoiser(Denoiser):
         super().__init__()
         self.family, self.network, self.knobs = family, network, family.knobs
 
-    @property
-    def lora_targets(self) -> tuple[str, ...]:
-        """The layers that adapters usually go to."""
-        return self.family.lora_targets
+        self.lora_targets, self.framing = family.lora_targets, family.framing
+
+    def train(self, mode: bool = True) -> Self:
+        """As any network; but classes are dropped by whoever trains, so the network must not drop its own."""
+        super().train(mode)
+        for part in self.network.modules():
+            if type(part).__name__ == "LabelEmbedding":
+                part.training = False
+        return self
 
     def config(self) -> dict[str, Any]:
         """The network's own config."""

@@ -12,7 +12,24 @@ class ModelSettings:
     base: str = key(
         "scratch", "scratch, or a model's folder to go on from", path=True, words=("scratch",), hub=True
     )
-    train: str = key("full", "what is trained: full (the whole denoiser)", choices=("full",))
+    train: str = key(
+        "full",
+        "what is trained: full (the whole denoiser), or an adapter of it: lora, lokr, loha",
+        choices=("full", "lora", "lokr", "loha"),
+    )
+    rank: int = key(16, "adapters only: the rank of the change to a layer", least=1)
+    alpha: float = key(
+        0.0, "adapters only: the change is scaled by alpha/rank; 0: alpha is the rank", least=0
+    )
+    targets: tuple[str, ...] = key(
+        ("auto",), "adapters only: ends of layers' names, regular expressions, all, or auto (the family's)"
+    )
+    dropout: float = key(0.0, "adapters only: share of their input left out in training", least=0, most=0.95)
+    dora: bool = key(False, "lora only: learn magnitude and direction apart")
+    rslora: bool = key(False, "lora only: scale by alpha/sqrt(rank)")
+    text_options: tuple[str, ...] = key(
+        (), "options of the base's prompts, as its pipeline names them: max_sequence_length=256"
+    )
     theory: str = key("", "a theory's name, or file.py:name for your own; empty: the base's own")
     codec: str = key(
         "auto",

@@ -23,6 +23,7 @@ class UNet(Denoiser):
     """
 
     kind = "unet"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class UNet(Denoiser):
             "text_width": text_width, "pooled_width": pooled_width, "clock_range": list(clock_range),
         }  # fmt: skip
         self.clock_range, self.text_width, self.deepest = clock_range, text_width, 2 ** (depth - 1)
+        self.grain = self.deepest
         cross = "CrossAttn" if text_width else ""
         widths = tuple(width * (level + 1) for level in range(depth))
         self.network = UNet2DConditionModel(

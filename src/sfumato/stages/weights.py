@@ -2,8 +2,11 @@
 
 model.json                                   format, theory, what the model remembers
 codec/ conditioner/ denoiser/                stage.json and weights.safetensors each
+
+A run on a base that it does not change keeps base.json (and adapter.json) instead, see `reference`.
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +20,13 @@ from torch import Tensor
 from sfumato.errors import Failed, Refused, nearest
 from sfumato.record import RunFolder, atomic_folder, checksum
 
+from . import adapters, reference
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
 from .pipeline import INDEX, load_pipeline, save_pipeline
+from .pretrained import PretrainedConditioner
 from .scratch import new_theory, own_stage
 from .text import NoConditioner, TextConditioner
 from .unet import UNet
@@ -46,19 +51,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
-    """Write the model; an older one in this folder is replaced at once.
+    """Write the model; an older one in this folder is replaced at once. Adapters become part of the weights.
 
     Args:
         text_by_name: the frozen text encoder is not copied, only where it came from.
     """
+    denoiser = plain(model.denoiser)
     with atomic_folder(Path(folder)) as beside:
         if model.origin is not None:
-            save_pipeline(model, beside)
+            save_pipeline(model, beside, denoiser)
             return
-        for role in ("codec", "conditioner", "denoiser"):
-            save_stage(getattr(model, role), beside / role, text_by_name)
+        parts = {"codec": model.codec, "conditioner": model.conditioner, "denoiser": denoiser}
+        for role, stage in parts.items():
+            save_stage(stage, beside / role, text_by_name)
         described = {"format": FORMAT, "info": model.info}
         (beside / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def plain(denoiser: Denoiser) -> Denoiser:
+    """The denoiser itself, or where it carries adapters a copy that has them in its weights."""
+    if not adapters.names(adapters.body(denoiser)):
+        return denoiser
+    merged = copy.deepcopy(denoiser)
+    adapters.merge(adapters.body(merged))
+    return merged
 
 
 def save_stage(stage: Stage, folder: Path, text_by_name: bool = False) -> None:
@@ -240,16 +256,32 @@ def load(
     """
     path, checkpoint = weights_of(Path(folder).expanduser())
     number = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    insides = [path / "model" / name for name in ("model.json", INDEX)]
-    home = path / "model" if any(file.is_file() for file in insides) else path
-    if (home / INDEX).is_file():
-        model = load_pipeline(home, number, model_class)
-        if home != path:
-            weights = chosen_weights(path, checkpoint)
+    insides = [path / "model" / name for name in ("model.json", INDEX, reference.BASE)]
+    is_run = any(file.is_file() for file in insides)
+    home = path / "model" if is_run else path
+    model = load_home(home, str(folder), number, model_class)
+    if is_run:
+        plan = reference.read_plan(home)
+        weights = chosen_weights(path, checkpoint)
+        if plan is None:
             fill(model.denoiser, read_tensors(weights), weights)
-        return model.to(device)
+        else:
+            reference.attach(model.denoiser, plan)
+            reference.fill(model.denoiser, read_tensors(weights), weights)
+            model.denoiser.eval()
+    return model.to(device, None if model.origin is not None else number)  # pipelines keep some parts wide
+
+
+def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Model]) -> Any:
+    """The model in a folder of stages, a pipeline's folder, or one that says where its base is."""
+    if (home / reference.BASE).is_file():
+        base, info = reference.read_base(home)
+        model = load(base, number, model_class=model_class)
+        return recall(model, info)
+    if (home / INDEX).is_file():
+        return load_pipeline(home, number, model_class)
     if not (home / "model.json").is_file():
-        raise Refused(why_not(path, str(folder)))
+        raise Refused(why_not(home, given))
     described = read_json(home / "model.json")
     if described.get("format", 0) > FORMAT:
         raise Refused(
@@ -261,11 +293,15 @@ def load(
     assert (
         isinstance(codec, Codec) and isinstance(conditioner, Conditioner) and isinstance(denoiser, Denoiser)
     )
-    if home != path:
-        weights = chosen_weights(path, checkpoint)
-        fill(denoiser, read_tensors(weights), weights)
-    model = model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser, info)
-    return model.to(device, number)
+    return model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser, info)
+
+
+def recall(model: Any, info: Mapping[str, Any]) -> Any:
+    """Let a model remember `info`: its sizes and steps, and the options its prompts are read with."""
+    model.info = dict(info)
+    if isinstance(model.conditioner, PretrainedConditioner):
+        model.conditioner.usual = dict(info.get("text_options", {}))
+    return model
 
 
 def why_not(path: Path, given: str) -> str:

@@ -96,7 +96,9 @@ class Held:
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers: what a state dict holds besides parameters."""
+    """The persistent buffers: what a state dict holds besides parameters. None where a part is frozen."""
+    if not all(weight.requires_grad for weight in network.parameters()):
+        return {}
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     return {name: value.detach() for name, value in network.state_dict().items() if name not in parameters}
 

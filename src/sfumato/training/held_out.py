@@ -144,7 +144,7 @@ class HeldOut:
         kept = torch.zeros(len(batch.ids), dtype=torch.bool)
         drawn = Drawn(t.expand(len(batch.ids)).to(place), x_T, kept)
         with autocast(effective_precision(self.precision, place), place):
-            return objective.measure(x_0, drawn, batch.conditions)
+            return objective.measure(x_0, drawn, objective.rows(batch))
 
 
 def gap_of(held_out: HeldOutLoss, train: HeldOutLoss) -> tuple[float, float]:

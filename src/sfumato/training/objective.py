@@ -166,7 +166,15 @@ class DiffusionObjective:
     def losses(self, step: int, part: int, parts: int) -> Losses:
         """The losses [b] of one part of the batch of `step`."""
         ready = self._reader(step, part, parts)
-        return Losses(self.measure(ready.x_0, ready.drawn, ready.batch.conditions), ready.batch.ids, ready.of)
+        return Losses(self.measure(ready.x_0, ready.drawn, self.rows(ready.batch)), ready.batch.ids, ready.of)
+
+    def rows(self, batch: Batch) -> Sequence[Mapping[str, Tensor]]:
+        """What guides each sample; where the network hears it, also how its picture was cut."""
+        framing = getattr(self.model.denoiser, "framing", "")
+        if not framing:
+            return batch.conditions
+        cuts = batch.framings.unbind()  # pyright: ignore[reportAttributeAccessIssue]
+        return [{**row, framing: cut} for row, cut in zip(batch.conditions, cuts, strict=True)]
 
     def draw(self, ids: Sequence[int], x_0: Tensor, step: int, part: int = 0, parts: int = 1) -> Drawn:
         """Times, noise and dropped captions of these samples in this step."""

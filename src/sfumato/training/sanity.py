@@ -105,7 +105,7 @@ def _dependences(objective: DiffusionObjective) -> Iterator[Rung]:
     """After three steps the answer must move when one of its three inputs does."""
     model, theory = objective.model, objective.model.theory
     batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
-    rows = [dict(row) for row in batch.conditions]
+    rows = [dict(row) for row in objective.rows(batch)]
     x_t = theory.mix(x_0, drawn.x_T, drawn.t)
 
     def answer(x: torch.Tensor, t: torch.Tensor, told: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -142,7 +142,7 @@ def _overfits(objective: DiffusionObjective, network: nn.Module, settings: Train
     small = type(drawn)(drawn.t[few], drawn.x_T[few], drawn.dropped[few])
     losses = []
     for step in range(TRIES):
-        loss = objective.measure(x_0[few], small, list(batch.conditions)[few]).mean()
+        loss = objective.measure(x_0[few], small, list(objective.rows(batch))[few]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(held.weights, 1.0)
         held.optimiser.step(step)

@@ -31,6 +31,7 @@ from .agreement import agree, content_of
 from .codecs import Progress, ready_codec
 from .material import Bucket, collect, known_sizes
 from .preview import Preview, groups
+from .tuning import base_of, check_latents, remember, tune
 
 RecipeLike = Recipe | str | Path
 Say = Callable[[str], None]
@@ -115,7 +116,8 @@ def train(
 def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress | None, say: Say) -> int:
     model, leads = prepared.model, parallel.current().leads
     if leads:
-        stages.save(model, run.path / "model", text_by_name=True)
+        remember(model, recipe, run.path / "model")
+    network = tune(model, recipe)
     order = order_of(recipe, prepared.train)
     dropout = recipe.data.caption_dropout if _guided(model) else 0.0
     seen = companions.encoders(model, recipe.data.companions)
@@ -133,7 +135,7 @@ def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress |
     try:
         with phase(run, "train"):
             outcome = fit(
-                objective, model.denoiser, recipe.train, run, recipe.seed, preview=preview, held_out=measure,
+                objective, network, recipe.train, run, recipe.seed, preview=preview, held_out=measure,
                 preview_every=recipe.sample.every, progress=progress, say=say, counts=counts,
             )  # fmt: skip
         run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)
@@ -165,11 +167,11 @@ def gather(recipe: Recipe) -> Gathered:
     device = devices.resolve(recipe.train.device)
     theory_of(recipe)
     companions.shares(recipe.data, recipe.data.companions)
-    base = _base(recipe)
+    base = base_of(recipe)
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed)
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model)
     collection = collect(recipe.data)
-    return Gathered(collection, sizes(recipe, collection.samples, codec), device, base, conditioner)
+    return Gathered(collection, sizes(recipe, collection.samples, codec, base), device, base, conditioner)
 
 
 def ready(
@@ -190,8 +192,9 @@ def ready(
     with phase(run, "codec"):
         codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
     model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed))
-    model.info |= {"resolution": recipe.data.resolution}
-    model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
+    if base is None:
+        model.info |= {"resolution": recipe.data.resolution}
+        model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
     model.to(device)
     model.codec.eval().requires_grad_(False)
     model.conditioner.eval().requires_grad_(False)
@@ -218,8 +221,11 @@ def encoded_samples(
     """The samples in the store, encoded now as far as they are missing."""
 
     def captions(texts: list[str]) -> list[dict[str, torch.Tensor]]:
-        condition = model.condition(texts)
-        return [condition.row(index) for index in range(len(texts))]
+        if model.origin is None or "" not in texts:
+            return model.condition(texts).rows()
+        said = [text for text in texts if text]  # saying nothing is what guidance leans away from
+        rows = dict(zip(said, model.condition(said).rows(), strict=True)) if said else {}
+        return [rows[text] if text else model.conditioner.null(1).row(0) for text in texts]
 
     guided = _guided(model)
     how = Encoding(
@@ -260,24 +266,6 @@ def _tell(
     run.event("data", summary={**summary, "held_out": held_out, "sizes": sizes, "set_aside": aside})
 
 
-def _base(recipe: Recipe) -> PaintingModel | None:
-    """The model to go on from, or None from scratch.
-
-    Raises:
-        Refused: the recipe asks for another theory than the base was trained in.
-    """
-    if recipe.model.base == "scratch":
-        return None
-    base = load(recipe.model.base)
-    own = base.info.get("theory", "")
-    if recipe.model.theory and recipe.model.theory != own:
-        raise Refused(
-            f'model.theory is "{recipe.model.theory}", but {recipe.model.base} was trained in "{own}". '
-            "Leave model.theory out to go on in the base's own."
-        )
-    return base
-
-
 def theory_of(recipe: Recipe) -> None:
     """Refuse a theory that is unknown, or singular where training asks it, before anything is computed."""
     if recipe.model.base != "scratch":
@@ -288,25 +276,27 @@ def theory_of(recipe: Recipe) -> None:
         raise Refused(f"model.theory: {found.problems[0]}")
 
 
-def sizes(recipe: Recipe, samples: list[Sample], codec: stages.Codec) -> Bucket | Callable[[Bucket], Bucket]:
+def sizes(
+    recipe: Recipe, samples: list[Sample], codec: stages.Codec, base: PaintingModel | None
+) -> Bucket | Callable[[Bucket], Bucket]:
     """What size (width, height) each picture is brought to.
 
     Raises:
         Refused: the resolution is none the codec or the denoiser can take.
     """
     side, wanted = recipe.data.resolution, recipe.data.buckets
-    stages.check_latents(recipe.model, codec, side, side)
+    check_latents(recipe, codec, base, side, side)
     if wanted == 1 or recipe.data.train in EMBEDDED:
         return side, side
-    return buckets.choose(known_sizes(samples), side, _grain(recipe, codec), wanted)
+    return buckets.choose(known_sizes(samples), side, _grain(recipe, codec, base), wanted)
 
 
-def _grain(recipe: Recipe, codec: stages.Codec) -> int:
+def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> int:
     """The smallest side whose multiples codec and denoiser both take."""
     grain = codec.stride
     while True:
         try:
-            stages.check_latents(recipe.model, codec, grain, grain)
+            check_latents(recipe, codec, base, grain, grain)
             return grain
         except Refused:
             grain += codec.stride

@@ -68,7 +68,7 @@ def evaluate(
     recipe = Recipe.read(run.path)
     model = load(folder, device=str(devices.resolve(device)))
     collection = collect(recipe.data)
-    bucket_of = sizes(recipe, collection.samples, model.codec)
+    bucket_of = sizes(recipe, collection.samples, model.codec, model)
     encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress)
     step = step_of(run, Path(folder), model)
     order = order_of(recipe, encoded.of("train"))

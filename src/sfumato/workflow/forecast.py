@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .. import stages
+from ..generation import painting
 from ..recipe import Recipe
 from ..record import RunFolder
 from ..training import device as devices
@@ -14,6 +15,7 @@ from ..training.parallel import Division, Processes
 from .agreement import agree, content_of
 from .codecs import codec_key, place
 from .course import gather
+from .tuning import tune
 
 FLOAT = 4
 PROBED_SECONDS = 3.0
@@ -42,8 +44,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed)
     model = base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed)
     found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, codec, train, gathered.bucket_of)
-    parameters = sum(one.numel() for one in model.denoiser.parameters())
-    found["parameters"] = parameters
+    network = tune(painting(model), recipe)
+    parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
+    found["parameters"] = sum(one.numel() for one in network.parameters())
+    found["trained_parameters"] = parameters
     found["steps_per_epoch"] = max(1, len(train) // recipe.train.batch)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(gathered.device)
@@ -65,11 +69,11 @@ def _cost(recipe: Recipe, model: Any, captions: list[tuple[str, ...]]) -> dict[s
     """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated."""
     division = Division.of(recipe.train, Processes())
     count = -(-recipe.train.batch // division.parts)
-    side = recipe.data.resolution // model.codec.stride
+    side = recipe.data.resolution
     texts = [(captions[i % len(captions)] or ("",))[0] for i in range(count)]
     guided = model.conditioner.kind != "none"
     condition = model.condition(texts if guided else [""] * count).to(model.device, model.dtype)
-    latents = torch.zeros(count, model.codec.latent_channels, side, side, device=model.device)
+    latents = torch.zeros(count, *model.codec.latent_shape(side, side), device=model.device)
     inputs = (latents, torch.full((count,), 500.0, device=model.device), condition)
     forecast = planning.predict(model.denoiser, inputs, recipe.train)
     seconds = BESIDE_PRODUCTS * forecast.seconds(planning.flops_per_second(device=model.device))

@@ -75,8 +75,6 @@ class Preview:
             prompt=[group.prompts[index] for index in mine],
             negative=sample.negative or None,
             seed=[seeds[index] for index in mine],
-            steps=sample.steps,
-            guidance=sample.guidance,
         )
         kind = "webp" if is_clip(pictures[0]) else "png"
         fps = float(self.model.info.get("fps", DEFAULT_FPS))

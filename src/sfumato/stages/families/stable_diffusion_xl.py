@@ -26,6 +26,7 @@ class StableDiffusionXL(Family):
     stride = 8
     answers = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "clip_skip")
+    framing = "time_ids"
 
     def read_negative(
         self, pipe: Any, prompts: Sequence[str | None], options: Mapping[str, Any]
@@ -42,7 +43,7 @@ class StableDiffusionXL(Family):
         """ε [B, 4, H, W]."""
         height, width = (self.stride * side for side in x.shape[-2:])
         plain = torch.tensor([[height, width, 0, 0, height, width]], dtype=x.dtype, device=x.device)
-        sizes = condition["time_ids"] if "time_ids" in condition else plain.expand(len(x), 6)
+        sizes = condition["time_ids"].to(x.dtype) if "time_ids" in condition else plain.expand(len(x), 6)
         added = {"text_embeds": condition["pooled"], "time_ids": sizes}
         tokens = condition["tokens"]
         return network(x, clock, encoder_hidden_states=tokens, added_cond_kwargs=added).sample

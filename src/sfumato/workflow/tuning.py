@@ -1,0 +1,160 @@
+"""The model a run goes on from, and what of it is trained."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import stages
+from ..errors import Refused, nearest
+from ..generation import PaintingModel, load
+from ..recipe import DEFAULT, Recipe
+from ..stages import adapters, reference
+from ..stages.adapters import AdapterPlan
+from ..stages.interface import Codec
+from ..stages.pipeline import INDEX
+from ..stages.pretrained import PretrainedConditioner, options_of
+from ..stages.weights import recall
+
+ONLY_ADAPTERS = ("rank", "alpha", "targets", "dropout", "dora", "rslora")
+
+
+def base_of(recipe: Recipe) -> PaintingModel | None:
+    """The model to go on from, or None from scratch.
+
+    A run that has begun goes on from the copy it kept, whatever became of the base since.
+
+    Raises:
+        Refused: a key that has no effect, a rank or target that matches nothing, a theory that is not the
+            base's.
+    """
+    check_keys(recipe)
+    if recipe.model.base == "scratch":
+        return None
+    kept = Path(recipe.output) / "model"
+    begun = (kept / "model.json").is_file() or (kept / INDEX).is_file()
+    base = load(kept if begun else recipe.model.base)
+    own = base.info.get("theory", "")
+    if recipe.model.theory and recipe.model.theory != own:
+        raise Refused(
+            f'model.theory is "{recipe.model.theory}", but {recipe.model.base} was trained in "{own}". '
+            "Leave model.theory out to go on in the base's own."
+        )
+    if adapters.names(adapters.body(base.denoiser)):
+        adapters.merge(adapters.body(base.denoiser))
+    plan = plan_of(recipe)
+    if plan is not None:
+        plan.config(adapters.chosen(adapters.body(base.denoiser), plan, base.denoiser.lora_targets))
+    return recall(base, {**base.info, **_asked(recipe, base)})
+
+
+def check_keys(recipe: Recipe) -> None:
+    """Raises Refused for a key of [model] that could not act."""
+    model = recipe.model
+    is_adapter = model.train in adapters.KINDS
+    if model.base == "scratch" and is_adapter:
+        raise Refused(
+            f'model.train = "{model.train}" adapts a model that is there. Name one as model.base, or leave '
+            "model.train out to train from scratch."
+        )
+    idle = [name for name in ONLY_ADAPTERS if recipe.origin(f"model.{name}") != DEFAULT]
+    if idle and not is_adapter:
+        raise Refused(
+            f'model.{idle[0]} belongs to adapters, but model.train is "{model.train}". Say '
+            f'model.train = "lora", or leave model.{idle[0]} out.'
+        )
+    if model.base == "scratch" and model.text_options:
+        raise Refused(
+            "model.text_options is for a pretrained base; this model is from scratch. Leave it out."
+        )
+
+
+def _asked(recipe: Recipe, base: PaintingModel) -> dict[str, Any]:
+    """What the recipe says of a base's sizes, steps, guidance and prompts; the rest stays the base's own."""
+    side = recipe.data.resolution
+    asked: dict[str, Any] = {"resolution": side, "height": side, "width": side}
+    if "frames" in base.info:
+        asked["frames"] = getattr(recipe.data, "frames", 0) or 1
+    for name in ("steps", "guidance"):
+        if recipe.origin(f"sample.{name}") != DEFAULT or name not in base.info:
+            asked[name] = getattr(recipe.sample, name)
+    if recipe.model.text_options:
+        asked["text_options"] = text_options(recipe.model.text_options, base)
+    return asked
+
+
+def text_options(words: tuple[str, ...], base: PaintingModel) -> dict[str, Any]:
+    """`name=value` each, values as in TOML.
+
+    Raises:
+        Refused: an option the base's prompts do not have, or a value that is none.
+    """
+    if not isinstance(base.conditioner, PretrainedConditioner):
+        raise Refused("model.text_options: the prompts of this base have no options. Leave it out.")
+    known = options_of(type(base.conditioner.pipe))
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = (part.strip() for part in word.partition("="))
+        if not equals:
+            raise Refused(f'model.text_options: "{word}" is no option. Write name=value.')
+        if name not in known:
+            raise Refused(f'model.text_options: there is no "{name}".{nearest(name, known)}')
+        try:
+            found[name] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[name] = value
+    return found
+
+
+def plan_of(recipe: Recipe) -> AdapterPlan | None:
+    """The adapter the recipe asks for, if any."""
+    model = recipe.model
+    if model.train not in adapters.KINDS:
+        return None
+    return AdapterPlan(
+        model.train, model.rank, model.alpha, model.targets, model.dropout, model.dora, model.rslora,
+        recipe.seed,
+    )  # fmt: skip
+
+
+def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
+    """Write down what the run's checkpoints will be laid over: the base by its place, or the whole model."""
+    base = Path(recipe.model.base).expanduser()
+    is_begun = any((folder / name).is_file() for name in ("model.json", INDEX))
+    if recipe.model.base != "scratch" and (base / INDEX).is_file():
+        reference.write_base(folder, base, model.info)
+    elif recipe.model.base == "scratch" or not is_begun:
+        stages.save(model, folder, text_by_name=True)
+    plan = plan_of(recipe)
+    if plan is not None:
+        reference.write_plan(folder, plan)
+
+
+def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
+    """Attach what the recipe trains, and free it; returns the network whose free weights are trained.
+
+    Raises:
+        Refused: a rank or target that matches nothing.
+    """
+    plan = plan_of(recipe)
+    if plan is None:
+        model.denoiser.requires_grad_(True)
+    else:
+        reference.attach(model.denoiser, plan)
+    return model.denoiser
+
+
+def check_latents(recipe: Recipe, codec: Codec, base: PaintingModel | None, width: int, height: int) -> None:
+    """Raises Refused unless pictures of this size become latents that the network can take."""
+    if base is None:
+        stages.check_latents(recipe.model, codec, width, height)
+        return
+    codec.check_size(width, height, f"A picture at data.resolution {width}×{height}")
+    step = codec.stride * base.denoiser.grain
+    if width % step or height % step:
+        fit = [max(step, side // step * step) for side in (width, height)]
+        raise Refused(
+            f"data.resolution: {recipe.model.base} needs sides in multiples of {step}, not {width}×{height}. "
+            f"Choose {fit[0]}×{fit[1]}."
+        )
