@@ -17,8 +17,8 @@ from sfumato import stages
 from sfumato.errors import Refused
 from sfumato.stages import Condition, Model
 from sfumato.stages.seeing import pictures_of
+from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as guiding
-from sfumato.theory import noise, solve
 from sfumato.theory import times as sampling_times
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -135,9 +135,13 @@ class PaintingModel(Model):
         if latents is not None and tuple(latents.shape) != (len(todo), *shape):
             raise Refused(f"latents are {list(latents.shape)}, but {[len(todo), *shape]} are needed.")
         grid = sampling_times.grid(times, self.theory, steps) if isinstance(times, str) else times
-        if self.sampling is not None:
-            grid = self.sampling.times(steps, shape) if grid is None else grid
-            solver = solver or self.sampling.solver
+        order, most = None, None
+        if self.sampling is not None and solver is None:
+            solver, order = self.sampling.solver, self.sampling.order
+            most = self.sampling.clip if grid is None else None
+        scale = 1.0
+        if self.sampling is not None and grid is None:
+            grid, scale = self.sampling.times(steps, shape), self.sampling.first_scale(steps)
         pictures: list[Any] = []
         for some in together(todo, batch):
             first = len(pictures)
@@ -145,9 +149,13 @@ class PaintingModel(Model):
             given = options | self.seen(some, shape)
             prompted = self.condition([wish.prompt for wish in some], **given)
             denoise = self.guided(prompted, some, guidance, given, knobs)
+            if most is not None:
+                denoise = within(denoise, self.theory, most)
             with torch.no_grad():
                 x = start
-                for step, state in enumerate(self.path(some, start, denoise, grid, steps, solver), 1):
+                for step, state in enumerate(
+                    self.path(some, start * scale, denoise, grid, steps, solver, order), 1
+                ):
                     x = state
                     if watch is not None:
                         watch(first * steps + step * len(some), len(todo) * steps)
@@ -163,11 +171,13 @@ class PaintingModel(Model):
         grid: Any,
         steps: int,
         solver: str | None,
+        order: int | None = None,
     ) -> Iterator[Tensor]:
         """The states from these wishes' unit noise to their latents; without a grid, `steps` evaluations."""
         x = self.first_state(start, grid).to(self.device, self.dtype)
         draw = noise.of([wish.seed for wish in todo])
-        return solve(denoise, x, self.theory, steps if grid is None else grid, solver or "auto", noise=draw)
+        given = steps if grid is None else grid
+        return solve(denoise, x, self.theory, given, solver or "auto", order, noise=draw)
 
     def latent_shape(
         self, width: int | None = None, height: int | None = None, frames: int | None = None
@@ -246,6 +256,18 @@ class PaintingModel(Model):
             return answer
 
         return guiding.together(lambda x_t, t: self.predict(x_t, t, both), leaning)
+
+
+def within(denoise: Denoise, theory: Theory, most: float) -> Denoise:
+    """The denoiser whose clean sample stays in [−most, most], at the same x_t."""
+
+    def answer(x_t: Tensor, t: Tensor) -> Tensor:
+        x_0, _ = theory.split(x_t, denoise(x_t, t), t)
+        a, s = (level.to(x_t).view(-1, *[1] * (x_t.ndim - 1)) for level in theory.data(t))
+        x_0 = x_0.clamp(-most, most)
+        return theory.target(x_0, (x_t - a * x_0) / s, t)
+
+    return answer
 
 
 def to_pictures(pixels: Tensor, moving: bool, frames: int | None = None) -> list[Any]:

@@ -47,7 +47,22 @@ class Sampling:
     @property
     def solver(self) -> str:
         """The name of our solver."""
-        return schedules.SOLVERS.get(type(self.scheduler).__name__, "euler")
+        return schedules.solver_of(self.scheduler)[0]
+
+    @property
+    def order(self) -> int | None:
+        """Its order; None for its usual one."""
+        return schedules.solver_of(self.scheduler)[1]
+
+    def first_scale(self, steps: int) -> float:
+        """What unit noise is multiplied by to be the first state."""
+        return schedules.first_scale(self.scheduler, steps)
+
+    @property
+    def clip(self) -> float | None:
+        """How far from 0 the scheduler lets clean samples be; None for anywhere."""
+        config = self.scheduler.config
+        return float(config.get("clip_sample_range") or 1.0) if config.get("clip_sample") else None
 
     def size(self, pictures: Pictures) -> tuple[int, int] | None:
         """(height, width) of what is drawn beside these pictures, where that follows from them."""

@@ -25,6 +25,12 @@ ANSWERS = {"epsilon": "ddpm-epsilon", "v_prediction": "ddpm-velocity", "sample":
 SOLVERS = {
     "DDPMScheduler": "ancestral",
     "EulerAncestralDiscreteScheduler": "ancestral",
+    "KDPM2AncestralDiscreteScheduler": "ancestral",
+    "KDPM2DiscreteScheduler": "midpoint",
+    "LCMScheduler": "ancestral",
+    "TCDScheduler": "ancestral",
+    "CogVideoXDPMScheduler": "sde-multistep",
+    "DPMSolverSDEScheduler": "sde-multistep",
     "HeunDiscreteScheduler": "heun",
     "FlowMatchHeunDiscreteScheduler": "heun",
     "DPMSolverMultistepScheduler": "dpm++",
@@ -36,6 +42,31 @@ SOLVERS = {
 }
 """Our solver for a scheduler; where none is named, it takes first-order steps: euler.
 Exact for first-order and ancestral ones; multistep ones share order and idea, and integrate exactly in φ."""
+
+
+def solver_of(scheduler: Any) -> tuple[str, int | None]:
+    """(our solver, its order or None for the usual) for a scheduler as it is configured."""
+    config = scheduler.config
+    name = SOLVERS.get(type(scheduler).__name__, "euler")
+    if str(config.get("algorithm_type", "")).startswith("sde") or config.get("stochastic_sampling"):
+        name = "sde-multistep" if name == "dpm++" else "ancestral"
+    order = config.get("solver_order")
+    if order == 1 and name in ("dpm++", "deis", "unipc"):
+        return "euler", None
+    return name, order if name in ("dpm++", "deis", "unipc", "sde-multistep") else None
+
+
+def first_scale(scheduler: Any, steps: int) -> float:
+    """What unit noise is multiplied by before the first step, seen without the scheduler's own scaling.
+
+    Schedulers that count in σ = s/a start at σ, some at √(1 + σ²); the others take unit noise as it is.
+    """
+    if is_flow(scheduler) or not hasattr(scheduler, "sigmas"):
+        return 1.0
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    first = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    return 1.0 if first == 1.0 else first / (1 + float(scheduler.sigmas.max()) ** 2) ** 0.5
 
 
 def is_flow(scheduler: Any) -> bool:
