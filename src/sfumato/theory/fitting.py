@@ -1,11 +1,13 @@
-"""Times fitted to one model: a fine pilot run shows where its velocity bends, and there the times go.
+"""Times fitted to one model: a pilot run is repeated with bent grids, and the bend that errs least is kept.
 
-A multistep rule of order k errs by about h^(k+1)·|dᵏv/dqᵏ| a step, with q = log(s/a) as the even coordinate.
-Steps whose errors are all alike lie at equal shares of ∫ |dᵏv/dqᵏ|^(1/(k+1)) dq.
+`two_sided` says where a network of no particular data wants its times. A model's own wishes are told by a
+bend of that density: log-density at a few knots along the way. Each bend is judged by what counts, the
+distance of short runs from a fine run of the same noise, so that what later steps mend or make worse is
+counted too.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +15,17 @@ import torch
 from torch import Tensor
 
 from ..errors import Refused
-from .course import Course, combine, start_of
 from .definition import Theory
-from .grids import crowding, custom, evenness, interpolate
+from .grids import angle_at, custom, interpolate, places, progress, two_sided
 from .shapes import Anything, Denoise
+from .solver import integrate
 
-LOWEST, HIGHEST = 2e-3, 200.0
-"""Ratios s/a between which the pilot looks."""
-PILOTED = 0.5
-"""Share of the times that go where the pilot saw difficulty; the rest keep to `two_sided`, which hedges."""
+KNOTS, POINTS, FINE = 7, 65, 96
+"""Knots of the bend, points of the table that is kept, evaluations of the run that counts as exact."""
+STRIDES = (0.6, 0.3)
+"""By how much a knot's log-density is tried up and down, one round of all knots each."""
+KEPT = 0.95
+"""Share of the pilot's samples that is judged: the few that end elsewhere would rule."""
 
 
 @dataclass(frozen=True)
@@ -29,34 +33,29 @@ class Pilot:
     """Where a model needs its times, whatever theory and however many.
 
     Args:
-        ratios: log(s/a), falling from noise to data.
-        shares: of the difficulty, from 0 at the first ratio to 1 at the last.
+        angles: φ = atan2(s, a), falling from π/2 (noise) to 0 (data).
+        shares: of the steps, from 0 at the first angle to 1 at the last.
     """
 
-    ratios: tuple[float, ...]
+    angles: tuple[float, ...]
     shares: tuple[float, ...]
 
     def grid(self, theory: Theory, steps: int) -> Tensor:
         """`steps` times and the end, [steps + 1], from t_noise to t_data."""
         if steps < 1:
             raise Refused(f"steps is {steps}; a grid needs at least 1.")
-        top, bottom = (float(theory.angle(end).tan()) for end in (theory.t_noise, theory.t_data))
-        q = torch.linspace(math.log(min(top, 1e4)), math.log(max(bottom, 1e-5)), 4001, dtype=torch.float64)
-        seen, ratios = (torch.tensor(v, dtype=torch.float64) for v in (self.shares, self.ratios))
-        usual = evenness(
-            torch.cat([q.exp(), torch.tensor([top, bottom], dtype=torch.float64)]), *crowding(steps)
-        )
-        usual = (usual[-2] - usual[:-2]) / (usual[-2] - usual[-1])
-        share = PILOTED * interpolate(-q, -ratios, seen) + (1 - PILOTED) * usual
-        i = torch.arange(1, steps, dtype=torch.float64)
-        place = PILOTED * (i - 0.3) / (steps - 0.6) + (1 - PILOTED) * i / steps
-        middle = theory.time_at(-2 * interpolate(place, share, q))
-        ends = torch.tensor([theory.t_noise, theory.t_data], dtype=torch.float64)
-        return custom(theory, torch.cat([ends[:1], middle, ends[1:]]))
+        angles, shares = (torch.tensor(v, dtype=torch.float64) for v in (self.angles, self.shares))
+        way = progress(angles)
+        ends = progress(torch.stack([theory.angle(end) for end in (theory.t_noise, theory.t_data)]))
+        high, low = interpolate(ends, way, shares).tolist()
+        inner = interpolate(high + (low - high) * places(steps)[1:-1], shares, way)
+        middle = theory.time_of(angle_at(inner))
+        first, last = (middle.new_tensor([end]) for end in (theory.t_noise, theory.t_data))
+        return custom(theory, torch.cat([first, middle, last]))
 
     def to_dict(self) -> dict[str, list[float]]:
         """Plain numbers, to be stored beside a model."""
-        return {"ratios": list(self.ratios), "shares": list(self.shares)}
+        return {"angles": list(self.angles), "shares": list(self.shares)}
 
     @staticmethod
     def from_dict(stored: dict[str, Any]) -> "Pilot":
@@ -65,51 +64,91 @@ class Pilot:
         Raises:
             Refused: for anything else.
         """
-        ratios, shares = stored.get("ratios"), stored.get("shares")
-        if not isinstance(ratios, Sequence) or not isinstance(shares, Sequence) or len(ratios) != len(shares):
-            raise Refused("Stored times must hold as many ratios as shares. Fit them again.")
-        return Pilot(tuple(map(float, ratios)), tuple(map(float, shares)))
+        angles, shares = stored.get("angles"), stored.get("shares")
+        if (
+            not isinstance(angles, Sequence)
+            or not isinstance(shares, Sequence)
+            or len(angles) != len(shares)
+            or len(angles) < 2
+        ):
+            raise Refused("Stored times must hold as many angles as shares. Fit them again.")
+        return Pilot(tuple(map(float, angles)), tuple(map(float, shares)))
+
+    @staticmethod
+    def bent(bend: Sequence[float]) -> "Pilot":
+        """The density of `two_sided` times exp(bend), whose values stand at knots evenly along the way."""
+        way = torch.linspace(0, 1, POINTS, dtype=torch.float64)
+        knots = torch.linspace(0, 1, len(bend), dtype=torch.float64)
+        density = interpolate(way, knots, torch.tensor(bend, dtype=torch.float64)).exp()
+        share = torch.cat([density.new_zeros(1), ((density[1:] + density[:-1]) / 2).cumsum(0)])
+        return Pilot(tuple(angle_at(way).tolist()), tuple((share / share[-1]).tolist()))
 
 
-def fit(denoise: Denoise, x_T: Anything, theory: Theory, nodes: int = 128, order: int = 2) -> Pilot:
-    """Fit times to a model: one fine run of Heun steps, 2·nodes + 1 evaluations of the batch.
+def fit(
+    denoise: Denoise,
+    x_T: Anything,
+    theory: Theory,
+    budgets: Sequence[int] = (5, 8, 16),
+    solver: str = "auto",
+    watch: Callable[[int, int], None] | None = None,
+) -> Pilot:
+    """Fit times to a model. Asks about `cost(budgets)` times for the whole batch.
 
     Args:
         denoise, theory: the model and what it answers.
         x_T: unit noise of a few dozen pictures that will not be judged.
-        nodes: steps of the pilot.
-        order: of the derivative that is evened out.
+        budgets: evaluations of the short runs; the times serve any number, best near these.
+        solver: what the times are for.
+        watch: called with (evaluations done, in all).
     """
-    if nodes < 16:
-        raise Refused(f"nodes is {nodes}; the pilot needs at least 16 steps to see where the velocity bends.")
-    top = math.tan(min(float(theory.angle(theory.t_noise)), math.pi / 2 - 1e-3))
-    q = torch.linspace(math.log(min(top, HIGHEST)), math.log(LOWEST), nodes + 1, dtype=torch.float64)
-    course = Course(denoise, theory, theory.time_at(-2 * q), x_T)
-    stops = course.nodes(course.times)
-    z = start_of(x_T, theory, theory.t_noise)
-    slopes = []
-    turn = course.angles[:, 0].sin() * course.angles[:, 0].cos()  # dφ/dq
-    v = course.velocity(stops[0], z)
-    for i in range(nodes):
-        slopes.append((v * turn[i]).double().cpu())
-        step = float(course.angles[i + 1, 0] - course.angles[i, 0])
-        trial = course.velocity(stops[i + 1], combine((1.0, z), (step, v)))
-        z = combine((1.0, z), (step / 2, v), (step / 2, trial))
-        v = course.velocity(stops[i + 1], z)
-    return _even(q[:nodes], torch.stack(slopes).flatten(2), order)
+    if not budgets or min(budgets) < 3:
+        raise Refused(f"budgets are {list(budgets)}; each needs at least 3 evaluations.")
+    done = 0
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal done
+        done += 1
+        if watch is not None:
+            watch(min(done, cost(budgets)), cost(budgets))
+        return denoise(x, t)
+
+    with torch.no_grad():
+        wanted = integrate(counted, x_T, theory, two_sided(theory, FINE)).double()
+
+        def error(bend: Sequence[float]) -> float:
+            pilot = Pilot.bent(bend)
+            runs = (integrate(counted, x_T, theory, pilot.grid(theory, n), solver) for n in budgets)
+            return sum(math.log(max(_miss(run.double() - wanted), 1e-12)) for run in runs) / len(budgets)
+
+        return Pilot.bent(_least(error, [0.0] * KNOTS))
 
 
-def _even(q: Tensor, slopes: Tensor, order: int) -> Pilot:
-    """Difficulty along q from dv/dq [nodes, B, D]: wide differences, a smooth root, a floor."""
-    width, bend = 3, slopes
-    for _ in range(order):
-        bend = (bend[width:] - bend[:-width]) / (width * float((q[1] - q[0]).abs()))
-    size = bend.square().mean(-1).sqrt().mean(-1)  # per sample first: a single wild one must not rule
-    rate = size.clamp(min=1e-12) ** (1 / (order + 1))
-    rate = torch.nn.functional.avg_pool1d(
-        torch.nn.functional.pad(rate[None, None], (5, 5), mode="replicate"), 11, stride=1
-    )[0, 0]
-    rate = rate.clamp(min=0.05 * float(rate.max()))
-    seen = q[order * width // 2 :][: len(rate)]
-    share = torch.cat([rate.new_zeros(1), ((rate[1:] + rate[:-1]) / 2 * seen.diff().abs()).cumsum(0)])
-    return Pilot(tuple(seen.tolist()), tuple((share / share[-1]).tolist()))
+def cost(budgets: Sequence[int]) -> int:
+    """Evaluations `fit` needs at most."""
+    return FINE + (1 + 3 * KNOTS * len(STRIDES)) * sum(budgets)
+
+
+def _least(error: Callable[[Sequence[float]], float], bend: list[float]) -> list[float]:
+    """Knot by knot, up, down, and where the parabola through the three has its floor."""
+    best = error(bend)
+    for stride in STRIDES:
+        for k in range(len(bend)):
+            here, tried = bend[k], {}
+            for way in (stride, -stride):
+                tried[way] = error([*bend[:k], here + way, *bend[k + 1 :]])
+            curve = tried[stride] + tried[-stride] - 2 * best
+            if curve > 1e-6:
+                floor = max(
+                    -1.5 * stride, min(1.5 * stride, stride * (tried[-stride] - tried[stride]) / curve / 2)
+                )
+                if abs(floor) > 0.1 * stride and abs(abs(floor) - stride) > 0.1 * stride:
+                    tried[floor] = error([*bend[:k], here + floor, *bend[k + 1 :]])
+            way = min(tried, key=lambda move: tried[move])
+            if tried[way] < best:
+                bend, best = [*bend[:k], here + way, *bend[k + 1 :]], tried[way]
+    return bend
+
+
+def _miss(miss: Tensor) -> float:
+    each = miss.flatten(1).square().mean(1).sort()[0]
+    return float(each[: max(1, round(KEPT * len(each)))].mean().sqrt())

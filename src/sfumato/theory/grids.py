@@ -94,36 +94,45 @@ def cosine(theory: Theory, steps: int) -> Tensor:
     return _at_angles(theory, torch.linspace(high, low, _count(steps) + 1, dtype=torch.float64))
 
 
-def two_sided(theory: Theory, steps: int, data: float | None = None, noise: float | None = None) -> Tensor:
-    """Crowded near the data and, less, near the noise, reaching both: even in log((s + δ·a)/(a + ε·s)); ours.
+NEAR_DATA, NEAR_NOISE = 0.3, 0.4
+"""δ and ε of `two_sided`: levels s/a below δ, and a/s below ε, are no longer spread by their logarithm."""
+EARLY, LATE = 0.2, 0.45
+"""What the first and the last step of `two_sided` give up: the one knows no past, the other is not redone."""
+
+
+def two_sided(theory: Theory, steps: int, data: float = NEAR_DATA, noise: float = NEAR_NOISE) -> Tensor:
+    """Even in log((s + δ·a)/(a + ε·s)), reaching both ends, the first and the last step shortened; ours.
 
     Args:
-        data, noise: δ and ε in (0, 1), how early the crowding ends on either side; by default δ is
-            steps/100 up to 0.15, for few steps must skip the finest scales, and ε = 2.5·δ.
+        data, noise: δ and ε in (0, 1), how early the crowding ends on either side.
     """
-    delta, epsilon = crowding(_count(steps), data, noise)
-    ends = torch.stack([theory.angle(end) for end in (theory.t_noise, theory.t_data)]).tan()
-    high, low = evenness(ends, delta, epsilon).tolist()
-    g = torch.linspace(high, low, steps + 1, dtype=torch.float64).exp()
-    return _at_angles(theory, torch.atan2((g - delta).clamp(min=0), (1 - epsilon * g).clamp(min=0)))
+    if not (0 < data < 1 and 0 < noise < 1):
+        raise Refused(f"data {data:g} and noise {noise:g} must lie between 0 and 1.")
+    ends = torch.stack([theory.angle(end) for end in (theory.t_noise, theory.t_data)])
+    high, low = progress(ends, data, noise).tolist()
+    return _at_angles(theory, angle_at(high + (low - high) * places(_count(steps)), data, noise))
 
 
-def crowding(steps: int, data: float | None = None, noise: float | None = None) -> tuple[float, float]:
-    """(δ, ε) of `two_sided` for this many steps."""
-    delta = min(steps / 100, 0.15) if data is None else data
-    epsilon = 2.5 * delta if noise is None else noise
-    if not (0 < delta < 1 and 0 < epsilon < 1):
-        raise Refused(f"data {delta:g} and noise {epsilon:g} must lie between 0 and 1.")
-    return delta, epsilon
+def places(steps: int) -> Tensor:
+    """Where the nodes of a grid stand between 0 and 1: evenly, but for a shorter first and last step."""
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    where = (i - EARLY) / max(steps - EARLY - LATE, 1e-9)
+    where[0], where[-1] = 0, 1
+    return where
 
 
-def evenness(ratio: Tensor, delta: float, epsilon: float) -> Tensor:
-    """log((ρ + δ)/(1 + ε·ρ)) at noise-to-signal ratios ρ = s/a: what `two_sided` spaces evenly."""
-    return (
-        ((1 + delta / ratio) / (1 / ratio + epsilon))
-        .log()
-        .where(ratio > 1, ((ratio + delta) / (1 + epsilon * ratio)).log())
-    )
+def progress(angle: Tensor, delta: float = NEAR_DATA, epsilon: float = NEAR_NOISE) -> Tensor:
+    """The share of the way at angles φ, 0 at noise and 1 at data: what `two_sided` spaces evenly."""
+    a, s = angle.cos(), angle.sin()
+    top, bottom = -math.log(epsilon), math.log(delta)
+    return (top - ((s + delta * a) / (a + epsilon * s)).log()) / (top - bottom)
+
+
+def angle_at(share: Tensor, delta: float = NEAR_DATA, epsilon: float = NEAR_NOISE) -> Tensor:
+    """The angle at a share of the way: the inverse of `progress`."""
+    top, bottom = -math.log(epsilon), math.log(delta)
+    g = (top + (bottom - top) * share).exp()
+    return torch.atan2((g - delta).clamp(min=0), (1 - epsilon * g).clamp(min=0))
 
 
 def trained(step: int | Sequence[int] | Tensor, steps: int = 1000) -> Tensor:

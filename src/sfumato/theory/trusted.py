@@ -13,19 +13,19 @@ from torch import Tensor
 from .course import Course, Weight, combine
 from .multistep import plan
 
-PREDICTED, CORRECTED = 0.2, 0.04
+PREDICTED, CORRECTED = 0.1, 0.04
 """Shares of the first-order step, per step of the grid up to 20, at which a prediction's higher-order part
 and a correction are halved: the denser the grid, the further polynomials are trusted."""
 
 
 def trusted(course: Course, z: Tensor) -> Iterator[Tensor]:
-    """One evaluation a step; third order, and fourth from 25 steps on.
+    """One evaluation a step. Predictions of order 2, 3 from 12 steps on, 4 from 25; corrections one above.
 
     Of a prediction or correction d beside the first-order step u,
     d / (1 + |d| / (share·|u|)) is used, per sample, with |u| at least the angle turned.
     """
     nodes = course.asked()
-    predict, correct = (2, 3) if course.steps < 12 else (3, 3) if course.steps < 25 else (4, 4)
+    predict, correct = (2, 3) if course.steps < 12 else (3, 4) if course.steps < 25 else (4, 5)
     legs = plan(course, "velocity", predict, correct, plain=False)
     predicted, corrected = (share * min(course.steps, 20) for share in (PREDICTED, CORRECTED))
     sizes = course.column(course.angles.diff(dim=0))
@@ -35,7 +35,7 @@ def trusted(course: Course, z: Tensor) -> Iterator[Tensor]:
         before = z
         for i, (node, leg) in enumerate(zip(nodes, legs, strict=True)):
             v = course.velocity(node, z)
-            past = [v, *past][:4]
+            past = [v, *past][:5]
             if i:
                 made = z - before
                 move = combine((-1.0, made), *zip(leg.redo, past, strict=False))
