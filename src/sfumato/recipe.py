@@ -185,11 +185,15 @@ def _fit(name: str, value: Any, where: str) -> Any:
         value = float(value)
     if wanted is tuple and isinstance(value, str):
         value = (value,)
-    if wanted is tuple and isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
-        value = tuple(value)
+    if isinstance(value, list | tuple) and (wanted is tuple or (rules["many"] and value)):
+        of = (int, float) if rules["numbers"] else (str,)
+        if all(type(one) in of for one in value):
+            value = tuple(map(float, value) if rules["numbers"] else value)
+            wanted = tuple
     if type(value) is not wanted:
         raise Refused(
-            f"{name} is {value!r}{where}, but it must be {_KINDS[wanted]}, like {_shown(DEFAULTS[name])}."
+            f"{name} is {value!r}{where}, but it must be {_kind(wanted, rules)}, "
+            f"like {_shown(DEFAULTS[name])}."
         )
     if rules["choices"] and value not in rules["choices"] and not is_own(str(value)):
         raise Refused(
@@ -210,6 +214,11 @@ _KINDS = {
     bool: "true or false",
     tuple: "a list of texts",
 }
+
+
+def _kind(wanted: type, rules: Mapping[str, Any]) -> str:
+    """What a key takes, in words."""
+    return "a list of numbers" if rules["numbers"] else _KINDS[wanted] + " or a list of texts" * rules["many"]
 
 
 def quoted(text: str) -> str:
@@ -238,13 +247,17 @@ def _from_text(name: str, text: str) -> Any:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if wanted is str and not isinstance(value, str):
+    if wanted is str and not isinstance(value, str) and not (RULES[name]["many"] and isinstance(value, list)):
         value = text
-    return (value,) if wanted is tuple and isinstance(value, str) else value
+    if wanted is tuple and not isinstance(value, list):
+        return (value if RULES[name]["numbers"] or isinstance(value, str) else text,)
+    return value
 
 
 def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
     """A path made absolute; words that stand for themselves and hub ids stay as they are."""
+    if isinstance(value, tuple) and rules["path"]:
+        return tuple(_resolve(one, rules, folder) for one in value)
     if not isinstance(value, str) or not value or value in rules["words"]:
         return value
     if not (rules["path"] or is_own(value)):

@@ -15,6 +15,8 @@ def key(
     path: bool = False,
     words: Iterable[str] = (),
     hub: bool = False,
+    many: bool = False,
+    numbers: bool = False,
 ) -> Any:
     """A field of a settings dataclass.
 
@@ -26,6 +28,8 @@ def key(
         path: the string names a file or folder, relative to the recipe that says it.
         words: the words that stand for themselves where a path is expected.
         hub: `owner/name` may also be meant, where no such folder exists.
+        many: a list of such strings may be given too. numbers: the list is one of numbers.
     """
     rules = {"help": help, "choices": tuple(choices), "least": least, "most": most}
-    return field(default=default, metadata={**rules, "path": path, "words": tuple(words), "hub": hub})
+    kinds = {"path": path, "words": tuple(words), "hub": hub, "many": many, "numbers": numbers}
+    return field(default=default, metadata={**rules, **kinds})

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from sfumato.data.buckets import candidates, choose, crop_waste, token_budget
-from sfumato.data.order import Order, share
+from sfumato.data.order import Order, Stage, Stages, share
 from sfumato.errors import Refused
 
 BUCKETS = {
@@ -102,3 +102,22 @@ def test_a_token_budget_makes_batches_cost_alike():
     order = Order(shapes, token_budget(16, shapes), seed=0)
     costs = {len(order.at(step)[0]) * shapes[order.at(step)[0][0]][1] ** 2 for step in range(20)}
     assert max(costs) <= 1.1 * min(costs)
+
+
+def test_a_weight_that_is_not_whole_is_exact_over_epochs():
+    order = Order(["a"] * 10, 5, seed=1, repeats=[1.0] * 4 + [2.5] * 6)
+    assert order.steps_before(4) == 4 * (4 + 12 + 3) // 5
+    seen = Counter(index for step in range(order.steps_before(20)) for index in order.at(step)[0])
+    assert all(abs(seen[i] - 20) <= 1 for i in range(4)) and all(abs(seen[i] - 50) <= 1 for i in range(4, 10))
+
+
+def test_a_curriculum_shows_each_stage_its_own_samples():
+    first, last = Order(["s"] * 6, 3), Order(["l"] * 6, 2)
+    course = Stages([Stage(first, 4, 0), Stage(last, None, 6)])
+    assert [course.at(step)[0] for step in range(4)] == [first.at(step)[0] for step in range(4)]
+    assert course.at(7) == ([index + 6 for index in last.at(3)[0]], last.at(3)[1])
+
+
+def test_a_token_budget_gives_shares_that_are_even():
+    size = token_budget(16, [(4, 8, 8)] * 3 + [(4, 16, 16)], multiple=4)
+    assert size((4, 8, 8)) % 4 == size((4, 16, 16)) % 4 == 0 and size((4, 8, 8)) > size((4, 16, 16)) >= 4

@@ -17,6 +17,8 @@ def other(name: str) -> str:
     rules = RULES[name]
     if rules["choices"]:
         return f'"{rules["choices"][-1]}"'
+    if rules["numbers"]:
+        return "[1, 2.5]"
     if DEFAULTS[name] is True:
         return "false"
     value = OTHER[type(DEFAULTS[name])]

@@ -21,6 +21,13 @@ def result(value: Any, text: str, as_json: bool) -> None:
     print(json.dumps(value, ensure_ascii=False, default=str) if as_json else text, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """A length of time in words: "8 s", "3 min", "2.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class Progress:
     """Shows how far a phase is: a bar on a terminal, elsewhere a line every ten seconds.
 
@@ -31,18 +38,30 @@ class Progress:
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._said: dict[str, float] = {}
+        self._began: dict[str, tuple[float, int]] = {}
 
     def __call__(self, done: int, total: int, phase: str, **figures: float) -> None:
         """Show that `done` of `total` are done in `phase`."""
         notes = "  ".join(
             f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items() if value == value
         )
+        notes = f"{self._speed(done, total, phase, self._bars is None)}  {notes}".strip()
         if self._bars is None:
             self._line(done, total, phase, notes)
             return
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=total, notes=notes)
         self._bars.update(self._tasks[phase], completed=done, total=total, notes=notes)
+
+    def _speed(self, done: int, total: int, phase: str, ends: bool) -> str:
+        """So many a second since the phase began and, if `ends`, how long the rest will take."""
+        now = time.monotonic()
+        begin, first = self._began.setdefault(phase, (now, done))
+        if done <= first or now - begin < 1:
+            return ""
+        rate = (done - first) / (now - begin)
+        left = f", {duration((total - done) / rate)} left" if ends and done < total else ""
+        return f"{rate:.3g}/s{left}"
 
     def _line(self, done: int, total: int, phase: str, notes: str) -> None:
         now = time.monotonic()

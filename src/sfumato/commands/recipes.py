@@ -40,9 +40,11 @@ def new(name: str, data: str, base: str, train: str) -> None:
     file = Path(name if name.endswith(".toml") else f"{name}.toml")
     if file.exists():
         raise Refused(f"{file} exists already. Choose another name, or remove it.")
-    if data not in EMBEDDED and not Path(data).expanduser().is_dir():
+    place = Path(data).expanduser()
+    if data not in EMBEDDED and not (place.is_dir() or place.suffix.lower() in (".tar", ".npz")):
         raise Refused(
-            f"{data} is no folder. Give --data a folder of pictures, or one of {', '.join(EMBEDDED)}."
+            f"{data} is no folder, .tar or .npz. Give --data a folder of pictures, or one of "
+            f"{', '.join(EMBEDDED)}."
         )
     captions = _captions(data, EMBEDDED)
     text = TEMPLATE.format(
@@ -69,8 +71,15 @@ def new(name: str, data: str, base: str, train: str) -> None:
 
 def _captions(data: str, embedded: tuple[str, ...]) -> str:
     """Where a folder's captions seem to be: beside the pictures, or in the names of its folders."""
+    from ..data import archives
+    from ..data.metadata import FILES
+    from ..data.sources import SIDECARS
+
     folder = Path(data).expanduser()
-    if data in embedded or any(folder.glob("metadata.*")) or next(folder.rglob("*.txt"), None):
+    if data in embedded or archives.recognise(folder) is not None:
+        return "files"
+    named = (FILES, tuple(f"*{suffix}" for suffix in SIDECARS))
+    if any(next(folder.rglob(name), None) for names in named for name in names):
         return "files"
     return "folder" if any(entry.is_dir() for entry in folder.iterdir()) else "none"
 

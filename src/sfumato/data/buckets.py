@@ -135,10 +135,17 @@ def _best(cost: np.ndarray, aspects: np.ndarray, ratios: np.ndarray, count: int)
     return sorted(path)
 
 
-def token_budget(batch: int, shapes: Sequence[tuple[int, ...]]) -> Callable[[tuple[int, ...]], int]:
+def token_budget(
+    batch: int, shapes: Sequence[tuple[int, ...]], multiple: int = 1
+) -> Callable[[tuple[int, ...]], int]:
     """Batch size by latent shape [C, …], so that all batches cost alike: `batch` samples of mean size.
 
-    Give it to `Order`; with one shape it is `batch`.
+    Give it to `Order`; with one shape it is `batch`. Sizes are multiples of `multiple`, so that as many
+    processes have equal shares.
     """
     typical = mean([math.prod(shape[1:]) for shape in shapes])
-    return lambda shape: max(1, round(batch * typical / math.prod(shape[1:])))
+
+    def size(shape: tuple[int, ...]) -> int:
+        return max(1, round(batch * typical / math.prod(shape[1:]) / multiple)) * multiple
+
+    return size

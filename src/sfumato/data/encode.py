@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import groupby, islice
 from typing import TypeVar
 
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from sfumato.errors import Failed, Refused
 
-from . import formats, together, views
+from . import formats, streamed, together, views
 from .encoded import Batch, EncodedSet, Item
 from .index import Place
 from .sample import Sample, SetAside
 from .store import Store, key
+from .streamed import StreamedSet
 from .views import Companion, Encoding, Size, Task
 
 T = TypeVar("T")
@@ -31,6 +32,8 @@ R = TypeVar("R")
 Pixels = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 Texts = Callable[[list[str]], list[dict[str, Tensor]]]
 Progress = Callable[[int, int, str], None]
+
+MEASURED = 64  # entries of which the error of a smaller number format is measured
 
 __all__ = ["Batch", "Companion", "EncodedSet", "Encoding", "Item", "fill"]
 
@@ -46,6 +49,13 @@ class _Run:
     set_aside: list[SetAside] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, list[float]] = field(default_factory=dict)
+
+    def shrink(self, kind: str, tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
+        """The tensors as they are stored; of the first entries of a kind it is measured what that costs."""
+        if form != "same" and len(seen := self.errors.setdefault(f"{kind} as {form}", [])) < MEASURED:
+            seen.append(formats.error(tensors, form))
+        return formats.shrink(tensors, form)
 
     def count(self, what: str, number: int = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + number
@@ -96,19 +106,26 @@ def fill(
         captions = {caption for task in tasks for caption in task.sample.captions} | {""}
         texts = {caption: _text_key(how, caption) for caption in captions}
     mine = together.begin(store.root, together.name_of([*owners, *texts.values()]), *part)
-    _repair(run, "pixels", owners)
+    _repair(run, "pixels", owners if how.keeps else {})
     _repair(run, "text", {one: f'the caption "{caption}"' for caption, one in texts.items()})
-    failed = _fill_pictures(run, pictures, encoders)
+    kept = pictures if how.keeps else []
+    failed = _fill_pictures(run, kept, encoders)
     if encode_captions is not None:
         _fill_texts(run, texts, encode_captions)
     if part[1] > 1:
         failed = together.meet(mine, failed, patience, run.progress)
         store.refresh()
         run.part = (0, 1)
-        failed |= _fill_pictures(run, [task for task in pictures if task.keys not in failed], encoders)
+        failed |= _fill_pictures(run, [task for task in kept if task.keys not in failed], encoders)
         if encode_captions is not None:
             _fill_texts(run, texts, encode_captions)
-    return _gather(run, tasks, beside, failed, texts)
+    if how.keeps:
+        places = dict(zip(owners, store.places("pixels", list(owners)), strict=True))
+        return _gather(run, tasks, beside, places, failed, texts)
+    promised, failed = streamed.promise(pictures, how, encoders)
+    found = vars(_gather(run, tasks, beside, promised, failed, texts))
+    named = {one.name: found[one.name] for one in fields(EncodedSet)}
+    return StreamedSet(**named, how=how, encoders=encoders)
 
 
 def _text_key(how: Encoding, caption: str) -> str:
@@ -193,7 +210,7 @@ def _fill_pictures(
             entries: dict[str, Mapping[str, Tensor]] = {}
             for group in _cut(chunk, how.batch):
                 pieces = list(islice(decoded, len(group)))
-                failed |= _encode_group(group, pieces, encoders[group[0].companion], how, stored, entries)
+                failed |= _encode_group(group, pieces, encoders[group[0].companion], run, stored, entries)
                 done += len(group)
                 run.progress(done, total, "pictures")
             if entries:
@@ -206,11 +223,12 @@ def _encode_group(
     group: Sequence[Task],
     decoded: Sequence[list[Tensor] | str],
     encode: Pixels,
-    how: Encoding,
+    run: _Run,
     stored: Container[str],
     entries: dict[str, Mapping[str, Tensor]],
 ) -> dict[tuple[str, ...], str]:
     """Encode one batch into `entries`, every view not yet stored; returns why some failed."""
+    how = run.how
     pairs = list(zip(group, decoded, strict=True))
     failed = {task.keys: pieces for task, pieces in pairs if isinstance(pieces, str)}
     sound = [(task, pieces) for task, pieces in pairs if not isinstance(pieces, str)]
@@ -224,7 +242,7 @@ def _encode_group(
         for row, (task, _) in enumerate(wanted):
             own = {name: tensor[row].detach().cpu() for name, tensor in named.items()}
             if all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
-                entries[task.keys[view]] = formats.shrink(own, how.pixels_format)
+                entries[task.keys[view]] = run.shrink("pixels", own, how.pixels_format)
             else:
                 failed[task.keys] = "its encoding is not finite"
     return failed
@@ -253,7 +271,7 @@ def _fill_texts(run: _Run, texts: Mapping[str, str], encode: Texts) -> None:
                         f'The encoding of the caption "{caption}" is not finite; use a wider precision.'
                     )
                 own = {name: tensor.detach().cpu() for name, tensor in answer.items()}
-                entries[texts[caption]] = formats.shrink(own, how.texts_format)
+                entries[texts[caption]] = run.shrink("text", own, how.texts_format)
             done += len(group)
             run.progress(done, total, "captions")
         if entries:
@@ -264,12 +282,11 @@ def _gather(
     run: _Run,
     tasks: Sequence[Task],
     beside: Mapping[tuple[str, str], Task],
+    places: Mapping[str, Place | None],
     failed: Mapping[tuple[str, ...], str],
     texts: Mapping[str, str],
 ) -> EncodedSet:
     """The samples whose encodings are all there, in the order they were given."""
-    flat = [one for task in [*tasks, *beside.values()] for one in task.keys]
-    places = dict(zip(flat, run.store.places("pixels", flat), strict=True))
     others: dict[str, dict[str, Task]] = {}
     for (sample, name), other in beside.items():
         others.setdefault(sample, {})[name] = other
@@ -289,6 +306,9 @@ def _gather(
         raise Refused(f"No picture is left to train on: {reasons}. Look at them with: sfumato data DIR")
     null = formats.restore(run.store.get("text", texts[""])) if texts else {}
     labels = not texts and any(task.sample.label is not None for task in tasks)
+    for what, found in run.errors.items():
+        rms = sum(one**2 for one in found) / len(found)
+        run.notes.append(f"stored {what}: relative error {rms**0.5:.2%}, measured on {len(found)}.")
     run.count("samples", len(items))
     run.count("set_aside", len(run.set_aside))
     return EncodedSet(run.store, items, null, run.set_aside, run.counts, run.notes, labels)

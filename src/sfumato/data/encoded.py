@@ -33,6 +33,11 @@ class Reader(Protocol):
 
     def __len__(self) -> int: ...
 
+    @classmethod
+    def joined(cls, parts: Sequence["EncodedSet"]) -> "EncodedSet":
+        """The samples of all parts, one part after the other; everything else as in the last."""
+        return replace(parts[-1], items=[item for part in parts for item in part.items])
+
     def read(self, indices: Sequence[int], seed: int, epoch: int) -> "Batch": ...
 
 
@@ -88,7 +93,8 @@ class EncodedSet:
     """Samples whose encodings are in the store; reads batches of them.
 
     null holds the tensors of the empty caption; set_aside the files that could not be encoded; counts and
-    notes say what `fill` did.
+    notes say what `fill` did. samples_posterior: show a new draw of the codec's posterior every epoch, not
+    its mode. framed: conditions say how each picture was cut, as `time_ids` [6] (`Item.framing`).
     """
 
     store: Store
@@ -98,6 +104,8 @@ class EncodedSet:
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     labels: bool = False
+    samples_posterior: bool = True
+    framed: bool = False
 
     def __post_init__(self) -> None:
         self.ids = [item.sample.id for item in self.items]
@@ -114,6 +122,11 @@ class EncodedSet:
     def of(self, split: str) -> "EncodedSet":
         """The part with that split, "train" or "held_out"."""
         return replace(self, items=[item for item in self.items if item.sample.split == split])
+
+    @classmethod
+    def joined(cls, parts: Sequence["EncodedSet"]) -> "EncodedSet":
+        """The samples of all parts, one part after the other; everything else as in the last."""
+        return replace(parts[-1], items=[item for part in parts for item in part.items])
 
     def read(self, indices: Sequence[int], seed: int = 0, epoch: int = 0) -> Batch:
         """The batch of these samples, which must be of one bucket.
@@ -143,28 +156,35 @@ class EncodedSet:
                 for row, own in enumerate(conditions)
             ]
         framings = torch.tensor([item.framing for item in items])
+        if self.framed:
+            conditions = [
+                {**own, "time_ids": row.float()} for own, row in zip(conditions, framings, strict=True)
+            ]
         words = [chosen[0] if chosen else "" for chosen in captions]
         return Batch(ids, latents, conditions, words, framings, companions)
 
     def _latents(self, places: list[Place], ids: list[int], seed: int, epoch: int) -> Tensor:
-        tensors = self._tensors(places)
-        if "latents" in tensors:
-            return tensors["latents"]
+        only = () if self.samples_posterior else ("latents", "mean")
+        tensors = self._tensors(places, only)
+        if len(tensors) == 1:
+            return next(iter(tensors.values()))
         shape = tuple(tensors["mean"].shape[1:])
         return tensors["mean"] + tensors["std"] * noise.normal(shape, seed, ids, epoch, "posterior")
 
-    def _tensors(self, places: list[Place]) -> dict[str, Tensor]:
-        """The entries at these places, stacked by name."""
+    def _tensors(self, places: list[Place], only: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The entries at these places, stacked by name: all their tensors, or `only` some."""
         first = places[0].fields
         if any(place.fields is not first and place.fields != first for place in places):
             raise ValueError(
                 "the samples of a batch have latents of different shapes; take them from one bucket"
             )
-        rows = np.empty((len(places), places[0].length), np.uint8)
+        wanted = [one for one in first if not only or one.name.removesuffix(formats.SCALE) in only]
+        length = max(one.begin + one.length for one in wanted)
+        rows = np.empty((len(places), length), np.uint8)
         for row, place in zip(rows, places, strict=True):
-            row[:] = self.store.view(place.path)[place.begin : place.begin + place.length]
+            row[:] = self.store.view(place.path)[place.begin : place.begin + length]
         all_rows = torch.from_numpy(rows)
-        stored = {one.name: _column(all_rows, one) for one in first}
+        stored = {one.name: _column(all_rows, one) for one in wanted}
         return formats.restore(stored)
 
     def condition(self, key: str) -> dict[str, Tensor]:

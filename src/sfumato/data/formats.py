@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sfumato.errors import one_of
 
-FORMATS = ("same", "float32", "float16", "bfloat16", "float8", "int8")
+from .settings import FORMATS
+
 _PLAIN = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TOP = {"int8": 127.0, "float8": 448.0}
 _KIND = {"int8": torch.int8, "float8": torch.float8_e4m3fn}

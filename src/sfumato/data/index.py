@@ -26,7 +26,7 @@ MERGE_SHARDS = 64  # so many young shards are worth writing the arrays anew
 COLUMNS = ("high", "low", "shard", "begin", "layout")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Place:
     """Where an entry lies: bytes begin … begin + length of a shard, and the tensors in them."""
 

@@ -42,23 +42,26 @@ class Unreadable(Exception):
     """A file that is no usable picture; the message is the reason, in a few words."""
 
 
-def open_picture(source: Path | bytes | Image.Image) -> Image.Image:
-    """The picture's first frame, not yet decoded, its size looked at.
+def open_picture(source: Path | bytes | Image.Image, whole: bool = True) -> Image.Image:
+    """The picture's first frame, not yet decoded, its size looked at; not `whole`: its head is enough.
 
     Raises:
         Unreadable: empty, no picture, too many pixels, or a strip.
     """
     if isinstance(source, Image.Image):
         return source
-    if isinstance(source, Path):
-        try:
-            source = source.read_bytes()
-        except OSError as problem:
-            raise Unreadable(f"cannot be opened: {problem.strerror}") from problem
+    try:
+        if isinstance(source, Path):
+            if not source.stat().st_size:
+                source = b""
+            elif whole:
+                source = source.read_bytes()
+    except OSError as problem:
+        raise Unreadable(f"cannot be opened: {problem.strerror}") from problem
     if not source:
         raise Unreadable("the file is empty")
     try:
-        image = Image.open(io.BytesIO(source))
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Image.DecompressionBombError as problem:
         raise Unreadable(_too_large(str(problem))) from problem
     except Exception as problem:  # decoders fail in every way there is; each is one reason
@@ -81,12 +84,15 @@ def size_of(source: Path | bytes | Image.Image) -> tuple[int, int]:
     Raises:
         Unreadable: see `open_picture`.
     """
-    image = open_picture(source)
+    image = open_picture(source, whole=False)
     try:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except Exception:  # a broken EXIF block: the picture is taken as it lies
         turned = False
-    return (image.height, image.width) if turned else image.size
+    size = (image.height, image.width) if turned else image.size
+    if isinstance(source, Path):
+        image.close()
+    return size
 
 
 def read_picture(source: Path | bytes | Image.Image, least: tuple[int, int] | None = None) -> Image.Image:

@@ -6,9 +6,11 @@ number of processes take their shares of the same batch.
 
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.theory import noise
@@ -28,13 +30,14 @@ class Order:
         buckets: Sequence[Hashable],
         batch: int | Callable[[Hashable], int],
         seed: int = 0,
-        repeats: Sequence[int] | None = None,
+        repeats: Sequence[float] | None = None,
     ):
         """
         Args:
             buckets: the bucket of each sample (any hashable: its shape).
             batch: samples in a batch, or that number for each bucket (a token budget).
-            repeats: how often each sample occurs in an epoch; default once.
+            repeats: how often each sample occurs in an epoch; default once. Of samples with 2.5, each epoch
+                shows all twice and half of them once more, the other half in the next.
         Raises:
             Refused: there are no samples, or a batch is empty.
         """
@@ -43,10 +46,25 @@ class Order:
         kinds = sorted(set(buckets), key=repr)
         number = {kind: i for i, kind in enumerate(kinds)}
         rows: list[list[int]] = [[] for _ in kinds]
+        parts: list[dict[float, list[int]]] = [{} for _ in kinds]
         for index, kind in enumerate(buckets):
-            rows[number[kind]] += [index] * (1 if repeats is None else repeats[index])
-        kept = [i for i, row in enumerate(rows) if row]
-        self.members = [torch.tensor(rows[i]) for i in kept]
+            times = 1 if repeats is None else repeats[index]
+            rows[number[kind]] += [index] * int(times)
+            if times % 1:
+                parts[number[kind]].setdefault(times % 1, []).append(index)
+        kept = [i for i, row in enumerate(rows) if row or parts[i]]
+        self.members = [torch.tensor(rows[i], dtype=torch.int64) for i in kept]
+        self.partial = [
+            [
+                Partial(torch.tensor(some), max(1, round(len(some) * share)))
+                for share, some in parts[i].items()
+            ]
+            for i in kept
+        ]
+        self.counts = [
+            len(rows) + sum(one.each for one in some)
+            for rows, some in zip(self.members, self.partial, strict=True)
+        ]
         self.kinds = [kinds[i] for i in kept]
         self.batches = [batch(kind) if callable(batch) else batch for kind in self.kinds]
         if min(self.batches) < 1:
@@ -57,6 +75,8 @@ class Order:
 
     def _permute(self, bucket: int, epoch: int) -> list[int]:
         rows = self.members[bucket]
+        for which, part in enumerate(self.partial[bucket]):
+            rows = torch.cat([rows, part.of(epoch, self.seed, f"share {which} of bucket {bucket}")])
         return rows[noise.permutation(len(rows), self.seed, f"order of bucket {bucket}", epoch)].tolist()
 
     def _shuffle(self, epoch: int) -> list[tuple[int, int]]:
@@ -72,7 +92,7 @@ class Order:
 
     def _before(self, bucket: int, epoch: int) -> int:
         """Batches of a bucket before an epoch."""
-        return epoch * len(self.members[bucket]) // self.batches[bucket]
+        return epoch * self.counts[bucket] // self.batches[bucket]
 
     def steps_before(self, epoch: int) -> int:
         """Steps before an epoch begins."""
@@ -89,7 +109,7 @@ class Order:
         """The samples of a step (counted from 0) as indices, and the epoch it falls into."""
         epoch = self.epoch_of(step)
         bucket, number = self._shuffled(epoch)[step - self.steps_before(epoch)]
-        size, count = self.batches[bucket], len(self.members[bucket])
+        size, count = self.batches[bucket], self.counts[bucket]
         places = range(number * size, (number + 1) * size)
         return [self._permutation(bucket, at // count)[at % count] for at in places], epoch
 
@@ -98,10 +118,52 @@ class Order:
         return {
             "steps_per_epoch": self.steps_before(1),
             "buckets": {
-                str(kind): {"samples": len(rows), "batch": size, "carried_over": len(rows) % size}
-                for kind, rows, size in zip(self.kinds, self.members, self.batches, strict=True)
+                str(kind): {"samples": count, "batch": size, "carried_over": count % size}
+                for kind, count, size in zip(self.kinds, self.counts, self.batches, strict=True)
             },
         }
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Samples of which an epoch shows `each`, taking turns: permutation after permutation of all of them."""
+
+    indices: Tensor
+    each: int
+
+    def of(self, epoch: int, seed: int, purpose: str) -> Tensor:
+        """Those that an epoch shows [each]."""
+        count = len(self.indices)
+        places = range(epoch * self.each, (epoch + 1) * self.each)
+        turns = {turn: noise.permutation(count, seed, purpose, turn) for turn in {p // count for p in places}}
+        return self.indices[torch.stack([turns[place // count][place % count] for place in places])]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: its order, until which step (None: to the end), and where its samples begin."""
+
+    order: Order
+    until: int | None
+    offset: int
+
+
+class Stages:
+    """One order after another, each on its own part of the samples: a curriculum of resolutions."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        """The last stage has no end, the others end later and later."""
+        self.stages = list(stages)
+
+    def at(self, step: int) -> tuple[list[int], int]:
+        """As `Order.at`: each stage counts its own steps and epochs, from 0."""
+        begin = 0
+        for stage in self.stages:
+            if stage.until is None or step < stage.until:
+                indices, epoch = stage.order.at(step - begin)
+                return [index + stage.offset for index in indices], epoch
+            begin = stage.until
+        raise ValueError("the last stage of a course has no end")
 
 
 def share(indices: Sequence[int], rank: int, world: int) -> list[int]:

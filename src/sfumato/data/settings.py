@@ -4,16 +4,24 @@ from dataclasses import dataclass
 
 from sfumato.settings import key
 
+FORMATS = ("same", "float32", "float16", "bfloat16", "float8", "int8")
+
 
 @dataclass(frozen=True)
 class DataSettings:
     """The section [data] of a recipe."""
 
-    train: str = key(
+    train: str | tuple[str, ...] = key(
         "",
-        "folder of captioned pictures, or an embedded set: openmoji, openmoji-all, shapes",
+        "folder of captioned pictures, or an embedded set: openmoji, openmoji-all, shapes; or a list of them",
         path=True,
         words=("openmoji", "openmoji-all", "shapes"),
+        many=True,
+    )
+    weights: tuple[float, ...] = key(
+        (),
+        "how often an epoch shows each of the sets: 2 twice, 0.5 one half now and the other next",
+        numbers=True,
     )
     captions: str = key(
         "files",
@@ -22,6 +30,17 @@ class DataSettings:
     )
     resolution: int = key(64, "pictures have about resolution x resolution pixels", least=8)
     buckets: int = key(1, "aspect ratios pictures are sorted into; 1 crops all of them square", least=1)
+    token_budget: bool = key(
+        False, "batches of large buckets are smaller, so that all cost alike; train.batch is the mean"
+    )
+    curriculum: tuple[str, ...] = key(
+        (), "smaller resolutions to begin with, each until a step: 32:1000 is 32 until step 1000"
+    )
+    frames: int = key(0, "frames of a clip; 0 trains on pictures", least=0)
+    rate: float = key(8.0, "frames only: so many a second, whatever rate a file has", least=0.01)
+    segments: int = key(
+        1, "frames only: pieces taken of each clip, evenly spread; epochs take turns", least=1
+    )
     flip: bool = key(False, "also learn from mirrored pictures")
     caption_dropout: float = key(0.1, "share of samples shown without their caption", least=0, most=1)
     template: str = key("{caption}", "how a caption is put: {caption}, and {name} of any text column")
@@ -38,6 +57,14 @@ class DataSettings:
         (), "share of samples shown without one companion, each by itself: control=0.1"
     )
     held_out: float = key(0.05, "share of captions kept out of training to measure it", least=0, most=0.9)
+    latents: str = key(
+        "mode",
+        "what of the codec's posterior is shown: its mode, or a new sample every epoch",
+        choices=("mode", "sample"),
+    )
+    latent_format: str = key("same", "how latents are stored; smaller is less exact", choices=FORMATS)
+    text_format: str = key("same", "how encoded captions are stored", choices=FORMATS)
+    stream: bool = key(False, "encode pictures whenever they are shown, and keep none of it on disk")
     store: str = key(
         "~/.cache/sfumato", "where encodings are kept, for all runs", path=True, words=("~/.cache/sfumato",)
     )

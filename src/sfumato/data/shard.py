@@ -86,6 +86,15 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[tuple[str, str, lis
     return b"".join(parts), layout
 
 
+def fields_of(tensors: Mapping[str, Tensor]) -> tuple[Field, ...]:
+    """Where each tensor of an entry would lie."""
+    fields: list[Field] = []
+    for name, dtype, shape, length in pack(tensors)[1]:
+        begin = fields[-1].begin + fields[-1].length if fields else 0
+        fields.append(Field(name, DTYPES[dtype], tuple(shape), begin, length))
+    return tuple(fields)
+
+
 def digest(data: bytes | memoryview) -> str:
     """128-bit xxh3 in hexadecimal: finds damage, is no defence against malice."""
     return xxhash.xxh3_128_hexdigest(data)

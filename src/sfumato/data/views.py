@@ -23,6 +23,7 @@ class Encoding:
     shard: entries a shard holds at most, and so what a kill can cost. flip: also store mirrored pictures.
     frames > 0 takes clips of so many frames at `rate` a second (pictures are clips of one frame), in
     `segments` pieces each. pixels_format, texts_format: see `formats`. threads decode while others encode.
+    Not keeps: pictures are encoded whenever they are shown (see `streamed`).
     """
 
     pixels: str
@@ -37,6 +38,7 @@ class Encoding:
     pixels_format: str = "same"
     texts_format: str = "same"
     threads: int = 2
+    keeps: bool = True
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ def plan(sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding
         return SetAside(sample.name, "a clip; this model is trained on pictures")
     try:
         source = None if sample.content and not callable(bucket_of) and not how.frames else sample.source()
-        if isinstance(source, Path) and not video:
+        if isinstance(source, Path) and not video and how.keeps:
             source = source.read_bytes()
-        content = sample.content_hash(source)
+        content = sample.content_hash(source) if how.keeps else sample.name
         clip = bool(how.frames) and source is not None and clips.is_clip(sample.name, source)
         size = (0, 0)
         if source is not None and (callable(bucket_of) or not clip):

@@ -61,6 +61,11 @@ class NormalisedCodec(TrainableCodec):
         raw = mean if noise is None else mean + (log_variance / 2).exp() * noise
         return (raw - self.shift) / self.scale
 
+    def distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and deviation of the posterior, normalised."""
+        mean, log_variance = self.posterior(pixels)
+        return (mean - self.shift) / self.scale, (log_variance / 2).exp() / self.scale
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, not clamped."""
         return self.paint(latents * self.scale + self.shift)

@@ -52,6 +52,8 @@ class Family:
     prompt_only: ClassVar[tuple[str, ...]] = ()
     """Options of encode_prompt that the pipeline does not apply to a negative prompt."""
     video: ClassVar[bool] = False
+    hears_framing: ClassVar[bool] = False
+    """Whether training tells the network how each picture was cut, as `time_ids`."""
     fps: ClassVar[float] = 8.0
     """Frames a second of the clips it was trained on, where its pipeline's call does not say."""
     knobs: ClassVar[Mapping[str, float | None]] = {}

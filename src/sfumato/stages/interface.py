@@ -124,6 +124,10 @@ class Codec(Stage):
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """The posterior's mode, or with standard normal `noise` (shaped as the latents) a sample."""
 
+    def distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mode and standard deviation of the posterior, both as latents; None where there is no posterior."""
+        return self.encode(pixels), None
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, not clamped."""

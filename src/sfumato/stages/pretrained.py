@@ -63,13 +63,21 @@ class PretrainedCodec(Codec):
 
     def raw(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
         """The autoencoder's latents, gathered into patches: the mode, or with noise a sample."""
+        mode, deviation = self.moments(pixels)
+        return mode if noise is None or deviation is None else mode + deviation * noise.to(mode.dtype)
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mode and deviation (None where it has none) of the posterior, gathered into patches."""
         answer = self.network.encode(pixels)
         if not hasattr(answer, "latent_dist"):
             plain = answer.latent if hasattr(answer, "latent") else answer.latents
-            return self.gathered(plain)
-        posterior = answer.latent_dist
-        mode = self.gathered(posterior.mode())
-        return mode if noise is None else mode + self.gathered(posterior.std) * noise.to(mode.dtype)
+            return self.gathered(plain), None
+        return self.gathered(answer.latent_dist.mode()), self.gathered(answer.latent_dist.std)
+
+    def distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mode and deviation of the posterior, normalised."""
+        mode, deviation = self.moments(pixels.unsqueeze(2) if self.video and pixels.ndim == 4 else pixels)
+        return (mode - self.shift) / self.scale, None if deviation is None else deviation / self.scale
 
     def gathered(self, raw: Tensor) -> Tensor:
         """Raw latents with patches as channels."""

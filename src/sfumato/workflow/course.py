@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,8 @@ import torch
 
 from .. import stages
 from ..data import buckets
-from ..data.encode import Encoding, fill
 from ..data.encoded import EncodedSet
-from ..data.order import Order
 from ..data.sample import Collection, Sample
-from ..data.store import Store
 from ..errors import Refused
 from ..generation import PaintingModel, load, painting
 from ..recipe import EMBEDDED, Recipe
@@ -29,7 +26,8 @@ from ..training.objective import DiffusionObjective
 from . import companions
 from .agreement import agree, content_of
 from .codecs import Progress, ready_codec
-from .material import Bucket, collect, known_sizes
+from .encoding import course_of, curriculum, encoded_samples, is_guided
+from .material import Bucket, collect, known_sizes, named
 from .preview import Preview, groups
 from .tuning import base_of, check_latents, remember, tune
 
@@ -68,6 +66,8 @@ class Ready:
     held_out: EncodedSet
     set_aside: list[dict[str, str]]
     device: torch.device
+    earlier: list[tuple[int, EncodedSet]] = field(default_factory=list)
+    """Of a curriculum: until which step, the training samples at a smaller resolution."""
 
 
 def read(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
@@ -118,18 +118,18 @@ def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress |
     if leads:
         remember(model, recipe, run.path / "model")
     network = tune(model, recipe)
-    order = order_of(recipe, prepared.train)
-    dropout = recipe.data.caption_dropout if _guided(model) else 0.0
+    train, order = course_of(recipe, prepared.train, prepared.earlier)
+    dropout = recipe.data.caption_dropout if is_guided(model) else 0.0
     seen = companions.encoders(model, recipe.data.companions)
     objective = DiffusionObjective(
-        model, prepared.train, order, recipe.train, recipe.seed, dropout,
+        model, train, order, recipe.train, recipe.seed, dropout,
         dropout=companions.shares(recipe.data, list(seen)),
     )  # fmt: skip
     measure = None
     if recipe.train.held_out_every and len(prepared.held_out):
         precision = recipe.train.precision
         measure = HeldOut(objective, prepared.held_out, prepared.train, run, precision=precision)
-    shown = groups(recipe, prepared.train, prepared.held_out, _guided(model))
+    shown = groups(recipe, prepared.train, prepared.held_out, is_guided(model))
     preview = Preview(model, recipe, run, shown, lambda: report.write(run))
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
     try:
@@ -167,10 +167,13 @@ def gather(recipe: Recipe) -> Gathered:
     device = devices.resolve(recipe.train.device)
     theory_of(recipe)
     companions.shares(recipe.data, recipe.data.companions)
+    earlier = curriculum(recipe)
     base = base_of(recipe)
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed)
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model)
     collection = collect(recipe.data)
+    for _, smaller in earlier:
+        check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
     return Gathered(collection, sizes(recipe, collection.samples, codec, base), device, base, conditioner)
 
 
@@ -199,43 +202,17 @@ def ready(
     model.codec.eval().requires_grad_(False)
     model.conditioner.eval().requires_grad_(False)
     with phase(run, "encode"):
-        encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress)
+        encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress, say)
+        earlier = []
+        for until, smaller in curriculum(recipe):
+            shapes = sizes(smaller, collection.samples, codec, base)
+            found = encoded_samples(smaller, collection.samples, shapes, model, progress, say)
+            earlier.append((until, found.of("train")))
     aside = [*collection.set_aside, *encoded.set_aside]
-    found = [{"file": one.file, "reason": one.reason} for one in aside]
-    _tell(found, encoded, collection, run, say)
-    return Ready(model, collection, encoded.of("train"), encoded.of("held_out"), found, device)
-
-
-def order_of(recipe: Recipe, train: EncodedSet) -> Order:
-    """Which samples each step of the recipe trains on."""
-    return Order(train.buckets, recipe.train.batch, recipe.seed)
-
-
-def encoded_samples(
-    recipe: Recipe,
-    samples: list[Sample],
-    bucket_of: Bucket | Callable[[Bucket], Bucket],
-    model: PaintingModel,
-    progress: Progress | None,
-) -> EncodedSet:
-    """The samples in the store, encoded now as far as they are missing."""
-
-    def captions(texts: list[str]) -> list[dict[str, torch.Tensor]]:
-        if model.origin is None or "" not in texts:
-            return model.condition(texts).rows()
-        said = [text for text in texts if text]  # saying nothing is what guidance leans away from
-        rows = dict(zip(said, model.condition(said).rows(), strict=True)) if said else {}
-        return [rows[text] if text else model.conditioner.null(1).row(0) for text in texts]
-
-    guided = _guided(model)
-    how = Encoding(
-        model.codec.fingerprint(), model.conditioner.fingerprint() if guided else "", flip=recipe.data.flip
-    )
-    store = Store(recipe.data.store)
-    processes, texts = parallel.current(), captions if guided else None
-    part = processes.rank, processes.count
-    beside = companions.encoders(model, recipe.data.companions)
-    return fill(store, samples, bucket_of, model.encode, texts, how, progress, part, companions=beside)
+    listed = [{"file": one.file, "reason": one.reason} for one in aside]
+    _tell(listed, encoded, collection, run, say)
+    train, held_out = encoded.of("train"), encoded.of("held_out")
+    return Ready(model, collection, train, held_out, listed, device, earlier)
 
 
 def _tell(
@@ -286,9 +263,10 @@ def sizes(
     """
     side, wanted = recipe.data.resolution, recipe.data.buckets
     check_latents(recipe, codec, base, side, side)
-    if wanted == 1 or recipe.data.train in EMBEDDED:
+    if wanted == 1 or set(named(recipe.data)) <= set(EMBEDDED):
         return side, side
-    return buckets.choose(known_sizes(samples), side, _grain(recipe, codec, base), wanted)
+    known = known_sizes(samples, bool(recipe.data.frames))
+    return buckets.choose(known, side, _grain(recipe, codec, base), wanted)
 
 
 def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> int:
@@ -302,11 +280,6 @@ def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> i
             grain += codec.stride
             if grain > recipe.data.resolution:
                 raise
-
-
-def _guided(model: PaintingModel) -> bool:
-    """Whether captions guide the model."""
-    return model.conditioner.kind != "none"
 
 
 @contextmanager

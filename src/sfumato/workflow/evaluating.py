@@ -26,7 +26,8 @@ from ..training.loop import to_stderr
 from ..training.objective import DiffusionObjective
 from ..training.reconstruction import to_pixels
 from .codecs import Progress
-from .course import encoded_samples, order_of, sizes
+from .course import sizes
+from .encoding import encoded_samples, order_of
 from .material import Pictures, collect, few
 
 LEVEL_SAMPLES = 128

@@ -1,11 +1,14 @@
 """What a recipe would do, said before it is done: counts, what is missing, memory and disk."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from .. import stages
+from ..data import buckets
+from ..data.order import Order
+from ..data.sample import Sample
 from ..generation import painting
 from ..recipe import Recipe
 from ..record import RunFolder
@@ -15,9 +18,10 @@ from ..training.parallel import Division, Processes
 from .agreement import agree, content_of
 from .codecs import codec_key, place
 from .course import gather
+from .material import known_sizes
 from .tuning import tune
 
-FLOAT = 4
+FLOAT, DEVIATION = 4, 2
 PROBED_SECONDS = 3.0
 BESIDE_PRODUCTS = 1.35
 """A step's time over that of its matrix products, as measured on CPUs."""
@@ -48,7 +52,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
     found["parameters"] = sum(one.numel() for one in network.parameters())
     found["trained_parameters"] = parameters
-    found["steps_per_epoch"] = max(1, len(train) // recipe.train.batch)
+    shown = sum(sample.repeat for sample in train)
+    found["steps_per_epoch"] = max(1, round(shown) // recipe.train.batch)
+    if callable(gathered.bucket_of):
+        found["buckets"] = _buckets(recipe, train, gathered.bucket_of)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(gathered.device)
     found["precision"] = devices.effective_precision(recipe.train.precision, gathered.device)
@@ -63,6 +70,25 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     else:
         found["run"] = "new"
     return found
+
+
+def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, Any]:
+    """For each bucket: samples an epoch shows, the batch, and how many the next epoch takes over."""
+    held: list[tuple[int, int]] = []
+    repeats: list[float] = []
+    for sample in train:
+        for size in known_sizes([sample], bool(recipe.data.frames)):
+            held.append(bucket_of(size))
+            repeats.append(sample.repeat)
+    batch: Any = recipe.train.batch
+    if recipe.data.token_budget:
+        by_shape = buckets.token_budget(recipe.train.batch, [(1, *shape) for shape in held])
+        batch = lambda shape: by_shape((1, *shape))  # noqa: E731
+    order = Order(held, batch, 0, repeats)
+    return {
+        "×".join(map(str, shape)): {"samples": count, "batch": size, "carried_over": count % size}
+        for shape, count, size in zip(cast(Any, order.kinds), order.counts, order.batches, strict=True)
+    }
 
 
 def _cost(recipe: Recipe, model: Any, captions: list[tuple[str, ...]]) -> dict[str, Any]:
@@ -99,6 +125,7 @@ def _codec(recipe: Recipe, codec: stages.Codec, samples: list, bucket_of: Any) -
 def _disk(recipe: Recipe, parameters: int, samples: int, codec: stages.Codec) -> float:
     """Bytes the checkpoints and the encodings take at most."""
     side = recipe.data.resolution // codec.stride
-    latents = samples * codec.latent_channels * side**2 * FLOAT * (1 + recipe.data.flip)
+    each = codec.latent_channels * side**2 * (FLOAT + DEVIATION) * (1 + recipe.data.flip)
+    latents = 0 if recipe.data.stream else samples * each
     kept = (recipe.train.keep + 1) * parameters * FLOAT * (3 + bool(recipe.train.ema))
     return latents + kept

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..data import media
+from ..data import clips, media, sources
 from ..data.captions import Wording, worded
 from ..data.sample import Collection, Sample
 from ..data.settings import DataSettings
@@ -31,8 +31,28 @@ def collect(settings: DataSettings) -> Collection:
             f"data.train is empty. Name a folder of pictures, or one of {', '.join(EMBEDDED)}, "
             "in the recipe or as data.train=DIR."
         )
-    found = _source(settings)
+    sets = named(settings)
+    weights = settings.weights or (1.0,) * len(sets)
+    if len(weights) != len(sets) or min(weights) <= 0:
+        raise Refused(
+            f"data.weights has {len(weights)} numbers for the {len(sets)} sets of data.train; "
+            "give one above 0 for each."
+        )
+    parts = [
+        (_source(replace(settings, train=one)), weight) for one, weight in zip(sets, weights, strict=True)
+    ]
+    found = sources.joined(parts) if len(parts) > 1 else _repeated(*parts[0])
     return replace(found, samples=worded(found.samples, _wording(settings)))
+
+
+def named(settings: DataSettings) -> tuple[str, ...]:
+    """The data sets a recipe names."""
+    return (settings.train,) if isinstance(settings.train, str) else settings.train
+
+
+def _repeated(found: Collection, weight: float) -> Collection:
+    samples = [replace(one, repeat=one.repeat * weight) for one in found.samples] if weight != 1 else None
+    return replace(found, samples=samples or found.samples)
 
 
 def _wording(settings: DataSettings) -> Wording:
@@ -42,6 +62,7 @@ def _wording(settings: DataSettings) -> Wording:
 
 
 def _source(settings: DataSettings) -> Collection:
+    assert isinstance(settings.train, str)
     if settings.train == "shapes":
         from ..data import shapes
 
@@ -50,8 +71,6 @@ def _source(settings: DataSettings) -> Collection:
         from ..data import openmoji
 
         return openmoji.collection(every=settings.train == "openmoji-all", size=settings.resolution)
-    from ..data import sources
-
     return sources.open(
         settings.train,
         captions=settings.captions,
@@ -69,11 +88,13 @@ def each(work: Callable[[Sample], T], samples: Sequence[Sample]) -> list[T]:
         pool.shutdown(cancel_futures=True)
 
 
-def known_sizes(samples: Sequence[Sample]) -> list[Bucket]:
-    """(width, height) of every picture that can be opened."""
+def known_sizes(samples: Sequence[Sample], moving: bool = False) -> list[Bucket]:
+    """(width, height) of every picture (if `moving`, also of every video) that can be opened."""
 
     def size(sample: Sample) -> Bucket | None:
         try:
+            if moving and sample.name.lower().endswith(media.CLIPS):
+                return clips.facts(sample.name, sample.source()).size
             return media.size_of(sample.source())
         except (media.Unreadable, OSError):
             return None

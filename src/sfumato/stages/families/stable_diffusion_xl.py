@@ -23,6 +23,7 @@ class StableDiffusionXL(Family):
     pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
     network = "unet"
     patch = 1
+    hears_framing = True
     stride = 8
     answers = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "clip_skip")

@@ -1,0 +1,130 @@
+"""Encoding for a run: its samples in the store, or streamed, and the order in which training reads them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..data import buckets
+from ..data.encode import Encoding, fill
+from ..data.encoded import EncodedSet
+from ..data.order import Order, Stage, Stages
+from ..data.sample import Sample
+from ..data.store import Store
+from ..data.streamed import StreamedSet
+from ..errors import Refused
+from ..generation import PaintingModel
+from ..recipe import Recipe
+from ..training import parallel
+from ..training.loop import to_stderr
+from . import companions
+from .codecs import Progress
+from .material import Bucket
+
+Say = Callable[[str], None]
+
+
+def order_of(recipe: Recipe, train: EncodedSet) -> Order:
+    """Which samples each step of the recipe trains on."""
+    return _order(recipe, train, train)
+
+
+def _order(recipe: Recipe, shown: EncodedSet, typical: EncodedSet) -> Order:
+    """The order of `shown`; with a token budget, a batch of it costs as one of `typical` samples."""
+    settings = recipe.train
+    size: int | Callable[[Any], int] = settings.batch
+    if recipe.data.token_budget:
+        parts = settings.accumulate * settings.virtual_ranks
+        multiple = parts if settings.batch % parts == 0 else settings.accumulate
+        size = buckets.token_budget(settings.batch, typical.buckets, multiple)
+    return Order(shown.buckets, size, recipe.seed, shown.repeats)
+
+
+def course_of(
+    recipe: Recipe, final: EncodedSet, earlier: Sequence[tuple[int, EncodedSet]]
+) -> tuple[EncodedSet, Order | Stages]:
+    """All that training reads, and in which order: smaller resolutions first where they are asked."""
+    if not earlier:
+        return final, order_of(recipe, final)
+    parts, offset = [], 0
+    for until, encoded in [*earlier, (None, final)]:
+        parts.append(Stage(_order(recipe, encoded, final), until, offset))
+        offset += len(encoded)
+    return EncodedSet.joined([*(one for _, one in earlier), final]), Stages(parts)
+
+
+def curriculum(recipe: Recipe) -> list[tuple[int, Recipe]]:
+    """The stages before the last: (until which step, the recipe at its resolution).
+
+    Raises:
+        Refused: a stage is not written resolution:step, or the steps do not rise.
+    """
+    found: list[tuple[int, Recipe]] = []
+    for said in recipe.data.curriculum:
+        side, _, step = said.partition(":")
+        if not (side.strip().isdecimal() and step.strip().isdecimal() and int(side) > 0):
+            raise Refused(f'data.curriculum has "{said}"; write a resolution and a step, like "32:1000".')
+        if int(step) <= (found[-1][0] if found else 0):
+            raise Refused(f'data.curriculum: the steps must rise, but "{said}" ends before it begins.')
+        found.append((int(step), replace(recipe, data=replace(recipe.data, resolution=int(side)))))
+    return found
+
+
+def encoded_samples(
+    recipe: Recipe,
+    samples: list[Sample],
+    bucket_of: Bucket | Callable[[Bucket], Bucket],
+    model: PaintingModel,
+    progress: Progress | None,
+    say: Say = to_stderr,
+) -> EncodedSet:
+    """The samples in the store, encoded now as far as they are missing; or encoded as they are shown."""
+
+    def captions(texts: list[str]) -> list[dict[str, torch.Tensor]]:
+        if model.origin is None or "" not in texts:
+            return model.condition(texts).rows()
+        said = [text for text in texts if text]  # saying nothing is what guidance leans away from
+        rows = dict(zip(said, model.condition(said).rows(), strict=True)) if said else {}
+        return [rows[text] if text else model.conditioner.null(1).row(0) for text in texts]
+
+    guided = is_guided(model)
+    data = recipe.data
+    how = Encoding(
+        f"{model.codec.fingerprint()} with deviation",
+        model.conditioner.fingerprint() if guided else "",
+        flip=data.flip,
+        frames=data.frames,
+        rate=data.rate,
+        segments=data.segments,
+        pixels_format=data.latent_format,
+        texts_format=data.text_format,
+        keeps=not data.stream,
+    )
+    store = Store(recipe.data.store)
+    processes, texts = parallel.current(), captions if guided else None
+    part = processes.rank, processes.count
+    beside = companions.encoders(model, recipe.data.companions)
+    pixels = posterior_of(model)
+    found = fill(store, samples, bucket_of, pixels, texts, how, progress, part, companions=beside)
+    if isinstance(found, StreamedSet):
+        found.say = say
+    family = getattr(model.denoiser, "family", None)
+    found.samples_posterior, found.framed = data.latents == "sample", getattr(family, "hears_framing", False)
+    return found
+
+
+def posterior_of(model: PaintingModel) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """Pixels → what the store keeps of the codec's posterior: its mean and, in 16 bits, its deviation."""
+
+    def encode(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.codec.check_size(pixels.shape[-1], pixels.shape[-2])
+        mean, deviation = model.codec.distribution(pixels.to(model.device, model.dtype))
+        return {"latents": mean} if deviation is None else {"mean": mean, "std": deviation.bfloat16()}
+
+    return encode
+
+
+def is_guided(model: PaintingModel) -> bool:
+    """Whether captions guide the model."""
+    return model.conditioner.kind != "none"
