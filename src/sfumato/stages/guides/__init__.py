@@ -1,0 +1,20 @@
+"""Guides: networks beside a denoiser that let a picture guide it.
+
+A guide reads tensors of the condition (`control`, `reference`, `edit_source`) and reaches into its base by
+hooks, so the base's own code knows nothing of it. Where its tensor is missing, and before it has learned
+anything, the answer is the base's own, bit for bit.
+"""
+
+from .guide import Guide, GuidedDenoiser, weight_of
+from .plan import KINDS, GuidePlan, attach, guide, plans_of
+
+__all__ = [
+    "KINDS",
+    "Guide",
+    "GuidePlan",
+    "GuidedDenoiser",
+    "attach",
+    "guide",
+    "plans_of",
+    "weight_of",
+]

@@ -1,0 +1,269 @@
+"""ControlNets of pretrained families, by diffusers' own classes, begun from the base's weights.
+
+A ControlNet hears what its base hears: a hook before the base's network hands the same arguments to the
+ControlNet, and its answers on to the base. What differs from class to class is in the dialects below.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import Refused
+from sfumato.stages.image import Encoder
+from sfumato.stages.interface import Condition, Denoiser, Model
+from sfumato.stages.packing import patches
+
+from .guide import Guide, weight_of
+from .ours import shown
+
+Given = dict[str, Any]
+
+
+class Dialect:
+    """How one ControlNet class is made from its base, and asked. The default is the UNets'."""
+
+    network = "UNet2DConditionModel"
+    control = "ControlNetModel"
+    pixels = True
+    """Whether the control is pixels in [0, 1]; else it is latents."""
+
+    def create(self, base: Any, layers: int) -> nn.Module:
+        """A ControlNet with the base's weights, and outputs that start at zero."""
+        from diffusers.models.controlnets.controlnet import ControlNetModel
+
+        return ControlNetModel.from_unet(base)
+
+    def ask(self, net: Any, args: tuple[Any, ...], given: Given, control: Tensor, weight: float) -> Given:
+        """What the ControlNet hands to the base, as arguments."""
+        named = dict(zip(("sample", "timestep"), args, strict=False))
+        heard = {name: given[name] for name in ("class_labels", "added_cond_kwargs") if name in given}
+        down, mid = net(
+            **named, encoder_hidden_states=given["encoder_hidden_states"], controlnet_cond=control,
+            conditioning_scale=weight, return_dict=False, **heard,
+        )  # fmt: skip
+        return {"down_block_additional_residuals": list(down), "mid_block_additional_residual": mid}
+
+    def latents(self, net: Any, model: Model, pixels: Tensor) -> Tensor:
+        """The control as latents, as the pipeline encodes it."""
+        return model.encode(pixels)
+
+    def begun(self, control: str, base: Any, layers: int, single: int | None = None) -> Any:
+        """A ControlNet of so many layers with all the base's weights that it has a place for.
+
+        diffusers' from_transformer takes sizes and depth from the caller, and one writes into the base's
+        config; so config and weights are copied here.
+        """
+        import diffusers
+
+        kind = getattr(diffusers, control)
+        config = {**base.config, "num_layers": min(layers, base.config["num_layers"])}
+        if single is not None:
+            config["num_single_layers"] = min(single, base.config["num_single_layers"])
+        net = kind.from_config(config)
+        own = net.state_dict()
+        taken = {
+            name: weight
+            for name, weight in base.state_dict().items()
+            if name in own and own[name].shape == weight.shape
+        }
+        net.load_state_dict({**own, **taken})
+        return net
+
+
+class SD3(Dialect):
+    """Latents beside the noise's; by InstantX's convention (the default) without summary and shift."""
+
+    network = "SD3Transformer2DModel"
+    control = "SD3ControlNetModel"
+    pixels = False
+
+    def create(self, base: Any, layers: int) -> nn.Module:
+        """Half the blocks unless said otherwise."""
+        return self.begun(self.control, base, layers or -(-base.config["num_layers"] // 2))
+
+    def ask(self, net: Any, args: tuple[Any, ...], given: Given, control: Tensor, weight: float) -> Given:
+        """Residuals of the blocks."""
+        pooled, tokens = given["pooled_projections"], given["encoder_hidden_states"]
+        blocks = net(
+            hidden_states=given["hidden_states"], timestep=given["timestep"], controlnet_cond=control,
+            encoder_hidden_states=None if net.config.joint_attention_dim is None else tokens,
+            pooled_projections=torch.zeros_like(pooled) if self.is_mute(net) else pooled,
+            conditioning_scale=weight, return_dict=False,
+        )[0]  # fmt: skip
+        return {"block_controlnet_hidden_states": list(blocks)}
+
+    def is_mute(self, net: Any) -> bool:
+        """Whether it hears no summary."""
+        return bool(net.config.force_zeros_for_pooled_projection)
+
+    def latents(self, net: Any, model: Model, pixels: Tensor) -> Tensor:
+        """Without the shift for one that hears no summary."""
+        latents, codec = model.encode(pixels), model.codec
+        return (
+            latents + codec.get_buffer("shift") / codec.get_buffer("scale") if self.is_mute(net) else latents
+        )
+
+
+class Flux(Dialect):
+    """Packed latents; residuals of double and single blocks."""
+
+    network = "FluxTransformer2DModel"
+    control = "FluxControlNetModel"
+    pixels = False
+
+    def create(self, base: Any, layers: int) -> nn.Module:
+        """A fifth of the blocks of each kind unless said otherwise, as diffusers' script has it."""
+        double, single = base.config["num_layers"], base.config["num_single_layers"]
+        net = self.begun(self.control, base, layers or -(-double // 5), layers or -(-single // 5))
+        for part in (net.controlnet_x_embedder,):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
+        return net
+
+    def ask(self, net: Any, args: tuple[Any, ...], given: Given, control: Tensor, weight: float) -> Given:
+        """Residuals of both kinds of blocks."""
+        names = (
+            "hidden_states", "timestep", "pooled_projections", "encoder_hidden_states", "txt_ids", "img_ids"
+        )  # fmt: skip
+        heard = {name: given[name] for name in names}
+        guidance = given.get("guidance") if net.config.guidance_embeds else None
+        double, single = net(
+            **heard, guidance=guidance, controlnet_cond=patches(control), conditioning_scale=weight,
+            return_dict=False,
+        )  # fmt: skip
+        found = {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+        return {name: list(value) for name, value in found.items() if value is not None}
+
+
+class QwenImage(Dialect):
+    """Packed latents; residuals of the blocks."""
+
+    network = "QwenImageTransformer2DModel"
+    control = "QwenImageControlNetModel"
+    pixels = False
+
+    def create(self, base: Any, layers: int) -> nn.Module:
+        """A twelfth of the blocks unless said otherwise (5 of 60)."""
+        net = self.begun(self.control, base, layers or -(-base.config["num_layers"] // 12))
+        nn.init.zeros_(net.controlnet_x_embedder.weight)
+        nn.init.zeros_(net.controlnet_x_embedder.bias)
+        return net
+
+    def ask(self, net: Any, args: tuple[Any, ...], given: Given, control: Tensor, weight: float) -> Given:
+        """Residuals of the blocks."""
+        names = (
+            "hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes"
+        )  # fmt: skip
+        blocks = net(
+            **{name: given.get(name) for name in names}, controlnet_cond=patches(control.squeeze(2)),
+            conditioning_scale=weight, return_dict=False,
+        )  # fmt: skip
+        return {"controlnet_block_samples": list(blocks)}
+
+
+DIALECTS: dict[str, Dialect] = {one.network: one for one in (Dialect(), SD3(), Flux(), QwenImage())}
+"""By the class of the base's network."""
+
+
+def dialect_of(network: nn.Module) -> Dialect:
+    """The dialect of a base's network.
+
+    Raises:
+        Refused: diffusers has no ControlNet that we speak to for it.
+    """
+    found = DIALECTS.get(type(network).__name__)
+    if found is None:
+        raise Refused(
+            f"There is no ControlNet for a {type(network).__name__}; there are for {', '.join(DIALECTS)} and "
+            "for our own DiT."
+        )
+    return found
+
+
+class ControlNet(Guide):
+    """One of diffusers' ControlNets beside the network it was made for.
+
+    `control` is pixels [B, 3, H, W] in bytes (UNets) or latents as the base's.
+    """
+
+    kind = "controlnet"
+
+    def __init__(self, base: Denoiser, layers: int = 0, name: str = "control", folder: str = "") -> None:
+        """layers: blocks, 0 for the usual number; folder: of a trained one, in diffusers' format."""
+        super().__init__(name)
+        network: Any = getattr(base, "network", base)
+        self.dialect, self.layers, self.folder = dialect_of(network), layers, folder
+        self.net: Any = (
+            self.opened(Path(folder).expanduser()) if folder else self.dialect.create(network, layers)
+        )
+
+    def opened(self, folder: Path) -> Any:
+        """A trained ControlNet from its folder.
+
+        Raises:
+            Refused: it is none, or one for another base.
+        """
+        import json
+
+        import diffusers
+
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if said.get("_class_name") != self.dialect.control:
+            raise Refused(
+                f"{folder} holds a {said.get('_class_name')}, but this base needs a {self.dialect.control}."
+            )
+        kind = getattr(diffusers, self.dialect.control)
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+
+    def config(self) -> dict[str, Any]:
+        """Layers and name; the folder, where it was trained elsewhere."""
+        return {"layers": self.layers, "name": self.name, "folder": self.folder}
+
+    def encoder(self, model: Model) -> Encoder:
+        """Pixels in bytes, or latents as the pipeline makes them."""
+        if self.dialect.pixels:
+            return Encoder(shown, "pixels in bytes 1")
+        name = f"{model.codec.fingerprint()} {type(self.dialect).__name__}"
+        if isinstance(self.dialect, SD3):
+            name += f" {self.dialect.is_mute(self.net)}"
+        return Encoder(lambda pixels: self.dialect.latents(self.net, model, pixels), name)
+
+    def hooks(
+        self, base: Denoiser, x: Tensor, condition: Condition
+    ) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """One before the base's network."""
+        network: Any = getattr(base, "network", base)
+        weight, control = weight_of(condition, self.name), condition[self.name].to(x.dtype)
+        control = control / 255 if self.dialect.pixels else control
+
+        def hand(network: nn.Module, args: tuple[Any, ...], given: Given) -> tuple[Any, Given]:
+            added = self.dialect.ask(self.net, args, given, control, weight)
+            return args, {**given, **{name: summed(given.get(name), value) for name, value in added.items()}}
+
+        yield network.register_forward_pre_hook(hand, with_kwargs=True)
+
+
+def summed(before: Any, more: Any) -> Any:
+    """Residuals of one ControlNet and of another.
+
+    Raises:
+        Refused: they have different numbers of blocks.
+    """
+    if before is None:
+        return more
+    if isinstance(more, Tensor):
+        return before + more
+    if len(before) != len(more):
+        raise Refused(
+            f"ControlNets of {len(before)} and {len(more)} blocks cannot act together on one base: which "
+            "block of the base hears them depends on their number. Use ControlNets of one depth."
+        )
+    return [one + other for one, other in zip(before, more, strict=True)]
+
+
+def write(guide: ControlNet, folder: Path) -> None:
+    """The ControlNet as diffusers writes it."""
+    guide.net.save_pretrained(folder, safe_serialization=True)

@@ -1,0 +1,167 @@
+"""Plans: what guides a model has, as plain values; beside a base they build the same guides again."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.errors import Failed, Refused
+from sfumato.record import write_atomic
+from sfumato.stages.dit import DiT
+from sfumato.stages.image import image_encoder
+from sfumato.stages.interface import Denoiser, Model
+from sfumato.stages.scratch import seeded
+
+from .controlnets import ControlNet
+from .guide import Guide, GuidedDenoiser
+from .ip_adapters import IPAdapter
+from .ours import ControlBranch, Looks, Source
+
+FORMAT = 1
+FILE = "guides.json"
+KINDS = ("controlnet", "ip-adapter", "edit")
+
+
+@dataclass(frozen=True)
+class GuidePlan:
+    """One guide.
+
+    Args:
+        kind: controlnet, ip-adapter or edit.
+        layers: of a ControlNet, 0 for the usual number.
+        image: the image encoder of an IP-Adapter: "codec" or a folder.
+        control: how its picture is made from a picture ("sketch", …), or which column holds it.
+        seed: what new weights are drawn from.
+        built: further values, once the guide is there.
+    """
+
+    kind: str
+    layers: int = 0
+    image: str = "codec"
+    control: str = ""
+    seed: int = 0
+    built: Mapping[str, Any] = field(default_factory=dict)
+
+
+def guide(model: Model, plans: Sequence[GuidePlan]) -> GuidedDenoiser:
+    """The model's denoiser with new guides around it; further ones where it has some. Sets `model.denoiser`.
+
+    Raises:
+        Refused: a guide that its base cannot have.
+    """
+    base = model.denoiser
+    known: list[Guide] = []
+    if isinstance(base, GuidedDenoiser):
+        base, known = base.base, base.listed
+    for plan in plans:
+        known.append(seeded(plan.seed, lambda plan=plan, base=base: made(model, base, plan, known)))
+    guided = GuidedDenoiser(base, known).to(model.device, model.dtype)
+    model.denoiser = guided
+    kept = model.info.get("guides", [])
+    described = [
+        {"kind": one.kind, "control": plan.control, "built": one.config()}
+        for one, plan in zip(known[len(kept) :], plans, strict=True)
+    ]
+    model.info["guides"] = [*kept, *described]
+    return guided
+
+
+def made(model: Model, base: Denoiser, plan: GuidePlan, known: Sequence[Guide]) -> Guide:
+    """The guide a plan describes, around this base."""
+    built = dict(plan.built)
+    alike = sum(one.kind == plan.kind for one in known)
+    ours = isinstance(base, DiT)
+    if plan.kind == "controlnet":
+        name = "control" if not alike else f"control_{alike + 1}"
+        layers = built.get("layers", plan.layers)
+        if ours:
+            return ControlBranch(
+                base, built.get("stride", model.codec.stride), layers, built.get("name", name)
+            )
+        return ControlNet(base, layers, built.get("name", name), built.get("folder", ""))
+    if plan.kind not in KINDS:
+        raise Refused(f'There is no guide "{plan.kind}"; there are {", ".join(KINDS)}.')
+    if alike:
+        raise Refused(f'This model has a guide "{plan.kind}" already, and takes one.')
+    if plan.kind == "ip-adapter":
+        said: Any = built.get("image", {"source": plan.image})
+        side = int(model.info.get("resolution", 64))
+        image: Any = said and image_encoder(codec=model.codec, side=side, **said)
+        if ours:
+            return Looks(base, image)
+        return IPAdapter(base, image, int(built.get("width", 0)), file=built.get("file", ""))
+    if not ours:
+        raise Refused(
+            f'model.train = "edit" is for our own DiT, not for a {type(base).__name__}: editing families '
+            '(FLUX.1 Kontext, Qwen-Image-Edit) are trained with "full" or "lora".'
+        )
+    return Source(base)
+
+
+def plans_of(described: Sequence[Mapping[str, Any]]) -> list[GuidePlan]:
+    """The plans that build what was described in a model's `info`."""
+    return [GuidePlan(one["kind"], control=one.get("control", ""), built=one["built"]) for one in described]
+
+
+def write_plans(folder: Path, model: Model) -> None:
+    """Write down the model's guides; their weights are elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {"format": FORMAT, "guides": model.info.get("guides", [])}
+    write_atomic(folder / FILE, json.dumps(described, indent=1))
+
+
+def read_plans(folder: Path) -> list[GuidePlan]:
+    """The plans in a folder; none where there are none.
+
+    Raises:
+        Failed: the file is damaged. Refused: it is of a newer sfumato.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return []
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        plans = plans_of(said["guides"])
+    except (OSError, ValueError, KeyError) as problem:
+        raise Failed(f"{file} is damaged ({problem}). Copy the folder again.") from problem
+    if said.get("format", 0) > FORMAT:
+        raise Refused(f"{file} was written by a newer sfumato (format {said['format']}). Update sfumato.")
+    return plans
+
+
+def fill(guided: GuidedDenoiser, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Put trained tensors into their places.
+
+    Raises:
+        Refused: naming the first that does not fit.
+    """
+    own, rest = guided.learned(), set(guided.state_dict())
+    strange = sorted(own.keys() - tensors.keys()) + sorted(tensors.keys() - rest)
+    strange = strange or sorted(name for name in own if own[name].shape != tensors[name].shape)
+    if strange:
+        raise Refused(
+            f'{source} does not fit the guides its folder describes: "{strange[0]}" differs '
+            f"({len(strange)} of {len(own)}). The base may be another one than they were trained on."
+        )
+    for name, weight in own.items():
+        weight.data.copy_(tensors[name])
+
+
+def attach(model: Model, place: str | Path) -> GuidedDenoiser:
+    """Give a model a trained guide from elsewhere: a diffusers ControlNet folder, an IP-Adapter file.
+
+    Raises:
+        Refused: neither, or one for another base.
+    """
+    path = Path(place).expanduser()
+    if path.is_file():
+        return guide(model, [GuidePlan("ip-adapter", built={"file": str(path.absolute()), "image": None})])
+    if (path / "config.json").is_file():
+        return guide(model, [GuidePlan("controlnet", built={"folder": str(path.absolute())})])
+    raise Refused(
+        f"{path} is no guide: give the folder of a diffusers ControlNet (config.json), or the .safetensors "
+        "file of an IP-Adapter."
+    )
