@@ -21,6 +21,9 @@ from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as guiding
 from sfumato.theory import times as sampling_times
 
+from . import guiding as showing
+from .guiding import Guiding
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SIDE = 20, 3.0, 64
 
@@ -116,8 +119,10 @@ class PaintingModel(Model):
             latents: unit noise [B, C, (F,) h, w] to start from, instead of noise from the seeds.
             batch: pictures drawn at once; changes memory, not pictures.
             watch: called with (pictures' steps done, in all).
-            options: further arguments of the conditioner, by the pipeline's names; pictures (`image`) as one
-                for all, one for each prompt, or a list for each.
+            options: pictures that guide (one for all or one for each prompt): `control` with control_weight,
+                control_start, control_end (lists where there are several ControlNets), `reference` with
+                reference_scale, `init` with strength and `mask` (white is repainted), `image` (to be edited,
+                or a list for each); further arguments of the conditioner, by the pipeline's names.
         Returns:
             PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
         Raises:
@@ -132,6 +137,8 @@ class PaintingModel(Model):
         steps = int(self.info.get("steps", DEFAULT_STEPS)) if steps is None else steps
         guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
         shape = self.latent_shape(width, height, frames)
+        pixels = self.codec.pixel_size(shape)
+        shows = showing.taken(self, options, len(todo), (pixels["width"], pixels["height"]))
         if latents is not None and tuple(latents.shape) != (len(todo), *shape):
             raise Refused(f"latents are {list(latents.shape)}, but {[len(todo), *shape]} are needed.")
         grid = sampling_times.grid(times, self.theory, steps) if isinstance(times, str) else times
@@ -142,25 +149,33 @@ class PaintingModel(Model):
         scale = 1.0
         if self.sampling is not None and grid is None:
             grid, scale = self.sampling.times(steps, shape), self.sampling.first_scale(steps)
+        if shows.init is not None:
+            grid = shows.cut(sampling_times.cosine(self.theory, steps) if grid is None else grid)
         pictures: list[Any] = []
         for some in together(todo, batch):
             first = len(pictures)
             start = self.start(some, shape) if latents is None else latents[first : first + len(some)]
             given = options | self.seen(some, shape)
+            shown_now = shows.part(slice(first, first + len(some)))
             prompted = self.condition([wish.prompt for wish in some], **given)
-            denoise = self.guided(prompted, some, guidance, given, knobs)
+            denoise = self.guided(
+                prompted, some, guidance, given, knobs, shown_now, self.clocked(grid, steps)
+            )
             if most is not None:
                 denoise = within(denoise, self.theory, most)
             with torch.no_grad():
-                x = start
+                x, first_x = start, start * scale
+                if shown_now.init is not None:
+                    denoise = self.keeping(denoise, shown_now, start)
+                    first_x = shown_now.started(self.theory, start, grid, first_x)
                 for step, state in enumerate(
-                    self.path(some, start * scale, denoise, grid, steps, solver, order), 1
+                    self.path(some, first_x, denoise, grid, steps, solver, order), 1
                 ):
                     x = state
                     if watch is not None:
                         watch(first * steps + step * len(some), len(todo) * steps)
-                x = self.denoiser.finish(x, prompted)
-                pictures += to_pictures(self.decode(x), "frames" in self.info, frames)
+                x = shown_now.kept(self.denoiser.finish(x, prompted))
+                pictures += to_pictures(shown_now.pasted(self.decode(x)), "frames" in self.info, frames)
         return pictures
 
     def path(
@@ -226,8 +241,12 @@ class PaintingModel(Model):
         guidance: float,
         options: dict[str, Any],
         knobs: Mapping[str, Any],
+        shows: Guiding,
+        times: Sequence[float],
     ) -> Denoise:
         """The denoiser of these wishes: leaning away from the weaker answer unless guidance is 1.
+
+        `shows` holds the pictures that guide, `times` those at which steps begin and the last one ends.
 
         Raises:
             Refused: a negative that this network would not hear.
@@ -241,11 +260,11 @@ class PaintingModel(Model):
                     "This model hears its guidance and does not lean away from a negative by itself: "
                     "leave the negative out, or give true_cfg_scale above 1 with it."
                 )
-            strong = self.denoiser.told(prompted, guidance).to(self.device, self.dtype)
-            return lambda x_t, t: self.predict(x_t, t, strong)
+            strong = self.denoiser.told(shows.beside(prompted), guidance).to(self.device, self.dtype)
+            return lambda x_t, t: self.predict(x_t, t, shows.now(strong, t, times))
         with torch.no_grad():
-            weak = self.conditioner.away(away, **options)
-        joined = Condition.join(prompted.to(self.device), weak.to(self.device))
+            weak = shows.beside(self.conditioner.away(away, **options), is_weak=True)
+        joined = Condition.join(shows.beside(prompted).to(self.device), weak.to(self.device))
         both = self.denoiser.told(joined, guidance).to(self.device, self.dtype)
 
         def leaning(strong: Denoise, weak: Denoise) -> Denoise:
@@ -255,7 +274,18 @@ class PaintingModel(Model):
 
             return answer
 
-        return guiding.together(lambda x_t, t: self.predict(x_t, t, both), leaning)
+        return guiding.together(lambda x_t, t: self.predict(x_t, t, shows.now(both, t, times)), leaning)
+
+    def clocked(self, grid: Any, steps: int) -> list[float]:
+        """The times at which steps begin, and the end; without a grid, as if they were even in time."""
+        even = sampling_times.linear(self.theory, steps)
+        return torch.as_tensor(even if grid is None else grid, dtype=torch.float64).flatten().tolist()
+
+    def keeping(self, denoise: Denoise, shows: Guiding, unit: Tensor) -> Denoise:
+        """The denoiser, with the true answer where the picture is kept; `unit` is the noise it began with."""
+        if shows.hole is None:
+            return denoise
+        return lambda x_t, t: shows.known(self.theory, unit, denoise(x_t, t), t)
 
 
 def within(denoise: Denoise, theory: Theory, most: float) -> Denoise:

@@ -5,11 +5,12 @@ hooks, so the base's own code knows nothing of it. Where its tensor is missing, 
 anything, the answer is the base's own, bit for bit.
 """
 
-from .guide import Guide, GuidedDenoiser, weight_of
+from .guide import WEAK, Guide, GuidedDenoiser, weight_of
 from .plan import KINDS, GuidePlan, attach, guide, plans_of
 
 __all__ = [
     "KINDS",
+    "WEAK",
     "Guide",
     "GuidePlan",
     "GuidedDenoiser",

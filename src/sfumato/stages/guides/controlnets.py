@@ -16,7 +16,7 @@ from sfumato.stages.image import Encoder
 from sfumato.stages.interface import Condition, Denoiser, Model
 from sfumato.stages.packing import patches
 
-from .guide import Guide, weight_of
+from .guide import WEAK, Guide, weight_of
 from .ours import shown
 
 Given = dict[str, Any]
@@ -29,6 +29,8 @@ class Dialect:
     control = "ControlNetModel"
     pixels = True
     """Whether the control is pixels in [0, 1]; else it is latents."""
+    prompted_only = False
+    """Whether the pipeline asks the ControlNet beside the prompt alone, and uses its answer twice."""
 
     def create(self, base: Any, layers: int) -> nn.Module:
         """A ControlNet with the base's weights, and outputs that start at zero."""
@@ -113,6 +115,7 @@ class Flux(Dialect):
     network = "FluxTransformer2DModel"
     control = "FluxControlNetModel"
     pixels = False
+    prompted_only = True
 
     def create(self, base: Any, layers: int) -> nn.Module:
         """A fifth of the blocks of each kind unless said otherwise, as diffusers' script has it."""
@@ -144,6 +147,7 @@ class QwenImage(Dialect):
     network = "QwenImageTransformer2DModel"
     control = "QwenImageControlNetModel"
     pixels = False
+    prompted_only = True
 
     def create(self, base: Any, layers: int) -> nn.Module:
         """A twelfth of the blocks unless said otherwise (5 of 60)."""
@@ -238,12 +242,26 @@ class ControlNet(Guide):
         network: Any = getattr(base, "network", base)
         weight, control = weight_of(condition, self.name), condition[self.name].to(x.dtype)
         control = control / 255 if self.dialect.pixels else control
+        weak = condition.get(WEAK)
+        rows = int((~weak).sum()) if weak is not None and self.dialect.prompted_only else len(x)
 
         def hand(network: nn.Module, args: tuple[Any, ...], given: Given) -> tuple[Any, Given]:
-            added = self.dialect.ask(self.net, args, given, control, weight)
+            if rows < len(x):
+                heard = {name: first(value, rows, len(x)) for name, value in given.items()}
+                added = self.dialect.ask(self.net, args, heard, control[:rows], weight)
+                added = {name: [torch.cat([one, one]) for one in value] for name, value in added.items()}
+            else:
+                added = self.dialect.ask(self.net, args, given, control, weight)
             return args, {**given, **{name: summed(given.get(name), value) for name, value in added.items()}}
 
         yield network.register_forward_pre_hook(hand, with_kwargs=True)
+
+
+def first(value: Any, rows: int, size: int) -> Any:
+    """The first rows of what has one for each sample of a batch of `size`; positions [N, 3] have none."""
+    if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == 3:
+        return value
+    return value[:rows] if isinstance(value, Tensor | list) and len(value) == size else value
 
 
 def summed(before: Any, more: Any) -> Any:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from sfumato.stages.image import Encoder
 from sfumato.stages.interface import Condition, Denoiser, Model
 
+WEAK = "is_weak"
+"""Marks, [B] bool, the samples of a condition that guidance leans away from."""
+
 
 def weight_of(condition: Condition, name: str) -> float:
     """How strongly the picture `name` guides: `<name>_weight` of the condition, 1 where it says nothing."""
@@ -24,6 +27,8 @@ class Guide(nn.Module, ABC):
     kind = ""
     trains_base = False
     """Whether the base learns along."""
+    always = False
+    """Whether it acts (to no effect) where its tensor is missing."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -52,7 +57,7 @@ class Guide(nn.Module, ABC):
         """While this lasts the guide acts, if the condition holds its tensor and its weight is not 0."""
         handles = []
         try:
-            if self.name in condition and weight_of(condition, self.name):
+            if self.always or (self.name in condition and weight_of(condition, self.name)):
                 handles += self.hooks(base, x, condition)
             yield
         finally:
@@ -73,7 +78,7 @@ class GuidedDenoiser(Denoiser):
     def __init__(self, base: Denoiser, guides: Sequence[Guide]) -> None:
         super().__init__()
         self.base, self.guides = base, nn.ModuleList(guides)
-        for name in ("lora_targets", "framing", "grain", "own_name", "family", "clips"):
+        for name in ("lora_targets", "framing", "grain", "own_name", "family", "knobs"):
             if hasattr(base, name):
                 setattr(self, name, getattr(base, name))
         self.free()
@@ -95,11 +100,6 @@ class GuidedDenoiser(Denoiser):
         """The base's own network, for whoever looks inside."""
         return getattr(self.base, "network", self.base)
 
-    @property
-    def knobs(self) -> Any:
-        """What else of a pipeline's call the base hears."""
-        return getattr(self.base, "knobs", {})
-
     def config(self) -> dict[str, Any]:
         """The base's config, and each guide's."""
         return {"base": self.base.config(), "guides": [guide.config() for guide in self.listed]}
@@ -114,7 +114,7 @@ class GuidedDenoiser(Denoiser):
 
     def without(self, condition: Condition) -> Condition:
         """The condition as the base hears it: without what guides read."""
-        own = {end for guide in self.listed for end in (guide.name, f"{guide.name}_weight")}
+        own = {end for guide in self.listed for end in (guide.name, f"{guide.name}_weight")} | {WEAK}
         kept = {name: tensor for name, tensor in condition.items() if name not in own}
         return Condition(kept, size=condition.size, negative=condition.negative)
 

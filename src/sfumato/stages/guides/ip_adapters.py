@@ -66,7 +66,7 @@ def of_sd3(network: Any, width: int) -> dict[str, Tensors]:
     head, inner = network.config.attention_head_dim, network.inner_dim
     resampler = IPAdapterTimeImageProjection(
         embed_dim=width, output_dim=inner, hidden_dim=64 * max(1, inner // 64), heads=max(1, inner // 64),
-        num_queries=16, depth=2, timestep_in_dim=320,
+        num_queries=16, timestep_in_dim=320,
     )  # fmt: skip
     tensors: Tensors = {}
     for place in range(len(network.attn_processors)):
@@ -135,8 +135,11 @@ class IPAdapter(Guide):
                 f"There is no IP-Adapter for a {self.network_class}; there are for {', '.join(KINDS)} "
                 "and for our own DiT."
             )
+        self.always = self.network_class == "UNet2DConditionModel"  # which insists on being shown a picture
         self.width = width or (image.width if image is not None else 0)
         state = read(Path(file).expanduser()) if file else KINDS[self.network_class](network, self.width)
+        head = state["image_proj"]
+        self.width = (head["proj_in.weight"] if "proj_in.weight" in head else head["proj.weight"]).shape[1]
         self.put(network, state)
 
     def put(self, network: Any, state: Mapping[str, Tensors]) -> None:
@@ -175,7 +178,8 @@ class IPAdapter(Guide):
     ) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """One before the base's network, which hands over the features."""
         network: Any = getattr(base, "network", base)
-        weight, seen = weight_of(condition, self.name), condition[self.name].to(x.dtype)
+        weight = weight_of(condition, self.name) if self.name in condition else 0.0
+        seen = condition.get(self.name, x.new_zeros(len(x), 1, self.width)).to(x.dtype)
         for processor in network.attn_processors.values():
             if isinstance(getattr(processor, "scale", None), list):
                 processor.scale = [weight]

@@ -1,0 +1,239 @@
+"""Laws of guides on pretrained families: what diffusers' pipelines draw with them, we draw."""
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+
+import sfumato
+from sfumato.errors import Refused
+from sfumato.stages.guides import GuidePlan, attach, controlnets, guide, ip_adapters
+from sfumato.stages.image import Encoder
+
+from .parts import seeded
+from .test_parity import grid_of
+from .zoo import NEGATIVE, PROMPT, ZOO
+
+CLOSE, STEPS = 1e-4, 4
+CONTROLLED = {
+    "stable-diffusion-1.5": "StableDiffusionControlNetPipeline",
+    "stable-diffusion-xl": "StableDiffusionXLControlNetPipeline",
+    "stable-diffusion-3.5": "StableDiffusion3ControlNetPipeline",
+    "flux-dev": "FluxControlNetPipeline",
+    "qwen-image": "QwenImageControlNetPipeline",
+}
+LOOKING = ("stable-diffusion-1.5", "stable-diffusion-xl", "stable-diffusion-3.5", "flux-dev")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The zoo's folders of the families that take guides, made when first asked for."""
+    home = tmp_path_factory.mktemp("zoo")
+
+    def folder(name: str) -> Any:
+        if not (home / name).exists():
+            torch.manual_seed(0)
+            ZOO[name].make(name).save_pretrained(home / name)
+        return home / name
+
+    return folder
+
+
+def opened(folder: Any, kind: str | None = None, **parts: Any) -> Any:
+    """A pipeline that steps as our euler does."""
+    loader: Any = diffusers.DiffusionPipeline if kind is None else getattr(diffusers, kind)
+    pipe = loader.from_pretrained(folder, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    if not type(pipe.scheduler).__name__.startswith("FlowMatch"):
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    return pipe
+
+
+def called(name: str) -> dict[str, Any]:
+    """How the family's pipeline is called."""
+    case = ZOO[name]
+    call = {
+        **case.call,
+        **case.options,
+        "prompt": [PROMPT],
+        "num_inference_steps": STEPS,
+        "output_type": "np",
+    }
+    return call | ({"negative_prompt": [NEGATIVE]} if case.negative else {})
+
+
+def pipeline_pixels(pipe: Any, **call: Any) -> torch.Tensor:
+    """What the pipeline's decoder gives."""
+    seen: list[torch.Tensor] = []
+    decode = pipe.vae.decode
+
+    def decoded(*given: Any, **named: Any) -> Any:
+        out = decode(*given, **named)
+        seen.append(out[0] if isinstance(out, tuple) else out.sample)
+        return out
+
+    pipe.vae.decode = decoded
+    with torch.no_grad():
+        pipe(**call, generator=torch.Generator().manual_seed(7))
+    pipe.vae.decode = decode
+    return seen[-1]
+
+
+def our_pixels(model: Any, pipe: Any, name: str, **guides: Any) -> torch.Tensor:
+    """What our decoder gives, from the pipeline's noise along its times."""
+    case, seen = ZOO[name], []
+    flow = type(pipe.scheduler).__name__.startswith("FlowMatch")
+    shape = model.latent_shape(case.call["width"], case.call["height"])
+    decode = model.decode
+    model.decode = lambda x: seen.append(decode(x)) or seen[-1]
+    model.generate(
+        [PROMPT], [NEGATIVE] if case.negative else None, times=grid_of(pipe.scheduler, flow), solver="euler",
+        latents=torch.randn(1, *shape, generator=torch.Generator().manual_seed(7)), steps=STEPS,
+        guidance=case.call[case.guidance], width=case.call["width"], height=case.call["height"],
+        **case.options, **guides,
+    )  # fmt: skip
+    model.decode = decode
+    return seen[-1]
+
+
+def drawing(shift: int = 0) -> Image.Image:
+    """A picture with structure, of the size that is drawn."""
+    picture = Image.new("RGB", (96, 64), "black")
+    picture.paste((250, 180, 90), (20 + shift, 10, 60 + shift, 50))
+    return picture
+
+
+@pytest.fixture
+def modal(monkeypatch):
+    """Pipelines that encode a control take the posterior's mode, as we do, not a sample."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_a_new_controlnet_leaves_the_picture_as_it_is(name, folders):
+    """Law: zero outputs add nothing, bit for bit."""
+    model = sfumato.load(folders(name))
+    options = {"steps": 2, "width": 96, "height": 64, **ZOO[name].options}
+    before = model.generate([PROMPT], **options)[0].tobytes()
+    guide(model, [GuidePlan("controlnet")])
+    assert model.generate([PROMPT], control=drawing(), **options)[0].tobytes() == before
+    learned = model.denoiser.learned()
+    assert learned and all(name.startswith("guides.") for name in learned)
+
+
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_a_controlnet_draws_as_its_pipeline_does(name, folders, tmp_path, modal):
+    """Law: what we train and export, diffusers' pipeline loads, and draws the same."""
+    model = sfumato.load(folders(name))
+    guided = guide(model, [GuidePlan("controlnet", layers=2)])
+    net: Any = guided.listed[0].net
+    net.load_state_dict({k: v * 0.3 for k, v in seeded(net, name).state_dict().items()})
+    controlnets.write(guided.listed[0], tmp_path / "controlnet")
+    trained: Any = type(net).from_pretrained(tmp_path / "controlnet")
+    pipe = opened(folders(name), CONTROLLED[name], controlnet=trained)
+    image = "image" if type(net).__name__ == "ControlNetModel" else "control_image"
+    call = {"controlnet_conditioning_scale": 0.8, "control_guidance_end": 0.6, image: drawing()}
+    expected = pipeline_pixels(pipe, **called(name), **call)
+    found = our_pixels(model, pipe, name, control=drawing(), control_weight=0.8, control_end=0.6)
+    assert (found - expected).abs().max() < CLOSE
+    plain = our_pixels(model, pipe, name)
+    assert (plain - expected).abs().max() > 10 * CLOSE
+
+
+def test_several_controlnets_add_up_as_in_their_pipeline(folders, tmp_path):
+    """Law: two ControlNets with weights of their own are the sum diffusers makes of them."""
+    name = "stable-diffusion-1.5"
+    model = sfumato.load(folders(name))
+    nets = []
+    for number in range(2):
+        net = seeded(diffusers.ControlNetModel.from_unet(model.denoiser.network), f"net {number}")
+        net.save_pretrained(tmp_path / str(number))
+        nets.append(net)
+    for number in range(2):
+        attach(model, tmp_path / str(number))
+    pipe = opened(folders(name), CONTROLLED[name], controlnet=nets)
+    weights, starts = [0.5, 0.2], [0.0, 0.5]
+    expected = pipeline_pixels(
+        pipe, **called(name), image=[drawing(), drawing(20)], controlnet_conditioning_scale=weights,
+        control_guidance_start=starts, control_guidance_end=[1.0, 1.0],
+    )  # fmt: skip
+    asked = {"control_weight": weights, "control_start": starts}
+    found = our_pixels(model, pipe, name, control=[drawing(), drawing(20)], **asked)
+    assert (found - expected).abs().max() < CLOSE
+
+
+def looking(model: Any, width: int, rows: int) -> Any:
+    """A new IP-Adapter whose image encoder is one fixed answer."""
+    features = torch.randn(1, rows, width, generator=torch.Generator().manual_seed(3))
+
+    class Fixed(torch.nn.Module):
+        def config(self):
+            return {"source": "fixed"}
+
+        def encoder(self, model):
+            return Encoder(lambda pixels: features, "fixed", (8, 8))
+
+    adapter = ip_adapters.IPAdapter(model.denoiser, Fixed(), width)  # type: ignore[arg-type]
+    from sfumato.stages.guides import GuidedDenoiser
+
+    model.denoiser = GuidedDenoiser(model.denoiser, [adapter])
+    return adapter, features
+
+
+def seer() -> Any:
+    """A tiny image encoder of CLIP's kind; FLUX's loader asks for one."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+        patch_size=8, projection_dim=24,
+    )  # fmt: skip
+    return transformers.CLIPVisionModelWithProjection(config)
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_an_ip_adapter_draws_as_its_pipeline_does(name, folders, tmp_path):
+    """Law: a new adapter changes nothing; one with weights loads into diffusers and draws the same.
+
+    SD3's processors also look at the picture once more, so there it is scale 0 that changes nothing.
+    """
+    model = sfumato.load(folders(name))
+    rows = 5 if name.startswith("stable-diffusion-3") else 1
+    options = {"steps": 2, "width": 96, "height": 64, **ZOO[name].options}
+    before = model.generate([PROMPT], **options)[0].tobytes()
+    adapter, features = looking(model, 24, rows)
+    gentle = {"reference_scale": 0.0} if name.startswith("stable-diffusion-3") else {}
+    assert model.generate([PROMPT], reference=drawing(), **gentle, **options)[0].tobytes() == before
+    network = model.denoiser.network
+    for number, part in enumerate(adapter.parts(network)):
+        seeded(part, f"{name} {number}")
+    ip_adapters.write(adapter, model.denoiser.base, tmp_path / "ip-adapter.safetensors")
+    pipe = opened(folders(name))
+    word = (
+        "image_encoder_pretrained_model_name_or_path" if name.startswith("flux") else "image_encoder_folder"
+    )
+    pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name="ip-adapter.safetensors", **{word: None})
+    pipe.set_ip_adapter_scale(0.7)
+    silent = torch.zeros_like(features)
+    call: dict[str, Any] = {"ip_adapter_image_embeds": [torch.cat([silent, features])]}
+    if name.startswith("stable-diffusion-3"):
+        call = {"ip_adapter_image_embeds": torch.cat([silent, features])}
+    if name.startswith("flux"):
+        call = {"ip_adapter_image_embeds": [features], "negative_ip_adapter_image_embeds": [silent]}
+    expected = pipeline_pixels(pipe, **called(name), **call)
+    found = our_pixels(model, pipe, name, reference=drawing(), reference_scale=0.7)
+    assert (found - expected).abs().max() < CLOSE
+    plain = our_pixels(model, pipe, name)
+    assert (plain - expected).abs().max() > 10 * CLOSE
+
+
+def test_a_model_without_a_guide_refuses_its_picture(folders):
+    """Law: every option acts or refuses."""
+    model = sfumato.load(folders("stable-diffusion-1.5"))
+    for word in ("control", "reference"):
+        with pytest.raises(Refused, match=word):
+            model.generate([PROMPT], **{word: drawing()})
+    with pytest.raises(Refused, match="init"):
+        model.generate([PROMPT], mask=drawing())
