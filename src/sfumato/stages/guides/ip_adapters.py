@@ -135,7 +135,7 @@ class IPAdapter(Guide):
                 f"There is no IP-Adapter for a {self.network_class}; there are for {', '.join(KINDS)} "
                 "and for our own DiT."
             )
-        self.always = self.network_class == "UNet2DConditionModel"  # which insists on being shown a picture
+        self.always = not self.network_class.startswith("SD3")  # the others insist on being shown a picture
         self.width = width or (image.width if image is not None else 0)
         state = read(Path(file).expanduser()) if file else KINDS[self.network_class](network, self.width)
         head = state["image_proj"]
