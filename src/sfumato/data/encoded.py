@@ -33,11 +33,6 @@ class Reader(Protocol):
 
     def __len__(self) -> int: ...
 
-    @classmethod
-    def joined(cls, parts: Sequence["EncodedSet"]) -> "EncodedSet":
-        """The samples of all parts, one part after the other; everything else as in the last."""
-        return replace(parts[-1], items=[item for part in parts for item in part.items])
-
     def read(self, indices: Sequence[int], seed: int, epoch: int) -> "Batch": ...
 
 

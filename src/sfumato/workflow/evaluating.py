@@ -1,6 +1,6 @@
 """Measuring a run: its loss by noise level, whether pictures are of what was asked, how far from the data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import stages
+from ..data.media import fit
 from ..data.sample import Sample
 from ..errors import Refused
 from ..evaluation import Measure, Neighbours, kernel_distance, over
@@ -28,7 +29,8 @@ from ..training.reconstruction import to_pixels
 from .codecs import Progress
 from .course import sizes
 from .encoding import encoded_samples, order_of
-from .material import Pictures, collect, few
+from .material import Bucket, Pictures, collect, few
+from .sizes import in_sizes, square
 
 LEVEL_SAMPLES = 128
 MOST_REAL = 2000
@@ -86,7 +88,7 @@ def evaluate(
             )
     drawing = {"steps": steps, "guidance": guidance}
     split = {name: collection.of(name) for name in ("train", "held_out")}
-    painted, drawn = _pictures(recipe, model, split, samples, seeds, drawing, progress)
+    painted, drawn = _pictures(recipe, model, split, bucket_of, samples, seeds, drawing, progress)
     metrics |= painted
     if Path(folder).resolve() == run.path.resolve():
         _record(run, step, metrics, say)
@@ -119,6 +121,7 @@ def _pictures(
     recipe: Recipe,
     model: PaintingModel,
     split: dict[str, list[Sample]],
+    bucket_of: Bucket | Callable[[Bucket], Bucket],
     samples: int,
     seeds: int,
     drawing: dict[str, Any],
@@ -126,10 +129,16 @@ def _pictures(
 ) -> tuple[dict[str, Measure], list[tuple[str, Image.Image]]]:
     """What needs pictures to be drawn: neighbours, kernel distance, the judge where data has one."""
     side = recipe.data.resolution
-    real = Pictures(few(split["train"], (side, side)), (side, side))
+    real = Pictures(few(split["train"], bucket_of), bucket_of)
     known = {name: sample.captions for sample in split["train"] for name in [sample.name]}
-    neighbours = Neighbours(torch.stack(real.pictures), [known[name] for name in real.names])
-    features = _features(model, real.pictures[:MOST_REAL])
+    size_of = {
+        text: (shape[2], shape[1])
+        for name, shape in zip(real.names, real.buckets, strict=True)
+        for text in known[name]
+    }
+    squares = [square(picture, side) for picture in real.pictures]
+    neighbours = Neighbours(torch.stack(squares), [known[name] for name in real.names])
+    features = _features(model, squares[:MOST_REAL])
     captions = sorted({text for texts in known.values() for text in texts if text}) or [""]
     unseen = sorted({text for sample in split["held_out"] for text in sample.captions if text})
     right: list[float] = []
@@ -138,8 +147,10 @@ def _pictures(
     drawn: list[tuple[str, Image.Image]] = []
     for seed in range(seeds):
         prompts = _drawn_prompts(captions, samples, seed)
-        pictures = _draw(model, prompts, seed, drawing, progress, f"drawing {seed + 1} of {seeds}")
-        pixels = _stacked(pictures)
+        asked_sizes = [size_of.get(prompt) for prompt in prompts]
+        phase = f"drawing {seed + 1} of {seeds}"
+        pictures = _draw(model, prompts, seed, drawing, progress, phase, asked_sizes)
+        pixels = torch.stack([square(fit(picture, *picture.size), side) for picture in pictures])
         right.append(sum(neighbours.judge(pixels, prompts)) / len(prompts))
         distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
         drawn = drawn or list(zip(prompts, pictures, strict=True))
@@ -150,10 +161,11 @@ def _pictures(
                 judged.setdefault(name, []).append(value)
     metrics = {"kid": over(distances, CODEC)}
     if split["held_out"]:
-        others = Pictures(few(split["held_out"], (side, side)), (side, side))
+        others = Pictures(few(split["held_out"], bucket_of), bucket_of)
         if len(others) > 1:
+            unseen_squares = [square(picture, side) for picture in others.pictures]
             clean = [
-                kernel_distance(features, _features(model, others.pictures), seed=s).value
+                kernel_distance(features, _features(model, unseen_squares), seed=s).value
                 for s in range(seeds)
             ]
             metrics["kid_of_held_out_data"] = over(
@@ -164,7 +176,7 @@ def _pictures(
     metrics |= {
         name: _merged(values, samples, "unseen captions, read from pixels") for name, values in judged.items()
     }
-    metrics["codec_psnr"] = _reconstruction(model, real.pictures[:256])
+    metrics["codec_psnr"] = _reconstruction(model, squares[:256])
     return metrics, drawn
 
 
@@ -189,22 +201,15 @@ def _draw(
     drawing: dict[str, Any],
     progress: Progress | None,
     phase: str,
+    sizes: Sequence[Bucket | None] = (),
 ) -> list[Image.Image]:
     def watch(done: int, total: int) -> None:
         if progress is not None:
             progress(done, total, phase)
 
     first = 1_000_003 * (seed + 1)
-    return model.generate(
-        prompt=prompts, seed=[first + i for i in range(len(prompts))], watch=watch, **drawing
-    )
-
-
-def _stacked(pictures: list[Image.Image]) -> Tensor:
-    """PIL pictures → uint8 [B, 3, H, W]."""
-    from ..data.media import fit
-
-    return torch.stack([fit(picture, *picture.size) for picture in pictures])
+    seeds = [first + i for i in range(len(prompts))]
+    return in_sizes(model, prompts, seeds, sizes or [None] * len(prompts), watch, **drawing)
 
 
 @torch.no_grad()

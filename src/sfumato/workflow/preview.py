@@ -13,6 +13,7 @@ from ..recipe import Recipe
 from ..record import RunFolder, write_atomic
 from ..theory import noise
 from ..training import parallel
+from .sizes import Size, in_sizes
 
 SHOWN = 8
 
@@ -23,6 +24,8 @@ class Group:
 
     name: str | None
     prompts: list[str]
+    sizes: tuple[Size | None, ...] = ()
+    """Of each picture; empty: the model's own."""
 
 
 def groups(recipe: Recipe, train: EncodedSet, held_out: EncodedSet, guided: bool) -> list[Group]:
@@ -32,14 +35,20 @@ def groups(recipe: Recipe, train: EncodedSet, held_out: EncodedSet, guided: bool
     if not guided:
         return [Group(None, [""] * SHOWN)]
     parts = (("trained", train), ("held_out", held_out))
-    return [Group(name, _some(encoded)) for name, encoded in parts if _some(encoded)]
+    found = [(name, _some(encoded)) for name, encoded in parts]
+    return [Group(name, list(some), tuple(some.values())) for name, some in found if some]
 
 
-def _some(encoded: EncodedSet) -> list[str]:
-    """A few different captions, the same every time."""
-    captions = sorted({caption for caption in encoded.captions if caption})
+def _some(encoded: EncodedSet) -> dict[str, Size | None]:
+    """A few different captions, the same every time, each with the size its picture is learned in."""
+    sizes = {
+        caption: (item.bucket[0], item.bucket[1]) if len(item.bucket) == 2 else None
+        for caption, item in zip(encoded.captions, encoded.items, strict=True)
+        if caption
+    }
+    captions = sorted(sizes)
     order = noise.permutation(len(captions), 0, "preview", 0).tolist() if captions else []
-    return [captions[index] for index in order[:SHOWN]]
+    return {captions[index]: sizes[captions[index]] for index in order[:SHOWN]}
 
 
 class Preview:
@@ -71,10 +80,13 @@ class Preview:
     def _draw(self, group: Group, seeds: list[int], step: int) -> list[str]:
         """Draw and write this process's share; the names of all files, in the run's folder."""
         sample, mine = self.recipe.sample, parallel.current().dealt(len(seeds))
-        pictures = self.model.generate(
-            prompt=[group.prompts[index] for index in mine],
+        sizes = group.sizes or (None,) * len(seeds)
+        pictures = in_sizes(
+            self.model,
+            [group.prompts[index] for index in mine],
+            [seeds[index] for index in mine],
+            [sizes[index] for index in mine],
             negative=sample.negative or None,
-            seed=[seeds[index] for index in mine],
         )
         kind = "webp" if is_clip(pictures[0]) else "png"
         fps = float(self.model.info.get("fps", DEFAULT_FPS))
