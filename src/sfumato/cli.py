@@ -149,6 +149,21 @@ def generate(
     seed: Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")] = 0,
     steps: Steps = None,
     guidance: Guidance = None,
+    guidance_form: Annotated[str, typer.Option(metavar="NAME", help="cfg, cfg-zero-star or apg.")] = "cfg",
+    guidance_rescale: Annotated[
+        float, typer.Option(metavar="X", help="Share of the contrast guidance added that is taken back.")
+    ] = 0.0,
+    guidance_interval: Annotated[
+        Optional[tuple[float, float]],  # noqa: UP045
+        typer.Option(metavar="LOW HIGH", help="Guide only while noise/signal lies between these."),
+    ] = None,
+    guidance_perturbed: Annotated[
+        float, typer.Option(metavar="X", help="Also lean away from the model with disturbed attention.")
+    ] = 0.0,
+    guidance_by: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="RUN_OR_MODEL", help="Lean away from this weaker model (autoguidance)."),
+    ] = None,
     solver: Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")] = "",
     width: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
     height: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
@@ -177,6 +192,11 @@ def generate(
         "seed": seed,
         "steps": steps,
         "guidance": guidance,
+        "guidance_form": "" if guidance_form == "cfg" else guidance_form,
+        "guidance_rescale": guidance_rescale,
+        "guidance_interval": guidance_interval,
+        "guidance_perturbed": guidance_perturbed,
+        "guidance_by": guidance_by,
         "solver": solver,
         "frames": frames,
         **size,

@@ -43,6 +43,9 @@ def generate(
     options: dict[str, Any] = {
         name: value for name, value in wanted.items() if value not in (None, "", 0) or name == "seed"
     }
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    if "guidance_by" in options:
+        options["guidance_by"] = load(options["guidance_by"], device=str(resolve(device)))
     with progress() as shown:
         drawn = model.generate(
             prompt=asked, watch=lambda done, total: shown(done, total, "drawing"), **options
@@ -50,7 +53,7 @@ def generate(
     listed = []
     for index, (prompt, one) in enumerate(zip(asked, drawn, strict=True)):
         seed = wanted["seed"] + index
-        said = {"prompt": prompt, **options, "seed": seed, "model": folder.name}
+        said = {"prompt": prompt, **told, "seed": seed, "model": folder.name}
         place = out / f"{index:03d}-{slug(prompt)}-{seed}"
         listed.append({**keep(one, place, kinds, said, fps), "prompt": prompt, "seed": seed})
     sheet, page = out / "sheet.png", out / "index.html"

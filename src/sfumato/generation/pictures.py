@@ -23,6 +23,7 @@ from sfumato.theory import times as sampling_times
 
 from . import guiding as showing
 from .guiding import Guiding
+from .leaning import AS_USUAL, Leaning, marked
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SIDE = 20, 3.0, 64
@@ -122,7 +123,9 @@ class PaintingModel(Model):
             options: pictures that guide (one for all or one for each prompt): `control` with control_weight,
                 control_start, control_end (lists where there are several ControlNets), `reference` with
                 reference_scale, `init` with strength and `mask` (white is repainted), `image` (to be edited,
-                or a list for each); further arguments of the conditioner, by the pipeline's names.
+                or a list for each); guidance_form, guidance_rescale, guidance_interval, guidance_perturbed,
+                guidance_by as `Leaning` explains them; further arguments of the conditioner, by the
+                pipeline's names.
         Returns:
             PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
         Raises:
@@ -131,6 +134,7 @@ class PaintingModel(Model):
         prompt = [str(label) for label in options.pop("labels")] if "labels" in options else prompt
         shown = {name: options.pop(name) for name in self.conditioner.sees if options.get(name) is not None}
         knobs = {name: options.pop(name, usual) for name, usual in self.denoiser.knobs.items()}
+        how = Leaning.taken(options)
         todo = wishes(prompt, negative, seed, shown)
         if shown and height is None and width is None and self.sampling is not None:
             height, width = self.sampling.size(next(iter(todo[0].shown.values()))) or (None, None)
@@ -158,9 +162,8 @@ class PaintingModel(Model):
             given = options | self.seen(some, shape)
             shown_now = shows.part(slice(first, first + len(some)))
             prompted = self.condition([wish.prompt for wish in some], **given)
-            denoise = self.guided(
-                prompted, some, guidance, given, knobs, shown_now, self.clocked(grid, steps)
-            )
+            clock = self.clocked(grid, steps)
+            denoise = self.guided(prompted, some, guidance, given, knobs, shown_now, clock, how)
             if most is not None:
                 denoise = within(denoise, self.theory, most)
             with torch.no_grad():
@@ -243,38 +246,58 @@ class PaintingModel(Model):
         knobs: Mapping[str, Any],
         shows: Guiding,
         times: Sequence[float],
+        how: Leaning = AS_USUAL,
     ) -> Denoise:
         """The denoiser of these wishes: leaning away from the weaker answer unless guidance is 1.
 
         `shows` holds the pictures that guide, `times` those at which steps begin and the last one ends.
 
         Raises:
-            Refused: a negative that this network would not hear.
+            Refused: a negative that this network would not hear, a form of guidance that would not act.
         """
         away = [wish.negative for wish in todo]
         asked = any(text is not None for text in away)
         most = self.denoiser.scale(guidance, self.theory.t_noise, knobs)
-        if not len(prompted) or not self.denoiser.leans(most, asked):
-            if asked and "true_cfg_scale" in knobs:
-                raise Refused(
-                    "This model hears its guidance and does not lean away from a negative by itself: "
-                    "leave the negative out, or give true_cfg_scale above 1 with it."
-                )
-            strong = self.denoiser.told(shows.beside(prompted), guidance).to(self.device, self.dtype)
-            return lambda x_t, t: self.predict(x_t, t, shows.now(strong, t, times))
-        with torch.no_grad():
-            weak = shows.beside(self.conditioner.away(away, **options), is_weak=True)
-        joined = Condition.join(shows.beside(prompted).to(self.device), weak.to(self.device))
-        both = self.denoiser.told(joined, guidance).to(self.device, self.dtype)
+        leans = bool(len(prompted)) and self.denoiser.leans(most, asked)
+        if asked and not leans and "true_cfg_scale" in knobs:
+            raise Refused(
+                "This model hears its guidance and does not lean away from a negative by itself: "
+                "leave the negative out, or give true_cfg_scale above 1 with it."
+            )
+        how.fits(self.denoiser, leans, asked)
 
-        def leaning(strong: Denoise, weak: Denoise) -> Denoise:
+        def asked_of(*conditions: Condition) -> Denoise:
+            joined = conditions[0] if len(conditions) == 1 else Condition.join(*conditions)
+            told = self.denoiser.told(joined, guidance).to(self.device, self.dtype)
+            return lambda x_t, t: self.predict(x_t, t, shows.now(told, t, times))
+
+        answers = [shows.beside(prompted).to(self.device)]
+        alone = asked_of(*answers)
+        if not leans and not how.perturbed:
+            return alone
+        given = how.weaker(self, [wish.prompt for wish in todo], options)
+        if leans and given is None:
+            with torch.no_grad():
+                weak = shows.beside(self.conditioner.away(away, **options), is_weak=True)
+            answers.append(weak.to(self.device))
+        if how.perturbed:
+            answers = [*(marked(one, False) for one in answers), marked(answers[0], True)]
+
+        def usual(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
             def answer(x_t: Tensor, t: Tensor) -> Tensor:
-                scale = self.denoiser.scale(guidance, float(t.flatten()[0]), knobs) if knobs else guidance
-                return self.denoiser.lean(strong(x_t, t), weak(x_t, t), scale)
+                now = self.denoiser.scale(scale, float(t.flatten()[0]), knobs) if knobs else scale
+                return self.denoiser.lean(strong(x_t, t), weak(x_t, t), now)
 
             return answer
 
-        return guiding.together(lambda x_t, t: self.predict(x_t, t, shows.now(both, t, times)), leaning)
+        def form(strong: Denoise, *others: Denoise) -> Denoise:
+            weak = others[0] if leans and given is None else given
+            return how.around(self.theory, guidance, usual, strong, weak, others[-1] if others else strong)
+
+        guided = guiding.together(asked_of(*answers), form, len(answers))
+        if how.interval is None:
+            return guided
+        return guiding.within(alone, guided, self.theory, *how.interval)
 
     def clocked(self, grid: Any, steps: int) -> list[float]:
         """The times at which steps begin, and the end; without a grid, as if they were even in time."""
@@ -331,5 +354,5 @@ def painting(model: Model, denoiser: Any = None) -> PaintingModel:
     painter = PaintingModel(
         model.theory, model.codec, model.conditioner, denoiser or model.denoiser, model.info
     )
-    painter.origin, painter.sampling = model.origin, model.sampling
+    painter.origin, painter.sampling, painter.trained = model.origin, model.sampling, model.trained
     return painter

@@ -125,9 +125,14 @@ class Block(nn.Module):
         mask: Tensor | None,
         angles: tuple[Tensor, Tensor],
         frames: int,
+        perturbed: Tensor | None = None,
     ) -> Tensor:
-        """x [B, N, D] looks at itself and at text [B, L, D] where mask [B, L] allows."""
+        """x [B, N, D] looks at itself and at text [B, L, D] where mask [B, L] allows.
+
+        Where perturbed [B] is true each token sees itself alone (arXiv:2403.17377).
+        """
         q, k, v = self.split(self.qkv(x), 3)
+        own = v
         q, k = turn(self.q_norm(q), *angles), turn(self.k_norm(k), *angles)
         q, k, v = (self.gather(one, frames) for one in (q, k, v))
         groups = len(q) // len(x)
@@ -141,7 +146,10 @@ class Block(nn.Module):
                 mask = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
                 mask = mask.repeat_interleave(groups, 0) if groups > 1 else mask
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(self.scatter(seen, frames, len(x)).transpose(1, 2).flatten(2))
+        seen = self.scatter(seen, frames, len(x))
+        if perturbed is not None:
+            seen = torch.where(perturbed.view(-1, 1, 1, 1), own, seen)
+        return self.out(seen.transpose(1, 2).flatten(2))
 
     def gather(self, x: Tensor, frames: int) -> Tensor:
         """[B, heads, F·n, d] → those that look at each other: [B·F, …, n, d] or [B·n, …, F, d]."""
@@ -166,10 +174,11 @@ class Block(nn.Module):
         mask: Tensor | None,
         angles: tuple[Tensor, Tensor],
         frames: int = 1,
+        perturbed: Tensor | None = None,
     ) -> Tensor:
         """x [B, N, D], time [B, D] or of each frame [B, F, D] → [B, N, D]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, dim=-1)
-        seen = self.attend(modulate(x, shift_a, scale_a), text, mask, angles, frames)
+        seen = self.attend(modulate(x, shift_a, scale_a), text, mask, angles, frames, perturbed)
         x = torch.addcmul(x, along(gate_a, x), seen)
         hidden = F.relu(self.up(modulate(x, shift_m, scale_m))).square()
         return torch.addcmul(x, along(gate_m, x), self.down(hidden))
@@ -192,6 +201,7 @@ class DiT(Denoiser):
 
     kind = "dit"
     lora_targets = ("qkv", "text_kv", "out", "up", "down")
+    perturbs = True
 
     def __init__(
         self,
@@ -282,8 +292,11 @@ class DiT(Denoiser):
         time, angles = self.heard(clock, condition), self.angles(frames, rows, columns, x.device)
         text = self.text(condition["tokens"]) if "tokens" in condition else None
         mask = condition["mask"] if text is not None and "mask" in condition else None
-        for block in self.blocks:
-            tokens = block(tokens, time, text, mask, angles, frames)
+        perturbed = condition.get("perturbed")
+        middle = ((len(self.blocks) - 1) // 2, len(self.blocks) // 2)
+        for index, block in enumerate(self.blocks):
+            alone = perturbed if index in middle else None
+            tokens = block(tokens, time, text, mask, angles, frames, alone)
         shift, scale = self.last_modulation(time).chunk(2, dim=-1)
         out = self.leave(modulate(tokens, shift, scale)).unflatten(1, (frames, -1)).flatten(0, 1)
         out = F.pixel_shuffle(out.transpose(1, 2).unflatten(-1, (rows, columns)), self.patch)

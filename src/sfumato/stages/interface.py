@@ -7,6 +7,7 @@ prompts → conditioner → condition     (frozen, once, offline)
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from hashlib import sha256
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import Refused
-from sfumato.theory import Theory
+from sfumato.theory import Theory, translate
 
 RAGGED = {"tokens": "mask"}
 """Tensors whose second axis differs from sample to sample, and the mask that says which entries count."""
@@ -219,6 +220,10 @@ class Denoiser(Stage):
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x [B, C, ...] scaled by the theory's input_scale, clock [B] → out [B, C, ...]."""
 
+    perturbs = False
+    """Whether a condition's `perturbed` [B] (bool) disturbs the attention of these samples."""
+    leans_its_own_way = False
+    """Whether `lean` is more than classifier-free guidance."""
     knobs: Mapping[str, float | None] = {}
     """Further numbers that guide, with their defaults."""
 
@@ -263,6 +268,18 @@ class Model:
         """The diffusers pipeline it came from, if any."""
         self.sampling: Any = None
         """How that pipeline samples: `.times(steps, shape)` and `.solver`."""
+        self.trained: Theory | None = None
+        """The theory the network itself speaks, where it is asked under another."""
+
+    def under(self, theory: Theory) -> Self:
+        """This model, drawing and trained under another theory; stages and weights are shared, not copied.
+
+        Exact, with gradients: each question is put to the network in the theory it speaks, and its answer
+        translated. What is saved is that network in its own theory, whatever it was fine-tuned under.
+        """
+        other = copy(self)
+        other.theory, other.trained, other.sampling = theory, self.trained or self.theory, None
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -311,12 +328,20 @@ class Model:
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
+        if self.trained is None:
+            return self._answer(self.theory, x_t, t, condition)
+        trained = self.trained
+        ask = translate(lambda x, there: self._answer(trained, x, there, condition), trained, self.theory)
+        return ask(x_t, torch.as_tensor(t, dtype=torch.float64, device=x_t.device))
+
+    def _answer(self, theory: Theory, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
+        """The network's own answer, in the theory it speaks."""
         times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
         times = times.expand(len(x_t)) if times.ndim < 2 else times
-        scale = self.theory.input_scale(times).to(x_t.dtype)
+        scale = theory.input_scale(times).to(x_t.dtype)
         places = (-1, 1, times.shape[1]) if times.ndim == 2 else (-1, 1)
         scale = scale.view(*places, *[1] * (x_t.ndim - len(places)))
-        return self.denoiser(x_t * scale, self.theory.clock(times).to(x_t.dtype), condition)
+        return self.denoiser(x_t * scale, theory.clock(times).to(x_t.dtype), condition)
 
     def save(self, folder: Any) -> None:
         """Write everything into one folder of safetensors and JSON, all or nothing."""

@@ -283,8 +283,8 @@ class PretrainedDenoiser(Denoiser):
     def __init__(self, family: Family, network: nn.Module):
         super().__init__()
         self.family, self.network, self.knobs = family, network, family.knobs
-
         self.lora_targets, self.framing = family.lora_targets, family.framing
+        self.leans_its_own_way = type(family).lean is not Family.lean or bool(family.knobs)
 
     def train(self, mode: bool = True) -> Self:
         """As any network; but classes are dropped by whoever trains, so the network must not drop its own."""

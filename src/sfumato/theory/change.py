@@ -27,10 +27,10 @@ def translate(denoise: Denoise, trained: Theory, to: Theory) -> Denoise:
     """
 
     def answer(x_t: Tensor, t: Moment) -> Tensor:
-        moment = exact(t)
+        moment = to.within(exact(t))
         there, ratio, ask, keep = translation(trained, to, moment)
         told = there.to(x_t.dtype if x_t.dtype == torch.float64 else torch.float32).to(x_t.device)
-        out = denoise(spread(ratio, x_t) * x_t, told.expand(len(x_t)))
+        out = denoise(spread(ratio, x_t) * x_t, told.expand(len(x_t)) if told.ndim < 2 else told)
         return spread(ask, x_t) * out + spread(keep, x_t) * x_t
 
     return answer

@@ -280,13 +280,17 @@ class Theory:
                 f"Time of shape {tuple(t.shape)} does not fit x of shape {tuple(x.shape)}: "
                 f"give one time, or one per sample."
             )
-        if t.device.type == "cpu":  # elsewhere the check would wait for the device
-            self.within(t)
-        return t
+        return self.within(t)
 
-    def within(self, t: Tensor) -> None:
-        """Refuse times that the theory does not have; float32's rounding of an end is let through."""
+    def within(self, t: Tensor) -> Tensor:
+        """t, where float32 rounded an end outwards at the end itself.
+
+        Raises:
+            Refused: times that the theory does not have. (On a GPU that check would wait for it: not there.)
+        """
         low, high = sorted((self.t_data, self.t_noise))
+        if t.device.type != "cpu":
+            return t.clamp(low, high)
         slack = 1e-6 * (high - low)
         outside = ~((t >= low - slack) & (t <= high + slack))
         if bool(outside.any()):
@@ -294,6 +298,7 @@ class Theory:
             trained = " A trained step n of N is t = (n + 1)/N." if high == 1 and where > 1 else ""
             ends = f"whose times lie between {low:g} and {high:g}."
             raise Refused(f'Time {where:g} is outside "{self.name}", {ends}{trained}')
+        return t.clamp(low, high)
 
     def _same(self, one: Tensor, other: Tensor, name: str, other_name: str) -> None:
         for x, called in ((one, name), (other, other_name)):

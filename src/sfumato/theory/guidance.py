@@ -7,6 +7,7 @@ refinements below are written for x_0 or for velocity, so they take the theory, 
 write the result back.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,8 +17,10 @@ from ..errors import Refused
 from .definition import Theory, exact, spread
 from .shapes import Denoise
 
-Doubled = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [2B, …], t [2B]) → out [2B, …]: rows 0 … B − 1 prompted, B … 2B − 1 weaker."""
+Stacked = Callable[[Tensor, Tensor], Tensor]
+"""(x_t [2B, …], t [2B]) → out [2B, …]: rows 0 … B − 1 prompted, B … 2B − 1 weaker, or more."""
+Form = Callable[[Denoise, Denoise, float], Denoise]
+"""(strong, weak, scale) → the guided network."""
 
 
 def guide(strong: Tensor, weak: Tensor, scale: float) -> Tensor:
@@ -52,35 +55,59 @@ def perturbed_attention(strong: Denoise, disturbed: Denoise, scale: float) -> De
     return classifier_free(strong, disturbed, 1 + scale)
 
 
-def batched(both: Doubled, scale: float) -> Denoise:
+def batched(both: Stacked, scale: float) -> Denoise:
     """Classifier-free guidance in one call of a doubled batch."""
     return together(both, lambda strong, weak: classifier_free(strong, weak, scale))
 
 
-def together(both: Doubled, form: Callable[[Denoise, Denoise], Denoise]) -> Denoise:
-    """Any form with both answers from one call: together(both, lambda s, w: rescaled(s, w, …))."""
+def together(every: Stacked, form: Callable[..., Denoise], answers: int = 2) -> Denoise:
+    """Any form with all its answers from one call: together(both, lambda s, w: rescaled(s, w, …))."""
+
+    heard: list[Tensor] = []
+    formed = form(*(_heard(heard, index) for index in range(answers)))  # once: a form may remember
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        out = both(torch.cat([x_t, x_t]), torch.cat([t, t]))
-        if len(out) != 2 * len(x_t):
-            raise Refused(f"A doubled batch of {2 * len(x_t)} was answered with {len(out)} rows; answer all.")
-        strong, weak = out.chunk(2)
-        return form(lambda x_t, t: strong, lambda x_t, t: weak)(x_t, t)
+        t = t.expand(len(x_t)) if t.ndim == 0 else t
+        out = every(torch.cat([x_t] * answers), torch.cat([t] * answers))
+        if len(out) != answers * len(x_t):
+            raise Refused(f"A batch of {answers} × {len(x_t)} was answered with {len(out)} rows; answer all.")
+        heard[:] = out.chunk(answers)
+        return formed(x_t, t)
 
     return denoise
 
 
-def rescaled(strong: Denoise, weak: Denoise, scale: float, theory: Theory, share: float = 0.7) -> Denoise:
+def _heard(heard: list[Tensor], index: int) -> Denoise:
+    return lambda x_t, t: heard[index]
+
+
+def also(leaning: Denoise, strong: Denoise, third: Denoise, scale: float) -> Denoise:
+    """leaning + scale · (strong − third): guidance of any form, pushed away from one more weaker answer."""
+    return lambda x_t, t: leaning(x_t, t) + scale * (strong(x_t, t) - third(x_t, t))
+
+
+def rescaled(
+    strong: Denoise,
+    weak: Denoise,
+    scale: float,
+    theory: Theory,
+    share: float = 0.7,
+    form: Form = classifier_free,
+) -> Denoise:
     """Guidance whose x_0 is given the standard deviation of the prompted one, by `share`.
 
-    Strong guidance over-exposes; this takes the excess back.
+    Strong guidance over-exposes; this takes the excess back, of any `form`.
     Source: Lin et al. 2023, arXiv:2305.08891, section 3.4.
     """
+    return deviating_as(strong, form(strong, weak, scale), theory, share)
+
+
+def deviating_as(strong: Denoise, leaning: Denoise, theory: Theory, share: float = 0.7) -> Denoise:
+    """`leaning`, whose x_0 is given the standard deviation of `strong`'s by `share`: see `rescaled`."""
     _share("share", share)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        prompted, weaker = _data(theory, x_t, strong(x_t, t), t), _data(theory, x_t, weak(x_t, t), t)
-        guided = guide(prompted, weaker, scale)
+        prompted, guided = (_data(theory, x_t, net(x_t, t), t) for net in (strong, leaning))
         ratio = _deviation(prompted) / _deviation(guided).clamp(min=1e-12)
         return _answer(theory, x_t, guided * (share * ratio + 1 - share), t)
 
@@ -95,16 +122,22 @@ def interval(
     Outside, a time shared by the whole batch costs one call.
     Source: Kynkäänniemi et al. 2024, arXiv:2404.07724.
     """
+    return within(strong, classifier_free(strong, weak, scale), theory, low, high)
+
+
+def within(strong: Denoise, leaning: Denoise, theory: Theory, low: float = 0.2, high: float = 5.0) -> Denoise:
+    """`leaning` where s/a lies between `low` and `high`, `strong` elsewhere: an interval of any form."""
     if not 0 <= low < high:
         raise Refused(f"low {low:g} and high {high:g} must satisfy 0 ≤ low < high.")
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         a, s = theory.data(exact(t))
-        inside = (s >= low * a) & (s <= high * a)
-        out = strong(x_t, t)
+        inside = (s >= low * a) & (s <= high * a if math.isfinite(high) else s >= 0)
+        if bool(inside.all()):
+            return leaning(x_t, t)
         if not bool(inside.any()):
-            return out
-        return torch.lerp(weak(x_t, t), out, spread(1 + (scale - 1) * inside.double(), x_t))
+            return strong(x_t, t)
+        return torch.where(spread(inside, x_t).bool(), leaning(x_t, t), strong(x_t, t))
 
     return denoise
 

@@ -245,7 +245,7 @@ def _tell(
 
 def theory_of(recipe: Recipe) -> None:
     """Refuse a theory that is unknown, or singular where training asks it, before anything is computed."""
-    if recipe.model.base != "scratch":
+    if recipe.model.base != "scratch" and not recipe.model.theory:
         return
     theory = stages.new_theory(recipe.model.theory)
     found = theory.check()

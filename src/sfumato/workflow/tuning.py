@@ -35,12 +35,9 @@ def base_of(recipe: Recipe) -> PaintingModel | None:
     kept = Path(recipe.output) / "model"
     begun = (kept / "model.json").is_file() or (kept / INDEX).is_file()
     base = load(kept if begun else recipe.model.base)
-    own = base.info.get("theory", "")
-    if recipe.model.theory and recipe.model.theory != own:
-        raise Refused(
-            f'model.theory is "{recipe.model.theory}", but {recipe.model.base} was trained in "{own}". '
-            "Leave model.theory out to go on in the base's own."
-        )
+    word = recipe.model.theory
+    if word and word not in (base.info.get("theory"), base.theory.name):
+        base = base.under(stages.new_theory(word))  # asked and trained under another, translated exactly
     if adapters.names(adapters.body(base.denoiser)):
         adapters.merge(adapters.body(base.denoiser))
     plan = plan_of(recipe)
