@@ -26,8 +26,7 @@ def base_of(recipe: Recipe) -> PaintingModel | None:
     A run that has begun goes on from the copy it kept, whatever became of the base since.
 
     Raises:
-        Refused: a key that has no effect, a rank or target that matches nothing, a theory that is not the
-            base's.
+        Refused: a key that has no effect, a rank or target that matches nothing.
     """
     check_keys(recipe)
     if recipe.model.base == "scratch":
