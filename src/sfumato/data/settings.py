@@ -13,9 +13,9 @@ class DataSettings:
 
     train: str | tuple[str, ...] = key(
         "",
-        "folder of captioned pictures, or an embedded set: openmoji, openmoji-all, shapes; or a list of them",
+        "folder of captioned pictures or clips, or a set: openmoji, openmoji-all, shapes, moving-shapes; or a list",
         path=True,
-        words=("openmoji", "openmoji-all", "shapes"),
+        words=("openmoji", "openmoji-all", "shapes", "moving-shapes"),
         many=True,
     )
     weights: tuple[float, ...] = key(

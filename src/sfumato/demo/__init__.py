@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TASKS = {"text": ("openmoji", "openmoji-all", "shapes")}
+TASKS = {"text": ("openmoji", "openmoji-all", "shapes"), "video": ("moving-shapes",)}
 """Task → the embedded sets it can be shown on, its own first. `demo/<task>.py` holds its `TASK`."""
 
 

@@ -29,7 +29,8 @@ class Plan:
     """How a data set's minutes are spent.
 
     minutes: in all; codec: share of them for the codec; rest: seconds for all that is not training;
-    fewest, most: steps of the denoiser, and fewest_codec, most_codec of the codec; side: of its pictures.
+    fewest, most: steps of the denoiser, and fewest_codec, most_codec of the codec; side: of its pictures;
+    frames: of its clips, 0 for pictures.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class Plan:
     fewest_codec: int
     most_codec: int
     side: int
+    frames: int = 0
 
 
 def planned(plan: Plan, data: str, out: Path, minutes: float | None, device: str) -> Recipe:
@@ -48,7 +50,7 @@ def planned(plan: Plan, data: str, out: Path, minutes: float | None, device: str
     minutes = minutes or plan.minutes
     model = plan.recipe.model
     where = devices.resolve(device)
-    codec_step, step = time_steps(model, plan.recipe.train, plan.side, where)
+    codec_step, step = time_steps(model, plan.recipe.train, plan.side, where, plan.frames)
     for_codec = 60 * minutes * plan.codec
     for_training = 60 * minutes - for_codec - plan.rest
     codec_steps = _between(plan.fewest_codec, for_codec / codec_step, plan.most_codec)
@@ -57,7 +59,7 @@ def planned(plan: Plan, data: str, out: Path, minutes: float | None, device: str
         plan.recipe,
         output=str(out),
         model=replace(model, codec_steps=codec_steps),
-        data=DataSettings(train=data, resolution=plan.side, store=str(out / "store")),
+        data=DataSettings(train=data, resolution=plan.side, frames=plan.frames, store=str(out / "store")),
         train=replace(plan.recipe.train, steps=steps, device=device),
         sample=replace(plan.recipe.sample, every=-(-steps // 4)),
     )
@@ -68,13 +70,14 @@ def _between(fewest: int, wanted: float, most: int) -> int:
 
 
 def time_steps(
-    model: ModelSettings, settings: TrainSettings, side: int, where: torch.device
+    model: ModelSettings, settings: TrainSettings, side: int, where: torch.device, frames: int = 0
 ) -> tuple[float, float]:
     """Seconds that a step of the codec and one of the denoiser take here, measured on noise."""
-    codec = stages.new_codec(model)
+    codec = stages.new_codec(model, clips=bool(frames))
     assert isinstance(codec, stages.TrainableCodec)
-    pixels = noise.normal((3, side, side), 0, range(model.codec_batch)).clamp(-1, 1).to(where)
-    shape = (model.latent_channels, side // model.stride, side // model.stride)
+    size = (3, frames, side, side) if frames else (3, side, side)
+    pixels = noise.normal(size, 0, range(model.codec_batch)).clamp(-1, 1).to(where)
+    shape = codec.latent_shape(side, side, frames or 1)
     drawn = noise.normal(shape, 0, range(model.codec_batch)).to(where)
 
     def codec_loss() -> Tensor:
@@ -85,7 +88,7 @@ def time_steps(
     words = {"tokens": torch.zeros(8, widths[0]), "pooled": torch.zeros(widths[1])}
     condition = Condition.stack([words] * settings.batch).to(where)
     theory = stages.new_theory(model.theory)
-    denoiser = new_denoiser(model, theory, codec, widths)
+    denoiser = new_denoiser(model, theory, codec, widths, frames=codec.latent_frames(frames) if frames else 0)
     x = noise.normal(shape, 0, range(settings.batch)).to(where)
     clock = torch.full((settings.batch,), 500.0, device=where)
     cast = devices.autocast(devices.effective_precision(settings.precision, where), where)

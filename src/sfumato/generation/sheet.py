@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-PAPER, INK = (255, 255, 255), (60, 60, 66)
+PAPER, INK, GAP = (255, 255, 255), (60, 60, 66), (214, 214, 220)
 MARGIN, LINE, LETTERS = 10, 15, 0.155
 
 
@@ -56,7 +56,7 @@ def strip(clip: np.ndarray, frames: int = 8, side: int = 96) -> Image.Image:
     shown = [Image.fromarray(clip[round(i * (len(clip) - 1) / max(1, count - 1))]) for i in range(count)]
     scale = side / max(shown[0].size)
     size = round(shown[0].width * scale), round(shown[0].height * scale)
-    paper = Image.new("RGB", (count * (size[0] + 2) - 2, size[1]), PAPER)
+    paper = Image.new("RGB", (count * (size[0] + 2) - 2, size[1]), GAP)
     for index, frame in enumerate(shown):
         paper.paste(frame.resize(size, Image.Resampling.LANCZOS), (index * (size[0] + 2), 0))
     return paper

@@ -54,7 +54,7 @@ class ClipCodec(ResidualCodec):
     """
 
     kind = "clip"
-    reach = (9, 2)
+    reach, of_clips = (9, 2), True
 
     def __init__(self, stride: int = 8, latent_channels: int = 24, width: int = 32, time_stride: int = 2):
         if time_stride < 1:
@@ -125,7 +125,7 @@ class FramewiseCodec(Codec):
         inner: the codec, or the {"kind", "config"} of one.
     """
 
-    kind = "framewise"
+    kind, of_clips = "framewise", True
 
     def __init__(self, inner: Codec | dict[str, Any]):
         super().__init__()

@@ -116,6 +116,8 @@ class Codec(Stage):
 
     stride: int
     latent_channels: int
+    of_clips = False
+    """Whether latents have frames: [B, C, K, h, w]."""
     time_stride: int = 1
     """Frames of a clip that share a latent, the first frame having one of its own."""
     reach: tuple[int, int] | None = None

@@ -53,6 +53,7 @@ class PretrainedCodec(Codec):
         self.network: Any = network
         self.stride, self.time_stride, self.grain = stride, time_stride, grain
         self.video, self.patch = video, patch
+        self.of_clips = video
         self.latent_channels = len(shift)
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)

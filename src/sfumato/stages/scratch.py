@@ -12,6 +12,7 @@ from sfumato import own
 from sfumato.errors import Refused
 from sfumato.theory import Theory, get
 
+from .clips import ClipCodec, FramewiseCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
 from .interface import Codec, Conditioner, Denoiser, Model, Stage, TrainableCodec
@@ -62,11 +63,30 @@ def new_conditioner(settings: ModelSettings) -> Conditioner:
     )
 
 
-def new_codec(settings: ModelSettings, seed: int = 0) -> Codec:
+def new_codec(settings: ModelSettings, seed: int = 0, clips: bool = False) -> Codec:
     """The codec `model.codec` names; a TrainableCodec from "auto", "kl" or "tiny" has yet to be trained.
 
-    A folder is that of a stage saved by sfumato, or of diffusers' AutoencoderKL or AutoencoderTiny.
+    A folder is that of a stage saved by sfumato, or of an autoencoder of diffusers. For `clips`, a codec of
+    pictures takes them frame by frame.
+
+    Raises:
+        Refused: a codec that cannot be trained on clips.
     """
+    if not clips:
+        return _new_codec(settings, seed)
+    if settings.codec == "auto":
+        shape = settings.stride, settings.latent_channels, settings.codec_width, settings.time_stride
+        return seeded(seed, lambda: ClipCodec(*shape))
+    if settings.codec in ("kl", "tiny"):
+        raise Refused(
+            f'model.codec = "{settings.codec}" is trained on pictures, but data.frames asks for clips. Take '
+            "auto; or train it in a run without data.frames and name that run's model/codec."
+        )
+    codec = _new_codec(settings, seed)
+    return codec if codec.of_clips else FramewiseCodec(codec)
+
+
+def _new_codec(settings: ModelSettings, seed: int) -> Codec:
     word, stride, channels = settings.codec, settings.stride, settings.latent_channels
     if own.is_own(word):
         return own_stage(word, Codec)
@@ -95,9 +115,18 @@ def clock_range(theory: Theory) -> tuple[float, float]:
 
 
 def new_denoiser(
-    settings: ModelSettings, theory: Theory, codec: Codec, widths: tuple[int, int], seed: int = 0
+    settings: ModelSettings,
+    theory: Theory,
+    codec: Codec,
+    widths: tuple[int, int],
+    seed: int = 0,
+    frames: int = 0,
 ) -> Denoiser:
-    """The network `model.denoiser` names, its weights drawn from `seed`."""
+    """The network `model.denoiser` names, its weights drawn from `seed`; for clips of so many latent frames.
+
+    Raises:
+        Refused: a network of pictures for a codec of clips.
+    """
     shared: dict[str, Any] = {
         "channels": codec.latent_channels,
         "width": settings.width,
@@ -109,9 +138,13 @@ def new_denoiser(
     }
     if own.is_own(settings.denoiser):
         return seeded(seed, lambda: own_stage(settings.denoiser, Denoiser, **shared))
+    frames = frames or int(codec.of_clips)
     if settings.denoiser == "unet":
+        if frames:
+            raise Refused('model.denoiser = "unet" draws pictures, not clips. Take "dit" for clips.')
         return seeded(seed, lambda: UNet(**shared))
-    return seeded(seed, lambda: DiT(**shared, patch=settings.patch))
+    clips = {"frames": frames, "attention": settings.attention} if frames else {}
+    return seeded(seed, lambda: DiT(**shared, patch=settings.patch, **clips))
 
 
 def check_latents(settings: ModelSettings, codec: Codec, width: int, height: int) -> None:
@@ -128,12 +161,15 @@ def check_latents(settings: ModelSettings, codec: Codec, width: int, height: int
         )
 
 
-def build(settings: ModelSettings, codec: Codec, conditioner: Conditioner, seed: int = 0) -> Model:
-    """A model from scratch around stages that are ready."""
+def build(
+    settings: ModelSettings, codec: Codec, conditioner: Conditioner, seed: int = 0, frames: int = 0
+) -> Model:
+    """A model from scratch around stages that are ready; `frames` of its clips, 0 for pictures."""
     theory = new_theory(settings.theory)
     width = int(getattr(conditioner, "width", 0))
     widths = width, int(getattr(conditioner, "pooled_width", width))
-    denoiser = new_denoiser(settings, theory, codec, widths, seed)
+    latent_frames = codec.latent_frames(frames) if frames else 0
+    denoiser = new_denoiser(settings, theory, codec, widths, seed, latent_frames)
     model = Model(theory, codec, conditioner, denoiser)
     model.info["theory"] = settings.theory or DEFAULT_THEORY
     return model

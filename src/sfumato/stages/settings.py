@@ -49,7 +49,13 @@ class ModelSettings:
     depth: int = key(8, "scratch only: blocks of the denoiser", least=1)
     heads: int = key(4, "scratch only: attention heads", least=1)
     patch: int = key(1, "scratch only: the DiT joins patch x patch latents into one token", least=1)
+    attention: str = key(
+        "full",
+        "dit on clips: over all frames, or factorised: over space, then over time",
+        choices=("full", "factorised"),
+    )
     stride: int = key(8, "codec auto: pixels a side that become one latent", least=1)
+    time_stride: int = key(2, "codec auto on clips: frames that become one latent, after the first", least=1)
     latent_channels: int = key(16, "codec auto: channels of a latent", least=1)
     codec_width: int = key(32, "codec auto: channels of its first level", least=4)
     codec_steps: int = key(1500, "codec auto: steps its training takes", least=1)

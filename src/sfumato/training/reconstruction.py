@@ -5,6 +5,7 @@
 The gradients at scales 1, 2, 4 ask for edges where they were; an L1 alone would blur them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -31,7 +32,7 @@ class Pictures(Protocol):
     def names(self) -> Sequence[str]: ...
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """The pictures [b, 3, H, W], uint8, or float in [-1, 1]."""
+        """The pictures [b, 3, H, W], or clips [b, 3, F, H, W], uint8, or float in [-1, 1]."""
         ...
 
 
@@ -77,13 +78,13 @@ class ReconstructionObjective:
         pixels = to_pixels(pictures.to(next(self.codec.parameters()).device, non_blocking=True))
         if self.flip:
             mirrored = noise.uniform(self.seed, ids, step=step, purpose="flip").to(pixels.device) < 0.5
-            pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-        stride, channels = self.codec.stride, self.codec.latent_channels
-        shape = (channels, pixels.shape[-2] // stride, pixels.shape[-1] // stride)
+            pixels = torch.where(mirrored.view(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
+        frames, height, width = (1, *pixels.shape[2:])[-3:]
+        shape = self.codec.latent_shape(width, height, frames)
         drawn = noise.normal(shape, self.seed, ids, step=step, purpose="codec", device=pixels.device)
         again, kl = self.codec.reconstruct(pixels, drawn)
         error = reconstruction_error(again.float(), pixels, self.edges)
-        per_number = kl.float() / (shape[0] * shape[1] * shape[2])
+        per_number = kl.float() / math.prod(shape)
         return Losses(error + self.kl * per_number, ids, len(self.order.at(step)[0]))
 
 
@@ -98,6 +99,10 @@ def reconstruction_error(again: Tensor, pixels: Tensor, edges: float = 1.0) -> T
     error = difference.abs().flatten(1).mean(1)
     if not edges:
         return error
+    if pixels.ndim == 5:
+        count = len(pixels)
+        flat = [one.transpose(1, 2).flatten(0, 1) for one in (again, pixels)]
+        return reconstruction_error(flat[0], flat[1], edges).unflatten(0, (count, -1)).mean(1)
     for scale in range(SCALES):
         if scale:
             if min(difference.shape[-2:]) < 4:

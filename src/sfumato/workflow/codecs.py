@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..data import media
+from ..data.encode import Encoding
 from ..data.order import Order
 from ..data.sample import Sample
 from ..recipe import Recipe
@@ -48,6 +49,8 @@ def codec_key(
     ]
     size = bucket_of if isinstance(bucket_of, tuple) else [recipe.data.resolution, recipe.data.buckets]
     said = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
+    if recipe.data.frames:
+        said += [model.time_stride, recipe.data.frames, recipe.data.rate, recipe.data.segments]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
@@ -69,7 +72,7 @@ def ready_codec(
     Raises:
         Stopped, Failed, Refused: as `training.fit` does.
     """
-    codec = new_codec(recipe.model, recipe.seed)
+    codec = new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     if not needs_training(recipe.model, codec):
         return codec.to(device).eval()
     assert isinstance(codec, TrainableCodec)
@@ -77,7 +80,8 @@ def ready_codec(
     if (home / "stage.json").is_file():
         return load_codec(home).to(device).eval()
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
-    pictures = Pictures(few(samples, bucket_of), bucket_of)
+    how = Encoding("", frames=recipe.data.frames, rate=recipe.data.rate, segments=recipe.data.segments)
+    pictures = Pictures(few(samples, bucket_of, recipe.data.frames), bucket_of, how)
     train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
     if parallel.current().leads:
         with atomic_folder(home) as beside:
@@ -97,7 +101,8 @@ def train_codec(
     device = next(codec.parameters()).device
     seen = pictures.buckets.index(max(set(pictures.buckets), key=pictures.buckets.count))
     alike = [i for i, bucket in enumerate(pictures.buckets) if bucket == pictures.buckets[seen]]
-    chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:LOOKED_AT].tolist()
+    looked_at = LOOKED_AT // max(1, recipe.data.frames) + 1 if recipe.data.frames else LOOKED_AT
+    chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:looked_at].tolist()
     sample = to_pixels(pictures.read([alike[i] for i in chosen])).to(device)
     codec.prepare(sample)
     steps = recipe.model.codec_steps

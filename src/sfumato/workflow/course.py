@@ -169,7 +169,7 @@ def gather(recipe: Recipe) -> Gathered:
     companions.shares(recipe.data, recipe.data.companions)
     earlier = curriculum(recipe)
     base = base_of(recipe)
-    codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed)
+    codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model)
     collection = collect(recipe.data)
     for _, smaller in earlier:
@@ -194,7 +194,9 @@ def ready(
     trained_on = collection.of("train") or collection.samples
     with phase(run, "codec"):
         codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
-    model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed))
+    frames = recipe.data.frames
+    model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames))
+    model.info |= {"frames": frames, "fps": recipe.data.rate} if frames else {}
     if base is None:
         model.info |= {"resolution": recipe.data.resolution}
         model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
@@ -229,8 +231,8 @@ def _tell(
         return
     sizes: dict[str, int] = {}
     for item in encoded.items:
-        width, height = item.bucket[:2]
-        sizes[f"{width}×{height}"] = sizes.get(f"{width}×{height}", 0) + 1
+        size = "×".join(map(str, item.bucket))
+        sizes[size] = sizes.get(size, 0) + 1
     captions = len({caption for caption in encoded.captions if caption})
     content = content_of(collection.samples)
     summary = {
@@ -263,10 +265,22 @@ def sizes(
     """
     side, wanted = recipe.data.resolution, recipe.data.buckets
     check_latents(recipe, codec, base, side, side)
+    if recipe.data.frames:
+        _check_frames(recipe.data.frames, codec)
     if wanted == 1 or set(named(recipe.data)) <= set(EMBEDDED):
         return side, side
     known = known_sizes(samples, bool(recipe.data.frames))
     return buckets.choose(known, side, _grain(recipe, codec, base), wanted)
+
+
+def _check_frames(frames: int, codec: stages.Codec) -> None:
+    """Raises Refused unless clips of so many frames become latents."""
+    if not codec.of_clips:
+        raise Refused(f"data.frames = {frames}, but this model draws pictures, not clips. Leave it out.")
+    try:
+        codec.latent_frames(frames)
+    except Refused as refusal:
+        raise Refused(f"data.frames = {frames}: {refusal}") from None
 
 
 def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> int:

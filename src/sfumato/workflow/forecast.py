@@ -1,5 +1,6 @@
 """What a recipe would do, said before it is done: counts, what is missing, memory and disk."""
 
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,8 +46,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "captions": len({caption for sample in collection.samples for caption in sample.captions}),
         "set_aside": [{"file": one.file, "reason": one.reason} for one in collection.set_aside],
     }
-    codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed)
-    model = base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed)
+    frames = recipe.data.frames
+    codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(frames))
+    model = base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
     found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, codec, train, gathered.bucket_of)
     network = tune(painting(model), recipe)
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
@@ -99,7 +101,8 @@ def _cost(recipe: Recipe, model: Any, captions: list[tuple[str, ...]]) -> dict[s
     texts = [(captions[i % len(captions)] or ("",))[0] for i in range(count)]
     guided = model.conditioner.kind != "none"
     condition = model.condition(texts if guided else [""] * count).to(model.device, model.dtype)
-    latents = torch.zeros(count, *model.codec.latent_shape(side, side), device=model.device)
+    shape = model.codec.latent_shape(side, side, recipe.data.frames or 1)
+    latents = torch.zeros(count, *shape, device=model.device)
     inputs = (latents, torch.full((count,), 500.0, device=model.device), condition)
     forecast = planning.predict(model.denoiser, inputs, recipe.train)
     seconds = BESIDE_PRODUCTS * forecast.seconds(planning.flops_per_second(device=model.device))
@@ -124,8 +127,9 @@ def _codec(recipe: Recipe, codec: stages.Codec, samples: list, bucket_of: Any) -
 
 def _disk(recipe: Recipe, parameters: int, samples: int, codec: stages.Codec) -> float:
     """Bytes the checkpoints and the encodings take at most."""
-    side = recipe.data.resolution // codec.stride
-    each = codec.latent_channels * side**2 * (FLOAT + DEVIATION) * (1 + recipe.data.flip)
-    latents = 0 if recipe.data.stream else samples * each
+    side, data = recipe.data.resolution, recipe.data
+    numbers = math.prod(codec.latent_shape(side, side, data.frames or 1))
+    each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.segments if data.frames else 1)
+    latents = 0 if data.stream else samples * each
     kept = (recipe.train.keep + 1) * parameters * FLOAT * (3 + bool(recipe.train.ema))
     return latents + kept

@@ -8,10 +8,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..data import clips, media, sources
+from ..data import clips, media, sources, views
 from ..data.captions import Wording, worded
 from ..data.sample import Collection, Sample
 from ..data.settings import DataSettings
+from ..data.views import Encoding
 from ..errors import Refused
 from ..recipe import EMBEDDED
 
@@ -67,6 +68,14 @@ def _source(settings: DataSettings) -> Collection:
         from ..data import shapes
 
         return shapes.collection(size=settings.resolution)
+    if settings.train == "moving-shapes":
+        from ..data import moving
+
+        if not settings.frames:
+            raise Refused(
+                f'The set "moving-shapes" holds clips: set data.frames = {moving.FRAMES}, or take "shapes".'
+            )
+        return moving.collection(size=settings.resolution)
     if settings.train in EMBEDDED:
         from ..data import openmoji
 
@@ -103,13 +112,21 @@ def known_sizes(samples: Sequence[Sample], moving: bool = False) -> list[Bucket]
 
 
 class Pictures:
-    """Pictures in memory, each fitted to its bucket; what training a codec reads.
+    """Pictures or clips in memory, each fitted to its bucket; what training a codec reads.
 
-    Those that cannot be read are left out; encoding names them.
+    Those that cannot be read are left out; encoding names them. `how` says how clips are cut.
     """
 
-    def __init__(self, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]) -> None:
-        decoded = each(lambda sample: _decoded(sample, bucket_of), samples)
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        bucket_of: Bucket | Callable[[Bucket], Bucket],
+        how: Encoding | None = None,
+    ) -> None:
+        if how is not None and how.frames:
+            decoded = each(lambda sample: _clip(sample, bucket_of, how), samples)
+        else:
+            decoded = each(lambda sample: _decoded(sample, bucket_of), samples)
         kept = [
             (sample, picture) for sample, picture in zip(samples, decoded, strict=True) if picture is not None
         ]
@@ -124,7 +141,7 @@ class Pictures:
         return len(self.pictures)
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """Pictures of one bucket, uint8 [b, 3, H, W]."""
+        """Pictures or clips of one bucket, uint8 [b, 3, (F,) H, W]."""
         return torch.stack([self.pictures[index] for index in indices])
 
 
@@ -137,8 +154,16 @@ def _decoded(sample: Sample, bucket_of: Bucket | Callable[[Bucket], Bucket]) -> 
     return media.fit(image, width, height)
 
 
-def few(samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]) -> Sequence[Sample]:
+def _clip(sample: Sample, bucket_of: Bucket | Callable[[Bucket], Bucket], how: Encoding) -> Tensor | None:
+    task = views.plan(sample, bucket_of, how)
+    pieces = views.decode(task) if isinstance(task, views.Task) else ""
+    return None if isinstance(pieces, str) else pieces[len(pieces) // 2]
+
+
+def few(
+    samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket], frames: int = 1
+) -> Sequence[Sample]:
     """As many of the samples, evenly spread, as fit into memory when decoded."""
     width, height = bucket_of((512, 512)) if callable(bucket_of) else bucket_of
-    most = max(1, MOST_BYTES // (3 * width * height))
+    most = max(1, MOST_BYTES // (3 * width * height * max(1, frames)))
     return samples if len(samples) <= most else [samples[i * len(samples) // most] for i in range(most)]
