@@ -13,7 +13,7 @@ class DataSettings:
 
     train: str | tuple[str, ...] = key(
         "",
-        "folder of captioned pictures or clips, or a set: openmoji, openmoji-all, shapes, moving-shapes; or a list",
+        "folder of captioned pictures or clips, or openmoji, openmoji-all, shapes, moving-shapes; or several",
         path=True,
         words=("openmoji", "openmoji-all", "shapes", "moving-shapes"),
         many=True,

@@ -229,7 +229,7 @@ class DiT(Denoiser):
             "clock_range": list(clock_range),
         }  # fmt: skip
         self._config |= {"frames": frames, "attention": attention} if frames else {}
-        self.frames = frames
+        self.frames, self.frames_apart = frames, bool(frames)
         self.patch, self.width, self.head = patch, width, width // heads
         self.grain = patch
         self.clock_range = clock_range

@@ -208,6 +208,11 @@ class Conditioner(Stage):
         return self([text or "" for text in prompt], **options)
 
 
+def known_time(theory: Theory) -> float:
+    """The time that a frame is told which is not noisy at all: a hundredth of a radian from the data."""
+    return float(theory.time_of(torch.tensor(0.01, dtype=torch.float64)))
+
+
 class Denoiser(Stage):
     """out = network(x_t, what it is told about time, condition)."""
 
@@ -217,6 +222,8 @@ class Denoiser(Stage):
     """The condition's tensor [B, 6] that says how a picture was cut from its file, where that is heard."""
     grain: int = 1
     """Sides of latents must be multiples of this."""
+    frames_apart = False
+    """Whether each frame of a clip may be told a time of its own: clock [B, F]."""
 
     @abstractmethod
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sfumato.stages.interface import Condition, Model
 from sfumato.theory import densities, noise
 
+from .frames import FrameTimes, by_frame, mean_of_unknown
 from .reading import Reader
 from .settings import TrainSettings
 
@@ -92,14 +93,15 @@ def share(count: int, part: int, parts: int) -> slice:
 class Drawn:
     """What is drawn for a part of a batch.
 
-    t [b] in the theory's time, x_T like x_0, dropped [b] bool: captions left out; without: the same for
-    each companion by name.
+    t [b] in the theory's time, or of each frame [b, F]; x_T like x_0, dropped [b] bool: captions left out;
+    without: the same for each companion by name; known [b, F] bool: frames that are given.
     """
 
     t: Tensor
     x_T: Tensor
     dropped: Tensor
     without: Mapping[str, Tensor] = field(default_factory=dict)
+    known: Tensor | None = None
 
 
 class Prepared(NamedTuple):
@@ -144,6 +146,7 @@ class DiffusionObjective:
         self.caption_dropout = caption_dropout
         self.dropout = dict(dropout or {})
         self.stratified = settings.stratified
+        self.frame_times = FrameTimes.of(settings)
         self.density = densities.density(settings.times)
         self.weighting = densities.weighting("unit" if settings.weighting == "none" else settings.weighting)
         self.error = loss or squared
@@ -189,7 +192,12 @@ class DiffusionObjective:
             name: noise.uniform(self.seed, ids, step=step, purpose=f"without {name}") < share
             for name, share in self.dropout.items()
         }
-        return Drawn(t.to(x_0.device), x_T, dropped, without)
+        known = None
+        if x_0.ndim == 5 and not self.frame_times.is_plain:
+            frames = x_0.shape[2]
+            t, known = self.frame_times(self.model.theory, self.density, t, frames, self.seed, ids, step)
+            known = known.to(x_0.device)
+        return Drawn(t.to(x_0.device), x_T, dropped, without, known)
 
     def _spread(self, u: Tensor, step: int, part: int, parts: int) -> Tensor:
         """Put each of the u [b] into its own of the batch's equal strata, which a permutation deals out."""
@@ -201,10 +209,21 @@ class DiffusionObjective:
         """The weighted losses [b] of the model's answers."""
         theory = self.model.theory
         condition = Condition.stack(self.kept(rows, drawn)).to(x_0.device, x_0.dtype)
+        if drawn.known is not None:
+            return self.measure_frames(x_0, drawn, drawn.known, condition)
         answer = self.model.predict(theory.mix(x_0, drawn.x_T, drawn.t), drawn.t, condition)
         target = theory.target(x_0, drawn.x_T, drawn.t)
         error = self.error(answer.float(), target).flatten(1).mean(1)
         return error * self.weighting(theory, drawn.t).to(error.dtype)
+
+    def measure_frames(self, x_0: Tensor, drawn: Drawn, known: Tensor, condition: Condition) -> Tensor:
+        """The same of clips whose frames have times of their own; known frames are shown, not asked for."""
+        theory, t = self.model.theory, drawn.t
+        x_t = by_frame(theory.mix, x_0, drawn.x_T, t)
+        answer = self.model.predict(torch.where(known[:, None, :, None, None], x_0, x_t), t, condition)
+        error = self.error(answer.float(), by_frame(theory.target, x_0, drawn.x_T, t))
+        weight = self.weighting(theory, t.flatten()).unflatten(0, t.shape)
+        return mean_of_unknown(error, weight, known)
 
     def kept(self, rows: Sequence[Mapping[str, Tensor]], drawn: Drawn) -> list[dict[str, Tensor]]:
         """The condition rows with what was dropped replaced: captions by null, companions by zeros."""

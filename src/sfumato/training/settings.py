@@ -31,6 +31,13 @@ class TrainSettings:
     ema: float = key(0.999, "decay of the averaged weights; 0 keeps none", least=0, most=1)
     ema_snapshots: int = key(500, "steps between averages kept for `sfumato ema`; 0 for none", least=0)
     times: str = key("uniform", "how training times are drawn", choices=DENSITIES)
+    frame_times: str = key(
+        "shared",
+        "clips: frames have one time, or times of their own (diffusion forcing)",
+        choices=("shared", "independent"),
+    )
+    known_first: float = key(0.0, "clips: share shown with their first frame given", least=0, most=1)
+    known_last: float = key(0.0, "clips: of those, share with their last frame given too", least=0, most=1)
     stratified: bool = key(True, "spread the times of a batch evenly over their density")
     weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
     precision: str = key("auto", "auto, fp32 or bf16", choices=("auto", "fp32", "bf16"))

@@ -170,6 +170,7 @@ def gather(recipe: Recipe) -> Gathered:
     earlier = curriculum(recipe)
     base = base_of(recipe)
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
+    _check_known(recipe, base)
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model)
     collection = collect(recipe.data)
     for _, smaller in earlier:
@@ -197,6 +198,8 @@ def ready(
     frames = recipe.data.frames
     model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames))
     model.info |= {"frames": frames, "fps": recipe.data.rate} if frames else {}
+    if frames and recipe.train.known_first:
+        model.info["known"] = ["first", *(["last"] if recipe.train.known_last else [])]
     if base is None:
         model.info |= {"resolution": recipe.data.resolution}
         model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
@@ -281,6 +284,22 @@ def _check_frames(frames: int, codec: stages.Codec) -> None:
         codec.latent_frames(frames)
     except Refused as refusal:
         raise Refused(f"data.frames = {frames}: {refusal}") from None
+
+
+def _check_known(recipe: Recipe, base: PaintingModel | None) -> None:
+    """Raises Refused where frames are to have times of their own, and there are none or they cannot."""
+    said = recipe.train
+    asked = {
+        "frame_times": said.frame_times != "shared", "known_first": said.known_first,
+        "known_last": said.known_last,
+    }  # fmt: skip
+    named = [name for name, is_asked in asked.items() if is_asked]
+    if named and not recipe.data.frames:
+        raise Refused(f"train.{named[0]} is about the frames of clips: set data.frames, or leave it out.")
+    if named and base is not None and not base.denoiser.frames_apart:
+        raise Refused(f"train.{named[0]}: {recipe.model.base} is told one time for all frames. Leave it out.")
+    if said.known_last and not said.known_first:
+        raise Refused("train.known_last is a share of train.known_first, which is 0. Set that too.")
 
 
 def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> int:
