@@ -9,7 +9,7 @@ from families.zoo import ZOO
 from sfumato import load
 from sfumato.generation import files
 
-from .world import one_sentence, sfumato
+from .world import COLORS, RECIPE, one_sentence, sfumato
 
 SMALL = ("--width", 48, "--height", 32, "--frames", 6, "--steps", 2, "--device", "cpu")
 
@@ -49,3 +49,68 @@ def test_a_file_that_cannot_be_is_refused(wan, words):
     answer = sfumato("generate", wan, "-p", "a cat", *SMALL, *words)
     assert answer.code == 2
     one_sentence(answer, "fps" if "--fps" in words else "mp4")
+
+
+# ---------------------------------------------------------------- from a folder of clips to new clips
+
+CLIPS = RECIPE.replace('train = "pictures"', 'train = "clips"\nframes = 5\nfps = 10').replace(
+    "[train]", '[train]\nframe_times = "independent"\nknown_first = 0.5\nknown_last = 0.5'
+)
+
+
+def film(folder, count=6):
+    """Animations of a moving square, and two stills, with captions."""
+    folder.mkdir()
+    for index in range(count):
+        images = []
+        for frame in range(8):
+            images.append(Image.new("RGB", (24, 20), "white"))
+            images[-1].paste(list(COLORS.values())[index % 4], (2 * frame, 4, 2 * frame + 6, 12))
+        images[0].save(folder / f"{index}.webp", save_all=True, append_images=images[1:], duration=100)
+        (folder / f"{index}.txt").write_text(f"a square number {index} moving right")
+        if index < 2:
+            images[0].save(folder / f"still {index}.png")
+            (folder / f"still {index}.txt").write_text(f"a square number {index}")
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe that trains on clips and stills."""
+    film(tmp_path / "clips")
+    (tmp_path / "recipe.toml").write_text(CLIPS)
+    return tmp_path / "recipe.toml"
+
+
+def test_a_folder_of_clips_and_stills_becomes_a_model_of_clips(recipe, tmp_path):
+    planned = sfumato("plan", recipe, "--json").json()
+    assert planned["samples"] + planned["held_out"] == 8
+    trained = sfumato("train", recipe, "--json")
+    assert trained.code == 0, trained.err
+    run = tmp_path / "run"
+    drawn = sorted((run / "samples").glob("*.webp"))
+    assert drawn and Image.open(drawn[0]).n_frames == 5
+    page = (run / "report.html").read_text()
+    assert "data:image/webp" in page and "16×16×5" in page and "16×16×1" in page
+    made = sfumato("generate", run, "-p", "a square", "--frames", 9, "--image", "clips/0.webp", "--json")
+    assert made.code == 0, made.err
+    with av.open(made.json()["pictures"][0]["file"]) as container:
+        assert len(list(container.decode(video=0))) == 9
+        assert container.streams.video[0].average_rate == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("data.frames=4", ("data.frames", "3 or 5")),
+        ("model.denoiser=unet", ("unet", "clips")),
+        ("data.frames=0", ("frame_times", "data.frames")),
+        ("model.codec=kl", ("kl", "auto")),
+    ],
+)
+def test_what_cannot_be_trained_on_clips_is_refused(recipe, change, words):
+    answer = sfumato(
+        "train", recipe, *([] if change != "data.frames=0" else ["train.frame_times=shared"]), change
+    )
+    assert answer.code == 2
+    one_sentence(answer, *words)

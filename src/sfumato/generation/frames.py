@@ -1,18 +1,22 @@
-"""Frames of a clip: some are known, and more may be wanted than the network sees at once.
+"""A clip's frames: some are known, and more may be wanted than the network sees at once.
 
-Known frames are shown to the network clean, with a time of their own, and come out as they went in. Long clips
-are asked for in windows that overlap; where several answer, the answer is their mean, each counting more
-towards its middle (MultiDiffusion, arXiv:2302.08113, along time).
+Known frames are shown to the network clean, with a time of their own, and come out as they went in. Long
+clips are asked for in windows that overlap; where several answer, the answer is their mean, each counting
+more towards its middle (MultiDiffusion, arXiv:2302.08113, along time).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.stages.interface import Condition, known_time
+from sfumato.stages.interface import Condition, Model, known_time
+from sfumato.stages.seeing import pictures_of
 from sfumato.theory import Theory
 
 Ask = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -39,7 +43,7 @@ class Known:
         return answer
 
     def held(self, denoise: Denoise, theory: Theory) -> Denoise:
-        """`denoise` that answers for known frames what leads exactly to them."""
+        """`denoise` that answers for known frames what leads to them."""
 
         def answer(x_t: Tensor, t: Tensor) -> Tensor:
             latents = self.latents.to(x_t)
@@ -90,10 +94,110 @@ class Windows:
                 return ask(x_t, t, condition)
             total, counted = torch.zeros_like(x_t), torch.zeros(x_t.shape[2], device=x_t.device)
             for piece in pieces:
-                times = t[:, piece] if torch.is_tensor(t) and t.ndim == 2 else t
-                weight = self.weights(self.size).to(x_t)
-                total[:, :, piece] += ask(x_t[:, :, piece], times, condition) * weight.view(-1, 1, 1)
+                times = t[:, piece] if t.ndim == 2 else t
+                weight, told = self.weights(self.size).to(x_t), of_frames(condition, piece, x_t.shape[2])
+                total[:, :, piece] += ask(x_t[:, :, piece], times, told) * weight.view(-1, 1, 1)
                 counted[piece] += weight
             return total / counted.view(-1, 1, 1).to(x_t)
 
         return answer
+
+
+def of_frames(condition: Condition, piece: slice, frames: int) -> Condition:
+    """The condition of a window: what it says of each frame [B, C, K, …] is cut to the window's."""
+    cut = {
+        name: tensor[:, :, piece] if tensor.ndim == 5 and tensor.shape[2] == frames else tensor
+        for name, tensor in condition.items()
+    }
+    return Condition(cut, size=condition.size, negative=condition.negative)
+
+
+@dataclass(frozen=True)
+class Framed:
+    """How a clip is asked for: what is known of it, and in which windows."""
+
+    known: Known | None = None
+    windows: Windows | None = None
+
+    def ask(self, ask: Ask, theory: Theory) -> Ask:
+        """The network, asked so."""
+        ask = self.windows.asked(ask) if self.windows else ask
+        return self.known.shown(ask, theory) if self.known else ask
+
+    def held(self, denoise: Denoise, theory: Theory) -> Denoise:
+        """The guided network, known frames answered exactly."""
+        return self.known.held(denoise, theory) if self.known else denoise
+
+    def finished(self, x: Tensor) -> Tensor:
+        """The last state, with the known frames as they are."""
+        return torch.where(self.known.place(x), self.known.latents.to(x), x) if self.known else x
+
+    def part(self, rows: slice) -> "Framed":
+        """Of some of the clips."""
+        return Framed(self.known and Known(self.known.latents[rows], self.known.which), self.windows)
+
+
+KNOWN = {"image": "first", "last_image": "last"}
+"""Arguments of `generate` that give a frame, by the pipelines' names, and what models remember of them."""
+
+
+def taken(model: Model, options: dict[str, Any], count: int, shape: tuple[int, ...]) -> Framed:
+    """What is asked of the frames, taken out of `generate`'s options, for latents of this shape [C, K, h, w].
+
+    Raises:
+        Refused: for a model of pictures, or one that was not trained with known frames.
+    """
+    windows = _windows(model, options, shape)
+    if getattr(model.conditioner, "sees", ()):
+        return Framed(None, windows)
+    given = {name: options.pop(name) for name in KNOWN if options.get(name) is not None}
+    if not given or "frames" not in model.info:
+        options |= given
+        return Framed(None, windows)
+    for name in given:
+        if KNOWN[name] not in model.info.get("known", ()):
+            raise Refused(
+                f"{name}: this model was not trained with known frames. Train with train.known_first = 0.25"
+                f"{' and train.known_last = 0.5' if name == 'last_image' else ''}, or leave {name} out."
+            )
+    if "image" not in given:
+        raise Refused("last_image needs the first frame too: give image, or leave it out.")
+    return Framed(_known(model, given, count, shape), windows)
+
+
+def _known(model: Model, given: dict[str, Any], count: int, shape: tuple[int, ...]) -> Known:
+    """Latents of the given frames at their places."""
+    size = model.codec.pixel_size(shape)
+    latents, which = torch.zeros(count, *shape), torch.zeros(shape[1], dtype=torch.bool)
+    for name, shown in given.items():
+        pictures = [one[0] for one in pictures_of(shown, count, name)]
+        stills = torch.stack([still(one, size["width"], size["height"]) for one in pictures])
+        if name == "image":
+            latents[:, :, :1] = model.encode(stills[:, :, None]).cpu()
+            which[0] = True
+        else:
+            held = stills[:, :, None].expand(-1, -1, 1 + model.codec.time_stride, -1, -1)
+            latents[:, :, -1:] = model.encode(held)[:, :, -1:].cpu()
+            which[-1] = True
+    return Known(latents, which)
+
+
+def still(picture: Image.Image, width: int, height: int) -> Tensor:
+    """A picture cropped and scaled to this size, [3, H, W] in [-1, 1]."""
+    image = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _windows(model: Model, options: dict[str, Any], shape: tuple[int, ...]) -> Windows | None:
+    """The windows asked for; of our own network, as long as its clips were wherever more is wanted."""
+    window, overlap = options.pop("window", None), options.pop("overlap", None)
+    if window is None and overlap is None and not model.denoiser.frames_apart:
+        return None
+    if "frames" not in model.info:
+        if window is None and overlap is None:
+            return None
+        raise Refused("window and overlap are about clips, but this model draws pictures. Leave them out.")
+    step = model.codec.time_stride
+    size = model.codec.latent_frames(1 + -(-(int(window or model.info["frames"]) - 1) // step) * step)
+    both = size // 2 if overlap is None else -(-int(overlap) // step)
+    return Windows(size, both) if window or overlap or shape[1] > size else None

@@ -4,9 +4,10 @@ A picture depends on its prompt and its own seed, not on what is drawn beside it
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from sfumato.theory import guidance as guiding
 from sfumato.theory import times as sampling_times
 
 from . import guiding as showing
+from .frames import Framed
+from .frames import taken as frames_of
 from .guiding import Guiding
 from .leaning import AS_USUAL, Leaning, marked
 
@@ -90,6 +93,20 @@ def together(todo: Sequence[Wish], most: int) -> Iterator[Sequence[Wish]]:
 class PaintingModel(Model):
     """A model that draws."""
 
+    framed = Framed()
+    """How the frames of clips are asked for."""
+
+    def asking(self, framed: Framed) -> Self:
+        """The same model, its clips asked for so."""
+        other = copy(self)
+        other.framed = framed
+        return other
+
+    def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
+        """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
+        times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        return self.framed.ask(super().predict, self.theory)(x_t, times, condition)
+
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -126,6 +143,9 @@ class PaintingModel(Model):
                 or a list for each); guidance_form, guidance_rescale, guidance_interval, guidance_perturbed,
                 guidance_by as `Leaning` explains them; further arguments of the conditioner, by the
                 pipeline's names.
+                Of clips: `window` and `overlap`, frames the network sees at once and those that windows share
+                (default of our own network: as it was trained, half of it); `image` and `last_image`, frames
+                to begin and end with, where it was trained for that.
         Returns:
             PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
         Raises:
@@ -155,17 +175,20 @@ class PaintingModel(Model):
             grid, scale = self.sampling.times(steps, shape), self.sampling.first_scale(steps)
         if shows.init is not None:
             grid = shows.cut(sampling_times.cosine(self.theory, steps) if grid is None else grid)
+        framed = frames_of(self, options, len(todo), shape)
         pictures: list[Any] = []
         for some in together(todo, batch):
             first = len(pictures)
+            asker = self.asking(framed.part(slice(first, first + len(some))))
             start = self.start(some, shape) if latents is None else latents[first : first + len(some)]
             given = options | self.seen(some, shape)
             shown_now = shows.part(slice(first, first + len(some)))
             prompted = self.condition([wish.prompt for wish in some], **given)
             clock = self.clocked(grid, steps)
-            denoise = self.guided(prompted, some, guidance, given, knobs, shown_now, clock, how)
+            denoise = asker.guided(prompted, some, guidance, given, knobs, shown_now, clock, how)
             if most is not None:
                 denoise = within(denoise, self.theory, most)
+            denoise = asker.framed.held(denoise, self.theory)
             with torch.no_grad():
                 x, first_x = start, start * scale
                 if shown_now.init is not None:
@@ -177,7 +200,7 @@ class PaintingModel(Model):
                     x = state
                     if watch is not None:
                         watch(first * steps + step * len(some), len(todo) * steps)
-                x = shown_now.kept(self.denoiser.finish(x, prompted))
+                x = asker.framed.finished(shown_now.kept(self.denoiser.finish(x, prompted)))
                 pictures += to_pictures(shown_now.pasted(self.decode(x)), "frames" in self.info, frames)
         return pictures
 

@@ -1,0 +1,142 @@
+"""Clips are drawn around known frames, and longer than the network sees at once."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from PIL import Image
+
+from sfumato.errors import Refused
+from sfumato.generation import painting
+from sfumato.generation.frames import Windows, still
+from sfumato.stages import Condition, build, new_codec, new_conditioner
+from sfumato.stages.settings import ModelSettings
+from sfumato.theory import get, names, noise
+from sfumato.training.frames import FrameTimes, by_frame, mean_of_unknown
+
+TINY = {"width": 32, "depth": 2, "heads": 2, "latent_channels": 4, "codec_width": 8, "stride": 4}
+DRAWN = {"width": 16, "height": 16, "steps": 3, "guidance": 1}
+
+
+def model(theory="flow-matching", frames=5):
+    settings = ModelSettings(**TINY, text="none", theory=theory)
+    codec = new_codec(settings, clips=True)
+    codec.settle(noise.normal((3, frames, 16, 16), 0, range(4)))
+    made = painting(build(settings, codec, new_conditioner(settings), frames=frames))
+    for index, weight in enumerate(made.denoiser.parameters()):
+        weight.data = 0.1 * noise.normal(tuple(weight.shape), 1, [index])[0]
+    made.info |= {"frames": frames, "fps": 8.0, "known": ["first", "last"], "guidance": 1.0}
+    return made
+
+
+@pytest.fixture
+def picture():
+    return Image.effect_noise((16, 16), 60).convert("RGB")
+
+
+SOUND = [name for name in names() if get(name).check().ok]
+
+
+@pytest.mark.parametrize("theory", SOUND)
+def test_a_known_frame_comes_out_as_it_went_in(theory, picture):
+    made = model(theory)
+    seen = []
+    decode = made.codec.decode
+    made.codec.decode = lambda latents: seen.append(latents) or decode(latents)
+    (clip,) = made.generate(image=picture, **DRAWN)
+    (free,) = made.generate(**DRAWN)
+    known = made.encode(still(picture, 16, 16)[None])
+    torch.testing.assert_close(seen[0][:, :, :1], known, atol=1e-4, rtol=1e-4)
+    assert clip.shape == free.shape == (5, 16, 16, 3)
+    assert (clip[1:] != free[1:]).any()
+
+
+def test_first_and_last_frame_are_held(picture):
+    made, seen = model(), []
+    decode = made.codec.decode
+    made.codec.decode = lambda latents: seen.append(latents) or decode(latents)
+    other = picture.rotate(90)
+    made.generate(seed=[1, 2], image=picture, last_image=[picture, other], **DRAWN)
+    assert torch.equal(seen[0][0, :, 0], seen[0][1, :, 0])
+    assert not torch.allclose(seen[0][0, :, -1], seen[0][1, :, -1])
+
+
+def test_frames_that_were_not_trained_for_are_refused(picture):
+    made = model()
+    del made.info["known"]
+    with pytest.raises(Refused, match="known_first"):
+        made.generate(image=picture, **DRAWN)
+    made.info["known"] = ["first"]
+    with pytest.raises(Refused, match="known_last"):
+        made.generate(image=picture, last_image=picture, **DRAWN)
+
+
+def test_windows_cover_every_frame_with_their_overlap():
+    for size, overlap, frames in ((4, 2, 4), (4, 2, 5), (4, 2, 9), (5, 0, 10), (3, 1, 20), (4, 3, 7)):
+        pieces = Windows(size, overlap).pieces(frames)
+        assert pieces[0].start == 0 and pieces[-1].stop == frames
+        assert all(piece.stop - piece.start == min(size, frames) for piece in pieces)
+        assert all(b.start <= a.stop - overlap for a, b in pairwise(pieces))
+
+
+def test_windows_of_a_network_that_sees_single_frames_change_nothing():
+    asked = []
+
+    def ask(x_t, t, condition):
+        asked.append(x_t.shape[2])
+        return 2 * x_t + t.view(-1, 1, t.shape[-1] if t.ndim == 2 else 1, 1, 1)
+
+    x, condition = noise.normal((2, 9, 3, 3), 0, range(2)), Condition({}, size=2)
+    windowed = Windows(4, 2).asked(ask)
+    for t in (torch.tensor([0.2, 0.5]), torch.rand(2, 9)):
+        torch.testing.assert_close(windowed(x, t, condition), ask(x, t, condition))
+    assert max(asked[:4]) == 4
+
+
+def test_a_clip_may_be_longer_than_those_it_was_trained_on():
+    made = model()
+    sizes = []
+    forward = made.denoiser.forward
+    made.denoiser.forward = lambda x, *more: sizes.append(x.shape[2]) or forward(x, *more)
+    (clip,) = made.generate(frames=14, **DRAWN)
+    assert clip.shape == (14, 16, 16, 3) and set(sizes) == {3}
+    (short,) = made.generate(frames=5, **DRAWN)
+    (same,) = made.generate(frames=5, window=5, **DRAWN)
+    assert (short == same).all()
+    with pytest.raises(Refused, match="overlap"):
+        made.generate(frames=14, window=5, overlap=5, **DRAWN)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_times_of_frames_are_a_function_of_sample_and_step():
+    theory, t = get("flow-matching"), torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
+    times = FrameTimes(apart=True, first=0.5, last=0.5)
+
+    def density(theory, u):
+        return u
+
+    whole, known = times(theory, density, t, 4, 7, [11, 12, 13], 5)
+    part, part_known = times(theory, density, t[1:], 4, 7, [12, 13], 5)
+    assert torch.equal(whole[1:], part) and torch.equal(known[1:], part_known)
+    assert whole.shape == (3, 4) and not known[:, 1:-1].any()
+    assert torch.equal(whole[:, 0][~known[:, 0]], t[~known[:, 0]]) and (whole[:, 1] != t).all()
+
+
+def test_frames_that_share_their_time_lose_as_before():
+    theory = get("flow-matching")
+    x_0, x_T = (noise.normal((2, 3, 4, 4), seed, range(3)) for seed in (0, 1))
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    each = t[:, None].expand(3, 3)
+    torch.testing.assert_close(by_frame(theory.mix, x_0, x_T, each), theory.mix(x_0, x_T, t))
+    error = (x_0 - x_T) ** 2
+    nothing = torch.zeros(3, 3, dtype=torch.bool)
+    torch.testing.assert_close(mean_of_unknown(error, torch.ones(3, 3), nothing), error.flatten(1).mean(1))
+
+
+def test_known_frames_are_not_asked_for():
+    error = torch.ones(1, 2, 3, 4, 4)
+    error[:, :, 0] = 1e6
+    known = torch.tensor([[True, False, False]])
+    assert float(mean_of_unknown(error, torch.ones(1, 3), known)) == 1
