@@ -180,6 +180,12 @@ def generate(
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="KIND", help="png, webp; of clips mp4, webp, frames; repeat it for several."),
     ] = None,
+    window: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Frames of a long clip the network sees at once.")
+    ] = 0,
+    overlap: Annotated[int, typer.Option(metavar="N", min=0, help="Frames that windows share.")] = 0,
+    tile: Annotated[int, typer.Option(metavar="N", min=0, help="Decode in tiles of N pixels.")] = 0,
+    chunk: Annotated[int, typer.Option(metavar="N", min=0, help="Decode N frames of a clip at once.")] = 0,
     out: Annotated[Path, out_option("runs/generate")] = Path("runs/generate"),
     device: Device = "auto",
     json: Json = False,
@@ -203,6 +209,10 @@ def generate(
         "guidance_by": guidance_by,
         "solver": solver,
         "frames": frames,
+        "window": window,
+        "overlap": overlap,
+        "tile": tile,
+        "chunk": chunk,
         **size,
     }
     wanted |= draw.further(image or [], option or [])

@@ -114,9 +114,7 @@ def test_a_folder_of_clips_and_stills_becomes_a_model_of_clips(recipe, tmp_path)
     ],
 )
 def test_what_cannot_be_trained_on_clips_is_refused(recipe, change, words):
-    answer = sfumato(
-        "train", recipe, *([] if change != "data.frames=0" else ["train.frame_times=shared"]), change
-    )
+    answer = sfumato("train", recipe, change)
     assert answer.code == 2
     one_sentence(answer, *words)
 

@@ -121,6 +121,8 @@ class PaintingModel(Model):
         solver: str | None = None,
         latents: Tensor | None = None,
         batch: int = 64,
+        tile: int = 0,
+        chunk: int = 0,
         watch: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> list[Any]:
@@ -136,6 +138,8 @@ class PaintingModel(Model):
             solver: default the nearest to the pretrained pipeline's scheduler, else "auto".
             latents: unit noise [B, C, (F,) h, w] to start from, instead of noise from the seeds.
             batch: pictures drawn at once; changes memory, not pictures.
+            tile, chunk: decode in tiles of so many pixels a side, so many frames of a clip at once; 0 for the
+                whole. Of our own codecs the result is the same.
             watch: called with (pictures' steps done, in all).
             options: pictures that guide (one for all or one for each prompt): `control` with control_weight,
                 control_start, control_end (lists where there are several ControlNets), `reference` with
@@ -201,7 +205,7 @@ class PaintingModel(Model):
                     if watch is not None:
                         watch(first * steps + step * len(some), len(todo) * steps)
                 x = asker.framed.finished(shown_now.kept(self.denoiser.finish(x, prompted)))
-                pictures += to_pictures(shown_now.pasted(self.decode(x)), "frames" in self.info, frames)
+                pictures += to_pictures(shown_now.pasted(self.decode(x, tile, chunk)), "frames" in self.info, frames)
         return pictures
 
     def path(

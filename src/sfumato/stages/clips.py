@@ -54,7 +54,7 @@ class ClipCodec(ResidualCodec):
     """
 
     kind = "clip"
-    reach, of_clips = (9, 2), True
+    reach, of_clips = (7, 2), True
 
     def __init__(self, stride: int = 8, latent_channels: int = 24, width: int = 32, time_stride: int = 2):
         if time_stride < 1:
@@ -176,7 +176,7 @@ class VideoAutoencoderCodec(PretrainedCodec):
 
         one_of("codec", architecture, VIDEO_AUTOENCODERS)
         network = getattr(diffusers, architecture).from_config(config)
-        shift, scale = statistics(network)
+        shift, scale = (one.clone() for one in statistics(network))
         super().__init__(network, shift, scale, *strides(network), video=True)
         self._config = {"architecture": architecture, **config}
 
@@ -193,8 +193,8 @@ class VideoAutoencoderCodec(PretrainedCodec):
 def strides(network: Any) -> tuple[int, int]:
     """(pixels a side, frames) that a latent of a video autoencoder stands for."""
     config = network.config
-    space = getattr(network, "spatial_compression_ratio", None) or config.get("scale_factor_spatial")
-    time = getattr(network, "temporal_compression_ratio", None) or config.get("scale_factor_temporal")
+    space = vars(network).get("spatial_compression_ratio") or config.get("scale_factor_spatial")
+    time = vars(network).get("temporal_compression_ratio") or config.get("scale_factor_temporal")
     if space is None:
         space = 2 ** (len(config["block_out_channels"]) - 1)
     return int(space), int(time or config.get("temporal_compression_ratio") or 4)

@@ -127,7 +127,7 @@ class ResidualCodec(NormalisedCodec):
     """
 
     kind = "residual"
-    reach = (7, 0)
+    reach = (6, 0)
     linear_in: Tensor
     linear_out: Tensor
     average: Tensor

@@ -331,9 +331,12 @@ class Model:
         return self.codec.encode(pixels.to(self.device, self.dtype), noise)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents → pixels, not clamped."""
-        return self.codec.decode(latents.to(self.device, self.dtype))
+    def decode(self, latents: Tensor, tile: int = 0, chunk: int = 0) -> Tensor:
+        """Latents → pixels, not clamped; to save memory, tiles of so many pixels, frames of a chunk."""
+        from .pieces import Pieces, decode
+
+        latents, pieces = latents.to(self.device, self.dtype), Pieces(tile, chunk)
+        return decode(self.codec, latents, pieces) if pieces else self.codec.decode(latents)
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
