@@ -58,7 +58,7 @@ def test_a_file_that_cannot_be_is_refused(wan, words):
 
 # ---------------------------------------------------------------- from a folder of clips to new clips
 
-CLIPS = RECIPE.replace('train = "pictures"', 'train = "clips"\nframes = 5\nfps = 10').replace(
+CLIPS = RECIPE.replace('train = "pictures"', 'train = "clips"\nframes = 5\nrate = 10').replace(
     "[train]", '[train]\nframe_times = "independent"\nknown_first = 0.5\nknown_last = 0.5'
 )
 

@@ -31,7 +31,7 @@ PLANS = {
 def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
     """The recipe that fills the minutes on this machine."""
     made = planned(PLANS[data], data, out, minutes, device)
-    return replace(made, data=replace(made.data, fps=float(moving.RATE)))
+    return replace(made, data=replace(made.data, rate=float(moving.RATE)))
 
 
 def judge(seen: Seen) -> Verdict:

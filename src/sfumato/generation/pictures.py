@@ -205,7 +205,9 @@ class PaintingModel(Model):
                     if watch is not None:
                         watch(first * steps + step * len(some), len(todo) * steps)
                 x = asker.framed.finished(shown_now.kept(self.denoiser.finish(x, prompted)))
-                pictures += to_pictures(shown_now.pasted(self.decode(x, tile, chunk)), "frames" in self.info, frames)
+                pictures += to_pictures(
+                    shown_now.pasted(self.decode(x, tile, chunk)), "frames" in self.info, frames
+                )
         return pictures
 
     def path(

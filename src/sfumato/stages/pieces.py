@@ -1,8 +1,8 @@
 """Decoding in pieces: tiles in space and chunks in time, so that memory does not grow with the clip.
 
 Our own codecs look a known way around a latent. A piece is decoded with so much of its surroundings and cut
-to itself, so the result is that of decoding the whole. The autoencoders of diffusers blend overlapping tiles by
-their own rules, which are switched on here.
+to itself, so the result is that of decoding the whole. The autoencoders of diffusers blend overlapping tiles
+by their own rules, which are switched on here.
 """
 
 import inspect
