@@ -19,7 +19,7 @@ def test_clean_clips_are_judged_right_in_every_word():
 
 
 def test_every_wrong_word_is_found():
-    one = moving.Crossing("circle", "red", "left", "black", 0.5, 0.5, 0.45)
+    one = moving.Crossing("circle", "red", "left", "black", 0.5, 0.5, 0.33)
     frames = moving.clip(one, 32)
     wrong = {"a red circle moving right": "direction", "a red cross moving left": "shape"}
     for caption, word in wrong.items():

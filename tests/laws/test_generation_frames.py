@@ -8,7 +8,8 @@ from PIL import Image
 
 from sfumato.errors import Refused
 from sfumato.generation import painting
-from sfumato.generation.frames import Windows, still
+from sfumato.generation.files import webp
+from sfumato.generation.frames import Windows, film, still
 from sfumato.stages import Condition, build, new_codec, new_conditioner
 from sfumato.stages.settings import ModelSettings
 from sfumato.theory import get, names, noise
@@ -105,6 +106,24 @@ def test_a_clip_may_be_longer_than_those_it_was_trained_on():
     assert (short == same).all()
     with pytest.raises(Refused, match="overlap"):
         made.generate(frames=14, window=5, overlap=5, **DRAWN)
+
+
+def test_a_clip_may_begin_from_a_clip(tmp_path):
+    """Little strength keeps it, and its file begins the same."""
+    made = model()
+    clip = (noise.normal((5, 16, 16, 3), 3, [0])[0] * 40 + 128).clamp(0, 255).byte().numpy()
+    kept = made.decode(made.encode(film(clip, 16, 16, 5)[None])).clamp(-1, 1)
+    whole = {**DRAWN, "steps": 50}
+    near, far = (made.generate(init=clip, strength=s, **whole)[0] for s in (0.02, 0.9))
+    shown = ((kept[0].permute(1, 2, 3, 0) + 1) * 127.5).numpy()
+    assert abs(near - shown).mean() < 0.3 * abs(far - shown).mean()
+    (tmp_path / "clip.webp").write_bytes(
+        webp([Image.fromarray(frame) for frame in clip], {}, 8, lossless=True)
+    )
+    (again,) = made.generate(init=str(tmp_path / "clip.webp"), strength=0.02, **whole)
+    assert (again == near).all()
+    with pytest.raises(Refused, match="cannot be read"):
+        made.generate(init=str(tmp_path / "no.mp4"), **DRAWN)
 
 
 # ---------------------------------------------------------------- training

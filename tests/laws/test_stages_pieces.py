@@ -60,7 +60,7 @@ AUTOENCODERS = {
         **WIDTHS, "layers_per_block": 1, "norm_num_groups": 4, "sample_height": 32, "sample_width": 48,
     },
     "AutoencoderKLMochi": {
-        "encoder_block_out_channels": (8, 16, 16, 16), "decoder_block_out_channels": (16, 16, 16, 8),
+        "encoder_block_out_channels": (64,) * 4, "decoder_block_out_channels": (64,) * 4,
         "layers_per_block": (1,) * 5,
     },
 }  # fmt: skip

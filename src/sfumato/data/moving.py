@@ -21,7 +21,8 @@ from .sample import HELD_OUT, TRAIN, Collection, Sample
 
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 FRAMES, RATE = 9, 8
-RADIUS = 0.19
+RADIUS = 0.26
+BACKGROUNDS = ("white", "black")
 TRIPLES = tuple(product(scenes.SHAPES, scenes.COLORS, WAYS))
 STEADY = 0.75  # share of the frames that must show what was asked
 LEAST_WAY = 0.12  # of the picture's side, from the first third of a clip to the last
@@ -82,9 +83,9 @@ def crossing(chance: np.random.Generator, unseen: bool = False) -> Crossing:
     fitting = [triple for triple in TRIPLES if is_unseen(*triple) == unseen]
     shape, color, way = fitting[chance.integers(len(fitting))]
     x, y = (float(at) for at in chance.uniform(0.46, 0.54, 2))
-    background = str(chance.choice(list(scenes.BACKGROUNDS)))
-    radius = RADIUS * float(chance.uniform(0.95, 1.05))
-    return Crossing(shape, color, way, background, x, y, float(chance.uniform(0.4, 0.5)), radius)
+    background = str(chance.choice(BACKGROUNDS))
+    radius = RADIUS * float(chance.uniform(0.97, 1.03))
+    return Crossing(shape, color, way, background, x, y, float(chance.uniform(0.3, 0.36)), radius)
 
 
 def parse(caption: str) -> Crossing:
@@ -93,7 +94,7 @@ def parse(caption: str) -> Crossing:
     Raises:
         Refused: when the caption is not in the words of this data set.
     """
-    colors, grounds = "|".join(scenes.COLORS), "|".join(scenes.BACKGROUNDS)
+    colors, grounds = "|".join(scenes.COLORS), "|".join(BACKGROUNDS)
     form = rf"an? ({colors}) ({'|'.join(scenes.SHAPES)}) moving ({'|'.join(WAYS)})(?: on ({grounds}))?"
     found = re.fullmatch(form, caption.strip().lower().rstrip("."))
     if found is None:
@@ -102,7 +103,7 @@ def parse(caption: str) -> Crossing:
             f'black", with {", ".join(scenes.SHAPES)}; {", ".join(scenes.COLORS)}; {", ".join(WAYS)}.'
         )
     color, shape, way, ground = found.groups()
-    return Crossing(shape, color, way, ground or "white", 0.5, 0.5, 0.45)
+    return Crossing(shape, color, way, ground or "white", 0.5, 0.5, 0.33)
 
 
 def collection(count: int = 1200, seed: int = 0, size: int = 32, held_out: int = 96) -> Collection:
@@ -115,7 +116,7 @@ def collection(count: int = 1200, seed: int = 0, size: int = 32, held_out: int =
         unseen = split == HELD_OUT
         drawn = crossing(np.random.default_rng([seed, index, unseen]), unseen)
         name = f"moving-shapes/{seed}/{size}/{split}-{index:06d}.webp"
-        content = f"moving 1, {size} pixels: {drawn!r}"
+        content = f"moving 2, {size} pixels: {drawn!r}"
         picture = partial(as_webp, drawn, size)
         return Sample(name, (drawn.caption,), split=split, picture=picture, content=content)
 

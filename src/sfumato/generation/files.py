@@ -74,13 +74,23 @@ def png(picture: Image.Image, said: Mapping[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def webp(frames: list[Image.Image], said: Mapping[str, Any], fps: float, quality: int = 90) -> bytes:
+def webp(
+    frames: list[Image.Image], said: Mapping[str, Any], fps: float, quality: int = 90, lossless: bool = False
+) -> bytes:
     """Frames as an endless animation, one frame as a picture; lossy at a high quality."""
     file, exif = io.BytesIO(), Image.Exif()
     exif[DESCRIPTION] = json.dumps(dict(said))  # EXIF text is ASCII, and so is this
     moving: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "loop": 0}
     moving |= {"duration": [round((i + 1) * 1000 / fps) - round(i * 1000 / fps) for i in range(len(frames))]}
-    frames[0].save(file, "WEBP", quality=quality, method=4, exif=exif, **(moving if len(frames) > 1 else {}))
+    frames[0].save(
+        file,
+        "WEBP",
+        quality=quality,
+        lossless=lossless,
+        method=4,
+        exif=exif,
+        **(moving if len(frames) > 1 else {}),
+    )
     return file.getvalue()
 
 

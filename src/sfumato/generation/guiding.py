@@ -19,6 +19,8 @@ from sfumato.stages.image import Encoder
 from sfumato.stages.seeing import picture
 from sfumato.theory import Theory
 
+from .frames import film
+
 WORDS = (
     "control", "control_weight", "control_start", "control_end", "reference", "reference_scale", "init",
     "strength", "mask",
@@ -179,8 +181,12 @@ def numbers(said: Any, count: int, name: str, otherwise: float) -> list[float]:
     return listed
 
 
-def taken(model: Model, options: dict[str, Any], count: int, size: tuple[int, int]) -> Guiding:
+def taken(
+    model: Model, options: dict[str, Any], count: int, size: tuple[int, int], frames: int = 0
+) -> Guiding:
     """What guides, taken out of `generate`'s options; size (width, height) of what is drawn, in pixels.
+
+    A clip of so many `frames` is begun from a clip.
 
     Raises:
         Refused: pictures or numbers for a model without such a guide, or that do not fit.
@@ -198,7 +204,7 @@ def taken(model: Model, options: dict[str, Any], count: int, size: tuple[int, in
         tuple(name for name in shown if kinds[name] == "ip-adapter"),
         windows(said, [name for name, kind in kinds.items() if kind == "controlnet"], kinds),
     )
-    return begun(model, found, said, count, size)
+    return begun(model, found, said, count, size, frames)
 
 
 def refuse(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
@@ -276,12 +282,13 @@ def encoded(model: Model, how: Encoder, shown: Sequence[Any], size: tuple[int, i
 
 @torch.no_grad()
 def begun(
-    model: Model, found: Guiding, said: Mapping[str, Any], count: int, size: tuple[int, int]
+    model: Model, found: Guiding, said: Mapping[str, Any], count: int, size: tuple[int, int], frames: int
 ) -> Guiding:
-    """What guides, with the picture to start from and what is repainted of it."""
+    """What guides, with the picture or clip to start from and what is repainted of it."""
     if "init" not in said:
         return found
-    pixels = torch.stack([fitted(one, *size) for one in each(said["init"], count, "init")])
+    shown = each(said["init"], count, "init")
+    pixels = torch.stack([film(one, *size, frames) if frames else fitted(one, *size) for one in shown])
     strength = float(said.get("strength", 1.0))
     found = replace(found, init=model.encode(pixels), strength=strength)
     if "mask" not in said:
@@ -294,4 +301,5 @@ def begun(
     sides = found.init.shape[-2:]
     hole = torch.nn.functional.adaptive_max_pool2d(cover, sides)
     hole = hole.unsqueeze(2) if found.init.ndim == 5 else hole
+    cover = cover.unsqueeze(2) if frames else cover
     return replace(found, hole=hole, pixels=pixels, cover=cover)

@@ -166,7 +166,8 @@ class PaintingModel(Model):
         guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
         shape = self.latent_shape(width, height, frames)
         pixels = self.codec.pixel_size(shape)
-        shows = showing.taken(self, options, len(todo), (pixels["width"], pixels["height"]))
+        moving = 1 + (shape[1] - 1) * self.codec.time_stride if "frames" in self.info else 0
+        shows = showing.taken(self, options, len(todo), (pixels["width"], pixels["height"]), moving)
         if latents is not None and tuple(latents.shape) != (len(todo), *shape):
             raise Refused(f"latents are {list(latents.shape)}, but {[len(todo), *shape]} are needed.")
         grid = sampling_times.grid(times, self.theory, steps) if isinstance(times, str) else times
