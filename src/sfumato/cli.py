@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 theories = typer.Typer(
-    help="Theories: list, show, check, compare.",
+    help="Theories: list, show, check, compare, fit.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -370,6 +370,34 @@ def compare_solvers(
     from .commands import theory
 
     theory.compare(name, budget, out, json)
+
+
+@theories.command("fit")
+@answers
+def fit_times(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a model or of a run.")],
+    prompt: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="What the pilot draws; repeat it. Default: the run's own prompts."),
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=4, help="Pictures of the pilot.")] = 32,
+    steps: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(metavar="N", min=3, help="Evaluations to fit to; repeat it. Default: 5, 8 and 16."),
+    ] = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the pilot's noise.")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Fit sampling times to a model.
+
+    A pilot of a few dozen pictures places the times where this model needs them. They are kept beside its
+    weights, for any number of steps, and generate uses them.
+    """
+    from .commands import fitting
+
+    fitting.fit(model, prompt or [], samples, steps or [], guidance, seed, device, json)
 
 
 app.add_typer(theories, name="theory")

@@ -134,7 +134,7 @@ class PaintingModel(Model):
             steps: network evaluations a picture; guidance: 1 for none, then also half the work.
             height, width, frames: pixels, and pictures of a clip; default as the model was trained.
             times: a grid for `solve`, or its name ("linear", "karras", …); default the pretrained pipeline's
-                own, else the solver's.
+                own, else the solver's; times fitted to the model (`sfumato theory fit`) go before both.
             solver: default the nearest to the pretrained pipeline's scheduler, else "auto".
             latents: unit noise [B, C, (F,) h, w] to start from, instead of noise from the seeds.
             batch: pictures drawn at once; changes memory, not pictures.
@@ -172,6 +172,8 @@ class PaintingModel(Model):
             raise Refused(f"latents are {list(latents.shape)}, but {[len(todo), *shape]} are needed.")
         grid = sampling_times.grid(times, self.theory, steps) if isinstance(times, str) else times
         order, most = None, None
+        if times is None and solver in (None, "auto") and self.fitted is not None:
+            grid, solver = self.fitted.grid(self.theory, steps), "auto"
         if self.sampling is not None and solver is None:
             solver, order = self.sampling.solver, self.sampling.order
             most = self.sampling.clip if grid is None else None
@@ -385,4 +387,5 @@ def painting(model: Model, denoiser: Any = None) -> PaintingModel:
         model.theory, model.codec, model.conditioner, denoiser or model.denoiser, model.info
     )
     painter.origin, painter.sampling, painter.trained = model.origin, model.sampling, model.trained
+    painter.fitted = model.fitted
     return painter

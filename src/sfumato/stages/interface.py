@@ -279,6 +279,8 @@ class Model:
         """How that pipeline samples: `.times(steps, shape)` and `.solver`."""
         self.trained: Theory | None = None
         """The theory the network itself speaks, where it is asked under another."""
+        self.fitted: Any = None
+        """Sampling times fitted to this model (`theory.times.Pilot`), if any."""
 
     def under(self, theory: Theory) -> Self:
         """This model, drawing and trained under another theory; stages and weights are shared, not copied.

@@ -20,7 +20,7 @@ from torch import Tensor
 from sfumato.errors import Failed, Refused, nearest
 from sfumato.record import RunFolder, atomic_folder, checksum
 
-from . import adapters, reference
+from . import adapters, fitted, reference
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
@@ -60,12 +60,20 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
     with atomic_folder(Path(folder)) as beside:
         if model.origin is not None:
             save_pipeline(model, beside, denoiser)
+            keep_fitted(model, beside)
             return
         parts = {"codec": model.codec, "conditioner": model.conditioner, "denoiser": denoiser}
         for role, stage in parts.items():
             save_stage(stage, beside / role, text_by_name)
         described = {"format": FORMAT, "info": model.info}
         (beside / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+        keep_fitted(model, beside)
+
+
+def keep_fitted(model: Model, folder: Path) -> None:
+    """The model's fitted sampling times go where its weights go."""
+    if model.fitted is not None:
+        fitted.write_times(folder, model.fitted)
 
 
 def plain(denoiser: Denoiser) -> Denoiser:
@@ -260,6 +268,7 @@ def load(
     is_run = any(file.is_file() for file in insides)
     home = path / "model" if is_run else path
     model = load_home(home, str(folder), number, model_class)
+    model.fitted = fitted.read_times(home) or model.fitted
     if is_run:
         plan = reference.read_plan(home)
         weights = chosen_weights(path, checkpoint)

@@ -60,7 +60,9 @@ def carried(kind: str, start: Tensor, end: Tensor, nodes: Tensor) -> tuple[Tenso
         return torch.ones_like(end), (basis * (half * share)[..., None, :]).sum(-1)
     if kind == "noise":
         inner = (basis * (half * share / theta.cos().square())[..., None, :]).sum(-1)
-        return end.cos() / start.cos(), end.cos()[..., None] * inner
+        at_end = lagrange(end[..., None], nodes)[..., 0]  # at pure noise z is x_T
+        noise = torch.where(end[..., None].cos() < 1e-6, at_end, end.cos()[..., None] * inner)
+        return end.cos() / start.cos(), noise
     inner = (basis * (half * share / theta.sin().square())[..., None, :]).sum(-1)
     at_end = lagrange(end[..., None], nodes)[..., 0]  # in φ: the log-SNR of the data end is too far to reach
     data = torch.where(end[..., None] < 1e-6, at_end, -end.sin()[..., None] * inner)

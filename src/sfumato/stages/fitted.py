@@ -1,0 +1,44 @@
+"""Sampling times that were fitted to a model, kept in a file beside its weights."""
+
+import json
+from pathlib import Path
+
+from sfumato.errors import Refused
+from sfumato.record import write_atomic
+from sfumato.theory.times import Pilot
+
+TIMES = "times.json"
+
+
+def home_of(folder: Path) -> Path:
+    """Where a model's or run's times are kept.
+
+    Raises:
+        Refused: unless it is a folder.
+    """
+    if not folder.is_dir():
+        raise Refused(f"{folder} is no folder. Give the folder of a model or of a run.")
+    if folder.parent.name == "checkpoints" and (folder / "manifest.json").is_file():
+        folder = folder.parent.parent
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def read_times(home: Path) -> Pilot | None:
+    """The times kept in a folder, None where there are none.
+
+    Raises:
+        Refused: they are damaged.
+    """
+    file = home / TIMES
+    if not file.is_file():
+        return None
+    try:
+        return Pilot.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, Refused) as problem:
+        raise Refused(f"{file} is damaged ({problem}). Delete it, or fit the times again.") from problem
+
+
+def write_times(home: Path, pilot: Pilot) -> Path:
+    """Keep times in a folder, in place of older ones; the file."""
+    write_atomic(home / TIMES, json.dumps(pilot.to_dict()))
+    return home / TIMES
