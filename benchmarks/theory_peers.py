@@ -147,7 +147,8 @@ def _level(space: str, value: float) -> Level:
 # ---------------------------------------------------------------- k-diffusion
 
 
-def _k_diffusion(setting: str) -> Iterator[tuple[str, Run]]:
+def load_k_diffusion() -> None:
+    """Import its samplers without the rest of it."""
     if "k_diffusion" not in sys.modules:  # its __init__ imports far more than its samplers need
         found = importlib.util.find_spec("k_diffusion")
         if found is None:
@@ -157,6 +158,10 @@ def _k_diffusion(setting: str) -> Iterator[tuple[str, Run]]:
         utils.append_dims = lambda x, n: x[(...,) + (None,) * (n - x.ndim)]
         package.utils = utils
         sys.modules.update({"k_diffusion": package, "k_diffusion.utils": utils})
+
+
+def _k_diffusion(setting: str) -> Iterator[tuple[str, Run]]:
+    load_k_diffusion()
     import k_diffusion.sampling as K
 
     still: dict[str, Any] = {"eta": 0.0, "noise_sampler": lambda *_: 0.0}
