@@ -4,7 +4,7 @@
 
 "Worked" means finite and, from 24 to 48 steps, converging at the promised order or already within 1e-3 of
 the exact end; where noise is drawn, means and widths of the data. Beside ours: schedulers of diffusers with
-every kind of times and prediction they list (finite, and no option dropped), k-diffusion and azula (nearer the
+every kind of times and prediction they list (finite, no option dropped), k-diffusion and azula (nearer the
 exact end of their own range at 48 steps than at 12).
 """
 
