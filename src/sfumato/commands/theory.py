@@ -14,10 +14,12 @@ from ..record import write_atomic
 from ..studio.charts import Line, chart
 from ..studio.page import document, escape, section, table, tiles
 from ..theory import Theory, about, arguments, get, methods, names, times, verify
+from . import schedulers
 from .console import result
 
 POINTS = 121
 BUDGETS = (5, 10, 20, 40)
+COMPARED = ("auto", "euler", "heun", "dpm++", "unipc", "multistep")
 KICKER = "sfumato · a theory"
 
 
@@ -49,8 +51,6 @@ def show_list(as_json: bool) -> None:
 def show(name: str, out: Path, as_json: bool) -> None:
     """Write a page that shows the theory, and print its path."""
     theory = find(name)
-    curves = sample(theory)
-    charts = "".join([*_definitions(curves), *_derived(theory, curves)])
     lead = escape(about(name)) if not is_own(name) else escape(name)
     facts = [
         ("Noise at", f"t = {theory.t_noise:g}", ""),
@@ -59,12 +59,21 @@ def show(name: str, out: Path, as_json: bool) -> None:
     ]
     body = [
         tiles(facts),
-        section("Two definitions, and what follows", f'<div class="charts">{charts}</div>'),
-        section("Where it leads", _paths(theory) if theory.check().ok else ""),
+        *_portrait(theory),
     ]
     page = _write(out, theory, document(theory.name, lead, body, kicker=KICKER), "show")
     value = {"theory": theory.name, "t_noise": theory.t_noise, "t_data": theory.t_data, "page": page}
     result(value, str(page), as_json)
+
+
+def _portrait(theory: Theory) -> list[str]:
+    """The theory's coefficients and signal-to-noise, and the paths it leads along."""
+    curves = sample(theory)
+    charts = "".join([*_definitions(curves), *_derived(theory, curves)])
+    return [
+        section("Two definitions, and what follows", f'<div class="charts">{charts}</div>'),
+        section("Where it leads", _paths(theory) if theory.check().ok else ""),
+    ]
 
 
 @dataclass(frozen=True)
@@ -147,6 +156,7 @@ def check(name: str, out: Path, as_json: bool) -> None:
     body = [
         section("What was tried", table(("holds", "", "found", "promised"), rows)),
         section("Against an exact denoiser", _compared(errors)),
+        *(_portrait(theory) if sound else ()),
     ]
     page = _write(out, theory, document(theory.name, words, body, kicker=KICKER), "check")
     seconds = round(time.perf_counter() - began, 2)
@@ -161,13 +171,18 @@ def compare(name: str, budget: int, out: Path, as_json: bool) -> None:
     """Every solver on every grid at about one budget of evaluations, the best first."""
     theory = find(name)
     torch.set_num_threads(1)
-    rows = verify.compare(theory, budget)
+    rows = verify.compare(theory, budget) + schedulers.rows(theory, budget)
+    rows.sort(key=lambda row: row.get("error", math.inf))
     shown = [(one["solver"], one["grid"], str(one["evaluations"]), _outcome(one)) for one in rows]
     head = ("solver", "grid", "evaluations", "error")
     lead = f"Distance from the exact answer after about {budget} network evaluations, the best first."
-    body = [section("Solvers and grids", table(head, shown))]
+    lines = verify.errors(theory, COMPARED, BUDGETS, samples=64)
+    body = [
+        section("Each solver on its own grid", _compared(lines)),
+        section("Solvers and grids", table(head, shown)),
+    ]
     page = _write(out, theory, document(theory.name, lead, body, kicker=KICKER), "compare")
-    told = "\n".join(f"{solver:<12} {grid:<12} {count:>4}  {error}" for solver, grid, count, error in shown)
+    told = "\n".join(f"{solver:<25} {grid:<10} {count:>4}  {error}" for solver, grid, count, error in shown)
     result({"theory": theory.name, "rows": rows, "page": page}, f"{told}\n{page}", as_json)
 
 
