@@ -20,14 +20,16 @@ import torch
 
 from sfumato.data import shapes
 from sfumato.data.settings import DataSettings
-from sfumato.demo import PLANS, chosen
+from sfumato.demo.drawing import chosen
+from sfumato.demo.text import PLANS
 from sfumato.generation import PaintingModel
 from sfumato.recipe import Recipe
 from sfumato.stages import Condition
 from sfumato.theory import noise
 from sfumato.workflow import train
 from sfumato.workflow.codecs import codec_key, place, ready_codec
-from sfumato.workflow.course import encoded_samples, sizes
+from sfumato.workflow.course import sizes
+from sfumato.workflow.encoding import encoded_samples
 from sfumato.workflow.material import collect
 
 ANGLES = [
