@@ -9,17 +9,25 @@ from training_world import fingerprint, make, train
 
 from sfumato.errors import Refused
 from sfumato.training.average import Average, decay_at
+from sfumato.training.held import Held
 from sfumato.training.optimiser import Optimiser
+from sfumato.training.rounding import round_stochastically
 from sfumato.training.schedule import SCHEDULES, factor
-from sfumato.training.settings import OPTIMIZERS
+from sfumato.training.settings import OPTIMIZERS, TrainSettings
 
 HAS_PACKAGE = importlib.util.find_spec("pytorch_optimizer") is not None
-RATES = {"lion": 1e-3, "prodigy": 1.0, "muon": 3e-3}
+RATES = {"lion": 1e-3, "lion-8bit": 1e-3, "prodigy": 1.0, "muon": 3e-3}
+
+
+PACKAGES = {"prodigy": "pytorch_optimizer", "schedule-free": "pytorch_optimizer", "came": "pytorch_optimizer"}
+PACKAGES |= {"ademamix": "pytorch_optimizer", "adamw-8bit": "bitsandbytes", "lion-8bit": "bitsandbytes"}
 
 
 def available(name: str) -> str:
-    if name in ("prodigy", "schedule-free") and not HAS_PACKAGE:
-        pytest.skip("pytorch-optimizer is not installed")
+    if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+        pytest.skip(f"{PACKAGES[name]} is not installed")
+    if "paged" in name and not torch.cuda.is_available():
+        pytest.skip("paged optimizers need a GPU")
     return name
 
 
@@ -36,7 +44,7 @@ def test_every_optimizer_learns_and_resumes_to_the_bit(tmp_path, name: str):
 def test_every_optimizer_goes_down(name: str):
     _, network, settings = make(optimizer=available(name), learning_rate=RATES.get(name, 1e-2), steps=40)
     optimiser = Optimiser(network, settings)
-    goal = {name: weight + 0.3 for name, weight in network.state_dict().items()}
+    goal = {name: weight.detach().clone() + 0.3 for name, weight in network.state_dict().items()}
     losses = []
     for step in range(40):
         loss = sum(((weight - goal[name]) ** 2).mean() for name, weight in network.named_parameters())
@@ -61,6 +69,65 @@ def test_matrices_decay_and_vectors_do_not():
     groups = Optimiser(network, settings).parts[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert {weight.ndim for weight in groups[1]["params"]} == {1}
+
+
+def test_a_weight_learns_at_the_rate_of_the_first_pattern_it_matches():
+    _, network, settings = make(rates=("first.*=0.5", "*.bias=0"), learning_rate=1e-2)
+    optimiser = Optimiser(network, settings)
+    names = optimiser.names
+    rates = {names[id(w)]: group["lr"] for group in optimiser.parts[0].param_groups for w in group["params"]}
+    assert rates == {"first.weight": 5e-3, "first.bias": 5e-3, "second.weight": 1e-2, "second.bias": 0.0}
+    with pytest.raises(Refused, match=r"frist.*first"):
+        Optimiser(network, make(rates=("frist.*=0.5",))[2])
+    with pytest.raises(Refused, match="PATTERN=FACTOR"):
+        Optimiser(network, make(rates=("first.*",))[2])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("name", ["adamw-paged", "adamw-8bit-paged"])
+def test_a_paged_optimizer_is_refused_where_there_is_no_gpu(name: str):
+    _, network, settings = make(optimizer=name)
+    with pytest.raises(Refused, match="GPU"):
+        Optimiser(network, settings)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "bf16-masters"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "muon", "adafactor"])
+def test_weights_in_bfloat16_learn_steps_smaller_than_their_grain(weights: str, optimizer: str):
+    """Law: 500 steps of 1e-5 move weights of size 1 as far as float32 moves them, on average."""
+    network = torch.nn.Linear(64, 64, bias=False)
+    torch.nn.init.ones_(network.weight)
+    settings = TrainSettings(
+        weights=weights, optimizer=optimizer, learning_rate=1e-5, warmup=0, weight_decay=0, steps=500, ema=0
+    )
+    held = Held(network, settings)
+    assert network.weight.dtype == torch.bfloat16
+    for step in range(500):
+        network.weight.grad = torch.ones_like(network.weight)
+        held.optimiser.step(step)
+    moved = 1 - float(network.weight.detach().double().mean())
+    if optimizer in ("adamw", "lion"):
+        assert moved == pytest.approx(5e-3, abs=5e-4 if weights == "bf16" else 2**-9)
+    else:
+        assert moved > 0
+
+
+@pytest.mark.parametrize("weights", ["bf16", "bf16-masters"])
+def test_weights_in_bfloat16_resume_to_the_bit(tmp_path, weights: str):
+    changes = {"weights": weights, "held_out_every": 0}
+    train(tmp_path / "through", steps=6, **changes)
+    train(tmp_path / "resumed", steps=3, **changes)
+    train(tmp_path / "resumed", steps=6, **changes)
+    assert fingerprint(tmp_path / "resumed") == fingerprint(tmp_path / "through")
+
+
+def test_rounding_is_right_on_average_and_exact_where_it_can_be():
+    values = torch.full((200_000,), 1.0 + 3 / 2**10)
+    rounded = round_stochastically(values, torch.Generator().manual_seed(0))
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert float(rounded.double().mean()) == pytest.approx(float(values[0]), abs=5e-5)
+    whole = torch.tensor([0.0, -1.5, 2.0, float("inf"), -float("inf")])
+    assert round_stochastically(whole, torch.Generator().manual_seed(0)).tolist() == whole.tolist()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

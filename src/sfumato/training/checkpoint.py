@@ -146,7 +146,7 @@ def _write_group(folder: Path, group: str, tensors: Tensors) -> None:
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
+        shards[-1][name] = _alone(tensor, shards[-1])
         size += tensor.nbytes
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
@@ -156,6 +156,14 @@ def _write_group(folder: Path, group: str, tensors: Tensors) -> None:
             if "os error 28" in str(problem) or "os error 122" in str(problem):
                 raise OSError(errno.ENOSPC, "No space left on device") from problem
             raise
+
+
+def _alone(tensor: Tensor, others: Tensors) -> Tensor:
+    """The tensor in host memory that it shares with none of the others: safetensors would refuse it."""
+    here = tensor.detach().cpu().contiguous()
+    place = here.untyped_storage().data_ptr()
+    shared = any(other.untyped_storage().data_ptr() == place for other in others.values())
+    return here.clone() if shared and here.numel() else here
 
 
 def damage(folder: Path) -> str | None:

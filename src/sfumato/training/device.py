@@ -37,12 +37,16 @@ def has_fast_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, ask)() for ask in asks if hasattr(torch.cpu, ask))
 
 
-def effective_precision(precision: str, device: torch.device) -> str:
-    """ "fp32" or "bf16": what "auto" means on this device.
+def effective_precision(precision: str, device: torch.device, weights: str = "fp32") -> str:
+    """ "fp32" or "bf16": what "auto" means on this device, for weights kept so.
 
     Raises:
-        Refused: unknown precision.
+        Refused: unknown precision, or one that these weights do not have.
     """
+    if weights != "fp32":
+        if precision == "fp32":
+            raise Refused(f'train.weights = "{weights}" computes in bf16. Leave train.precision at "auto".')
+        return "bf16"
     if one_of("precision", precision, PRECISIONS) != "auto":
         return precision
     return "bf16" if has_fast_bf16(device) else "fp32"

@@ -14,6 +14,7 @@ from . import checkpoint
 from .average import Average, OptimiserMean, trained
 from .optimiser import Optimiser
 from .posthoc import PowerAverages
+from .rounding import to_bfloat16
 from .settings import TrainSettings
 
 HARMLESS = {
@@ -32,6 +33,8 @@ class Held:
 
     def __init__(self, network: nn.Module, settings: TrainSettings) -> None:
         self.network, self.settings = network, settings
+        if settings.weights != "fp32":
+            to_bfloat16(network)
         self.optimiser = Optimiser(network, settings)
         self.average: Average | OptimiserMean | None = None
         if self.optimiser.averages:

@@ -125,7 +125,7 @@ class _Loop:
         self.held = Held(network, settings)
         self.optimiser, self.average, self.weights = self.held.optimiser, self.held.average, self.held.weights
         self.device = self.weights[0].device
-        self.precision = device.effective_precision(settings.precision, self.device)
+        self.precision = device.effective_precision(settings.precision, self.device, settings.weights)
         self.asks_every_step = self.device.type == "cpu" or not self.optimiser.skips_on_device
         self.bad = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)

@@ -7,33 +7,53 @@ comes back bit for bit; nothing is pickled.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from sfumato.errors import Failed
+from sfumato.errors import Failed, Refused
 
 from .average import trained
+from .groups import check
 from .optimisers import build
+from .rounding import Rounding
 from .schedule import factor
 from .settings import TrainSettings
 
 FROM_SETTINGS = {"params", "lr", "weight_decay", "initial_lr"}
 """Entries of a parameter group that the recipe decides, on a resumed run too."""
+OF_ITS_OWN = ("prodigy", "schedule-free")
+"""Optimizers that must see all weights at once, or that keep an average in them."""
 
 
 class Optimiser:
     """The optimizer named in the settings, stepping all trained parameters of a network.
 
     Raises:
-        Refused: no such optimizer. Failed: the network has nothing to train.
+        Refused: no such optimizer, or what it cannot do. Failed: the network has nothing to train.
     """
 
     def __init__(self, network: nn.Module, settings: TrainSettings) -> None:
         self.settings = settings
-        self.names = {id(weight): name for name, weight in trained(network).items()}
-        if not self.names:
+        named = trained(network)
+        if not named:
             raise Failed("The network has no parameter that may be trained: every requires_grad is off.")
-        self.parts = build(network, settings)
+        check(named, settings.rates)
+        self.rounding: Rounding | None = None
+        if any(weight.dtype == torch.bfloat16 for weight in named.values()):
+            if settings.optimizer in OF_ITS_OWN:
+                raise Refused(
+                    f'train.optimizer = "{settings.optimizer}" needs weights in float32. Say '
+                    'train.weights = "fp32", or choose adamw, lion, muon or adafactor.'
+                )
+            self.rounding = Rounding(named, keeps=settings.weights != "bf16")
+            named = self.rounding.named
+        self.names = {id(weight): name for name, weight in named.items()}
+        chunks = [named] if self.rounding is None else self.rounding.chunks()
+        self.parts = [part for chunk in chunks for part in build(chunk, settings)]
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        if self.rounding is not None:
+            for part in self.parts:
+                self.rounding.release(part)
 
     @property
     def averages(self) -> bool:
@@ -43,7 +63,9 @@ class Optimiser:
     @property
     def skips_on_device(self) -> bool:
         """Whether a step can be told, without asking the device, to leave the weights alone."""
-        return all(getattr(part, "_step_supports_amp_scaling", False) for part in self.parts)
+        return self.rounding is None and all(
+            getattr(part, "_step_supports_amp_scaling", False) for part in self.parts
+        )
 
     def step(self, step: int, skip: Tensor | None = None) -> float:
         """Move the weights in step `step` (0, 1, …); with `skip` (float, 1 to skip) decided on the device.
@@ -58,7 +80,12 @@ class Optimiser:
                 group["lr"] = peak * scale
             if skip is not None:
                 part.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
+            if self.rounding is not None:
+                self.rounding.before(part)
             part.step()
+            if self.rounding is not None:
+                self.rounding.after(part, step)
+                self.rounding.release(part)
         return self.parts[0].param_groups[0]["lr"]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,6 +104,8 @@ class Optimiser:
             for index, group in enumerate(part.param_groups):
                 own = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}
                 tensors |= {f"{number}/group {index}/{key}": value for key, value in own.items()}
+        if self.rounding is not None:
+            tensors |= {f"masters/{name}": value for name, value in self.rounding.masters().items()}
         return tensors, rest
 
     @staticmethod
@@ -91,6 +120,9 @@ class Optimiser:
 
     def load(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
+        if self.rounding is not None:
+            masters = {name: value for name, value in tensors.items() if name.startswith("masters/")}
+            self.rounding.load({name.removeprefix("masters/"): value for name, value in masters.items()})
         entries: dict[str, dict[str, Any]] = {}
         for key, value in [*tensors.items(), *rest["values"].items()]:
             owner, _, entry = key.rpartition("/")
@@ -103,3 +135,5 @@ class Optimiser:
             for index, group in enumerate(packed["param_groups"]):
                 group |= rest["groups"][number][index] | entries.get(f"{number}/group {index}", {})
             part.load_state_dict(packed)
+            if self.rounding is not None:
+                self.rounding.release(part)

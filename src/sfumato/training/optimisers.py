@@ -1,107 +1,136 @@
-"""The optimizers by name: what torch has, Lion, and what the package pytorch-optimizer adds.
+"""The optimizers there are, each a short recipe of how it treats matrices and the rest.
 
-Each takes the network and the settings and gives the list of optimizers that together step all of it.
+A recipe takes the weights by name and the settings, and gives the list of optimizers that together step
+all of them. PyTorch's own where it has one, else pytorch-optimizer's, bitsandbytes' for states of 8 bits
+and states that move to host memory.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfumato.errors import Refused, one_of
+from sfumato.own import is_own, load_own
 
-from .average import trained
+from .groups import Groups, grouped
 from .settings import TrainSettings
 
-Groups = list[dict[str, Any]]
+Named = Mapping[str, Tensor]
 Optimizers = list[torch.optim.Optimizer]
+BETAS = (0.9, 0.99)
 
 
-def grouped(weights: Iterable[Tensor], weight_decay: float) -> Groups:
-    """Two parameter groups: what decays (two axes or more) and what does not."""
-    weights = list(weights)
-    decaying = [weight for weight in weights if weight.ndim >= 2]
-    others = [weight for weight in weights if weight.ndim < 2]
-    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def groups_of(network: nn.Module, settings: TrainSettings) -> Groups:
-    """The network's trained parameters, grouped by whether they decay."""
-    return grouped(trained(network).values(), settings.weight_decay)
-
-
-def adamw(network: nn.Module, settings: TrainSettings) -> Optimizers:
+def adamw(named: Named, settings: TrainSettings) -> Optimizers:
     """AdamW in one fused kernel (arXiv:1711.05101)."""
-    groups = groups_of(network, settings)
-    return [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)]
+    return [torch.optim.AdamW(grouped(named, settings), lr=settings.learning_rate, betas=BETAS, fused=True)]
 
 
-def adafactor(network: nn.Module, settings: TrainSettings) -> Optimizers:
+def adafactor(named: Named, settings: TrainSettings) -> Optimizers:
     """Adafactor: the second moment of a matrix as a row and a column (arXiv:1804.04235)."""
-    return [torch.optim.Adafactor(groups_of(network, settings), lr=settings.learning_rate)]
+    return [torch.optim.Adafactor(grouped(named, settings), lr=settings.learning_rate)]
 
 
-def lion(network: nn.Module, settings: TrainSettings) -> Optimizers:
+def lion(named: Named, settings: TrainSettings) -> Optimizers:
     """Lion; it wants a learning rate three to ten times below AdamW's."""
-    return [Lion(groups_of(network, settings), lr=settings.learning_rate)]
+    return [Lion(grouped(named, settings), lr=settings.learning_rate)]
 
 
-def muon(network: nn.Module, settings: TrainSettings) -> Optimizers:
+def muon(named: Named, settings: TrainSettings) -> Optimizers:
     """Muon for matrices, scaled to AdamW's learning rates (arXiv:2502.16982); AdamW for the rest."""
-    weights = list(trained(network).values())
-    matrices = [weight for weight in weights if weight.ndim == 2]
-    others = grouped((weight for weight in weights if weight.ndim != 2), settings.weight_decay)
-    rate, decay = settings.learning_rate, settings.weight_decay
     parts: Optimizers = []
+    matrices = {name: weight for name, weight in named.items() if weight.ndim == 2}
+    others = {name: weight for name, weight in named.items() if weight.ndim != 2}
     if matrices:
-        parts.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        groups = grouped(matrices, settings)
+        parts.append(torch.optim.Muon(groups, lr=settings.learning_rate, adjust_lr_fn="match_rms_adamw"))
     if others:
-        parts.append(torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), fused=True))
+        parts += adamw(others, settings)
     return parts
 
 
-def prodigy(network: nn.Module, settings: TrainSettings) -> Optimizers:
+def prodigy(named: Named, settings: TrainSettings) -> Optimizers:
     """Prodigy finds its own step size (arXiv:2306.06101); say learning_rate = 1."""
-    made = _from_package("Prodigy")
-    return [made(groups_of(network, settings), lr=settings.learning_rate, weight_decay=settings.weight_decay)]
+    made = _from("pytorch_optimizer", "Prodigy")
+    decay = settings.weight_decay
+    return [made(grouped(named, settings), lr=settings.learning_rate, weight_decay=decay)]
 
 
-def schedule_free(network: nn.Module, settings: TrainSettings) -> Optimizers:
+def schedule_free(named: Named, settings: TrainSettings) -> Optimizers:
     """AdamW that averages as it goes instead of decaying (arXiv:2405.15682); its average is drawn with."""
-    made = _from_package("ScheduleFreeAdamW")
-    return [made(groups_of(network, settings), lr=settings.learning_rate, betas=(0.9, 0.99))]
+    made = _from("pytorch_optimizer", "ScheduleFreeAdamW")
+    return [made(grouped(named, settings), lr=settings.learning_rate, betas=BETAS)]
 
 
-def _from_package(name: str) -> Callable[..., torch.optim.Optimizer]:
+def came(named: Named, settings: TrainSettings) -> Optimizers:
+    """CAME: Adafactor's memory with a confidence for each step (arXiv:2307.02047)."""
+    return [_from("pytorch_optimizer", "CAME")(grouped(named, settings), lr=settings.learning_rate)]
+
+
+def ademamix(named: Named, settings: TrainSettings) -> Optimizers:
+    """AdEMAMix: AdamW with a second, slow momentum (arXiv:2409.03137)."""
+    return [_from("pytorch_optimizer", "AdEMAMix")(grouped(named, settings), lr=settings.learning_rate)]
+
+
+def _bits_and_bytes(kind: str, paged: bool) -> Callable[[Named, TrainSettings], Optimizers]:
+    """A recipe for one of bitsandbytes' optimizers (arXiv:2110.02861)."""
+
+    def recipe(named: Named, settings: TrainSettings) -> Optimizers:
+        device = next(iter(named.values())).device
+        if paged and device.type != "cuda":
+            raise Refused(
+                f"A paged optimizer moves its state between GPU and host memory; this run is on {device}. "
+                "Choose train.optimizer = adamw or adamw-8bit, or a machine with a GPU."
+            )
+        made = _from("bitsandbytes.optim", kind)
+        groups = grouped(named, settings)
+        if kind.startswith("Lion"):
+            return [made(groups, lr=settings.learning_rate, betas=BETAS)]
+        return [made(groups, lr=settings.learning_rate, betas=BETAS, eps=1e-8)]
+
+    return recipe
+
+
+def _from(module: str, name: str) -> Callable[..., torch.optim.Optimizer]:
+    package = module.partition(".")[0]
+    installed = package.replace("_", "-")
     try:
-        import pytorch_optimizer  # pyright: ignore[reportMissingImports]
+        made = __import__(module, fromlist=[name])
     except ImportError as problem:
         raise Refused(
-            f"{name} comes from the package pytorch-optimizer, which is not installed. "
-            "Run `pip install pytorch-optimizer`, or choose train.optimizer = adamw, lion, muon or adafactor."
+            f"{name} comes from the package {installed}, which is not installed. "
+            f"Run `pip install {installed}`, or choose train.optimizer = adamw, lion, muon or adafactor."
         ) from problem
-    return getattr(pytorch_optimizer, name)
+    return getattr(made, name)
 
 
-OPTIMIZERS: dict[str, Callable[[nn.Module, TrainSettings], Optimizers]] = {
+OPTIMIZERS: dict[str, Callable[[Named, TrainSettings], Optimizers]] = {
     "adamw": adamw,
     "adafactor": adafactor,
     "lion": lion,
     "muon": muon,
     "prodigy": prodigy,
     "schedule-free": schedule_free,
+    "came": came,
+    "ademamix": ademamix,
+    "adamw-8bit": _bits_and_bytes("AdamW8bit", paged=False),
+    "lion-8bit": _bits_and_bytes("Lion8bit", paged=False),
+    "adamw-paged": _bits_and_bytes("PagedAdamW32bit", paged=True),
+    "adamw-8bit-paged": _bits_and_bytes("PagedAdamW8bit", paged=True),
 }
 
 
-def build(network: nn.Module, settings: TrainSettings) -> Optimizers:
-    """The optimizers the settings name.
+def build(named: Named, settings: TrainSettings) -> Optimizers:
+    """The optimizers the settings name; `file.py:name` is called with (parameter groups, lr=…).
 
     Raises:
-        Refused: unknown, or its package is missing.
+        Refused: unknown, its package is missing, or the machine cannot.
     """
-    return OPTIMIZERS[one_of("optimizer", settings.optimizer, OPTIMIZERS)](network, settings)
+    name = settings.optimizer
+    if is_own(name):
+        made = load_own(name)
+        return [made(grouped(named, settings), lr=settings.learning_rate)]
+    return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)](named, settings)
 
 
 class Lion(torch.optim.Optimizer):
@@ -111,7 +140,7 @@ class Lion(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Groups, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+        self, params: Groups, lr: float, betas: tuple[float, float] = BETAS, weight_decay: float = 0.0
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 

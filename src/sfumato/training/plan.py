@@ -22,10 +22,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from .average import trained
 from .held import Held
 from .parallel import Division, Processes
+from .rounding import to_bfloat16
 from .settings import TrainSettings
 
-STATES = {"adamw": 2, "lion": 1, "muon": 1, "adafactor": 0.01, "prodigy": 4, "schedule-free": 2}
-"""Numbers an optimizer keeps for each weight."""
+STATES = {
+    "adamw": 2,
+    "lion": 1,
+    "muon": 1,
+    "adafactor": 0.01,
+    "prodigy": 4,
+    "schedule-free": 2,
+    "came": 1.01,
+    "ademamix": 3,
+    "adamw-8bit": 0.52,
+    "lion-8bit": 0.26,
+    "adamw-paged": 0,
+    "adamw-8bit-paged": 0,
+}
+"""float32 numbers an optimizer keeps for each weight on the device."""
 FORWARD_AND_BACKWARD = 3
 Inputs = tuple[Any, ...]
 
@@ -99,19 +113,22 @@ def predict(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Fore
         RuntimeError: the network asks for the numbers in its inputs, so only a probe can tell.
     """
     shadow = copy.deepcopy(network).to("meta").train()
+    if settings.weights != "fp32":
+        to_bfloat16(shadow)
     shapes = tuple(on_meta(value) for value in inputs)
     weights = list(trained(shadow).values())
     counter = FlopCounterMode(display=False)
     with counter:
         activations, largest = saved_bytes(lambda: shadow(*shapes), shadow.parameters())
+    on_host = next(network.parameters()).device.type == "cpu"  # where power averages are kept
     numbers = sum(weight.numel() for weight in weights)
     trained_bytes = sum(weight.nbytes for weight in weights)
-    averages = bool(settings.ema) + 2 * bool(settings.ema_snapshots)
+    masters = 4 * numbers if settings.weights == "bf16-masters" else 0
     memory = Memory(
         weights=sum(tensor.nbytes for tensor in [*shadow.parameters(), *shadow.buffers()]),
         gradients=trained_bytes,
-        optimizer=int(STATES[settings.optimizer] * trained_bytes),
-        average=averages * numbers * 4,
+        optimizer=int(STATES.get(settings.optimizer, 2) * 4 * numbers) + masters,
+        average=4 * numbers * (bool(settings.ema) + 2 * (bool(settings.ema_snapshots) and on_host)),
         activations=activations,
         scratch=4 * largest,
     )

@@ -6,7 +6,10 @@ from sfumato.settings import key
 
 DENSITIES = ("uniform", "logit-normal", "log-normal", "log-snr", "cosmap", "mode")
 WEIGHTINGS = ("none", "min-snr", "edm", "sigmoid", "p2", "debiased")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "prodigy", "schedule-free")
+OPTIMIZERS = (
+    *("adamw", "adafactor", "lion", "muon", "prodigy", "schedule-free", "came", "ademamix"),
+    *("adamw-8bit", "lion-8bit", "adamw-paged", "adamw-8bit-paged"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class TrainSettings:
         choices=("constant", "cosine", "linear", "wsd", "rex"),
     )
     weight_decay: float = key(0.01, "decay of matrices; vectors never decay", least=0)
+    rates: tuple[str, ...] = key((), "weights that learn at another rate, as PATTERN=FACTOR: blocks.*=0.5")
     clip: float = key(1.0, "largest norm of the gradient; 0 leaves it alone", least=0)
     ema: float = key(0.999, "decay of the averaged weights; 0 keeps none", least=0, most=1)
     ema_snapshots: int = key(500, "steps between averages kept for `sfumato ema`; 0 for none", least=0)
@@ -41,6 +45,11 @@ class TrainSettings:
     stratified: bool = key(True, "spread the times of a batch evenly over their density")
     weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
     precision: str = key("auto", "auto, fp32 or bf16", choices=("auto", "fp32", "bf16"))
+    weights: str = key(
+        "fp32",
+        "how trained weights are kept: fp32; bf16, rounded stochastically; bf16-masters, with fp32 copies",
+        choices=("fp32", "bf16", "bf16-masters"),
+    )
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", least=0)
     log_every: int = key(10, "steps between loss records", least=1)

@@ -127,7 +127,7 @@ def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress |
     )  # fmt: skip
     measure = None
     if recipe.train.held_out_every and len(prepared.held_out):
-        precision = recipe.train.precision
+        precision = devices.effective_precision(recipe.train.precision, prepared.device, recipe.train.weights)
         measure = HeldOut(objective, prepared.held_out, prepared.train, run, precision=precision)
     shown = groups(recipe, prepared.train, prepared.held_out, is_guided(model))
     preview = Preview(model, recipe, run, shown, lambda: report.write(run))

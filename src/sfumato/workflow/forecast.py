@@ -60,7 +60,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         found["buckets"] = _buckets(recipe, train, gathered.bucket_of)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(gathered.device)
-    found["precision"] = devices.effective_precision(recipe.train.precision, gathered.device)
+    found["precision"] = devices.effective_precision(
+        recipe.train.precision, gathered.device, recipe.train.weights
+    )
     found |= _cost(recipe, model.to(gathered.device), [sample.captions for sample in train])
     found["disk_gb"] = round(_disk(recipe, parameters, len(collection.samples), codec) / 1e9, 3)
     output = Path(recipe.output)
