@@ -35,16 +35,16 @@ train = "shapes"
 resolution = 32
 store = "store"
 [train]
-steps = 240
+steps = 120
 batch = 8
 accumulate = 2
 save_every = 9
 log_every = 5
-held_out_every = 60
+held_out_every = 30
 ema_snapshots = 40
 threads = 1
 [sample]
-every = 60
+every = 40
 steps = 2
 """
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -87,7 +87,7 @@ def one_kill(recipe: Path, run: Path, dice: random.Random) -> dict[str, object]:
     if met:
         process.send_signal(number)
     _, said = process.communicate(timeout=600)
-    if process.returncode not in (0, -signal.SIGKILL, 130, 143):
+    if process.returncode not in (0, *(-one for one in SIGNALS), 130, 143):
         raise SystemExit(said)
     folders = RunFolder.open(run).checkpoint_folders()
     return {

@@ -99,14 +99,21 @@ def new(
 
 @app.command()
 @answers
-def plan(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    fit: Annotated[
+        str, typer.Option(metavar="SIZE", help="Choose what makes a step fit into it, as 24GB, and say why.")
+    ] = "",
+    json: Json = False,
+) -> None:
     """Say what would run, and run nothing.
 
     Every value and where it came from, counts, memory, disk.
     """
     from .commands import recipes
 
-    recipes.plan(recipe, overrides or [], json)
+    recipes.plan(recipe, overrides or [], fit, json)
 
 
 @app.command()
@@ -120,11 +127,18 @@ def encode(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) 
 
 @app.command()
 @answers
-def train(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Write a trace and a table of a few steps into RUN/profile.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Train a recipe; the same command resumes."""
     from .commands import runs
 
-    runs.train(recipe, overrides or [], json)
+    runs.train(recipe, overrides or [], profile, json)
 
 
 @app.command()

@@ -101,6 +101,22 @@ class Recipe:
         defaults = {name for name, value in self.values().items() if value == DEFAULTS[name]}
         return _build(Recipe(), {name: entry for name, entry in said.items() if name not in defaults})
 
+    def overridden(self, words: Iterable[str], origin: str) -> "Recipe":
+        """The recipe with `key=value` words laid over it, whose origin is said to be `origin`.
+
+        Raises:
+            Refused: for an unknown key or a value that cannot be.
+        """
+        said = {
+            name: (value, self.origin(name), Path.cwd())
+            for name, value in self.values().items()
+            if value != DEFAULTS[name]
+        }
+        for word in words:
+            name, _, text = word.partition("=")
+            said[name] = (_from_text(name, text), origin, Path.cwd())
+        return _build(Recipe(), said)
+
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """The keys whose values differ, as {key: (mine, theirs)}."""
         theirs = other.values()

@@ -84,15 +84,43 @@ def _captions(data: str, embedded: tuple[str, ...]) -> str:
     return "folder" if any(entry.is_dir() for entry in folder.iterdir()) else "none"
 
 
-def plan(recipe: Path, overrides: list[str], as_json: bool) -> None:
+def plan(recipe: Path, overrides: list[str], fit: str, as_json: bool) -> None:
     """Print what the recipe would do; nothing is trained, encoded or written."""
     from .. import workflow
     from ..recipe import Recipe
 
     read = Recipe.read(recipe, overrides)
+    fitted: dict[str, Any] = {}
+    if fit:
+        read, fitted = workflow.fitted(read, fit)
     found = workflow.plan(read)
     values = {name: {"value": value, "origin": read.origin(name)} for name, value in read.values().items()}
-    result({**found, "recipe": values}, _told(found, values), as_json)
+    if fitted:
+        found["fit"] = fitted
+    told = _told({name: value for name, value in found.items() if name != "fit"}, values)
+    if fitted:
+        told += "\n\n" + _fitted(fitted, fit, recipe, overrides)
+    result({**found, "recipe": values}, told, as_json)
+
+
+def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str]) -> str:
+    """Why this way of taking a step was chosen, and the command that takes it."""
+    slower = f", {found['slower_by']:.0%} slower than without" if found["slower_by"] > 0 else ""
+    lines = [f"Into {size} fits, with {found['memory_gb']} GB{slower}:"]
+    lines += [f"  {why}" for why in found["why"]]
+    for one in found["faster"]:
+        words = _words(one["keys"]) or "the recipe as it is"
+        lines.append(f"  faster, but {one['memory_gb']} GB: {words}")
+    if found["keys"]:
+        asked = "".join(f" {word}" for word in overrides)
+        lines.append(f"sfumato train {recipe}{asked} {_words(found['keys'])}")
+    return "\n".join(lines)
+
+
+def _words(keys: dict[str, Any]) -> str:
+    return " ".join(
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()
+    )
 
 
 def _told(found: dict[str, Any], values: dict[str, dict[str, Any]]) -> str:

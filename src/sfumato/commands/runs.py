@@ -17,12 +17,12 @@ def encode(recipe: Path, overrides: list[str], as_json: bool) -> None:
     result({**counts, **found.train.counts, "set_aside": found.set_aside, "store": store}, told, as_json)
 
 
-def train(recipe: Path, overrides: list[str], as_json: bool) -> None:
+def train(recipe: Path, overrides: list[str], profile: bool, as_json: bool) -> None:
     """Train, and print the run's folder and page."""
     from .. import workflow
 
     with progress() as shown:
-        run = workflow.train(recipe, overrides, shown, say)
+        run = workflow.train(recipe, overrides, shown, say, profile)
     value = {"run": run.path, "step": run.step, "report": run.report}
     result(value, f"{run.path}\n{run.report}", as_json)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from sfumato.record import RunFolder
 
+from .device import autocast
 from .held import Held
 from .signals import Signals
 from .verdict import Verdict
@@ -91,11 +92,13 @@ class Duties:
         return nullcontext() if self.held.average is None else self.held.average.applied()
 
     def aside(self, work: Callable[Words, T], *args: Words.args, **words: Words.kwargs) -> T:
-        """Do `work` without gradients, the network in evaluation mode."""
+        """Do `work` without gradients, the network in evaluation mode; narrow weights compute narrowly."""
         network = self.held.network
+        narrow = self.held.settings.weights != "fp32"
+        context = autocast("bf16", self.held.weights[0].device) if narrow else nullcontext()
         network.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), context:
                 return work(*args, **words)
         finally:
             network.train()

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from sfumato.errors import Failed
 from sfumato.record import RunFolder
 
-from . import blackbox, checkpoint, device, parallel, trackers
+from . import blackbox, checkpoint, device, parallel, profiling, trackers
 from .average import Average, OptimiserMean
 from .checkpoint import Keep
 from .duties import Duties, Measure, Preview
 from .held import Held
 from .objective import Objective
 from .parallel import Division, Gradients
+from .profiling import part
 from .saving import Saver
 from .settings import TrainSettings
 from .signals import Signals, Stopped
@@ -69,6 +70,7 @@ def fit(
     phase: str = "train",
     say: Callable[[str], None] = to_stderr,
     counts: Mapping[str, int] | None = None,
+    profile: Path | None = None,
 ) -> Outcome:
     """Train `network` on `objective`, from the run's newest good checkpoint on if it has one.
 
@@ -80,6 +82,7 @@ def fit(
         preview: called every `preview_every` steps and at the end.
         held_out: called every `settings.held_out_every` steps and at the end.
         counts: written into the start event.
+        profile: a folder for a trace and a table of a few steps.
     Raises:
         Failed: a loss or gradient is not finite (the weights are those before it), no checkpoint is
             whole, the disk is full.
@@ -97,7 +100,10 @@ def fit(
     loop.announce(counts or {})
     end = trackers.follow(loop.run, settings.trackers if loop.processes.leads else ())
     try:
-        with Signals(patient=loop.processes.count > 1) as loop.signals:
+        with (
+            profiling.watched(profile if loop.processes.leads else None, loop.say) as loop.watched,
+            Signals(patient=loop.processes.count > 1) as loop.signals,
+        ):
             loop.run_through()
     finally:
         loop.saver.close()
@@ -140,6 +146,7 @@ class _Loop:
         self.progress: Progress | None = None
         self.phase = "train"
         self.signals = Signals()
+        self.watched: Callable[[], None] = lambda: None
         self.step = self.resumed = self.loss_count = 0
         self.seconds = self.window = 0.0
         self.last_loss = self.speed = float("nan")
@@ -157,7 +164,9 @@ class _Loop:
                 self.attend()
             while self.step < self.settings.steps and not (self.must_stop or self.verdict.is_over):
                 began = time.perf_counter()
-                rate = self.advance()
+                with part("step"):
+                    rate = self.advance()
+                self.watched()
                 self.window += time.perf_counter() - began
                 self.owes = True
                 if self.is_logged(self.step):
@@ -187,27 +196,31 @@ class _Loop:
             Failed: the loss or its gradient is not finite; the weights have not moved.
         """
         parts = self.division.parts
-        for part in self.division.mine:
-            torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1_009 + part) & (2**63 - 1))
-            with device.autocast(self.precision, self.device):
-                losses = self.objective.losses(self.step, part, parts)
-            share = losses.per_sample.float().sum() / losses.of
-            share.backward()
+        for number in self.division.mine:
+            torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1_009 + number) & (2**63 - 1))
+            with part("forward"), device.autocast(self.precision, self.device):
+                losses = self.objective.losses(self.step, number, parts)
+                share = losses.per_sample.float().sum() / losses.of
+            with part("backward"):
+                share.backward()
             self.gradients.add(share.detach())
             self.seen.append(blackbox.Seen(self.step, losses.ids, losses.per_sample.detach(), losses.of))
-        loss, wishes = self.gradients.total(self.signals.asked is not None)
-        if self.asks_every_step or self.is_logged(self.step + 1):
-            self.stops = bool(wishes)
-        gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-        self.norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        self.judge(loss)
-        self.clip(gradients)
-        rate = self.optimiser.step(self.step, None if self.asks_every_step else self.bad)
-        self.gradients.clear()
+        with part("gradients"):
+            loss, wishes = self.gradients.total(self.signals.asked is not None)
+            if self.asks_every_step or self.is_logged(self.step + 1):
+                self.stops = bool(wishes)
+            gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+            self.norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+            self.judge(loss)
+            self.clip(gradients)
+        with part("optimizer"):
+            rate = self.optimiser.step(self.step, None if self.asks_every_step else self.bad)
+            self.gradients.clear()
         self.step += 1
         self.loss_sum += loss
         self.loss_count += 1
-        self.held.update(self.step)
+        with part("averages"):
+            self.held.update(self.step)
         if self.progress is not None:
             figures = {} if self.last_loss != self.last_loss else {"loss": self.last_loss}
             self.progress(

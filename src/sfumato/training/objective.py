@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from sfumato.stages.interface import Condition, Model
 from sfumato.theory import densities, noise
@@ -168,7 +169,8 @@ class DiffusionObjective:
 
     def losses(self, step: int, part: int, parts: int) -> Losses:
         """The losses [b] of one part of the batch of `step`."""
-        ready = self._reader(step, part, parts)
+        with record_function("data"):
+            ready = self._reader(step, part, parts)
         return Losses(self.measure(ready.x_0, ready.drawn, self.rows(ready.batch)), ready.batch.ids, ready.of)
 
     def rows(self, batch: Batch) -> Sequence[Mapping[str, Tensor]]:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .average import trained
+from .device import autocast
 from .held import Held
 from .parallel import Division, Processes
-from .rounding import to_bfloat16
 from .settings import TrainSettings
 
 STATES = {
@@ -81,22 +81,148 @@ class Probe:
     peak: int
 
 
-def saved_bytes(forward: Callable[[], Any], weights: Iterable[Tensor]) -> tuple[int, int]:
-    """(bytes of all tensors a forward pass saves for its backward pass, bytes of the largest of them)."""
-    own = {weight.untyped_storage()._cdata for weight in weights}
-    found: dict[int, Any] = {}
+@dataclass(frozen=True)
+class Counted:
+    """What one pass of a network was counted to need, in bytes.
 
-    def note(tensor: Tensor) -> Tensor:
+    kept: activations saved for the backward pass; scratch: the largest of them; blocks: what each repeated
+    block saves, and the bytes of its input; trained: of the trained weights; numbers: how many; frozen,
+    frozen_in_blocks, largest_block: of the weights; host: whether power averages take the same memory.
+    """
+
+    kept: int
+    scratch: int
+    blocks: tuple[tuple[int, int], ...]
+    numbers: int
+    matrices: int
+    frozen: int
+    frozen_in_blocks: int
+    largest_block: int
+    host: bool
+    flops: int
+
+    def memory(self, settings: TrainSettings, recomputed_every: int = 0) -> Memory:
+        """The bytes of a step with these settings, every n-th block computed again."""
+        wide = 4 * self.numbers - (2 * self.matrices if settings.weights != "fp32" else 0)
+        masters = 4 * self.matrices if settings.weights == "bf16-masters" else 0
+        again = self.blocks[::recomputed_every] if recomputed_every else ()
+        kept = self.kept - sum(max(0, saved - given) for saved, given in again)
+        kept += max((saved for saved, _ in again), default=0)
+        averages = bool(settings.ema) + 2 * (bool(settings.ema_snapshots) and self.host)
+        return Memory(
+            weights=wide + self.frozen,
+            gradients=wide,
+            optimizer=int(STATES.get(settings.optimizer, 2) * 4 * self.numbers) + masters,
+            average=4 * self.numbers * averages,
+            activations=kept,
+            scratch=4 * self.scratch,
+        )
+
+    def recomputed_share(self, every: int) -> float:
+        """The share of the saved activations, and about of the forward pass, that is computed again."""
+        return sum(saved for saved, _ in self.blocks[::every]) / max(1, self.kept)
+
+
+def repeated(network: nn.Module) -> list[nn.Module]:
+    """The blocks in the network's lists, outermost lists only."""
+    found: list[nn.Module] = []
+    for child in network.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else repeated(child)
+    return found
+
+
+class _Saved:
+    """Hears what a forward pass saves for its backward pass, and what of it each block."""
+
+    def __init__(self, network: nn.Module) -> None:
+        own = [*network.parameters(), *network.buffers()]
+        self._own = {tensor.untyped_storage()._cdata for tensor in own}
+        self._found: dict[int, Any] = {}
+        self.total = self.largest = 0
+        self.blocks: list[tuple[int, int]] = []
+
+    def note(self, tensor: Tensor) -> Tensor:
+        """Count a saved tensor, each memory once."""
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            found[storage._cdata] = storage
+        if storage._cdata not in self._own and storage._cdata not in self._found:
+            self._found[storage._cdata] = storage
+            self.total += storage.nbytes()
+            self.largest = max(self.largest, storage.nbytes())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    @contextmanager
+    def heard(self, blocks: Iterable[nn.Module]) -> Iterator[None]:
+        """Within it, everything that is saved is counted."""
+        open_blocks: list[int] = []
+
+        def enter(module: nn.Module, given: Any) -> None:
+            open_blocks.append(self.total)
+
+        def leave(module: nn.Module, given: Any, answer: Any) -> None:
+            size = sum(one.nbytes for one in given if isinstance(one, Tensor))
+            self.blocks.append((self.total - open_blocks.pop(), size))
+
+        handles = [
+            handle
+            for block in blocks
+            for handle in (block.register_forward_pre_hook(enter), block.register_forward_hook(leave))
+        ]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self.note, lambda tensor: tensor):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def saved_bytes(forward: Callable[[], Any], network: nn.Module) -> int:
+    """Bytes of all tensors that a real forward pass saves for its backward pass."""
+    saved = _Saved(network)
+    with saved.heard(()):
         kept = forward()
-    sizes = [storage.nbytes() for storage in found.values()]
     del kept
-    return sum(sizes), max(sizes, default=0)
+    return saved.total
+
+
+def count(network: nn.Module, inputs: Inputs) -> Counted:
+    """Count one forward pass of `network(*inputs)` on the meta device.
+
+    Raises:
+        RuntimeError: the network asks for the numbers in its inputs, so only a probe can tell.
+    """
+    shadow = meta_copy(network).train()
+    shapes = tuple(on_meta(value) for value in inputs)
+    blocks, saved = repeated(shadow), _Saved(shadow)
+    counter = FlopCounterMode(display=False)
+    with counter, saved.heard(blocks):
+        kept = shadow(*shapes)
+    del kept
+    weights = list(trained(shadow).values())
+    numbers = sum(weight.numel() for weight in weights)
+    everything = sum(tensor.nbytes for tensor in [*shadow.parameters(), *shadow.buffers()])
+    frozen = [sum(w.nbytes for w in block.parameters() if not w.requires_grad) for block in blocks]
+    return Counted(
+        kept=saved.total,
+        scratch=saved.largest,
+        blocks=tuple(saved.blocks),
+        numbers=numbers,
+        matrices=sum(weight.numel() for weight in weights if weight.ndim >= 2),
+        frozen=everything - sum(weight.nbytes for weight in weights),
+        frozen_in_blocks=sum(frozen),
+        largest_block=max((sum(w.nbytes for w in block.parameters()) for block in blocks), default=0),
+        host=next(network.parameters()).device.type == "cpu",
+        flops=counter.get_total_flops(),
+    )
+
+
+def meta_copy(network: nn.Module) -> nn.Module:
+    """The network without its numbers; the original is not copied on the way."""
+    memo: dict[int, Any] = {
+        id(weight): nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        for weight in network.parameters()
+    }
+    memo |= {id(one): torch.empty_like(one, device="meta") for one in network.buffers()}
+    return copy.deepcopy(network, memo)
 
 
 def on_meta(value: Any) -> Any:
@@ -112,33 +238,15 @@ def predict(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Fore
     Raises:
         RuntimeError: the network asks for the numbers in its inputs, so only a probe can tell.
     """
-    shadow = copy.deepcopy(network).to("meta").train()
-    if settings.weights != "fp32":
-        to_bfloat16(shadow)
-    shapes = tuple(on_meta(value) for value in inputs)
-    weights = list(trained(shadow).values())
-    counter = FlopCounterMode(display=False)
-    with counter:
-        activations, largest = saved_bytes(lambda: shadow(*shapes), shadow.parameters())
-    on_host = next(network.parameters()).device.type == "cpu"  # where power averages are kept
-    numbers = sum(weight.numel() for weight in weights)
-    trained_bytes = sum(weight.nbytes for weight in weights)
-    masters = 4 * numbers if settings.weights == "bf16-masters" else 0
-    memory = Memory(
-        weights=sum(tensor.nbytes for tensor in [*shadow.parameters(), *shadow.buffers()]),
-        gradients=trained_bytes,
-        optimizer=int(STATES.get(settings.optimizer, 2) * 4 * numbers) + masters,
-        average=4 * numbers * (bool(settings.ema) + 2 * (bool(settings.ema_snapshots) and on_host)),
-        activations=activations,
-        scratch=4 * largest,
-    )
+    counted = count(network, inputs)
     parts = Division.of(settings, Processes()).parts
-    return Forecast(memory, FORWARD_AND_BACKWARD * parts * counter.get_total_flops())
+    return Forecast(counted.memory(settings), FORWARD_AND_BACKWARD * parts * counted.flops)
 
 
 def probe(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Probe:
     """Take two real steps on a copy of the network and measure the second."""
     device = next(network.parameters()).device
+    precision = "fp32" if settings.weights == "fp32" else "bf16"
     before = held_bytes(device)
     with watched(device) as peak:
         held = Held(copy.deepcopy(network).train(), settings)
@@ -146,7 +254,9 @@ def probe(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Probe:
         for number in range(2):
             began = time.perf_counter()
             for _ in range(Division.of(settings, Processes()).parts):
-                held.network(*inputs).float().square().mean().backward()
+                with autocast(precision, device):
+                    error = held.network(*inputs).float().square().mean()
+                error.backward()
             held.optimiser.step(number)
             held.update(number + 1)
             for weight in held.weights:

@@ -6,6 +6,6 @@ recipe → pictures and captions → codec → encodings in the store → traini
 from .agreement import agree
 from .averaging import average
 from .course import Run, encode, gather, ready, train
-from .forecast import plan
+from .forecast import fitted, plan
 
-__all__ = ["Run", "agree", "average", "encode", "gather", "plan", "ready", "train"]
+__all__ = ["Run", "agree", "average", "encode", "fitted", "gather", "plan", "ready", "train"]

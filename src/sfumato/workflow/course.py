@@ -23,7 +23,7 @@ from ..training import parallel
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
-from . import companions
+from . import companions, costs
 from .agreement import agree, content_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided
@@ -88,9 +88,16 @@ def encode(
 
 
 def train(
-    recipe: RecipeLike, overrides: Iterable[str] = (), progress: Progress | None = None, say: Say = to_stderr
+    recipe: RecipeLike,
+    overrides: Iterable[str] = (),
+    progress: Progress | None = None,
+    say: Say = to_stderr,
+    profile: bool = False,
 ) -> Run:
     """Train a recipe, going on from where its run folder stands.
+
+    Args:
+        profile: write a trace and a table of a few early steps into the run's folder `profile`.
 
     Raises:
         Refused: the recipe cannot be used, or is not the one the run began with.
@@ -110,10 +117,17 @@ def train(
                 if processes.leads:
                     RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
             prepared = ready(asked, gathered, progress, say, run)
-            return Run(run.path, _train(asked, run, prepared, progress, say))
+            return Run(run.path, _train(asked, run, prepared, progress, say, profile))
 
 
-def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress | None, say: Say) -> int:
+def _train(
+    recipe: Recipe,
+    run: RunFolder,
+    prepared: Ready,
+    progress: Progress | None,
+    say: Say,
+    profile: bool = False,
+) -> int:
     model, leads = prepared.model, parallel.current().leads
     if leads:
         remember(model, recipe, run.path / "model")
@@ -132,11 +146,13 @@ def _train(recipe: Recipe, run: RunFolder, prepared: Ready, progress: Progress |
     shown = groups(recipe, prepared.train, prepared.held_out, is_guided(model))
     preview = Preview(model, recipe, run, shown, lambda: report.write(run))
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
+    say(costs.said(recipe, model, prepared.train, fresh=not run.checkpoint_folders()))
     try:
         with phase(run, "train"):
             outcome = fit(
                 objective, network, recipe.train, run, recipe.seed, preview=preview, held_out=measure,
                 preview_every=recipe.sample.every, progress=progress, say=say, counts=counts,
+                profile=run.path / "profile" if profile else None,
             )  # fmt: skip
         run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)
     finally:

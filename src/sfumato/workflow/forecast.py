@@ -1,6 +1,7 @@
 """What a recipe would do, said before it is done: counts, what is missing, memory and disk."""
 
-import math
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,18 +15,14 @@ from ..generation import painting
 from ..recipe import Recipe
 from ..record import RunFolder
 from ..training import device as devices
+from ..training import fitting
 from ..training import plan as planning
-from ..training.parallel import Division, Processes
 from .agreement import agree, content_of
 from .codecs import codec_key, place
+from .costs import cost, disk_bytes, inputs_of
 from .course import gather
 from .material import known_sizes
 from .tuning import tune
-
-FLOAT, DEVIATION = 4, 2
-PROBED_SECONDS = 3.0
-BESIDE_PRODUCTS = 1.35
-"""A step's time over that of its matrix products, as measured on CPUs."""
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -48,9 +45,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
     frames = recipe.data.frames
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(frames))
-    model = base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
+    model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames))
     found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, codec, train, gathered.bucket_of)
-    network = tune(painting(model), recipe)
+    network = tune(model, recipe)
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
     found["parameters"] = sum(one.numel() for one in network.parameters())
     found["trained_parameters"] = parameters
@@ -63,8 +60,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     found["precision"] = devices.effective_precision(
         recipe.train.precision, gathered.device, recipe.train.weights
     )
-    found |= _cost(recipe, model.to(gathered.device), [sample.captions for sample in train])
-    found["disk_gb"] = round(_disk(recipe, parameters, len(collection.samples), codec) / 1e9, 3)
+    found |= cost(recipe, model.to(gathered.device), [sample.captions for sample in train])
+    found["disk_gb"] = round(disk_bytes(recipe, parameters, len(collection.samples), codec) / 1e9, 3)
     output = Path(recipe.output)
     if (output / "effective.toml").is_file():
         run = RunFolder.open(output)
@@ -95,25 +92,53 @@ def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, A
     }
 
 
-def _cost(recipe: Recipe, model: Any, captions: list[tuple[str, ...]]) -> dict[str, Any]:
-    """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated."""
-    division = Division.of(recipe.train, Processes())
-    count = -(-recipe.train.batch // division.parts)
-    side = recipe.data.resolution
-    texts = [(captions[i % len(captions)] or ("",))[0] for i in range(count)]
-    guided = model.conditioner.kind != "none"
-    condition = model.condition(texts if guided else [""] * count).to(model.device, model.dtype)
-    shape = model.codec.latent_shape(side, side, recipe.data.frames or 1)
-    latents = torch.zeros(count, *shape, device=model.device)
-    inputs = (latents, torch.full((count,), 500.0, device=model.device), condition)
-    forecast = planning.predict(model.denoiser, inputs, recipe.train)
-    seconds = BESIDE_PRODUCTS * forecast.seconds(planning.flops_per_second(device=model.device))
-    if seconds < PROBED_SECONDS:
-        seconds = planning.probe(model.denoiser, inputs, recipe.train).seconds
-    memory = {name: round(size / 1e9, 3) for name, size in vars(forecast.memory).items()}
-    hours = round(seconds * recipe.train.steps / 3600, 2)
-    peak = round(forecast.memory.peak / 1e9, 3)
-    return {"memory_gb": peak, "memory": memory, "seconds_per_step": round(seconds, 3), "hours": hours}
+def fitted(recipe: Recipe, size: str) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with what makes a step fit into `size` ("24GB") the fastest way, and why.
+
+    Returns:
+        the recipe, and {memory_gb, room_gb, keys, why, faster: what was faster and did not fit}.
+    Raises:
+        Refused: nothing fits, or the recipe cannot be used.
+    """
+    room = fitting.bytes_of(size)
+    gathered, frames = gather(recipe), recipe.data.frames
+    codec = (
+        gathered.base.codec if gathered.base else stages.new_codec(recipe.model, recipe.seed, bool(frames))
+    )
+    built = gathered.base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
+    model = painting(built)
+    network = tune(model, recipe)
+    captions = [sample.captions for sample in gathered.collection.of("train")]
+    on_gpu = gathered.device.type == "cuda"
+    options = fitting.Options(
+        is_adapter=any(not weight.requires_grad for weight in network.parameters()),
+        on_gpu=on_gpu,
+        has_blocks=bool(planning.repeated(network)),
+        has_8bit=find_spec("bitsandbytes") is not None,
+        processes=max(1, torch.cuda.device_count() if on_gpu else int(os.environ.get("WORLD_SIZE", "1"))),
+        known=frozenset(recipe.values()),
+    )
+    found = fitting.ways(
+        lambda count: planning.count(network, inputs_of(recipe, model, captions, count)),
+        recipe.train,
+        options,
+    )
+    way, faster = fitting.fit(found, room)
+    told = {
+        "room_gb": round(room / 1e9, 3),
+        "memory_gb": round(way.memory.peak / 1e9, 3),
+        "keys": dict(way.keys),
+        "why": way.reasons or ["the recipe fits as it is"],
+        "slower_by": round(way.time / found[0].time - 1, 3),
+        "faster": [
+            {"keys": dict(one.keys), "memory_gb": round(one.memory.peak / 1e9, 3)} for one in faster[:8]
+        ],
+    }
+    words = [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in way.keys.items()
+    ]
+    return recipe.overridden(words, f"fit {size}"), told
 
 
 def _codec(recipe: Recipe, codec: stages.Codec, samples: list, bucket_of: Any) -> str:
@@ -125,13 +150,3 @@ def _codec(recipe: Recipe, codec: stages.Codec, samples: list, bucket_of: Any) -
         if kept.exists()
         else f"trained first, {recipe.model.codec_steps:,} steps"
     )
-
-
-def _disk(recipe: Recipe, parameters: int, samples: int, codec: stages.Codec) -> float:
-    """Bytes the checkpoints and the encodings take at most."""
-    side, data = recipe.data.resolution, recipe.data
-    numbers = math.prod(codec.latent_shape(side, side, data.frames or 1))
-    each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.segments if data.frames else 1)
-    latents = 0 if data.stream else samples * each
-    kept = (recipe.train.keep + 1) * parameters * FLOAT * (3 + bool(recipe.train.ema))
-    return latents + kept

@@ -1,0 +1,168 @@
+"""What fits: the fastest way to take a step within a given memory, and why.
+
+Each remedy costs time: parts of a batch a little, recomputing blocks a share of a forward pass, narrow
+weights their unpacking, lending blocks to the device their journey. All combinations are counted; of those
+that fit, the fastest is chosen.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sfumato.errors import Refused
+
+from .plan import Counted, Memory
+from .settings import TrainSettings
+
+RESERVE = 0.06
+"""Of the memory, what is left to the allocator's gaps and the driver."""
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
+BASE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.03, "fp8": 1.03, "nf4": 0.53}
+BASE_TIME = {"float32": 1.0, "bfloat16": 1.01, "int8": 1.08, "fp8": 1.08, "nf4": 1.15}
+PART_TIME, OFFLOAD_TIME, NARROW_STATE_TIME = 0.02, 1.6, 1.02
+NARROW_WEIGHTS_TIME = 1.05  # they compute no slower, but learn with noise: rather recompute a little
+REASONS = {
+    "train.accumulate": "a batch in {} parts keeps the activations of one part at a time",
+    "train.checkpointing": "every {}. block is computed again instead of kept",
+    "train.optimizer": "{} keeps its state in 8 bits",
+    "train.weights": "weights in {}, rounded stochastically, halve weights and gradients",
+    "model.base_dtype": "the frozen base is stored in {}",
+    "train.offload": "frozen blocks wait in host memory",
+    "train.parallel": "{} shares weights, gradients and optimizer among the processes",
+}
+
+
+def bytes_of(text: str) -> float:
+    """The number of bytes a text like "24GB" means; without a unit they are GB.
+
+    Raises:
+        Refused: it is no size.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    try:
+        value = float(match[1]) if match else 0.0
+    except ValueError:
+        value = 0.0
+    if not match or unit not in UNITS or value <= 0:
+        raise Refused(f'"{text}" is no size. Write, for example, --fit 24GB.')
+    return value * (UNITS[unit] if unit else 1e9)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to take a step: what the recipe would say, the bytes it needs, its time beside the plainest."""
+
+    keys: Mapping[str, Any]
+    memory: Memory
+    time: float
+
+    @property
+    def reasons(self) -> list[str]:
+        """What each key is good for."""
+        return [REASONS[name].format(value) for name, value in self.keys.items()]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be varied: blocks that can be recomputed, a frozen base, 8-bit states, processes."""
+
+    is_adapter: bool
+    on_gpu: bool
+    has_blocks: bool
+    has_8bit: bool
+    processes: int
+    known: frozenset[str]
+
+
+def ways(count: Callable[[int], Counted], settings: TrainSettings, options: Options) -> list[Way]:
+    """All ways, the fastest first.
+
+    Args:
+        count: from the samples computed at once to the bytes that needs.
+        settings: the recipe's own, from which the ways differ.
+    """
+    parts = [settings.accumulate]
+    while parts[-1] * 2 <= settings.batch:
+        parts.append(parts[-1] * 2)
+    axes: dict[str, list[Any]] = {"train.accumulate": parts}
+    if options.has_blocks:
+        axes["train.checkpointing"] = [0, 4, 2, 1]
+    if options.is_adapter:
+        axes["model.base_dtype"] = ["", "bfloat16", "int8", "nf4"]
+        if options.on_gpu:
+            axes["train.offload"] = [False, True]
+    else:
+        if settings.optimizer == "adamw" and options.has_8bit:
+            axes["train.optimizer"] = ["adamw", "adamw-8bit"]
+        if settings.weights == "fp32":
+            axes["train.weights"] = ["fp32", "bf16"]
+        if options.processes > 1:
+            axes["train.parallel"] = ["auto", "fsdp"]
+    axes = {name: values for name, values in axes.items() if name in options.known}
+    counted = {n: count(-(-settings.batch // (n * options.processes))) for n in parts}
+    found = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        found.append(_way(chosen, counted[chosen["train.accumulate"]], settings, options))
+    return sorted(found, key=lambda way: (way.time, way.memory.peak))
+
+
+def _way(chosen: dict[str, Any], counted: Counted, settings: TrainSettings, options: Options) -> Way:
+    time = 1 + PART_TIME * (chosen["train.accumulate"] // settings.accumulate).bit_length() - PART_TIME
+    every = chosen.get("train.checkpointing", 0)
+    wanted = replace(
+        settings,
+        optimizer=chosen.get("train.optimizer", settings.optimizer),
+        weights=chosen.get("train.weights", settings.weights),
+    )
+    memory = counted.memory(wanted, every)
+    if every:
+        time *= 1 + counted.recomputed_share(every) / 3
+    if wanted.optimizer != settings.optimizer:
+        time *= NARROW_STATE_TIME
+    if wanted.weights != settings.weights:
+        time *= NARROW_WEIGHTS_TIME
+    if dtype := chosen.get("model.base_dtype"):
+        time *= BASE_TIME[dtype]
+        memory = replace(memory, weights=memory.weights - int(counted.frozen * (1 - BASE_BYTES[dtype] / 4)))
+    if chosen.get("train.offload"):
+        time *= OFFLOAD_TIME
+        dtype = chosen.get("model.base_dtype") or "float32"
+        lent = int(counted.frozen_in_blocks * BASE_BYTES[dtype] / 4)
+        memory = replace(memory, weights=memory.weights - lent)
+    if chosen.get("train.parallel") == "fsdp":
+        time *= 1.05
+        each = options.processes
+        memory = replace(
+            memory,
+            weights=memory.weights // each + counted.largest_block,
+            gradients=memory.gradients // each,
+            optimizer=memory.optimizer // each,
+            average=memory.average // each,
+        )
+    plain = {"train.accumulate": settings.accumulate, "train.optimizer": settings.optimizer}
+    plain |= {"train.weights": settings.weights, "train.parallel": "auto"}
+    keys = {name: value for name, value in chosen.items() if value and value != plain.get(name)}
+    return Way(keys, memory, time)
+
+
+def fit(found: list[Way], room: float) -> tuple[Way, list[Way]]:
+    """(the fastest way within `room` bytes, the faster ones that do not fit).
+
+    Raises:
+        Refused: none fits; says what the smallest needs.
+    """
+    least = room * (1 - RESERVE)
+    for number, way in enumerate(found):
+        if way.memory.peak <= least:
+            return way, found[:number]
+    smallest = min(found, key=lambda way: way.memory.peak)
+    words = " ".join(f"{name}={value}" for name, value in smallest.keys.items())
+    raise Refused(
+        f"Nothing fits into {room / 1e9:.1f} GB: even with {words or 'the recipe as it is'} a step needs "
+        f"{smallest.memory.peak / (1 - RESERVE) / 1e9:.1f} GB. Lower data.resolution or train.batch, "
+        "train an adapter (model.train=lora), or use a larger device."
+    )

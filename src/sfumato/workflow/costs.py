@@ -1,0 +1,96 @@
+"""What a step and a run cost: bytes and seconds, counted on the network that will be trained."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import stages
+from ..data.encoded import EncodedSet
+from ..generation import PaintingModel
+from ..recipe import Recipe
+from ..training import checkpoint, parallel
+from ..training import plan as planning
+from ..training.parallel import Division, Processes
+
+FLOAT, DEVIATION = 4, 2
+PROBED_SECONDS = 3.0
+BESIDE_PRODUCTS = 1.35
+"""A step's time over that of its matrix products, as measured on CPUs."""
+
+
+def inputs_of(recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[str]], count: int) -> tuple:
+    """What the denoiser is given for `count` samples of the recipe's size."""
+    side = recipe.data.resolution
+    guided = model.conditioner.kind != "none"
+    texts = [(captions[i % len(captions)] or ("",))[0] if guided else "" for i in range(count)]
+    condition = model.condition(texts).to(model.device, model.dtype)
+    latents = torch.zeros(
+        count, *model.codec.latent_shape(side, side, recipe.data.frames or 1), device=model.device
+    )
+    return latents, torch.full((count,), 500.0, device=model.device), condition
+
+
+def cost(recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated."""
+    division = Division.of(recipe.train, Processes())
+    inputs = inputs_of(recipe, model, captions, -(-recipe.train.batch // division.parts))
+    counted = planning.count(model.denoiser, inputs)
+    every = recipe.values().get("train.checkpointing", 0)
+    memory = counted.memory(recipe.train, every)
+    forecast = planning.Forecast(memory, planning.FORWARD_AND_BACKWARD * division.parts * counted.flops)
+    seconds = BESIDE_PRODUCTS * forecast.seconds(planning.flops_per_second(device=model.device))
+    if seconds < PROBED_SECONDS:
+        seconds = planning.probe(model.denoiser, inputs, recipe.train).seconds
+    parts = {name: round(size / 1e9, 3) for name, size in vars(memory).items()}
+    hours = round(seconds * recipe.train.steps / 3600, 2)
+    peak = round(memory.peak / 1e9, 3)
+    return {"memory_gb": peak, "memory": parts, "seconds_per_step": round(seconds, 3), "hours": hours}
+
+
+def said(recipe: Recipe, model: PaintingModel, train: EncodedSet, fresh: bool) -> str:
+    """What a run will cost, in a sentence; counted, without a probe, so that training starts at once.
+
+    Raises:
+        Failed: the checkpoints will not fit onto the disk.
+    """
+    parts = Division.of(recipe.train, parallel.current()).parts
+    count = -(-recipe.train.batch // parts)
+    network = model.denoiser
+    trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    disk = _checkpoints(recipe, trained)
+    if fresh:
+        checkpoint.ask_for_room(Path(recipe.output), disk, "the run's checkpoints")
+    words = [f"{trained / 1e6:,.1f} M trained weights", f"{disk / 1e9:.2f} GB of checkpoints"]
+    try:
+        counted = planning.count(network, inputs_of(recipe, model, [tuple(train.captions[:1])], count))
+    except (RuntimeError, NotImplementedError, TypeError):
+        return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
+    memory = counted.memory(recipe.train, recipe.values().get("train.checkpointing", 0))
+    speed = planning.flops_per_second(0.05, device=model.device)
+    seconds = BESIDE_PRODUCTS * planning.FORWARD_AND_BACKWARD * parts * counted.flops / speed
+    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
+    words += [
+        f"{memory.peak / 1e9:.2f} GB of memory a step ({sizes})",
+        f"about {seconds:.2g} s a step, {seconds * recipe.train.steps / 3600:.2g} h in all",
+    ]
+    return f"Plan: {'; '.join(words)}."
+
+
+def _checkpoints(recipe: Recipe, trained: int) -> int:
+    """Bytes that the run's checkpoints and averages take at most."""
+    train = recipe.train
+    each = trained * FLOAT * (1 + 2 + bool(train.ema) + 2 * bool(train.ema_snapshots))
+    snapshots = 10 * 2 * 2 * trained if train.ema_snapshots else 0
+    return (train.keep + 1 + train.keep_best) * each + snapshots
+
+
+def disk_bytes(recipe: Recipe, parameters: int, samples: int, codec: stages.Codec) -> float:
+    """Bytes the checkpoints and the encodings take at most."""
+    side, data = recipe.data.resolution, recipe.data
+    numbers = math.prod(codec.latent_shape(side, side, data.frames or 1))
+    each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.segments if data.frames else 1)
+    latents = 0 if data.stream else samples * each
+    return latents + _checkpoints(recipe, parameters)

@@ -1,0 +1,86 @@
+"""Laws of what fits: the choice fits, nothing faster does, and the command says what it means."""
+
+import pytest
+import torch
+from training_world import make
+
+from sfumato.errors import Refused
+from sfumato.record import RunFolder
+from sfumato.stages.codec import PixelCodec
+from sfumato.stages.interface import Condition
+from sfumato.stages.scratch import new_denoiser
+from sfumato.stages.settings import ModelSettings
+from sfumato.theory import get
+from sfumato.training import fitting, loop, plan
+from sfumato.training.settings import TrainSettings
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"), [("24GB", 24e9), ("24", 24e9), ("1.5 gb", 1.5e9), ("512MiB", 512 * 2**20)]
+)
+def test_sizes_are_read_as_people_write_them(text: str, wanted: float):
+    assert fitting.bytes_of(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["much", "24XB", "-3GB", "0", "1.2.3GB"])
+def test_what_is_no_size_is_refused(text: str):
+    with pytest.raises(Refused, match="24GB"):
+        fitting.bytes_of(text)
+
+
+def counted(batch: int) -> plan.Counted:
+    codec = PixelCodec()
+    words = ModelSettings(width=64, depth=4, heads=2, patch=2)
+    network = new_denoiser(words, get("flow-matching"), codec, (8, 8))
+    rows = [{"tokens": torch.ones(3, 8), "pooled": torch.ones(8)}] * batch
+    inputs = torch.zeros(batch, codec.latent_channels, 16, 16), torch.ones(batch), Condition.stack(rows)
+    return plan.count(network, inputs)
+
+
+def options(**changes: object) -> fitting.Options:
+    known = {"train.accumulate", "train.checkpointing", "train.optimizer", "train.weights"}
+    words = {"is_adapter": False, "on_gpu": False, "has_blocks": True, "has_8bit": True, "processes": 1}
+    return fitting.Options(**{**words, "known": frozenset(known), **changes})
+
+
+def test_the_choice_fits_and_nothing_faster_does():
+    settings = TrainSettings(batch=16)
+    found = fitting.ways(counted, settings, options())
+    assert found[0].keys == {} and found[0].time == 1
+    least = min(way.memory.peak for way in found)
+    for share in (1.02, 0.9, 0.7):
+        room = share * found[0].memory.peak / (1 - fitting.RESERVE)
+        way, faster = fitting.fit(found, room)
+        assert way.memory.peak <= room
+        assert all(one.memory.peak > room * (1 - fitting.RESERVE) for one in faster)
+        assert len(way.reasons) == len(way.keys)
+    with pytest.raises(Refused, match="Nothing fits"):
+        fitting.fit(found, 0.5 * least)
+
+
+def test_a_frozen_base_is_narrowed_and_a_trained_one_is_not():
+    settings = TrainSettings(batch=4)
+    known = frozenset({"train.accumulate", "model.base_dtype", "train.optimizer", "train.weights"})
+    adapter = fitting.ways(counted, settings, options(is_adapter=True, known=known))
+    assert any("model.base_dtype" in way.keys for way in adapter)
+    assert not any("train.optimizer" in way.keys for way in adapter)
+    whole = fitting.ways(counted, settings, options(known=known))
+    assert not any("model.base_dtype" in way.keys for way in whole)
+
+
+def test_counting_copies_no_numbers():
+    with torch.device("meta"):
+        network = torch.nn.Sequential(torch.nn.Linear(1 << 17, 1 << 17, bias=False))
+    assert plan.meta_copy(network)[0].weight.is_meta
+    real = torch.nn.Linear(4, 4)
+    assert plan.meta_copy(real).weight.is_meta and not real.weight.is_meta
+
+
+def test_a_profile_names_every_part_of_a_step(tmp_path):
+    objective, network, settings = make(steps=10)
+    run = RunFolder.create(tmp_path / "run")
+    loop.fit(objective, network, settings, run, 3, say=lambda _: None, profile=tmp_path / "profile")
+    table = (tmp_path / "profile" / "table.txt").read_text()
+    for name in ("data", "forward", "backward", "gradients", "optimizer", "averages", "the rest"):
+        assert any(line.startswith(name) for line in table.splitlines()[:9]), table
+    assert (tmp_path / "profile" / "trace.json").stat().st_size > 1000
