@@ -178,7 +178,7 @@ def compare(name: str, steps: int) -> list[dict[str, Any]]:
     rows = []
 
     def fresh() -> Model:
-        network = new_denoiser(ModelSettings(**words), theory, Latents(), TEXT)
+        network = new_denoiser(ModelSettings(**words), theory, Latents(), (TEXT, TEXT))
         return Model(theory, Latents(), NoConditioner(), network)
 
     single = diffsynth_like(fresh().denoiser, samples, steps)

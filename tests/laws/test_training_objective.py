@@ -1,9 +1,12 @@
 """Laws of the objective: what is drawn depends on (seed, sample, step), what is weighted on the time."""
 
+import threading
+
 import pytest
 import torch
 from training_world import SHAPE, Encoded, Order, make
 
+from sfumato.errors import Failed
 from sfumato.stages.codec import ResidualCodec
 from sfumato.stages.interface import Condition
 from sfumato.theory import densities, names
@@ -158,3 +161,11 @@ def test_reconstruction_error_is_zero_only_for_the_same_picture():
     x = torch.rand(2, 3, 16, 16)
     assert reconstruction_error(x, x).tolist() == [0, 0]
     assert (reconstruction_error(x + 0.1, x) > 0.09).all()
+
+
+def test_a_first_read_that_stalls_is_named():
+    free = threading.Event()
+    reader = Reader(lambda step, part, parts: free.wait(5), patience=0.05)
+    with pytest.raises(Failed, match="step 0 did not arrive"):
+        reader(0, 0, 1)
+    free.set()

@@ -9,6 +9,8 @@ from ..studio import curves
 from ..studio.page import document, embedded, escape, gallery, section, table
 from .console import progress, result, say
 
+BY_HEART = "Drawn, and beside it its nearest training picture; a small ratio says that no other one is nearly as near."
+
 
 def evaluate(
     folder: Path,
@@ -21,6 +23,9 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure the run, write numbers, pictures and a page into `out`, print the numbers."""
+    import numpy
+    from PIL import Image
+
     from ..workflow.evaluating import evaluate as measure
 
     with progress() as shown:
@@ -31,18 +36,24 @@ def evaluate(
         file = out / f"drawn-{index:03d}.png"
         picture.save(file)
         listed.append((file, prompt))
+    pairs = []
+    for index, (name, drawn, original, ratio) in enumerate(found.closest):
+        file = out / f"closest-{index}.png"
+        pair = numpy.concatenate([one.permute(1, 2, 0).numpy() for one in (drawn, original)], 1)
+        Image.fromarray(pair).save(file)
+        pairs.append((embedded(file), Path(name).name, f"ratio {ratio:.2f}"))
     metrics = {name: one.plain() for name, one in found.metrics.items()}
     value = {"run": str(folder), "step": found.step, "metrics": metrics, "by_level": found.by_level}
     write_atomic(out / "metrics.json", json.dumps(value, indent=1, ensure_ascii=False))
     page = out / "report.html"
-    write_atomic(page, _page(folder, found, listed))
+    write_atomic(page, _page(folder, found, listed, pairs))
     rows = [
         f"{name.replace('_', ' '):<26} {one!s:<20} {one.note}".rstrip() for name, one in found.metrics.items()
     ]
     result({**value, "page": page}, "\n".join([*rows, str(page)]), as_json)
 
 
-def _page(folder: Path, found: Any, listed: list[tuple[Path, str]]) -> str:
+def _page(folder: Path, found: Any, listed: list[tuple[Path, str]], pairs: list[tuple[str, str, str]]) -> str:
     rows = [(name.replace("_", " "), str(one), one.note) for name, one in found.metrics.items()]
     events = [
         {"kind": "held_out", "step": found.step, "split": split, "loss": 0.0, "by_level": levels}
@@ -53,5 +64,6 @@ def _page(folder: Path, found: Any, listed: list[tuple[Path, str]]) -> str:
         section("Measured", table(("", "value", "how"), rows)),
         section("Loss by noise level", f'<div class="charts">{curves.over_levels(events)}</div>'),
         section("Drawn", gallery(pictures), "Trained captions, drawn once more from noise."),
+        section("Learned by heart?", gallery(pairs), BY_HEART),
     ]
     return document(f"Evaluation of {folder.name}", f"After step {found.step:,} of {escape(folder)}.", body)

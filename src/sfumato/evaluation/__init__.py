@@ -2,6 +2,7 @@
 
 from .kernel import kernel_distance
 from .measure import Measure, over
+from .memory import Memory, memory
 from .neighbours import Neighbours, is_right
 
-__all__ = ["Measure", "Neighbours", "is_right", "kernel_distance", "over"]
+__all__ = ["Measure", "Memory", "Neighbours", "is_right", "kernel_distance", "memory", "over"]

@@ -41,16 +41,17 @@ class Reader(Generic[Read]):
             self._follows[self._last[1], parts] = (step - self._last[0], part)
         self._last = place
         found = self._taken(place)
-        if (part, parts) in self._follows:
+        if self._pool is not None and (part, parts) in self._follows:
             later, next_part = self._follows[part, parts]
             following = (step + later, next_part, parts)
-            self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
             self._ahead = (following, self._pool.submit(self._read, *following))
         return found
 
     def _taken(self, place: Place) -> Read:
+        """What was read ahead, or is read now; a first read that stalls is named too."""
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
         if self._ahead is None or self._ahead[0] != place:
-            return self._read(*place)
+            self._ahead = (place, self._pool.submit(self._read, *place))
         try:
             return self._ahead[1].result(self._patience)
         except TimeoutError:

@@ -1,7 +1,7 @@
 """Measuring a run: its loss by noise level, whether pictures are of what was asked, how far from the data."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from .. import stages
 from ..data.media import fit
 from ..data.sample import Sample
 from ..errors import Refused
-from ..evaluation import Measure, Neighbours, kernel_distance, over
+from ..evaluation import Measure, Neighbours, kernel_distance, memory, over
 from ..evaluation.kernel import latent_features
 from ..evaluation.measure import share
 from ..generation import PaintingModel, load
@@ -34,17 +34,22 @@ from .sizes import in_sizes, square
 
 LEVEL_SAMPLES = 128
 MOST_REAL = 2000
+CLOSEST = 8
 CODEC = "codec latents averaged to 4×4, polynomial kernel, subsets of 100"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured after `step`; by_level: {split: [{level, loss, error}]}; drawn: prompts, pictures."""
+    """What was measured after `step`; by_level: {split: [{level, loss, error}]}; drawn: prompts, pictures.
+
+    closest: of the drawn pictures most like one training picture: its name, both uint8 [3, H, W], the ratio.
+    """
 
     step: int
     metrics: dict[str, Measure]
     by_level: dict[str, list[dict[str, float]]]
     drawn: list[tuple[str, Image.Image]]
+    closest: list[tuple[str, Tensor, Tensor, float]] = field(default_factory=list)
 
 
 def evaluate(
@@ -88,11 +93,11 @@ def evaluate(
             )
     drawing = {"steps": steps, "guidance": guidance}
     split = {name: collection.of(name) for name in ("train", "held_out")}
-    painted, drawn = _pictures(recipe, model, split, bucket_of, samples, seeds, drawing, progress)
+    painted, drawn, closest = _pictures(recipe, model, split, bucket_of, samples, seeds, drawing, progress)
     metrics |= painted
     if Path(folder).resolve() == run.path.resolve():
         _record(run, step, metrics, say)
-    return Evaluation(step, metrics, by_level, drawn)
+    return Evaluation(step, metrics, by_level, drawn, closest)
 
 
 def run_of(path: Path) -> RunFolder:
@@ -126,7 +131,7 @@ def _pictures(
     seeds: int,
     drawing: dict[str, Any],
     progress: Progress | None,
-) -> tuple[dict[str, Measure], list[tuple[str, Image.Image]]]:
+) -> tuple[dict[str, Measure], list[tuple[str, Image.Image]], list[tuple[str, Tensor, Tensor, float]]]:
     """What needs pictures to be drawn: neighbours, kernel distance, the judge where data has one."""
     side = recipe.data.resolution
     real = Pictures(few(split["train"], bucket_of), bucket_of)
@@ -145,12 +150,15 @@ def _pictures(
     distances: list[float] = []
     judged: dict[str, list[float]] = {}
     drawn: list[tuple[str, Image.Image]] = []
+    seen: list[Tensor] = []
+    unseen_squares: list[Tensor] = []
     for seed in range(seeds):
         prompts = _drawn_prompts(captions, samples, seed)
         asked_sizes = [size_of.get(prompt) for prompt in prompts]
         phase = f"drawing {seed + 1} of {seeds}"
         pictures = _draw(model, prompts, seed, drawing, progress, phase, asked_sizes)
         pixels = torch.stack([square(fit(picture, *picture.size), side) for picture in pictures])
+        seen.append(pixels)
         right.append(sum(neighbours.judge(pixels, prompts)) / len(prompts))
         distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
         drawn = drawn or list(zip(prompts, pictures, strict=True))
@@ -177,7 +185,17 @@ def _pictures(
         name: _merged(values, samples, "unseen captions, read from pixels") for name, values in judged.items()
     }
     metrics["codec_psnr"] = _reconstruction(model, squares[:256])
-    return metrics, drawn
+    closest = []
+    if len(squares) > 2:
+        others = torch.stack(unseen_squares) if unseen_squares else None
+        shown = torch.cat(seen)
+        learned = memory(shown, torch.stack(squares), others)
+        metrics["copied"] = learned.copied
+        closest = [
+            (real.names[learned.nearest[at]], shown[at], squares[learned.nearest[at]], learned.ratio[at])
+            for at in learned.closest(CLOSEST)
+        ]
+    return metrics, drawn, closest
 
 
 def _merged(rates: list[float], samples: int, note: str) -> Measure:
