@@ -9,7 +9,7 @@ from ..studio import curves
 from ..studio.page import document, embedded, escape, gallery, section, table
 from .console import progress, result, say
 
-BY_HEART = "Drawn, and beside it its nearest training picture; a small ratio says that no other one is nearly as near."
+BY_HEART = "Drawn, and beside it its nearest training picture; a small ratio: no other is nearly as near."
 
 
 def evaluate(
