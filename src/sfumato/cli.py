@@ -261,6 +261,13 @@ def data(
     captions: Annotated[
         str, typer.Option(metavar="WHERE", help="files, folder (class names) or none.")
     ] = "files",
+    resolution: Annotated[int, typer.Option(metavar="N", min=16, help="Plan for N x N pixels.")] = 256,
+    buckets: Annotated[int, typer.Option(metavar="N", min=1, help="Shapes in the plan.")] = 5,
+    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Frames a clip must have.")] = 16,
+    rate: Annotated[float, typer.Option(metavar="X", min=0.1, help="Frames a second.")] = 8.0,
+    model: Annotated[
+        str, typer.Option(metavar="MODEL", help="Whose tokenizer counts: minilm, none, a model's folder.")
+    ] = "minilm",
     out: Annotated[Path, out_option("runs/data")] = Path("runs/data"),
     json: Json = False,
 ) -> None:
@@ -270,7 +277,8 @@ def data(
     """
     from .commands import dataset
 
-    dataset.data(folder, captions, out, json)
+    asked = dataset.Asked(resolution // 16 * 16, buckets, frames, rate, model)
+    dataset.data(folder, captions, asked, out, json)
 
 
 @app.command()

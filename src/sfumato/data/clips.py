@@ -98,6 +98,11 @@ def poster(source: Path | bytes | Image.Image, seconds: float) -> Image.Image:
     raise media.Unreadable("a video without a frame")
 
 
+def is_short(seconds: float, frames: int, rate: float) -> bool:
+    """Whether a clip of so many seconds ends before that many frames; half a frame's time is forgiven."""
+    return seconds + 0.5 / rate + SLACK < frames / rate
+
+
 def read(name: str, source: Path | bytes | Image.Image, piece: Piece, width: int, height: int) -> Tensor:
     """The frames of a piece fitted to width × height, uint8 [3, frames, height, width].
 
@@ -106,7 +111,7 @@ def read(name: str, source: Path | bytes | Image.Image, piece: Piece, width: int
     """
     known = facts(name, source)
     needed = piece.frames / piece.rate
-    if known.seconds and known.seconds + 0.5 / piece.rate + SLACK < needed:
+    if known.seconds and is_short(known.seconds, piece.frames, piece.rate):
         raise media.Unreadable(
             f"a clip of {known.seconds:.2f} s; {piece.frames} frames at {piece.rate:g} a second "
             f"need {needed:.2f} s"

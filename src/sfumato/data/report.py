@@ -8,16 +8,19 @@ from typing import Any
 
 from . import buckets, survey
 from .captions import truncated
-from .clips import Facts
+from .clips import is_short
 from .metadata import printable
 from .report_page import render
 from .sample import HELD_OUT, TRAIN, Collection
 
+PAIRS = 12  # equal or similar pictures that are shown
 SHOWN = 240  # pictures on the contact sheets
 _STOP = """
 a an the of in on at and or with to for is are by from its it this that as be you your our if can
 """
 STOP = frozenset(_STOP.split())
+FRAMES = (9, 16, 17, 24, 25, 33, 49, 81, 121)  # what models usually take
+TOKENS = (4, 8, 16, 32, 48, 64, 77, 128, 256, 512)
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -25,15 +28,16 @@ LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 class Report:
     """What was found; `summary` is plain JSON, `page` one HTML file that needs nothing else.
 
-    sheets: for each bucket the (thumbnail, caption) of some of its pictures.
+    sheets: for each bucket the (thumbnail, caption) of some of its pictures; twins: of some that are alike.
     """
 
     summary: dict[str, Any]
     sheets: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+    twins: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
 
     def page(self) -> str:
         """The page's HTML."""
-        return render(self.summary, self.sheets)
+        return render(self.summary, self.sheets, self.twins)
 
 
 def report(
@@ -44,6 +48,8 @@ def report(
     progress: Callable[[int, int, str], None] | None = None,
     tokens: Callable[[list[str]], list[int]] | None = None,
     most_tokens: int = 77,
+    frames: int = 16,
+    rate: float = 8.0,
 ) -> Report:
     """Open every picture of a collection and describe what is there.
 
@@ -51,6 +57,7 @@ def report(
         resolution, stride, count: of the bucket plan that is shown.
         progress: called with (done, total, phase).
         tokens: lengths of captions by the model's own tokenizer; those above most_tokens are listed.
+        frames, rate: what a clip must have, to name those that would be dropped.
     """
     tell = progress or (lambda done, total, phase: None)
     shown = survey.spread(len(collection.samples), SHOWN)
@@ -69,6 +76,7 @@ def report(
         "held_out": sum(one.sample.split == HELD_OUT for one in seen),
         "sizes": {f"{w}x{h}": n for (w, h), n in sorted(Counter(sizes).items(), key=lambda item: -item[1])},
         "caption_statistics": _captions(captions),
+        "tokens": _tokens(captions, tokens, most_tokens),
         "truncated": truncated(sorted(set(captions)), tokens, most_tokens) if tokens else [],
         "classes": collection.classes,
         "aspect": _histogram(
@@ -77,7 +85,7 @@ def report(
         "megapixels": _histogram(
             [w * h / 1e6 for w, h in sizes], (0.01, 0.03, 0.1, 0.26, 0.5, 1, 2, 4, 8, 16)
         ),
-        "clips": _clips([one.clip for one in seen if one.clip is not None]),
+        "clips": _clips(seen, frames, rate),
         "bucket_plan": {
             "resolution": resolution,
             "stride": stride,
@@ -95,18 +103,63 @@ def report(
         "leaks": [[printable(a), printable(b), why] for a, b, why in survey.leaks(seen, near)],
         "set_aside": [{"file": printable(one.file), "reason": one.reason} for one in set_aside],
     }
-    return Report(summary, _sheets(seen, plan))
+    return Report(summary, _sheets(seen, plan), _twins(seen, near))
 
 
-def _clips(found: Sequence[Facts]) -> dict[str, Any] | None:
-    """How long the clips are and how many frames a second they have; None where there are none."""
-    if not found:
+def _twins(
+    seen: Sequence[survey.Look], near: Sequence[tuple[int, int, float]]
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Some of the pictures that are equal or look alike, to be shown side by side."""
+    by_name = {one.sample.name: one for one in seen}
+    groups = [(names[:2], f"{len(names)} equal pictures") for names in survey.equal_groups(seen)]
+    groups += [
+        ([seen[i].sample.name, seen[j].sample.name], f"alike, {apart:.1%} apart") for i, j, apart in near
+    ]
+    shown = []
+    for names, why in groups[:PAIRS]:
+        pair = [by_name[name] for name in names]
+        across = " · across the split" if len({one.sample.split for one in pair}) > 1 else ""
+        shown.append((why + across, [(survey.again(one), printable(one.sample.name)) for one in pair]))
+    return shown
+
+
+def _clips(seen: Sequence[survey.Look], frames: int, rate: float) -> dict[str, Any] | None:
+    """How long the clips are, their rates, and which are too short; None where there are none."""
+    named = [(one.sample.name, one.clip) for one in seen if one.clip is not None]
+    if not named:
         return None
+    found = [clip for _, clip in named]
+    short = [
+        {"file": printable(name), "reason": f"{clip.seconds:.2f} s, {frames / rate:.2f} s are needed"}
+        for name, clip in named
+        if is_short(clip.seconds, frames, rate)
+    ]
+    fitting = {n: sum(not is_short(clip.seconds, n, rate) for clip in found) for n in FRAMES}
     return {
         "count": len(found),
         "total_seconds": round(sum(one.seconds for one in found), 2),
         "seconds": _histogram([one.seconds for one in found], (0.5, 1, 2, 3, 5, 8, 15, 30, 60, 300)),
         "rates": _histogram([one.rate for one in found], (6, 8, 10, 12, 15, 24, 25, 30, 50, 60)),
+        "frames": frames,
+        "rate": rate,
+        "long_enough": [[str(n), number] for n, number in fitting.items()],
+        "dropped": short,
+    }
+
+
+def _tokens(
+    captions: Sequence[str], tokens: Callable[[list[str]], list[int]] | None, most: int
+) -> dict[str, Any] | None:
+    """Lengths of captions in tokens; None where no tokenizer was given."""
+    if tokens is None or not captions:
+        return None
+    lengths = tokens(list(captions))
+    return {
+        "most": most,
+        "longest": max(lengths),
+        "truncated": sum(length > most for length in lengths),
+        "share": round(sum(length > most for length in lengths) / len(lengths), 4),
+        "lengths": _histogram(lengths, TOKENS),
     }
 
 

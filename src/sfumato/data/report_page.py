@@ -9,16 +9,20 @@ STYLE = files("sfumato.data").joinpath("report.css").read_text(encoding="utf-8")
 MOST_ROWS = 200
 
 
-def render(summary: dict[str, Any], sheets: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> str:
-    """The whole page as HTML."""
+Sheets = Sequence[tuple[str, Sequence[tuple[str, str]]]]
+Twins = Sequence[tuple[str, Sequence[tuple[str, str]]]]
+
+
+def render(summary: dict[str, Any], sheets: Sheets, twins: Twins = ()) -> str:
+    """The whole page as HTML; twins: groups of (thumbnail, name) that are equal or look alike, with why."""
     parts = [
         _head(summary),
         _pictures(summary),
         _clips(summary["clips"]),
         _buckets(summary["bucket_plan"]),
-        _words(summary["caption_statistics"]),
+        _words(summary["caption_statistics"], summary["tokens"]),
         _truncated(summary["truncated"]),
-        _twins(summary),
+        _twins(summary, twins),
         _set_aside(summary["set_aside"]),
         _sheets(sheets, summary["samples"]),
     ]
@@ -69,10 +73,20 @@ def _pictures(summary: dict[str, Any]) -> str:
 def _clips(told: dict[str, Any] | None) -> str:
     if told is None:
         return ""
+    dropped, rate = told["dropped"], told["rate"]
+    wanted = f"{told['frames']} frames at {rate:g} a second"
+    verdict = (
+        f"All of them are long enough for {wanted}."
+        if not dropped
+        else f"{len(dropped):,} are too short for {wanted} and would be dropped."
+    )
+    listed = _table(("clip", "why it is dropped"), [[one["file"], one["reason"]] for one in dropped])
+    details = f"<details><summary>Dropped ({len(dropped):,})</summary>{listed}</details>" if dropped else ""
     return (
         f"<h2>Clips</h2><p>{told['count']:,} of them move, {told['total_seconds']:,.0f} seconds in all; "
-        f'the middle frame is shown.</p><div class="two">{_bars("Seconds", told["seconds"])}'
-        f"{_bars('Frames a second', told['rates'])}</div>"
+        f'the middle frame is shown. {verdict}</p><div class="two">{_bars("Seconds", told["seconds"])}'
+        f"{_bars('Frames a second', told['rates'])}"
+        f"{_bars(f'Long enough for so many frames at {rate:g}/s', told['long_enough'])}</div>{details}"
     )
 
 
@@ -81,8 +95,9 @@ def _buckets(plan: dict[str, Any]) -> str:
     rows = "".join(
         f'<tr><td><span class="shape" style="width:{44 * one["width"] / largest:.0f}px;'
         f'height:{44 * one["height"] / largest:.0f}px"></span></td><td>{one["width"]} × {one["height"]}</td>'
-        f'<td class="n">{one["pictures"]:,}</td><td class="n">{one["cropped"]:.1%}</td>'
-        f'<td class="n">{one["enlarged"]:.0%}</td></tr>'
+        f'<td class="n">{one["pictures"]:,}</td>'
+        f'<td class="n">{_share(one["cropped"], ".1%")}</td>'
+        f'<td class="n">{_share(one["enlarged"], ".0%")}</td></tr>'
         for one in plan["buckets"]
     )
     return (
@@ -95,7 +110,12 @@ def _buckets(plan: dict[str, Any]) -> str:
     )
 
 
-def _words(told: dict[str, Any]) -> str:
+def _share(value: float, form: str) -> str:
+    """A share as a number and a thin bar."""
+    return f'{value:{form}}<s class="share"><i style="width:{100 * value:.1f}%"></i></s>'
+
+
+def _words(told: dict[str, Any], tokens: dict[str, Any] | None) -> str:
     if not told["different"]:
         return "<h2>Captions</h2><p>There are none.</p>"
     top = max((number for _, number in told["frequent_words"]), default=1)
@@ -105,10 +125,21 @@ def _words(told: dict[str, Any]) -> str:
     )
     repeated = told["most_repeated"]
     again = f" The most repeated, {repeated[1]:,} times: “{escape(repeated[0])}”." if repeated else ""
+    read = ""
+    if tokens is not None:
+        cut = f"{tokens['truncated']:,} ({tokens['share']:.1%}) are longer and cut off"
+        read = (
+            f" The model reads {tokens['most']} tokens; {cut if tokens['truncated'] else 'none is longer'}."
+        )
+    counted = (
+        _bars("Words in a caption", told["words"])
+        if tokens is None
+        else _bars("Tokens in a caption", tokens["lengths"])
+    )
     return (
         f"<h2>Captions</h2><p>{told['mean_words']:.1f} words on average, {told['longest_words']} at most."
-        f"{again}</p>"
-        f'<div class="two">{_bars("Words in a caption", told["words"])}'
+        f"{read}{again}</p>"
+        f'<div class="two">{counted}'
         f'<div class="card"><h3>Most frequent words</h3><div class="words">{words}</div></div></div>'
     )
 
@@ -130,14 +161,28 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f'<div class="card"><table><tr>{top}</tr>{body}</table>{more}</div>'
 
 
-def _twins(summary: dict[str, Any]) -> str:
+def _pairs(twins: Twins) -> str:
+    """Pictures that are equal or look alike, side by side."""
+    groups = "".join(
+        '<div class="pair"><div>'
+        + "".join(f'<img alt="" src="data:image/webp;base64,{data}">' for data, _ in held)
+        + f"</div><b>{escape(why)}</b>"
+        + "".join(f"<span>{escape(name)}</span>" for _, name in held)
+        + "</div>"
+        for why, held in twins
+    )
+    return f'<div class="pairs">{groups}</div>' if groups else ""
+
+
+def _twins(summary: dict[str, Any], shown: Twins) -> str:
     equal, near, leaks = summary["equal_pictures"], summary["near_duplicates"], summary["leaks"]
     if not (equal or near or leaks):
         return "<h2>Duplicates</h2><p>No two pictures are equal or look alike.</p>"
     parts = [
         f"<h2>Duplicates</h2><p>{len(equal):,} groups of equal pictures, "
         f"{summary['near_duplicate_pairs']:,} pairs that look alike, "
-        f"{len(leaks):,} of all these between training and held-out pictures.</p>"
+        f"{len(leaks):,} of all these between training and held-out pictures.</p>",
+        _pairs(shown),
     ]
     for title, head, rows in (
         ("Between training and held-out", ("training", "held out", "why"), leaks),

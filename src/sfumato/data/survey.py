@@ -78,6 +78,17 @@ def _thumbnail(picture: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def again(one: Look) -> str:
+    """The thumbnail of a picture that was looked at before."""
+    if one.thumbnail:
+        return one.thumbnail
+    source = one.sample.source()
+    is_video = one.clip is not None and one.sample.name.lower().endswith(media.CLIPS)
+    return _thumbnail(
+        media.read_picture(clips.poster(source, one.clip.seconds) if one.clip and is_video else source)
+    )
+
+
 def equal_groups(seen: Sequence[Look]) -> list[list[str]]:
     """Names of pictures whose bytes are the same."""
     by_content: dict[str, list[str]] = {}
