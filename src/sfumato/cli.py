@@ -118,11 +118,18 @@ def plan(
 
 @app.command()
 @answers
-def encode(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
+def encode(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cluster: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Let Ray start N workers (extra: cluster).")
+    ] = 0,
+    json: Json = False,
+) -> None:
     """Encode pictures and captions, once."""
     from .commands import runs
 
-    runs.encode(recipe, overrides or [], json)
+    runs.encode(recipe, overrides or [], cluster, json)
 
 
 @app.command()

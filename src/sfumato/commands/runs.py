@@ -5,12 +5,16 @@ from pathlib import Path
 from .console import progress, result, say
 
 
-def encode(recipe: Path, overrides: list[str], as_json: bool) -> None:
-    """Encode what the store lacks, and print counts."""
+def encode(recipe: Path, overrides: list[str], workers: int, as_json: bool) -> None:
+    """Encode what the store lacks, and print counts; workers > 0 are started by Ray."""
     from .. import workflow
+    from ..workflow.course import encode_on_cluster
 
     with progress() as shown:
-        found = workflow.encode(recipe, overrides, shown, say)
+        if workers:
+            found = encode_on_cluster(recipe, overrides, workers, shown, say)
+        else:
+            found = workflow.encode(recipe, overrides, shown, say)
     counts = {"samples": len(found.train), "held_out": len(found.held_out), "set_aside": found.set_aside}
     store = str(found.train.store.root)
     told = f"{counts['samples']} samples and {counts['held_out']} held out are in {store}"

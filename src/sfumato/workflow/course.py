@@ -87,6 +87,34 @@ def encode(
     return ready(asked, gather(asked), progress, say)
 
 
+def encode_on_cluster(
+    recipe: RecipeLike,
+    overrides: Iterable[str],
+    workers: int,
+    progress: Progress | None,
+    say: Say = to_stderr,
+) -> Ready:
+    """`encode` by so many workers that Ray starts; the store must be on a disk that all of them see.
+
+    Raises:
+        Refused: Ray is not installed, or what `encode` refuses. Failed: the workers could not finish.
+    """
+    from ..data.cluster import spread
+
+    asked = read(recipe, overrides)
+    gathered = gather(asked)
+    if gathered.base is None:
+        samples = gathered.collection.of("train") or gathered.collection.samples
+        ready_codec(asked, samples, gathered.bucket_of, gathered.device, progress, say)
+
+    def share(rank: int, world: int) -> int:
+        return len(ready(asked, gather(asked), say=lambda sentence: None, part=(rank, world)).train)
+
+    cards = 1.0 if gathered.device.type == "cuda" else 0.0
+    spread(share, workers, gpus=cards)
+    return ready(asked, gathered, progress, say)
+
+
 def train(
     recipe: RecipeLike,
     overrides: Iterable[str] = (),
@@ -200,8 +228,13 @@ def ready(
     progress: Progress | None = None,
     say: Say = to_stderr,
     run: RunFolder | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Ready:
-    """The stages of the recipe's model and its samples, encoded; `run`, if given, is told the phases."""
+    """The stages of the recipe's model and its samples, encoded.
+
+    Args:
+        run: is told the phases; part: (rank, world) of those that encode, default the processes joined.
+    """
     collection, bucket_of, device, base = (
         gathered.collection,
         gathered.bucket_of,
@@ -223,11 +256,11 @@ def ready(
     model.codec.eval().requires_grad_(False)
     model.conditioner.eval().requires_grad_(False)
     with phase(run, "encode"):
-        encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress, say)
+        encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress, say, part)
         earlier = []
         for until, smaller in curriculum(recipe):
             shapes = sizes(smaller, collection.samples, codec, base)
-            found = encoded_samples(smaller, collection.samples, shapes, model, progress, say)
+            found = encoded_samples(smaller, collection.samples, shapes, model, progress, say, part)
             earlier.append((until, found.of("train")))
     aside = [*collection.set_aside, *encoded.set_aside]
     listed = [{"file": one.file, "reason": one.reason} for one in aside]

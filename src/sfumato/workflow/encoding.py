@@ -78,6 +78,7 @@ def encoded_samples(
     model: PaintingModel,
     progress: Progress | None,
     say: Say = to_stderr,
+    part: tuple[int, int] | None = None,
 ) -> EncodedSet:
     """The samples in the store, encoded now as far as they are missing; or encoded as they are shown."""
 
@@ -103,7 +104,7 @@ def encoded_samples(
     )
     store = Store(recipe.data.store)
     processes, texts = parallel.current(), captions if guided else None
-    part = processes.rank, processes.count
+    part = part or (processes.rank, processes.count)
     beside = companions.encoders(model, recipe.data.companions)
     pixels = posterior_of(model)
     found = fill(store, samples, bucket_of, pixels, texts, how, progress, part, companions=beside)
