@@ -18,7 +18,7 @@ def encode(recipe: Path, overrides: list[str], workers: int, as_json: bool) -> N
     counts = {"samples": len(found.train), "held_out": len(found.held_out), "set_aside": found.set_aside}
     store = str(found.train.store.root)
     told = f"{counts['samples']} samples and {counts['held_out']} held out are in {store}"
-    result({**counts, **found.train.counts, "set_aside": found.set_aside, "store": store}, told, as_json)
+    result({**found.train.counts, **counts, "store": store}, told, as_json)
 
 
 def train(recipe: Path, overrides: list[str], profile: bool, as_json: bool) -> None:

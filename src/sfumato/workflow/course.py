@@ -80,11 +80,16 @@ def encode(
 ) -> Ready:
     """Train a missing codec, then encode what the store lacks; nothing that is there is done again.
 
+    Under torchrun each process encodes its share of the shards.
+
     Raises:
         Refused: the recipe or its data cannot be used. Failed: the disk is full.
     """
     asked = read(recipe, overrides)
-    return ready(asked, gather(asked), progress, say)
+    with parallel.joined(asked.train.device) as processes:
+        if not processes.leads:
+            progress, say = None, lambda sentence: None
+        return ready(asked, gather(asked), progress, say)
 
 
 def encode_on_cluster(
