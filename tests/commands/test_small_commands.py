@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import sfumato as package
-from sfumato.commands import theory
-from sfumato.theory import methods, names
+from sfumato.commands import schedulers, theory
+from sfumato.theory import get, methods, names
 
 from .world import draw_pictures, sfumato
 
@@ -77,7 +77,7 @@ def test_every_theory_can_be_shown(name):
 
 OWN = """
 import math, torch
-from sfumato.commands import theory
+from sfumato.commands import schedulers, theory
 from sfumato.theory import Theory
 mine = Theory(data=lambda t: (torch.cos(t), torch.sin(t)), model=lambda t: (-torch.sin(t), torch.cos(t)),
               t_noise=math.pi / 2, name="mine")
@@ -107,3 +107,12 @@ def test_the_readme_shows_the_two_commands_and_real_ones_only():
         for line in block.splitlines():
             if line.startswith("sfumato "):
                 assert line.split()[1] in COMMANDS, line
+
+
+@pytest.mark.parametrize("name", ["flow-matching", "edm", "ddpm-velocity", "gvp"])
+def test_the_schedulers_of_diffusers_stand_beside_ours_where_it_has_some(name):
+    rows = schedulers.rows(get(name), 6, samples=8)
+    assert bool(rows) == (name != "gvp")
+    for row in rows:
+        assert row["solver"].startswith("diffusers ") and row["evaluations"] <= 6
+        assert "refused" in row or 0 < row["error"] < 1

@@ -109,6 +109,10 @@ def test_the_published_weightings():
     torch.testing.assert_close(times.weighting("debiased")(epsilon, t), snr**-0.5)
     with pytest.raises(Refused, match='mean "gamma"'):
         times.weighting("min-snr", gama=3.0)
+    with pytest.raises(Refused, match="above 0"):
+        times.weighting("min-snr", gamma=-1.0)
+    with pytest.raises(Refused, match="between 0 and 1"):
+        times.density("uniform")(epsilon, torch.tensor([1.5], dtype=F64))
 
 
 # ---------------------------------------------------------------- guidance

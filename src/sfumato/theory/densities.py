@@ -49,8 +49,11 @@ class Density:
 
     def __call__(self, theory: Theory, u: Anything) -> Tensor:
         """u [B] in (0, 1), even → t [B] float64, distributed as this density says."""
+        share = exact(u)
+        if not bool(((share >= 0) & (share <= 1)).all()):
+            raise Refused("u must lie between 0 and 1; noise.uniform or times.stratified draw it.")
         low, high = self._ends(theory)
-        y = self.of.quantile(low + (high - low) * exact(u))
+        y = self.of.quantile(low + (high - low) * share)
         if self.coordinate == "time":
             return theory.t_data + (theory.t_noise - theory.t_data) * y
         return theory.time_at(-2 * y)
@@ -188,6 +191,8 @@ def stratified(seed: int, batch: int, step: int, rows: range | None = None) -> T
     Args:
         rows: this process's rows of the global batch, all by default.
     """
+    if batch < 1:
+        raise Refused(f"batch is {batch}; stratified times need at least 1.")
     part = noise.permutation(batch, seed, "strata", step).double()
     jitter = noise.uniform(seed, range(batch), step, "strata")
     u = (part + jitter) / batch
@@ -273,4 +278,8 @@ def _known(title: str, make: Callable[..., object], args: dict[str, float]) -> d
     for word in args:
         if word not in known:
             raise Refused(f'{title} takes no argument "{word}".{nearest(word, known) if known else ""}')
+        if isinstance(args[word], bool) or not isinstance(args[word], int | float):
+            raise Refused(f"{title}: {word} is {args[word]!r}; it must be a number.")
+        if title.startswith("Weighting") and word != "bias" and not args[word] > 0:
+            raise Refused(f"{title}: {word} is {args[word]:g}; it must be above 0.")
     return args
