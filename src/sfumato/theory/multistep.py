@@ -50,12 +50,22 @@ def coordinate(kind: str, angle: Tensor) -> Tensor:
     return ((sin + SOFT * cos) / (cos + SOFT * sin)).log()
 
 
-def carried(kind: str, start: Tensor, end: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
-    """(keep [...], weights [..., k]) of a step from start to end [...] with answers at nodes [..., k]."""
+def carried(
+    kind: str, start: Tensor, end: Tensor, nodes: Tensor, pace: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(keep [...], weights [..., k]) of a step from start to end [...] with answers at nodes [..., k].
+
+    Where new noise brings the state back up afterwards, what is seen falls, in log(s/a), by a share `pace` of
+    the step: answers are carried on only to where the network will be asked next.
+    """
     x, share = gauss_legendre(32 if kind == "data" else 12)
     half = (end - start)[..., None] / 2
     theta = start[..., None] + half * (1 + x)
-    basis = lagrange(coordinate(kind, theta), coordinate(kind, nodes))  # [..., k, points]
+    seen = theta
+    if pace is not None:
+        here = start[..., None].tan()
+        seen = (here * (theta.tan() / here) ** pace[..., None]).atan()
+    basis = lagrange(coordinate(kind, seen), coordinate(kind, nodes))  # [..., k, points]
     if kind == "velocity":
         return torch.ones_like(end), (basis * (half * share)[..., None, :]).sum(-1)
     if kind == "noise":
@@ -114,7 +124,11 @@ def plan(
         if terms == 1 and kind != "velocity":  # x_0 and x_T held: cos Δ·z + sin Δ·v, see `walk`
             keep, past = turn.cos(), turn.sin()[..., None]
         else:
-            keep, past = carried(kind, angles[rows], goal[rows], history(rows, terms))
+            pace = None
+            if ends is not None:
+                here, there, below = (at[rows].tan().log() for at in (angles[:-1], angles[1:], goal))
+                pace = (here - there) / (here - below)
+            keep, past = carried(kind, angles[rows], goal[rows], history(rows, terms), pace)
         after = r[[i + 1 for i in rows]]
         keep, past = keep * after / r[rows], past * after[..., None]
         for i, k, w in zip(rows, course.column(keep), course.weights(past), strict=True):
