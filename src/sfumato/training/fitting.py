@@ -30,7 +30,6 @@ REASONS = {
     "train.weights": "weights in {}, rounded stochastically, halve weights and gradients",
     "model.base_dtype": "the frozen base is stored in {}",
     "train.offload": "frozen blocks wait in host memory",
-    "train.parallel": "{} shares weights, gradients and optimizer among the processes",
 }
 
 
@@ -99,8 +98,6 @@ def ways(count: Callable[[int], Counted], settings: TrainSettings, options: Opti
             axes["train.optimizer"] = ["adamw", "adamw-8bit"]
         if settings.weights == "fp32":
             axes["train.weights"] = ["fp32", "bf16"]
-        if options.processes > 1:
-            axes["train.parallel"] = ["auto", "fsdp"]
     axes = {name: values for name, values in axes.items() if name in options.known}
     counted = {n: count(-(-settings.batch // (n * options.processes))) for n in parts}
     found = []
@@ -133,18 +130,8 @@ def _way(chosen: dict[str, Any], counted: Counted, settings: TrainSettings, opti
         dtype = chosen.get("model.base_dtype") or "float32"
         lent = int(counted.frozen_in_blocks * BASE_BYTES[dtype] / 4)
         memory = replace(memory, weights=memory.weights - lent)
-    if chosen.get("train.parallel") == "fsdp":
-        time *= 1.05
-        each = options.processes
-        memory = replace(
-            memory,
-            weights=memory.weights // each + counted.largest_block,
-            gradients=memory.gradients // each,
-            optimizer=memory.optimizer // each,
-            average=memory.average // each,
-        )
     plain = {"train.accumulate": settings.accumulate, "train.optimizer": settings.optimizer}
-    plain |= {"train.weights": settings.weights, "train.parallel": "auto"}
+    plain |= {"train.weights": settings.weights}
     keys = {name: value for name, value in chosen.items() if value and value != plain.get(name)}
     return Way(keys, memory, time)
 

@@ -87,7 +87,7 @@ class Counted:
 
     kept: activations saved for the backward pass; scratch: the largest of them; blocks: what each repeated
     block saves, and the bytes of its input; trained: of the trained weights; numbers: how many; frozen,
-    frozen_in_blocks, largest_block: of the weights; host: whether power averages take the same memory.
+    frozen_in_blocks: of the weights; host: whether power averages take the same memory.
     """
 
     kept: int
@@ -97,7 +97,6 @@ class Counted:
     matrices: int
     frozen: int
     frozen_in_blocks: int
-    largest_block: int
     host: bool
     flops: int
 
@@ -209,7 +208,6 @@ def count(network: nn.Module, inputs: Inputs) -> Counted:
         matrices=sum(weight.numel() for weight in weights if weight.ndim >= 2),
         frozen=everything - sum(weight.nbytes for weight in weights),
         frozen_in_blocks=sum(frozen),
-        largest_block=max((sum(w.nbytes for w in block.parameters()) for block in blocks), default=0),
         host=next(network.parameters()).device.type == "cpu",
         flops=counter.get_total_flops(),
     )
