@@ -55,7 +55,9 @@ def out_option(default: str) -> typer.models.OptionInfo:
 @app.command(rich_help_panel=None)
 @answers
 def demo(
-    task: Annotated[str, typer.Option(metavar="TASK", help="What is shown: text or video.")] = "text",
+    task: Annotated[
+        str, typer.Option(metavar="TASK", help="What is shown: text, controlnet, ip-adapter, edit, video.")
+    ] = "text",
     data: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(

@@ -15,7 +15,7 @@ class DataSettings:
         "",
         "folder of captioned pictures or clips, or openmoji, openmoji-all, shapes, moving-shapes; or several",
         path=True,
-        words=("openmoji", "openmoji-all", "shapes", "moving-shapes"),
+        words=("openmoji", "openmoji-all", "shapes", "moving-shapes", "shapes-reference", "shapes-edit"),
         many=True,
     )
     weights: tuple[float, ...] = key(
@@ -56,6 +56,12 @@ class DataSettings:
     dropout: tuple[str, ...] = key(
         (), "share of samples shown without one companion, each by itself: control=0.1"
     )
+    control: str = key(
+        "control",
+        "controlnet only: sketch, canny or soft-edge of the picture itself, or a column of control pictures",
+    )
+    reference: str = key("picture", "ip-adapter only: the column of references; picture: the picture itself")
+    source: str = key("edit_source", "edit only: the column of the pictures before the edit")
     held_out: float = key(0.05, "share of captions kept out of training to measure it", least=0, most=0.9)
     latents: str = key(
         "mode",

@@ -46,13 +46,15 @@ class Companion:
     """How a further picture of each sample is encoded.
 
     encode: pixels as for the samples themselves → a tensor [B, …] or named ones; fingerprint: changes
-    whenever its answers would. size (width, height): its own, the same for all; None cuts it exactly as its
-    picture.
+    whenever its answers would. of: the sample's companion it is made from, by default the one of its own
+    name, "picture" for the sample's own picture. size (width, height): its own, the same for all; None cuts
+    it exactly as its picture.
     """
 
     encode: Callable[[Tensor], Tensor | Mapping[str, Tensor]]
     fingerprint: str
     size: Size | None = None
+    of: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,17 @@ class Task:
 def beside(task: Task, name: str, how: Encoding, companion: Companion) -> Task | SetAside:
     """The task of a sample's companion: the same cut, mirrored and cut into pieces alike."""
     sample = task.sample
-    found = sample.companions.get(name)
-    if found is None:
-        return SetAside(sample.name, f"it has no {name}")
-    file, draw = (found, None) if isinstance(found, Path) else (None, found)
-    ending = file.name if file else sample.name  # readers go by the ending
-    other = replace(sample, name=f"{sample.name}: its {name} {ending}", file=file, picture=draw, content="")
+    found = sample.companions.get(companion.of or name)
+    if companion.of == "picture":
+        other = replace(sample, name=f"{sample.name}: its {name} {sample.name}")
+    elif found is None:
+        return SetAside(sample.name, f"it has no {companion.of or name}")
+    else:
+        file, draw = (found, None) if isinstance(found, Path) else (None, found)
+        ending = file.name if file else sample.name  # readers go by the ending
+        other = replace(
+            sample, name=f"{sample.name}: its {name} {ending}", file=file, picture=draw, content=""
+        )
     size = companion.size or (task.bucket[0], task.bucket[1])
     planned = plan(other, size, replace(how, pixels=companion.fingerprint))
     return replace(planned, companion=name) if isinstance(planned, Task) else planned

@@ -143,14 +143,14 @@ def statistics(folder: Path) -> tuple[Any, Any]:
     return said.get("image_mean", MEAN), said.get("image_std", STD)
 
 
-def image_encoder(source: str, codec: Codec, side: int, **known: Any) -> ImageEncoder:
+def image_encoder(source: str, codec: Codec, pixels: int, **known: Any) -> ImageEncoder:
     """The image encoder a recipe names: "codec", or a folder.
 
     Args:
-        side: pixels of a reference, for "codec".
+        pixels: of a reference's side, for "codec".
     """
     if source == "codec":
-        latents = int(known.get("side") or side // codec.stride)
+        latents = int(known.get("side") or pixels // codec.stride)
         patch = int(known.get("patch") or (1 if latents % 2 else 2))
         return CodecFeatures(int(known.get("channels") or codec.latent_channels), latents, patch)
     return VisionFeatures(source, bool(known.get("tokens", False)))

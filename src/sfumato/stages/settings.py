@@ -14,8 +14,16 @@ class ModelSettings:
     )
     train: str = key(
         "full",
-        "what is trained: full (the whole denoiser), or an adapter of it: lora, lokr, loha",
-        choices=("full", "lora", "lokr", "loha"),
+        "what is trained: full (the whole denoiser), an adapter of it (lora, lokr, loha), or what lets "
+        "pictures guide: controlnet, ip-adapter, edit",
+        choices=("full", "lora", "lokr", "loha", "controlnet", "ip-adapter", "edit"),
+    )
+    control_layers: int = key(0, "controlnet only: blocks it copies; 0 for the usual number", least=0)
+    image_encoder: str = key(
+        "codec",
+        "ip-adapter only: codec, or the folder of a CLIP, SigLIP or DINO that sees the reference",
+        path=True,
+        words=("codec",),
     )
     rank: int = key(16, "adapters only: the rank of the change to a layer", least=1)
     alpha: float = key(

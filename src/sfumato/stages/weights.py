@@ -9,6 +9,7 @@ A run on a base that it does not change keeps base.json (and adapter.json) inste
 import copy
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from . import adapters, fitted, reference
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
+from .guides import GuidedDenoiser, guide
+from .guides.plan import fill as fill_guides
+from .guides.plan import read_plans, write_plans
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
 from .pipeline import INDEX, load_pipeline, save_pipeline
 from .pretrained import PretrainedConditioner
@@ -56,16 +60,29 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
     Args:
         text_by_name: the frozen text encoder is not copied, only where it came from.
     """
-    denoiser = plain(model.denoiser)
+    guided = model.denoiser if isinstance(model.denoiser, GuidedDenoiser) else None
+    denoiser = plain(model.denoiser if guided is None else guided.base)
     with atomic_folder(Path(folder)) as beside:
+        if guided is not None:
+            write_plans(beside, model)
+            learned = {name: one.detach().cpu().contiguous() for name, one in guided.learned().items()}
+            save_file(learned, beside / GUIDES)
         if model.origin is not None:
+<<<<<<< HEAD
             save_pipeline(model, beside, denoiser)
             keep_fitted(model, beside)
+=======
+            with ExitStack() as apart:
+                for one in [] if guided is None else guided.listed:
+                    apart.enter_context(one.aside(denoiser))
+                save_pipeline(model, beside, denoiser)
+>>>>>>> 9deb35a (Guides in the recipe: model.train = controlnet, ip-adapter, edit; demos of each, judged from pixels)
             return
         parts = {"codec": model.codec, "conditioner": model.conditioner, "denoiser": denoiser}
         for role, stage in parts.items():
             save_stage(stage, beside / role, text_by_name)
-        described = {"format": FORMAT, "info": model.info}
+        info = {name: value for name, value in model.info.items() if name != "guides"}
+        described = {"format": FORMAT, "info": info}
         (beside / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
         keep_fitted(model, beside)
 
@@ -195,6 +212,8 @@ def load_codec(folder: Path) -> Codec:
     return codec.eval()
 
 
+GUIDES = "guides.safetensors"
+"""What guides have learned, beside the base they guide."""
 WEIGHTS = ("ema.safetensors", "model.safetensors")
 """The files of a checkpoint a model is loaded from: the averaged weights if there are any."""
 
@@ -268,8 +287,18 @@ def load(
     is_run = any(file.is_file() for file in insides)
     home = path / "model" if is_run else path
     model = load_home(home, str(folder), number, model_class)
+<<<<<<< HEAD
     model.fitted = fitted.read_times(home) or model.fitted
     if is_run:
+=======
+    plans = read_plans(home)
+    if plans:
+        guides = guide(model, plans)
+        place = chosen_weights(path, checkpoint) if is_run else home / GUIDES
+        fill_guides(guides, read_tensors(place), place)
+        guides.eval()
+    elif is_run:
+>>>>>>> 9deb35a (Guides in the recipe: model.train = controlnet, ip-adapter, edit; demos of each, judged from pixels)
         plan = reference.read_plan(home)
         weights = chosen_weights(path, checkpoint)
         if plan is None:

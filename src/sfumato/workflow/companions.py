@@ -4,23 +4,45 @@ A denoiser that wants one encoded in its own way says so: `companions(model)` gi
 mask becomes one number per latent, and every other picture becomes latents by the model's own codec.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ..data import controls
 from ..data.settings import DataSettings
 from ..data.views import Companion
 from ..errors import Refused, nearest
 from ..stages import Model
+from ..stages.guides import GuidedDenoiser
+from ..stages.image import Encoder
+from . import guided
 
 
-def encoders(model: Model, names: Sequence[str]) -> dict[str, Companion]:
-    """How each of the named companions is encoded for this model; what the model itself needs comes too."""
+def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
+    """How each companion the recipe names is encoded for this model; what it needs itself comes too."""
     asks: Any = getattr(model.denoiser, "companions", None)
-    own: Mapping[str, Companion] = asks(model) if asks else {}
-    return {name: own.get(name) or _usual(model, name) for name in dict.fromkeys([*own, *names])}
+    own: dict[str, Companion] = dict(asks(model)) if asks else {}
+    if isinstance(model.denoiser, GuidedDenoiser):
+        own |= {
+            name: _guiding(encoder, name, settings)
+            for name, encoder in model.denoiser.encoders(model).items()
+        }
+    names = dict.fromkeys([*own, *settings.companions])
+    return {name: own.get(name) or _usual(model, name) for name in names}
+
+
+def _guiding(encoder: Encoder, name: str, settings: DataSettings) -> Companion:
+    """How a guide's picture is made and encoded."""
+    of, kind = guided.column(settings, name), settings.control
+    if not name.startswith("control") or kind not in controls.KINDS:
+        return Companion(encoder.encode, encoder.fingerprint, encoder.size, of)
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return encoder.encode(controls.control(pixels, kind))
+
+    return Companion(encode, f"{kind} {controls.VERSION}, {encoder.fingerprint}", encoder.size, of)
 
 
 def _usual(model: Model, name: str) -> Companion:

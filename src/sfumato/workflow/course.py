@@ -17,13 +17,14 @@ from ..errors import Refused
 from ..generation import PaintingModel, load, painting
 from ..recipe import EMBEDDED, Recipe
 from ..record import RunFolder
+from ..stages import guides
 from ..studio import report
 from ..training import device as devices
 from ..training import parallel
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
-from . import companions, costs
+from . import companions, costs, guided
 from .agreement import agree, content_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided
@@ -167,7 +168,7 @@ def _train(
     network = tune(model, recipe)
     train, order = course_of(recipe, prepared.train, prepared.earlier)
     dropout = recipe.data.caption_dropout if is_guided(model) else 0.0
-    seen = companions.encoders(model, recipe.data.companions)
+    seen = companions.encoders(model, recipe.data)
     objective = DiffusionObjective(
         model, train, order, recipe.train, recipe.seed, dropout,
         dropout=companions.shares(recipe.data, list(seen)),
@@ -177,7 +178,9 @@ def _train(
         precision = devices.effective_precision(recipe.train.precision, prepared.device, recipe.train.weights)
         measure = HeldOut(objective, prepared.held_out, prepared.train, run, precision=precision)
     shown = groups(recipe, prepared.train, prepared.held_out, is_guided(model))
-    preview = Preview(model, recipe, run, shown, lambda: report.write(run))
+    preview = Preview(
+        model, recipe, run, guided.with_pictures(shown, model, recipe, prepared), lambda: report.write(run)
+    )
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
     say(costs.said(recipe, model, prepared.train, fresh=not run.checkpoint_folders()))
     try:
@@ -215,7 +218,9 @@ def gather(recipe: Recipe) -> Gathered:
         torch.set_num_threads(recipe.train.threads)
     device = devices.resolve(recipe.train.device)
     theory_of(recipe)
-    companions.shares(recipe.data, recipe.data.companions)
+    guided.check(recipe)
+    if recipe.model.train not in guides.KINDS:
+        companions.shares(recipe.data, recipe.data.companions)
     earlier = curriculum(recipe)
     base = base_of(recipe)
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
@@ -258,6 +263,7 @@ def ready(
         model.info |= {"resolution": recipe.data.resolution}
         model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
     model.to(device)
+    guided.guide(model, recipe)
     model.codec.eval().requires_grad_(False)
     model.conditioner.eval().requires_grad_(False)
     with phase(run, "encode"):

@@ -105,7 +105,7 @@ def encoded_samples(
     store = Store(recipe.data.store)
     processes, texts = parallel.current(), captions if guided else None
     part = part or (processes.rank, processes.count)
-    beside = companions.encoders(model, recipe.data.companions)
+    beside = companions.encoders(model, recipe.data)
     pixels = posterior_of(model)
     found = fill(store, samples, bucket_of, pixels, texts, how, progress, part, companions=beside)
     if isinstance(found, StreamedSet):

@@ -15,6 +15,7 @@ from ..data.settings import DataSettings
 from ..data.views import Encoding
 from ..errors import Refused
 from ..recipe import EMBEDDED
+from . import guided
 
 T = TypeVar("T")
 Bucket = tuple[int, int]
@@ -64,6 +65,11 @@ def _wording(settings: DataSettings) -> Wording:
 
 def _source(settings: DataSettings) -> Collection:
     assert isinstance(settings.train, str)
+    if settings.train in ("shapes-reference", "shapes-edit"):
+        from ..data import guided_shapes
+
+        make = guided_shapes.edit if settings.train == "shapes-edit" else guided_shapes.reference
+        return make(size=settings.resolution)
     if settings.train == "shapes":
         from ..data import shapes
 
@@ -84,7 +90,7 @@ def _source(settings: DataSettings) -> Collection:
         settings.train,
         captions=settings.captions,
         held_out=settings.held_out,
-        companions=settings.companions,
+        companions=guided.columns(settings),
     )
 
 

@@ -1,7 +1,7 @@
 """Pictures drawn while a model trains: the same prompts and noise every time."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,7 @@ class Group:
     prompts: list[str]
     sizes: tuple[Size | None, ...] = ()
     """Of each picture; empty: the model's own."""
+    guides: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
 def groups(recipe: Recipe, train: EncodedSet, held_out: EncodedSet, guided: bool) -> list[Group]:
@@ -87,6 +88,7 @@ class Preview:
             [seeds[index] for index in mine],
             [sizes[index] for index in mine],
             negative=sample.negative or None,
+            guides={name: [pictures[index] for index in mine] for name, pictures in group.guides.items()},
         )
         kind = "webp" if is_clip(pictures[0]) else "png"
         fps = float(self.model.info.get("fps", DEFAULT_FPS))

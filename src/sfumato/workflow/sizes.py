@@ -1,6 +1,6 @@
 """Pictures drawn in the shapes their captions were learned in: a caption's picture may be wide or tall."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ def in_sizes(
     seeds: Sequence[int],
     sizes: Sequence[Size | None],
     watch: Callable[[int, int], None] | None = None,
+    guides: Mapping[str, Sequence[Any]] | None = None,
     **options: Any,
 ) -> list[Any]:
     """Draw each prompt at its own size, those of one size together; None is the model's own size.
 
-    Options are those of `PaintingModel.generate`; `watch` hears (what is done, in all) of everything.
+    Options are those of `PaintingModel.generate`, guides those that bring one picture for each prompt; `watch` hears (what is done, in all) of everything.
     """
     drawn: dict[int, Any] = {}
     for size in dict.fromkeys(sizes):
@@ -39,6 +40,7 @@ def in_sizes(
         pictures = model.generate(
             [prompts[index] for index in mine], seed=[seeds[index] for index in mine], width=width,
             height=height, watch=told, **options,
+            **{name: [some[index] for index in mine] for name, some in (guides or {}).items()},
         )  # fmt: skip
         drawn |= dict(zip(mine, pictures, strict=True))
     return [drawn[index] for index in range(len(prompts))]

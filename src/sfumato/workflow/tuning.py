@@ -12,6 +12,8 @@ from ..generation import PaintingModel, load
 from ..recipe import DEFAULT, Recipe
 from ..stages import adapters, reference
 from ..stages.adapters import AdapterPlan
+from ..stages.guides import GuidedDenoiser
+from ..stages.guides.plan import write_plans
 from ..stages.interface import Codec
 from ..stages.pipeline import INDEX
 from ..stages.pretrained import PretrainedConditioner, options_of
@@ -119,7 +121,8 @@ def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
     base = Path(recipe.model.base).expanduser()
     is_begun = any((folder / name).is_file() for name in ("model.json", INDEX))
     if recipe.model.base != "scratch" and (base / INDEX).is_file():
-        reference.write_base(folder, base, model.info)
+        reference.write_base(folder, base, {k: v for k, v in model.info.items() if k != "guides"})
+        write_plans(folder, model)
     elif recipe.model.base == "scratch" or not is_begun:
         stages.save(model, folder, text_by_name=True)
     plan = plan_of(recipe)
@@ -134,7 +137,9 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
         Refused: a rank or target that matches nothing.
     """
     plan = plan_of(recipe)
-    if plan is None:
+    if isinstance(model.denoiser, GuidedDenoiser):
+        model.denoiser.free()
+    elif plan is None:
         model.denoiser.requires_grad_(True)
     else:
         reference.attach(model.denoiser, plan)

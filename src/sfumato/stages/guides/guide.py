@@ -53,6 +53,11 @@ class Guide(nn.Module, ABC):
         self.requires_grad_(True)
 
     @contextmanager
+    def aside(self, base: Denoiser) -> Iterator[None]:
+        """While this lasts the base is as it would be without the guide, to be written down."""
+        yield
+
+    @contextmanager
     def around(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[None]:
         """While this lasts the guide acts, if the condition holds its tensor and its weight is not 0."""
         handles = []

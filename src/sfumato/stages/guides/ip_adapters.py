@@ -6,6 +6,7 @@ Source: Ye et al. 2023, arXiv:2308.06721.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,30 @@ class IPAdapter(Guide):
         state = read(Path(file).expanduser()) if file else KINDS[self.network_class](network, self.width)
         head = state["image_proj"]
         self.width = (head["proj_in.weight"] if "proj_in.weight" in head else head["proj.weight"]).shape[1]
+        self.before = (
+            dict(network.attn_processors),
+            network.config.get("encoder_hid_dim_type"),
+        )
         self.put(network, state)
+
+    @contextmanager
+    def aside(self, base: Denoiser) -> Iterator[None]:
+        """The network with its own processors."""
+        network: Any = getattr(base, "network", base)
+        now = dict(network.attn_processors)
+        word = "image_proj" if self.network_class.startswith("SD3") else "encoder_hid_proj"
+        head, kind = getattr(network, word), network.config.get("encoder_hid_dim_type")
+        network.set_attn_processor(dict(self.before[0]))
+        setattr(network, word, None)
+        if "encoder_hid_dim_type" in network.config:
+            network.register_to_config(encoder_hid_dim_type=self.before[1])
+        try:
+            yield
+        finally:
+            network.set_attn_processor(now)
+            setattr(network, word, head)
+            if "encoder_hid_dim_type" in network.config:
+                network.register_to_config(encoder_hid_dim_type=kind)
 
     def put(self, network: Any, state: Mapping[str, Tensors]) -> None:
         """Set the processors and the projection."""

@@ -89,7 +89,7 @@ def made(model: Model, base: Denoiser, plan: GuidePlan, known: Sequence[Guide]) 
     if plan.kind == "ip-adapter":
         said: Any = built.get("image", {"source": plan.image})
         side = int(model.info.get("resolution", 64))
-        image: Any = said and image_encoder(codec=model.codec, side=side, **said)
+        image: Any = said and image_encoder(codec=model.codec, pixels=side, **said)
         if ours:
             return Looks(base, image)
         return IPAdapter(base, image, int(built.get("width", 0)), file=built.get("file", ""))

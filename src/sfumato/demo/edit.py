@@ -1,0 +1,48 @@
+"""Demo: "make it blue". A picture and an instruction give the picture after the edit."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from ..data import shapes
+from ..recipe import Recipe
+from .budget import planned
+from .controlnet import overlap
+from .drawing import draw
+from .stages import companion, unseen
+from .text import PLANS
+from .way import Seen, Task, Verdict
+
+_TEXT = PLANS["shapes"]
+_RECIPE = replace(
+    _TEXT.recipe,
+    model=replace(_TEXT.recipe.model, train="edit"),
+    sample=replace(_TEXT.recipe.sample, guidance=2.0),
+)
+PLAN = replace(_TEXT, recipe=_RECIPE, minutes=5.0, codec=0.08, fewest=800)
+
+
+def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
+    """The recipe that fills the minutes on this machine."""
+    return planned(PLAN, data, out, minutes, device)
+
+
+def judge(seen: Seen) -> Verdict:
+    """Whether the thing is in the color asked for, and else as it was, of unseen shapes in new colors."""
+    samples = unseen(seen)
+    sources = [companion(sample, "edit_source") for sample in samples]
+    prompts = [sample.captions[0] for sample in samples]
+    drawn = draw(seen, prompts, "judged_held_out", image=sources)
+    done, kept = 0, 0.0
+    for picture, source, prompt in zip(drawn, sources, prompts, strict=True):
+        wanted = [(one.shape, prompt.split()[-1]) for one in shapes.read(source)]
+        done += wanted == [(one.shape, one.color) for one in shapes.read(picture)]
+        kept += overlap(picture, source)
+    found = {"edit_done": done / len(drawn), "kept_iou": kept / len(drawn)}
+    notes = {
+        "edit_done": "exactly the source's shape, in the color named, which training never showed it in",
+        "kept_iou": "mean intersection over union with the source's silhouette",
+    }
+    return found, notes
+
+
+TASK = Task(recipe, judge)

@@ -1,0 +1,119 @@
+"""What a recipe says of guides: which is trained, where its pictures come from, what previews are shown."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from PIL import Image
+
+from ..data import controls
+from ..data.media import fit, read_picture, to_pixels
+from ..data.sample import Sample
+from ..data.settings import DataSettings
+from ..errors import Refused
+from ..generation import PaintingModel, to_images
+from ..recipe import DEFAULT, Recipe
+from ..stages import guides
+from ..stages.guides import GuidedDenoiser, GuidePlan
+from .preview import Group
+
+ITSELF = "picture"
+"""The word for a sample's own picture."""
+
+
+def check(recipe: Recipe) -> None:
+    """Raises Refused for a key about guides that could not act."""
+    kind, base = recipe.model.train, recipe.model.base
+    if kind in ("controlnet", "ip-adapter") and base == "scratch":
+        raise Refused(
+            f'model.train = "{kind}" guides a model that is there. Name one as model.base: train one first.'
+        )
+    for name, wanted in (
+        ("model.control_layers", "controlnet"), ("data.control", "controlnet"),
+        ("model.image_encoder", "ip-adapter"), ("data.reference", "ip-adapter"), ("data.source", "edit"),
+    ):  # fmt: skip
+        if recipe.origin(name) != DEFAULT and kind != wanted:
+            raise Refused(
+                f'{name} belongs to model.train = "{wanted}", but model.train is "{kind}". Say '
+                f'model.train = "{wanted}", or leave {name} out.'
+            )
+
+
+def plan_of(recipe: Recipe) -> GuidePlan | None:
+    """The guide the recipe asks for, if any."""
+    model = recipe.model
+    if model.train not in guides.KINDS:
+        return None
+    control = recipe.data.control if model.train == "controlnet" else ""
+    return GuidePlan(model.train, model.control_layers, model.image_encoder, control, recipe.seed)
+
+
+def guide(model: PaintingModel, recipe: Recipe) -> None:
+    """Put the recipe's guide around the model's denoiser."""
+    plan = plan_of(recipe)
+    known = model.denoiser.listed if isinstance(model.denoiser, GuidedDenoiser) else []
+    if plan is not None and all(one.kind != plan.kind for one in known):
+        guides.guide(model, [plan])
+
+
+def column(settings: DataSettings, name: str) -> str:
+    """Which picture of a sample a guide's tensor is made from: a column, or ITSELF."""
+    if name.startswith("control"):
+        return ITSELF if settings.control in controls.KINDS else settings.control
+    return {"reference": settings.reference, "edit_source": settings.source}.get(name, name)
+
+
+def columns(settings: DataSettings) -> tuple[str, ...]:
+    """Columns of the user's own that name pictures."""
+    asked = [column(settings, name) for name in ("control", "reference", "edit_source")]
+    return tuple(dict.fromkeys([*settings.companions, *(one for one in asked if one != ITSELF)]))
+
+
+def with_pictures(groups: Sequence[Group], model: PaintingModel, recipe: Recipe, data: Any) -> list[Group]:
+    """The groups with the pictures that guide their drawings: of the sample with that caption, else the first
+    samples'."""
+    if not isinstance(model.denoiser, GuidedDenoiser):
+        return list(groups)
+    items = [item.sample for encoded in (data.train, data.held_out) for item in encoded.items]
+    known = {sample.captions[0] if sample.captions else "": sample for sample in reversed(items)}
+    return [
+        replace(
+            group,
+            guides=shown(
+                model,
+                recipe.data,
+                [known.get(prompt, items[index % len(items)]) for index, prompt in enumerate(group.prompts)],
+            ),
+        )
+        for group in groups
+    ]
+
+
+def shown(model: PaintingModel, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The samples' pictures that guide, as arguments of `generate`; {} for a model without guides."""
+    if not isinstance(model.denoiser, GuidedDenoiser):
+        return {}
+    word = {"edit_source": "image"}
+    return {
+        word.get(one.name, one.name): [picture_for(settings, one.name, sample) for sample in samples]
+        for one in model.denoiser.listed
+        if "_" not in one.name or one.name == "edit_source"
+    }
+
+
+def picture_for(settings: DataSettings, name: str, sample: Sample) -> Image.Image:
+    """The picture of a sample that a guide is shown, at data.resolution.
+
+    Raises:
+        Refused: the sample has none.
+    """
+    place = column(settings, name)
+    if place != ITSELF and place not in sample.companions:
+        raise Refused(f'{sample.name} has no "{place}".')
+    other = sample.companions.get(place)
+    source: Any = sample.source() if place == ITSELF else other() if callable(other) else other
+    side = settings.resolution
+    pixels = to_pixels(fit(read_picture(source), side, side)[None])
+    if name.startswith("control") and place == ITSELF:
+        pixels = controls.control(pixels, settings.control)
+    return to_images(pixels)[0]
