@@ -44,6 +44,10 @@ Guidance = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(metavar="X", help="Lean towards the prompt, 1 is not at all; default: the model's own."),
 ]
+Numbers = Annotated[
+    Optional[list[float]],  # noqa: UP045
+    typer.Option(metavar="X", help="Of the control; repeat it, one for each ControlNet."),
+]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
 
 
@@ -172,6 +176,43 @@ def generate(
             metavar="NAME=VALUE", help="Further arguments by the pipeline's names: true_cfg_scale=4."
         ),
     ] = None,
+    guide: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(
+            metavar="PATH",
+            help="A trained guide to add: a ControlNet's folder (diffusers), an IP-Adapter's file.",
+        ),
+    ] = None,
+    control: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(metavar="FILE", help="What a ControlNet reads; repeat it, one for each ControlNet."),
+    ] = None,
+    control_from: Annotated[
+        str, typer.Option(metavar="KIND", help="Make it of the file first: sketch, canny or soft-edge.")
+    ] = "",
+    control_weight: Numbers = None,
+    control_start: Numbers = None,
+    control_end: Numbers = None,
+    reference: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="What an IP-Adapter looks at."),
+    ] = None,
+    reference_scale: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="X", help="How strongly the reference acts; default 1."),
+    ] = None,
+    init: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="The picture to start from."),
+    ] = None,
+    strength: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="X", help="How much of it may change, up to 1; default 0.6, with a mask 1."),
+    ] = None,
+    mask: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="FILE", help="Where it is repainted: white. The rest stays, pixel for pixel."),
+    ] = None,
     count: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")] = 1,
     seed: Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")] = 0,
     steps: Steps = None,
@@ -239,7 +280,19 @@ def generate(
         **size,
     }
     wanted |= draw.further(image or [], option or [])
-    draw.generate(model, prompt or [], count, wanted, out, device, json, format or (), fps)
+    shown = {
+        "control": control,
+        "control_weight": control_weight,
+        "control_start": control_start,
+        "control_end": control_end,
+        "reference": reference,
+        "reference_scale": reference_scale,
+        "init": init,
+        "strength": strength,
+        "mask": mask,
+    }
+    wanted |= draw.shown(shown, control_from)
+    draw.generate(model, prompt or [], count, wanted, out, device, json, format or (), fps, guide or [])
 
 
 @app.command("eval")

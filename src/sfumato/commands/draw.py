@@ -10,6 +10,9 @@ from ..record import write_atomic
 from ..studio.page import document, embedded, gallery, section
 from .console import progress, result
 
+SHOWN = ("control_weight", "control_start", "control_end", "reference_scale", "strength")
+"""Numbers of which 0 is one that is said."""
+
 
 def generate(
     folder: Path,
@@ -21,6 +24,7 @@ def generate(
     as_json: bool,
     kinds: Sequence[str] = (),
     fps: float | None = None,
+    guides: Sequence[Path] = (),
 ) -> None:
     """Draw `count` pictures or clips of each prompt into `out`, with a page that shows them.
 
@@ -29,9 +33,12 @@ def generate(
     """
     from ..generation import files, load
     from ..generation.sheet import sheet_of
+    from ..stages.guides import attach
     from ..training.device import resolve
 
     model = load(folder, device=str(resolve(device)))
+    for place in guides:
+        attach(model, place)
     if not prompts and model.conditioner.kind != "none":
         raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
     known = files.CLIP_KINDS if "frames" in model.info else files.PICTURE_KINDS
@@ -41,7 +48,9 @@ def generate(
     fps = float(model.info.get("fps", files.DEFAULT_FPS)) if fps is None else files.check_fps(fps)
     asked = [prompt for prompt in prompts or [""] for _ in range(count)]
     options: dict[str, Any] = {
-        name: value for name, value in wanted.items() if value not in (None, "", 0) or name == "seed"
+        name: value
+        for name, value in wanted.items()
+        if name in SHOWN or value not in (None, "", 0) or name == "seed"
     }
     told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if "guidance_by" in options:
@@ -53,7 +62,7 @@ def generate(
     listed = []
     for index, (prompt, one) in enumerate(zip(asked, drawn, strict=True)):
         seed = wanted["seed"] + index
-        said = {"prompt": prompt, **told, "seed": seed, "model": folder.name}
+        said = {"prompt": prompt, **plain(told), "seed": seed, "model": folder.name}
         place = out / f"{index:03d}-{slug(prompt)}-{seed}"
         listed.append({**keep(one, place, kinds, said, fps), "prompt": prompt, "seed": seed})
     sheet, page = out / "sheet.png", out / "index.html"
@@ -102,6 +111,49 @@ def slug(text: str, most: int = 40) -> str:
     """A text as a part of a file's name."""
     kept = "".join(letter if letter.isalnum() else "-" for letter in text.lower())
     return "-".join(part for part in kept.split("-") if part)[:most] or "picture"
+
+
+def plain(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that can be written down: all but pictures."""
+    from PIL.Image import Image
+
+    def is_picture(value: Any) -> bool:
+        return any(map(is_picture, value)) if isinstance(value, list) else isinstance(value, Image)
+
+    return {name: value for name, value in options.items() if not is_picture(value)}
+
+
+def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
+    """The pictures that guide and their numbers, as `generate` takes them.
+
+    Raises:
+        Refused: a file that cannot be read, or a kind of control without one.
+    """
+    from ..stages.seeing import picture
+
+    known = {name: value for name, value in said.items() if value not in (None, [])}
+    for name in ("reference", "init", "mask"):
+        if name in known:
+            known[name] = picture(known[name])
+    if "control" in known:
+        known["control"] = [picture(file) for file in known["control"]]
+        if control_from:
+            known["control"] = [made(one, control_from) for one in known["control"]]
+    elif control_from:
+        raise Refused("--control-from makes a control of a file: give --control FILE too, or leave it out.")
+    for name in ("control_weight", "control_start", "control_end"):
+        if name in known and len(known[name]) == 1:
+            known[name] = known[name][0]
+    return known
+
+
+def made(one: Any, kind: str) -> Any:
+    """A control picture of this kind, made of a picture."""
+    from ..data.controls import control
+    from ..data.media import fit, to_pixels
+    from ..generation import to_images
+
+    return to_images(control(to_pixels(fit(one, *one.size)[None]), kind))[0]
 
 
 def further(images: list[Path], options: list[str]) -> dict[str, Any]:

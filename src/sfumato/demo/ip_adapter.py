@@ -19,7 +19,7 @@ BASE_SHARE, GUIDE_COST = 0.5, 1.4
 
 
 def judge(seen: Seen) -> Verdict:
-    """Whether a drawing shows the reference's thing, of shapes in colors never trained on, read from pixels."""
+    """Whether a drawing shows the reference's thing, in a color it was never trained in, read from pixels."""
     samples = unseen(seen)
     references = [companion(sample, "reference") for sample in samples]
     drawn = draw(seen, [sample.captions[0] for sample in samples], "judged_held_out", reference=references)

@@ -158,8 +158,9 @@ def each(shown: Any, count: int, name: str) -> list[Any]:
     """
     if not isinstance(shown, list | tuple):
         return [shown] * count
+    shown = [one[0] if isinstance(one, list | tuple) and len(one) == 1 else one for one in shown]
     if len(shown) == 1:
-        return list(shown) * count
+        return shown * count
     if len(shown) != count:
         raise Refused(
             f"{name} holds {len(shown)} pictures for {count} drawings. Give one for all or one each."

@@ -68,15 +68,11 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
             learned = {name: one.detach().cpu().contiguous() for name, one in guided.learned().items()}
             save_file(learned, beside / GUIDES)
         if model.origin is not None:
-<<<<<<< HEAD
-            save_pipeline(model, beside, denoiser)
-            keep_fitted(model, beside)
-=======
             with ExitStack() as apart:
                 for one in [] if guided is None else guided.listed:
                     apart.enter_context(one.aside(denoiser))
                 save_pipeline(model, beside, denoiser)
->>>>>>> 9deb35a (Guides in the recipe: model.train = controlnet, ip-adapter, edit; demos of each, judged from pixels)
+            keep_fitted(model, beside)
             return
         parts = {"codec": model.codec, "conditioner": model.conditioner, "denoiser": denoiser}
         for role, stage in parts.items():
@@ -287,10 +283,7 @@ def load(
     is_run = any(file.is_file() for file in insides)
     home = path / "model" if is_run else path
     model = load_home(home, str(folder), number, model_class)
-<<<<<<< HEAD
     model.fitted = fitted.read_times(home) or model.fitted
-    if is_run:
-=======
     plans = read_plans(home)
     if plans:
         guides = guide(model, plans)
@@ -298,7 +291,6 @@ def load(
         fill_guides(guides, read_tensors(place), place)
         guides.eval()
     elif is_run:
->>>>>>> 9deb35a (Guides in the recipe: model.train = controlnet, ip-adapter, edit; demos of each, judged from pixels)
         plan = reference.read_plan(home)
         weights = chosen_weights(path, checkpoint)
         if plan is None:

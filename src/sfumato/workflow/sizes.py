@@ -24,7 +24,8 @@ def in_sizes(
 ) -> list[Any]:
     """Draw each prompt at its own size, those of one size together; None is the model's own size.
 
-    Options are those of `PaintingModel.generate`, guides those that bring one picture for each prompt; `watch` hears (what is done, in all) of everything.
+    Options are those of `PaintingModel.generate`, guides those that bring one picture for each prompt;
+    `watch` hears (what is done, in all) of everything.
     """
     drawn: dict[int, Any] = {}
     for size in dict.fromkeys(sizes):
