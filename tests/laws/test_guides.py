@@ -1,0 +1,170 @@
+"""Laws of guides: new ones change nothing, trained ones act, and all come back from disk."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sfumato
+from sfumato.data import controls, guided_shapes
+from sfumato.data.sample import HELD_OUT
+from sfumato.errors import Refused
+from sfumato.generation import PaintingModel, load
+from sfumato.stages import Condition, new_theory
+from sfumato.stages.codec import PixelCodec
+from sfumato.stages.dit import DiT
+from sfumato.stages.guides import GuidePlan, guide
+from sfumato.stages.text import NoConditioner
+
+KINDS = {"controlnet": "control", "ip-adapter": "reference", "edit": "edit_source"}
+
+
+def square(size: int = 16) -> Image.Image:
+    """A white square on black."""
+    picture = Image.new("RGB", (size, size), "black")
+    picture.paste((255, 255, 255), (3, 3, size - 5, size - 5))
+    return picture
+
+
+@pytest.fixture
+def model() -> PaintingModel:
+    """A tiny unconditional DiT on pixels, none of its weights zero."""
+    torch.manual_seed(0)
+    dit = DiT(3, width=32, depth=2, heads=2, patch=2, text_width=0)
+    for weight in dit.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return PaintingModel(new_theory(""), PixelCodec(), NoConditioner(), dit, {"resolution": 16, "steps": 4})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_guide_leaves_its_base_as_it_is(kind, model, tmp_path):
+    """Law: bit for bit before training; afterwards the picture acts; saved, the guide returns."""
+    x, t = torch.randn(2, 3, 16, 16), 0.5
+    before = model.predict(x, t, Condition({}, size=2))
+    guided = guide(model, [GuidePlan(kind)])
+    encoder = guided.encoders(model)[KINDS[kind]]
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    shown = Condition({KINDS[kind]: encoder.encode(pictures)})
+    assert torch.equal(model.predict(x, t, shown), before)
+    assert guided.learned() and all(weight.requires_grad for weight in guided.learned().values())
+    with torch.no_grad():
+        for weight in guided.guides.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    after = model.predict(x, t, shown)
+    assert (after - before).abs().max() > 1e-3
+    assert torch.equal(model.predict(x, t, Condition({}, size=2)), before)
+    silent = Condition({**shown, f"{KINDS[kind]}_weight": torch.zeros(2)})
+    assert torch.equal(model.predict(x, t, silent), before)
+    model.info["theory"] = "flow-matching"
+    model.save(tmp_path / "model")
+    assert torch.equal(load(tmp_path / "model").predict(x, t, shown), after)
+
+
+def test_two_controlnets_act_apart(model):
+    """Law: each has its picture and weight."""
+    guided = guide(model, [GuidePlan("controlnet"), GuidePlan("controlnet")])
+    with torch.no_grad():
+        for weight in guided.guides.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    one, other, none = (
+        np.asarray(model.generate(control=pictures)[0])
+        for pictures in ([square(), None], [None, square()], [None, None])
+    )
+    assert (one != none).any() and (other != none).any() and (one != other).any()
+    with pytest.raises(Refused, match="2 ControlNets"):
+        model.generate(control=square())
+
+
+def test_what_is_kept_of_a_picture_stays_pixel_for_pixel(model):
+    """Law: inpainting changes what the mask shows white, and nothing else."""
+    start, mask = square(), Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 0, 8, 16))
+    drawn = np.asarray(model.generate(init=start, mask=mask, seed=3)[0])
+    assert np.array_equal(drawn[:, 8:], np.asarray(start)[:, 8:])
+    assert not np.array_equal(drawn[:, :8], np.asarray(start)[:, :8])
+
+
+def test_little_strength_stays_near_the_picture(model):
+    """Law: the less strength, the nearer to the picture one starts from."""
+
+    def far(strength: float) -> float:
+        drawn = np.asarray(model.generate(init=square(), strength=strength, steps=20)[0], float)
+        return float(np.abs(drawn - np.asarray(square(), float)).mean())
+
+    assert far(0.1) < far(0.5) < far(1.0)
+    with pytest.raises(Refused, match="strength"):
+        model.generate(init=square(), strength=1.5)
+
+
+@pytest.mark.parametrize("word", ["control", "reference", "mask", "strength"])
+def test_what_a_model_cannot_be_shown_is_refused(word, model):
+    with pytest.raises(Refused, match=word):
+        model.generate(**{word: 0.5 if word == "strength" else square()})
+
+
+@pytest.mark.parametrize("kind", controls.KINDS)
+def test_a_control_is_white_where_the_picture_has_edges(kind):
+    """Law: black says nothing; a square's outline is drawn, its inside is not."""
+    pytest.importorskip("skimage")
+    pixels = torch.full((1, 3, 64, 64), -1.0)
+    pixels[:, :, 16:48, 16:48] = 1
+    drawn = controls.control(pixels, kind)[0, 0]
+    assert drawn[28:36, 28:36].max() < -0.9 and drawn[:8].max() < -0.9
+    assert drawn[24:40, 13:19].max() > 0.5
+
+
+def test_held_out_things_are_never_trained_on():
+    """Law: what is judged are shapes in colors that no training picture shows."""
+    whole = guided_shapes.edit(count=60, held_out=20, size=32)
+    asked = {sample.captions[0] for sample in whole.of(HELD_OUT)}
+    assert asked and all(caption.startswith("make it ") for caption in asked)
+    assert not set(guided_shapes.UNSEEN) & set(guided_shapes.SEEN)
+
+
+RECIPE = """output = "{name}"
+[model]
+{model}
+[data]
+train = "{data}"
+resolution = 16
+store = "store"
+{more}
+[train]
+steps = 2
+batch = 4
+device = "cpu"
+held_out_every = 0
+[sample]
+every = 2
+steps = 2
+"""
+SMALL = "width=32\ndepth=1\nheads=2\npatch=2\nstride=4\nlatent_channels=4\ncodec_width=8"
+SMALL += "\ncodec_steps=2\ncodec_batch=4"
+
+
+def test_an_edit_is_trained_from_a_recipe_and_drawn(tmp_path, monkeypatch):
+    """Law: the whole way: sources stored, trained, drawn while training, loaded, and shown a picture."""
+    monkeypatch.setattr(guided_shapes.edit, "__defaults__", (12, 0, 64, 4))
+    file = tmp_path / "edit.toml"
+    model = f'train = "edit"\ntext = "none"\n{SMALL}'
+    file.write_text(RECIPE.format(name="edit", model=model, data="shapes-edit", more=""))
+    run = sfumato.train(file)
+    drawn = run.model().generate(image=square())
+    assert drawn[0].size == (16, 16)
+    described = json.loads((tmp_path / "edit" / "model" / "guides.json").read_text())
+    assert described["guides"][0]["kind"] == "edit"
+    assert list((tmp_path / "edit" / "samples").iterdir())
+
+
+def test_a_guide_needs_a_base_and_its_own_keys(tmp_path):
+    """Law: keys that could not act are refused."""
+    file = tmp_path / "control.toml"
+    for model, more, said in (
+        ('train = "controlnet"', "", "model.base"),
+        ('train = "full"', 'control = "canny"', "data.control"),
+    ):
+        file.write_text(RECIPE.format(name="control", model=model, data="shapes", more=more))
+        with pytest.raises(Refused, match=said):
+            sfumato.train(file)
