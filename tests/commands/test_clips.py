@@ -97,6 +97,9 @@ def test_a_folder_of_clips_and_stills_becomes_a_model_of_clips(recipe, tmp_path)
     assert drawn and Image.open(drawn[0]).n_frames == 5
     page = (run / "report.html").read_text()
     assert "data:image/webp" in page and "16×16×5" in page and "16×16×1" in page
+    measured = sfumato("eval", run, "--samples", 2, "--json")
+    assert measured.code == 0, measured.err
+    assert {"change_drawn", "change_real", "codec_psnr"} <= set(measured.json()["metrics"])
     made = sfumato("generate", run, "-p", "a square", "--frames", 9, "--image", "clips/0.webp", "--json")
     assert made.code == 0, made.err
     with av.open(made.json()["pictures"][0]["file"]) as container:

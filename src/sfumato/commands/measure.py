@@ -26,6 +26,7 @@ def evaluate(
     import numpy
     from PIL import Image
 
+    from ..generation.files import contents, is_clip
     from ..workflow.evaluating import evaluate as measure
 
     with progress() as shown:
@@ -33,8 +34,10 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     listed = []
     for index, (prompt, picture) in enumerate(found.drawn):
-        file = out / f"drawn-{index:03d}.png"
-        picture.save(file)
+        kind = "webp" if is_clip(picture) else "png"
+        file = out / f"drawn-{index:03d}.{kind}"
+        (content,) = contents(picture, kind, {"prompt": prompt, "step": found.step}).values()
+        write_atomic(file, content)
         listed.append((file, prompt))
     pairs = []
     for index, (name, drawn, original, ratio) in enumerate(found.closest):

@@ -26,6 +26,7 @@ from ..training.held_out import HeldOut
 from ..training.loop import to_stderr
 from ..training.objective import DiffusionObjective
 from ..training.reconstruction import to_pixels
+from .clips_measured import clips_measured
 from .codecs import Progress
 from .course import sizes
 from .encoding import encoded_samples, order_of
@@ -48,7 +49,7 @@ class Evaluation:
     step: int
     metrics: dict[str, Measure]
     by_level: dict[str, list[dict[str, float]]]
-    drawn: list[tuple[str, Image.Image]]
+    drawn: list[tuple[str, Any]]
     closest: list[tuple[str, Tensor, Tensor, float]] = field(default_factory=list)
 
 
@@ -93,7 +94,13 @@ def evaluate(
             )
     drawing = {"steps": steps, "guidance": guidance}
     split = {name: collection.of(name) for name in ("train", "held_out")}
-    painted, drawn, closest = _pictures(recipe, model, split, bucket_of, samples, seeds, drawing, progress)
+    closest: list[tuple[str, Tensor, Tensor, float]] = []
+    if recipe.data.frames:
+        painted, drawn = clips_measured(recipe, model, split["train"], bucket_of, samples, drawing)
+    else:
+        painted, drawn, closest = _pictures(
+            recipe, model, split, bucket_of, samples, seeds, drawing, progress
+        )
     metrics |= painted
     if Path(folder).resolve() == run.path.resolve():
         _record(run, step, metrics, say)
