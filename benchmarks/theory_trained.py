@@ -28,7 +28,6 @@ from sfumato.stages import Condition
 from sfumato.theory import noise
 from sfumato.workflow import train
 from sfumato.workflow.codecs import codec_key, place, ready_codec
-from sfumato.workflow.course import sizes
 from sfumato.workflow.encoding import encoded_samples
 from sfumato.workflow.material import collect
 
@@ -57,7 +56,7 @@ def recipe_of(theory: str, times: str, seed: int, steps: int, out: Path, codec: 
 def by_angle(model: PaintingModel, recipe: Recipe, most: int = 131) -> list[float]:
     """Mean squared error of v on held-out pictures at each of ANGLES."""
     collection = collect(recipe.data)
-    bucket = sizes(recipe, collection.samples, model.codec)
+    bucket = (recipe.data.resolution, recipe.data.resolution)
     held = encoded_samples(recipe, collection.samples, bucket, model, None).of("held_out")
     batch = held.read(list(range(min(most, len(held)))), 0, 0)
     x_0, condition = batch.latents.float(), Condition.stack([dict(row) for row in batch.conditions])
