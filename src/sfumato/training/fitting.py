@@ -149,7 +149,7 @@ def fit(found: list[Way], room: float) -> tuple[Way, list[Way]]:
     smallest = min(found, key=lambda way: way.memory.peak)
     words = " ".join(f"{name}={value}" for name, value in smallest.keys.items())
     raise Refused(
-        f"Nothing fits into {room / 1e9:.1f} GB: even with {words or 'the recipe as it is'} a step needs "
-        f"{smallest.memory.peak / (1 - RESERVE) / 1e9:.1f} GB. Lower data.resolution or train.batch, "
+        f"Nothing fits into {room / 1e9:.3g} GB: even with {words or 'the recipe as it is'} a step needs "
+        f"{smallest.memory.peak / (1 - RESERVE) / 1e9:.3g} GB. Lower data.resolution or train.batch, "
         "train an adapter (model.train=lora), or use a larger device."
     )
