@@ -8,7 +8,7 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 from torch import Tensor
 
@@ -162,11 +162,17 @@ def _times(
         count = 1
         while cost(count + 1) <= grid:
             count += 1
-        return two_sided(theory, count)
+        return _usual(theory, count)
     times = custom(theory, grid).cpu()
     if times.ndim == 2 and len(times) != batch:
         raise Refused(f"The grid has {len(times)} rows for a batch of {batch}; give one, or one per sample.")
     return times
+
+
+@lru_cache(maxsize=32)
+def _usual(theory: Theory, steps: int) -> Tensor:
+    """The default times; batch after batch is drawn at the same ones."""
+    return two_sided(theory, steps)
 
 
 def _settings(
