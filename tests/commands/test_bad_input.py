@@ -185,10 +185,11 @@ def test_a_full_disk_fails_in_a_sentence_and_keeps_what_was_saved(tmp_path, monk
     answer = sfumato("train", recipe)
     assert answer.code == 1
     one_sentence(answer, "space", "same command")
-    assert [one.name for one in RunFolder.open(tmp_path / "run").checkpoint_folders()] == ["step-000002"]
+    kept = [one.name for one in RunFolder.open(tmp_path / "run").checkpoint_folders()]
+    assert kept == ["step-000002", "step-000003"]  # the one after two steps, and the best held-out loss
     monkeypatch.setattr(record, "_sync", plain)
     answer = sfumato("train", recipe)
-    assert answer.code == 0 and "step-000002" in answer.err
+    assert answer.code == 0 and "step-000003" in answer.err
 
 
 def test_memory_that_is_used_up_fails_in_a_sentence(tmp_path, monkeypatch):

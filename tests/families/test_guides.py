@@ -89,7 +89,7 @@ def our_pixels(model: Any, pipe: Any, name: str, **guides: Any) -> torch.Tensor:
     flow = type(pipe.scheduler).__name__.startswith("FlowMatch")
     shape = model.latent_shape(case.call["width"], case.call["height"])
     decode = model.decode
-    model.decode = lambda x: seen.append(decode(x)) or seen[-1]
+    model.decode = lambda x, *pieces: seen.append(decode(x, *pieces)) or seen[-1]
     model.generate(
         [PROMPT], [NEGATIVE] if case.negative else None, times=grid_of(pipe.scheduler, flow), solver="euler",
         latents=torch.randn(1, *shape, generator=torch.Generator().manual_seed(7)), steps=STEPS,

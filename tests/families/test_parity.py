@@ -229,7 +229,7 @@ def test_a_family_draws_what_its_pipeline_draws(drawn, model, monkeypatch):
             drawn.pixels = drawn.pixels * 2 - 1
     seen: list[Tensor] = []
     decode = model.decode
-    monkeypatch.setattr(model, "decode", lambda x: seen.append(decode(x)) or seen[-1])
+    monkeypatch.setattr(model, "decode", lambda x, *pieces: seen.append(decode(x, *pieces)) or seen[-1])
     call = drawn.case.call
     who = {"prompt": [PROMPT]} if drawn.case.prompt else {"labels": [3]} if call else {}
     pictures = model.generate(
