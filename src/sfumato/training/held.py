@@ -19,7 +19,7 @@ from .settings import TrainSettings
 
 HARMLESS = {
     *("log_every", "save_every", "keep", "keep_every", "keep_best", "save_async", "patience"),
-    *("held_out_every", "threads", "trackers", "ema_snapshots"),
+    *("held_out_every", "threads", "trackers", "ema_snapshots", "checkpointing", "offload", "sanity"),
 }
 """Settings that do not change the weights."""
 

@@ -3,9 +3,9 @@
 Each rung is one sentence that must be true before training starts; a rung that fails says what to do.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from sfumato.stages.interface import Condition
 
+from .average import trained
 from .held import Held
 from .objective import DiffusionObjective
 from .settings import TrainSettings
@@ -29,25 +30,68 @@ class Rung:
     detail: str
 
 
-def climb(objective: DiffusionObjective, settings: TrainSettings) -> Iterator[Rung]:
+def climb(
+    objective: DiffusionObjective,
+    settings: TrainSettings,
+    tries: int = TRIES,
+    without: Callable[[], AbstractContextManager[None]] | None = None,
+) -> Iterator[Rung]:
     """Answer the questions one by one; the model's weights are left as they were.
 
-    The rungs: latents have unit size; the first loss is that of a network that says nothing, or better;
-    every trained weight gets a gradient; the answer depends on x_t, on the time and on the condition; one
-    batch can be learned by heart.
+    The rungs: two prompts are told apart; latents have unit size; the first loss is that of a network that
+    says nothing, or better; every trained weight gets a gradient; the answer depends on x_t, on the time and
+    on the condition; the adapter changes it; one batch can be learned by heart.
+
+    Args:
+        tries: steps of the last rung.
+        without: a context in which the adapter is silent, where there is one.
     """
     network = objective.model.denoiser
-    kept = copy.deepcopy(network.state_dict())
+    kept = {name: weight.detach().clone() for name, weight in trained(network).items()}
+    was_training = network.training
     try:
+        yield from _prompts(objective)
         yield _unit_latents(objective)
         yield _first_loss(objective)
         yield _gradients(objective, network)
         yield from _dependences(objective)
-        yield _overfits(objective, network, settings)
+        if without is not None:
+            yield _adapts(objective, without)
+        yield _overfits(objective, network, settings, tries)
     finally:
-        network.load_state_dict(kept)
+        network.train(was_training)
+        for name, weight in trained(network).items():
+            weight.data.copy_(kept[name])
         for weight in network.parameters():
             weight.grad = None
+
+
+def _prompts(objective: DiffusionObjective) -> Iterator[Rung]:
+    """Two captions of the data must become two conditions; asked where there are two."""
+    captions = list(getattr(objective.encoded, "captions", ()))
+    other = next((i for i, caption in enumerate(captions) if caption != captions[0]), None)
+    if other is None or not objective.encoded.null:
+        return
+    first, second = (objective.encoded.read([i], 0, 0).conditions[0] for i in (0, other))
+    same = all(
+        first[name].shape == second[name].shape and torch.equal(first[name], second[name]) for name in first
+    )
+    told = f'"{captions[0]}" and "{captions[other]}"'
+    detail = f"{told} become the same tensors: the text encoder does not read them" if same else told
+    yield Rung("two prompts are told apart", not same, detail)
+
+
+def _adapts(objective: DiffusionObjective, without: Callable[[], AbstractContextManager[None]]) -> Rung:
+    """After three steps the answer must differ from the base's."""
+    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    with torch.no_grad():
+        with_it = objective.measure(x_0, drawn, objective.rows(batch))
+        with without():
+            base = objective.measure(x_0, drawn, objective.rows(batch))
+    moved = float((with_it - base).abs().max() / base.abs().max().clamp(min=1e-12))
+    detail = f"the loss moves by {moved:.1e} of its size"
+    good = moved > 0
+    return Rung("the adapter changes the answer", good, detail if good else f"{detail}: choose other targets")
 
 
 def _unit_latents(objective: DiffusionObjective) -> Rung:
@@ -130,18 +174,18 @@ def _dependences(objective: DiffusionObjective) -> Iterator[Rung]:
     network.train(was_training)
 
 
-def _overfits(objective: DiffusionObjective, network: nn.Module, settings: TrainSettings) -> Rung:
+def _overfits(objective: DiffusionObjective, network: nn.Module, settings: TrainSettings, tries: int) -> Rung:
     """One batch with one noise, again and again: any network that can learn at all learns this."""
     network.train()
     fast = TrainSettings(
-        steps=TRIES, warmup=5, learning_rate=max(1e-3, settings.learning_rate), ema=0, clip=1
+        steps=tries, warmup=min(5, tries - 1), learning_rate=max(1e-3, settings.learning_rate), ema=0, clip=1
     )
     held = Held(network, fast)
     batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
     few = slice(0, min(FEW, len(x_0)))
     small = type(drawn)(drawn.t[few], drawn.x_T[few], drawn.dropped[few])
     losses = []
-    for step in range(TRIES):
+    for step in range(tries):
         loss = objective.measure(x_0[few], small, list(objective.rows(batch))[few]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(held.weights, 1.0)
@@ -149,10 +193,10 @@ def _overfits(objective: DiffusionObjective, network: nn.Module, settings: Train
         for weight in held.weights:
             weight.grad = None
         losses.append(float(loss.detach()))
-    good = losses[-1] < 0.7 * losses[0]
-    detail = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {TRIES} steps"
+    good = losses[-1] < (0.7 if tries >= TRIES else 0.999) * losses[0]
+    detail = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {tries} steps"
     return Rung(
-        "four samples can be learned by heart",
+        "four samples can be learned by heart" if tries >= TRIES else "four samples can be learned a little",
         good,
         detail if good else f"{detail}: raise train.learning_rate, or look for frozen or dead layers",
     )

@@ -50,6 +50,12 @@ class TrainSettings:
         "how trained weights are kept: fp32; bf16, rounded stochastically; bf16-masters, with fp32 copies",
         choices=("fp32", "bf16", "bf16-masters"),
     )
+    sanity: bool = key(True, "climb the sanity ladder before the first step, in seconds")
+    checkpointing: int = key(
+        0, "every n-th block is computed again in the backward pass, to need less memory; 0: none", least=0
+    )
+    compile: bool = key(False, "compile the network's repeated blocks")
+    offload: bool = key(False, "adapters on a GPU: keep the frozen blocks in the CPU's memory")
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", least=0)
     log_every: int = key(10, "steps between loss records", least=1)

@@ -19,6 +19,9 @@ FREE_PARTS = (
     "train.held_out_every",
     "train.threads",
     "train.device",
+    "train.checkpointing",
+    "train.offload",
+    "train.sanity",
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import stages
 from ..data import buckets
@@ -183,6 +184,9 @@ def _train(
     )
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
     say(costs.said(recipe, model, prepared.train, fresh=not run.checkpoint_folders()))
+    if recipe.train.sanity and leads and not run.checkpoint_folders():
+        with phase(run, "sanity"):
+            look_before(recipe, run, prepared, network, say)
     try:
         with phase(run, "train"):
             outcome = fit(
@@ -195,6 +199,16 @@ def _train(
         if leads:
             report.write(run)
     return outcome.step
+
+
+def look_before(recipe: Recipe, run: RunFolder, prepared: Ready, network: nn.Module, say: Say) -> None:
+    """Climb the sanity ladder quickly and say what does not hold; the run goes on."""
+    from . import ladder
+
+    for rung in ladder.rungs(recipe, prepared, network, ladder.FEW):
+        if not rung.holds:
+            say(f"before training: it is not so that {rung.claim}: {rung.detail}")
+            run.event("note", text=f"sanity: {rung.claim}: no. {rung.detail}")
 
 
 @dataclass(frozen=True)

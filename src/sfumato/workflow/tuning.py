@@ -10,7 +10,7 @@ from .. import stages
 from ..errors import Refused, nearest
 from ..generation import PaintingModel, load
 from ..recipe import DEFAULT, Recipe
-from ..stages import adapters, reference
+from ..stages import adapters, blocks, narrow, reference
 from ..stages.adapters import AdapterPlan
 from ..stages.guides import GuidedDenoiser
 from ..stages.guides.plan import write_plans
@@ -19,7 +19,7 @@ from ..stages.pipeline import INDEX
 from ..stages.pretrained import PretrainedConditioner, options_of
 from ..stages.weights import recall
 
-ONLY_ADAPTERS = ("rank", "alpha", "targets", "dropout", "dora", "rslora")
+ONLY_ADAPTERS = ("rank", "alpha", "targets", "dropout", "dora", "rslora", "base_dtype", "preset")
 
 
 def base_of(recipe: Recipe) -> PaintingModel | None:
@@ -28,7 +28,8 @@ def base_of(recipe: Recipe) -> PaintingModel | None:
     A run that has begun goes on from the copy it kept, whatever became of the base since.
 
     Raises:
-        Refused: a key that has no effect, a rank or target that matches nothing.
+        Refused: a key that has no effect, a rank or target that matches nothing, a theory that has no times
+            in common with the base's.
     """
     check_keys(recipe)
     if recipe.model.base == "scratch":
@@ -36,15 +37,16 @@ def base_of(recipe: Recipe) -> PaintingModel | None:
     kept = Path(recipe.output) / "model"
     begun = (kept / "model.json").is_file() or (kept / INDEX).is_file()
     base = load(kept if begun else recipe.model.base)
-    word = recipe.model.theory
-    if word and word not in (base.info.get("theory"), base.theory.name):
-        base = base.under(stages.new_theory(word))  # asked and trained under another, translated exactly
     if adapters.names(adapters.body(base.denoiser)):
         adapters.merge(adapters.body(base.denoiser))
+    asked = _asked(recipe, base)
+    if begun:
+        asked.pop("presets", None)  # the copy has them in its weights
+    base = recall(base, {**base.info, **asked})
     plan = plan_of(recipe)
     if plan is not None:
         plan.config(adapters.chosen(adapters.body(base.denoiser), plan, base.denoiser.lora_targets))
-    return recall(base, {**base.info, **_asked(recipe, base)})
+    return base
 
 
 def check_keys(recipe: Recipe) -> None:
@@ -72,11 +74,16 @@ def _asked(recipe: Recipe, base: PaintingModel) -> dict[str, Any]:
     """What the recipe says of a base's sizes, steps, guidance and prompts; the rest stays the base's own."""
     side = recipe.data.resolution
     asked: dict[str, Any] = {"resolution": side, "height": side, "width": side}
+    own = (base.trained or base.theory).name
+    if recipe.model.theory and stages.new_theory(recipe.model.theory).name != own:
+        asked["continued_as"] = recipe.model.theory
     if "frames" in base.info:
         asked["frames"] = getattr(recipe.data, "frames", 0) or 1
     for name in ("steps", "guidance"):
         if recipe.origin(f"sample.{name}") != DEFAULT or name not in base.info:
             asked[name] = getattr(recipe.sample, name)
+    if recipe.model.preset:
+        asked["presets"] = [recipe.model.preset]
     if recipe.model.text_options:
         asked["text_options"] = text_options(recipe.model.text_options, base)
     return asked
@@ -124,6 +131,7 @@ def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
         reference.write_base(folder, base, {k: v for k, v in model.info.items() if k != "guides"})
         write_plans(folder, model)
     elif recipe.model.base == "scratch" or not is_begun:
+        model.info.pop("presets", None)
         stages.save(model, folder, text_by_name=True)
     plan = plan_of(recipe)
     if plan is not None:
@@ -136,13 +144,21 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
     Raises:
         Refused: a rank or target that matches nothing.
     """
-    plan = plan_of(recipe)
+    network, plan = adapters.body(model.denoiser), plan_of(recipe)
     if isinstance(model.denoiser, GuidedDenoiser):
         model.denoiser.free()
     elif plan is None:
         model.denoiser.requires_grad_(True)
     else:
         reference.attach(model.denoiser, plan)
+    model.denoiser.narrow = narrow.store(network, recipe.model.base_dtype)
+    if recipe.model.attention_backend:
+        blocks.choose_attention(network, recipe.model.attention_backend)
+    if recipe.train.offload:
+        blocks.lend(network, model.device)
+    blocks.recompute(network, recipe.train.checkpointing)
+    if recipe.train.compile:
+        blocks.compile_blocks(network, model.device)
     return model.denoiser
 
 

@@ -1,0 +1,194 @@
+"""A network's repeated blocks, and what can be done block by block: recompute, compile, lend to the GPU."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sfumato.errors import Refused, one_of
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The blocks in the order in which they are listed; for a UNet its middle too."""
+    return list(_walk(network))
+
+
+def _walk(network: nn.Module) -> Iterator[nn.Module]:
+    lists = [part for part in network.children() if isinstance(part, nn.ModuleList)]
+    if not lists:
+        for part in network.children():
+            yield from _walk(part)
+    for name, part in network.named_children():
+        if isinstance(part, nn.ModuleList):
+            yield from part
+        elif lists and name == "mid_block":
+            yield part
+
+
+class _Recomputed:
+    """Mixed into a block's class: what it computes is not kept but computed again when it is needed."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """As the block itself."""
+        asked = super().forward  # type: ignore[misc]
+        if not torch.is_grad_enabled():
+            return asked(*given, **named)
+        return checkpoint(asked, *given, use_reentrant=False, **named)
+
+
+def recompute(network: nn.Module, every: int) -> int:
+    """Let every `every`-th block be computed again in the backward pass; returns how many are.
+
+    Raises:
+        Refused: the network has no blocks.
+    """
+    found = blocks_of(network)[::every] if every else []
+    if every and not found:
+        raise Refused(f"train.checkpointing: {type(network).__name__} has no repeated blocks. Leave it at 0.")
+    for block in found:
+        kind = type(block)
+        if not issubclass(kind, _Recomputed):
+            block.__class__ = type(kind.__name__, (_Recomputed, kind), {"__module__": kind.__module__})
+    return len(found)
+
+
+def compile_blocks(network: nn.Module, device: torch.device) -> int:
+    """Compile each repeated block when it is first asked; returns how many.
+
+    Raises:
+        Refused: the network has no blocks, or the machine no compiler.
+    """
+    found = blocks_of(network)
+    if not found:
+        raise Refused(f"train.compile: {type(network).__name__} has no repeated blocks. Leave it out.")
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        raise Refused(
+            "train.compile needs a C++ compiler on a CPU, and none is here. Install g++, or leave it out."
+        )
+    for block in found:
+        block.compile()
+    return len(found)
+
+
+def choose_attention(network: nn.Module, backend: str) -> int:
+    """Let the network's attention be computed by one of diffusers' backends; returns how many layers obey.
+
+    diffusers also makes the last choice every other network's; that is undone.
+
+    Raises:
+        Refused: no such backend, it does not work here, or this network's attention does not ask for one.
+    """
+    from diffusers.models import attention_dispatch as dispatch
+
+    known = [one.value for one in dispatch.AttentionBackendName]
+    one_of("model.attention_backend:", backend, known)
+    registry: Any = dispatch._AttentionBackendRegistry
+    before = registry.get_active_backend()[0]
+    try:
+        asks = [part for part in network.modules() if hasattr(part, "set_attention_backend")]
+        for part in asks[:1]:
+            cast(Any, part).set_attention_backend(backend)
+    except (RuntimeError, ImportError, ValueError, NotImplementedError) as problem:
+        said = " ".join(str(problem).split())
+        raise Refused(
+            f'model.attention_backend = "{backend}" does not work on this machine: {said}'
+        ) from problem
+    finally:
+        registry.set_active_backend(before)
+    chosen = [
+        part
+        for part in network.modules()
+        if getattr(getattr(part, "processor", None), "_attention_backend", None) is not None
+    ]
+    if not chosen:
+        raise Refused(
+            f"model.attention_backend: {type(network).__name__} computes its attention itself and "
+            "asks for no backend. Leave it out."
+        )
+    return len(chosen)
+
+
+class Lent:
+    """Frozen weights that live in the CPU's memory and are lent to the GPU block by block.
+
+    While one block is computed the next one's weights are copied on a stream of their own; what was asked is
+    dropped at once, so that two blocks are there at most. Trained weights stay on the GPU.
+    """
+
+    def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.homes: list[list[tuple[nn.Parameter, Tensor]]] = []
+        self.there: list[Any] = [None] * len(blocks)
+        self.copies = 0
+        for place, block in enumerate(blocks):
+            frozen = [weight for weight in block.parameters() if not weight.requires_grad]
+            self.homes.append([(weight, self._home(weight)) for weight in frozen])
+            self.drop(place)
+            block.register_forward_pre_hook(self._before(place, place + 1))
+            block.register_forward_hook(self._after(place))
+            block.register_full_backward_pre_hook(self._before(place, place - 1))
+            block.register_full_backward_hook(self._after(place))
+
+    def _home(self, weight: nn.Parameter) -> Tensor:
+        home = weight.detach().to("cpu", copy=True)
+        return home.pin_memory() if self.stream is not None else home
+
+    def _before(self, place: int, next_place: int) -> Any:
+        def lend(*_: Any) -> None:
+            self.copy(place)
+            if self.stream is not None:
+                torch.cuda.current_stream(self.device).wait_event(self.there[place])
+            if 0 <= next_place < len(self.homes):
+                self.copy(next_place)
+
+        return lend
+
+    def _after(self, place: int) -> Any:
+        return lambda *_: self.drop(place)
+
+    def copy(self, place: int) -> None:
+        """Begin to copy a block's weights to the device, unless they are there."""
+        if self.there[place] is not None:
+            return
+        self.copies += 1
+        if self.stream is None:
+            for weight, home in self.homes[place]:
+                weight.data = home.to(self.device, copy=True)
+            self.there[place] = True
+            return
+        with torch.cuda.stream(self.stream):
+            for weight, home in self.homes[place]:
+                weight.data = home.to(self.device, non_blocking=True)
+                weight.data.record_stream(torch.cuda.current_stream(self.device))
+            self.there[place] = self.stream.record_event()
+
+    def drop(self, place: int) -> None:
+        """Let the copies go; what was queued for them is still computed."""
+        for weight, home in self.homes[place]:
+            if self.stream is not None and weight.data.is_cuda:
+                weight.data.record_stream(torch.cuda.current_stream(self.device))
+            weight.data = home
+        self.there[place] = None
+
+
+def lend(network: nn.Module, device: torch.device) -> Lent:
+    """Keep the frozen weights of the network's blocks in the CPU's memory and lend them to the GPU.
+
+    Raises:
+        Refused: there is no GPU to lend to, or nothing frozen in blocks.
+    """
+    if device.type != "cuda":
+        raise Refused(
+            f"train.offload lends a GPU what does not fit into its memory, but this run is on the "
+            f"{device.type}. Leave train.offload out."
+        )
+    found = blocks_of(network)
+    if not any(not weight.requires_grad for block in found for weight in block.parameters()):
+        raise Refused(
+            "train.offload: nothing in this network's blocks is frozen. It is for adapters; leave it out."
+        )
+    return Lent(found, device)

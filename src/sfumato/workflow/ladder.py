@@ -1,0 +1,78 @@
+"""The sanity ladder of a recipe: what would make a long run worthless is asked before it, in seconds."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..recipe import Recipe
+from ..stages import Condition, adapters
+from ..training import plan as planning
+from ..training.objective import DiffusionObjective
+from ..training.parallel import Division, Processes
+from ..training.sanity import TRIES, Rung, climb
+from .course import Ready, gather, ready
+from .encoding import order_of
+from .tuning import tune
+
+FEW = 8
+"""Steps of the last rung when `train` asks."""
+
+
+def examine(recipe: Recipe) -> list[Rung]:
+    """Everything `sfumato doctor RECIPE` asks: encodes what is missing, trains nothing.
+
+    Raises:
+        Refused: the recipe cannot be used.
+    """
+    prepared = ready(recipe, gather(recipe))
+    return list(rungs(recipe, prepared, tune(prepared.model, recipe)))
+
+
+def rungs(recipe: Recipe, prepared: Ready, network: nn.Module, tries: int = TRIES) -> Iterator[Rung]:
+    """The rungs, one by one; the network is left as it was."""
+    model, settings = prepared.model, recipe.train
+    objective = DiffusionObjective(
+        model, prepared.train, order_of(recipe, prepared.train), settings, recipe.seed, 0.0
+    )
+    yield memory(objective, recipe, network)
+    body = adapters.body(model.denoiser)
+    yield from climb(
+        objective, settings, tries, partial(adapters.silent, body) if adapters.names(body) else None
+    )
+
+
+def memory(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) -> Rung:
+    """Whether a step on the largest bucket fits into what is free now."""
+    claim, encoded = "a step on the largest pictures fits into memory", objective.encoded
+    shapes = getattr(encoded, "buckets", [()])
+    largest = max(range(len(shapes)), key=lambda i: torch.Size(shapes[i]).numel())
+    parts = Division.of(recipe.train, Processes()).parts
+    batch = encoded.read([largest] * -(-recipe.train.batch // parts), recipe.seed, 0)
+    x = batch.latents.to(objective.model.device, torch.float32)
+    told = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x.device, x.dtype)
+    try:
+        needed = planning.predict(
+            network, (x, torch.full((len(x),), 500.0, device=x.device), told), recipe.train
+        )
+    except (RuntimeError, NotImplementedError, TypeError) as problem:
+        return Rung(claim, True, f"not counted: the network asks for numbers ({type(problem).__name__})")
+    there, kept = free(x.device), needed.memory.weights
+    wanted = needed.memory.peak - kept
+    detail = f"{wanted / 1e9:.2f} GB beside the weights, {there / 1e9:.2f} GB are free"
+    good = wanted < there
+    advice = ": lower train.batch, or raise train.accumulate or train.checkpointing"
+    return Rung(claim, good, detail if good else detail + advice)
+
+
+def free(device: torch.device) -> int:
+    """Bytes of memory that are free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    file = Path("/proc/meminfo")
+    if not file.is_file():
+        return 1 << 62
+    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+    return int(lines["MemAvailable"].split()[0]) * 1024
