@@ -170,6 +170,12 @@ def generate(
             help="A picture that an editing or image-to-video model is shown; repeat it for several.",
         ),
     ] = None,
+    lora: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="FILE[:WEIGHT]", help="A LoRA to draw with (diffusers', ComfyUI's, kohya's); repeat it."
+        ),
+    ] = None,
     option: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -279,7 +285,7 @@ def generate(
         "chunk": chunk,
         **size,
     }
-    wanted |= draw.further(image or [], option or [])
+    wanted |= draw.further(image or [], option or [], lora or [])
     shown = {
         "control": control,
         "control_weight": control_weight,
@@ -293,6 +299,33 @@ def generate(
     }
     wanted |= draw.shown(shown, control_from)
     draw.generate(model, prompt or [], count, wanted, out, device, json, format or (), fps, guide or [])
+
+
+@app.command()
+@answers
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a pretrained model's.")],
+    to: Annotated[str, typer.Option(metavar="WHERE", help="diffusers, comfyui or kohya.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(metavar="DIR", help="The folder to write into.", show_default="runs/export/RUN-WHERE"),
+    ] = None,
+    trigger: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="WORD", help="A word that calls what was learned, for the metadata; repeat it."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="NAME", help="Of a LoRA: float32, bfloat16 or float16.")
+    ] = "float32",
+    json: Json = False,
+) -> None:
+    """Write files that load elsewhere.
+
+    They are loaded back there, and one answer compared, before they are declared written.
+    """
+    from .commands import export as exporting
+
+    exporting.export(run, to, out, trigger or [], dtype, json)
 
 
 @app.command("eval")

@@ -37,6 +37,9 @@ def generate(
     from ..training.device import resolve
 
     model = load(folder, device=str(resolve(device)))
+    loras = wanted.pop("loras", [])
+    for file, weight in loras:
+        model.add_lora(file, weight)
     for place in guides:
         attach(model, place)
     if not prompts and model.conditioner.kind != "none":
@@ -50,7 +53,7 @@ def generate(
     options: dict[str, Any] = {
         name: value
         for name, value in wanted.items()
-        if name in SHOWN or value not in (None, "", 0) or name == "seed"
+        if name in SHOWN or value not in (None, "", 0) or (name in ("seed", "guidance") and value == 0)
     }
     told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if "guidance_by" in options:
@@ -63,6 +66,7 @@ def generate(
     for index, (prompt, one) in enumerate(zip(asked, drawn, strict=True)):
         seed = wanted["seed"] + index
         said = {"prompt": prompt, **plain(told), "seed": seed, "model": folder.name}
+        said |= {"loras": [f"{Path(file).name}:{weight:g}" for file, weight in loras]} if loras else {}
         place = out / f"{index:03d}-{slug(prompt)}-{seed}"
         listed.append({**keep(one, place, kinds, said, fps), "prompt": prompt, "seed": seed})
     sheet, page = out / "sheet.png", out / "index.html"
@@ -156,13 +160,15 @@ def made(one: Any, kind: str) -> Any:
     return to_images(control(to_pixels(fit(one, *one.size)[None]), kind))[0]
 
 
-def further(images: list[Path], options: list[str]) -> dict[str, Any]:
+def further(images: list[Path], options: list[str], loras: list[str]) -> dict[str, Any]:
     """Arguments of `generate` that only some models take, from the command line.
 
     Raises:
         Refused: an option that is no NAME=VALUE.
     """
     known: dict[str, Any] = {"image": [[str(image) for image in images]]} if images else {}
+    if loras:
+        known["loras"] = [weighted(lora) for lora in loras]
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or not name.strip():
@@ -172,3 +178,18 @@ def further(images: list[Path], options: list[str]) -> dict[str, Any]:
         except ValueError:
             known[name.strip()] = value
     return known
+
+
+def weighted(lora: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT.
+
+    Raises:
+        Refused: a weight that is no number.
+    """
+    file, colon, weight = lora.rpartition(":")
+    if not colon or Path(lora).exists():
+        return lora, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        raise Refused(f'--lora "{lora}": "{weight}" is no weight. Write FILE or FILE:0.8.') from None

@@ -109,6 +109,10 @@ class Family:
         """Named tensors of the pictures that are shown: `shown[argument][i]` are those of prompt i."""
         return {}
 
+    def must_show(self, pipe: Any) -> tuple[str, ...]:
+        """The arguments without whose pictures the network cannot be asked."""
+        return ("image",) if self.must_see else ()
+
     def size_beside(self, pipe: Any, pictures: Pictures) -> tuple[int, int] | None:
         """(height, width) in pixels of what is drawn beside these pictures; None for the usual."""
         return None

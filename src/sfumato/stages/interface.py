@@ -384,6 +384,18 @@ class Model:
         self.theory, self.trained = theory, base
         self.sampling = None
 
+    def add_lora(self, file: Any, weight: float = 1.0) -> list[str]:
+        """Add a LoRA's file (diffusers', ComfyUI's or kohya's names) to the weights; several stack.
+
+        Returns the layers it changed.
+
+        Raises:
+            Refused: no such file, or a LoRA of another base.
+        """
+        from .exchange import merge
+
+        return merge(self, file, weight)
+
     def save(self, folder: Any) -> None:
         """Write everything into one folder of safetensors and JSON, all or nothing."""
         from .weights import save

@@ -150,6 +150,8 @@ class PretrainedConditioner(Conditioner):
         super().__init__()
         self.family, self.pipe, self.encode = family, pipe, encode
         self.sees, self.placed = family.sees, "height" in family.seeing
+        self.shows = family.must_show(pipe)
+        """Those of `sees` without which the network cannot be asked."""
         self.usual: dict[str, Any] = {}
         """Options of every prompt unless it says otherwise."""
         for name, part in pipe.components.items():

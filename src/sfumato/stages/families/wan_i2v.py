@@ -27,6 +27,12 @@ class WanFromPicture(WanFromText):
     must_see = True
     idle = ()
 
+    def must_show(self, pipe: Any) -> tuple[str, ...]:
+        """A last picture too, where the network was trained between two."""
+        network = pipe.transformer
+        between = network is not None and network.config.pos_embed_seq_len is not None
+        return ("image", "last_image") if between else ("image",)
+
     def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
         """As the pipeline does; without ftfy its module cannot, where the one that draws from text can."""
         from diffusers.pipelines.wan import pipeline_wan, pipeline_wan_i2v
