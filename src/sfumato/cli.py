@@ -319,7 +319,7 @@ def export(
     ] = "float32",
     json: Json = False,
 ) -> None:
-    """Write files that load elsewhere, and load them back there before they are declared written."""
+    """Write files that load elsewhere, verified."""
     from .commands import export as exporting
 
     exporting.export(run, to, out, trigger or [], dtype, json)

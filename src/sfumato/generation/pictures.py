@@ -376,9 +376,11 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in bytes_]
 
 
-def load(folder: Path | str, dtype: str = "float32", device: str = "cpu") -> PaintingModel:
-    """The model in a folder, or of a run, ready to draw; `stages.load` says what it takes."""
-    return cast(PaintingModel, stages.load(folder, dtype, device, model_class=PaintingModel))
+def load(
+    folder: Path | str, dtype: str = "float32", device: str = "cpu", config: Path | str | None = None
+) -> PaintingModel:
+    """The model of a folder, a run or a single file, ready to draw; `stages.load` says what it takes."""
+    return cast(PaintingModel, stages.load(folder, dtype, device, PaintingModel, config))
 
 
 def painting(model: Model, denoiser: Any = None) -> PaintingModel:

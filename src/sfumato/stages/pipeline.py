@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused, nearest
 
-from . import schedules
+from . import schedules, single_file
 from .codec import PixelCodec
 from .families import pipelines
 from .family import Family
@@ -122,8 +122,8 @@ def check_parts(folder: Path, family: Family) -> None:
         raise Refused(f"{place} holds no weights (*.safetensors). Download the model again, whole.")
 
 
-def open_pipeline(folder: Path, dtype: torch.dtype, family: Family) -> Any:
-    """diffusers' own pipeline object from a folder.
+def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[str, Any]) -> Any:
+    """diffusers' own pipeline object from a folder, with the components that are held already.
 
     Raises:
         Refused: it does not load; the reason is passed on.
@@ -136,7 +136,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family) -> Any:
     logging.disable_progress_bar()
     index = read_index(folder)
     given: dict[str, Any] = {name: None for name in family.idle if name in index}
-    given |= family.put_together(folder)
+    given |= family.put_together(folder) | held
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
     try:
@@ -188,15 +188,21 @@ def conditioner_of(family: Family, pipe: Any, codec: Codec) -> Conditioner:
     return NoConditioner()
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype, model_class: type[Model]) -> Model:
-    """The model in a diffusers folder.
+def load_pipeline(
+    folder: Path, dtype: torch.dtype, model_class: type[Model], file: Path | None = None
+) -> Model:
+    """The model in a diffusers folder; with `file`, that file's weights in the folder's networks.
 
     Raises:
-        Refused: an unknown pipeline, a missing component, weights that are not safetensors.
+        Refused: an unknown pipeline, a missing component, weights that are not safetensors or do not fit.
     """
     family = family_of(folder)
-    check_parts(folder, family)
-    pipe = open_pipeline(folder, dtype, family)
+    held: dict[str, Any] = {}
+    if file is None:
+        check_parts(folder, family)
+    else:
+        held = single_file.components(file, folder, read_index(folder), family.network, dtype)
+    pipe = open_pipeline(folder, dtype, family, held)
     network: nn.Module = family.whole(pipe)
     codec = codec_of(family, pipe)
     model = model_class(

@@ -29,7 +29,7 @@ from .guides import GuidedDenoiser, guide
 from .guides.plan import fill as fill_guides
 from .guides.plan import read_plans, write_plans
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
-from .pipeline import INDEX, load_pipeline, save_pipeline
+from .pipeline import INDEX, PICKLES, load_pipeline, save_pipeline
 from .pretrained import PretrainedConditioner
 from .scratch import new_theory, own_stage
 from .text import NoConditioner, TextConditioner
@@ -269,14 +269,23 @@ def load(
     dtype: str | torch.dtype = "float32",
     device: str = "cpu",
     model_class: type[Model] = Model,
+    config: Path | str | None = None,
 ) -> Any:
     """The model in a folder that `save` wrote, or of a run: its newest averaged weights, or those of the
     checkpoint that is named (`runs/apples/checkpoints/best`).
+
+    A single .safetensors file in its makers' layout needs `config`: a diffusers folder that describes its
+    networks and lends what it lacks; by default the folder beside it, named like it.
 
     Raises:
         Refused: no such folder, or nothing in it that is known.
         Failed: a file is damaged.
     """
+    if (file := Path(folder).expanduser()).suffix in (".safetensors", *PICKLES) and not file.is_dir():
+        number = DTYPES[dtype] if isinstance(dtype, str) else dtype
+        return load_pipeline(described_by(file, config), number, model_class, file).to(device)
+    if config is not None:
+        raise Refused(f"config = {config} is for a single .safetensors file; {folder} is none. Leave it out.")
     path, checkpoint = weights_of(Path(folder).expanduser())
     number = DTYPES[dtype] if isinstance(dtype, str) else dtype
     insides = [path / "model" / name for name in ("model.json", INDEX, reference.BASE)]
@@ -300,6 +309,29 @@ def load(
             reference.fill(model.denoiser, read_tensors(weights), weights)
             model.denoiser.eval()
     return model.to(device, None if model.origin is not None else number)  # pipelines keep some parts wide
+
+
+def described_by(file: Path, config: Path | str | None) -> Path:
+    """The folder that describes a single file's networks.
+
+    Raises:
+        Refused: no such file, a pickle, or no such folder.
+    """
+    if not file.is_file():
+        raise Refused(f"{file} does not exist. Give the folder or file of a model, or the folder of a run.")
+    if file.suffix != ".safetensors":
+        raise Refused(
+            f"{file} is a pickle, which can run anything when it is opened; only safetensors are read. "
+            "Convert it where you trust it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)."
+        )
+    folder = Path(config).expanduser() if config is not None else file.with_suffix("")
+    if not (folder / INDEX).is_file():
+        raise Refused(
+            f"{file} holds weights alone, and nothing is fetched: give config= a folder in diffusers' layout "
+            "that describes its networks (config.json files, tokenizers), or put it at "
+            f"{file.with_suffix('')}."
+        )
+    return folder
 
 
 def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Model]) -> Any:
