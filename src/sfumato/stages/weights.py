@@ -322,7 +322,8 @@ def described_by(file: Path, config: Path | str | None) -> Path:
     if file.suffix != ".safetensors":
         raise Refused(
             f"{file} is a pickle, which can run anything when it is opened; only safetensors are read. "
-            "Convert it where you trust it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)."
+            "Convert it where you trust it: "
+            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)."
         )
     folder = Path(config).expanduser() if config is not None else file.with_suffix("")
     if not (folder / INDEX).is_file():
