@@ -6,6 +6,7 @@ Ray starts it again, and it finds what was committed. Needs the extra `cluster`.
 
 import logging
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from sfumato.errors import Failed, Refused
@@ -21,14 +22,14 @@ def spread(work: Callable[[int, int], Any], workers: int, cpus: float = 0.5, gpu
         Refused: Ray is not installed. Failed: a worker died more than three times, or its work failed.
     """
     try:
-        import ray
-        import ray.data as rows
+        ray: Any = import_module("ray")
+        rows: Any = import_module("ray.data")
     except ImportError as missing:
         raise Refused(
             'Encoding on a cluster needs Ray: pip install "sfumato[cluster]", or encode with torchrun.'
         ) from missing
     if not ray.is_initialized():
-        ray.init(logging_level="ERROR", include_dashboard=False, log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, include_dashboard=False, log_to_driver=False)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = rows.DataContext.get_current()
     context.enable_progress_bars = False

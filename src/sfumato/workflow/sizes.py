@@ -38,11 +38,8 @@ def in_sizes(
                 watch(before * each + done, len(prompts) * each)
 
         width, height = size or (None, None)
-        pictures = model.generate(
-            [prompts[index] for index in mine], seed=[seeds[index] for index in mine], width=width,
-            height=height, watch=told, **options,
-            **{name: [some[index] for index in mine] for name, some in (guides or {}).items()},
-        )  # fmt: skip
+        given: dict[str, Any] = {"seed": [seeds[index] for index in mine], "width": width, "height": height}
+        pictures = model.generate([prompts[index] for index in mine], watch=told, **given, **options)
         drawn |= dict(zip(mine, pictures, strict=True))
     return [drawn[index] for index in range(len(prompts))]
 
