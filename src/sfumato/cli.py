@@ -12,6 +12,8 @@ from typing import Annotated, Optional
 import typer
 
 from .commands.exits import answers
+from .commands.options import Device, Guidance, Json, Numbers, Overrides, RecipeFile, Steps, out_option
+from .commands.theories import theories
 
 app = typer.Typer(
     name="sfumato",
@@ -23,37 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-theories = typer.Typer(
-    help="Theories: list, show, check, compare, fit.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
-
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (TOML), or a run's folder.")]
-Overrides = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads older annotations too
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values that go before the recipe's: train.steps=100."),
-]
-Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout.")]
-Steps = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(metavar="N", min=1, help="Network evaluations a picture; default: the model's own."),
-]
-Guidance = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option(metavar="X", help="Lean towards the prompt, 1 is not at all; default: the model's own."),
-]
-Numbers = Annotated[
-    Optional[list[float]],  # noqa: UP045
-    typer.Option(metavar="X", help="Of the control; repeat it, one for each ControlNet."),
-]
-Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
-
-
-def out_option(default: str) -> typer.models.OptionInfo:
-    """The option --out of a command that writes, with its default folder."""
-    return typer.Option(metavar="DIR", help="The folder to write into.", show_default=default)
 
 
 @app.command(rich_help_panel=None)
@@ -64,11 +35,7 @@ def demo(
     ] = "text",
     data: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="SET",
-            help="One of the task's sets.",
-            show_default="the task's own",
-        ),
+        typer.Option(metavar="SET", help="One of the task's sets.", show_default="the task's own"),
     ] = None,
     out: Annotated[Path, out_option("runs/demo")] = Path("runs/demo"),
     minutes: Annotated[
@@ -423,95 +390,6 @@ def doctor(
     from .commands import health
 
     health.doctor(recipe, json)
-
-
-@theories.command("list")
-@answers
-def list_theories(json: Json = False) -> None:
-    """Name the theories and the solvers."""
-    from .commands import theory
-
-    theory.show_list(json)
-
-
-TheoryName = Annotated[str, typer.Argument(metavar="THEORY", help="A name of the list, or FILE.py:NAME.")]
-
-
-@theories.command("show")
-@answers
-def show_theory(
-    name: TheoryName,
-    out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
-    json: Json = False,
-) -> None:
-    """Plot a theory, as a page.
-
-    Its two definitions, and what follows from them.
-    """
-    from .commands import theory
-
-    theory.show(name, out, json)
-
-
-@theories.command("check")
-@answers
-def check_theory(
-    name: TheoryName,
-    out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
-    json: Json = False,
-) -> None:
-    """Verify a theory.
-
-    Against its own algebra and an exact oracle; exit code 1 if it fails.
-    """
-    from .commands import theory
-
-    theory.check(name, out, json)
-
-
-@theories.command("compare")
-@answers
-def compare_solvers(
-    name: TheoryName,
-    budget: Annotated[int, typer.Option(metavar="N", min=2, help="Network evaluations.")] = 20,
-    out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
-    json: Json = False,
-) -> None:
-    """Compare solvers and grids.
-
-    On a problem whose exact answer is known, at one budget of network evaluations.
-    """
-    from .commands import theory
-
-    theory.compare(name, budget, out, json)
-
-
-@theories.command("fit")
-@answers
-def fit_times(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a model or of a run.")],
-    prompt: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="TEXT", help="What the pilot draws; repeat it. Default: the run's own prompts."),
-    ] = None,
-    samples: Annotated[int, typer.Option(metavar="N", min=4, help="Pictures of the pilot.")] = 32,
-    steps: Annotated[
-        Optional[list[int]],  # noqa: UP045
-        typer.Option(metavar="N", min=3, help="Evaluations to fit to; repeat it. Default: 5, 8 and 16."),
-    ] = None,
-    guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the pilot's noise.")] = 0,
-    device: Device = "auto",
-    json: Json = False,
-) -> None:
-    """Fit sampling times to a model.
-
-    A pilot of a few dozen pictures places the times where this model needs them. They are kept beside its
-    weights, for any number of steps, and generate uses them.
-    """
-    from .commands import fitting
-
-    fitting.fit(model, prompt or [], samples, steps or [], guidance, seed, device, json)
 
 
 app.add_typer(theories, name="theory")
