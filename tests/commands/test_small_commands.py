@@ -19,6 +19,8 @@ COMMANDS = [
     "encode",
     "train",
     "generate",
+    "export",
+    "ema",
     "eval",
     "data",
     "report",
