@@ -17,7 +17,6 @@ from sfumato.stages import adapters, exchange, reference
 from sfumato.stages.adapters import AdapterPlan
 from sfumato.workflow.exporting import export
 
-from . import clips, pictures  # noqa: F401  (they put their families into the zoo)
 from .zoo import ZOO
 
 COMFYUI = {

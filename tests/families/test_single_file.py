@@ -12,7 +12,6 @@ import sfumato
 from sfumato.errors import Refused
 from sfumato.workflow.exporting import answers, asked
 
-from . import clips  # noqa: F401  (puts the families of clips into the zoo)
 from .zoo import ZOO
 
 WAN_WORDS = {

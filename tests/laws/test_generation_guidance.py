@@ -51,7 +51,7 @@ def drawn(model, **said):
     codec, model.codec.decode = model.codec.decode, lambda x: x
     try:
         states = []
-        model.decode = lambda x: states.append(x) or torch.zeros(len(x), 3, 4, 4)
+        model.decode = lambda x, *pieces: states.append(x) or torch.zeros(len(x), 3, 4, 4)
         model.generate(["cat", "dog"], seed=3, guidance=said.pop("guidance", 4.0), **said)
         return states[0]
     finally:

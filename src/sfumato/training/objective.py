@@ -104,6 +104,16 @@ class Drawn:
     without: Mapping[str, Tensor] = field(default_factory=dict)
     known: Tensor | None = None
 
+    def of(self, form: Callable[..., Tensor], x_0: Tensor) -> Tensor:
+        """A theory's `mix` or `target` of (x_0, x_T, t); frame by frame where frames have their own times."""
+        return by_frame(form, x_0, self.x_T, self.t) if self.t.ndim > 1 else form(x_0, self.x_T, self.t)
+
+    def first(self, count: int) -> "Drawn":
+        """The same of the first `count` samples."""
+        without = {name: dropped[:count] for name, dropped in self.without.items()}
+        known = None if self.known is None else self.known[:count]
+        return Drawn(self.t[:count], self.x_T[:count], self.dropped[:count], without, known)
+
 
 class Prepared(NamedTuple):
     """One part of a batch, ready to be computed: as stored, x_0 on the device, draws, the batch's size."""
@@ -213,17 +223,17 @@ class DiffusionObjective:
         condition = Condition.stack(self.kept(rows, drawn)).to(x_0.device, x_0.dtype)
         if drawn.known is not None:
             return self.measure_frames(x_0, drawn, drawn.known, condition)
-        answer = self.model.predict(theory.mix(x_0, drawn.x_T, drawn.t), drawn.t, condition)
-        target = theory.target(x_0, drawn.x_T, drawn.t)
+        answer = self.model.predict(drawn.of(theory.mix, x_0), drawn.t, condition)
+        target = drawn.of(theory.target, x_0)
         error = self.error(answer.float(), target).flatten(1).mean(1)
         return error * self.weighting(theory, drawn.t).to(error.dtype)
 
     def measure_frames(self, x_0: Tensor, drawn: Drawn, known: Tensor, condition: Condition) -> Tensor:
         """The same of clips whose frames have times of their own; known frames are shown, not asked for."""
         theory, t = self.model.theory, drawn.t
-        x_t = by_frame(theory.mix, x_0, drawn.x_T, t)
+        x_t = drawn.of(theory.mix, x_0)
         answer = self.model.predict(torch.where(known[:, None, :, None, None], x_0, x_t), t, condition)
-        error = self.error(answer.float(), by_frame(theory.target, x_0, drawn.x_T, t))
+        error = self.error(answer.float(), drawn.of(theory.target, x_0))
         weight = self.weighting(theory, t.flatten()).unflatten(0, t.shape)
         return mean_of_unknown(error, weight, known)
 

@@ -117,7 +117,7 @@ def _first_loss(objective: DiffusionObjective) -> Rung:
     with torch.no_grad():
         losses = objective.losses(0, 0, 1).per_sample
         _, x_0, drawn, _ = objective.prepare(0, 0, 1)
-        target = objective.model.theory.target(x_0, drawn.x_T, drawn.t)
+        target = drawn.of(objective.model.theory.target, x_0)
         nothing = float(objective.error(torch.zeros_like(target), target).mean())
     loss = float(losses.mean())
     good = math.isfinite(loss) and loss < 5 * nothing
@@ -150,7 +150,7 @@ def _dependences(objective: DiffusionObjective) -> Iterator[Rung]:
     model, theory = objective.model, objective.model.theory
     batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
     rows = [dict(row) for row in objective.rows(batch)]
-    x_t = theory.mix(x_0, drawn.x_T, drawn.t)
+    x_t = drawn.of(theory.mix, x_0)
 
     def answer(x: torch.Tensor, t: torch.Tensor, told: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         with torch.no_grad():
@@ -183,7 +183,7 @@ def _overfits(objective: DiffusionObjective, network: nn.Module, settings: Train
     held = Held(network, fast)
     batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
     few = slice(0, min(FEW, len(x_0)))
-    small = type(drawn)(drawn.t[few], drawn.x_T[few], drawn.dropped[few])
+    small = drawn.first(few.stop)
     losses = []
     for step in range(tries):
         loss = objective.measure(x_0[few], small, list(objective.rows(batch))[few]).mean()

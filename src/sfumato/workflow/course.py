@@ -31,7 +31,7 @@ from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided
 from .material import Bucket, collect, known_sizes, named
 from .preview import Preview, groups
-from .tuning import base_of, check_latents, remember, tune
+from .tuning import base_of, check_latents, check_words, remember, tune
 
 RecipeLike = Recipe | str | Path
 Say = Callable[[str], None]
@@ -225,8 +225,7 @@ class Gathered:
 def gather(recipe: Recipe) -> Gathered:
     """Look at all that a recipe names.
 
-    Raises:
-        Refused: for whatever cannot be used.
+    Raises Refused for whatever cannot be used.
     """
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
@@ -240,6 +239,7 @@ def gather(recipe: Recipe) -> Gathered:
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     _check_known(recipe, base)
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model)
+    check_words(recipe, conditioner)
     collection = collect(recipe.data)
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)

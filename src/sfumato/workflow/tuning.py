@@ -175,3 +175,12 @@ def check_latents(recipe: Recipe, codec: Codec, base: PaintingModel | None, widt
             f"data.resolution: {recipe.model.base} needs sides in multiples of {step}, not {width}×{height}. "
             f"Choose {fit[0]}×{fit[1]}."
         )
+
+
+def check_words(recipe: Recipe, conditioner: stages.Conditioner) -> None:
+    """Raises Refused for a base that cannot be asked by words alone, which is all that training shows it."""
+    if shown := getattr(conditioner, "shows", ()):
+        raise Refused(
+            f"{recipe.model.base} always starts from a picture ({' and '.join(shown)}), but training shows "
+            "it words alone. Train its relative that draws from words, or draw with this: sfumato generate."
+        )
