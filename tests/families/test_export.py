@@ -17,6 +17,7 @@ from sfumato.stages import adapters, exchange, reference
 from sfumato.stages.adapters import AdapterPlan
 from sfumato.workflow.exporting import export
 
+from . import pictures
 from .zoo import ZOO
 
 COMFYUI = {
