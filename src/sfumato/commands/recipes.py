@@ -19,11 +19,11 @@ base = {base}{base_note}
 [data]
 train = {data}
 captions = "{captions}"{captions_note}
-resolution = 64             # pictures have about resolution x resolution pixels
+resolution = {resolution:<14} # pictures have about resolution x resolution pixels
 
 [train]
-steps = 5000
-batch = 32
+steps = {steps}
+batch = {batch}
 learning_rate = 1e-4
 save_every = 500
 
@@ -31,6 +31,9 @@ save_every = 500
 every = 500                 # steps between pictures
 prompts = []                # what is drawn; empty: captions of the data, trained and held out
 """
+FROM_NOTHING = {"resolution": 64, "steps": 5000, "batch": 32}
+FROM_A_BASE = {"resolution": 512, "steps": 1500, "batch": 4}
+"""What suits a model that has yet to learn everything, and one that knows how to draw."""
 
 
 def new(name: str, data: str, base: str, train: str) -> None:
@@ -54,10 +57,14 @@ def new(name: str, data: str, base: str, train: str) -> None:
         base_note="            # or the folder of a model to go on from" if base == "scratch" else "",
         data=quoted(data),
         captions=captions,
+        **(FROM_NOTHING if base == "scratch" else FROM_A_BASE),
         captions_note="          # files (metadata or .txt beside), folder (class names) or none",
     )
     if train != "full":
-        text = text.replace("\n[data]", f"train = {quoted(train)}\n\n[data]", 1)
+        rank = (
+            "\nrank = 16                   # larger learns more, and more by heart" if train == "lora" else ""
+        )
+        text = text.replace("\n[data]", f"train = {quoted(train)}{rank}\n\n[data]", 1)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, text)
     try:
