@@ -62,7 +62,7 @@ def new(
     base: Annotated[
         str, typer.Option(metavar="MODEL", help="scratch, or the folder of a model to go on from.")
     ] = "scratch",
-    train: Annotated[str, typer.Option(metavar="HOW", help="What is trained: full.")] = "full",
+    train: Annotated[str, typer.Option(metavar="HOW", help="What is trained: full, lora, …")] = "full",
 ) -> None:
     """Write a short commented recipe."""
     from .commands import recipes

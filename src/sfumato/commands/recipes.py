@@ -31,9 +31,9 @@ save_every = 500
 every = 500                 # steps between pictures
 prompts = []                # what is drawn; empty: captions of the data, trained and held out
 """
-FROM_NOTHING = {"resolution": 64, "steps": 5000, "batch": 32}
-FROM_A_BASE = {"resolution": 512, "steps": 1500, "batch": 4}
-"""What suits a model that has yet to learn everything, and one that knows how to draw."""
+USUAL = {"resolution": 64, "steps": 5000, "batch": 32}
+FROM_A_PIPELINE = {"resolution": 512, "steps": 1500, "batch": 4}
+"""What suits a small model that has much to learn, and a large one that knows how to draw."""
 
 
 def new(name: str, data: str, base: str, train: str) -> None:
@@ -57,7 +57,7 @@ def new(name: str, data: str, base: str, train: str) -> None:
         base_note="            # or the folder of a model to go on from" if base == "scratch" else "",
         data=quoted(data),
         captions=captions,
-        **(FROM_NOTHING if base == "scratch" else FROM_A_BASE),
+        **(FROM_A_PIPELINE if _is_pipeline(base) else USUAL),
         captions_note="          # files (metadata or .txt beside), folder (class names) or none",
     )
     if train != "full":
@@ -74,6 +74,12 @@ def new(name: str, data: str, base: str, train: str) -> None:
         raise
     say(f"Next: sfumato plan {file}, then sfumato train {file}.")
     print(file)
+
+
+def _is_pipeline(base: str) -> bool:
+    """Whether the base is a folder of diffusers, or the name of one that is not here yet."""
+    folder = Path(base).expanduser()
+    return base != "scratch" and ((folder / "model_index.json").is_file() or not folder.exists())
 
 
 def _captions(data: str, embedded: tuple[str, ...]) -> str:
