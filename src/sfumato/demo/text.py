@@ -35,9 +35,9 @@ _SHAPES = Recipe(
     sample=replace(_SAMPLE, guidance=4.0),
 )
 PLANS = {
-    "openmoji": Plan(_PICTURES, 5.2, 0.13, 30, 400, 8000, 150, 2000, 64),
+    "openmoji": Plan(_PICTURES, 4.8, 0.13, 30, 400, 8000, 150, 2000, 64),
     "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 800, 20000, 200, 3000, 64),
-    "shapes": Plan(_SHAPES, 4.2, 0.10, 45, 800, 16000, 100, 1000, 32),
+    "shapes": Plan(_SHAPES, 4.0, 0.10, 45, 800, 16000, 100, 1000, 32),
 }
 
 
