@@ -19,7 +19,7 @@ from .way import Seen, Task, Verdict
 _MODEL = ModelSettings(width=192, depth=6, heads=3, patch=2, stride=8, latent_channels=24, codec_width=32)
 _TRAIN = TrainSettings(
     batch=16, learning_rate=1.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500, keep=1,
-    held_out_every=0,
+    held_out_every=0, ema_snapshots=0,
 )  # fmt: skip
 _SAMPLE = SampleSettings(steps=16, guidance=2.0)
 _PICTURES = Recipe(
