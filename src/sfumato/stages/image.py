@@ -1,5 +1,6 @@
 """Image encoders: what an IP-Adapter sees of a reference picture."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +31,19 @@ class Encoder:
     size: tuple[int, int] | None = None
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(nn.Module, ABC):
     """Pictures → features [B, L, D]; `width` is D, `size` what pictures are fitted to."""
 
     width: int
     size: tuple[int, int] | None = None
 
+    @abstractmethod
     def config(self) -> dict[str, Any]:
         """Plain values from which `image_encoder` makes the same."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encoder(self, model: Model) -> Encoder:
         """How a reference becomes features."""
-        raise NotImplementedError
 
 
 class CodecFeatures(ImageEncoder):

@@ -11,6 +11,7 @@ from .. import stages
 from ..data.encoded import EncodedSet
 from ..generation import PaintingModel
 from ..recipe import Recipe
+from ..studio.page import duration
 from ..training import checkpoint, parallel
 from ..training import plan as planning
 from ..training.parallel import Division, Processes
@@ -72,12 +73,9 @@ def said(recipe: Recipe, model: PaintingModel, train: EncodedSet, fresh: bool) -
     speed = planning.flops_per_second(0.05, device=model.device)
     seconds = BESIDE_PRODUCTS * planning.FORWARD_AND_BACKWARD * parts * counted.flops / speed
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
-    whole = seconds * recipe.train.steps
     words += [
         f"{memory.peak / 1e9:.2f} GB of memory a step" + (f" ({sizes})" if sizes else ""),
-        f"about {seconds:.2g} s a step, "
-        + (f"{whole / 3600:.1f} h" if whole > 3600 else f"{max(1, round(whole / 60))} min")
-        + " in all",
+        f"about {seconds:.2g} s a step, {duration(seconds * recipe.train.steps)} in all",
     ]
     return f"Plan: {'; '.join(words)}."
 
