@@ -11,8 +11,9 @@ from typing import Annotated, Optional
 
 import typer
 
+from .commands import drawing_options as options
 from .commands.exits import answers
-from .commands.options import Device, Guidance, Json, Numbers, Overrides, RecipeFile, Steps, out_option
+from .commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
 from .commands.theories import theories
 
 app = typer.Typer(
@@ -125,104 +126,41 @@ def train(
 @answers
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder or a model's.")],
-    prompt: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--prompt", "-p", metavar="TEXT", help="What to draw; repeat it for a batch."),
-    ] = None,
-    negative: Annotated[str, typer.Option(metavar="TEXT", help="What to lean away from.")] = "",
-    image: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(
-            metavar="FILE",
-            help="A picture that an editing or image-to-video model is shown; repeat it for several.",
-        ),
-    ] = None,
-    lora: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            metavar="FILE[:WEIGHT]", help="A LoRA to draw with (diffusers', ComfyUI's, kohya's); repeat it."
-        ),
-    ] = None,
-    option: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(
-            metavar="NAME=VALUE", help="Further arguments by the pipeline's names: true_cfg_scale=4."
-        ),
-    ] = None,
-    guide: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(
-            metavar="PATH",
-            help="A trained guide to add: a ControlNet's folder (diffusers), an IP-Adapter's file.",
-        ),
-    ] = None,
-    control: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(metavar="FILE", help="What a ControlNet reads; repeat it, one for each ControlNet."),
-    ] = None,
-    control_from: Annotated[
-        str, typer.Option(metavar="KIND", help="Make it of the file first: sketch, canny or soft-edge.")
-    ] = "",
-    control_weight: Numbers = None,
-    control_start: Numbers = None,
-    control_end: Numbers = None,
-    reference: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="What an IP-Adapter looks at."),
-    ] = None,
-    reference_scale: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(metavar="X", help="How strongly the reference acts; default 1."),
-    ] = None,
-    init: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="The picture to start from."),
-    ] = None,
-    strength: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(metavar="X", help="How much of it may change, up to 1; default 0.6, with a mask 1."),
-    ] = None,
-    mask: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="FILE", help="Where it is repainted: white. The rest stays, pixel for pixel."),
-    ] = None,
-    count: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")] = 1,
-    seed: Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")] = 0,
+    prompt: options.Prompts = None,
+    negative: options.Negative = "",
+    image: options.Images = None,
+    lora: options.Loras = None,
+    option: options.Further = None,
+    guide: options.Guides = None,
+    control: options.Controls = None,
+    control_from: options.ControlFrom = "",
+    control_weight: options.Numbers = None,
+    control_start: options.Numbers = None,
+    control_end: options.Numbers = None,
+    reference: options.Reference = None,
+    reference_scale: options.ReferenceScale = None,
+    init: options.Init = None,
+    strength: options.Strength = None,
+    mask: options.Mask = None,
+    count: options.Count = 1,
+    seed: options.Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
-    guidance_form: Annotated[str, typer.Option(metavar="NAME", help="cfg, cfg-zero-star or apg.")] = "cfg",
-    guidance_rescale: Annotated[
-        float, typer.Option(metavar="X", help="Share of the contrast guidance added that is taken back.")
-    ] = 0.0,
-    guidance_interval: Annotated[
-        Optional[tuple[float, float]],  # noqa: UP045
-        typer.Option(metavar="LOW HIGH", help="Guide only while noise/signal lies between these."),
-    ] = None,
-    guidance_perturbed: Annotated[
-        float, typer.Option(metavar="X", help="Also lean away from the model with disturbed attention.")
-    ] = 0.0,
-    guidance_by: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(metavar="RUN_OR_MODEL", help="Lean away from this weaker model (autoguidance)."),
-    ] = None,
-    solver: Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")] = "",
-    width: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
-    height: Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")] = 0,
-    frames: Annotated[int, typer.Option(metavar="N", min=0, help="Of a clip; 0 is as it was trained.")] = 0,
-    fps: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(metavar="X", help="Frames a second of a clip's file; default: the model's own."),
-    ] = None,
-    format: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="KIND", help="png, webp; of clips mp4, webp, frames; repeat it for several."),
-    ] = None,
-    window: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Frames of a long clip the network sees at once.")
-    ] = 0,
-    overlap: Annotated[int, typer.Option(metavar="N", min=0, help="Frames that windows share.")] = 0,
-    tile: Annotated[int, typer.Option(metavar="N", min=0, help="Decode in tiles of N pixels.")] = 0,
-    chunk: Annotated[int, typer.Option(metavar="N", min=0, help="Decode N frames of a clip at once.")] = 0,
+    guidance_form: options.GuidanceForm = "cfg",
+    guidance_rescale: options.GuidanceRescale = 0.0,
+    guidance_interval: options.GuidanceInterval = None,
+    guidance_perturbed: options.GuidancePerturbed = 0.0,
+    guidance_by: options.GuidanceBy = None,
+    solver: options.Solver = "",
+    width: options.Side = 0,
+    height: options.Side = 0,
+    frames: options.Frames = 0,
+    fps: options.Fps = None,
+    format: options.Formats = None,
+    window: options.WindowFrames = 0,
+    overlap: options.Overlap = 0,
+    tile: options.Tile = 0,
+    chunk: options.Chunk = 0,
     out: Annotated[Path, out_option("runs/generate")] = Path("runs/generate"),
     device: Device = "auto",
     json: Json = False,
@@ -231,41 +169,10 @@ def generate(
 
     A picture depends on its own seed, not on the batch it is drawn in. Each file says what it shows.
     """
+    said = locals()
     from .commands import draw
 
-    size = {"width": width, "height": height}
-    wanted = {
-        "negative": negative,
-        "seed": seed,
-        "steps": steps,
-        "guidance": guidance,
-        "guidance_form": "" if guidance_form == "cfg" else guidance_form,
-        "guidance_rescale": guidance_rescale,
-        "guidance_interval": guidance_interval,
-        "guidance_perturbed": guidance_perturbed,
-        "guidance_by": guidance_by,
-        "solver": solver,
-        "frames": frames,
-        "window": window,
-        "overlap": overlap,
-        "tile": tile,
-        "chunk": chunk,
-        **size,
-    }
-    wanted |= draw.further(image or [], option or [], lora or [])
-    shown = {
-        "control": control,
-        "control_weight": control_weight,
-        "control_start": control_start,
-        "control_end": control_end,
-        "reference": reference,
-        "reference_scale": reference_scale,
-        "init": init,
-        "strength": strength,
-        "mask": mask,
-    }
-    wanted |= draw.shown(shown, control_from)
-    draw.generate(model, prompt or [], count, wanted, out, device, json, format or (), fps, guide or [])
+    draw.generate(draw.Asked.of(said), json)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,76 +13,147 @@ from .console import progress, result
 
 SHOWN = ("control_weight", "control_start", "control_end", "reference_scale", "strength")
 """Numbers of which 0 is one that is said."""
+PICTURES = ("control", *SHOWN[:4], "reference", "init", "strength", "mask")
+"""Options about pictures that guide."""
 
 
-def generate(
-    folder: Path,
-    prompts: list[str],
-    count: int,
-    wanted: dict[str, Any],
-    out: Path,
-    device: str,
-    as_json: bool,
-    kinds: Sequence[str] = (),
-    fps: float | None = None,
-    guides: Sequence[Path] = (),
-) -> None:
-    """Draw `count` pictures or clips of each prompt into `out`, with a page that shows them.
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for: with which model, what, how, and where it goes.
 
-    Args:
-        kinds: of file; default PNG, of clips MP4. fps: of clips; default as the model was trained.
+    wanted: arguments of the model's own `generate`; kinds: of file, default PNG, of clips MP4; fps: of clips,
+    default as the model was trained.
     """
-    from ..generation import files, load
-    from ..generation.sheet import sheet_of
-    from ..stages.guides import attach
+
+    folder: Path
+    prompts: list[str]
+    count: int
+    wanted: dict[str, Any]
+    out: Path
+    device: str
+    kinds: Sequence[str] = ()
+    fps: float | None = None
+    loras: list[tuple[str, float]] = field(default_factory=list)
+    guides: Sequence[Path] = ()
+
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> "Asked":
+        """From the options of `sfumato generate`, by their names.
+
+        Raises:
+            Refused: a file that cannot be read, or options that do not go together.
+        """
+        said = dict(said)
+        said.pop("json", None)
+        loras = [weighted(lora) for lora in said.pop("lora") or []]
+        where = {name: said.pop(name) for name in ("count", "out", "device", "fps")}
+        own = {
+            "folder": said.pop("model"),
+            "prompts": said.pop("prompt") or [],
+            "kinds": said.pop("format") or (),
+            "guides": said.pop("guide") or [],
+        }
+        pictures = shown({name: said.pop(name) for name in PICTURES}, said.pop("control_from"))
+        wanted = further(said.pop("image") or [], said.pop("option") or [])
+        if said["guidance_form"] == "cfg":
+            said["guidance_form"] = ""
+        return cls(wanted=said | wanted | pictures, loras=loras, **own, **where)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that say something: what is at its default is left to the model."""
+        return {
+            name: value
+            for name, value in self.wanted.items()
+            if name in SHOWN or value not in (None, "", 0) or (name in ("seed", "guidance") and value == 0)
+        }
+
+
+def generate(asked: Asked, as_json: bool) -> None:
+    """Draw `count` pictures or clips of each prompt into `out`, with a page that shows them."""
+    from ..generation import load
     from ..training.device import resolve
 
-    model = load(folder, device=str(resolve(device)))
-    loras = wanted.pop("loras", [])
-    for file, weight in loras:
-        model.add_lora(file, weight)
-    for place in guides:
-        attach(model, place)
-    if not prompts and model.conditioner.kind != "none":
-        raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
-    known = files.CLIP_KINDS if "frames" in model.info else files.PICTURE_KINDS
-    kinds = [one_of("--format", kind, known) for kind in kinds or known[:1]]
-    if fps is not None and "frames" not in model.info:
-        raise Refused(f"--fps {fps:g}: this model draws pictures, not clips. Leave --fps out.")
-    fps = float(model.info.get("fps", files.DEFAULT_FPS)) if fps is None else files.check_fps(fps)
-    asked = [prompt for prompt in prompts or [""] for _ in range(count)]
-    options: dict[str, Any] = {
-        name: value
-        for name, value in wanted.items()
-        if name in SHOWN or value not in (None, "", 0) or (name in ("seed", "guidance") and value == 0)
-    }
+    device = str(resolve(asked.device))
+    model = loaded(asked, device)
+    kinds, fps = formats(asked, model)
+    prompts = [prompt for prompt in asked.prompts or [""] for _ in range(asked.count)]
+    options = asked.options
     told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if "guidance_by" in options:
-        options["guidance_by"] = load(options["guidance_by"], device=str(resolve(device)))
-    with progress() as shown:
+        options["guidance_by"] = load(options["guidance_by"], device=device)
+    with progress() as bar:
         drawn = model.generate(
-            prompt=asked, watch=lambda done, total: shown(done, total, "drawing"), **options
+            prompt=prompts, watch=lambda done, total: bar(done, total, "drawing"), **options
         )
+    said = {**plain(told), "model": asked.folder.name}
+    if asked.loras:
+        said["loras"] = [f"{Path(file).name}:{weight:g}" for file, weight in asked.loras]
     listed = []
-    for index, (prompt, one) in enumerate(zip(asked, drawn, strict=True)):
-        seed = wanted["seed"] + index
-        said = {"prompt": prompt, **plain(told), "seed": seed, "model": folder.name}
-        said |= {"loras": [f"{Path(file).name}:{weight:g}" for file, weight in loras]} if loras else {}
-        place = out / f"{index:03d}-{slug(prompt)}-{seed}"
-        listed.append({**keep(one, place, kinds, said, fps), "prompt": prompt, "seed": seed})
-    sheet, page = out / "sheet.png", out / "index.html"
-    write_atomic(sheet, files.png(sheet_of(drawn, asked), {}))
-    shown_there = [
-        (embedded(*moving(one, fps)), row["prompt"], f"seed {row['seed']}")
-        for one, row in zip(drawn, listed, strict=True)
-    ]
-    title = "Clips" if files.is_clip(drawn[0]) else "Pictures"
-    write_atomic(page, document(title, f"By {folder}.", [section("Drawn", gallery(shown_there))]))
+    for index, (prompt, one) in enumerate(zip(prompts, drawn, strict=True)):
+        seed = asked.wanted["seed"] + index
+        place = asked.out / f"{index:03d}-{slug(prompt)}-{seed}"
+        kept = keep(one, place, kinds, {"prompt": prompt, **said, "seed": seed}, fps)
+        listed.append({**kept, "prompt": prompt, "seed": seed})
+    sheet, page = overview(asked, drawn, listed, fps)
     result(
         {"pictures": listed, "sheet": sheet, "page": page},
         "\n".join([*(file for one in listed for file in one["files"]), str(sheet), str(page)]),
         as_json,
     )
+
+
+def loaded(asked: Asked, device: str) -> Any:
+    """The model with its LoRAs and guides.
+
+    Raises:
+        Refused: one that does not fit, or a model of prompts without a prompt.
+    """
+    from ..generation import load
+    from ..stages.guides import attach
+
+    model = load(asked.folder, device=device)
+    for file, weight in asked.loras:
+        model.add_lora(file, weight)
+    for place in asked.guides:
+        attach(model, place)
+    if not asked.prompts and model.conditioner.kind != "none":
+        raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
+    return model
+
+
+def formats(asked: Asked, model: Any) -> tuple[list[str], float]:
+    """The kinds of file to write, and the frames a second of clips.
+
+    Raises:
+        Refused: a kind this model's drawings cannot be written as.
+    """
+    from ..generation import files
+
+    is_clip = "frames" in model.info
+    known = files.CLIP_KINDS if is_clip else files.PICTURE_KINDS
+    kinds = [one_of("--format", kind, known) for kind in asked.kinds or known[:1]]
+    if asked.fps is None:
+        return kinds, float(model.info.get("fps", files.DEFAULT_FPS))
+    if not is_clip:
+        raise Refused(f"--fps {asked.fps:g}: this model draws pictures, not clips. Leave --fps out.")
+    return kinds, files.check_fps(asked.fps)
+
+
+def overview(asked: Asked, drawn: list[Any], listed: list[dict[str, Any]], fps: float) -> tuple[Path, Path]:
+    """Write a contact sheet and a page of what was drawn; where they are."""
+    from ..generation import files
+    from ..generation.sheet import sheet_of
+
+    sheet, page = asked.out / "sheet.png", asked.out / "index.html"
+    write_atomic(sheet, files.png(sheet_of(drawn, [row["prompt"] for row in listed]), {}))
+    there = [
+        (embedded(*moving(one, fps)), row["prompt"], f"seed {row['seed']}")
+        for one, row in zip(drawn, listed, strict=True)
+    ]
+    title = "Clips" if files.is_clip(drawn[0]) else "Pictures"
+    write_atomic(page, document(title, f"By {asked.folder}.", [section("Drawn", gallery(there))]))
+    return sheet, page
 
 
 def keep(drawn: Any, place: Path, kinds: Sequence[str], said: dict[str, Any], fps: float) -> dict[str, Any]:
@@ -160,15 +232,13 @@ def made(one: Any, kind: str) -> Any:
     return to_images(control(to_pixels(fit(one, *one.size)[None]), kind))[0]
 
 
-def further(images: list[Path], options: list[str], loras: list[str]) -> dict[str, Any]:
+def further(images: list[Path], options: list[str]) -> dict[str, Any]:
     """Arguments of `generate` that only some models take, from the command line.
 
     Raises:
         Refused: an option that is no NAME=VALUE.
     """
     known: dict[str, Any] = {"image": [[str(image) for image in images]]} if images else {}
-    if loras:
-        known["loras"] = [weighted(lora) for lora in loras]
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or not name.strip():

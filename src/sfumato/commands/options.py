@@ -19,10 +19,6 @@ Guidance = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(metavar="X", help="Lean towards the prompt, 1 is not at all; default: the model's own."),
 ]
-Numbers = Annotated[
-    Optional[list[float]],  # noqa: UP045
-    typer.Option(metavar="X", help="Of the control; repeat it, one for each ControlNet."),
-]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
 
 

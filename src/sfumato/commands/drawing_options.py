@@ -1,0 +1,106 @@
+"""The options of `sfumato generate`, by what they are about; each is declared once, with its help."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+# typer reads Optional[...] on every Python that is supported: hence no X | None in this file
+# ruff: noqa: UP045
+
+# What is drawn
+Prompts = Annotated[
+    Optional[list[str]],
+    typer.Option("--prompt", "-p", metavar="TEXT", help="What to draw; repeat it for a batch."),
+]
+Negative = Annotated[str, typer.Option(metavar="TEXT", help="What to lean away from.")]
+Count = Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")]
+Side = Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")]
+Formats = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar="KIND", help="png, webp; of clips mp4, webp, frames; repeat it for several."),
+]
+
+# What it is drawn with
+Loras = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        metavar="FILE[:WEIGHT]", help="A LoRA to draw with (diffusers', ComfyUI's, kohya's); repeat it."
+    ),
+]
+Guides = Annotated[
+    Optional[list[Path]],
+    typer.Option(
+        metavar="PATH",
+        help="A trained guide to add: a ControlNet's folder (diffusers), an IP-Adapter's file.",
+    ),
+]
+Solver = Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")]
+Further = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar="NAME=VALUE", help="Further arguments by the pipeline's names: true_cfg_scale=4."),
+]
+
+# Pictures that guide
+Images = Annotated[
+    Optional[list[Path]],
+    typer.Option(
+        metavar="FILE",
+        help="A picture that an editing or image-to-video model is shown; repeat it for several.",
+    ),
+]
+Controls = Annotated[
+    Optional[list[Path]],
+    typer.Option(metavar="FILE", help="What a ControlNet reads; repeat it, one for each ControlNet."),
+]
+ControlFrom = Annotated[
+    str, typer.Option(metavar="KIND", help="Make it of the file first: sketch, canny or soft-edge.")
+]
+Numbers = Annotated[
+    Optional[list[float]],
+    typer.Option(metavar="X", help="Of the control; repeat it, one for each ControlNet."),
+]
+Reference = Annotated[Optional[Path], typer.Option(metavar="FILE", help="What an IP-Adapter looks at.")]
+ReferenceScale = Annotated[
+    Optional[float], typer.Option(metavar="X", help="How strongly the reference acts; default 1.")
+]
+Init = Annotated[Optional[Path], typer.Option(metavar="FILE", help="The picture to start from.")]
+Strength = Annotated[
+    Optional[float],
+    typer.Option(metavar="X", help="How much of it may change, up to 1; default 0.6, with a mask 1."),
+]
+Mask = Annotated[
+    Optional[Path],
+    typer.Option(metavar="FILE", help="Where it is repainted: white. The rest stays, pixel for pixel."),
+]
+
+# How guidance leans
+GuidanceForm = Annotated[str, typer.Option(metavar="NAME", help="cfg, cfg-zero-star or apg.")]
+GuidanceRescale = Annotated[
+    float, typer.Option(metavar="X", help="Share of the contrast guidance added that is taken back.")
+]
+GuidanceInterval = Annotated[
+    Optional[tuple[float, float]],
+    typer.Option(metavar="LOW HIGH", help="Guide only while noise/signal lies between these."),
+]
+GuidancePerturbed = Annotated[
+    float, typer.Option(metavar="X", help="Also lean away from the model with disturbed attention.")
+]
+GuidanceBy = Annotated[
+    Optional[Path],
+    typer.Option(metavar="RUN_OR_MODEL", help="Lean away from this weaker model (autoguidance)."),
+]
+
+# Clips
+Frames = Annotated[int, typer.Option(metavar="N", min=0, help="Of a clip; 0 is as it was trained.")]
+Fps = Annotated[
+    Optional[float],
+    typer.Option(metavar="X", help="Frames a second of a clip's file; default: the model's own."),
+]
+WindowFrames = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Frames of a long clip the network sees at once.")
+]
+Overlap = Annotated[int, typer.Option(metavar="N", min=0, help="Frames that windows share.")]
+Tile = Annotated[int, typer.Option(metavar="N", min=0, help="Decode in tiles of N pixels.")]
+Chunk = Annotated[int, typer.Option(metavar="N", min=0, help="Decode N frames of a clip at once.")]
