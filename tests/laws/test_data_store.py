@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from sfumato.data import encode, formats, shard
 from sfumato.data.encode import Companion, Encoding
+from sfumato.data.encoded import NO_LABEL
 from sfumato.data.index import Index
 from sfumato.data.sample import Sample
 from sfumato.data.store import Store, key
@@ -309,6 +310,16 @@ def test_without_a_text_encoder_there_are_no_conditions_but_labels(tmp_path):
     assert plain.read([0, 1]).conditions == [{}, {}] and plain.null == {}
     classes = encode.fill(Store(tmp_path), given, (16, 16), Encoder().look, None, HOW)
     assert [int(one["labels"]) for one in classes.read([4, 5]).conditions] == [1, 2]
+
+
+def test_a_batch_says_the_classes_beside_the_captions(tmp_path):
+    given = [replace(one, label=None if i == 3 else i % 3) for i, one in enumerate(samples(6))]
+    encoded, _ = fill(tmp_path, given=given)
+    batch = encoded.read([3, 4, 5])
+    assert batch.labels.tolist() == [NO_LABEL, 1, 2] and "labels" not in batch.conditions[0]
+    encoded.labels = True
+    assert [int(one["labels"]) for one in encoded.read([4, 5]).conditions] == [1, 2]
+    assert "tokens" in encoded.read([4, 5]).conditions[0]
 
 
 def test_how_a_picture_was_cut_is_told(tmp_path):

@@ -23,6 +23,7 @@ from .sample import Sample, SetAside
 from .store import Store
 
 T = TypeVar("T")
+NO_LABEL = -1
 REMEMBERED = 4096  # captions whose tensors stay in memory
 
 
@@ -41,7 +42,8 @@ class Batch:
     """What one step trains on.
 
     ids: of the samples, 63 bits. latents [B, C, H, W] float32. conditions: tensors of each, not padded.
-    framings [B, 6]: how each picture was cut from its file, see `Item.framing`. companions: encodings of
+    framings [B, 6]: how each picture was cut from its file, see `Item.framing`. labels [B]: the numbers of
+    their classes, NO_LABEL where a sample has none. companions: encodings of
     control pictures and the like by name, [B, …], cut and mirrored as the pictures are ("reference.tokens"
     where an encoder names its tensors); each sample's are in its conditions too, beside those of its caption.
     """
@@ -51,6 +53,7 @@ class Batch:
     conditions: list[dict[str, Tensor]]
     captions: list[str]
     framings: Tensor
+    labels: Tensor
     companions: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -88,8 +91,9 @@ class EncodedSet:
     """Samples whose encodings are in the store; reads batches of them.
 
     null holds the tensors of the empty caption; set_aside the files that could not be encoded; counts and
-    notes say what `fill` did. samples_posterior: show a new draw of the codec's posterior every epoch, not
-    its mode. framed: conditions say how each picture was cut, as `time_ids` [6] (`Item.framing`).
+    notes say what `fill` did. labels: conditions say the class too, as `labels`. samples_posterior: show a
+    new draw of the codec's posterior every epoch, not its mode. framed: conditions say how each picture was
+    cut, as `time_ids` [6] (`Item.framing`).
     """
 
     store: Store
@@ -109,6 +113,8 @@ class EncodedSet:
         self.splits = [item.sample.split for item in self.items]
         self.buckets = [item.shape for item in self.items]
         self.repeats = [item.sample.repeat for item in self.items]
+        classes = (item.sample.label for item in self.items)
+        self.classes = [NO_LABEL if one is None else one for one in classes]
         self._texts: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -134,11 +140,9 @@ class EncodedSet:
         captions = _choose([item.captions for item in items], ids, seed, epoch, "caption")
         views = _choose([range(len(item.pictures)) for item in items], ids, seed, epoch, "variant")
         conditions = [self.condition(chosen[1]) if chosen and chosen[1] else {} for chosen in captions]
+        labels = torch.tensor([self.classes[i] for i in indices])
         if self.labels:
-            conditions = [
-                {**condition, "labels": torch.tensor(item.sample.label or 0)}
-                for condition, item in zip(conditions, items, strict=True)
-            ]
+            conditions = [{**own, "labels": label} for own, label in zip(conditions, labels, strict=True)]
         shown = [(item, view or 0) for item, view in zip(items, views, strict=True)]
         latents = self._latents([item.pictures[view] for item, view in shown], ids, seed, epoch)
         companions: dict[str, Tensor] = {}
@@ -156,7 +160,7 @@ class EncodedSet:
                 {**own, "time_ids": row.float()} for own, row in zip(conditions, framings, strict=True)
             ]
         words = [chosen[0] if chosen else "" for chosen in captions]
-        return Batch(ids, latents, conditions, words, framings, companions)
+        return Batch(ids, latents, conditions, words, framings, labels, companions)
 
     def _latents(self, places: list[Place], ids: list[int], seed: int, epoch: int) -> Tensor:
         only = () if self.samples_posterior else ("latents", "mean")
