@@ -11,12 +11,10 @@ import torch
 from torch import nn
 
 from .. import stages
-from ..data import buckets
 from ..data.encoded import EncodedSet
-from ..data.sample import Collection, Sample
-from ..errors import Refused
+from ..data.sample import Collection
 from ..generation import PaintingModel, load, painting
-from ..recipe import EMBEDDED, Recipe
+from ..recipe import Recipe
 from ..record import RunFolder
 from ..stages import guides
 from ..studio import report
@@ -27,9 +25,10 @@ from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
 from . import companions, costs, guided
 from .agreement import agree, content_of
+from .checks import check_known, sizes, theory_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided
-from .material import Bucket, collect, known_sizes, named
+from .material import Bucket, collect
 from .preview import Preview, groups
 from .tuning import base_of, check_latents, check_words, remember, tune
 
@@ -237,7 +236,7 @@ def gather(recipe: Recipe) -> Gathered:
     earlier = curriculum(recipe)
     base = base_of(recipe)
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
-    _check_known(recipe, base)
+    check_known(recipe, base)
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model)
     check_words(recipe, conditioner)
     collection = collect(recipe.data)
@@ -268,18 +267,7 @@ def ready(
     trained_on = collection.of("train") or collection.samples
     with phase(run, "codec"):
         codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
-    frames = recipe.data.frames
-    model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames))
-    model.info |= {"frames": frames, "fps": recipe.data.rate} if frames else {}
-    if frames and recipe.train.known_first:
-        model.info["known"] = ["first", *(["last"] if recipe.train.known_last else [])]
-    if base is None:
-        model.info |= {"resolution": recipe.data.resolution}
-        model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
-    model.to(device)
-    guided.guide(model, recipe)
-    model.codec.eval().requires_grad_(False)
-    model.conditioner.eval().requires_grad_(False)
+    model = model_of(recipe, gathered, codec)
     with phase(run, "encode"):
         encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress, say, part)
         earlier = []
@@ -292,6 +280,23 @@ def ready(
     _tell(listed, encoded, collection, run, say)
     train, held_out = encoded.of("train"), encoded.of("held_out")
     return Ready(model, collection, train, held_out, listed, device, earlier)
+
+
+def model_of(recipe: Recipe, gathered: Gathered, codec: stages.Codec) -> PaintingModel:
+    """The recipe's model around its codec, its frozen stages ready to encode."""
+    base, frames = gathered.base, recipe.data.frames
+    model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames))
+    model.info |= {"frames": frames, "fps": recipe.data.rate} if frames else {}
+    if frames and recipe.train.known_first:
+        model.info["known"] = ["first", *(["last"] if recipe.train.known_last else [])]
+    if base is None:
+        model.info |= {"resolution": recipe.data.resolution}
+        model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
+    model.to(gathered.device)
+    guided.guide(model, recipe)
+    model.codec.eval().requires_grad_(False)
+    model.conditioner.eval().requires_grad_(False)
+    return model
 
 
 def _tell(
@@ -320,73 +325,6 @@ def _tell(
     }
     held_out = len(encoded.of("held_out"))
     run.event("data", summary={**summary, "held_out": held_out, "sizes": sizes, "set_aside": aside})
-
-
-def theory_of(recipe: Recipe) -> None:
-    """Refuse a theory that is unknown, or singular where training asks it, before anything is computed."""
-    if recipe.model.base != "scratch" and not recipe.model.theory:
-        return
-    theory = stages.new_theory(recipe.model.theory)
-    found = theory.check()
-    if not found.ok:
-        raise Refused(f"model.theory: {found.problems[0]}")
-
-
-def sizes(
-    recipe: Recipe, samples: list[Sample], codec: stages.Codec, base: PaintingModel | None
-) -> Bucket | Callable[[Bucket], Bucket]:
-    """What size (width, height) each picture is brought to.
-
-    Raises:
-        Refused: the resolution is none the codec or the denoiser can take.
-    """
-    side, wanted = recipe.data.resolution, recipe.data.buckets
-    check_latents(recipe, codec, base, side, side)
-    if recipe.data.frames:
-        _check_frames(recipe.data.frames, codec)
-    if wanted == 1 or set(named(recipe.data)) <= set(EMBEDDED):
-        return side, side
-    known = known_sizes(samples, bool(recipe.data.frames))
-    return buckets.choose(known, side, _grain(recipe, codec, base), wanted)
-
-
-def _check_frames(frames: int, codec: stages.Codec) -> None:
-    """Raises Refused unless clips of so many frames become latents."""
-    if not codec.of_clips:
-        raise Refused(f"data.frames = {frames}, but this model draws pictures, not clips. Leave it out.")
-    try:
-        codec.latent_frames(frames)
-    except Refused as refusal:
-        raise Refused(f"data.frames = {frames}: {refusal}") from None
-
-
-def _check_known(recipe: Recipe, base: PaintingModel | None) -> None:
-    """Raises Refused where frames are to have times of their own, and there are none or they cannot."""
-    said = recipe.train
-    asked = {
-        "frame_times": said.frame_times != "shared", "known_first": said.known_first,
-        "known_last": said.known_last,
-    }  # fmt: skip
-    named = [name for name, is_asked in asked.items() if is_asked]
-    if named and not recipe.data.frames:
-        raise Refused(f"train.{named[0]} is about the frames of clips: set data.frames, or leave it out.")
-    if named and base is not None and not base.denoiser.frames_apart:
-        raise Refused(f"train.{named[0]}: {recipe.model.base} is told one time for all frames. Leave it out.")
-    if said.known_last and not said.known_first:
-        raise Refused("train.known_last is a share of train.known_first, which is 0. Set that too.")
-
-
-def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> int:
-    """The smallest side whose multiples codec and denoiser both take."""
-    grain = codec.stride
-    while True:
-        try:
-            check_latents(recipe, codec, base, grain, grain)
-            return grain
-        except Refused:
-            grain += codec.stride
-            if grain > recipe.data.resolution:
-                raise
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from ..training.held_out import HeldOut
 from ..training.loop import to_stderr
 from ..training.objective import DiffusionObjective
 from ..training.reconstruction import to_pixels
+from .checks import sizes
 from .clips_measured import clips_measured
 from .codecs import Progress
-from .course import sizes
 from .encoding import encoded_samples, order_of
 from .material import Bucket, Pictures, collect, few
 from .sizes import in_sizes, square

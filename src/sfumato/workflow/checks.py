@@ -1,0 +1,79 @@
+"""What a recipe asks of sizes, frames and theory, refused before anything is computed where it cannot be."""
+
+from collections.abc import Callable
+
+from .. import stages
+from ..data import buckets
+from ..data.sample import Sample
+from ..errors import Refused
+from ..generation import PaintingModel
+from ..recipe import EMBEDDED, Recipe
+from .material import Bucket, known_sizes, named
+from .tuning import check_latents
+
+
+def theory_of(recipe: Recipe) -> None:
+    """Refuse a theory that is unknown, or singular where training asks it, before anything is computed."""
+    if recipe.model.base != "scratch" and not recipe.model.theory:
+        return
+    theory = stages.new_theory(recipe.model.theory)
+    found = theory.check()
+    if not found.ok:
+        raise Refused(f"model.theory: {found.problems[0]}")
+
+
+def sizes(
+    recipe: Recipe, samples: list[Sample], codec: stages.Codec, base: PaintingModel | None
+) -> Bucket | Callable[[Bucket], Bucket]:
+    """What size (width, height) each picture is brought to.
+
+    Raises:
+        Refused: the resolution is none the codec or the denoiser can take.
+    """
+    side, wanted = recipe.data.resolution, recipe.data.buckets
+    check_latents(recipe, codec, base, side, side)
+    if recipe.data.frames:
+        _check_frames(recipe.data.frames, codec)
+    if wanted == 1 or set(named(recipe.data)) <= set(EMBEDDED):
+        return side, side
+    known = known_sizes(samples, bool(recipe.data.frames))
+    return buckets.choose(known, side, _grain(recipe, codec, base), wanted)
+
+
+def _check_frames(frames: int, codec: stages.Codec) -> None:
+    """Raises Refused unless clips of so many frames become latents."""
+    if not codec.of_clips:
+        raise Refused(f"data.frames = {frames}, but this model draws pictures, not clips. Leave it out.")
+    try:
+        codec.latent_frames(frames)
+    except Refused as refusal:
+        raise Refused(f"data.frames = {frames}: {refusal}") from None
+
+
+def check_known(recipe: Recipe, base: PaintingModel | None) -> None:
+    """Raises Refused where frames are to have times of their own, and there are none or they cannot."""
+    said = recipe.train
+    asked = {
+        "frame_times": said.frame_times != "shared", "known_first": said.known_first,
+        "known_last": said.known_last,
+    }  # fmt: skip
+    named = [name for name, is_asked in asked.items() if is_asked]
+    if named and not recipe.data.frames:
+        raise Refused(f"train.{named[0]} is about the frames of clips: set data.frames, or leave it out.")
+    if named and base is not None and not base.denoiser.frames_apart:
+        raise Refused(f"train.{named[0]}: {recipe.model.base} is told one time for all frames. Leave it out.")
+    if said.known_last and not said.known_first:
+        raise Refused("train.known_last is a share of train.known_first, which is 0. Set that too.")
+
+
+def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> int:
+    """The smallest side whose multiples codec and denoiser both take."""
+    grain = codec.stride
+    while True:
+        try:
+            check_latents(recipe, codec, base, grain, grain)
+            return grain
+        except Refused:
+            grain += codec.stride
+            if grain > recipe.data.resolution:
+                raise
