@@ -11,8 +11,9 @@ from sfumato.theory import integrate
 from sfumato.theory.fitting import FINE, Pilot, cost, fit
 from sfumato.theory.verify import trimmed
 
-from . import guiding
-from .pictures import DEFAULT_GUIDANCE, PaintingModel, wishes
+from .drawing import Course
+from .pictures import DEFAULT_GUIDANCE, PaintingModel
+from .wishes import wishes
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,13 @@ def _asked(
 ) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
     """Unit noise for these prompts, and the network as `generate` asks it, in parts of `batch`."""
     shape = model.latent_shape()
-    size = model.codec.pixel_size(shape)
     todo = wishes(prompts, None, seed, {})
+    drawing = model.drawing(len(todo), shape, guidance, Course(None, FINE), {})
     parts = []
     for first in range(0, len(todo), batch):
         some = todo[first : first + batch]
         prompted = model.condition([wish.prompt for wish in some])
-        shows = guiding.taken(model, {}, len(some), (size["width"], size["height"]))
-        knobs, times = dict(model.denoiser.knobs), model.clocked(None, FINE)
-        parts.append((first, model.guided(prompted, some, guidance, {}, knobs, shows, times)))
+        parts.append((first, model.guided(prompted, some, drawing.part(slice(first, first + batch)))))
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat([part(x[i : i + batch], t[i : i + batch]) for i, part in parts])

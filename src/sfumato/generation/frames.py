@@ -146,6 +146,11 @@ KNOWN = {"image": "first", "last_image": "last"}
 def taken(model: Model, options: dict[str, Any], count: int, shape: tuple[int, ...]) -> Framed:
     """What is asked of the frames, taken out of `generate`'s options, for latents of this shape [C, K, h, w].
 
+    Args:
+        options: `window` and `overlap`, frames the network sees at once and those that windows share (of our
+            own network by default as it was trained, and half of it); `image` and `last_image`, frames to
+            begin and end with, where it was trained for that.
+
     Raises:
         Refused: for a model of pictures, or one that was not trained with known frames.
     """

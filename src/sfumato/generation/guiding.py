@@ -187,7 +187,11 @@ def taken(
 ) -> Guiding:
     """What guides, taken out of `generate`'s options; size (width, height) of what is drawn, in pixels.
 
-    A clip of so many `frames` is begun from a clip.
+    Args:
+        options: pictures, one for all or one for each that is drawn: `control` with control_weight,
+            control_start and control_end (lists where there are several ControlNets), `reference` with
+            reference_scale, `init` with strength and `mask` (white is repainted), `image` (to be edited).
+        frames: a clip of so many is begun from a clip.
 
     Raises:
         Refused: pictures or numbers for a model without such a guide, or that do not fit.

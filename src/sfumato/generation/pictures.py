@@ -5,7 +5,8 @@ A picture depends on its prompt and its own seed, not on what is drawn beside it
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,77 +18,19 @@ from torch import Tensor
 from sfumato import stages
 from sfumato.errors import Refused
 from sfumato.stages import Condition, Model
-from sfumato.stages.seeing import pictures_of
 from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as guiding
 from sfumato.theory import times as sampling_times
 
 from . import guiding as showing
+from .drawing import Course, Drawing
 from .frames import Framed
 from .frames import taken as frames_of
 from .guiding import Guiding
-from .leaning import AS_USUAL, Leaning, marked
+from .leaning import Denoise, Form, Leaning, marked
+from .wishes import Wish, together, wishes
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SIDE = 20, 3.0, 64
-
-
-@dataclass(frozen=True)
-class Wish:
-    """One picture to be drawn: what it shows, what it leans away from, and its own seed."""
-
-    prompt: str
-    negative: str | None
-    seed: int
-    shown: Mapping[str, list[Image.Image]] = field(default_factory=dict)
-
-    @property
-    def looks(self) -> list[tuple[str, tuple[int, int]]]:
-        """The sizes of the pictures it is shown; only equal ones can be drawn together."""
-        return [(name, one.size) for name, some in self.shown.items() for one in some]
-
-
-def wishes(
-    prompt: str | Sequence[str] | None,
-    negative: str | Sequence[str] | None,
-    seed: int | Sequence[int],
-    shown: Mapping[str, Any],
-) -> list[Wish]:
-    """One wish a picture; single values serve all, and picture i of an int seed uses seed + i.
-
-    `shown` holds pictures by the argument that brings them: one for all, one for each, or a list for each.
-
-    Raises:
-        Refused: lists of different lengths, or an empty one.
-    """
-    lists = {"prompt": prompt, "negative": negative, "seed": seed}
-    lengths = {
-        name: len(value)
-        for name, value in lists.items()
-        if isinstance(value, Sequence) and not isinstance(value, str)
-    }
-    if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        said = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise Refused(f"Lists must be as long as there are pictures, at least 1, but these have {said}.")
-    many = [len(some) for some in shown.values() if isinstance(some, list | tuple)]
-    count = next(iter(lengths.values()), max(many, default=1) if prompt is None else 1)
-    prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
-    away = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    seen = {name: pictures_of(some, count, name) for name, some in shown.items()}
-    return [
-        Wish(*wish, {name: some[i] for name, some in seen.items()})
-        for i, wish in enumerate(zip(prompts, away, seeds, strict=True))
-    ]
-
-
-def together(todo: Sequence[Wish], most: int) -> Iterator[Sequence[Wish]]:
-    """The wishes in order, at most so many at once, and only those that are shown pictures of equal sizes."""
-    first = 0
-    for last in range(1, len(todo) + 1):
-        if last == len(todo) or last - first == most or todo[last].looks != todo[first].looks:
-            yield todo[first:last]
-            first = last
 
 
 class PaintingModel(Model):
@@ -138,18 +81,12 @@ class PaintingModel(Model):
             solver: default the nearest to the pretrained pipeline's scheduler, else "auto".
             latents: unit noise [B, C, (F,) h, w] to start from, instead of noise from the seeds.
             batch: pictures drawn at once; changes memory, not pictures.
-            tile, chunk: decode in tiles of so many pixels a side, so many frames of a clip at once; 0 for the
-                whole. Of our own codecs the result is the same.
+            tile, chunk: decode in tiles of so many pixels a side, so many frames of a clip at once; 0: whole.
             watch: called with (pictures' steps done, in all).
-            options: pictures that guide (one for all or one for each prompt): `control` with control_weight,
-                control_start, control_end (lists where there are several ControlNets), `reference` with
-                reference_scale, `init` with strength and `mask` (white is repainted), `image` (to be edited,
-                or a list for each); guidance_form, guidance_rescale, guidance_interval, guidance_perturbed,
-                guidance_by as `Leaning` explains them; further arguments of the conditioner, by the
-                pipeline's names.
-                Of clips: `window` and `overlap`, frames the network sees at once and those that windows share
-                (default of our own network: as it was trained, half of it); `image` and `last_image`, frames
-                to begin and end with, where it was trained for that.
+            options: pictures that guide (`control`, `reference`, `init`, `mask`, `image`, …) as
+                `guiding.taken` explains; guidance_form, guidance_rescale, … as `Leaning`; of clips `window`,
+                `overlap`, `image`, `last_image` as `frames.taken`; further arguments of the conditioner, by
+                the pipeline's names.
         Returns:
             PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
         Raises:
@@ -157,77 +94,101 @@ class PaintingModel(Model):
         """
         prompt = [str(label) for label in options.pop("labels")] if "labels" in options else prompt
         shown = {name: options.pop(name) for name in self.conditioner.sees if options.get(name) is not None}
-        knobs = {name: options.pop(name, usual) for name, usual in self.denoiser.knobs.items()}
-        how = Leaning.taken(options)
         todo = wishes(prompt, negative, seed, shown)
-        if shown and height is None and width is None and self.sampling is not None:
-            height, width = self.sampling.size(next(iter(todo[0].shown.values()))) or (None, None)
-        steps = int(self.info.get("steps", DEFAULT_STEPS)) if steps is None else steps
-        guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
-        shape = self.latent_shape(width, height, frames)
-        pixels = self.codec.pixel_size(shape)
-        moving = 1 + (shape[1] - 1) * self.codec.time_stride if "frames" in self.info else 0
-        shows = showing.taken(self, options, len(todo), (pixels["width"], pixels["height"]), moving)
+        shape = self.latent_shape(*self.sides(todo, height, width), frames)
         if latents is not None and tuple(latents.shape) != (len(todo), *shape):
             raise Refused(f"latents are {list(latents.shape)}, but {[len(todo), *shape]} are needed.")
-        grid = sampling_times.grid(times, self.theory, steps) if isinstance(times, str) else times
-        order, most = None, None
-        if times is None and solver in (None, "auto") and self.fitted is not None:
-            grid, solver = self.fitted.grid(self.theory, steps), "auto"
-        if self.sampling is not None and solver is None:
-            solver, order = self.sampling.solver, self.sampling.order
-            most = self.sampling.clip if grid is None else None
-        scale = 1.0
-        if self.sampling is not None and grid is None:
-            grid, scale = self.sampling.times(steps, shape), self.sampling.first_scale(steps)
-        if shows.init is not None:
-            grid = shows.cut(sampling_times.cosine(self.theory, steps) if grid is None else grid)
-        framed = frames_of(self, options, len(todo), shape)
+        drawing = self.drawing(len(todo), shape, guidance, self.course(shape, steps, times, solver), options)
         pictures: list[Any] = []
         for some in together(todo, batch):
-            first = len(pictures)
-            asker = self.asking(framed.part(slice(first, first + len(some))))
-            start = self.start(some, shape) if latents is None else latents[first : first + len(some)]
-            given = options | self.seen(some, shape)
-            shown_now = shows.part(slice(first, first + len(some)))
-            prompted = self.condition([wish.prompt for wish in some], **given)
-            clock = self.clocked(grid, steps)
-            denoise = asker.guided(prompted, some, guidance, given, knobs, shown_now, clock, how)
-            if most is not None:
-                denoise = within(denoise, self.theory, most)
-            denoise = asker.framed.held(denoise, self.theory)
-            with torch.no_grad():
-                x, first_x = start, start * scale
-                if shown_now.init is not None:
-                    denoise = self.keeping(denoise, shown_now, start)
-                    first_x = shown_now.started(self.theory, start, grid, first_x)
-                for step, state in enumerate(
-                    self.path(some, first_x, denoise, grid, steps, solver, order), 1
-                ):
-                    x = state
-                    if watch is not None:
-                        watch(first * steps + step * len(some), len(todo) * steps)
-                x = asker.framed.finished(shown_now.kept(self.denoiser.finish(x, prompted)))
-                pictures += to_pictures(
-                    shown_now.pasted(self.decode(x, tile, chunk)), "frames" in self.info, frames
-                )
+            rows = slice(len(pictures), len(pictures) + len(some))
+            start = self.start(some, shape) if latents is None else latents[rows]
+            told = None if watch is None else partial(_told, watch, drawing.course.steps, rows, len(todo))
+            pixels = self.drawn(drawing.part(rows), some, start, tile, chunk, told)
+            pictures += to_pictures(pixels, "frames" in self.info, frames)
         return pictures
 
-    def path(
+    def sides(
+        self, todo: Sequence[Wish], height: int | None, width: int | None
+    ) -> tuple[int | None, int | None]:
+        """Width and height; where none is said, those a pretrained pipeline takes from what it is shown."""
+        if todo[0].shown and height is None and width is None and self.sampling is not None:
+            height, width = self.sampling.size(next(iter(todo[0].shown.values()))) or (None, None)
+        return width, height
+
+    def course(self, shape: tuple[int, ...], steps: int | None, times: Any, solver: str | None) -> Course:
+        """When the network is asked, and which solver makes steps of its answers."""
+        steps = int(self.info.get("steps", DEFAULT_STEPS)) if steps is None else steps
+        grid = sampling_times.grid(times, self.theory, steps) if isinstance(times, str) else times
+        if times is None and solver in (None, "auto") and self.fitted is not None:
+            return Course(self.fitted.grid(self.theory, steps), steps, "auto")
+        if self.sampling is None:
+            return Course(grid, steps, solver)
+        order, most, scale = None, None, 1.0
+        if solver is None:
+            solver, order = self.sampling.solver, self.sampling.order
+            most = self.sampling.clip if grid is None else None
+        if grid is None:
+            grid, scale = self.sampling.times(steps, shape), self.sampling.first_scale(steps)
+        return Course(grid, steps, solver, order, scale, most)
+
+    def drawing(
         self,
+        count: int,
+        shape: tuple[int, ...],
+        guidance: float | None,
+        course: Course,
+        options: dict[str, Any],
+    ) -> Drawing:
+        """Take what is said about guidance, pictures that guide and frames out of `options`."""
+        knobs = {name: options.pop(name, usual) for name, usual in self.denoiser.knobs.items()}
+        how = Leaning.taken(options)
+        pixels = self.codec.pixel_size(shape)
+        moving = 1 + (shape[1] - 1) * self.codec.time_stride if "frames" in self.info else 0
+        shows = showing.taken(self, options, count, (pixels["width"], pixels["height"]), moving)
+        if shows.init is not None:
+            grid = sampling_times.cosine(self.theory, course.steps) if course.grid is None else course.grid
+            course = replace(course, grid=shows.cut(grid))
+        framed = frames_of(self, options, count, shape)
+        guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
+        return Drawing(shape, guidance, course, shows, framed, how, knobs, options)
+
+    @torch.no_grad()
+    def drawn(
+        self,
+        drawing: Drawing,
         todo: Sequence[Wish],
         start: Tensor,
-        denoise: Callable[[Tensor, Tensor], Tensor],
-        grid: Any,
-        steps: int,
-        solver: str | None,
-        order: int | None = None,
-    ) -> Iterator[Tensor]:
-        """The states from these wishes' unit noise to their latents; without a grid, `steps` evaluations."""
-        x = self.first_state(start, grid).to(self.device, self.dtype)
+        tile: int = 0,
+        chunk: int = 0,
+        watch: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """The pixels [B, 3, (F,) H, W] of these wishes, from their unit noise `start`."""
+        course, shows = drawing.course, drawing.shows
+        asker = self.asking(drawing.framed)
+        given = drawing.options | self.seen(todo, drawing.shape)
+        prompted = self.condition([wish.prompt for wish in todo], **given)
+        denoise = asker.guided(prompted, todo, replace(drawing, options=given))
+        if course.clip is not None:
+            denoise = within(denoise, self.theory, course.clip)
+        denoise = asker.framed.held(denoise, self.theory)
+        x, first = start, start * course.scale
+        if shows.init is not None:
+            denoise = self.keeping(denoise, shows, start)
+            first = shows.started(self.theory, start, course.grid, first)
+        for step, state in enumerate(self.path(todo, first, denoise, course), 1):
+            x = state
+            if watch is not None:
+                watch(step)
+        x = asker.framed.finished(shows.kept(self.denoiser.finish(x, prompted)))
+        return shows.pasted(self.decode(x, tile, chunk))
+
+    def path(self, todo: Sequence[Wish], start: Tensor, denoise: Denoise, course: Course) -> Iterator[Tensor]:
+        """The states from these wishes' unit noise to their latents."""
+        x = self.first_state(start, course.grid).to(self.device, self.dtype)
         draw = noise.of([wish.seed for wish in todo])
-        given = steps if grid is None else grid
-        return solve(denoise, x, self.theory, given, solver or "auto", order, noise=draw)
+        given = course.steps if course.grid is None else course.grid
+        return solve(denoise, x, self.theory, given, course.solver or "auto", course.order, noise=draw)
 
     def latent_shape(
         self, width: int | None = None, height: int | None = None, frames: int | None = None
@@ -269,34 +230,24 @@ class PaintingModel(Model):
         shown: dict[str, Any] = {name: [wish.shown[name] for wish in todo] for name in todo[0].shown}
         return shown | (self.codec.pixel_size(shape) if shown and self.conditioner.placed else {})
 
-    def guided(
-        self,
-        prompted: Condition,
-        todo: Sequence[Wish],
-        guidance: float,
-        options: dict[str, Any],
-        knobs: Mapping[str, Any],
-        shows: Guiding,
-        times: Sequence[float],
-        how: Leaning = AS_USUAL,
-    ) -> Denoise:
+    def guided(self, prompted: Condition, todo: Sequence[Wish], drawing: Drawing) -> Denoise:
         """The denoiser of these wishes: leaning away from the weaker answer unless guidance is 1.
-
-        `shows` holds the pictures that guide, `times` those at which steps begin and the last one ends.
 
         Raises:
             Refused: a negative that this network would not hear, a form of guidance that would not act.
         """
+        guidance, how, shows, given = drawing.guidance, drawing.how, drawing.shows, drawing.options
         away = [wish.negative for wish in todo]
         asked = any(text is not None for text in away)
-        most = self.denoiser.scale(guidance, self.theory.t_noise, knobs)
+        most = self.denoiser.scale(guidance, self.theory.t_noise, drawing.knobs)
         leans = bool(len(prompted)) and self.denoiser.leans(most, asked)
-        if asked and not leans and "true_cfg_scale" in knobs:
+        if asked and not leans and "true_cfg_scale" in drawing.knobs:
             raise Refused(
                 "This model hears its guidance and does not lean away from a negative by itself: "
                 "leave the negative out, or give true_cfg_scale above 1 with it."
             )
         how.fits(self.denoiser, leans, asked)
+        times = self.clocked(drawing.course)
 
         def asked_of(*conditions: Condition) -> Denoise:
             joined = conditions[0] if len(conditions) == 1 else Condition.join(*conditions)
@@ -307,13 +258,26 @@ class PaintingModel(Model):
         alone = asked_of(*answers)
         if not leans and not how.perturbed:
             return alone
-        given = how.weaker(self, [wish.prompt for wish in todo], options)
-        if leans and given is None:
+        other = how.weaker(self, [wish.prompt for wish in todo], given)
+        if leans and other is None:
             with torch.no_grad():
-                weak = shows.beside(self.conditioner.away(away, **options), is_weak=True)
+                weak = shows.beside(self.conditioner.away(away, **given), is_weak=True)
             answers.append(weak.to(self.device))
         if how.perturbed:
             answers = [*(marked(one, False) for one in answers), marked(answers[0], True)]
+        usual = self.leaning(drawing.knobs)
+
+        def form(strong: Denoise, *others: Denoise) -> Denoise:
+            weak = others[0] if leans and other is None else other
+            return how.around(self.theory, guidance, usual, strong, weak, others[-1] if others else strong)
+
+        guided = guiding.together(asked_of(*answers), form, len(answers))
+        if how.interval is None:
+            return guided
+        return guiding.within(alone, guided, self.theory, *how.interval)
+
+    def leaning(self, knobs: Mapping[str, Any]) -> Form:
+        """How this network's two answers become one, as its pipeline does it."""
 
         def usual(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
             def answer(x_t: Tensor, t: Tensor) -> Tensor:
@@ -322,25 +286,23 @@ class PaintingModel(Model):
 
             return answer
 
-        def form(strong: Denoise, *others: Denoise) -> Denoise:
-            weak = others[0] if leans and given is None else given
-            return how.around(self.theory, guidance, usual, strong, weak, others[-1] if others else strong)
+        return usual
 
-        guided = guiding.together(asked_of(*answers), form, len(answers))
-        if how.interval is None:
-            return guided
-        return guiding.within(alone, guided, self.theory, *how.interval)
-
-    def clocked(self, grid: Any, steps: int) -> list[float]:
+    def clocked(self, course: Course) -> list[float]:
         """The times at which steps begin, and the end; without a grid, as if they were even in time."""
-        even = sampling_times.linear(self.theory, steps)
-        return torch.as_tensor(even if grid is None else grid, dtype=torch.float64).flatten().tolist()
+        grid = sampling_times.linear(self.theory, course.steps) if course.grid is None else course.grid
+        return torch.as_tensor(grid, dtype=torch.float64).flatten().tolist()
 
     def keeping(self, denoise: Denoise, shows: Guiding, unit: Tensor) -> Denoise:
         """The denoiser, with the true answer where the picture is kept; `unit` is the noise it began with."""
         if shows.hole is None:
             return denoise
         return lambda x_t, t: shows.known(self.theory, unit, denoise(x_t, t), t)
+
+
+def _told(watch: Callable[[int, int], None], steps: int, rows: slice, count: int, step: int) -> None:
+    """Tell of a step of the pictures `rows`, of `count` with `steps` each."""
+    watch(rows.start * steps + step * (rows.stop - rows.start), count * steps)
 
 
 def within(denoise: Denoise, theory: Theory, most: float) -> Denoise:
