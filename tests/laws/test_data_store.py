@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from sfumato.data import encode, formats, shard
+from sfumato.data.collecting import collect
 from sfumato.data.encode import Companion, Encoding
 from sfumato.data.encoded import NO_LABEL
 from sfumato.data.index import Index
@@ -214,7 +215,7 @@ def test_a_store_can_be_moved_and_swept(tmp_path):
     store = Store(tmp_path / "there")
     files = {place.path for item in moved.items for place in item.pictures}
     keys = set(sorted(one for file in files for one in shard.header(Path(file)))[:7])
-    assert store.collect("pixels", keys) > 0
+    assert collect(store, {"pixels": keys}, days=0, remove=True).freed_bytes > 0
     assert store.has("pixels", keys) == keys
     _, encoder = fill(tmp_path / "there")
     assert encoder.pixels == 20 - len(keys)

@@ -273,7 +273,8 @@ def ready(
         earlier = []
         for until, smaller in curriculum(recipe):
             shapes = sizes(smaller, collection.samples, codec, base)
-            found = encoded_samples(smaller, collection.samples, shapes, model, progress, say, part)
+            stage = f"until step {until}"
+            found = encoded_samples(smaller, collection.samples, shapes, model, progress, say, part, stage)
             earlier.append((until, found.of("train")))
     aside = [*collection.set_aside, *encoded.set_aside]
     listed = [{"file": one.file, "reason": one.reason} for one in aside]
