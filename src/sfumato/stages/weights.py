@@ -8,6 +8,7 @@ A run on a base that it does not change keeps base.json (and adapter.json) inste
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,6 +33,7 @@ from .interface import Codec, Conditioner, Denoiser, Model, Stage
 from .pipeline import INDEX, PICKLES, load_pipeline, save_pipeline
 from .pretrained import PretrainedConditioner
 from .scratch import new_theory, own_stage
+from .tensors import read
 from .text import NoConditioner, TextConditioner
 from .unet import UNet
 
@@ -130,14 +132,14 @@ def read_json(file: Path) -> Mapping[str, Any]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, or of the pieces of it that stand in its place.
 
     Raises:
         Failed: the file is damaged.
     """
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as problem:
+        return load_file(file) if file.is_file() else read(file.parent, file.stem)
+    except (OSError, SafetensorError, ValueError) as problem:
         raise Failed(
             f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
         ) from problem
@@ -236,11 +238,22 @@ def weights_in(checkpoint: Path) -> tuple[Path | None, list[str]]:
     """(the weights a checkpoint is drawn with, None if no file of them is whole; the damaged ones)."""
     listed, damaged = read_json(checkpoint / "manifest.json").get("files", {}), []
     for name in WEIGHTS:
-        if name in listed:
-            if (checkpoint / name).is_file() and checksum(checkpoint / name) == listed[name]["sha256"]:
-                return checkpoint / name, damaged
-            damaged.append(str(checkpoint / name))
+        parts = [one for one in listed if one == name or _is_piece(one, name)]
+        bad = [
+            str(checkpoint / one)
+            for one in parts
+            if not (checkpoint / one).is_file() or checksum(checkpoint / one) != listed[one]["sha256"]
+        ]
+        if parts and not bad:
+            return checkpoint / name, damaged
+        damaged += bad
     return None, damaged
+
+
+def _is_piece(file: str, name: str) -> bool:
+    """Whether a file's name is that of a piece of `name`, as "ema-00001-of-00002.safetensors"."""
+    stem, _, suffix = name.rpartition(".")
+    return re.fullmatch(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}", file) is not None
 
 
 def weights_of(path: Path) -> tuple[Path, Path | None]:
