@@ -127,6 +127,8 @@ def train(
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder or a model's.")],
     prompt: options.Prompts = None,
+    label: options.Labels = None,
+    region: options.Regions = None,
     negative: options.Negative = "",
     image: options.Images = None,
     lora: options.Loras = None,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 
+from .dit import places
 from .interface import Codec, Model
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -46,14 +47,18 @@ class ImageEncoder(nn.Module, ABC):
         """How a reference becomes features."""
 
 
+PLACE = 32
+"""Numbers that say where in a picture a feature lies."""
+
+
 class CodecFeatures(ImageEncoder):
-    """Features for small models: patches of the codec's own latents, in reading order."""
+    """Features for small models: patches of the codec's own latents, each with where it lies."""
 
     def __init__(self, channels: int, side: int, patch: int = 2) -> None:
         """channels, side: of the latents of a reference, a square of `side` latents."""
         super().__init__()
         self.channels, self.side, self.patch = channels, side, patch
-        self.width = channels * patch * patch
+        self.width = channels * patch * patch + PLACE
 
     def config(self) -> dict[str, Any]:
         """Which encoder, and its sizes."""
@@ -64,10 +69,12 @@ class CodecFeatures(ImageEncoder):
 
         def encode(pixels: Tensor) -> Tensor:
             latents = model.encode(pixels)
-            return F.pixel_unshuffle(latents, self.patch).flatten(2).transpose(1, 2)
+            seen = F.pixel_unshuffle(latents, self.patch)
+            where = places(*seen.shape[-2:], seen.device).to(seen.dtype)
+            return torch.cat((seen.flatten(2).transpose(1, 2), where.expand(len(seen), -1, -1)), dim=-1)
 
         side = self.side * model.codec.stride
-        return Encoder(encode, f"{model.codec.fingerprint()} patches {self.patch}", (side, side))
+        return Encoder(encode, f"{model.codec.fingerprint()} patches {self.patch}, placed", (side, side))
 
 
 class VisionFeatures(ImageEncoder):

@@ -18,8 +18,8 @@ from .codec import PixelCodec
 from .families import pipelines
 from .family import Family
 from .interface import Codec, Conditioner, Model
+from .labels import LabelConditioner
 from .pretrained import (
-    LabelConditioner,
     PretrainedCodec,
     PretrainedConditioner,
     PretrainedDenoiser,

@@ -56,9 +56,9 @@ class ModelSettings:
     )
     text: str = key(
         "minilm",
-        "scratch only: minilm, none (unconditional), or a text encoder's folder",
+        "scratch only: minilm, labels (classes), none (unconditional), or a text encoder's folder",
         path=True,
-        words=("minilm", "none"),
+        words=("minilm", "labels", "none"),
     )
     text_waves: int = key(0, "how finely the prompt's summary remembers the order of words", least=0)
     denoiser: str = key("dit", "scratch only: the network", choices=("dit", "unet"))

@@ -30,6 +30,7 @@ from .guides import GuidedDenoiser, guide
 from .guides.plan import fill as fill_guides
 from .guides.plan import read_plans, write_plans
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
+from .labels import LabelConditioner
 from .pipeline import INDEX, PICKLES, load_pipeline, save_pipeline
 from .pretrained import PretrainedConditioner
 from .scratch import new_theory, own_stage
@@ -49,6 +50,7 @@ KINDS: dict[str, type[Stage]] = {
         VideoAutoencoderCodec,
         TextConditioner,
         NoConditioner,
+        LabelConditioner,
         DiT,
         UNet,
     )

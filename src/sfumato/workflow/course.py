@@ -28,7 +28,7 @@ from .agreement import agree, content_of
 from .checks import check_known, sizes, theory_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided
-from .material import Bucket, collect
+from .material import Bucket, class_names, material_of
 from .preview import Preview, groups
 from .tuning import base_of, check_latents, check_words, remember, tune
 
@@ -237,9 +237,10 @@ def gather(recipe: Recipe) -> Gathered:
     base = base_of(recipe)
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     check_known(recipe, base)
-    conditioner = base.conditioner if base else stages.new_conditioner(recipe.model)
+    collection = material_of(recipe)
+    classes = class_names(collection) if recipe.model.text == "labels" else ()
+    conditioner = base.conditioner if base else stages.new_conditioner(recipe.model, classes)
     check_words(recipe, conditioner)
-    collection = collect(recipe.data)
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
     return Gathered(collection, sizes(recipe, collection.samples, codec, base), device, base, conditioner)

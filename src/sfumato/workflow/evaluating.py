@@ -19,7 +19,7 @@ from .checks import sizes
 from .clips_measured import clips_measured
 from .codecs import Progress
 from .encoding import encoded_samples, order_of
-from .material import collect
+from .material import material_of
 from .pictures_measured import Close, pictures_measured
 
 LEVEL_SAMPLES = 128
@@ -62,7 +62,7 @@ def evaluate(
     run = run_of(Path(folder))
     recipe = Recipe.read(run.path)
     model = load(folder, device=str(devices.resolve(device)))
-    collection = collect(recipe.data)
+    collection = material_of(recipe)
     bucket_of = sizes(recipe, collection.samples, model.codec, model)
     encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress)
     step = step_of(run, Path(folder), model)

@@ -129,16 +129,14 @@ def asked(model: PaintingModel) -> tuple[Tensor, Any]:
     sees = model.conditioner.shows if isinstance(model.conditioner, PretrainedConditioner) else ()
     side = 8 * model.codec.stride if model.codec.stride > 1 else int(model.info["width"])
     frames = 1 + model.codec.time_stride if "frames" in model.info else None
-    if kind == "pretrained labels":
+    if kind == "labels":
         side = int(model.info["width"])
     shape = model.latent_shape(side, side, frames)
     given: dict[str, Any] = {}
     if sees:
         given = {name: Image.new("RGB", (side, side), (180, 90, 40)) for name in sees}
         given |= model.codec.pixel_size(shape) if model.conditioner.placed else {}
-    prompt = (
-        None if kind == "none" else ["0"] if kind == "pretrained labels" else ["a picture of a red circle"]
-    )
+    prompt = None if kind == "none" else ["0"] if kind == "labels" else ["a picture of a red circle"]
     condition = model.condition(prompt, **given) if prompt is not None else model.condition()
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(1)), condition
 

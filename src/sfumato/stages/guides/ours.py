@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,9 +16,7 @@ from sfumato.stages.dit import DiT
 from sfumato.stages.image import Encoder, ImageEncoder
 from sfumato.stages.interface import Condition, Denoiser, Model
 
-from .guide import Guide, weight_of
-
-Handle = torch.utils.hooks.RemovableHandle
+from .guide import Guide, Hook, weight_of
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:
@@ -67,7 +64,7 @@ class ControlBranch(Guide):
         """The pixels themselves, in bytes."""
         return Encoder(shown, "pixels in bytes 1")
 
-    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Handle]:
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One on each of the first blocks."""
         assert isinstance(base, DiT)
         weight = weight_of(condition, self.name)
@@ -82,12 +79,15 @@ class ControlBranch(Guide):
 
             return add
 
-        return (base.blocks[i].register_forward_hook(acting(i)) for i in range(self.layers))
+        return (Hook(base.blocks[i], acting(i)) for i in range(self.layers))
 
 
 class Looks(Guide):
     """Attention to a picture's features beside the attention to the text: the same queries, keys and values
     of their own, values that start at zero.
+
+    Two layers of self-attention read the features first. What they find on the whole joins the prompt's
+    summary, which in our DiT paces every block and draws the canvas, through layers that start at zero.
 
     `reference` [B, L, D] holds the features; all zero says nothing.
     """
@@ -98,7 +98,13 @@ class Looks(Guide):
         super().__init__(name)
         width = base.width
         self.image = image
-        self.project = nn.Sequential(nn.Linear(image.width, width), nn.LayerNorm(width))
+        self.enter = nn.Linear(image.width, width)
+        layer = nn.TransformerEncoderLayer(
+            width, base.heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.read = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.summary = zeroed(nn.Linear(width, width)) if hasattr(base, "pooled") else None
+        self.sketch = zeroed(nn.Linear(width, 4 * width)) if base.canvas is not None else None
         self.keys = nn.ModuleList(nn.Linear(width, width) for _ in base.blocks)
         self.values = nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in base.blocks)
 
@@ -115,26 +121,32 @@ class Looks(Guide):
         self.requires_grad_(True)
         self.image.requires_grad_(False)
 
-    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Handle]:
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """Two on each block: one hears the queries, one adds what is seen."""
         assert isinstance(base, DiT)
         weight = weight_of(condition, self.name)
-        features = self.project(condition[self.name].to(x.dtype))
+        features = self.read(self.enter(condition[self.name].to(x.dtype)))
+        whole = features.mean(1)
+        for layer, part in ((self.summary, "pooled"), (self.sketch, "canvas")):
+            if layer is not None:
+                place: Any = getattr(base, part)[1]
+                more = weight * layer(whole)
+                yield Hook(place, lambda layer, given, answer, more=more: answer + more)
         blocks: list[Any] = list(base.blocks)
         for block, keys, values in zip(blocks, self.keys, self.values, strict=True):
             held: list[Tensor] = []
-            yield block.qkv.register_forward_hook(lambda layer, given, answer, held=held: held.append(answer))
+            yield Hook(block.qkv, lambda layer, given, answer, held=held: held.append(answer))
 
             def look(
-                layer: nn.Module, given: Any, block: Any = block, keys: Any = keys, values: Any = values,
-                held: list[Tensor] = held,
-            ) -> tuple[Tensor]:  # fmt: skip
+                layer: nn.Module, given: Any, named: Any,
+                block: Any = block, keys: Any = keys, values: Any = values, held: list[Tensor] = held,
+            ) -> Any:  # fmt: skip
                 q = block.q_norm(block.split(held.pop(), 3)[0])
                 k, v = block.k_norm(block.split(keys(features), 1)[0]), block.split(values(features), 1)[0]
                 seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-                return (given[0] + weight * seen,)
+                return (given[0] + weight * seen,), named
 
-            yield block.out.register_forward_pre_hook(look)
+            yield Hook(block.out, look, before=True)
 
 
 class Source(Guide):
@@ -159,9 +171,9 @@ class Source(Guide):
         """The model's own codec."""
         return Encoder(model.encode, model.codec.fingerprint())
 
-    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Handle]:
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One on the layer through which latents enter."""
         assert isinstance(base, DiT)
         weight = weight_of(condition, self.name)
         source = self.enter(patched(condition[self.name].to(x.dtype), self.patch))
-        yield base.enter.register_forward_hook(lambda layer, given, answer: answer + weight * source)
+        yield Hook(base.enter, lambda layer, given, answer: answer + weight * source)
