@@ -217,14 +217,12 @@ def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
     Raises:
         Refused: a file that cannot be read, or a kind of control without one.
     """
-    from ..stages.seeing import picture
-
     known = {name: value for name, value in said.items() if value not in (None, [])}
     for name in ("reference", "init", "mask"):
         if name in known:
-            known[name] = picture(known[name])
+            known[name] = still_or_clip(known[name])
     if "control" in known:
-        known["control"] = [picture(file) for file in known["control"]]
+        known["control"] = [still_or_clip(file) for file in known["control"]]
         if control_from:
             known["control"] = [made(one, control_from) for one in known["control"]]
     elif control_from:
@@ -235,8 +233,22 @@ def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
     return known
 
 
+def still_or_clip(file: Any) -> Any:
+    """The picture in a file; of a video or an animation its path, for models that draw clips."""
+    from ..data.clips import is_clip
+    from ..stages.seeing import picture
+
+    return str(file) if is_clip(str(file), Path(file)) else picture(file)
+
+
 def made(one: Any, kind: str) -> Any:
-    """A control picture of this kind, made of a picture."""
+    """A control picture of this kind, made of a picture.
+
+    Raises:
+        Refused: of a clip.
+    """
+    if isinstance(one, str):
+        raise Refused(f"--control-from makes a control of a picture, but {one} is a clip. Give its control.")
     from ..data.controls import control
     from ..data.media import fit, to_pixels
     from ..generation import to_images

@@ -24,12 +24,19 @@ class Encoder:
     """How a picture that guides becomes a tensor of the condition.
 
     encode: pixels [B, 3, H, W] in [-1, 1] → [B, …]; fingerprint: changes whenever its answers would; size
-    (width, height): what the picture is fitted to, None for the size of what is drawn.
+    (width, height): what the picture is fitted to, None for the size of what is drawn. Where clips are drawn
+    pixels are [B, 3, F, H, W]: of as many frames if it moves, else of one.
     """
 
     encode: Callable[[Tensor], Tensor]
     fingerprint: str
     size: tuple[int, int] | None = None
+    moves: bool = False
+
+
+def first_frame(pixels: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] as they are; of clips [B, 3, F, H, W] their first frames."""
+    return pixels if pixels.ndim == 4 else pixels[:, :, 0]
 
 
 class ImageEncoder(nn.Module, ABC):
@@ -68,7 +75,8 @@ class CodecFeatures(ImageEncoder):
         """Latents of a square picture, cut into patches."""
 
         def encode(pixels: Tensor) -> Tensor:
-            latents = model.encode(pixels)
+            latents = model.encode(first_frame(pixels))
+            latents = latents[:, :, 0] if latents.ndim == 5 else latents
             seen = F.pixel_unshuffle(latents, self.patch)
             where = places(*seen.shape[-2:], seen.device).to(seen.dtype)
             return torch.cat((seen.flatten(2).transpose(1, 2), where.expand(len(seen), -1, -1)), dim=-1)
@@ -102,9 +110,9 @@ class VisionFeatures(ImageEncoder):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] → features [B, L, D]."""
+        """Pixels [B, 3, (F,) H, W] in [-1, 1], of a clip its first frame → features [B, L, D]."""
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        seen = ((pixels.to(mean) + 1) / 2 - mean) / std
+        seen = ((first_frame(pixels).to(mean) + 1) / 2 - mean) / std
         answer = self.network(pixel_values=seen)
         if self.tokens:
             return answer.last_hidden_state

@@ -101,7 +101,7 @@ class GuidedDenoiser(Denoiser):
     def __init__(self, base: Denoiser, guides: Sequence[Guide]) -> None:
         super().__init__()
         self.base, self.guides = base, nn.ModuleList(guides)
-        for name in ("lora_targets", "framing", "grain", "own_name", "family", "knobs"):
+        for name in ("lora_targets", "framing", "grain", "own_name", "family", "knobs", "frames_apart"):
             if hasattr(base, name):
                 setattr(self, name, getattr(base, name))
         self.free()
