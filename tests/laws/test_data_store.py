@@ -291,6 +291,23 @@ def test_pictures_of_other_shapes_are_other_buckets(tmp_path):
         encoded.read([0, 1])
 
 
+def test_a_sample_reads_the_same_alone_and_in_a_batch_and_may_be_written_into(tmp_path):
+    """Also where its numbers lie off their boundaries: the entry before has an odd number of bytes."""
+
+    class Odd(Encoder):
+        def look(self, pixels):
+            latents = super().look(pixels)
+            return {"latents": latents, "mask": latents[:, 0, 0, :3] > 0}
+
+    encoded, _ = fill(tmp_path, 6, encoder=Odd())
+    whole = encoded._tensors([item.pictures[0] for item in encoded.items])
+    for row, item in enumerate(encoded.items):
+        alone = encoded._tensors([item.pictures[0]])
+        assert all(torch.equal(alone[name][0], whole[name][row]) for name in ("latents", "mask"))
+        alone["latents"] += 1
+    assert torch.equal(encoded._tensors([encoded.items[2].pictures[0]])["latents"][0], whole["latents"][2])
+
+
 def test_a_batch_is_read_in_microseconds(tmp_path):
     encoded, _ = fill(tmp_path, 96)
     indices = list(range(64))

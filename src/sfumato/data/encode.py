@@ -99,7 +99,7 @@ def fill(
     encoders = {"": encode_pixels, **{name: one.encode for name, one in (companions or {}).items()}}
     owners = {one: task.sample.name for task in pictures for one in task.keys}
     if owner is not None:
-        store.hold(owner, work.keys(how), [how.pixels, how.texts])
+        _hold(run, owner, work)
     mine = together.begin(store.root, together.name_of([*owners, *texts.values()]), *part)
     _repair(run, "pixels", owners if how.keeps else {})
     _repair(run, "text", {one: f'the caption "{caption}"' for caption, one in texts.items()})
@@ -121,6 +121,14 @@ def fill(
     found = vars(_gather(run, work, promised, failed))
     named = {one.name: found[one.name] for one in fields(EncodedSet)}
     return StreamedSet(**named, how=how, encoders=encoders)
+
+
+def _hold(run: _Run, owner: Owner, work: Work) -> None:
+    """Keep what the owner needs from being collected, where that can be written down."""
+    try:
+        run.store.hold(owner, work.keys(run.how), [run.how.pixels, run.how.texts])
+    except Refused as problem:
+        run.notes.append(f"The store does not know that this run needs it: {problem}")
 
 
 def _repair(run: _Run, kind: str, owners: Mapping[str, str]) -> None:
@@ -255,7 +263,9 @@ def _gather(
         run.notes.append(f"stored {what}: relative error {rms**0.5:.2%}, measured on {len(found)}.")
     run.count("samples", len(items))
     run.count("set_aside", len(run.set_aside))
-    return EncodedSet(run.store, items, null, run.set_aside, run.counts, run.notes, labels)
+    found = zip(texts.values(), run.store.places("text", list(texts.values())), strict=True)
+    written = {one: place for one, place in found if place is not None}
+    return EncodedSet(run.store, items, null, run.set_aside, run.counts, run.notes, labels, written=written)
 
 
 def _places(task: Task, places: Mapping[str, Place | None]) -> tuple[Place, ...]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sfumato.errors import Failed
@@ -87,6 +88,7 @@ class Store:
                 (self.root / kind).mkdir(parents=True, exist_ok=True)
         self._indices: dict[str, Index] = {}
         self._views: dict[str, np.ndarray] = {}
+        self._numbers: dict[tuple[str, torch.dtype], Tensor] = {}
         self._held: list[int] = []
 
     def index(self, kind: str) -> Index:
@@ -114,7 +116,7 @@ class Store:
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: it maps and reads for itself, and holds nothing."""
-        return {"root": self.root, "_indices": {}, "_views": {}, "_held": []}
+        return {"root": self.root, "_indices": {}, "_views": {}, "_numbers": {}, "_held": []}
 
     @contextmanager
     def writer(self, kind: str, most_bytes: int = 64 << 20) -> Iterator[Writer]:
@@ -167,6 +169,15 @@ class Store:
                 ) from None
         return found
 
+    def numbers(self, path: str, dtype: torch.dtype) -> Tensor:
+        """A shard's bytes as numbers of this kind, not copied: never write into them."""
+        found = self._numbers.get((path, dtype))
+        if found is None:
+            data = torch.from_numpy(self.view(path))
+            whole = len(data) // dtype.itemsize * dtype.itemsize
+            found = self._numbers[path, dtype] = data[:whole].view(dtype)
+        return found
+
     def verify(self, kind: str, keys: Iterable[str]) -> list[Damaged]:
         """Read every stored entry among `keys` and name those that are damaged."""
         damaged = self.index(kind).damaged[:]
@@ -197,6 +208,7 @@ class Store:
             with said_plainly(path):
                 path.unlink(missing_ok=True)
             self._views.pop(str(path), None)
+            self._numbers.clear()
         self._indices.pop(kind, None)
 
     def content_hash(self, kind: str, keys: Iterable[str] | None = None) -> str:
