@@ -106,20 +106,17 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             yield beside
-            take_place(beside, path)
+            for entry in sorted(beside.rglob("*")):
+                _sync(entry)
+            _sync(beside)
+            _take_place(beside, path)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
 
 
-def take_place(beside: Path, path: Path) -> None:
-    """Bring all of the folder `beside` to the disk and rename it to `path`.
-
-    A folder that stood there goes first, out of sight in one rename.
-    """
-    for entry in sorted(beside.rglob("*")):
-        _sync(entry)
-    _sync(beside)
+def _take_place(beside: Path, path: Path) -> None:
+    """Rename `beside` to `path`; a folder that stood there goes first, out of sight in one rename."""
     former = None
     if path.exists():
         former = path.with_name(f".{path.name}.{os.getpid()}.old.part")

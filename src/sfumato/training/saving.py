@@ -4,19 +4,16 @@ The copy is what the weights were; the thread writes, synchronises, checks and r
 the one before it, and a problem of the disk is raised where the run next looks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sfumato.record import RunFolder
 
-from . import checkpoint, together
+from . import checkpoint
 from .checkpoint import Keep, Tensors
-from .sharding import Shards
 
 SHARE_OF_MEMORY = 0.4
 """Of the memory that is free, what a copy may take; above it, saving waits instead."""
@@ -28,12 +25,10 @@ class Saver:
 
     Args:
         background: write beside the steps where there is memory for a copy.
-        shards: of a divided network, every process writes its own part.
     """
 
     run: RunFolder
     background: bool = True
-    shards: Shards | None = None
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
     _writing: tuple[int, Keep, Future[Path]] | None = field(default=None, repr=False)
 
@@ -44,38 +39,17 @@ class Saver:
             Failed: the disk has no room for it. Refused: it is not writable.
         """
         self.wait()
-        if self.shards is not None:
-            self._save_part(self.shards, step, groups, state, keep)
-            return
         if not self.background or not has_memory(groups):
             checkpoint.save(self.run, step, groups, state, keep)
             return
         folder = checkpoint.prepare(self.run, step, groups)
-        self._write_beside(step, keep, _written, folder, copied(groups), {"step": step, **state})
-
-    def _save_part(
-        self, shards: Shards, step: int, groups: Mapping[str, Tensors], state: Mapping[str, Any], keep: Keep
-    ) -> None:
-        """Save the rows that this process holds; all begin together, and each writes beside its steps."""
-        folder, whole = self.run.checkpoint_folder(step), {"step": step, **state}
-        together.begin(folder, groups, shards.processes)
-        mine, firsts = together.own_part(shards, groups)
-        if self.background and has_memory(mine):
-            self._write_beside(
-                step, keep, together.write, folder, copied(mine), firsts, whole, shards.processes
-            )
-            return
-        together.write(folder, mine, firsts, whole, shards.processes)
-        self._publish(step, keep)
-
-    def _write_beside(self, step: int, keep: Keep, work: Callable[..., Path], *given: Any) -> None:
+        copies = {
+            name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+            for name, tensors in groups.items()
+        }
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="save")
-        self._writing = step, keep, self._pool.submit(work, *given)
-
-    def _publish(self, step: int, keep: Keep) -> None:
-        """Let the run know; of many processes the leading one."""
-        if self.shards is None or self.shards.processes.leads:
-            checkpoint.publish(self.run, step, keep)
+        writing = self._pool.submit(_written, folder, copies, {"step": step, **state})
+        self._writing = step, keep, writing
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -87,7 +61,7 @@ class Saver:
             step, keep, writing = self._writing
             self._writing = None
             writing.result()
-            self._publish(step, keep)
+            checkpoint.publish(self.run, step, keep)
 
     def look(self) -> None:
         """Finish what is written, without waiting for what is not."""
@@ -100,7 +74,7 @@ class Saver:
             step, keep, writing = self._writing
             self._writing = None
             if writing.exception() is None:
-                self._publish(step, keep)
+                checkpoint.publish(self.run, step, keep)
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -109,14 +83,6 @@ class Saver:
 def _written(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
     checkpoint.write(folder, groups, state)
     return folder
-
-
-def copied(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
-    """The tensors in host memory, as they are now."""
-    return {
-        name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
-        for name, tensors in groups.items()
-    }
 
 
 def has_memory(groups: Mapping[str, Tensors]) -> bool:

@@ -18,8 +18,6 @@ FREE_PARTS = (
     "train.ema_snapshots",
     "train.held_out_every",
     "train.threads",
-    "train.parallel",
-    "train.shard_within",
     "train.device",
     "train.checkpointing",
     "train.offload",
