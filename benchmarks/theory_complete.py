@@ -1,248 +1,238 @@
 """Every theory on every solver on every grid: worked, refused with a sentence, or wrong, which must be none.
 
-    python benchmarks/theory_complete.py [--only flow]
+    python benchmarks/theory_complete.py --out FOLDER [--only flow]
 
-"Worked" means finite and converging at the promised order (or already within 1e-3 of the exact end) when 12,
-48, 192 or 1536 steps are doubled; where noise is drawn, means and widths of the data. Beside ours: schedulers
-of diffusers with every kind of times and prediction they may list (finite), k-diffusion and azula (nearer the
-exact end of their own range at 48 steps than at 12).
+An order is promised of the widest step along the coordinate in which a solver carries its answers on
+(sfumato.theory.widest). A grid is made fine enough for that step to be a 12th of the whole way, then twice as
+fine. "Worked" is finite, and either an order, measured between the two, above the promise less a half, or an
+error below 1e-5. Where it is not, once more from a 40th and a 100th. Where noise is drawn: means and widths.
+Beside ours, the combinations of diffusers, k-diffusion and azula (theory_complete_peers.py, which asks less).
+Rows are added to FOLDER/theory_complete.jsonl, so that a run can be cut in pieces; the table is made of all.
 """
 
 import argparse
+import json
 import math
+import time
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
-from theory_peers import End, load_k_diffusion
+from theory_complete_peers import azula, diffusers_schedulers, k_diffusion
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.theory import Theory, get, integrate, methods, names, noise, times
+from sfumato.theory import Theory, get, integrate, methods, names, noise, times, widest
+from sfumato.theory.multistep import coordinate
 from sfumato.theory.shapes import Denoise
 from sfumato.theory.verify import SMOOTH
 
 torch.set_num_threads(1)
-FLOOR = 1e-3
-"""Below it a grid's own first and last step, which do not shrink as the others do, hide the order."""
+SHARES = (1 / 12, 1 / 40, 1 / 100)
+"""Of the whole way: how wide the widest step is when an order is first measured, and again."""
+FLOOR = 1e-5
+"""An error that is no longer asked to fall: rounding, and first and last steps that grids keep."""
+SLACK = 0.5
+GRIDS = [kind for kind in times.grids() if kind != "custom"]
+PEERS = {"diffusers": diffusers_schedulers, "k-diffusion": k_diffusion, "azula": azula}
+Row = dict[str, Any]
 
 
-def theories() -> list[Theory]:
-    own = Theory(
-        data=lambda t: (torch.cos(t) ** 2, torch.sin(t) ** 2),
-        model=lambda t: (-torch.sin(2 * t), torch.sin(2 * t)),
-        t_noise=1.5,
-        name="one of one's own",
-    )
-    return [
-        *map(get, names()),
-        own,
-        get("flow-matching", shift=3.0),
-        get("ddpm-velocity", zero_terminal_snr=True),
-        get("ddpm-epsilon", zero_terminal_snr=True),
-        get("ddpm-x0", betas="cosine"),
-        get("ddpm-epsilon", betas="scaled-linear"),
-    ]
+def theories() -> dict[str, Theory]:
+    """The catalogue, variants of it, and some that a user might write in five lines."""
+    table: dict[str, Theory] = {name: get(name) for name in names()}
+    table |= {
+        "flow-matching, shift 3": get("flow-matching", shift=3.0),
+        "ddpm-velocity, zero terminal SNR": get("ddpm-velocity", zero_terminal_snr=True),
+        "ddpm-epsilon, zero terminal SNR": get("ddpm-epsilon", zero_terminal_snr=True),
+        "ddpm-x0, cosine betas": get("ddpm-x0", betas="cosine"),
+        "ddpm-epsilon, scaled-linear betas": get("ddpm-epsilon", betas="scaled-linear"),
+        "ddpm-epsilon, ten own betas": get("ddpm-epsilon", betas=[0.001 * 2**k for k in range(10)]),
+        "own: squared circle": Theory(
+            data=lambda t: (torch.cos(t) ** 2, torch.sin(t) ** 2),
+            model=lambda t: (-torch.sin(2 * t), torch.sin(2 * t)),
+            t_noise=1.5,
+        ),
+        "own: backwards, in thousandths": Theory(
+            data=lambda t: (t / 1000, 1 - t / 1000), model=lambda t: (1, -1), t_noise=0, t_data=1000
+        ),
+        "own: geometric noise, never quite clean": Theory(
+            data=lambda t: (1, 0.01 * 5000**t), model=lambda t: (0.0, 1.0)
+        ),
+        "own: sub-variance, large units": Theory(
+            data=lambda t: (30 * torch.exp(-4 * t * t), 30 * (1 - torch.exp(-8 * t * t))),
+            model=lambda t: (2 + 0 * t, 0.5 + t),
+            t_data=0.001,
+        ),
+    }
+    return table
 
 
-def ours(only: str = "") -> Counter[str]:
-    x_T = noise.normal((2,), 0, range(16)).double()
+def ours(title: str, theory: Theory) -> list[Row]:
+    """One row per solver, order and grid."""
+    x_T = noise.normal((2,), 0, range(8)).double()
     many = noise.normal((2,), 1, range(256)).double()
-    count: Counter[str] = Counter()
-    for theory in (one for one in theories() if only in one.name):
-        denoise, wanted = SMOOTH.denoiser(theory), None
-        for name, method in methods().items():
-            for order in method.orders or (None,):
-                for kind in (k for k in times.grids() if k != "custom"):
-                    try:
-                        if method.draws or method.eta == 1:
-                            good, said = resembles(theory, denoise, many, kind, name, order)
-                        else:
-                            wanted = SMOOTH.reference(x_T, theory) if wanted is None else wanted
-                            good, said = converges(theory, denoise, x_T, wanted, kind, name, order)
-                    except Refused:
-                        count["refused"] += 1
-                        continue
-                    count["worked" if good else "wrong"] += 1
-                    if not good:
-                        print(f"wrong: {theory.name}, {name} {order or ''}, {kind}: {said}", flush=True)
-        print(theory.name, dict(count), flush=True)
-    return count
+    denoise, rows = SMOOTH.denoiser(theory), []
+    wanted = SMOOTH.reference(x_T, theory)
+    for name, method in methods().items():
+        for order in method.orders or (None,):
+            for kind in GRIDS:
+                row: Row = {"theory": title, "solver": name, "order": order, "grid": kind}
+                try:
+                    if method.draws or method.eta == 1:
+                        row |= resembles(theory, denoise, many, kind, name, order)
+                    elif method.free:
+                        row |= within(theory, denoise, x_T, wanted, kind)
+                    else:
+                        row |= converges(theory, denoise, x_T, wanted, kind, name, order)
+                except Refused as refusal:
+                    row |= {"found": "refused", "said": str(refusal)}
+                if row["found"] == "wrong":
+                    print("wrong:", json.dumps(row), flush=True)
+                rows.append(row)
+    return rows
+
+
+@cache
+def grid_of(kind: str, theory: Theory, steps: int) -> Tensor:
+    return times.grid(kind, theory, steps)
+
+
+@cache
+def fine_enough(theory: Theory, kind: str, carries: str, share: float) -> int:
+    """Steps at which the grid's widest step along a coordinate is this share of the whole way."""
+    steps = 8
+    while True:
+        way = coordinate(carries, theory.angle(grid_of(kind, theory, steps)))
+        if float(way.diff().abs().max()) <= share * float((way[0] - way[-1]).abs()):
+            return steps
+        steps = round(1.25 * steps)
 
 
 def converges(
     theory: Theory, denoise: Denoise, x_T: Tensor, wanted: Tensor, kind: str, name: str, order: int | None
-) -> tuple[bool, str]:
-    """Whether halving a step divides the error as promised, from 12 steps on or, if too few, later."""
-    promise, said = methods()[name].promise(order or methods()[name].usual), ""
-    for steps in (12, 48, 192, 1536):
-        coarse, fine = (
-            float((integrate(denoise, x_T, theory, grid, name, order) - wanted).square().mean().sqrt())
-            for grid in (times.grid(kind, theory, n) for n in (steps, 2 * steps))
-        )
-        said = f"order {promise}: {coarse:.1e} → {fine:.1e} at {2 * steps}"
-        if fine < FLOOR or math.log2(coarse / fine) > promise - 0.5:
-            return True, said
-    return False, said
+) -> Row:
+    """Whether the error falls as promised with the widest step."""
+    method = methods()[name]
+    promise, row = method.promise(order or method.usual), {}
+    for share in SHARES:
+        steps = fine_enough(theory, kind, method.carries, share)
+        grids = [grid_of(kind, theory, n) for n in (steps, 2 * steps)]
+        coarse, fine = (root(integrate(denoise, x_T, theory, grid, name, order) - wanted) for grid in grids)
+        wide, narrow = (widest(theory, grid, name) for grid in grids)
+        row = {"promise": promise, "steps": 2 * steps, "error": fine, "found": "wrong"}
+        if math.isfinite(fine):
+            row["measured"] = round(math.log(coarse / max(fine, 1e-16)) / math.log(wide / narrow), 2)
+            if fine < FLOOR or row["measured"] > promise - SLACK:
+                return row | {"found": "worked"}
+    return row
 
 
-def resembles(
-    theory: Theory, denoise: Denoise, x_T: Tensor, kind: str, name: str, order: int | None
-) -> tuple[bool, str]:
-    """Whether what is drawn with fresh noise has the data's means and widths, at 48 steps or at 400."""
-    data, said = SMOOTH.sample(4096), ""
-    for steps in (48, 400):
-        grid = times.grid(kind, theory, steps)
+def within(theory: Theory, denoise: Denoise, x_T: Tensor, wanted: Tensor, kind: str) -> Row:
+    """Whether a walk with its own times keeps its tolerance, whatever the grid."""
+    grid = grid_of(kind, theory, 10)
+    error = root(integrate(denoise, x_T, theory, grid, "adaptive", tolerance=1e-4) - wanted)
+    return {"error": error, "found": "worked" if error < 1e-3 else "wrong"}
+
+
+def root(miss: Tensor) -> float:
+    return float(miss.square().mean().sqrt())
+
+
+def resembles(theory: Theory, denoise: Denoise, x_T: Tensor, kind: str, name: str, order: int | None) -> Row:
+    """Whether what is drawn with fresh noise has the data's means and widths."""
+    data, row = SMOOTH.sample(4096), {}
+    for share in (1 / 24, 1 / 200):
+        steps = fine_enough(theory, kind, methods()[name].carries, share)
+        grid = grid_of(kind, theory, steps)
         found = integrate(denoise, x_T, theory, grid, name, order, noise=noise.of(0))
+        found = found / float(torch.hypot(*theory.data(theory.t_data)))
         off = float((found.mean(0) - data.mean(0)).abs().max())
         wide = float((found.std(0) / data.std(0) - 1).abs().max())
-        said = f"at {steps} steps the mean is off by {off:.2f}, the width by {wide:.0%}"
-        if off < 0.2 and wide < 0.2:
-            return True, said
-    return False, said
+        good = off < 0.2 and wide < 0.2
+        row = {"steps": steps, "off": off, "wide": wide, "found": "worked" if good else "wrong"}
+        if good:
+            break
+    return row
 
 
-def judged(run: Callable[[int], End], count: Counter[str], title: str) -> None:
-    """Count a peer's combination: its error at 12 and 48 steps, between its own two ends."""
-    try:
-        errors = []
-        for steps in (12, 48):
-            end = run(steps)
-            start, stop = (math.atan2(s, a) for a, s in (end.start, end.end))
-            exact = SMOOTH.endpoint(end.start_x.double() / math.hypot(*end.start), start, stop, 1e-7)
-            errors.append(float((end.x - math.hypot(*end.end) * exact).square().mean().sqrt()))
-    except Exception as crash:  # a peer may fail in any way
-        count["crashed" if not isinstance(crash, ValueError) else "refused"] += 1
-        return
-    if not all(map(math.isfinite, errors)):
-        count["not finite"] += 1
-    elif errors[1] < max(0.7 * errors[0], 2e-3):
-        count["worked"] += 1
-    else:
-        count["wrong"] += 1
-        print(f"{title}: {errors[0]:.1e} → {errors[1]:.1e}", flush=True)
+# ---------------------------------------------------------------- the table
 
 
-def k_diffusion() -> Counter[str]:
-    load_k_diffusion()
-    import k_diffusion.sampling as K
-
-    x = noise.normal((2,), 0, range(16)).double()
-    still = {"eta": 0.0, "noise_sampler": lambda *_: 0.0}
-    samplers = {
-        K.sample_euler: {}, K.sample_heun: {}, K.sample_dpm_2: {}, K.sample_lms: {}, K.sample_dpmpp_2m: {},
-        K.sample_dpmpp_2s_ancestral: still, K.sample_dpmpp_2m_sde: still, K.sample_dpmpp_3m_sde: still,
-    }  # fmt: skip
-    grids = {
-        "karras": lambda n: K.get_sigmas_karras(n, 0.002, 80),
-        "exponential": lambda n: K.get_sigmas_exponential(n, 0.002, 80),
-        "polyexponential": lambda n: K.get_sigmas_polyexponential(n, 0.002, 80),
-        "vp": lambda n: K.get_sigmas_vp(n),
-    }
-    count: Counter[str] = Counter()
-    for sample, options in samplers.items():
-        for name, grid in grids.items():
-
-            def run(steps: int, s=sample, o=options, g=grid) -> End:
-                sigmas = g(steps).double()
-                start = x * sigmas[0]
-                net = lambda x, v: SMOOTH.posterior(x, torch.tensor(1.0).double(), v[0].double())[0]  # noqa: E731
-                end = s(net, start, sigmas, disable=True, **o)
-                return End(end, start, (1.0, float(sigmas[0])), (1.0, float(sigmas[-1])))
-
-            judged(run, count, f"k-diffusion {sample.__name__}, {name}")
-    return count
+def table(rows: list[Row]) -> str:
+    lines = ["| library | combinations | worked | refused | wrong | else |", "|---|---|---|---|---|---|"]
+    for library in dict.fromkeys(row.get("library", "sfumato") for row in rows):
+        found: Counter[str] = Counter()
+        for row in rows:
+            if row.get("library", "sfumato") == library:
+                found.update(row["counts"] if "counts" in row else {row["found"]: 1})
+        other = ", ".join(f"{k} {v}" for k, v in found.items() if k not in ("worked", "refused", "wrong"))
+        cells = [library, found.total(), found["worked"], found["refused"], found["wrong"], other or "none"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
 
 
-def azula() -> Counter[str]:
-    import azula.noise as N
-    import azula.sample as S
-    from azula.denoise import Denoiser, DiracPosterior
-
-    x = noise.normal((2,), 0, range(16)).double()
-
-    class Known(Denoiser):
-        def __init__(self, schedule: object) -> None:
-            super().__init__()
-            self.schedule = schedule
-
-        def forward(self, x: torch.Tensor, t: torch.Tensor, **_: object) -> object:
-            a, s = self.schedule(t)
-            return DiracPosterior(mean=SMOOTH.posterior(x, a.double(), s.double())[0])
-
-    count: Counter[str] = Counter()
-    schedules = ["VPSchedule", "VESchedule", "CosineSchedule", "RectifiedSchedule", "DecaySchedule"]
-    names_ = ["DDIM", "Euler", "Heun", *(f"{k}AB" for k in ("z", "v", "zE", "xE", "RE"))]
-    for schedule in (s for s in schedules if hasattr(N, s)):
-        for name in names_:
-            for order in (2, 3, 4) if name.endswith("AB") else (None,):
-
-                def run(steps: int, c=schedule, k=name, o=order) -> End:
-                    made = getattr(N, c)()
-                    how = {"eta": 0.0} if k == "DDIM" else {"order": o} if o else {}
-                    sampler = getattr(S, f"{k}Sampler")(
-                        Known(made), steps=steps, silent=True, dtype=torch.float64, **how
-                    )
-                    start, end = (
-                        tuple(map(float, made(t)))
-                        for t in (torch.ones(()).double(), torch.zeros(()).double())
-                    )
-                    begun = x * math.hypot(*start)
-                    return End(sampler(begun), begun, start, end)
-
-                judged(run, count, f"azula {name}{order or ''}, {schedule}")
-    return count
+def by(rows: list[Row], key: Callable[[Row], str], title: str) -> str:
+    """Counts, the least margin of an order over its promise, and the errors, grouped."""
+    lines = [f"| {title} | worked | refused | wrong | least order − promise |", "|---|---|---|---|---|"]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    for name, group in groups.items():
+        found = Counter(row["found"] for row in group)
+        margins = [r["measured"] - r["promise"] for r in group if "measured" in r and r["error"] > FLOOR]
+        cells = [name, found["worked"], found["refused"], found["wrong"]]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{min(margins):+.2f}" if margins else ""])) + " |")
+    return "\n".join(lines)
 
 
-def diffusers_schedulers() -> Counter[str]:
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()
-    count: Counter[str] = Counter()
-    kinds = [{}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}]
-    answers = ["epsilon", "sample", "v_prediction", "flow_prediction"]
-    for title in ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete",  # noqa: E501
-                  "HeunDiscrete", "LMSDiscrete", "DDIM", "IPNDM", "PNDM"):  # fmt: skip
-        make = getattr(diffusers, f"{title}Scheduler")
-        for answer in answers:
-            for kind in kinds:
-                flow = {"use_flow_sigmas": True} if answer == "flow_prediction" else {}
-                try:
-                    scheduler = make(prediction_type=answer, **kind, **flow)
-                    scheduler.set_timesteps(12)
-                    x = torch.randn(4, 1, 2, 2) * float(getattr(scheduler, "init_noise_sigma", 1.0))
-                    for t in scheduler.timesteps:
-                        x = scheduler.step(torch.zeros_like(x), t, x).prev_sample
-                    count["worked" if bool(x.isfinite().all()) else "not finite"] += 1
-                except (ValueError, NotImplementedError, ImportError, TypeError):
-                    count["refused"] += 1
-                except (IndexError, RuntimeError, AttributeError, AssertionError):
-                    count["crashed"] += 1
-    return count
+def report(rows: list[Row]) -> str:
+    own = [row for row in rows if "found" in row]
+    said = Counter(row["said"] for row in own if "said" in row)
+    seconds = sum(row.get("seconds", 0.0) for row in rows)
+    about = (__doc__ or "").split("\n\n")[2].strip()
+    return "\n".join([
+        "# Every theory on every solver on every grid", "", about, "",
+        f"{len({row['theory'] for row in own})} theories, {len(GRIDS)} grids; {seconds:.0f} CPU seconds, one "
+        f"thread, torch {torch.__version__}.", "", table(rows), "",
+        by(own, lambda row: row["theory"], "theory"), "",
+        by(own, lambda row: f"{row['solver']} {row['order'] or ''}".strip(), "solver"), "",
+        by(own, lambda row: row["grid"], "grid"), "", "What was refused, and with which sentence:", "",
+        *(f"- {count} × {sentence}" for sentence, count in said.items()), "",
+    ])  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", default="", help="part of a theory's name; then ours alone")
-    only = parser.parse_args().only
-    lines = ["| library | combinations | worked | refused | wrong | else |", "|---|---|---|---|---|---|"]
-    for title, tried in (
-        ("diffusers", diffusers_schedulers),
-        ("k-diffusion", k_diffusion),
-        ("azula", azula),
-        ("sfumato", lambda: ours(only)),
-    ):
-        if only and title != "sfumato":
+    parser.add_argument("--only", default="", help="part of a theory's or a library's name")
+    parser.add_argument("--out", type=Path, default=Path("runs/theory-complete"))
+    asked = parser.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    kept = asked.out / "theory_complete.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {row.get("library") or row.get("theory") for row in rows}
+    jobs: dict[str, Callable[[], list[Row]]] = {
+        **{
+            name: lambda run=run, name=name: [{"library": name, "counts": run()}]
+            for name, run in PEERS.items()
+        },
+        **{title: lambda t=title, one=one: ours(t, one) for title, one in theories().items()},
+    }
+    for title, run in jobs.items():
+        if title in done or asked.only not in title:
             continue
-        try:
-            found = tried()
-        except ImportError as missing:
-            print(f"left out: {title} ({missing})")
-            continue
-        other = ", ".join(f"{k} {v}" for k, v in found.items() if k not in ("worked", "refused", "wrong"))
-        cells = [title, found.total(), found["worked"], found["refused"], found["wrong"], other or "none"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    print("\n".join(lines))
+        began = time.process_time()
+        found = run()
+        found[0]["seconds"] = time.process_time() - began
+        print(f"{title}: {found[0]['seconds']:.0f} s", flush=True)
+        with kept.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in found)
+        rows += found
+    print(table(rows))
+    (asked.out / "theory_complete.md").write_text(report(rows))
 
 
 if __name__ == "__main__":

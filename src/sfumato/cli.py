@@ -127,6 +127,8 @@ def train(
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder or a model's.")],
     prompt: options.Prompts = None,
+    label: options.Labels = None,
+    region: options.Regions = None,
     negative: options.Negative = "",
     image: options.Images = None,
     lora: options.Loras = None,
@@ -223,7 +225,9 @@ def evaluate(
 @app.command()
 @answers
 def data(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of pictures, or an embedded set.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="A folder of pictures, an embedded set, or a store.")
+    ],
     captions: Annotated[
         str, typer.Option(metavar="WHERE", help="files, folder (class names) or none.")
     ] = "files",
@@ -234,15 +238,30 @@ def data(
     model: Annotated[
         str, typer.Option(metavar="MODEL", help="Whose tokenizer counts: minilm, none, a model's folder.")
     ] = "minilm",
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Of a store: remove what nobody needs; without it, say what.")
+    ] = False,
+    keep: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(metavar="RECIPE", help="Of a store: also keep what this recipe needs; repeat it."),
+    ] = None,
+    days: Annotated[
+        float, typer.Option(metavar="N", min=0, help="Of a store: keep what is younger, whoever needs it.")
+    ] = 30.0,
     out: Annotated[Path, out_option("runs/data")] = Path("runs/data"),
     json: Json = False,
 ) -> None:
     """Report on a data set, as a page.
 
-    Counts, sizes, captions, and every file that was set aside with its reason.
+    Counts, sizes, captions, and every file that was set aside with its reason. Of a store of encodings:
+    what is in it, who needs it, and what --collect would free.
     """
     from .commands import dataset
 
+    if dataset.is_store(folder, collect or bool(keep)):
+        from .commands import storage
+
+        return storage.store(Path(folder).expanduser(), keep or [], days, collect, json)
     asked = dataset.Asked(resolution // 16 * 16, buckets, frames, rate, model)
     dataset.data(folder, captions, asked, out, json)
 

@@ -106,17 +106,20 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             yield beside
-            for entry in sorted(beside.rglob("*")):
-                _sync(entry)
-            _sync(beside)
-            _take_place(beside, path)
+            take_place(beside, path)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
 
 
-def _take_place(beside: Path, path: Path) -> None:
-    """Rename `beside` to `path`; a folder that stood there goes first, out of sight in one rename."""
+def take_place(beside: Path, path: Path) -> None:
+    """Bring all of the folder `beside` to the disk and rename it to `path`.
+
+    A folder that stood there goes first, out of sight in one rename.
+    """
+    for entry in sorted(beside.rglob("*")):
+        _sync(entry)
+    _sync(beside)
     former = None
     if path.exists():
         former = path.with_name(f".{path.name}.{os.getpid()}.old.part")

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from sfumato.data import encode, formats, shard
+from sfumato.data.collecting import collect
 from sfumato.data.encode import Companion, Encoding
 from sfumato.data.encoded import NO_LABEL
 from sfumato.data.index import Index
@@ -214,7 +215,7 @@ def test_a_store_can_be_moved_and_swept(tmp_path):
     store = Store(tmp_path / "there")
     files = {place.path for item in moved.items for place in item.pictures}
     keys = set(sorted(one for file in files for one in shard.header(Path(file)))[:7])
-    assert store.collect("pixels", keys) > 0
+    assert collect(store, {"pixels": keys}, days=0, remove=True).freed_bytes > 0
     assert store.has("pixels", keys) == keys
     _, encoder = fill(tmp_path / "there")
     assert encoder.pixels == 20 - len(keys)
@@ -288,6 +289,23 @@ def test_pictures_of_other_shapes_are_other_buckets(tmp_path):
     assert sorted(set(encoded.buckets)) == [(3, 4, 4), (3, 8, 4)]
     with pytest.raises(ValueError, match="one bucket"):
         encoded.read([0, 1])
+
+
+def test_a_sample_reads_the_same_alone_and_in_a_batch_and_may_be_written_into(tmp_path):
+    """Also where its numbers lie off their boundaries: the entry before has an odd number of bytes."""
+
+    class Odd(Encoder):
+        def look(self, pixels):
+            latents = super().look(pixels)
+            return {"latents": latents, "mask": latents[:, 0, 0, :3] > 0}
+
+    encoded, _ = fill(tmp_path, 6, encoder=Odd())
+    whole = encoded._tensors([item.pictures[0] for item in encoded.items])
+    for row, item in enumerate(encoded.items):
+        alone = encoded._tensors([item.pictures[0]])
+        assert all(torch.equal(alone[name][0], whole[name][row]) for name in ("latents", "mask"))
+        alone["latents"] += 1
+    assert torch.equal(encoded._tensors([encoded.items[2].pictures[0]])["latents"][0], whole["latents"][2])
 
 
 def test_a_batch_is_read_in_microseconds(tmp_path):

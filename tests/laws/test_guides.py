@@ -10,9 +10,10 @@ from PIL import Image
 import sfumato
 from sfumato.data import controls, guided_shapes
 from sfumato.data.sample import HELD_OUT
+from sfumato.data.scenes import SHAPES
 from sfumato.errors import Refused
 from sfumato.generation import PaintingModel, load
-from sfumato.stages import Condition, new_theory
+from sfumato.stages import Condition, blocks, new_theory
 from sfumato.stages.codec import PixelCodec
 from sfumato.stages.dit import DiT
 from sfumato.stages.guides import GuidePlan, guide
@@ -60,6 +61,33 @@ def test_a_new_guide_leaves_its_base_as_it_is(kind, model, tmp_path):
     model.info["theory"] = "flow-matching"
     model.save(tmp_path / "model")
     assert torch.equal(load(tmp_path / "model").predict(x, t, shown), after)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_are_computed_again_give_the_same_gradients(kind):
+    """Law: what a guide hooks into a block acts again when the block is computed again."""
+
+    def gradients(every: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        dit = DiT(3, width=32, depth=3, heads=2, patch=2, canvas=2, text_width=8)
+        painter = PaintingModel(
+            new_theory(""), PixelCodec(), NoConditioner(), dit, {"resolution": 16, "steps": 4}
+        )
+        guided = guide(painter, [GuidePlan(kind)])
+        for weight in guided.parameters():
+            weight.data.normal_(0, 0.1)
+        blocks.recompute(dit, every)
+        text = {"tokens": torch.randn(2, 3, 8), "pooled": torch.randn(2, 8)}
+        shown = guided.encoders(painter)[KINDS[kind]].encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+        out = guided(torch.randn(2, 3, 16, 16), torch.rand(2), Condition({**text, KINDS[kind]: shown}))
+        out.square().sum().backward()
+        return {name: one.grad for name, one in guided.named_parameters() if one.grad is not None}
+
+    once, again = gradients(0), gradients(1)
+    assert len(once) > 10 and once.keys() == again.keys()
+    assert any(name.startswith("guides") and float(one.abs().max()) for name, one in once.items())
+    for name, one in once.items():
+        torch.testing.assert_close(again[name], one)
 
 
 def test_two_controlnets_act_apart(model):
@@ -121,6 +149,19 @@ def test_held_out_things_are_never_trained_on():
     asked = {sample.captions[0] for sample in whole.of(HELD_OUT)}
     assert asked and all(caption.startswith("make it ") for caption in asked)
     assert not set(guided_shapes.UNSEEN) & set(guided_shapes.SEEN)
+
+
+def test_a_reference_says_what_the_words_leave_out():
+    """Law: no caption beside a reference names shape or color; the words that do never name unseen ones."""
+    known = set(guided_shapes.COLORS) | set(SHAPES)
+    beside = guided_shapes.reference(count=40, held_out=20, size=32)
+    assert not any(known & set(sample.captions[0].split()) for sample in beside.samples)
+    alone = guided_shapes.lone(count=40, held_out=20, size=32)
+    pictures = [[sample.picture().tobytes() for sample in found.samples] for found in (alone, beside)]
+    assert pictures[0] == pictures[1]
+    said = [set(sample.captions[0].split()) for sample in alone.of("train")]
+    assert all(len(words & known) == 2 for words in said)
+    assert not any({shape, color} <= words for words in said for shape, color in guided_shapes.UNSEEN)
 
 
 RECIPE = """output = "{name}"

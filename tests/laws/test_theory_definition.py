@@ -74,6 +74,16 @@ def test_a_change_of_theory_keeps_the_perfect_answer(theory, there):
     torch.testing.assert_close(there.log_snr(moved), theory.log_snr(t), rtol=1e-10, atol=1e-10)
 
 
+@each_theory
+@pytest.mark.parametrize("ask", ["log_snr", "angle", "rows", "reader", "singular"])
+def test_outside_its_times_a_theory_answers_with_a_sentence(theory, ask):
+    low, high = sorted((theory.t_data, theory.t_noise))
+    for t in (low - 0.1, 1.1 * high, [0.5 * (low + high), high + 5], math.nan):
+        with pytest.raises(Refused, match=f'outside "{theory.name}", whose times lie between'):
+            getattr(theory, ask)(t)
+    assert bool(theory.angle([low, high]).isfinite().all())
+
+
 def test_the_textbook_coefficients():
     half = torch.tensor(0.25, dtype=F64)
     flow, ddpm, edm = get("flow-matching"), get("ddpm-epsilon"), get("edm")
@@ -161,6 +171,9 @@ def test_a_shuffled_angle_a_negative_level_and_a_wrong_shape_are_found():
         (lambda: get("ddpm-x0").mix(torch.randn(2, 2), torch.randn(2, 2), 500), r"t = \(n \+ 1\)/N"),
         (lambda: get("flow-matching").mix(torch.randn(2, 2), torch.randn(2, 2), math.nan), "outside"),
         (lambda: get("flow-matching").time_at(math.nan), "not a number"),
+        (lambda: get("flow-matching").time_of(math.nan), "not a number"),
+        (lambda: get("flow-matching").step_weights(0.5, -0.5), "outside"),
+        (lambda: Theory(data=lambda t: (1, t, t), model=lambda t: (-1, 1)).data(0.5), "not 3"),
         (lambda: get("flow-matching").data(torch.ones(2) + 1j), "no time"),
         (lambda: times.trained(1000), "from 0 to 999"),
         (lambda: get("trigflow").mix(torch.randn(2, 2), torch.randn(2, 3), 0.5), "make them equal"),

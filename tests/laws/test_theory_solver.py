@@ -19,6 +19,7 @@ from sfumato.theory import (
     oracle,
     solve,
     times,
+    widest,
 )
 
 F64 = torch.float64
@@ -52,6 +53,29 @@ def test_halving_the_step_divides_the_error_by_two_to_the_order(solver, order):
     promised = methods()[solver].promise(order or methods()[solver].usual)
     coarse, fine = (error(theory, steps, solver=solver, order=order) for steps in (32, 64))
     assert math.log2(coarse / fine) > promised - 0.3, (coarse, fine)
+
+
+@pytest.mark.parametrize("solver", ["multistep", "unipc"])
+@pytest.mark.parametrize("most", [0.5, 0.9])
+def test_a_fourth_order_is_fourth_wherever_it_starts(solver, most):
+    """Law: what the first steps lose does not cap the order, also where the path begins half in the data."""
+    theory = Theory(data=lambda t: (1 - most * t, most * t), model=lambda t: (-1, 1))
+    wanted, errors, steps = SMOOTH.reference(X_T[:16], theory), [], []
+    for count in (48, 96):
+        grid = times.linear(theory, count)
+        found = integrate(SMOOTH.denoiser(theory), X_T[:16], theory, grid, solver, 4)
+        errors.append(float((found - wanted).square().mean().sqrt()))
+        steps.append(widest(theory, grid, solver))
+    assert math.log(errors[0] / errors[1]) / math.log(steps[0] / steps[1]) > 3.7
+
+
+def test_the_widest_step_is_along_what_a_solver_carries():
+    flow, edm = get("flow-matching"), get("edm")
+    assert math.isclose(widest(flow, times.cosine(flow, 10)), math.pi / 20)
+    assert math.isclose(
+        widest(edm, times.linear(edm, 80), "euler"), math.pi / 4
+    )  # the last step: σ from 1 to 0
+    assert widest(edm, times.linear(edm, 80), "dpm++") > 2  # … is nearly half of all log-SNR there is
 
 
 @pytest.mark.parametrize("solver, order", SOLVERS)

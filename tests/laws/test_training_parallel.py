@@ -1,47 +1,14 @@
 """Laws of many processes: they are one run, in exact mode bit for bit."""
 
-import multiprocessing
-import os
-import socket
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import torch._dynamo  # here, so that no forked process imports it
 from safetensors.torch import load_file
-from training_world import fingerprint, train
+from training_processes import run_on
 
 from sfumato.errors import Refused
 from sfumato.record import RunFolder
-from sfumato.training import parallel
 from sfumato.training.parallel import Division, Gradients, Processes
 from sfumato.training.settings import TrainSettings
-
-
-def work(rank: int, count: int, port: int, folder: Path, changes: dict[str, object]) -> None:
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with parallel.joined("cpu"):
-        train(folder, **changes)
-
-
-def run_on(count: int, folder: Path, **changes: object) -> str:
-    """Train on `count` processes; the fingerprint of what they end with."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=work, args=(rank, count, port, folder, changes)) for rank in range(count)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
-    return fingerprint(folder)
-
 
 EXACT = {"exact_elastic": True, "batch": 6, "virtual_ranks": 4}
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from training_world import fingerprint
 
 from sfumato.record import RunFolder
+from sfumato.training import checkpoint
 
 RECIPE = """
 output = "{output}"
@@ -53,12 +55,12 @@ def folder(tmp_path) -> Path:
 
 
 def start(
-    folder: Path, output: str, processes: int, steps: int = 6, restarts: int = 0
+    folder: Path, output: str, processes: int, steps: int = 6, restarts: int = 0, *more: str
 ) -> subprocess.Popen[str]:
     recipe = folder / f"{output}.toml"
     recipe.write_text(RECIPE.format(output=output, steps=steps))
     many = [*TORCHRUN, str(processes), "--max-restarts", str(restarts)] if processes > 1 else []
-    words = [sys.executable, *many, "-m", "sfumato", "train", str(recipe)]
+    words = [sys.executable, *many, "-m", "sfumato", "train", str(recipe), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
@@ -73,6 +75,47 @@ def test_torchrun_on_2_and_4_processes_is_the_run_of_one(folder):
     for processes in (1, 2, 4):
         finish(start(folder, f"on{processes}", processes))
     assert len({fingerprint(folder / f"on{processes}") for processes in (1, 2, 4)}) == 1
+
+
+@pytest.mark.slow
+def test_copies_and_divided_networks_are_the_run_of_one_also_when_it_moves_between_them(folder):
+    """1 → 2 copies → 2 divided → 1, stopped by SIGTERM or at the end of its steps."""
+    fast, steps = "train.exact_elastic=false", 12
+    ways = {"one": (1, "auto"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
+    for output, (processes, name) in ways.items():
+        finish(start(folder, output, processes, steps, 0, fast, f"train.parallel={name}"))
+    finish(start(folder, "moved", 1, 3, 0, fast))
+    stopped = start(folder, "moved", 2, 10_000, 0, fast, "train.parallel=ddp")
+    events = RunFolder(folder / "moved")
+    wait_for(lambda: any(e["kind"] == "start" and e["processes"] == 2 for e in events.events()))
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=300)
+    reached = int(events.checkpoint_folders()[-1].name.removeprefix("step-"))
+    finish(start(folder, "moved", 2, reached + 3, 0, fast, "train.parallel=fsdp"))
+    finish(start(folder, "moved", 1, reached + 5, 0, fast))
+    finish(start(folder, "through", 1, reached + 5, 0, fast))
+    for output, other in (("one", "ddp"), ("one", "fsdp"), ("through", "moved")):
+        assert distance(folder / output, folder / other) < 1e-6
+
+
+def distance(folder: Path, other: Path) -> float:
+    """How far apart the weights, averages and moments of two runs are, relative to their size."""
+    far = size = 0.0
+    for group in ("model", "ema", "optimizer"):
+        one, two = (
+            checkpoint.read(RunFolder.open(place).checkpoint_folders()[-1], group)
+            for place in (folder, other)
+        )
+        assert one.keys() == two.keys() and one
+        far += sum(float((one[name].double() - two[name].double()).square().sum()) for name in one)
+        size += sum(float(tensor.double().square().sum()) for tensor in one.values())
+    return (far / size) ** 0.5
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not ready() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

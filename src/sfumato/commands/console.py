@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ..studio.page import duration
+
 
 def say(text: str) -> None:
     """A message, on stderr."""
@@ -19,13 +21,6 @@ def result(value: Any, text: str, as_json: bool) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     print(json.dumps(value, ensure_ascii=False, default=str) if as_json else text, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """A length of time in words: "8 s", "3 min", "2.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Progress:

@@ -21,6 +21,23 @@ class Asked:
     model: str
 
 
+def is_store(folder: str, must: bool) -> bool:
+    """Whether `folder` is a store of encodings.
+
+    Raises:
+        Refused: it is none, but `must` be one.
+    """
+    from ..workflow.collecting import is_store as looks_like_one
+
+    found = looks_like_one(Path(folder).expanduser())
+    if must and not found:
+        raise Refused(
+            f"{folder} is no store of encodings, and --collect and --keep are about one. Give the folder "
+            "that data.store names, by default ~/.cache/sfumato."
+        )
+    return found
+
+
 def data(folder: str, captions: str, asked: Asked, out: Path, as_json: bool) -> None:
     """Write a page about a data set; files that were set aside are named, and are no failure."""
     from ..data import sources

@@ -21,12 +21,13 @@ PICTURES = ("control", *SHOWN[:4], "reference", "init", "strength", "mask")
 class Asked:
     """What the command line asks for: with which model, what, how, and where it goes.
 
-    wanted: arguments of the model's own `generate`; kinds: of file, default PNG, of clips MP4; fps: of clips,
-    default as the model was trained.
+    labels: classes, of a model that knows classes instead of prompts; wanted: arguments of the model's own
+    `generate`; kinds: of file, default PNG, of clips MP4; fps: of clips, default as the model was trained.
     """
 
     folder: Path
     prompts: list[str]
+    labels: list[str]
     count: int
     wanted: dict[str, Any]
     out: Path
@@ -50,9 +51,12 @@ class Asked:
         own = {
             "folder": said.pop("model"),
             "prompts": said.pop("prompt") or [],
+            "labels": said.pop("label") or [],
             "kinds": said.pop("format") or (),
             "guides": said.pop("guide") or [],
         }
+        regions = [region(one) for one in said.pop("region") or []]
+        said |= {"regions": regions} if regions else {}
         pictures = shown({name: said.pop(name) for name in PICTURES}, said.pop("control_from"))
         wanted = further(said.pop("image") or [], said.pop("option") or [])
         if said["guidance_form"] == "cfg":
@@ -77,7 +81,7 @@ def generate(asked: Asked, as_json: bool) -> None:
     device = str(resolve(asked.device))
     model = loaded(asked, device)
     kinds, fps = formats(asked, model)
-    prompts = [prompt for prompt in asked.prompts or [""] for _ in range(asked.count)]
+    prompts = [prompt for prompt in asked.prompts or asked.labels or [""] for _ in range(asked.count)]
     options = asked.options
     told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if "guidance_by" in options:
@@ -117,7 +121,15 @@ def loaded(asked: Asked, device: str) -> Any:
         model.add_lora(file, weight)
     for place in asked.guides:
         attach(model, place)
-    if not asked.prompts and model.conditioner.kind != "none":
+    if asked.labels and (asked.prompts or model.conditioner.kind != "labels"):
+        raise Refused(
+            "Give --label or --prompt, not both."
+            if asked.prompts
+            else f"--label {asked.labels[0]}: this model was not trained on classes. Use --prompt."
+        )
+    if not asked.prompts and not asked.labels and model.conditioner.kind != "none":
+        if model.conditioner.kind == "labels":
+            raise Refused("Say which class to draw: --label NAME. Repeat --label for several pictures.")
         raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
     return model
 
@@ -194,7 +206,7 @@ def plain(options: dict[str, Any]) -> dict[str, Any]:
     from PIL.Image import Image
 
     def is_picture(value: Any) -> bool:
-        return any(map(is_picture, value)) if isinstance(value, list) else isinstance(value, Image)
+        return any(map(is_picture, value)) if isinstance(value, list | tuple) else isinstance(value, Image)
 
     return {name: value for name, value in options.items() if not is_picture(value)}
 
@@ -205,14 +217,12 @@ def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
     Raises:
         Refused: a file that cannot be read, or a kind of control without one.
     """
-    from ..stages.seeing import picture
-
     known = {name: value for name, value in said.items() if value not in (None, [])}
     for name in ("reference", "init", "mask"):
         if name in known:
-            known[name] = picture(known[name])
+            known[name] = still_or_clip(known[name])
     if "control" in known:
-        known["control"] = [picture(file) for file in known["control"]]
+        known["control"] = [still_or_clip(file) for file in known["control"]]
         if control_from:
             known["control"] = [made(one, control_from) for one in known["control"]]
     elif control_from:
@@ -223,8 +233,22 @@ def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
     return known
 
 
+def still_or_clip(file: Any) -> Any:
+    """The picture in a file; of a video or an animation its path, for models that draw clips."""
+    from ..data.clips import is_clip
+    from ..stages.seeing import picture
+
+    return str(file) if is_clip(str(file), Path(file)) else picture(file)
+
+
 def made(one: Any, kind: str) -> Any:
-    """A control picture of this kind, made of a picture."""
+    """A control picture of this kind, made of a picture.
+
+    Raises:
+        Refused: of a clip.
+    """
+    if isinstance(one, str):
+        raise Refused(f"--control-from makes a control of a picture, but {one} is a clip. Give its control.")
     from ..data.controls import control
     from ..data.media import fit, to_pixels
     from ..generation import to_images
@@ -248,6 +272,22 @@ def further(images: list[Path], options: list[str]) -> dict[str, Any]:
         except ValueError:
             known[name.strip()] = value
     return known
+
+
+def region(said: str) -> tuple[Any, str]:
+    """MASK:TEXT, the mask as a picture.
+
+    Raises:
+        Refused: no such pair, or no such file.
+    """
+    from ..stages.seeing import picture
+
+    file, colon, prompt = said.partition(":")
+    if not colon or not file or not prompt.strip():
+        raise Refused(
+            f'--region "{said}" must be a mask\'s file and a prompt: --region "left.png:a red apple".'
+        )
+    return picture(file), prompt.strip()
 
 
 def weighted(lora: str) -> tuple[str, float]:

@@ -13,6 +13,16 @@ Prompts = Annotated[
     Optional[list[str]],
     typer.Option("--prompt", "-p", metavar="TEXT", help="What to draw; repeat it for a batch."),
 ]
+Labels = Annotated[
+    Optional[list[str]],
+    typer.Option("--label", metavar="NAME", help="Of a model of classes: a class or its number; repeat it."),
+]
+Regions = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--region", metavar="MASK:TEXT", help="What is drawn where the mask's file is white; repeat it."
+    ),
+]
 Negative = Annotated[str, typer.Option(metavar="TEXT", help="What to lean away from.")]
 Count = Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")]

@@ -46,9 +46,14 @@ KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def control(pixels: Tensor, kind: str) -> Tensor:
     """The control pictures of pixels [B, 3, H, W] in [-1, 1], as such pixels; colors count as lightness does.
 
+    Of clips [B, 3, F, H, W], every frame's.
+
     Raises:
         Refused: no such kind, or scikit-image is not installed.
     """
+    if pixels.ndim == 5:
+        frames = control(pixels.transpose(1, 2).flatten(0, 1), kind)
+        return frames.unflatten(0, (len(pixels), -1)).transpose(1, 2)
     draw = KINDS[one_of("Control", kind, KINDS)]
     try:
         import skimage  # noqa: F401

@@ -5,11 +5,7 @@ becomes one shard, and batches never cross chunks. So a killed encode loses its 
 command completes the store with the very bytes an undisturbed run would have written.
 """
 
-import hashlib
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby, islice
 from typing import TypeVar
@@ -23,15 +19,16 @@ from . import formats, streamed, together, views
 from .encoded import Batch, EncodedSet, Item
 from .index import Place
 from .sample import Sample, SetAside
-from .store import Store, key
+from .store import Store
 from .streamed import StreamedSet
+from .uses import Owner
 from .views import Companion, Encoding, Size, Task
+from .work import Progress, Work, ahead, lay_out, of_companion, threads
 
 T = TypeVar("T")
 R = TypeVar("R")
 Pixels = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 Texts = Callable[[list[str]], list[dict[str, Tensor]]]
-Progress = Callable[[int, int, str], None]
 
 MEASURED = 64  # entries of which the error of a smaller number format is measured
 
@@ -76,6 +73,7 @@ def fill(
     part: tuple[int, int] = (0, 1),
     patience: float = 600.0,
     companions: Mapping[str, Companion] | None = None,
+    owner: Owner | None = None,
 ) -> EncodedSet:
     """Encode what the store lacks of these samples, verify what it has, and return them ready to be read.
 
@@ -89,22 +87,19 @@ def fill(
             shard, waits for the others (while shards come, and `patience` seconds more) and takes over from
             those that died.
         companions: which further pictures of the samples ("control", "mask", …) to encode too, and how.
+        owner: the run that all this is for; while its folder exists, the entries are not collected.
     Returns:
         The set, its `set_aside` naming every sample that could not be used, its `notes` what was repaired.
     Raises:
         Refused: no sample is left. Failed: the disk is full (what was stored stays valid).
     """
     run = _Run(store, how, progress or (lambda done, total, phase: None), part)
-    tasks = _plan(run, samples, bucket_of)
-    companions = companions or {}
-    tasks, beside = _companions(run, tasks, companions)
-    encoders = {"": encode_pixels, **{name: one.encode for name, one in companions.items()}}
-    pictures = [*tasks, *beside.values()]
+    work = lay_out(samples, bucket_of, how, companions or {}, encode_captions is not None, run.progress)
+    run.set_aside, pictures, texts = work.set_aside, work.pictures, work.texts
+    encoders = {"": encode_pixels, **{name: one.encode for name, one in (companions or {}).items()}}
     owners = {one: task.sample.name for task in pictures for one in task.keys}
-    texts: dict[str, str] = {}
-    if encode_captions is not None:
-        captions = {caption for task in tasks for caption in task.sample.captions} | {""}
-        texts = {caption: _text_key(how, caption) for caption in captions}
+    if owner is not None:
+        _hold(run, owner, work)
     mine = together.begin(store.root, together.name_of([*owners, *texts.values()]), *part)
     _repair(run, "pixels", owners if how.keeps else {})
     _repair(run, "text", {one: f'the caption "{caption}"' for caption, one in texts.items()})
@@ -121,58 +116,19 @@ def fill(
             _fill_texts(run, texts, encode_captions)
     if how.keeps:
         places = dict(zip(owners, store.places("pixels", list(owners)), strict=True))
-        return _gather(run, tasks, beside, places, failed, texts)
+        return _gather(run, work, places, failed)
     promised, failed = streamed.promise(pictures, how, encoders)
-    found = vars(_gather(run, tasks, beside, promised, failed, texts))
+    found = vars(_gather(run, work, promised, failed))
     named = {one.name: found[one.name] for one in fields(EncodedSet)}
     return StreamedSet(**named, how=how, encoders=encoders)
 
 
-def _text_key(how: Encoding, caption: str) -> str:
-    return key(hashlib.sha256(caption.encode()).hexdigest(), "caption", how.texts, how.texts_format)
-
-
-def _plan(run: _Run, samples: Sequence[Sample], bucket_of: Size | Callable[[Size], Size]) -> list[Task]:
-    """The samples that can be opened, with the keys of their views."""
-
-    def look(sample: Sample) -> Task | SetAside:
-        return views.plan(sample, bucket_of, run.how)
-
-    tasks: list[Task] = []
-    with _threads(run.how.threads) as pool:
-        for done, found in enumerate(_ahead(pool, look, samples, 64)):
-            if isinstance(found, SetAside):
-                run.set_aside.append(found)
-            else:
-                tasks.append(found)
-            run.progress(done + 1, len(samples), "reading")
-    return tasks
-
-
-def _companions(
-    run: _Run, tasks: Sequence[Task], companions: Mapping[str, Companion]
-) -> tuple[list[Task], dict[tuple[str, str], Task]]:
-    """The tasks whose samples have all companions, and the companions' own by (sample's name, which)."""
-    whole: list[Task] = []
-    beside: dict[tuple[str, str], Task] = {}
-    for task in tasks:
-        found = {
-            (task.sample.name, name): views.beside(task, name, run.how, companion)
-            for name, companion in companions.items()
-        }
-        missing = next((one for one in found.values() if isinstance(one, SetAside)), None)
-        if missing is None:
-            whole.append(task)
-            beside |= {place: one for place, one in found.items() if isinstance(one, Task)}
-        else:
-            run.set_aside.append(SetAside(task.sample.name, _of_companion(task, missing)))
-    return whole, beside
-
-
-def _of_companion(task: Task, missing: SetAside) -> str:
-    """The reason that a companion gives for setting its sample aside."""
-    where = missing.file.removeprefix(f"{task.sample.name}: ")
-    return missing.reason if missing.file == task.sample.name else f"{where}: {missing.reason}"
+def _hold(run: _Run, owner: Owner, work: Work) -> None:
+    """Keep what the owner needs from being collected, where that can be written down."""
+    try:
+        run.store.hold(owner, work.keys(run.how), [run.how.pixels, run.how.texts])
+    except Refused as problem:
+        run.notes.append(f"The store does not know that this run needs it: {problem}")
 
 
 def _repair(run: _Run, kind: str, owners: Mapping[str, str]) -> None:
@@ -204,8 +160,8 @@ def _fill_pictures(
     total = sum(map(len, chunks))
     failed: dict[tuple[str, ...], str] = {}
     done = 0
-    with _threads(how.threads) as pool:
-        decoded = _ahead(pool, views.decode, (task for chunk in chunks for task in chunk), 3 * how.batch)
+    with threads(how.threads) as pool:
+        decoded = ahead(pool, views.decode, (task for chunk in chunks for task in chunk), 3 * how.batch)
         for chunk in chunks:
             entries: dict[str, Mapping[str, Tensor]] = {}
             for group in _cut(chunk, how.batch):
@@ -279,24 +235,20 @@ def _fill_texts(run: _Run, texts: Mapping[str, str], encode: Texts) -> None:
 
 
 def _gather(
-    run: _Run,
-    tasks: Sequence[Task],
-    beside: Mapping[tuple[str, str], Task],
-    places: Mapping[str, Place | None],
-    failed: Mapping[tuple[str, ...], str],
-    texts: Mapping[str, str],
+    run: _Run, work: Work, places: Mapping[str, Place | None], failed: Mapping[tuple[str, ...], str]
 ) -> EncodedSet:
     """The samples whose encodings are all there, in the order they were given."""
+    texts = work.texts
     others: dict[str, dict[str, Task]] = {}
-    for (sample, name), other in beside.items():
+    for (sample, name), other in work.beside.items():
         others.setdefault(sample, {})[name] = other
     items = []
-    for task in tasks:
+    for task in work.tasks:
         own = others.get(task.sample.name, {})
         reasons = [(one.sample.name, failed[one.keys]) for one in (task, *own.values()) if one.keys in failed]
         if reasons:
             where = SetAside(*reasons[0])
-            run.set_aside.append(SetAside(task.sample.name, _of_companion(task, where)))
+            run.set_aside.append(SetAside(task.sample.name, of_companion(task, where)))
             continue
         captions = tuple((caption, texts.get(caption, "")) for caption in task.sample.captions)
         with_them = {name: _places(other, places) for name, other in own.items()}
@@ -305,13 +257,15 @@ def _gather(
         reasons = "; ".join(sorted({one.reason for one in run.set_aside})[:3]) or "there were none"
         raise Refused(f"No picture is left to train on: {reasons}. Look at them with: sfumato data DIR")
     null = formats.restore(run.store.get("text", texts[""])) if texts else {}
-    labels = not texts and any(task.sample.label is not None for task in tasks)
+    labels = not texts and any(task.sample.label is not None for task in work.tasks)
     for what, found in run.errors.items():
         rms = sum(one**2 for one in found) / len(found)
         run.notes.append(f"stored {what}: relative error {rms**0.5:.2%}, measured on {len(found)}.")
     run.count("samples", len(items))
     run.count("set_aside", len(run.set_aside))
-    return EncodedSet(run.store, items, null, run.set_aside, run.counts, run.notes, labels)
+    found = zip(texts.values(), run.store.places("text", list(texts.values())), strict=True)
+    written = {one: place for one, place in found if place is not None}
+    return EncodedSet(run.store, items, null, run.set_aside, run.counts, run.notes, labels, written=written)
 
 
 def _places(task: Task, places: Mapping[str, Place | None]) -> tuple[Place, ...]:
@@ -321,25 +275,3 @@ def _places(task: Task, places: Mapping[str, Place | None]) -> tuple[Place, ...]
 def _cut(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Consecutive pieces of at most `size`."""
     return (items[at : at + size] for at in range(0, len(items), size))
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that, when the block fails, does not finish what was only planned."""
-    pool = ThreadPoolExecutor(max(1, count))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
-    """work(item) for each item in order, up to `depth` of them under way at once."""
-    coming, waiting = iter(items), deque[Future[R]]()
-    for item in islice(coming, depth):
-        waiting.append(pool.submit(work, item))
-    while waiting:
-        result = waiting.popleft().result()
-        for item in islice(coming, 1):
-            waiting.append(pool.submit(work, item))
-        yield result

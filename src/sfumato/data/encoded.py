@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfumato.theory import noise
 
-from . import formats, shard
+from . import reading
 from .index import Place
 from .sample import Sample, SetAside
 from .store import Store
@@ -93,7 +93,7 @@ class EncodedSet:
     null holds the tensors of the empty caption; set_aside the files that could not be encoded; counts and
     notes say what `fill` did. labels: conditions say the class too, as `labels`. samples_posterior: show a
     new draw of the codec's posterior every epoch, not its mode. framed: conditions say how each picture was
-    cut, as `time_ids` [6] (`Item.framing`).
+    cut, as `time_ids` [6] (`Item.framing`). written: where the captions' encodings lie, by key.
     """
 
     store: Store
@@ -105,6 +105,7 @@ class EncodedSet:
     labels: bool = False
     samples_posterior: bool = True
     framed: bool = False
+    written: dict[str, Place] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.ids = [item.sample.id for item in self.items]
@@ -140,7 +141,7 @@ class EncodedSet:
         captions = _choose([item.captions for item in items], ids, seed, epoch, "caption")
         views = _choose([range(len(item.pictures)) for item in items], ids, seed, epoch, "variant")
         conditions = [self.condition(chosen[1]) if chosen and chosen[1] else {} for chosen in captions]
-        labels = torch.tensor([self.classes[i] for i in indices])
+        labels = torch.from_numpy(np.array([self.classes[i] for i in indices], np.int64))
         if self.labels:
             conditions = [{**own, "labels": label} for own, label in zip(conditions, labels, strict=True)]
         shown = [(item, view or 0) for item, view in zip(items, views, strict=True)]
@@ -154,7 +155,7 @@ class EncodedSet:
                 {**own, **{name: tensor[row] for name, tensor in companions.items()}}
                 for row, own in enumerate(conditions)
             ]
-        framings = torch.tensor([item.framing for item in items])
+        framings = torch.from_numpy(np.array([item.framing for item in items], np.int64))
         if self.framed:
             conditions = [
                 {**own, "time_ids": row.float()} for own, row in zip(conditions, framings, strict=True)
@@ -170,27 +171,18 @@ class EncodedSet:
         shape = tuple(tensors["mean"].shape[1:])
         return tensors["mean"] + tensors["std"] * noise.normal(shape, seed, ids, epoch, "posterior")
 
-    def _tensors(self, places: list[Place], only: Sequence[str] = ()) -> dict[str, Tensor]:
+    def _tensors(self, places: list[Place], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """The entries at these places, stacked by name: all their tensors, or `only` some."""
-        first = places[0].fields
-        if any(place.fields is not first and place.fields != first for place in places):
-            raise ValueError(
-                "the samples of a batch have latents of different shapes; take them from one bucket"
-            )
-        wanted = [one for one in first if not only or one.name.removesuffix(formats.SCALE) in only]
-        length = max(one.begin + one.length for one in wanted)
-        rows = np.empty((len(places), length), np.uint8)
-        for row, place in zip(rows, places, strict=True):
-            row[:] = self.store.view(place.path)[place.begin : place.begin + length]
-        all_rows = torch.from_numpy(rows)
-        stored = {one.name: _column(all_rows, one) for one in wanted}
-        return formats.restore(stored)
+        return reading.tensors(self.store, places, only)
 
     def condition(self, key: str) -> dict[str, Tensor]:
         """The tensors of a caption's encoding; do not write into them."""
         found = self._texts.get(key)
         if found is None:
-            found = formats.restore(self.store.get("text", key))
+            place = self.written.get(key) or self.store.places("text", [key])[0]
+            if place is None:
+                raise KeyError(f"text/{key} is not in the store {self.store.root}")
+            found = {name: one[0] for name, one in reading.tensors(self.store, [place]).items()}
             self._texts[key] = found
             if len(self._texts) > REMEMBERED:
                 self._texts.popitem(last=False)
@@ -201,7 +193,7 @@ def _choose(
     options: Sequence[Sequence[T]], ids: list[int], seed: int, epoch: int, purpose: str
 ) -> list[T | None]:
     """One of each sample's options."""
-    if max(map(len, options), default=0) <= 1:
+    if all(len(some) <= 1 for some in options):
         return [some[0] if some else None for some in options]
     return [
         some[xxhash.xxh3_64_intdigest(f"{seed} {one} {epoch} {purpose}".encode()) % len(some)]
@@ -214,9 +206,3 @@ def _choose(
 def _turn(places: tuple[Place, ...], view: int) -> Place:
     """A companion's variant for a picture's: a still beside a clip of many pieces has the same for each."""
     return places[view % len(places)]
-
-
-def _column(rows: Tensor, one: shard.Field) -> Tensor:
-    """One field of all rows [B, bytes] uint8 → [B, *shape]."""
-    part = rows[:, one.begin : one.begin + one.length].contiguous()
-    return part.view(one.dtype).reshape(len(rows), *one.shape)

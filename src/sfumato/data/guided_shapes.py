@@ -1,6 +1,8 @@
 """Shapes that are shown rather than named, and shapes that are changed: what guides beside the caption.
 
-shapes-reference: the reference shows a thing elsewhere, and the caption says all but its shape and color.
+shapes-alone: one thing, and a caption that says all of it, or all but its shape and color.
+shapes-reference: the same pictures. The reference shows the thing elsewhere, in another size, on another
+ground; the caption never says its shape and color.
 shapes-edit: the source shows a thing, and the caption is an instruction ("make it blue").
 What is held out are shapes in colors (shapes-edit: in new colors) that no training picture shows.
 """
@@ -27,9 +29,32 @@ def alone(pair: tuple[str, str], chance: np.random.Generator) -> Scene:
     return Scene((Thing(*pair, size, x, y, radius),), str(chance.choice(list(BACKGROUNDS))), None)
 
 
-def unnamed(scene: Scene) -> str:
-    """The caption that says neither shape nor color: "a small one on black"."""
-    return f"a {scene.things[0].size} one on {scene.background}"
+PLACES = {
+    "in the middle": (0.5, 0.5),
+    "at the upper left": (0.34, 0.34),
+    "at the upper right": (0.66, 0.34),
+    "at the lower left": (0.34, 0.66),
+    "at the lower right": (0.66, 0.66),
+}
+"""Where a caption says that a thing is: its centre, in parts of the picture's side."""
+
+
+def placed(pair: tuple[str, str], chance: np.random.Generator) -> tuple[Scene, str]:
+    """One thing of this shape and color at one of the places, and what a caption says of the place."""
+    words = str(chance.choice(list(PLACES)))
+    x, y = (float(chance.normal(one, 0.01)) for one in PLACES[words])
+    scene = alone(pair, chance)
+    return replace(scene, things=(replace(scene.things[0], x=x, y=y),)), words
+
+
+def named(scene: Scene, place: str) -> str:
+    """The caption that says all: "a small red circle at the upper left on black"."""
+    return f"{scene.things[0].words} {place} on {scene.background}"
+
+
+def unnamed(scene: Scene, place: str) -> str:
+    """The caption that says neither shape nor color: "a small one at the upper left on black"."""
+    return f"a {scene.things[0].size} one {place} on {scene.background}"
 
 
 def _pair(split: str, chance: np.random.Generator) -> tuple[str, str]:
@@ -37,14 +62,26 @@ def _pair(split: str, chance: np.random.Generator) -> tuple[str, str]:
     return pairs[chance.integers(len(pairs))]
 
 
-def _sample(name: str, caption: str, split: str, shown: dict[str, Scene], size: int) -> Sample:
-    target, (what, other) = shown.pop("target"), next(iter(shown.items()))
+def _sample(
+    name: str, captions: tuple[str, ...], split: str, target: Scene, size: int, **shown: Scene
+) -> Sample:
+    """The sample that is drawn as `target`; `shown` are its companions."""
     picture: Callable[[], Image.Image] = partial(draw, target, size)
     content = f"drawing 1, {size} pixels: {target!r}"
-    return Sample(
-        name, (caption,), split=split, picture=picture, content=content,
-        companions={what: partial(draw, other, size)},
-    )  # fmt: skip
+    companions = {what: partial(draw, other, size) for what, other in shown.items()}
+    return Sample(name, captions, split=split, picture=picture, content=content, companions=companions)
+
+
+def lone(count: int = 3000, seed: int = 0, size: int = 64, held_out: int = 128) -> Collection:
+    """Things alone, named or not; see the module."""
+
+    def sample(index: int, split: str) -> Sample:
+        chance = np.random.default_rng([seed, index, split == HELD_OUT, 1])
+        target, place = placed(_pair(split, chance), chance)
+        name = f"shapes-alone/{seed}/{size}/{split}-{index:06d}"
+        return _sample(name, (named(target, place), unnamed(target, place)), split, target, size)
+
+    return _collected("shapes-alone", sample, count, held_out)
 
 
 def reference(count: int = 3000, seed: int = 0, size: int = 64, held_out: int = 128) -> Collection:
@@ -53,9 +90,9 @@ def reference(count: int = 3000, seed: int = 0, size: int = 64, held_out: int = 
     def sample(index: int, split: str) -> Sample:
         chance = np.random.default_rng([seed, index, split == HELD_OUT, 1])
         pair = _pair(split, chance)
-        shown = {"target": alone(pair, chance), "reference": alone(pair, chance)}
+        target, place = placed(pair, chance)
         name = f"shapes-reference/{seed}/{size}/{split}-{index:06d}"
-        return _sample(name, unnamed(shown["target"]), split, shown, size)
+        return _sample(name, (unnamed(target, place),), split, target, size, reference=alone(pair, chance))
 
     return _collected("shapes-reference", sample, count, held_out)
 
@@ -70,8 +107,7 @@ def edit(count: int = 3000, seed: int = 0, size: int = 64, held_out: int = 128) 
         before = str(chance.choice([one for one in COLORS if one != color]))
         source = replace(target, things=(replace(target.things[0], color=before),))
         name = f"shapes-edit/{seed}/{size}/{split}-{index:06d}"
-        shown = {"target": target, "edit_source": source}
-        return _sample(name, f"make it {color}", split, shown, size)
+        return _sample(name, (f"make it {color}",), split, target, size, edit_source=source)
 
     return _collected("shapes-edit", sample, count, held_out)
 

@@ -15,7 +15,15 @@ class DataSettings:
         "",
         "folder of captioned pictures or clips, or openmoji, openmoji-all, shapes, moving-shapes; or several",
         path=True,
-        words=("openmoji", "openmoji-all", "shapes", "moving-shapes", "shapes-reference", "shapes-edit"),
+        words=(
+            "openmoji",
+            "openmoji-all",
+            "shapes",
+            "moving-shapes",
+            "shapes-alone",
+            "shapes-reference",
+            "shapes-edit",
+        ),
         many=True,
     )
     weights: tuple[float, ...] = key(

@@ -176,6 +176,11 @@ def unpack(data: np.ndarray, fields: tuple[Field, ...]) -> dict[str, Tensor]:
     return {field.name: _typed(own[field.begin : field.begin + field.length], field) for field in fields}
 
 
+def entry(data: np.ndarray, one: Entry) -> dict[str, Tensor]:
+    """The tensors of an entry, from its shard's bytes."""
+    return unpack(data[one.begin : one.begin + one.length], one.fields)
+
+
 def _typed(part: Tensor, field: Field) -> Tensor:
     """Bytes [length] uint8 as the numbers they are."""
     if not field.length:

@@ -328,11 +328,13 @@ def _nothing_left(root: Path, captions: str, set_aside: list[SetAside]) -> str:
 def split(samples: Iterable[Sample], share: float) -> list[Sample]:
     """Give every sample without a split one: `share` of the captions are held out, chosen by their hash.
 
-    A caption is never on both sides. Where there are hardly any captions, pictures are held out instead.
+    A caption is never on both sides. Where there are hardly any captions, or they are names of classes,
+    pictures are held out instead.
     """
     listed = list(samples)
     groups = _together(listed)
-    few = len(set(groups)) < FEW_CAPTIONS
+    labels = {one.label for one in listed}
+    few = len(set(groups)) < FEW_CAPTIONS or (None not in labels and len(labels) == len(set(groups)))
     given = {group: one.split for group, one in zip(groups, listed, strict=True) if one.split and not few}
     result = []
     for group, one in zip(groups, listed, strict=True):

@@ -7,19 +7,23 @@ or it is not, so writers need no lock and a killed one leaves nothing half done.
 
 import hashlib
 import json
-import time
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from sfumato.errors import Failed
 from sfumato.record import said_plainly
 
-from . import shard
+from . import shard, uses
 from .index import Index, Place
+from .uses import Owner
 
 KINDS = ("pixels", "text")
 STRAY_SECONDS = 24 * 3600
@@ -84,6 +88,8 @@ class Store:
                 (self.root / kind).mkdir(parents=True, exist_ok=True)
         self._indices: dict[str, Index] = {}
         self._views: dict[str, np.ndarray] = {}
+        self._numbers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._held: list[int] = []
 
     def index(self, kind: str) -> Index:
         """The index of one kind, read when first asked for."""
@@ -94,6 +100,23 @@ class Store:
     def refresh(self) -> None:
         """See what other processes have committed since."""
         self._indices.clear()
+
+    def hold(self, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> None:
+        """Write down what `owner` needs, and keep it from being collected.
+
+        Raises:
+            Refused: the store cannot be written. Failed: the disk is full.
+        """
+        self._held.append(uses.hold(self.root, owner, keys, encoders))
+        self.refresh()
+
+    def __del__(self) -> None:
+        for handle in self._held:
+            os.close(handle)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: it maps and reads for itself, and holds nothing."""
+        return {"root": self.root, "_indices": {}, "_views": {}, "_numbers": {}, "_held": []}
 
     @contextmanager
     def writer(self, kind: str, most_bytes: int = 64 << 20) -> Iterator[Writer]:
@@ -137,7 +160,22 @@ class Store:
         """A shard's bytes, mapped once."""
         found = self._views.get(path)
         if found is None:
-            found = self._views[path] = shard.view(Path(path))
+            try:
+                found = self._views[path] = shard.view(Path(path))
+            except FileNotFoundError:
+                raise Failed(
+                    f"{path} was taken out of the store meanwhile. Give the same command again: "
+                    "what is missing is encoded anew."
+                ) from None
+        return found
+
+    def numbers(self, path: str, dtype: torch.dtype) -> Tensor:
+        """A shard's bytes as numbers of this kind, not copied: never write into them."""
+        found = self._numbers.get((path, dtype))
+        if found is None:
+            data = torch.from_numpy(self.view(path))
+            whole = len(data) // dtype.itemsize * dtype.itemsize
+            found = self._numbers[path, dtype] = data[:whole].view(dtype)
         return found
 
     def verify(self, kind: str, keys: Iterable[str]) -> list[Damaged]:
@@ -166,10 +204,11 @@ class Store:
                 sound = [one for one in sound if one not in {bad.key for bad in _check(path, set(sound))}]
                 if sound:
                     data = shard.view(path)
-                    shard.write(path.parent, {one: _entry(data, entries[one]) for one in sound})
+                    shard.write(path.parent, {one: shard.entry(data, entries[one]) for one in sound})
             with said_plainly(path):
                 path.unlink(missing_ok=True)
             self._views.pop(str(path), None)
+            self._numbers.clear()
         self._indices.pop(kind, None)
 
     def content_hash(self, kind: str, keys: Iterable[str] | None = None) -> str:
@@ -181,33 +220,6 @@ class Store:
                 if wanted is None or one in wanted:
                     lines.add(f"{one} {entry.checksum}")
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
-
-    def collect(self, kind: str, keep: set[str]) -> int:
-        """Remove every entry not in `keep` and all leftovers of killed writers; returns the bytes freed."""
-        freed = 0
-        for path in shard.listed(self.root / kind):
-            entries = shard.header(path)
-            kept = [one for one in entries if one in keep]
-            if len(kept) == len(entries):
-                continue
-            before, data = path.stat().st_size, shard.view(path)
-            after = 0
-            if kept:
-                fresh = shard.write(path.parent, {one: _entry(data, entries[one]) for one in kept})
-                after = fresh.stat().st_size
-            path.unlink()
-            self._views.pop(str(path), None)
-            freed += before - after
-        for stray in (self.root / kind).glob(".*.part"):
-            if time.time() - stray.stat().st_mtime > STRAY_SECONDS:
-                freed += stray.stat().st_size
-                stray.unlink(missing_ok=True)
-        self._indices.pop(kind, None)
-        return freed
-
-
-def _entry(data: np.ndarray, entry: shard.Entry) -> dict[str, Tensor]:
-    return shard.unpack(data[entry.begin : entry.begin + entry.length], entry.fields)
 
 
 def _check(path: Path, members: set[str]) -> list[Damaged]:

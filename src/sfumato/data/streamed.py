@@ -41,7 +41,7 @@ class StreamedSet(EncodedSet):
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     say: Callable[[str], None] = lambda sentence: None
 
-    def _tensors(self, places: list[Place], only: Sequence[str] = ()) -> dict[str, Tensor]:
+    def _tensors(self, places: list[Place], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
         wanted = [place for place in places if isinstance(place, Later)]
         tasks = [place.task for place in wanted if place.task is not None]
         if any(place.fields != wanted[0].fields for place in wanted):

@@ -84,12 +84,19 @@ def beside(task: Task, name: str, how: Encoding, companion: Companion) -> Task |
             sample, name=f"{sample.name}: its {name} {ending}", file=file, picture=draw, content=""
         )
     size = companion.size or (task.bucket[0], task.bucket[1])
-    planned = plan(other, size, replace(how, pixels=companion.fingerprint))
-    return replace(planned, companion=name) if isinstance(planned, Task) else planned
+    still = 1 if companion.size else task.bucket[-1]  # what is cut as its clip is also as long
+    planned = plan(other, size, replace(how, pixels=companion.fingerprint), still)
+    if isinstance(planned, SetAside):
+        return planned
+    if how.frames and not companion.size and planned.bucket != task.bucket:
+        return SetAside(sample.name, f"its {name} is a clip, but it is a picture")
+    return replace(planned, companion=name)
 
 
-def plan(sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding) -> Task | SetAside:
-    """The task of a sample, or why it can have none."""
+def plan(
+    sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding, still: int = 1
+) -> Task | SetAside:
+    """The task of a sample, or why it can have none; where clips are wanted a picture is `still` frames."""
     video = sample.name.lower().endswith(media.CLIPS)
     if video and not how.frames:
         return SetAside(sample.name, "a clip; this model is trained on pictures")
@@ -108,7 +115,8 @@ def plan(sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding
     transform = f"{media.TRANSFORM} to {bucket[0]}x{bucket[1]}"
     pieces: tuple[clips.Piece, ...] = ()
     if how.frames:
-        bucket = (*bucket, how.frames if clip else 1)
+        bucket = (*bucket, how.frames if clip else still)
+        transform += f", standing still for {still} frames" if still > 1 and not clip else ""
     if clip:
         pieces = tuple(clips.Piece(how.frames, how.rate, i, how.segments) for i in range(how.segments))
     views = [f"{transform}, {piece.words}" for piece in pieces] or [
@@ -128,7 +136,7 @@ def decode(task: Task) -> list[Tensor] | str:
         if task.pieces:
             return [clips.read(task.sample.name, source, piece, width, height) for piece in task.pieces]
         still = media.fit(media.read_picture(source, (width, height)), width, height)
-        return [still[:, None] if frames else still]
+        return [still[:, None].expand(-1, frames[0], -1, -1) if frames else still]
     except (media.Unreadable, OSError) as problem:
         return reason(problem)
 

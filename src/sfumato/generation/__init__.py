@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pictures import PaintingModel, load, painting, to_images
+    from .pictures import PaintingModel, load, painting, to_images, to_pictures
 
-__all__ = ["PaintingModel", "load", "painting", "to_images"]
+__all__ = ["PaintingModel", "load", "painting", "to_images", "to_pictures"]
 
 
 def __getattr__(name: str) -> Any:

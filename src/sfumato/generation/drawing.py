@@ -7,6 +7,7 @@ from typing import Any
 from .frames import Framed
 from .guiding import Guiding
 from .leaning import Leaning
+from .regions import Regions
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Drawing:
     shows: Guiding
     framed: Framed
     how: Leaning
+    regions: Regions
     knobs: Mapping[str, Any]
     options: dict[str, Any]
 

@@ -191,7 +191,7 @@ def taken(
         options: pictures, one for all or one for each that is drawn: `control` with control_weight,
             control_start and control_end (lists where there are several ControlNets), `reference` with
             reference_scale, `init` with strength and `mask` (white is repainted), `image` (to be edited).
-        frames: a clip of so many is begun from a clip.
+        frames: a clip of so many is begun from a clip, and guided by clips or pictures.
 
     Raises:
         Refused: pictures or numbers for a model without such a guide, or that do not fit.
@@ -205,7 +205,10 @@ def taken(
     refuse(said, kinds)
     shown = {name: one for name, one in pictures(said, kinds).items() if one is not None}
     found = Guiding(
-        {name: encoded(model, guides[name], each(one, count, name), size) for name, one in shown.items()},
+        {
+            name: encoded(model, guides[name], each(one, count, name), size, frames)
+            for name, one in shown.items()
+        },
         tuple(name for name in shown if kinds[name] == "ip-adapter"),
         windows(said, [name for name, kind in kinds.items() if kind == "controlnet"], kinds),
     )
@@ -275,13 +278,16 @@ def windows(said: Mapping[str, Any], nets: Sequence[str], kinds: Mapping[str, st
 
 
 @torch.no_grad()
-def encoded(model: Model, how: Encoder, shown: Sequence[Any], size: tuple[int, int]) -> Tensor:
-    """The tensor [B, …] a guide reads; each picture is encoded once."""
-    width, height = how.size or size
+def encoded(
+    model: Model, how: Encoder, shown: Sequence[Any], size: tuple[int, int], frames: int = 0
+) -> Tensor:
+    """The tensor [B, …] a guide reads; each picture, or clip of so many frames, is encoded once."""
+    sides, most = how.size or size, frames if how.moves else min(frames, 1)
     known: dict[int, Tensor] = {}
     for one in shown:
         if id(one) not in known:
-            known[id(one)] = how.encode(fitted(one, width, height)[None].to(model.device, model.dtype))
+            pixels = film(one, *sides, most) if frames else fitted(one, *sides)
+            known[id(one)] = how.encode(pixels[None].to(model.device, model.dtype))
     return torch.cat([known[id(one)] for one in shown])
 
 

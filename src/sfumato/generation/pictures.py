@@ -28,6 +28,7 @@ from .frames import Framed
 from .frames import taken as frames_of
 from .guiding import Guiding
 from .leaning import Denoise, Form, Leaning, marked
+from .regions import taken as regions_of
 from .wishes import Wish, together, wishes
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SIDE = 20, 3.0, 64
@@ -84,9 +85,9 @@ class PaintingModel(Model):
             tile, chunk: decode in tiles of so many pixels a side, so many frames of a clip at once; 0: whole.
             watch: called with (pictures' steps done, in all).
             options: pictures that guide (`control`, `reference`, `init`, `mask`, `image`, …) as
-                `guiding.taken` explains; guidance_form, guidance_rescale, … as `Leaning`; of clips `window`,
-                `overlap`, `image`, `last_image` as `frames.taken`; further arguments of the conditioner, by
-                the pipeline's names.
+                `guiding.taken` explains; `regions` as in `regions.taken`; guidance_form, guidance_rescale, …
+                as `Leaning`; of clips `window`, `overlap`, `image`, `last_image` as `frames.taken`; further
+                arguments of the conditioner, by the pipeline's names.
         Returns:
             PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
         Raises:
@@ -150,8 +151,9 @@ class PaintingModel(Model):
             grid = sampling_times.cosine(self.theory, course.steps) if course.grid is None else course.grid
             course = replace(course, grid=shows.cut(grid))
         framed = frames_of(self, options, count, shape)
+        regions = regions_of(options, shape, (pixels["width"], pixels["height"]))
         guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
-        return Drawing(shape, guidance, course, shows, framed, how, knobs, options)
+        return Drawing(shape, guidance, course, shows, framed, how, regions, knobs, options)
 
     @torch.no_grad()
     def drawn(
@@ -169,6 +171,11 @@ class PaintingModel(Model):
         given = drawing.options | self.seen(todo, drawing.shape)
         prompted = self.condition([wish.prompt for wish in todo], **given)
         denoise = asker.guided(prompted, todo, replace(drawing, options=given))
+        if drawing.regions:
+            others = [[replace(wish, prompt=text) for wish in todo] for text in drawing.regions.prompts]
+            told = [self.condition([wish.prompt for wish in some], **given) for some in others]
+            elsewhere = map(partial(asker.guided, drawing=replace(drawing, options=given)), told, others)
+            denoise = drawing.regions.blended([denoise, *elsewhere])
         if course.clip is not None:
             denoise = within(denoise, self.theory, course.clip)
         denoise = asker.framed.held(denoise, self.theory)

@@ -1,7 +1,9 @@
 """A network's repeated blocks, and what can be done block by block: recompute, compile, lend to the GPU."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,21 @@ def _walk(network: nn.Module) -> Iterator[nn.Module]:
             yield part
 
 
+Within = Callable[[], AbstractContextManager[None]]
+_AGAIN: ContextVar[Within | None] = ContextVar("again", default=None)
+
+
+@contextmanager
+def again_within(make: Within) -> Iterator[None]:
+    """Blocks asked while this lasts are also computed again within what `make` gives: hooks that act now
+    must act then."""
+    token = _AGAIN.set(make)
+    try:
+        yield
+    finally:
+        _AGAIN.reset(token)
+
+
 class _Recomputed:
     """Mixed into a block's class: what it computes is not kept but computed again when it is needed."""
 
@@ -36,7 +53,9 @@ class _Recomputed:
         asked = super().forward  # type: ignore[misc]
         if not torch.is_grad_enabled():
             return asked(*given, **named)
-        return checkpoint(asked, *given, use_reentrant=False, **named)
+        again = _AGAIN.get()
+        beside = {"context_fn": lambda: (nullcontext(), again())} if again is not None else {}
+        return checkpoint(asked, *given, use_reentrant=False, **beside, **named)
 
 
 def recompute(network: nn.Module, every: int) -> int:

@@ -78,9 +78,7 @@ class ClipCodec(ResidualCodec):
     def stacked(self, pixels: Tensor) -> Tensor:
         """Frames [B, 3, F, H, W] → groups [B, K, 3·time_stride, H, W], the first one of copies."""
         self.latent_frames(pixels.shape[2])
-        first = pixels[:, :, :1].expand(-1, -1, self.time_stride - 1, -1, -1)
-        whole = torch.cat((first, pixels), 2).unflatten(2, (-1, self.time_stride))
-        return whole.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+        return stacked(pixels, self.time_stride)
 
     def prepare(self, pixels: Tensor) -> None:
         """Fit the shortcut to clips [N, 3, F, H, W], a spread of their groups where there are many."""
@@ -109,6 +107,13 @@ class ClipCodec(ResidualCodec):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, not clamped, with as many axes as the latents."""
         return super().decode(latents) if latents.ndim == 5 else super().decode(latents[:, :, None])[:, :, 0]
+
+
+def stacked(pixels: Tensor, deep: int) -> Tensor:
+    """Frames [B, 3, 1 + deep·(K − 1), H, W] → groups [B, K, 3·deep, H, W], the first one of copies."""
+    first = pixels[:, :, :1].expand(-1, -1, deep - 1, -1, -1)
+    whole = torch.cat((first, pixels), 2).unflatten(2, (-1, deep))
+    return whole.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
 
 
 def through(layers: nn.Sequential, x: Tensor, count: int) -> Tensor:

@@ -194,6 +194,7 @@ class DiT(Denoiser):
         canvas: sides of the grid that the summary is drawn on; 0 for none.
         text_width: D of the condition's `tokens`; 0 for an unconditional network.
         pooled_width: of its `pooled`; default the same.
+        classes: of the condition's `labels`; a class's embedding takes the summary's place.
         clock_range: what the theory's clock says near the data and near the noise; mapped onto [0, 1000].
         frames: of the clips it is made for, in latents; 0 for a network of pictures.
         attention: "full", or "factorised": over the frame in one block, over time in the next.
@@ -216,6 +217,7 @@ class DiT(Denoiser):
         clock_range: tuple[float, float] = (0.0, 1000.0),
         frames: int = 0,
         attention: str = "full",
+        classes: int = 0,
     ):
         super().__init__()
         pooled_width = text_width if pooled_width is None else pooled_width
@@ -229,8 +231,9 @@ class DiT(Denoiser):
             "clock_range": list(clock_range),
         }  # fmt: skip
         self._config |= {"frames": frames, "attention": attention} if frames else {}
+        self._config |= {"classes": classes} if classes else {}
         self.frames, self.frames_apart = frames, bool(frames)
-        self.patch, self.width, self.head = patch, width, width // heads
+        self.patch, self.width, self.heads, self.head = patch, width, heads, width // heads
         self.grain = patch
         self.clock_range = clock_range
         self.enter = nn.Linear(channels * patch * patch, width)
@@ -238,10 +241,13 @@ class DiT(Denoiser):
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         if text_width:
             self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+        self.label = nn.Embedding(classes + 1, width) if classes else None  # the last says nothing
+        pooled_width = width if classes else pooled_width
+        if text_width or classes:
             self.pooled = nn.Sequential(nn.LayerNorm(pooled_width), nn.Linear(pooled_width, width))
         self.moment = nn.Linear(16, width) if frames else None
         self.canvas, grid = None, (*((min(frames, canvas),) if frames else ()), canvas, canvas)
-        if canvas and text_width:
+        if canvas and (text_width or classes):
             self.canvas = nn.Sequential(
                 nn.LayerNorm(pooled_width),
                 nn.Linear(pooled_width, 4 * width),
@@ -261,14 +267,21 @@ class DiT(Denoiser):
         """The arguments it was built with."""
         return self._config
 
+    def summary(self, condition: Condition) -> Tensor | None:
+        """What the condition says on the whole, [B, pooled_width]: its `pooled`, or its class's embedding."""
+        if self.label is not None and "labels" in condition:
+            return self.label(condition["labels"])
+        return condition.get("pooled")
+
     def heard(self, clock: Tensor, condition: Condition) -> Tensor:
         """Time and the condition's summary in one vector: [B, width], of frames' own times [B, F, width]."""
         low, high = self.clock_range
         time = self.time(sinusoids((clock.flatten() - low) * (1000 / (high - low)), 256))
         time = time.unflatten(0, clock.shape)
-        if "pooled" not in condition:
+        pooled = self.summary(condition)
+        if pooled is None:
             return F.silu(time)
-        told = self.pooled(condition["pooled"])
+        told = self.pooled(pooled)
         return F.silu(time + (told if clock.ndim == 1 else told[:, None]))
 
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
@@ -287,8 +300,9 @@ class DiT(Denoiser):
         if self.moment is not None:
             when = self.moment(moments(frames, x.device).to(x.dtype))
             tokens = (tokens.unflatten(0, (-1, frames)) + when[:, None]).flatten(1, 2)
-        if self.canvas is not None and "pooled" in condition:
-            tokens = tokens + self.sketch(condition["pooled"], frames, rows, columns)
+        pooled = self.summary(condition)
+        if self.canvas is not None and pooled is not None:
+            tokens = tokens + self.sketch(pooled, frames, rows, columns)
         time, angles = self.heard(clock, condition), self.angles(frames, rows, columns, x.device)
         text = self.text(condition["tokens"]) if "tokens" in condition else None
         mask = condition["mask"] if text is not None and "mask" in condition else None

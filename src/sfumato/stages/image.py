@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 
+from .dit import places
 from .interface import Codec, Model
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -23,12 +24,19 @@ class Encoder:
     """How a picture that guides becomes a tensor of the condition.
 
     encode: pixels [B, 3, H, W] in [-1, 1] → [B, …]; fingerprint: changes whenever its answers would; size
-    (width, height): what the picture is fitted to, None for the size of what is drawn.
+    (width, height): what the picture is fitted to, None for the size of what is drawn. Where clips are drawn
+    pixels are [B, 3, F, H, W]: of as many frames if it moves, else of one.
     """
 
     encode: Callable[[Tensor], Tensor]
     fingerprint: str
     size: tuple[int, int] | None = None
+    moves: bool = False
+
+
+def first_frame(pixels: Tensor) -> Tensor:
+    """Pictures [B, 3, H, W] as they are; of clips [B, 3, F, H, W] their first frames."""
+    return pixels if pixels.ndim == 4 else pixels[:, :, 0]
 
 
 class ImageEncoder(nn.Module, ABC):
@@ -46,14 +54,18 @@ class ImageEncoder(nn.Module, ABC):
         """How a reference becomes features."""
 
 
+PLACE = 32
+"""Numbers that say where in a picture a feature lies."""
+
+
 class CodecFeatures(ImageEncoder):
-    """Features for small models: patches of the codec's own latents, in reading order."""
+    """Features for small models: patches of the codec's own latents, each with where it lies."""
 
     def __init__(self, channels: int, side: int, patch: int = 2) -> None:
         """channels, side: of the latents of a reference, a square of `side` latents."""
         super().__init__()
         self.channels, self.side, self.patch = channels, side, patch
-        self.width = channels * patch * patch
+        self.width = channels * patch * patch + PLACE
 
     def config(self) -> dict[str, Any]:
         """Which encoder, and its sizes."""
@@ -63,11 +75,14 @@ class CodecFeatures(ImageEncoder):
         """Latents of a square picture, cut into patches."""
 
         def encode(pixels: Tensor) -> Tensor:
-            latents = model.encode(pixels)
-            return F.pixel_unshuffle(latents, self.patch).flatten(2).transpose(1, 2)
+            latents = model.encode(first_frame(pixels))
+            latents = latents[:, :, 0] if latents.ndim == 5 else latents
+            seen = F.pixel_unshuffle(latents, self.patch)
+            where = places(*seen.shape[-2:], seen.device).to(seen.dtype)
+            return torch.cat((seen.flatten(2).transpose(1, 2), where.expand(len(seen), -1, -1)), dim=-1)
 
         side = self.side * model.codec.stride
-        return Encoder(encode, f"{model.codec.fingerprint()} patches {self.patch}", (side, side))
+        return Encoder(encode, f"{model.codec.fingerprint()} patches {self.patch}, placed", (side, side))
 
 
 class VisionFeatures(ImageEncoder):
@@ -95,9 +110,9 @@ class VisionFeatures(ImageEncoder):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [-1, 1] → features [B, L, D]."""
+        """Pixels [B, 3, (F,) H, W] in [-1, 1], of a clip its first frame → features [B, L, D]."""
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        seen = ((pixels.to(mean) + 1) / 2 - mean) / std
+        seen = ((first_frame(pixels).to(mean) + 1) / 2 - mean) / std
         answer = self.network(pixel_values=seen)
         if self.tokens:
             return answer.last_hidden_state

@@ -195,12 +195,9 @@ class PretrainedConditioner(Conditioner):
         """The condition to lean away from, encoded as the pipeline encodes a negative prompt."""
         return self.both(self.family.read_negative, prompt, options)
 
+    @torch.no_grad()
     def both(self, read: Callable[..., dict[str, Tensor]], prompt: Sequence[Any], options: Any) -> Condition:
-        """What is read and what is seen; with gradients only where the encoders learn."""
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            return self._both(read, prompt, options)
-
-    def _both(self, read: Callable[..., dict[str, Tensor]], prompt: Sequence[Any], options: Any) -> Condition:
+        """What is read and what is seen."""
         given = {name: options.pop(name) for name in SHOWN if options.get(name) is not None}
         for name in SHOWN:
             options.pop(name, None)
@@ -234,51 +231,6 @@ def options_of(pipeline: type) -> dict[str, Any]:
         for name, parameter in inspect.signature(pipeline.encode_prompt).parameters.items()
         if name not in INTERNAL and not name.endswith(("_embeds", "_mask"))
     }
-
-
-class LabelConditioner(Conditioner):
-    """Class numbers, or the names of classes, → `labels` [B]; one number beyond the last says nothing."""
-
-    kind = "pretrained labels"
-
-    def __init__(self, names: dict[str, int], count: int):
-        super().__init__()
-        self.names, self.count = names, count
-        self.register_buffer("place", torch.zeros(0), persistent=False)
-
-    def config(self) -> dict[str, Any]:
-        """Names and count."""
-        return {"names": self.names, "count": self.count}
-
-    def forward(
-        self, prompt: Sequence[str], labels: Sequence[int] | None = None, **options: Any
-    ) -> Condition:
-        """The labels, else those that the prompts name (or write as numbers).
-
-        Raises:
-            Refused: for a class that does not exist.
-        """
-        if options:
-            raise Refused(f'A class-conditional model takes no "{next(iter(options))}", only labels.')
-        numbers = [self.number(word) for word in prompt] if labels is None else [int(one) for one in labels]
-        for number in numbers:
-            if not 0 <= number <= self.count:
-                raise Refused(f"Class {number} does not exist; choose 0 to {self.count - 1}.")
-        return Condition({"labels": torch.tensor(numbers, device=self.get_buffer("place").device)})
-
-    def number(self, word: str) -> int:
-        """The class that a prompt names; the empty prompt names none."""
-        if not word:
-            return self.count
-        if word.strip().isdigit():
-            return int(word)
-        if word.strip().lower() not in self.names:
-            raise Refused(f'"{word}" is no class of this model.{nearest(word, self.names)}')
-        return self.names[word.strip().lower()]
-
-    def null(self, count: int) -> Condition:
-        """The label that says nothing."""
-        return self([""] * count)
 
 
 class PretrainedDenoiser(Denoiser):

@@ -1,7 +1,7 @@
 """A model from scratch: each stage as the recipe's [model] section describes it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,6 +16,7 @@ from .clips import ClipCodec, FramewiseCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
 from .interface import Codec, Conditioner, Denoiser, Model, Stage, TrainableCodec
+from .labels import LabelConditioner
 from .settings import ModelSettings
 from .text import NoConditioner, TextConditioner
 from .unet import UNet
@@ -52,15 +53,15 @@ def own_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
     return stage
 
 
-def new_conditioner(settings: ModelSettings) -> Conditioner:
-    """The conditioner `model.text` names."""
+def new_conditioner(settings: ModelSettings, classes: Sequence[str] = ()) -> Conditioner:
+    """The conditioner `model.text` names; for "labels", of these classes."""
     if own.is_own(settings.text):
         return own_stage(settings.text, Conditioner)
-    return (
-        NoConditioner()
-        if settings.text == "none"
-        else TextConditioner(settings.text, waves=settings.text_waves)
-    )
+    if settings.text == "none":
+        return NoConditioner()
+    if settings.text == "labels":
+        return LabelConditioner({name: index for index, name in enumerate(classes)}, len(classes))
+    return TextConditioner(settings.text, waves=settings.text_waves)
 
 
 def new_codec(settings: ModelSettings, seed: int = 0, clips: bool = False) -> Codec:
@@ -121,8 +122,10 @@ def new_denoiser(
     widths: tuple[int, int],
     seed: int = 0,
     frames: int = 0,
+    classes: int = 0,
 ) -> Denoiser:
-    """The network `model.denoiser` names, its weights drawn from `seed`; for clips of so many latent frames.
+    """The network `model.denoiser` names, its weights drawn from `seed`; for clips of so many latent frames,
+    for so many classes.
 
     Raises:
         Refused: a network of pictures for a codec of clips.
@@ -136,6 +139,7 @@ def new_denoiser(
         "pooled_width": widths[1],
         "clock_range": clock_range(theory),
     }
+    shared |= {"classes": classes} if classes else {}
     if own.is_own(settings.denoiser):
         return seeded(seed, lambda: own_stage(settings.denoiser, Denoiser, **shared))
     frames = frames or int(codec.of_clips)
@@ -169,7 +173,8 @@ def build(
     width = int(getattr(conditioner, "width", 0))
     widths = width, int(getattr(conditioner, "pooled_width", width))
     latent_frames = codec.latent_frames(frames) if frames else 0
-    denoiser = new_denoiser(settings, theory, codec, widths, seed, latent_frames)
+    classes = conditioner.count if isinstance(conditioner, LabelConditioner) else 0
+    denoiser = new_denoiser(settings, theory, codec, widths, seed, latent_frames, classes)
     model = Model(theory, codec, conditioner, denoiser)
     model.info["theory"] = settings.theory or DEFAULT_THEORY
     return model

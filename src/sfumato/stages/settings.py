@@ -14,18 +14,9 @@ class ModelSettings:
     )
     train: str = key(
         "full",
-        "what is trained: full (the whole denoiser), an adapter of it (lora, lokr, loha), model.tokens alone "
-        "(tokens), or what lets pictures guide: controlnet, ip-adapter, edit",
-        choices=("full", "lora", "lokr", "loha", "tokens", "controlnet", "ip-adapter", "edit"),
-    )
-    train_text: str = key(
-        "none",
-        "pretrained only: what of the text encoders is trained beside: none, lora",
-        choices=("none", "lora"),
-    )
-    tokens: tuple[str, ...] = key(
-        (),
-        "pretrained only: new words whose embeddings are trained, as NAME=WORDS it begins with: <cat>=a cat",
+        "what is trained: full (the whole denoiser), an adapter of it (lora, lokr, loha), or what lets "
+        "pictures guide: controlnet, ip-adapter, edit",
+        choices=("full", "lora", "lokr", "loha", "controlnet", "ip-adapter", "edit"),
     )
     control_layers: int = key(0, "controlnet only: blocks it copies; 0 for the usual number", least=0)
     image_encoder: str = key(
@@ -65,9 +56,9 @@ class ModelSettings:
     )
     text: str = key(
         "minilm",
-        "scratch only: minilm, none (unconditional), or a text encoder's folder",
+        "scratch only: minilm, labels (classes), none (unconditional), or a text encoder's folder",
         path=True,
-        words=("minilm", "none"),
+        words=("minilm", "labels", "none"),
     )
     text_waves: int = key(0, "how finely the prompt's summary remembers the order of words", least=0)
     denoiser: str = key("dit", "scratch only: the network", choices=("dit", "unet"))

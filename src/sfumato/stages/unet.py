@@ -19,6 +19,7 @@ class UNet(Denoiser):
         heads: attention heads.
         text_width: D of the condition's `tokens`; 0 for an unconditional network.
         pooled_width: of its `pooled`; default the same.
+        classes: of the condition's `labels`.
         clock_range: what the theory's clock says near the data and near the noise; mapped onto [0, 1000].
     """
 
@@ -34,6 +35,7 @@ class UNet(Denoiser):
         text_width: int = 384,
         pooled_width: int | None = None,
         clock_range: tuple[float, float] = (0.0, 1000.0),
+        classes: int = 0,
     ):
         super().__init__()
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -44,6 +46,7 @@ class UNet(Denoiser):
             "channels": channels, "width": width, "depth": depth, "heads": heads,
             "text_width": text_width, "pooled_width": pooled_width, "clock_range": list(clock_range),
         }  # fmt: skip
+        self._config |= {"classes": classes} if classes else {}
         self.clock_range, self.text_width, self.deepest = clock_range, text_width, 2 ** (depth - 1)
         self.grain = self.deepest
         cross = "CrossAttn" if text_width else ""
@@ -61,6 +64,7 @@ class UNet(Denoiser):
             layers_per_block=1,
             class_embed_type="projection" if text_width else None,
             projection_class_embeddings_input_dim=(pooled_width or text_width) or None,
+            num_class_embeds=classes + 1 if classes else None,
         )
 
     def config(self) -> dict[str, Any]:
@@ -79,6 +83,6 @@ class UNet(Denoiser):
             x,
             (clock - low) * (1000 / (high - low)),
             encoder_hidden_states=condition.get("tokens"),
-            class_labels=condition.get("pooled"),
+            class_labels=condition.get("labels", condition.get("pooled")),
             encoder_attention_mask=condition.get("mask"),
         ).sample

@@ -8,6 +8,7 @@ A run on a base that it does not change keeps base.json (and adapter.json) inste
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from sfumato.errors import Failed, Refused, nearest
 from sfumato.record import RunFolder, atomic_folder, checksum
 
-from . import adapters, fitted, reference, teaching
+from . import adapters, fitted, reference
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
@@ -29,9 +30,11 @@ from .guides import GuidedDenoiser, guide
 from .guides.plan import fill as fill_guides
 from .guides.plan import read_plans, write_plans
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
+from .labels import LabelConditioner
 from .pipeline import INDEX, PICKLES, load_pipeline, save_pipeline
 from .pretrained import PretrainedConditioner
 from .scratch import new_theory, own_stage
+from .tensors import read
 from .text import NoConditioner, TextConditioner
 from .unet import UNet
 
@@ -47,6 +50,7 @@ KINDS: dict[str, type[Stage]] = {
         VideoAutoencoderCodec,
         TextConditioner,
         NoConditioner,
+        LabelConditioner,
         DiT,
         UNet,
     )
@@ -130,14 +134,14 @@ def read_json(file: Path) -> Mapping[str, Any]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file, or of the pieces of it that stand in its place.
 
     Raises:
         Failed: the file is damaged.
     """
     try:
-        return load_file(file)
-    except (OSError, SafetensorError) as problem:
+        return load_file(file) if file.is_file() else read(file.parent, file.stem)
+    except (OSError, SafetensorError, ValueError) as problem:
         raise Failed(
             f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
         ) from problem
@@ -236,11 +240,22 @@ def weights_in(checkpoint: Path) -> tuple[Path | None, list[str]]:
     """(the weights a checkpoint is drawn with, None if no file of them is whole; the damaged ones)."""
     listed, damaged = read_json(checkpoint / "manifest.json").get("files", {}), []
     for name in WEIGHTS:
-        if name in listed:
-            if (checkpoint / name).is_file() and checksum(checkpoint / name) == listed[name]["sha256"]:
-                return checkpoint / name, damaged
-            damaged.append(str(checkpoint / name))
+        parts = [one for one in listed if one == name or _is_piece(one, name)]
+        bad = [
+            str(checkpoint / one)
+            for one in parts
+            if not (checkpoint / one).is_file() or checksum(checkpoint / one) != listed[one]["sha256"]
+        ]
+        if parts and not bad:
+            return checkpoint / name, damaged
+        damaged += bad
     return None, damaged
+
+
+def _is_piece(file: str, name: str) -> bool:
+    """Whether a file's name is that of a piece of `name`, as "ema-00001-of-00002.safetensors"."""
+    stem, _, suffix = name.rpartition(".")
+    return re.fullmatch(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}", file) is not None
 
 
 def weights_of(path: Path) -> tuple[Path, Path | None]:
@@ -302,15 +317,12 @@ def load(
     elif is_run:
         plan = reference.read_plan(home)
         weights = chosen_weights(path, checkpoint)
-        tensors, text = read_tensors(weights), teaching.read_plan(home)
-        if text is not None:
-            tensors = teaching.taken(teaching.teach(model, text), tensors)
-        if plan is not None:
+        if plan is None:
+            fill(model.denoiser, read_tensors(weights), weights)
+        else:
             reference.attach(model.denoiser, plan)
-            reference.fill(model.denoiser, tensors, weights)
+            reference.fill(model.denoiser, read_tensors(weights), weights)
             model.denoiser.eval()
-        elif text is None or not text.alone:
-            fill(model.denoiser, tensors, weights)
     return model.to(device, None if model.origin is not None else number)  # pipelines keep some parts wide
 
 

@@ -4,7 +4,7 @@ from . import guidance, noise, oracle, times
 from .catalogue import about, arguments, get, names, preconditioned
 from .change import translate
 from .definition import Report, Theory
-from .solver import evaluations, integrate, methods, solve
+from .solver import evaluations, integrate, methods, solve, widest
 
 __all__ = [
     "Report",
@@ -23,4 +23,5 @@ __all__ = [
     "solve",
     "times",
     "translate",
+    "widest",
 ]

@@ -64,7 +64,8 @@ class Definition:
                 f"that take a float tensor of any shape."
             ) from error
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise Refused(f"{self.title} must return two coefficients, not {type(pair).__name__}.")
+            seen = f"{len(pair)}" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
+            raise Refused(f"{self.title} must return two coefficients, not {seen}.")
         return self._fit(pair[0], t), self._fit(pair[1], t)
 
     def _fit(self, value: object, t: Tensor) -> Tensor:
@@ -126,7 +127,15 @@ class Theory:
                 raise Refused(
                     f'Theory "{self.name}": {role} must be a function of t that returns two coefficients.'
                 )
-        t_noise, t_data = float(exact(self.t_noise)), float(exact(self.t_data))
+        for role in ("clock", "input_scale"):
+            if not callable(getattr(self, role)):
+                raise Refused(
+                    f'Theory "{self.name}": {role} must be a function of t, as lambda t: 1000 * t is.'
+                )
+        ends = exact(self.t_noise), exact(self.t_data)
+        if any(end.numel() != 1 for end in ends):
+            raise Refused(f'Theory "{self.name}": t_noise and t_data must be one number each.')
+        t_noise, t_data = (float(end) for end in ends)
         if not (math.isfinite(t_noise) and math.isfinite(t_data)) or t_noise == t_data:
             raise Refused(
                 f'Theory "{self.name}": t_noise {t_noise:g} and t_data {t_data:g} must be finite and differ.'
@@ -176,24 +185,24 @@ class Theory:
         """(a, s, p, q, det) in float64.
 
         Raises:
-            Refused: where det vanishes or is not finite.
+            Refused: where det vanishes or is not finite, and outside the theory's times.
         """
-        t = exact(t)
+        t = self.within(exact(t))
         (a, s), (p, q) = self.data(t), self.model(t)
         det = a * q - s * p
         self._invertible(t, a, s, p, q, det)
         return a, s, p, q, det
 
     def singular(self, t: Moment) -> Tensor:
-        """Where the split is not defined: a boolean per time."""
-        t = exact(t)
+        """Where the split is not defined: a boolean per time, of the shape of t."""
+        t = self.within(exact(t))
         (a, s), (p, q) = self.data(t), self.model(t)
         return _parallel(a, s, p, q, a * q - s * p)
 
     def step_weights(self, t: Moment, s: Moment) -> tuple[Tensor, Tensor]:
         """(w_x, w_out) with x_s = w_x·x_t + w_out·out: C_s·[C_t; C^ε_t]⁻¹."""
         a, n, p, q, det = self.rows(t)
-        a_next, n_next = self.data(exact(s))
+        a_next, n_next = self.data(self.within(exact(s)))
         return (a_next * q - n_next * p) / det, (a * n_next - n * a_next) / det
 
     def reader(self, t: Moment) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,25 +215,36 @@ class Theory:
         return r, r / det, -(a * p + s * q) / det
 
     def angle(self, t: Moment) -> Tensor:
-        """φ = atan2(s, a): 0 at data, π/2 at pure noise, the same for every theory."""
-        a, s = self.data(exact(t))
-        return torch.atan2(s, a)
+        """φ = atan2(s, a): 0 at data, π/2 at pure noise, the same for every theory. Radians, float64.
+
+        Raises:
+            Refused: outside the theory's times.
+        """
+        return self._angle(self.within(exact(t)))
 
     def log_snr(self, t: Moment) -> Tensor:
-        """log(a²/s²): +inf where there is no noise, −inf where there is no signal."""
-        a, s = self.data(exact(t))
-        return 2 * (a.log() - s.log())
+        """log(a²/s²): +inf where there is no noise, −inf where there is no signal. Nats, float64.
+
+        Raises:
+            Refused: outside the theory's times.
+        """
+        return self._log_snr(self.within(exact(t)))
 
     def time_at(self, log_snr: Moment) -> Tensor:
-        """The time with this log-SNR, the nearest end where there is none. Any shape, float64."""
-        wanted = exact(log_snr)
-        if bool(wanted.isnan().any()):
-            raise Refused(f'"{self.name}" has no time whose log-SNR is not a number.')
-        return self._search(lambda t: -self.log_snr(t), -wanted)
+        """The time with this log-SNR, the nearest end where there is none. Any shape, float64.
+
+        Raises:
+            Refused: for what is not a number.
+        """
+        return self._search(lambda t: -self._log_snr(t), -self._number(log_snr, "log-SNR"))
 
     def time_of(self, angle: Moment) -> Tensor:
-        """The time with this angle φ, the nearest end where there is none. Any shape, float64."""
-        return self._search(self.angle, exact(angle))
+        """The time with this angle φ, the nearest end where there is none. Any shape, float64.
+
+        Raises:
+            Refused: for what is not a number.
+        """
+        return self._search(self._angle, self._number(angle, "angle"))
 
     def convert(self, out: Anything, x_t: Anything, t: Moment, to: "Theory") -> tuple[Tensor, Tensor, Tensor]:
         """(out', x'_t, t'): the same (x_0, x_T) at the same signal-to-noise, as `to` writes it.
@@ -253,6 +273,20 @@ class Theory:
         return Report(problems_of(self, times))
 
     # ---------------------------------------------------------------- helpers
+
+    def _angle(self, t: Tensor) -> Tensor:
+        a, s = self.data(t)
+        return torch.atan2(s, a)
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        a, s = self.data(t)
+        return 2 * (a.log() - s.log())
+
+    def _number(self, wanted: Moment, what: str) -> Tensor:
+        value = exact(wanted)
+        if bool(value.isnan().any()):
+            raise Refused(f'"{self.name}" has no time whose {what} is not a number.')
+        return value
 
     def _search(self, rising: Callable[[Tensor], Tensor], wanted: Tensor) -> Tensor:
         """The t with rising(t) = wanted: ever finer ladders, until neighbouring floats are left."""

@@ -25,12 +25,16 @@ SOFT = 0.1
 
 @dataclass(slots=True)
 class Leg:
-    """One step: z ← keep·z + Σ w_j·y_j over past answers, newest first; before it, the last one redone."""
+    """One step: z ← keep·z + Σ w_j·y_j over past answers, newest first.
+
+    Before it the last one is redone with the newest answer, or all of them from the very start.
+    """
 
     keep: Weight = 1.0
     past: list[Weight] = field(default_factory=list)
     redo_keep: Weight = 1.0
     redo: list[Weight] = field(default_factory=list)
+    from_start: bool = False
 
 
 @lru_cache
@@ -93,7 +97,13 @@ def lagrange(at: Tensor, nodes: Tensor) -> Tensor:
 
 
 def plan(
-    course: Course, kind: str, order: int, corrected: int, ends: Tensor | None = None, plain: bool = True
+    course: Course,
+    kind: str,
+    order: int,
+    corrected: int,
+    ends: Tensor | None = None,
+    plain: bool = True,
+    whole: bool = False,
 ) -> list[Leg]:
     """Every step's coefficients, before the first.
 
@@ -104,6 +114,8 @@ def plan(
             step, without which the start would cap the order at 2.
         ends: angles [steps, 1 or B] to step to, where they are not the grid's.
         plain: whether the states are x_t, not z = x_t/r.
+        whole: whether an order above 3 redoes its first steps from the very start, each time with all answers
+            there are; what the first steps, of low order, have lost would else cap the order at 3.
     """
     r = course.lengths if plain else torch.ones_like(course.lengths)
     angles, count = course.angles, course.steps
@@ -133,20 +145,31 @@ def plan(
         keep, past = keep * after / r[rows], past * after[..., None]
         for i, k, w in zip(rows, course.column(keep), course.weights(past), strict=True):
             legs[i].keep, legs[i].past = k, w
-    for terms in range(2, max(corrected, 2) + 1):
-        rows = [i for i in range(1, count) if min(i + 1, max(corrected, 2)) == terms]
-        rows = rows if corrected else [i for i in rows if i == 1 and order > 2]
-        if not rows:
-            continue
-        first = terms == 2  # from pure noise, where x_T alone says nothing about the data, v does
-        before = [i - 1 for i in rows]
-        keep, past = carried(
-            "velocity" if first else kind, angles[before], angles[rows], history(rows, terms)
-        )
+    _redo(course, kind, legs, r, [_redone(i, order, corrected, whole) for i in range(count)])
+    return legs
+
+
+def _redone(step: int, order: int, corrected: int, whole: bool) -> tuple[int, bool]:
+    """(answers that redo what came before a step, whether from the very start)."""
+    start = whole and order > 3 and 1 < step < order
+    if start:
+        return step + 1, True
+    if corrected:
+        return min(step + 1, corrected), False
+    return (2 if step == 1 and order > 2 else 0), False
+
+
+def _redo(course: Course, kind: str, legs: list[Leg], r: Tensor, how: list[tuple[int, bool]]) -> None:
+    angles = course.angles
+    for terms, start in sorted({(terms, start) for terms, start in how[1:] if terms > 1}):
+        rows = [i for i in range(1, len(legs)) if how[i] == (terms, start)]
+        before = [0 if start else i - 1 for i in rows]
+        nodes = torch.stack([angles[[i - j for i in rows]] for j in range(terms)], -1)
+        of = "velocity" if terms == 2 else kind  # from pure noise x_T alone says nothing of the data, v does
+        keep, past = carried(of, angles[before], angles[rows], nodes)
         keep, past = keep * r[rows] / r[before], past * r[rows][..., None]
         for i, k, w in zip(rows, course.column(keep), course.weights(past), strict=True):
-            legs[i].redo_keep, legs[i].redo = k, w
-    return legs
+            legs[i].redo_keep, legs[i].redo, legs[i].from_start = k, w, start
 
 
 def reading(course: Course, kind: str) -> Tensor:
@@ -171,7 +194,7 @@ def walk_on(
     One evaluation a step; a fourth order asks once more at the start.
     """
     down, back = renoising(course, eta)
-    legs = plan(course, kind, order, corrected, down if eta else None)
+    legs = plan(course, kind, order, corrected, down if eta else None, whole=not eta)
     reads, speeds = (course.weights(reading(course, of)) for of in (kind, "velocity"))
     fresh = [course.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
     told = course.told(course.times[:-1])
@@ -184,7 +207,7 @@ def walk_on(
 
     def walk(x: Tensor) -> Iterator[Tensor]:
         past: list[Tensor] = []
-        v = before = x
+        v = before = begun = x
         for i, (t, leg) in enumerate(zip(told, legs, strict=True)):
             asked = (course.answer(t, x), x)
             y = combine(*zip(reads[i], asked, strict=True))
@@ -192,7 +215,8 @@ def walk_on(
                 first = len(leg.redo) == 2
                 newest = combine(*zip(speeds[i], asked, strict=True)) if first else y
                 earlier = [v] if first else past
-                x = combine((leg.redo_keep, before), *zip(leg.redo, [newest, *earlier], strict=False))
+                base = begun if leg.from_start else before
+                x = combine((leg.redo_keep, base), *zip(leg.redo, [newest, *earlier], strict=False))
                 if i == 1 and again:
                     asked = (course.answer(t, x), x)
                     y = combine(*zip(reads[i], asked, strict=True))

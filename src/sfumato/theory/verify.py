@@ -20,7 +20,7 @@ from .definition import Theory, exact
 from .fitting import fit
 from .grids import grid, grids
 from .shapes import Denoise
-from .solver import evaluations, integrate, methods, solve
+from .solver import evaluations, integrate, methods, solve, widest
 
 SMOOTH = oracle.mixture([[0.9, -0.3], [-0.6, 0.8], [-0.2, -0.9]], 0.3)
 """Overlapping modes, on which orders show at few steps."""
@@ -76,11 +76,10 @@ def verify(theory: Theory, samples: int = 32) -> Verification:
             continue
         for order in method.orders or (None,):
             promise = method.promise(order or method.usual)
-            coarse, fine = (
-                _miss(denoise, x_T, theory, grid("two-sided", theory, n), wanted, name, order)
-                for n in (32, 64)
-            )
-            measured = math.log2(coarse / fine) if fine > 1e-12 else math.inf
+            grids = [grid("two-sided", theory, n) for n in (32, 64)]
+            coarse, fine = (_miss(denoise, x_T, theory, g, wanted, name, order) for g in grids)
+            wide, narrow = (widest(theory, g, name) for g in grids)
+            measured = math.log(coarse / fine) / math.log(wide / narrow) if fine > 1e-12 else math.inf
             ok = measured > promise - 0.35 or fine < 1e-9
             title = f"{name} {order}" if order else name
             findings.append(

@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .sharding import shards_of
+
 
 def trained(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name, in the network's order."""
+    """The parameters that training changes, by name, in order; of a divided network, the rows here."""
+    if (shards := shards_of(network)) is not None:
+        return shards.held
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it, unless it is sharded."""
-    shard: Any = getattr(tensor.detach(), "to_local", None)
-    return tensor if shard is None else shard()
 
 
 def decay_at(step: int, decay: float) -> float:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato.errors import Failed
 from sfumato.record import RunFolder, atomic_folder, checksum, said_plainly, sweep
+from sfumato.stages.tensors import heading, read
 
+__all__ = ["Keep", "damage", "newest_good", "read", "read_state", "save", "write"]
 FORMAT = 1
 SHARD_BYTES = 5_000_000_000
 SPARE_BYTES = 16_000_000
@@ -117,14 +119,21 @@ def write(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any])
     with atomic_folder(folder) as beside:
         for group, tensors in groups.items():
             _write_group(beside, group, tensors)
-        text = json.dumps({"format": FORMAT, **state}, indent=1)
-        (beside / "state.json").write_text(text, encoding="utf-8")
-        files = {
-            file.name: {"sha256": checksum(file), "bytes": file.stat().st_size}
-            for file in sorted(beside.iterdir())
-        }
-        manifest = json.dumps({"format": FORMAT, "files": files}, indent=1)
-        (beside / "manifest.json").write_text(manifest, encoding="utf-8")
+        write_papers(beside, state, {file.name: proof(file) for file in beside.iterdir()})
+
+
+def proof(file: Path) -> dict[str, Any]:
+    """What the manifest says of a file, by which damage is seen."""
+    return {"sha256": checksum(file), "bytes": file.stat().st_size}
+
+
+def write_papers(folder: Path, state: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Write `state.json`, and the manifest of it and of these files."""
+    papers = folder / "state.json"
+    papers.write_text(json.dumps({"format": FORMAT, **state}, indent=1), encoding="utf-8")
+    listed = dict(sorted({**files, papers.name: proof(papers)}.items()))
+    manifest = json.dumps({"format": FORMAT, "files": listed}, indent=1)
+    (folder / "manifest.json").write_text(manifest, encoding="utf-8")
 
 
 def ask_for_room(place: Path, nbytes: int, what: str = "the next checkpoint") -> None:
@@ -146,16 +155,24 @@ def _write_group(folder: Path, group: str, tensors: Tensors) -> None:
         if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = _alone(tensor, shards[-1])
+        shards[-1][name] = tensor
         size += tensor.nbytes
     for number, shard in enumerate(shards, 1):
         part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        try:
-            save_file(shard, folder / f"{group}{part}.safetensors")
-        except SafetensorError as problem:
-            if "os error 28" in str(problem) or "os error 122" in str(problem):
-                raise OSError(errno.ENOSPC, "No space left on device") from problem
-            raise
+        write_file(folder / f"{group}{part}.safetensors", shard)
+
+
+def write_file(file: Path, tensors: Tensors, firsts: Mapping[str, list[int]] | None = None) -> None:
+    """Write one safetensors file; with `firsts`, its tensors are rows of larger ones, which begin there."""
+    here: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        here[name] = _alone(tensor, here)
+    try:
+        save_file(here, file, None if firsts is None else heading(dict(firsts)))
+    except SafetensorError as problem:
+        if "os error 28" in str(problem) or "os error 122" in str(problem):
+            raise OSError(errno.ENOSPC, "No space left on device") from problem
+        raise
 
 
 def _alone(tensor: Tensor, others: Tensors) -> Tensor:
@@ -223,14 +240,6 @@ def _set_aside(run: RunFolder, folder: Path, reason: str) -> None:
     with said_plainly(folder):
         folder.rename(place)
     run.event("set_aside", file=str(place.relative_to(run.path)), reason=reason, sync=True)
-
-
-def read(folder: Path, group: str, device: str = "cpu") -> dict[str, Tensor]:
-    """All tensors of one group ("model", "ema", "optimizer"); {} if the checkpoint has none."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted([*folder.glob(f"{group}.safetensors"), *folder.glob(f"{group}-*-of-*.safetensors")]):
-        tensors.update(load_file(file, device=device))
-    return tensors
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class Duties:
             with signals.at_once(), self.averaged():
                 self.aside(self.preview, self.held.network, step)
         powers, every = self.held.powers, self.held.settings.ema_snapshots
-        if powers is not None and self.leads and (is_last or _falls_on(step, every)):
+        writes = self.leads or self.held.shards is not None
+        if powers is not None and writes and (is_last or _falls_on(step, every)):
             powers.write(self.run, step, every)
         return is_best
 
@@ -96,9 +97,10 @@ class Duties:
         network = self.held.network
         narrow = self.held.settings.weights != "fp32"
         context = autocast("bf16", self.held.weights[0].device) if narrow else nullcontext()
+        shards = self.held.shards
         network.eval()
         try:
-            with torch.no_grad(), context:
+            with torch.no_grad(), context, nullcontext() if shards is None else shards.gathered():
                 return work(*args, **words)
         finally:
             network.train()

@@ -16,6 +16,7 @@ from .optimiser import Optimiser
 from .posthoc import PowerAverages
 from .rounding import to_bfloat16
 from .settings import TrainSettings
+from .sharding import shards_of
 
 HARMLESS = {
     *("log_every", "save_every", "keep", "keep_every", "keep_best", "save_async", "patience"),
@@ -35,6 +36,7 @@ class Held:
         self.network, self.settings = network, settings
         if settings.weights != "fp32":
             to_bfloat16(network)
+        self.shards = shards_of(network)
         self.optimiser = Optimiser(network, settings)
         self.average: Average | OptimiserMean | None = None
         if self.optimiser.averages:
@@ -74,15 +76,16 @@ class Held:
             Refused: it is of another network.
         """
         state = checkpoint.read_state(folder)
-        model = checkpoint.read(folder, "model")
+        wanted = self.shards.wanted if self.shards is not None else None
+        model = checkpoint.read(folder, "model", wanted)
         _copy(model, self.network, folder)
         if self.average is not None:
-            self.average.load(checkpoint.read(folder, "ema") or model)
+            self.average.load(checkpoint.read(folder, "ema", wanted) or model)
         if self.powers is not None:
-            kept = {group: checkpoint.read(folder, group) for group in self.powers.groups()}
+            kept = {group: checkpoint.read(folder, group, wanted) for group in self.powers.groups()}
             self.powers.load({group: tensors or model for group, tensors in kept.items()})
         if state["settings"]["optimizer"] == self.settings.optimizer:
-            self.optimiser.load(checkpoint.read(folder, "optimizer"), state["optimizer"])
+            self.optimiser.load(checkpoint.read(folder, "optimizer", wanted), state["optimizer"])
         return state, self._changed(state)
 
     def _changed(self, state: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sfumato.errors import Failed
 from sfumato.record import RunFolder
 
-from . import blackbox, checkpoint, device, parallel, profiling, trackers
+from . import blackbox, checkpoint, device, parallel, profiling, sharding, strategy, trackers
 from .average import Average, OptimiserMean
 from .checkpoint import Keep
 from .duties import Duties, Measure, Preview
@@ -28,6 +28,7 @@ from .parallel import Division, Gradients
 from .profiling import part
 from .saving import Saver
 from .settings import TrainSettings
+from .sharding import ShardedGradients
 from .signals import Signals, Stopped
 from .verdict import Spikes, Verdict
 
@@ -128,21 +129,28 @@ class _Loop:
         self.processes = parallel.current()
         self.run = parallel.own_view(run)
         self.seed, self.say = seed, say if self.processes.leads else _nothing
+        self.device = next(network.parameters()).device
+        self.precision = device.effective_precision(settings.precision, self.device, settings.weights)
+        self.strategy = strategy.choose(settings, network, self.processes)
+        if self.strategy.is_divided:
+            sharding.shard(network, self.processes, self.precision, self.strategy.within)
         self.held = Held(network, settings)
         self.optimiser, self.average, self.weights = self.held.optimiser, self.held.average, self.held.weights
-        self.device = self.weights[0].device
-        self.precision = device.effective_precision(settings.precision, self.device, settings.weights)
         self.asks_every_step = self.device.type == "cpu" or not self.optimiser.skips_on_device
         self.bad = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)
         self.norm = torch.zeros((), device=self.device)
         self.division = Division.of(settings, self.processes)
-        self.gradients = Gradients(self.weights, self.processes, self.division.exact)
+        self.gradients: Gradients | ShardedGradients = (
+            Gradients(self.weights, self.processes, self.division.exact)
+            if self.held.shards is None
+            else ShardedGradients(self.held.shards)
+        )
         self.stops = False
         self.seen: list[blackbox.Seen] = []
         self.verdict = Verdict(settings.patience)
         self.duties = Duties(self.held, self.run, self.verdict, leads=self.processes.leads)
-        self.saver = Saver(self.run, settings.save_async)
+        self.saver = Saver(self.run, settings.save_async, self.held.shards)
         self.progress: Progress | None = None
         self.phase = "train"
         self.signals = Signals()
@@ -197,6 +205,7 @@ class _Loop:
         """
         parts = self.division.parts
         for number in self.division.mine:
+            self.gradients.begin(number == self.division.mine[-1])
             torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1_009 + number) & (2**63 - 1))
             with part("forward"), device.autocast(self.precision, self.device):
                 losses = self.objective.losses(self.step, number, parts)
@@ -210,7 +219,7 @@ class _Loop:
             if self.asks_every_step or self.is_logged(self.step + 1):
                 self.stops = bool(wishes)
             gradients = [weight.grad for weight in self.weights if weight.grad is not None]
-            self.norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+            self.norm = self.gradients.norm(gradients)
             self.judge(loss)
             self.clip(gradients)
         with part("optimizer"):
@@ -307,7 +316,7 @@ class _Loop:
         }
         settings = self.settings
         best = self.verdict.best if settings.keep_best else 0
-        if self.processes.leads:
+        if self.processes.leads or self.held.shards is not None:
             self.saver.save(self.step, groups, state, Keep(settings.keep, settings.keep_every, best))
         self.saved = self.step, self.owes
         return self.run.checkpoint_folder(self.step)
@@ -329,7 +338,8 @@ class _Loop:
         number = -1 if folder is None else int(folder.name.removeprefix("step-"))
         number = self.processes.agree(number)
         if number < 0:
-            self.processes.equalise(self.network)
+            if self.held.shards is None:
+                self.processes.equalise(self.network)
             return
         folder = self.run.checkpoint_folder(number)
         state, changed = self.held.load(folder)
@@ -353,7 +363,9 @@ class _Loop:
             resumed=self.resumed > 0,
             counts=dict(counts),
             settings=asdict(self.settings),
-            parameters=sum(weight.numel() for weight in self.weights),
+            parameters=sum(one.numel() for one in self.network.parameters() if one.requires_grad),
+            parallel=self.strategy.name,
+            parallel_why=self.strategy.why,
             device=str(self.device),
             precision=self.precision,
             threads=torch.get_num_threads(),

@@ -169,6 +169,13 @@ class Gradients:
         self.loss = torch.zeros((), device=self.weights[0].device)
         self._tree: list[tuple[int, Tensor]] = []
 
+    def begin(self, is_last: bool) -> None:
+        """Before each part: nothing is sent until all are computed."""
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of the gradients, which every process has whole."""
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
     def add(self, loss: Tensor) -> None:
         """Take in one part after its backward pass; `loss` is its share of the batch's mean."""
         if not self.exact:

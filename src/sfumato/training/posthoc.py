@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from sfumato.errors import Failed, Refused
 from sfumato.record import RunFolder, sweep
 
-from . import checkpoint
-from .average import local, trained
+from . import checkpoint, together
+from .average import trained
+from .sharding import shards_of
 
 LENGTHS = (0.05, 0.10)
 LONGEST = 0.25
@@ -73,7 +74,7 @@ class PowerAverages:
     """Power-function averages of a network's weights, one for each of `lengths`, in host memory."""
 
     def __init__(self, network: nn.Module, lengths: Sequence[float] = LENGTHS) -> None:
-        self._named = {name: local(weight) for name, weight in trained(network).items()}
+        self._named, self._shards = trained(network), shards_of(network)
         self.lengths = tuple(lengths)
         self._gammas = [exponent(length) for length in lengths]
         now = self._now()
@@ -119,14 +120,20 @@ class PowerAverages:
             self._take_in(means, step)
         groups = {
             f"power-{length:.3f}": {
-                name: mean.half() if mean.abs().max() < 6e4 else mean
+                name: mean.half() if not mean.numel() or mean.abs().max() < 6e4 else mean
                 for name, mean in zip(self._named, kept, strict=True)
             }
             for length, kept in zip(self.lengths, means, strict=True)
         }
-        sweep(run.path / "averages")
-        checkpoint.write(run.path / "averages" / f"step-{step:06d}", groups, {"step": step})
-        if every:
+        folder = run.path / "averages" / f"step-{step:06d}"
+        if self._shards is None:
+            sweep(folder.parent)
+            checkpoint.write(folder, groups, {"step": step})
+        else:
+            together.begin(folder, groups, self._shards.processes)
+            part = together.own_part(self._shards, groups)
+            together.write(folder, *part, {"step": step}, self._shards.processes)
+        if every and (self._shards is None or self._shards.processes.leads):
             _thin(run, step, every)
 
 
@@ -161,10 +168,9 @@ def snapshots(run: RunFolder) -> list[Snapshot]:
     found = []
     for folder in sorted((run.path / "averages").glob("step-*")):
         if match := _FOLDER.fullmatch(folder.name):
-            found += [
-                Snapshot(int(match[1]), float(file.name.split(".safe")[0].split("-")[1]), folder)
-                for file in sorted(folder.glob("power-*.safetensors"))
-            ]
+            files = folder.glob("power-*.safetensors")
+            lengths = {float(file.name.split(".safe")[0].split("-")[1]) for file in files}
+            found += [Snapshot(int(match[1]), length, folder) for length in sorted(lengths)]
     return found
 
 

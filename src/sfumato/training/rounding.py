@@ -81,8 +81,7 @@ class Rounding:
             else:
                 dice = torch.Generator(weight.device)
                 dice.manual_seed((step * 1_000_003 + number) & (2**63 - 1))
-                local_to, local_from = _local(weight), _local(stand_in)
-                local_to.copy_(round_stochastically(local_from, dice))
+                weight.copy_(round_stochastically(stand_in.detach(), dice))
             stand_in.grad = None
 
     def release(self, part: torch.optim.Optimizer) -> None:
@@ -111,8 +110,3 @@ class Rounding:
         for name, value in masters.items():
             if self.keeps and name in self.named:
                 self.named[name].copy_(value)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    shard = getattr(tensor.detach(), "to_local", None)
-    return tensor.detach() if shard is None else shard()

@@ -4,16 +4,19 @@ The copy is what the weights were; the thread writes, synchronises, checks and r
 the one before it, and a problem of the disk is raised where the run next looks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from sfumato.record import RunFolder
 
-from . import checkpoint
+from . import checkpoint, together
 from .checkpoint import Keep, Tensors
+from .sharding import Shards
 
 SHARE_OF_MEMORY = 0.4
 """Of the memory that is free, what a copy may take; above it, saving waits instead."""
@@ -25,10 +28,12 @@ class Saver:
 
     Args:
         background: write beside the steps where there is memory for a copy.
+        shards: of a divided network, every process writes its own part.
     """
 
     run: RunFolder
     background: bool = True
+    shards: Shards | None = None
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
     _writing: tuple[int, Keep, Future[Path]] | None = field(default=None, repr=False)
 
@@ -39,17 +44,38 @@ class Saver:
             Failed: the disk has no room for it. Refused: it is not writable.
         """
         self.wait()
+        if self.shards is not None:
+            self._save_part(self.shards, step, groups, state, keep)
+            return
         if not self.background or not has_memory(groups):
             checkpoint.save(self.run, step, groups, state, keep)
             return
         folder = checkpoint.prepare(self.run, step, groups)
-        copies = {
-            name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
-            for name, tensors in groups.items()
-        }
+        self._write_beside(step, keep, _written, folder, copied(groups), {"step": step, **state})
+
+    def _save_part(
+        self, shards: Shards, step: int, groups: Mapping[str, Tensors], state: Mapping[str, Any], keep: Keep
+    ) -> None:
+        """Save the rows that this process holds; all begin together, and each writes beside its steps."""
+        folder, whole = self.run.checkpoint_folder(step), {"step": step, **state}
+        together.begin(folder, groups, shards.processes)
+        mine, firsts = together.own_part(shards, groups)
+        if self.background and has_memory(mine):
+            self._write_beside(
+                step, keep, together.write, folder, copied(mine), firsts, whole, shards.processes
+            )
+            return
+        together.write(folder, mine, firsts, whole, shards.processes)
+        self._publish(step, keep)
+
+    def _write_beside(self, step: int, keep: Keep, work: Callable[..., Path], *given: Any) -> None:
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="save")
-        writing = self._pool.submit(_written, folder, copies, {"step": step, **state})
-        self._writing = step, keep, writing
+        self._writing = step, keep, self._pool.submit(work, *given)
+
+    def _publish(self, step: int, keep: Keep) -> None:
+        """Let the run know; of many processes the leading one."""
+        if self.shards is None or self.shards.processes.leads:
+            checkpoint.publish(self.run, step, keep)
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -61,7 +87,7 @@ class Saver:
             step, keep, writing = self._writing
             self._writing = None
             writing.result()
-            checkpoint.publish(self.run, step, keep)
+            self._publish(step, keep)
 
     def look(self) -> None:
         """Finish what is written, without waiting for what is not."""
@@ -74,7 +100,7 @@ class Saver:
             step, keep, writing = self._writing
             self._writing = None
             if writing.exception() is None:
-                checkpoint.publish(self.run, step, keep)
+                self._publish(step, keep)
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
@@ -83,6 +109,14 @@ class Saver:
 def _written(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
     checkpoint.write(folder, groups, state)
     return folder
+
+
+def copied(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
+    """The tensors in host memory, as they are now."""
+    return {
+        name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+        for name, tensors in groups.items()
+    }
 
 
 def has_memory(groups: Mapping[str, Tensors]) -> bool:

@@ -19,13 +19,16 @@ class TrainSettings:
     steps: int = key(5000, "optimizer steps in all", least=1)
     batch: int = key(32, "samples in one step, over all processes and accumulation", least=1)
     accumulate: int = key(1, "parts a batch is computed in, to need less memory", least=1)
+    parallel: str = key(
+        "auto",
+        "how processes share the run: ddp, copies; fsdp, divided among all; hsdp, among a machine's",
+        choices=("auto", "ddp", "fsdp", "hsdp"),
+    )
+    shard_within: int = key(0, "hsdp: processes that share one copy; 0: those of a machine", least=0)
     exact_elastic: bool = key(False, "end with the same bits on 1, 2, 4, ... processes")
     virtual_ranks: int = key(4, "exact_elastic only: most processes it may run on; a power of 2", least=1)
     optimizer: str = key("adamw", "what moves the weights", choices=OPTIMIZERS)
     learning_rate: float = key(1e-4, "the optimizer's learning rate after warm-up", least=0)
-    text_learning_rate: float = key(
-        0.0, "that of text encoders and new words, where they are trained; 0: train.learning_rate", least=0
-    )
     warmup: int = key(100, "steps in which the learning rate rises from 0", least=0)
     schedule: str = key(
         "constant",

@@ -18,6 +18,8 @@ FREE_PARTS = (
     "train.ema_snapshots",
     "train.held_out_every",
     "train.threads",
+    "train.parallel",
+    "train.shard_within",
     "train.device",
     "train.checkpointing",
     "train.offload",

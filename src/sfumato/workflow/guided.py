@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from torch import Tensor
 
-from ..data import controls
+from ..data import clips, controls
 from ..data.media import fit, read_picture, to_pixels
 from ..data.sample import Sample
 from ..data.settings import DataSettings
 from ..errors import Refused
-from ..generation import PaintingModel, to_images
+from ..generation import PaintingModel, to_pictures
 from ..recipe import DEFAULT, Recipe
 from ..stages import guides
 from ..stages.guides import GuidedDenoiser, GuidePlan
@@ -101,8 +102,8 @@ def shown(model: PaintingModel, settings: DataSettings, samples: Sequence[Sample
     }
 
 
-def picture_for(settings: DataSettings, name: str, sample: Sample) -> Image.Image:
-    """The picture of a sample that a guide is shown, at data.resolution.
+def picture_for(settings: DataSettings, name: str, sample: Sample) -> Any:
+    """The picture of a sample that a guide is shown, at data.resolution; of clips uint8 [F, H, W, 3].
 
     Raises:
         Refused: the sample has none.
@@ -112,8 +113,17 @@ def picture_for(settings: DataSettings, name: str, sample: Sample) -> Image.Imag
         raise Refused(f'{sample.name} has no "{place}".')
     other = sample.companions.get(place)
     source: Any = sample.source() if place == ITSELF else other() if callable(other) else other
-    side = settings.resolution
-    pixels = to_pixels(fit(read_picture(source), side, side)[None])
+    pixels = to_pixels(_frames(settings, source, sample.name)[None])
     if name.startswith("control") and place == ITSELF:
         pixels = controls.control(pixels, settings.control)
-    return to_images(pixels)[0]
+    return to_pictures(pixels, bool(settings.frames))[0]
+
+
+def _frames(settings: DataSettings, source: Any, name: str) -> Tensor:
+    """A picture, uint8 [3, H, W]; where clips are wanted [3, F, H, W], a picture one of a single frame."""
+    name = source.name if isinstance(source, Path) else name
+    side = settings.resolution
+    if settings.frames and clips.is_clip(name, source):
+        return clips.read(name, source, clips.Piece(settings.frames, settings.rate), side, side)
+    still = fit(read_picture(source), side, side)
+    return still[:, None] if settings.frames else still

@@ -14,7 +14,7 @@ from ..data.sample import Collection, Sample
 from ..data.settings import DataSettings
 from ..data.views import Encoding
 from ..errors import Refused
-from ..recipe import EMBEDDED
+from ..recipe import EMBEDDED, Recipe
 from . import guided
 
 T = TypeVar("T")
@@ -47,6 +47,42 @@ def collect(settings: DataSettings) -> Collection:
     return replace(found, samples=worded(found.samples, _wording(settings)))
 
 
+def material_of(recipe: Recipe) -> Collection:
+    """The samples of a recipe; those of a model of classes are captioned with their classes.
+
+    Raises:
+        Refused: as `collect`, or samples without a class.
+    """
+    data = recipe.data
+    if recipe.model.base != "scratch" or recipe.model.text != "labels":
+        return collect(data)
+    if len(named(data)) > 1:
+        raise Refused(
+            'model.text = "labels" takes one set: the classes of several are numbered apart. Put them into '
+            "one folder, or let captions guide."
+        )
+    found = collect(replace(data, captions="none") if data.captions == "files" else data)
+    lacking = next((one for one in found.samples if one.label is None), None)
+    if lacking is not None:
+        raise Refused(
+            f'{lacking.name} has no class, but model.text is "labels". Classes come from a column label or '
+            'class, or with data.captions = "folder" from the names of folders.'
+        )
+    samples = [replace(one, captions=(class_name(found, one.label or 0),)) for one in found.samples]
+    return replace(found, samples=samples)
+
+
+def class_names(found: Collection) -> list[str]:
+    """Of the classes 0, 1, …, in small letters; their numbers where nobody named them."""
+    count = 1 + max((one.label or 0 for one in found.samples), default=0)
+    return [class_name(found, index).lower() for index in range(max(count, len(found.classes)))]
+
+
+def class_name(found: Collection, label: int) -> str:
+    """What a class is called."""
+    return found.classes[label] if label < len(found.classes) else str(label)
+
+
 def named(settings: DataSettings) -> tuple[str, ...]:
     """The data sets a recipe names."""
     return (settings.train,) if isinstance(settings.train, str) else settings.train
@@ -65,11 +101,11 @@ def _wording(settings: DataSettings) -> Wording:
 
 def _source(settings: DataSettings) -> Collection:
     assert isinstance(settings.train, str)
-    if settings.train in ("shapes-reference", "shapes-edit"):
+    if settings.train in ("shapes-alone", "shapes-reference", "shapes-edit"):
         from ..data import guided_shapes
 
-        make = guided_shapes.edit if settings.train == "shapes-edit" else guided_shapes.reference
-        return make(size=settings.resolution)
+        made = {"alone": guided_shapes.lone, "reference": guided_shapes.reference, "edit": guided_shapes.edit}
+        return made[settings.train.removeprefix("shapes-")](size=settings.resolution)
     if settings.train == "shapes":
         from ..data import shapes
 

@@ -16,7 +16,7 @@ from sfumato.stages.image import Encoder
 from sfumato.stages.interface import Condition, Denoiser, Model
 from sfumato.stages.packing import patches
 
-from .guide import WEAK, Guide, weight_of
+from .guide import WEAK, Guide, Hook, weight_of
 from .ours import shown
 
 Given = dict[str, Any]
@@ -235,9 +235,7 @@ class ControlNet(Guide):
             name += f" {self.dialect.is_mute(self.net)}"
         return Encoder(lambda pixels: self.dialect.latents(self.net, model, pixels), name)
 
-    def hooks(
-        self, base: Denoiser, x: Tensor, condition: Condition
-    ) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One before the base's network."""
         network: Any = getattr(base, "network", base)
         weight, control = weight_of(condition, self.name), condition[self.name].to(x.dtype)
@@ -254,7 +252,7 @@ class ControlNet(Guide):
                 added = self.dialect.ask(self.net, args, given, control, weight)
             return args, {**given, **{name: summed(given.get(name), value) for name, value in added.items()}}
 
-        yield network.register_forward_pre_hook(hand, with_kwargs=True)
+        yield Hook(network, hand, before=True)
 
 
 def first(value: Any, rows: int, size: int) -> Any:

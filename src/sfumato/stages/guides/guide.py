@@ -1,15 +1,43 @@
 """A guide is a network beside a denoiser; a guided denoiser is its base with guides around it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.stages.blocks import again_within
 from sfumato.stages.image import Encoder
 from sfumato.stages.interface import Condition, Denoiser, Model
+
+
+class Hook(NamedTuple):
+    """What acts in a module: after it, act(module, args, answer) → answer; or before it, act(module, args,
+    named) → (args, named)."""
+
+    place: nn.Module
+    act: Callable[..., Any]
+    before: bool = False
+
+    def put(self) -> torch.utils.hooks.RemovableHandle:
+        """Let it act from now on."""
+        if self.before:
+            return self.place.register_forward_pre_hook(self.act, with_kwargs=True)
+        return self.place.register_forward_hook(self.act)
+
+
+@contextmanager
+def acting(hooks: Sequence[Hook]) -> Iterator[None]:
+    """While this lasts the hooks act."""
+    handles = [hook.put() for hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
 
 WEAK = "is_weak"
 """Marks, [B] bool, the samples of a condition that guidance leans away from."""
@@ -43,10 +71,8 @@ class Guide(nn.Module, ABC):
         """How its picture becomes its tensor."""
 
     @abstractmethod
-    def hooks(
-        self, base: Denoiser, x: Tensor, condition: Condition
-    ) -> Iterator[torch.utils.hooks.RemovableHandle]:
-        """Hooks that let the tensor act, for one answer of the base."""
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
+        """What lets the tensor act, for one answer of the base."""
 
     def free(self, base: Denoiser) -> None:
         """Let its weights be trained."""
@@ -57,17 +83,9 @@ class Guide(nn.Module, ABC):
         """While this lasts the base is as it would be without the guide, to be written down."""
         yield
 
-    @contextmanager
-    def around(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[None]:
-        """While this lasts the guide acts, if the condition holds its tensor and its weight is not 0."""
-        handles = []
-        try:
-            if self.always or (self.name in condition and weight_of(condition, self.name)):
-                handles += self.hooks(base, x, condition)
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def acts(self, condition: Condition) -> bool:
+        """Whether it has something to say here: its tensor, and a weight that is not 0."""
+        return self.always or (self.name in condition and bool(weight_of(condition, self.name)))
 
 
 class GuidedDenoiser(Denoiser):
@@ -83,7 +101,7 @@ class GuidedDenoiser(Denoiser):
     def __init__(self, base: Denoiser, guides: Sequence[Guide]) -> None:
         super().__init__()
         self.base, self.guides = base, nn.ModuleList(guides)
-        for name in ("lora_targets", "framing", "grain", "own_name", "family", "knobs"):
+        for name in ("lora_targets", "framing", "grain", "own_name", "family", "knobs", "frames_apart"):
             if hasattr(base, name):
                 setattr(self, name, getattr(base, name))
         self.free()
@@ -124,10 +142,10 @@ class GuidedDenoiser(Denoiser):
         return Condition(kept, size=condition.size, negative=condition.negative)
 
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
-        """The base's answer while the guides act on it."""
-        with ExitStack() as stack:
-            for guide in self.listed:
-                stack.enter_context(guide.around(self.base, x, condition))
+        """The base's answer while the guides act on it, now and when a block is computed again."""
+        active = [guide for guide in self.listed if guide.acts(condition)]
+        hooks = [hook for guide in active for hook in guide.hooks(self.base, x, condition)]
+        with acting(hooks), again_within(lambda: acting(hooks)):
             return self.base(x, clock, self.without(condition))
 
     def told(self, condition: Condition, guidance: float) -> Condition:

@@ -17,7 +17,7 @@ from sfumato.errors import Refused
 from sfumato.stages.image import Encoder, ImageEncoder
 from sfumato.stages.interface import Condition, Denoiser, Model
 
-from .guide import Guide, weight_of
+from .guide import Guide, Hook, weight_of
 
 TOKENS = 4
 """Tokens a summary becomes: what diffusers' loaders expect."""
@@ -197,9 +197,7 @@ class IPAdapter(Guide):
         for part in self.parts(getattr(base, "network", base)):
             part.requires_grad_(True)
 
-    def hooks(
-        self, base: Denoiser, x: Tensor, condition: Condition
-    ) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One before the base's network, which hands over the features."""
         network: Any = getattr(base, "network", base)
         weight = weight_of(condition, self.name) if self.name in condition else 0.0
@@ -218,7 +216,7 @@ class IPAdapter(Guide):
             attention = {**(given.get("joint_attention_kwargs") or {}), "ip_adapter_image_embeds": features}
             return args, {**given, "joint_attention_kwargs": attention}
 
-        yield network.register_forward_pre_hook(hand, with_kwargs=True)
+        yield Hook(network, hand, before=True)
 
 
 def read(file: Path) -> dict[str, Tensors]:

@@ -2,24 +2,24 @@
 
 Sources: Zhang et al. 2023, arXiv:2302.05543 (copied blocks, outputs that start at zero);
 Ye et al. 2023, arXiv:2308.06721 (decoupled cross-attention); Brooks et al. 2023, arXiv:2211.09800 (the
-source's latents as further channels).
+source's latents as further channels). Of clips, control and source are clips too, read frame by frame of
+the latents; the reference stays a picture.
 """
 
 import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.errors import Refused
+from sfumato.stages.clips import stacked
 from sfumato.stages.dit import DiT
 from sfumato.stages.image import Encoder, ImageEncoder
 from sfumato.stages.interface import Condition, Denoiser, Model
 
-from .guide import Guide, weight_of
-
-Handle = torch.utils.hooks.RemovableHandle
+from .guide import Guide, Hook, weight_of
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:
@@ -30,8 +30,26 @@ def zeroed(layer: nn.Linear) -> nn.Linear:
 
 
 def patched(x: Tensor, size: int) -> Tensor:
-    """[B, C, H, W] → [B, H/s·W/s, C·s·s]."""
-    return F.pixel_unshuffle(x, size).flatten(2).transpose(1, 2)
+    """[B, C, H, W] → [B, H/s·W/s, C·s·s]; of a clip [B, C, K, H, W] → [B·K, H/s·W/s, C·s·s]."""
+    flat = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+    return F.pixel_unshuffle(flat, size).flatten(2).transpose(1, 2)
+
+
+def as_long(guide: Tensor, x: Tensor, name: str) -> Tensor:
+    """A guide [B, C, (K,) H, W] with as many latent frames as x [B, C, (K,) h, w]; a still one stands still.
+
+    Raises:
+        Refused: a clip of another length.
+    """
+    if guide.ndim == 4:
+        return guide
+    frames = x.shape[2] if x.ndim == 5 else 1
+    if guide.shape[2] not in (1, frames):
+        raise Refused(
+            f"{name} has {guide.shape[2]} latent frames, but {frames} are drawn. Give a clip as long as what "
+            "is drawn, or a picture."
+        )
+    return guide.expand(-1, -1, frames, -1, -1)
 
 
 def shown(pixels: Tensor) -> Tensor:
@@ -43,35 +61,44 @@ class ControlBranch(Guide):
     """Copies of the first blocks read the control picture; what they say is added, block by block, through
     layers that start at zero.
 
-    `control` [B, 3, H, W] is the picture itself in bytes; none of it (all black) says nothing.
+    `control` [B, 3, H, W] is the picture itself in bytes; none of it (all black) says nothing. Of a clip it
+    is [B, 3·deep, K, H, W]: the frames that a latent stands for, laid on top of each other.
     """
 
     kind = "controlnet"
 
-    def __init__(self, base: DiT, stride: int, layers: int = 0, name: str = "control") -> None:
+    def __init__(self, base: DiT, stride: int, layers: int = 0, name: str = "control", deep: int = 1) -> None:
+        """stride, deep: pixels a side and frames that a latent stands for; layers: 0 for half the blocks."""
         super().__init__(name)
-        depth = len(base.blocks)
+        depth, self.deep = len(base.blocks), deep
         self.stride, self.layers = stride, min(layers, depth) if layers else (depth + 1) // 2
         self.side, width = stride * base.patch, base.width
         self.hint = nn.Sequential(
-            nn.Linear(3 * self.side**2, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
+            nn.Linear(3 * deep * self.side**2, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
         )
         self.blocks = nn.ModuleList(copy.deepcopy(block) for block in base.blocks[: self.layers])
         self.outs = nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in range(self.layers))
 
     def config(self) -> dict[str, Any]:
-        """Stride, layers, name."""
-        return {"stride": self.stride, "layers": self.layers, "name": self.name}
+        """Stride, layers, name; of clips also deep."""
+        known = {"stride": self.stride, "layers": self.layers, "name": self.name}
+        return known | ({"deep": self.deep} if self.deep > 1 else {})
 
     def encoder(self, model: Model) -> Encoder:
-        """The pixels themselves, in bytes."""
-        return Encoder(shown, "pixels in bytes 1")
+        """The pixels themselves, in bytes; of a clip, those of each latent together."""
 
-    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Handle]:
+        def encode(pixels: Tensor) -> Tensor:
+            return shown(pixels if pixels.ndim == 4 else stacked(pixels, self.deep).transpose(1, 2))
+
+        of = f" of {self.deep} frames" if self.deep > 1 else ""
+        return Encoder(encode, f"pixels in bytes 1{of}", moves=True)
+
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One on each of the first blocks."""
         assert isinstance(base, DiT)
         weight = weight_of(condition, self.name)
-        hint = self.hint(patched(condition[self.name].to(x.dtype) / 255, self.side))
+        control = as_long(condition[self.name].to(x.dtype) / 255, x, self.name)
+        hint = self.hint(patched(control, self.side)).unflatten(0, (len(x), -1)).flatten(1, 2)
         state: list[Tensor] = []
 
         def acting(index: int) -> Any:
@@ -82,12 +109,15 @@ class ControlBranch(Guide):
 
             return add
 
-        return (base.blocks[i].register_forward_hook(acting(i)) for i in range(self.layers))
+        return (Hook(base.blocks[i], acting(i)) for i in range(self.layers))
 
 
 class Looks(Guide):
     """Attention to a picture's features beside the attention to the text: the same queries, keys and values
     of their own, values that start at zero.
+
+    Two layers of self-attention read the features first. What they find on the whole joins the prompt's
+    summary, which in our DiT paces every block and draws the canvas, through layers that start at zero.
 
     `reference` [B, L, D] holds the features; all zero says nothing.
     """
@@ -98,7 +128,13 @@ class Looks(Guide):
         super().__init__(name)
         width = base.width
         self.image = image
-        self.project = nn.Sequential(nn.Linear(image.width, width), nn.LayerNorm(width))
+        self.enter = nn.Linear(image.width, width)
+        layer = nn.TransformerEncoderLayer(
+            width, base.heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.read = nn.TransformerEncoder(layer, 2, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.summary = zeroed(nn.Linear(width, width)) if hasattr(base, "pooled") else None
+        self.sketch = zeroed(nn.Linear(width, 4 * width)) if base.canvas is not None else None
         self.keys = nn.ModuleList(nn.Linear(width, width) for _ in base.blocks)
         self.values = nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in base.blocks)
 
@@ -115,32 +151,38 @@ class Looks(Guide):
         self.requires_grad_(True)
         self.image.requires_grad_(False)
 
-    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Handle]:
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """Two on each block: one hears the queries, one adds what is seen."""
         assert isinstance(base, DiT)
         weight = weight_of(condition, self.name)
-        features = self.project(condition[self.name].to(x.dtype))
+        features = self.read(self.enter(condition[self.name].to(x.dtype)))
+        whole = features.mean(1)
+        for layer, part in ((self.summary, "pooled"), (self.sketch, "canvas")):
+            if layer is not None:
+                place: Any = getattr(base, part)[1]
+                more = weight * layer(whole)
+                yield Hook(place, lambda layer, given, answer, more=more: answer + more)
         blocks: list[Any] = list(base.blocks)
         for block, keys, values in zip(blocks, self.keys, self.values, strict=True):
             held: list[Tensor] = []
-            yield block.qkv.register_forward_hook(lambda layer, given, answer, held=held: held.append(answer))
+            yield Hook(block.qkv, lambda layer, given, answer, held=held: held.append(answer))
 
             def look(
-                layer: nn.Module, given: Any, block: Any = block, keys: Any = keys, values: Any = values,
-                held: list[Tensor] = held,
-            ) -> tuple[Tensor]:  # fmt: skip
+                layer: nn.Module, given: Any, named: Any,
+                block: Any = block, keys: Any = keys, values: Any = values, held: list[Tensor] = held,
+            ) -> Any:  # fmt: skip
                 q = block.q_norm(block.split(held.pop(), 3)[0])
                 k, v = block.k_norm(block.split(keys(features), 1)[0]), block.split(values(features), 1)[0]
                 seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-                return (given[0] + weight * seen,)
+                return (given[0] + weight * seen,), named
 
-            yield block.out.register_forward_pre_hook(look)
+            yield Hook(block.out, look, before=True)
 
 
 class Source(Guide):
-    """A picture to be edited: its latents as further channels, through a layer that starts at zero.
+    """A picture or clip to be edited: its latents as further channels, by a layer that starts at zero.
 
-    `edit_source` [B, C, H, W]: latents of the source; the base learns along.
+    `edit_source` [B, C, (K,) H, W]: latents of the source; the base learns along.
     """
 
     kind = "edit"
@@ -157,11 +199,11 @@ class Source(Guide):
 
     def encoder(self, model: Model) -> Encoder:
         """The model's own codec."""
-        return Encoder(model.encode, model.codec.fingerprint())
+        return Encoder(model.encode, model.codec.fingerprint(), moves=True)
 
-    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Handle]:
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One on the layer through which latents enter."""
         assert isinstance(base, DiT)
         weight = weight_of(condition, self.name)
-        source = self.enter(patched(condition[self.name].to(x.dtype), self.patch))
-        yield base.enter.register_forward_hook(lambda layer, given, answer: answer + weight * source)
+        source = self.enter(patched(as_long(condition[self.name].to(x.dtype), x, self.name), self.patch))
+        yield Hook(base.enter, lambda layer, given, answer: answer + weight * source)

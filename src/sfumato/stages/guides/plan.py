@@ -78,9 +78,9 @@ def made(model: Model, base: Denoiser, plan: GuidePlan, known: Sequence[Guide]) 
         name = "control" if not alike else f"control_{alike + 1}"
         layers = built.get("layers", plan.layers)
         if ours:
-            return ControlBranch(
-                base, built.get("stride", model.codec.stride), layers, built.get("name", name)
-            )
+            deep = built.get("deep", model.codec.time_stride if base.frames else 1)
+            stride = built.get("stride", model.codec.stride)
+            return ControlBranch(base, stride, layers, built.get("name", name), deep)
         return ControlNet(base, layers, built.get("name", name), built.get("folder", ""))
     if plan.kind not in KINDS:
         raise Refused(f'There is no guide "{plan.kind}"; there are {", ".join(KINDS)}.')

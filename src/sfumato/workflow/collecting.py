@@ -1,0 +1,107 @@
+"""Collecting a store: what runs and recipes still need of it stays, trained codecs too."""
+
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .. import stages
+from ..data import uses
+from ..data.collecting import DAY, collect
+from ..data.store import KINDS, Store
+from ..data.work import lay_out
+from ..recipe import Recipe
+from . import companions
+from .checks import sizes
+from .codecs import codec_key, place
+from .course import gather, model_of
+from .encoding import curriculum, encoding_of, is_guided
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store of encodings."""
+    kinds = [folder / kind for kind in KINDS]
+    return all(one.is_dir() for one in kinds) and any(
+        any(one.glob("*.safetensors")) for one in (*kinds, folder / uses.FOLDER)
+    )
+
+
+def collected(
+    root: Path, keep: Iterable[str | Path] = (), days: float = 30.0, remove: bool = False
+) -> dict[str, Any]:
+    """What a store holds and what of it nobody needs, which is removed if `remove` says so.
+
+    Args:
+        keep: recipes and runs whose encodings are kept beside those of the runs that exist.
+        days: what was written since then is kept, whoever needs it.
+    Returns:
+        plain values: {kind: {entries, bytes, unused_entries, unused_bytes, damaged}}, users, codecs,
+        leftover_bytes, unused_bytes, freed_bytes.
+    Raises:
+        Refused: a recipe cannot be used, somebody else is collecting, or the store cannot be written.
+    """
+    needed: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    encoders: set[str] = set()
+    for one in keep:
+        _add_needs(Recipe.read(one), needed, encoders)
+    found = collect(Store(root), needed, days, remove)
+    codecs = _codecs(root / "codecs", found.encoders | encoders, days, remove)
+    freed = found.freed_bytes + sum(one["bytes"] for one in codecs if not one["kept"] and remove)
+    return {
+        **{kind: vars(share) for kind, share in found.shares.items()},
+        "users": found.users,
+        "codecs": codecs,
+        "leftover_bytes": found.leftover_bytes,
+        "unused_bytes": found.unused_bytes + sum(one["bytes"] for one in codecs if not one["kept"]),
+        "freed_bytes": freed,
+    }
+
+
+def _add_needs(recipe: Recipe, needed: dict[str, set[str]], encoders: set[str]) -> None:
+    """Add the keys of all that a recipe would encode."""
+    gathered = gather(recipe)
+    codec = gathered.base.codec if gathered.base else _codec_of(recipe, gathered)
+    if codec is None:
+        return  # not trained yet: nothing of it can be in the store
+    model = model_of(recipe, gathered, codec)
+    beside = companions.encoders(model, recipe.data)
+    for stage in [*(one for _, one in curriculum(recipe)), recipe]:
+        how, samples = encoding_of(stage, model), gathered.collection.samples
+        shapes = sizes(stage, samples, codec, gathered.base)
+        work = lay_out(samples, shapes, how, beside, is_guided(model), lambda done, total, phase: None)
+        for kind, keys in work.keys(how).items():
+            needed[kind] |= set(keys)
+        encoders |= {how.pixels, how.texts}
+
+
+def _codec_of(recipe: Recipe, gathered: Any) -> stages.Codec | None:
+    """The codec of a recipe that begins from scratch, None if it is still to be trained."""
+    fresh = stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
+    if not stages.needs_training(recipe.model, fresh):
+        return fresh.eval()
+    trained_on = gathered.collection.of("train") or gathered.collection.samples
+    home = place(recipe, codec_key(recipe, trained_on, gathered.bucket_of))
+    return stages.load_codec(home).eval() if (home / "stage.json").is_file() else None
+
+
+def _codecs(folder: Path, encoders: set[str], days: float, remove: bool) -> list[dict[str, Any]]:
+    """The trained codecs of a store: which are kept, and how large they are."""
+    found: list[dict[str, Any]] = []
+    for home in sorted(folder.glob("*")):
+        if not home.is_dir():
+            continue
+        is_run = home.suffix == ".run"
+        finished = (home.with_suffix("") / "stage.json").is_file() if is_run else True
+        young = time.time() - home.stat().st_mtime < days * DAY
+        kept = young or (not finished if is_run else _is_needed(home, encoders))
+        size = sum(one.stat().st_size for one in home.rglob("*") if one.is_file())
+        found.append({"name": home.name, "kept": kept, "bytes": size})
+        if remove and not kept:
+            shutil.rmtree(home)
+    return found
+
+
+def _is_needed(home: Path, encoders: set[str]) -> bool:
+    mine = stages.load_codec(home).fingerprint()
+    return any(one.startswith(mine) for one in encoders)

@@ -1,0 +1,38 @@
+"""A run on many processes of this machine, forked so that nothing is imported again."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch._dynamo  # here, so that no forked process imports it
+import torch.distributed.fsdp
+from training_world import fingerprint, train
+
+from sfumato.training import parallel
+
+
+def work(rank: int, count: int, port: int, folder: Path, changes: dict[str, object]) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with parallel.joined("cpu"):
+        train(folder, **changes)
+
+
+def run_on(count: int, folder: Path, **changes: object) -> str:
+    """Train on `count` processes; the fingerprint of what they end with."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(rank, count, port, folder, changes)) for rank in range(count)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    return fingerprint(folder)
