@@ -8,10 +8,12 @@ import torch
 from sfumato.errors import Refused
 from sfumato.generation import PaintingModel
 from sfumato.generation.leaning import Leaning
+from sfumato.recipe import Recipe
 from sfumato.stages import Condition, build, new_codec
 from sfumato.stages.interface import Conditioner
 from sfumato.stages.settings import ModelSettings
 from sfumato.theory import get, translate
+from sfumato.workflow.checks import check_leaning
 
 SETTINGS = ModelSettings(codec="pixels", text="none", width=32, depth=3, heads=4, patch=4)
 
@@ -172,3 +174,60 @@ def test_a_model_draws_the_same_picture_under_every_theory_of_the_same_ends():
         assert float((moved - plain).abs().max()) < 2e-3 * float(plain.abs().max())
     back = model.under(get("trigflow")).under(model.theory)
     torch.testing.assert_close(drawn(back), plain, rtol=1e-3, atol=1e-3)
+
+
+# ---------------------------------------------------------------- what a recipe says
+
+
+def test_a_model_draws_as_its_recipe_said_unless_told_otherwise():
+    """Law: info["leaning"] stands for the same arguments; what is said at a call goes before it."""
+    model, said = painter(), {"form": "apg", "rescale": 0.5, "interval": [0.1, 9.0]}
+    wanted = drawn(model, guidance_form="apg", guidance_rescale=0.5, guidance_interval=(0.1, 9.0))
+    plain, unguided = drawn(model), drawn(model, guidance=1.0)
+    model.info["leaning"] = said
+    assert torch.equal(drawn(model), wanted) and not torch.equal(wanted, plain)
+    assert torch.equal(drawn(model, guidance=1.0), unguided)  # nothing to shape: left out, not refused
+    back = {"guidance_form": "cfg", "guidance_rescale": 0.0, "guidance_interval": (0.0, math.inf)}
+    torch.testing.assert_close(drawn(model, **back), plain)
+    with pytest.raises(Refused, match="guidance_form shapes guidance"):
+        drawn(model, guidance=1.0, guidance_form="apg")
+
+
+def test_a_weaker_model_may_be_named_by_its_folder_and_is_read_once(monkeypatch):
+    model, weaker, read = painter(), painter(1), []
+    monkeypatch.setattr(
+        "sfumato.generation.pictures.load", lambda place, device: read.append(place) or weaker
+    )
+    wanted = drawn(model, guidance_by=weaker)
+    torch.testing.assert_close(drawn(model, guidance_by="runs/weak"), wanted)
+    model.info["leaning"] = {"by": "runs/weak"}
+    torch.testing.assert_close(drawn(model), wanted)
+    assert read == ["runs/weak"]
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (["sample.guidance=1", "sample.guidance_form=apg"], "guidance_form shapes guidance"),
+        (["sample.guidance_form=agp"], 'mean "apg"'),
+        (["sample.guidance_rescale=2"], "at most 1"),
+        (["sample.guidance_interval=[3.0, 1.0]"], "the lower first"),
+        (["model.denoiser=unet", "sample.guidance_perturbed=1"], "attention can be disturbed"),
+        (["sample.guidance_by=nowhere"], "nowhere"),
+        (["sample.guidance_resale=1"], 'mean "sample.guidance_rescale"'),
+    ],
+)
+def test_a_recipe_whose_guidance_would_not_act_is_refused(tmp_path, keys, words):
+    file = tmp_path / "recipe.toml"
+    file.write_text('[data]\ntrain = "shapes"\n')
+    with pytest.raises(Refused, match=words):
+        recipe = Recipe.read(file, keys)
+        check_leaning(recipe, new_codec(SETTINGS), Letters(), None)
+
+
+def test_a_recipe_whose_guidance_acts_is_taken(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text("[sample]\nguidance_form = 'apg'\nguidance_interval = [0.2, 5]\nguidance_perturbed = 1\n")
+    recipe = Recipe.read(file)
+    check_leaning(recipe, new_codec(SETTINGS), Letters(), None)
+    assert recipe.sample.leaning == {"form": "apg", "interval": [0.2, 5.0], "perturbed": 1.0}

@@ -12,7 +12,8 @@ from ..studio.page import document, embedded, gallery, section
 from .console import progress, result
 
 SHOWN = ("control_weight", "control_start", "control_end", "reference_scale", "strength")
-"""Numbers of which 0 is one that is said."""
+LEANING = ("guidance_rescale", "guidance_perturbed")
+"""These and `SHOWN` are numbers of which 0 is one that is said, but None is not."""
 PICTURES = ("control", *SHOWN[:4], "reference", "init", "strength", "mask")
 """Options about pictures that guide."""
 
@@ -59,8 +60,6 @@ class Asked:
         said |= {"regions": regions} if regions else {}
         pictures = shown({name: said.pop(name) for name in PICTURES}, said.pop("control_from"))
         wanted = further(said.pop("image") or [], said.pop("option") or [])
-        if said["guidance_form"] == "cfg":
-            said["guidance_form"] = ""
         return cls(wanted=said | wanted | pictures, loras=loras, **own, **where)
 
     @property
@@ -69,7 +68,9 @@ class Asked:
         return {
             name: value
             for name, value in self.wanted.items()
-            if name in SHOWN or value not in (None, "", 0) or (name in ("seed", "guidance") and value == 0)
+            if name in SHOWN
+            or value not in (None, "", 0)
+            or (name in ("seed", "guidance", *LEANING) and value == 0)
         }
 
 

@@ -86,16 +86,18 @@ Mask = Annotated[
 ]
 
 # How guidance leans
-GuidanceForm = Annotated[str, typer.Option(metavar="NAME", help="cfg, cfg-zero-star or apg.")]
+GuidanceForm = Annotated[Optional[str], typer.Option(metavar="NAME", help="cfg, cfg-zero-star or apg.")]
 GuidanceRescale = Annotated[
-    float, typer.Option(metavar="X", help="Share of the contrast guidance added that is taken back.")
+    Optional[float],
+    typer.Option(metavar="X", help="Share of the contrast guidance added that is taken back."),
 ]
 GuidanceInterval = Annotated[
     Optional[tuple[float, float]],
     typer.Option(metavar="LOW HIGH", help="Guide only while noise/signal lies between these."),
 ]
 GuidancePerturbed = Annotated[
-    float, typer.Option(metavar="X", help="Also lean away from the model with disturbed attention.")
+    Optional[float],
+    typer.Option(metavar="X", help="Also lean away from the model with disturbed attention."),
 ]
 GuidanceBy = Annotated[
     Optional[Path],

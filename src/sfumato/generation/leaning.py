@@ -5,21 +5,23 @@ one network at one time come from one call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sfumato.errors import Refused, one_of
-from sfumato.stages import Condition, Denoiser, Model
+from sfumato.stages import Codec, Condition, Denoiser, Model
 from sfumato.theory import Theory, translate
 from sfumato.theory import guidance as guiding
+
+from .settings import FORMS
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Form = Callable[[Denoise, Denoise, float], Denoise]
 
-FORMS = ("cfg", "cfg-zero-star", "apg")
 MOMENTUM = -0.5
 """Of APG, as its paper has it for latent models."""
 
@@ -35,24 +37,31 @@ class Leaning:
         perturbed: how far to lean away from the same network with its attention disturbed
             (arXiv:2403.17377); on top of the rest, also without prompts.
         by: a smaller or less trained model of the same latents, whose answer to the same prompt is the
-            weaker one (arXiv:2406.02507); of any theory.
+            weaker one (arXiv:2406.02507); of any theory. Its folder may stand for it.
+        said: the names among these that the caller gave; the others are the model's usual ones, kept from
+            its recipe's [sample].
     """
 
     form: str = "cfg"
     rescale: float = 0.0
     interval: tuple[float, float] | None = None
     perturbed: float = 0.0
-    by: Model | None = None
+    by: Model | str | Path | None = None
+    said: frozenset[str] = frozenset()
 
     @classmethod
-    def taken(cls, options: dict[str, Any]) -> "Leaning":
-        """Take the guidance_… arguments out of `options`.
+    def taken(cls, options: dict[str, Any], usual: Mapping[str, Any] | None = None) -> "Leaning":
+        """Take the guidance_… arguments out of `options`; what is not among them is as `usual`.
 
         Raises:
             Refused: a value that cannot be meant.
         """
-        said = {one.name: options.pop(f"guidance_{one.name}", None) for one in fields(cls)}
-        how = cls(**{name: value for name, value in said.items() if value is not None})
+        names = [one.name for one in fields(cls) if one.name != "said"]
+        asked = {name: options.pop(f"guidance_{name}", None) for name in names}
+        said = {name: value for name, value in asked.items() if value is not None}
+        how = cls(**{**(usual or {}), **said}, said=frozenset(said))
+        if how.interval is not None:
+            how = replace(how, interval=tuple(how.interval))
         one_of("guidance_form", how.form, FORMS)
         if not 0 <= how.rescale <= 1:
             raise Refused(f"guidance_rescale is {how.rescale:g}; it is a share between 0 and 1.")
@@ -66,8 +75,19 @@ class Leaning:
             )
         return how
 
-    def fits(self, denoiser: Denoiser, leans: bool, asked: bool) -> None:
-        """Refuse what would not act on this network at this guidance."""
+    def acting(self, leans: bool, asked: bool) -> "Leaning":
+        """Without those usual ways that have nothing to shape: no guidance, or a negative instead of `by`."""
+        idle = set() if leans else {"form", "by"} if self.perturbed else {"form", "by", "rescale", "interval"}
+        if asked and "by" not in self.said:
+            idle.add("by")
+        return replace(self, **{name: getattr(AS_USUAL, name) for name in idle - self.said})
+
+    def fits(self, denoiser: Denoiser | type[Denoiser], leans: bool, asked: bool) -> None:
+        """Refuse what would not act on this network at this guidance.
+
+        Args:
+            leans: whether there is a weaker answer to lean away from; asked: whether a negative was given.
+        """
         acts = {
             "guidance_form": self.form != "cfg",
             "guidance_rescale": self.rescale > 0,
@@ -109,17 +129,24 @@ class Leaning:
             guided = guiding.also(guided, strong, third, self.perturbed)
         return guiding.deviating_as(strong, guided, theory, self.rescale) if self.rescale else guided
 
-    def weaker(self, model: Model, prompts: Sequence[str], options: Mapping[str, Any]) -> Denoise | None:
-        """The denoiser of `by` for these prompts, in the theory of `model`; None where there is no `by`."""
-        by = self.by
-        if by is None:
-            return None
-        if by.codec.latent_channels != model.codec.latent_channels or by.codec.stride != model.codec.stride:
+    def suits(self, codec: Codec) -> None:
+        """Refuse a weaker model whose latents are others."""
+        if not isinstance(self.by, Model):
+            return
+        own = self.by.codec
+        if own.latent_channels != codec.latent_channels or own.stride != codec.stride:
             raise Refused(
-                f"guidance_by has latents of {by.codec.latent_channels} channels and stride "
-                f"{by.codec.stride}, this model {model.codec.latent_channels} and {model.codec.stride}; "
+                f"guidance_by has latents of {own.latent_channels} channels and stride {own.stride}, "
+                f"this model {codec.latent_channels} and {codec.stride}; "
                 "both must have been trained on the same codec."
             )
+
+    def weaker(self, model: Model, prompts: Sequence[str], options: Mapping[str, Any]) -> Denoise | None:
+        """The denoiser of `by` for these prompts, in the theory of `model`; None where there is no `by`."""
+        self.suits(model.codec)
+        by = self.by
+        if not isinstance(by, Model):
+            return None
         told = by.condition(prompts, **options).to(by.device, by.dtype)
 
         def ask(x_t: Tensor, t: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class PaintingModel(Model):
     ) -> Drawing:
         """Take what is said about guidance, pictures that guide and frames out of `options`."""
         knobs = {name: options.pop(name, usual) for name, usual in self.denoiser.knobs.items()}
-        how = Leaning.taken(options)
+        how = self.leaning_of(options)
         pixels = self.codec.pixel_size(shape)
         moving = 1 + (shape[1] - 1) * self.codec.time_stride if "frames" in self.info else 0
         shows = showing.taken(self, options, count, (pixels["width"], pixels["height"]), moving)
@@ -253,6 +253,7 @@ class PaintingModel(Model):
                 "This model hears its guidance and does not lean away from a negative by itself: "
                 "leave the negative out, or give true_cfg_scale above 1 with it."
             )
+        how = how.acting(leans, asked)
         how.fits(self.denoiser, leans, asked)
         times = self.clocked(drawing.course)
 
@@ -282,6 +283,20 @@ class PaintingModel(Model):
         if how.interval is None:
             return guided
         return guiding.within(alone, guided, self.theory, *how.interval)
+
+    def leaning_of(self, options: dict[str, Any]) -> Leaning:
+        """Take what is said about guidance out of `options`; the rest is as the model's recipe had it.
+
+        Raises:
+            Refused: a value that cannot be meant, a weaker model that cannot be read.
+        """
+        how = Leaning.taken(options, self.info.get("leaning"))
+        if not isinstance(how.by, str | Path):
+            return how
+        place, known = str(how.by), self.__dict__.setdefault("_weaker", {})
+        if place not in known:
+            known[place] = load(place, device=str(self.device))
+        return replace(how, by=known[place])
 
     def leaning(self, knobs: Mapping[str, Any]) -> Form:
         """How this network's two answers become one, as its pipeline does it."""

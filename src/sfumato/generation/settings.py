@@ -1,8 +1,12 @@
 """What a recipe says about the pictures drawn while a model trains."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from sfumato.settings import key
+
+FORMS = ("cfg", "cfg-zero-star", "apg")
+"""Of guidance: `leaning` says what each is."""
 
 
 @dataclass(frozen=True)
@@ -14,4 +18,25 @@ class SampleSettings:
     negative: str = key("", "what to lean away from; empty: the answer without a prompt")
     steps: int = key(20, "network evaluations a picture takes", least=1)
     guidance: float = key(3.0, "how far to lean towards the prompt; 1 is not at all", least=0)
+    guidance_form: str = key("cfg", "how guidance leans", choices=FORMS)
+    guidance_rescale: float = key(
+        0.0, "share of the contrast guidance added that is taken back", least=0, most=1
+    )
+    guidance_interval: tuple[float, ...] = key(
+        (), "guide only while noise/signal lies between these two; empty: always", numbers=True
+    )
+    guidance_perturbed: float = key(0.0, "also lean away from the network with disturbed attention", least=0)
+    guidance_by: str = key("", "a weaker run or model to lean away from", path=True, hub=True)
     seed: int = key(0, "picture i is drawn from seed + i", least=0)
+
+    @property
+    def leaning(self) -> dict[str, Any]:
+        """What is said about how guidance leans, by the names of `Leaning`; defaults are left out."""
+        said = {
+            "form": self.guidance_form if self.guidance_form != "cfg" else None,
+            "rescale": self.guidance_rescale,
+            "interval": list(self.guidance_interval),
+            "perturbed": self.guidance_perturbed,
+            "by": self.guidance_by,
+        }
+        return {name: value for name, value in said.items() if value}

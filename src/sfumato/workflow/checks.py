@@ -6,10 +6,15 @@ from .. import stages
 from ..data import buckets
 from ..data.sample import Sample
 from ..errors import Refused
-from ..generation import PaintingModel
-from ..recipe import EMBEDDED, Recipe
+from ..generation import PaintingModel, load
+from ..generation.leaning import Leaning
+from ..recipe import DEFAULT, EMBEDDED, Recipe
+from ..stages.dit import DiT
+from ..stages.unet import UNet
 from .material import Bucket, known_sizes, named
 from .tuning import check_latents
+
+NETWORKS: dict[str, type[stages.Denoiser]] = {"dit": DiT, "unet": UNet}
 
 
 def theory_of(recipe: Recipe) -> None:
@@ -77,3 +82,26 @@ def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> i
             grain += codec.stride
             if grain > recipe.data.resolution:
                 raise
+
+
+def check_leaning(
+    recipe: Recipe, codec: stages.Codec, conditioner: stages.Conditioner, base: PaintingModel | None
+) -> None:
+    """Raises Refused where [sample] says something about guidance that would not act on what is drawn."""
+    said, asked = recipe.sample, bool(recipe.sample.negative)
+    network = base.denoiser if base else NETWORKS.get(recipe.model.denoiser)
+    if not said.leaning or network is None:  # a network of one's own is asked when it draws
+        return
+    guidance = said.guidance
+    if base is not None and recipe.origin("sample.guidance") == DEFAULT:
+        guidance = float(base.info.get("guidance", guidance))
+    leans = base.denoiser.leans(guidance, asked) if base else guidance != 1
+    options = {f"guidance_{name}": value for name, value in said.leaning.items()}
+    try:
+        if said.guidance_by:
+            options["guidance_by"] = load(said.guidance_by)
+        how = Leaning.taken(options)
+        how.fits(network, leans and conditioner.kind != "none", asked)
+        how.suits(codec)
+    except Refused as refusal:
+        raise Refused(f"[sample] {refusal}") from None

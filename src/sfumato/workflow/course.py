@@ -25,7 +25,7 @@ from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
 from . import companions, costs, guided
 from .agreement import agree, content_of
-from .checks import check_known, sizes, theory_of
+from .checks import check_known, check_leaning, sizes, theory_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided
 from .material import Bucket, class_names, material_of
@@ -241,6 +241,7 @@ def gather(recipe: Recipe) -> Gathered:
     classes = class_names(collection) if recipe.model.text == "labels" else ()
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model, classes)
     check_words(recipe, conditioner)
+    check_leaning(recipe, codec, conditioner, base)
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
     return Gathered(collection, sizes(recipe, collection.samples, codec, base), device, base, conditioner)
@@ -294,6 +295,8 @@ def model_of(recipe: Recipe, gathered: Gathered, codec: stages.Codec) -> Paintin
     if base is None:
         model.info |= {"resolution": recipe.data.resolution}
         model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
+    if recipe.sample.leaning:
+        model.info["leaning"] = recipe.sample.leaning
     model.to(gathered.device)
     guided.guide(model, recipe)
     model.codec.eval().requires_grad_(False)
