@@ -1,13 +1,13 @@
 """Shapes that are shown rather than named, and shapes that are changed: what guides beside the caption.
 
-shapes-alone: one thing, and a caption that says all of it, or all but its shape and color.
-shapes-reference: the same pictures. The reference shows the thing elsewhere, in another size, on another
-ground; the caption never says its shape and color.
+shapes-alone: one thing in the middle, and a caption that says all of it, or all but its shape and color.
+shapes-reference: the same pictures. The reference shows such a thing elsewhere, in a size and on a ground of
+its own; the caption never says its shape and color.
 shapes-edit: the source shows a thing, and the caption is an instruction ("make it blue").
 What is held out are shapes in colors (shapes-edit: in new colors) that no training picture shows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -21,40 +21,29 @@ UNSEEN = tuple(pair for index, pair in enumerate(PAIRS) if index % 5 == 2)
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
 
 
-def alone(pair: tuple[str, str], chance: np.random.Generator) -> Scene:
-    """One thing of this shape and color, somewhere, in some size, on some ground."""
-    size = str(chance.choice(list(SIZES)))
-    radius = SIZES[size] * float(chance.uniform(0.97, 1.03))
-    x, y = (float(one) for one in chance.uniform(1.45 * radius + 0.03, 1 - 1.45 * radius - 0.03, 2))
+RADII = {"small": 0.18, "large": 0.27}
+"""Of things that are alone in the middle: larger than where two must fit."""
+
+
+def alone(
+    pair: tuple[str, str], chance: np.random.Generator, radii: Mapping[str, float] = SIZES, free: bool = True
+) -> Scene:
+    """One thing of this shape and color, somewhere or (not `free`) in the middle, on some ground."""
+    size = str(chance.choice(list(radii)))
+    radius = radii[size] * float(chance.uniform(0.97, 1.03))
+    reach = 0.5 - 1.45 * radius - 0.03 if free else 0.01
+    x, y = (float(one) for one in chance.uniform(0.5 - reach, 0.5 + reach, 2))
     return Scene((Thing(*pair, size, x, y, radius),), str(chance.choice(list(BACKGROUNDS))), None)
 
 
-PLACES = {
-    "in the middle": (0.5, 0.5),
-    "at the upper left": (0.34, 0.34),
-    "at the upper right": (0.66, 0.34),
-    "at the lower left": (0.34, 0.66),
-    "at the lower right": (0.66, 0.66),
-}
-"""Where a caption says that a thing is: its centre, in parts of the picture's side."""
+def named(scene: Scene) -> str:
+    """The caption that says all: "a small red circle on black"."""
+    return f"{scene.things[0].words} on {scene.background}"
 
 
-def placed(pair: tuple[str, str], chance: np.random.Generator) -> tuple[Scene, str]:
-    """One thing of this shape and color at one of the places, and what a caption says of the place."""
-    words = str(chance.choice(list(PLACES)))
-    x, y = (float(chance.normal(one, 0.01)) for one in PLACES[words])
-    scene = alone(pair, chance)
-    return replace(scene, things=(replace(scene.things[0], x=x, y=y),)), words
-
-
-def named(scene: Scene, place: str) -> str:
-    """The caption that says all: "a small red circle at the upper left on black"."""
-    return f"{scene.things[0].words} {place} on {scene.background}"
-
-
-def unnamed(scene: Scene, place: str) -> str:
-    """The caption that says neither shape nor color: "a small one at the upper left on black"."""
-    return f"a {scene.things[0].size} one {place} on {scene.background}"
+def unnamed(scene: Scene) -> str:
+    """The caption that says neither shape nor color: "a small one on black"."""
+    return f"a {scene.things[0].size} one on {scene.background}"
 
 
 def _pair(split: str, chance: np.random.Generator) -> tuple[str, str]:
@@ -77,9 +66,9 @@ def lone(count: int = 3000, seed: int = 0, size: int = 64, held_out: int = 128) 
 
     def sample(index: int, split: str) -> Sample:
         chance = np.random.default_rng([seed, index, split == HELD_OUT, 1])
-        target, place = placed(_pair(split, chance), chance)
+        target = alone(_pair(split, chance), chance, RADII, free=False)
         name = f"shapes-alone/{seed}/{size}/{split}-{index:06d}"
-        return _sample(name, (named(target, place), unnamed(target, place)), split, target, size)
+        return _sample(name, (named(target), unnamed(target)), split, target, size)
 
     return _collected("shapes-alone", sample, count, held_out)
 
@@ -90,9 +79,10 @@ def reference(count: int = 3000, seed: int = 0, size: int = 64, held_out: int = 
     def sample(index: int, split: str) -> Sample:
         chance = np.random.default_rng([seed, index, split == HELD_OUT, 1])
         pair = _pair(split, chance)
-        target, place = placed(pair, chance)
+        target = alone(pair, chance, RADII, free=False)
         name = f"shapes-reference/{seed}/{size}/{split}-{index:06d}"
-        return _sample(name, (unnamed(target, place),), split, target, size, reference=alone(pair, chance))
+        other = alone(pair, chance, RADII)
+        return _sample(name, (unnamed(target),), split, target, size, reference=other)
 
     return _collected("shapes-reference", sample, count, held_out)
 

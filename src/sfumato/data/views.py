@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from . import clips, media
-from .sample import Sample, SetAside
+from .sample import Picture, Sample, SetAside
 from .store import key
 
 Size = tuple[int, int]
@@ -48,13 +50,14 @@ class Companion:
     encode: pixels as for the samples themselves → a tensor [B, …] or named ones; fingerprint: changes
     whenever its answers would. of: the sample's companion it is made from, by default the one of its own
     name, "picture" for the sample's own picture. size (width, height): its own, the same for all; None cuts
-    it exactly as its picture.
+    it exactly as its picture. without: the companion that is white where this picture becomes grey.
     """
 
     encode: Callable[[Tensor], Tensor | Mapping[str, Tensor]]
     fingerprint: str
     size: Size | None = None
     of: str = ""
+    without: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ def beside(task: Task, name: str, how: Encoding, companion: Companion) -> Task |
         other = replace(
             sample, name=f"{sample.name}: its {name} {ending}", file=file, picture=draw, content=""
         )
+    if companion.without:
+        cover = sample.companions.get(companion.without)
+        if cover is None:
+            return SetAside(sample.name, f"it has no {companion.without}")
+        other = replace(other, file=None, picture=partial(greyed, other, cover), content="")
     size = companion.size or (task.bucket[0], task.bucket[1])
     still = 1 if companion.size else task.bucket[-1]  # what is cut as its clip is also as long
     planned = plan(other, size, replace(how, pixels=companion.fingerprint), still)
@@ -91,6 +99,14 @@ def beside(task: Task, name: str, how: Encoding, companion: Companion) -> Task |
     if how.frames and not companion.size and planned.bucket != task.bucket:
         return SetAside(sample.name, f"its {name} is a clip, but it is a picture")
     return replace(planned, companion=name)
+
+
+def greyed(sample: Sample, cover: Picture) -> Image.Image:
+    """The sample's picture, grey where the cover is white."""
+    image = media.read_picture(sample.source())
+    white = media.read_picture(cover() if callable(cover) else cover).convert("L").resize(image.size, 0)
+    image.paste((127, 127, 127), mask=white.point(lambda value: 255 * (value > 127)))
+    return image
 
 
 def plan(

@@ -16,6 +16,7 @@ from sfumato.errors import Refused
 from sfumato.stages import Condition, Model
 from sfumato.stages.guides import WEAK, GuidedDenoiser
 from sfumato.stages.image import Encoder
+from sfumato.stages.inpainting import HOLE, KEPT, hole_of, opening, repaints
 from sfumato.stages.seeing import picture
 from sfumato.theory import Theory
 
@@ -292,10 +293,32 @@ def encoded(
 
 
 @torch.no_grad()
+def repainted(
+    model: Model, found: Guiding, said: Mapping[str, Any], count: int, size: tuple[int, int]
+) -> Guiding:
+    """What guides a network that is itself shown the hole and what is kept; unasked it paints all."""
+    cover = torch.ones(count, 1, size[1], size[0])
+    pixels = torch.zeros(count, 3, size[1], size[0])
+    if "init" in said:
+        pixels = torch.stack([fitted(one, *size) for one in each(said["init"], count, "init")])
+    if "mask" in said:
+        cover = opening(torch.stack([fitted(one, *size) for one in each(said["mask"], count, "mask")]))
+    usual = model.info.get("strength", 0.6) if "init" in said and "mask" not in said else 1.0
+    strength = float(said.get("strength", usual))
+    kept = model.encode(pixels * (1 - cover))
+    shown = {HOLE: hole_of(cover, *kept.shape[-2:]), KEPT: kept}
+    init = model.encode(pixels) if strength < 1 else None
+    tensors = {**found.tensors, **shown}
+    return replace(found, tensors=tensors, init=init, strength=strength, pixels=pixels, cover=cover)
+
+
+@torch.no_grad()
 def begun(
     model: Model, found: Guiding, said: Mapping[str, Any], count: int, size: tuple[int, int], frames: int
 ) -> Guiding:
     """What guides, with the picture or clip to start from and what is repainted of it."""
+    if repaints(model.denoiser):
+        return repainted(model, found, said, count, size)
     if "init" not in said:
         return found
     shown = each(said["init"], count, "init")
@@ -306,8 +329,7 @@ def begun(
         if strength == 1:
             found = replace(found, strength=float(model.info.get("strength", 0.6)))
         return found
-    cover = torch.stack([fitted(one, *size) for one in each(said["mask"], count, "mask")])
-    cover = ((cover.mean(1, keepdim=True) + 1) / 2 >= 0.5).float()
+    cover = opening(torch.stack([fitted(one, *size) for one in each(said["mask"], count, "mask")]))
     assert found.init is not None
     sides = found.init.shape[-2:]
     hole = torch.nn.functional.adaptive_max_pool2d(cover, sides)

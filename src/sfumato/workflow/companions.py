@@ -14,7 +14,7 @@ from ..data import controls
 from ..data.settings import DataSettings
 from ..data.views import Companion
 from ..errors import Refused, nearest
-from ..stages import Model
+from ..stages import Model, inpainting
 from ..stages.guides import GuidedDenoiser
 from ..stages.image import Encoder
 from . import guided
@@ -29,6 +29,8 @@ def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
             name: _guiding(encoder, name, settings)
             for name, encoder in model.denoiser.encoders(model).items()
         }
+    if inpainting.repaints(model.denoiser):
+        own |= _repainting(model)
     names = dict.fromkeys([*own, *settings.companions])
     return {name: own.get(name) or _usual(model, name) for name in names}
 
@@ -43,6 +45,19 @@ def _guiding(encoder: Encoder, name: str, settings: DataSettings) -> Companion:
         return encoder.encode(controls.control(pixels, kind))
 
     return Companion(encode, f"{kind} {controls.VERSION}, {encoder.fingerprint}", encoder.size, of)
+
+
+def _repainting(model: Model) -> dict[str, Companion]:
+    """What an inpainting network reads, of the column `mask`: white is repainted."""
+
+    def hole(pixels: torch.Tensor) -> torch.Tensor:
+        shape = model.codec.latent_shape(pixels.shape[-1], pixels.shape[-2])
+        return inpainting.hole_of(inpainting.opening(pixels), *shape[-2:])
+
+    return {
+        inpainting.HOLE: Companion(hole, f"hole 1, {model.codec.stride} pixels a side", of="mask"),
+        inpainting.KEPT: Companion(model.encode, model.codec.fingerprint(), of="picture", without="mask"),
+    }
 
 
 def _usual(model: Model, name: str) -> Companion:

@@ -8,17 +8,22 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.stages.family import Family
+from sfumato.stages.inpainting import beside
 from sfumato.stages.interface import Condition
 
 
 class StableDiffusion(Family):
     """Tokens [B, 77, D] of CLIP's last layer; steps are told as whole numbers."""
 
-    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+    pipelines = (
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+    )
     network = "unet"
     patch = 1
     prompt_only = ("clip_skip",)
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """ε or v [B, 4, H, W]."""
-        return network(x, clock, encoder_hidden_states=condition["tokens"]).sample
+        return network(beside(network, x, condition), clock, encoder_hidden_states=condition["tokens"]).sample

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.stages.family import Family
+from sfumato.stages.inpainting import beside
 from sfumato.stages.interface import Condition
 
 
@@ -20,7 +21,11 @@ class StableDiffusionXL(Family):
     and width, crop top and left, target height and width, in pixels.
     """
 
-    pipelines = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline")
+    pipelines = (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+    )
     network = "unet"
     patch = 1
     hears_framing = True
@@ -46,5 +51,5 @@ class StableDiffusionXL(Family):
         plain = torch.tensor([[height, width, 0, 0, height, width]], dtype=x.dtype, device=x.device)
         sizes = condition["time_ids"].to(x.dtype) if "time_ids" in condition else plain.expand(len(x), 6)
         added = {"text_embeds": condition["pooled"], "time_ids": sizes}
-        tokens = condition["tokens"]
-        return network(x, clock, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
+        tokens, seen = condition["tokens"], beside(network, x, condition)
+        return network(seen, clock, encoder_hidden_states=tokens, added_cond_kwargs=added).sample

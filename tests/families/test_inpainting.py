@@ -1,0 +1,130 @@
+"""Laws of inpainting checkpoints: UNets of nine channels that are shown the hole and what is kept."""
+
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sfumato
+from sfumato.stages import inpainting
+from sfumato.stages.interface import Condition
+
+from .parts import seeded
+from .test_guides import CLOSE, modal, opened, our_pixels, pipeline_pixels  # noqa: F401
+from .test_guides import called as called_as
+from .zoo import PROMPT, ZOO
+
+PIPELINES = {
+    "stable-diffusion-1.5": "StableDiffusionInpaintPipeline",
+    "stable-diffusion-xl": "StableDiffusionXLInpaintPipeline",
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The zoo's checkpoints with a UNet of nine channels, made when first asked for."""
+    home = tmp_path_factory.mktemp("inpainting")
+
+    def folder(name: str) -> Any:
+        if not (home / name).exists():
+            torch.manual_seed(0)
+            pipe = ZOO[name].make(name)
+            config = {**pipe.unet.config, "in_channels": 9}
+            network = seeded(diffusers.UNet2DConditionModel.from_config(config), name)
+            parts = {**pipe.components, "unet": network}
+            kind: Any = getattr(diffusers, PIPELINES[name])
+            quiet = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+            kind(**parts, **quiet).save_pretrained(home / name)
+        return home / name
+
+    return folder
+
+
+def photo() -> Image.Image:
+    """A picture with structure."""
+    chance = np.random.default_rng(0)
+    return Image.fromarray(chance.integers(0, 255, (4, 6, 3), np.uint8)).resize((96, 64), 1)
+
+
+def hole() -> Image.Image:
+    """White where it is to be repainted."""
+    mask = Image.new("L", (96, 64), 0)
+    mask.paste(255, (20, 10, 61, 50))
+    return mask
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_a_hole_is_painted_as_its_pipeline_paints_it(name, strength, folders, modal):  # noqa: F811
+    """Law: the same noise, picture and mask give the pipeline's picture."""
+    model = sfumato.load(folders(name))
+    assert inpainting.repaints(model.denoiser)
+    pipe = opened(folders(name), PIPELINES[name])
+    shown = {"image": photo(), "mask_image": hole(), "strength": strength}
+    expected = pipeline_pixels(pipe, **called_as(name), **shown)
+    found = our_pixels(model, pipe, name, init=photo(), mask=hole(), strength=strength)
+    assert (found - expected).abs().max() < CLOSE
+    other = our_pixels(model, pipe, name, init=photo(), strength=strength)
+    assert (other - expected).abs().max() > 10 * CLOSE
+
+
+def test_what_the_mask_keeps_stays_pixel_for_pixel(folders):
+    """Law: the picture's own pixels are pasted back; nothing said, everything is painted."""
+    model = sfumato.load(folders("stable-diffusion-1.5"))
+    size = {"steps": 2, "width": 96, "height": 64}
+    drawn = np.asarray(model.generate([PROMPT], init=photo(), mask=hole(), **size)[0])
+    kept = np.asarray(hole()) == 0
+    assert np.array_equal(drawn[kept], np.asarray(photo())[kept])
+    assert not np.array_equal(drawn, np.asarray(photo()))
+    assert model.generate([PROMPT], **size)[0].size == (96, 64)
+
+
+def test_an_inpainting_checkpoint_is_trained_on_a_column_of_masks(folders, tmp_path):
+    """Law: the hole and what is kept are stored and reach the network; the run draws and repaints."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = []
+    for index in range(4):
+        photo().rotate(90 * (index % 2) * 2).save(data / f"{index}.png")
+        hole().save(data / f"{index}-mask.png")
+        rows.append(f'{{"file_name": "{index}.png", "text": "{PROMPT}", "mask": "{index}-mask.png"}}')
+    (data / "metadata.jsonl").write_text("\n".join(rows))
+    (tmp_path / "r.toml").write_text(
+        f"""
+        output = "run"
+        [model]
+        base = "{folders("stable-diffusion-1.5")}"
+        train = "lora"
+        rank = 2
+        [data]
+        train = "data"
+        resolution = 64
+        store = "store"
+        held_out = 0.0
+        [train]
+        steps = 2
+        batch = 2
+        held_out_every = 0
+        sanity = false
+        [sample]
+        every = 100
+        steps = 2
+        """
+    )
+    ready = sfumato.encode(tmp_path / "r.toml")
+    batch = ready.train.read([0])
+    told = batch.conditions[0]
+    white = np.asarray(hole().crop((16, 0, 80, 64)))[::8, ::8] > 127
+    assert told["hole"].shape == (1, 8, 8) and set(told["hole"].unique().tolist()) == {0.0, 1.0}
+    assert np.array_equal(told["hole"][0].numpy() == 1, white)
+    assert told["kept"].shape == batch.latents[0].shape
+    rows = [told]
+    x, clock = batch.latents, torch.full((1,), 500.0)
+    told_of = Condition.stack([{**row, "hole": torch.zeros_like(row["hole"])} for row in rows])
+    denoiser = ready.model.denoiser
+    assert not torch.equal(denoiser(x, clock, Condition.stack(rows)), denoiser(x, clock, told_of))
+    run = sfumato.train(tmp_path / "r.toml")
+    assert run.model().generate([PROMPT], init=photo(), mask=hole(), steps=2)[0].size == (64, 64)
