@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -273,7 +274,7 @@ class RunFolder:
             Failed: no space. Refused: the folder is read-only.
         """
         event = {"kind": kind, "time": round(time.time(), 3), **fields}
-        line = json.dumps(event, ensure_ascii=False) + "\n"
+        line = _checked(json.dumps(event, ensure_ascii=False)) + "\n"
         with said_plainly(self.events_file):
             if self._events is None:
                 self._events = os.open(self.events_file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -292,22 +293,28 @@ class RunFolder:
     def events(self) -> list[dict[str, Any]]:
         """All events in order of their steps; of one repeated after a resume, the last wins.
 
-        Lines torn by a kill are skipped. Two events are the same when kind, step, split, weights and
-        group agree; events without a step are never the same.
+        Lines torn by a kill, and lines whose bytes changed since (see `damaged_events`), are skipped. Two
+        events are the same when kind, step, split, weights and group agree; events without a step never are.
         """
-        if not self.events_file.exists():
-            return []
         found: dict[Any, dict[str, Any]] = {}
-        for number, line in enumerate(self.events_file.read_bytes().split(b"\n")):
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if not isinstance(event, dict) or "kind" not in event:
+        for number, event in self._lines():
+            if event is None:
                 continue
             same = tuple(event.get(name) for name in EVENT_KEY) if event.get("step") is not None else number
             found[same] = event
         return list(found.values())
+
+    def _lines(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """The events by their lines' numbers, from 1; None for a line that is torn or was changed."""
+        if not self.events_file.exists():
+            return
+        for number, line in enumerate(self.events_file.read_bytes().split(b"\n"), 1):
+            if line.strip():
+                yield number, _event_of(line)
+
+    def damaged_events(self) -> list[int]:
+        """The lines of events.jsonl, from 1, that are not what was written."""
+        return [number for number, event in self._lines() if event is None]
 
     def checkpoint_folders(self) -> list[Path]:
         """The checkpoints, oldest first; unfinished ones are not among them."""
@@ -323,6 +330,29 @@ class RunFolder:
     def checkpoint_folder(self, step: int) -> Path:
         """Where the checkpoint of `step` stands."""
         return self.checkpoints / f"step-{step:06d}"
+
+
+_CHECK = re.compile(rb', "check": "([0-9a-f]{8})"}\s*$')
+
+
+def _checked(line: str) -> str:
+    """A JSON object with the crc32 of what precedes it as its last entry."""
+    return f'{line[:-1]}, "check": "{zlib.crc32(line[:-1].encode()):08x}"}}'
+
+
+def _event_of(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None if it is none, or not the one that was written."""
+    check = _CHECK.search(line)
+    if check is not None and zlib.crc32(line[: check.start()]) != int(check[1], 16):
+        return None
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or "kind" not in event:
+        return None
+    event.pop("check", None)
+    return event
 
 
 # ----------------------------------------------------------------------------- processes

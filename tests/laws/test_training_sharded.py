@@ -74,7 +74,7 @@ def test_a_run_moves_between_processes_and_strategies(tmp_path):
         run_on(count, tmp_path / "moved", steps=steps, **more, **changes)
     assert distance(tmp_path / "through", tmp_path / "moved") < 1e-6
     found = posthoc.snapshots(RunFolder.open(tmp_path / "moved"))
-    assert [(one.step, one.length) for one in found[:2]] == [(3, 0.05), (3, 0.10)]
+    assert {(one.step, one.length) for one in found} >= {(8, 0.05), (8, 0.10), (12, 0.05), (12, 0.10)}
     posthoc.reconstruct(RunFolder.open(tmp_path / "moved"), 0.07)
 
 

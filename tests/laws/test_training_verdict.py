@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from training_world import Encoded, fingerprint, make
 
 from sfumato.record import RunFolder
-from sfumato.stages.weights import newest_weights, weights_of
+from sfumato.stages.run_weights import newest_weights, weights_of
 from sfumato.training import loop
 from sfumato.training.held_out import HeldOut
 from sfumato.training.verdict import Verdict

@@ -3,6 +3,7 @@
 import json
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -137,7 +138,9 @@ def arrays(root: Path, how: Reading) -> Collection:
     try:
         with np.load(root, allow_pickle=False) as file:
             named = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as problem:
+        if strange := [name for name, array in named.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f'"{strange[0]}" is no array')
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as problem:
         raise Refused(f"{root} is no .npz of plain arrays: {problem}") from problem
     shapes = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in named.items())
     drawn = {name: a for name, a in named.items() if a.dtype == np.uint8 and a.ndim in (3, 4)}

@@ -140,10 +140,10 @@ class Index:
     def _save(self) -> None:
         told = {
             "format": FORMAT,
-            "checksum": _checksum(self._columns.values()),
             "shards": json.dumps(self._shards),
             "layouts": json.dumps([[_told(field) for field in layout] for layout in self._layouts]),
         }
+        told["checksum"] = _checksum(self._columns.values(), told["shards"], told["layouts"])
         columns = {name: torch.from_numpy(column.view(np.int64)) for name, column in self._columns.items()}
         try:
             write_atomic(self.file, save(columns, told))
@@ -160,14 +160,15 @@ class Index:
                 columns = {name: file.get_tensor(name).numpy().view(np.uint64) for name in COLUMNS}
         except (SafetensorError, OSError):
             return
-        if told.get("format") == FORMAT and told["checksum"] == _checksum(columns.values()):
+        words = told.get("shards", ""), told.get("layouts", "")
+        if told.get("format") == FORMAT and told.get("checksum") == _checksum(columns.values(), *words):
             self._columns, self._shards = columns, json.loads(told["shards"])
             self._layouts = [tuple(map(_heard, layout)) for layout in json.loads(told["layouts"])]
             self._known = {layout: layout for layout in self._layouts}
 
 
-def _checksum(columns: Iterable[np.ndarray]) -> str:
-    state = xxhash.xxh3_128()
+def _checksum(columns: Iterable[np.ndarray], *words: str) -> str:
+    state = xxhash.xxh3_128("\n".join(words).encode())
     for column in columns:
         state.update(np.ascontiguousarray(column).data)
     return state.hexdigest()

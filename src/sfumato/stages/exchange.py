@@ -18,6 +18,7 @@ from sfumato.errors import Refused
 from . import adapters
 from .interface import Model
 from .lora_names import Names, names_of, original
+from .seal import HEADER, digest
 
 ENDS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
@@ -88,16 +89,18 @@ def read(file: Path | str) -> tuple[dict[str, Change], dict[str, str]]:
     try:
         with safe_open(path, "pt") as opened:
             metadata = dict(opened.metadata() or {})
-            for key in sorted(opened.keys()):
+            whole = {key: opened.get_tensor(key) for key in sorted(opened.keys())}
+            for key, tensor in whole.items():
                 end = next((end for end in sorted(ENDS, key=len, reverse=True) if key.endswith(end)), None)
                 if end is None:
                     strange.append(key)
                     continue
                 change = changes.setdefault(key.removesuffix(end), Change())
-                tensor = opened.get_tensor(key)
                 setattr(change, ENDS[end], float(tensor) if ENDS[end] == "alpha" else tensor)
     except (OSError, SafetensorError) as problem:
         raise Refused(f"{path} is damaged ({problem}). Copy it again.") from problem
+    if metadata.get(HEADER, "") not in ("", digest(whole)):
+        raise Refused(f"{path} is damaged: it does not have the checksum it was written with. Copy it again.")
     strange += [name for name, one in changes.items() if one.down is None or one.up is None]
     if strange or not changes:
         raise Refused(f"{path} is no LoRA that is known: {said(strange) or 'it is empty'}.")

@@ -1,6 +1,8 @@
 """Sampling times that were fitted to a model, kept in a file beside its weights."""
 
 import json
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from sfumato.errors import Refused
@@ -33,12 +35,21 @@ def read_times(home: Path) -> Pilot | None:
     if not file.is_file():
         return None
     try:
-        return Pilot.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if "check" in stored and stored.pop("check") != _check(stored):
+            raise ValueError("it does not have the checksum it was written with")
+        return Pilot.from_dict(stored)
     except (ValueError, TypeError, AttributeError, Refused) as problem:
         raise Refused(f"{file} is damaged ({problem}). Delete it, or fit the times again.") from problem
 
 
 def write_times(home: Path, pilot: Pilot) -> Path:
     """Keep times in a folder, in place of older ones; the file."""
-    write_atomic(home / TIMES, json.dumps(pilot.to_dict()))
+    stored = pilot.to_dict()
+    write_atomic(home / TIMES, json.dumps({**stored, "check": _check(stored)}))
     return home / TIMES
+
+
+def _check(stored: Mapping[str, object]) -> str:
+    """What changes when any of the numbers does."""
+    return f"{zlib.crc32(json.dumps(stored, sort_keys=True).encode()):08x}"

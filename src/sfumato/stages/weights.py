@@ -8,19 +8,17 @@ A run on a base that it does not change keeps base.json (and adapter.json) inste
 
 import copy
 import json
-import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from sfumato.errors import Failed, Refused, nearest
-from sfumato.record import RunFolder, atomic_folder, checksum
+from sfumato.errors import Refused, nearest
+from sfumato.record import atomic_folder
 
 from . import adapters, fitted, reference
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
@@ -33,8 +31,9 @@ from .interface import Codec, Conditioner, Denoiser, Model, Stage
 from .labels import LabelConditioner
 from .pipeline import INDEX, PICKLES, load_pipeline, save_pipeline
 from .pretrained import PretrainedConditioner
+from .run_weights import chosen_weights, weights_of
 from .scratch import new_theory, own_stage
-from .tensors import read
+from .seal import check, read_json, read_tensors, seal
 from .text import NoConditioner, TextConditioner
 from .unet import UNet
 
@@ -77,6 +76,7 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
                     apart.enter_context(one.aside(denoiser))
                 save_pipeline(model, beside, denoiser)
             keep_fitted(model, beside)
+            seal(beside)
             return
         parts = {"codec": model.codec, "conditioner": model.conditioner, "denoiser": denoiser}
         for role, stage in parts.items():
@@ -85,6 +85,7 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
         described = {"format": FORMAT, "info": info}
         (beside / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
         keep_fitted(model, beside)
+        seal(beside)
 
 
 def keep_fitted(model: Model, folder: Path) -> None:
@@ -117,34 +118,6 @@ def save_stage(stage: Stage, folder: Path, text_by_name: bool = False) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stage.state_dict().items()}
         save_file(tensors, folder / "weights.safetensors")
     (folder / "stage.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-
-
-def read_json(file: Path) -> Mapping[str, Any]:
-    """A JSON object from a file that sfumato wrote.
-
-    Raises:
-        Failed: the file is damaged.
-    """
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as problem:
-        raise Failed(
-            f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
-        ) from problem
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of the pieces of it that stand in its place.
-
-    Raises:
-        Failed: the file is damaged.
-    """
-    try:
-        return load_file(file) if file.is_file() else read(file.parent, file.stem)
-    except (OSError, SafetensorError, ValueError) as problem:
-        raise Failed(
-            f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
-        ) from problem
 
 
 def load_stage(folder: Path) -> Stage:
@@ -184,6 +157,7 @@ def fill(stage: Stage, tensors: Mapping[str, Tensor], source: Path) -> None:
 
 def load_codec(folder: Path) -> Codec:
     """A codec from a folder: a stage of ours, a model's, or diffusers' AutoencoderKL or AutoencoderTiny."""
+    check(folder)
     for place in (folder, folder / "codec"):
         if (place / "stage.json").is_file():
             stage = load_stage(place)
@@ -214,69 +188,6 @@ def load_codec(folder: Path) -> Codec:
 
 GUIDES = "guides.safetensors"
 """What guides have learned, beside the base they guide."""
-WEIGHTS = ("ema.safetensors", "model.safetensors")
-"""The files of a checkpoint a model is loaded from: the averaged weights if there are any."""
-
-
-def newest_weights(run: RunFolder) -> Path:
-    """The averaged weights (or the plain ones) of the run's newest checkpoint that is whole.
-
-    Raises:
-        Refused: the run has none.
-        Failed: every one is damaged.
-    """
-    damaged = []
-    for folder in reversed(run.checkpoint_folders()):
-        found, bad = weights_in(folder)
-        if found is not None:
-            return found
-        damaged += bad
-    if damaged:
-        raise Failed(f"{', '.join(damaged)}: damaged, and the run has no other checkpoint. Train it again.")
-    raise Refused(f"{run.path} has no checkpoint yet. Run `sfumato train` on its recipe first.")
-
-
-def weights_in(checkpoint: Path) -> tuple[Path | None, list[str]]:
-    """(the weights a checkpoint is drawn with, None if no file of them is whole; the damaged ones)."""
-    listed, damaged = read_json(checkpoint / "manifest.json").get("files", {}), []
-    for name in WEIGHTS:
-        parts = [one for one in listed if one == name or _is_piece(one, name)]
-        bad = [
-            str(checkpoint / one)
-            for one in parts
-            if not (checkpoint / one).is_file() or checksum(checkpoint / one) != listed[one]["sha256"]
-        ]
-        if parts and not bad:
-            return checkpoint / name, damaged
-        damaged += bad
-    return None, damaged
-
-
-def _is_piece(file: str, name: str) -> bool:
-    """Whether a file's name is that of a piece of `name`, as "ema-00001-of-00002.safetensors"."""
-    stem, _, suffix = name.rpartition(".")
-    return re.fullmatch(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}", file) is not None
-
-
-def weights_of(path: Path) -> tuple[Path, Path | None]:
-    """(the run a path means, the checkpoint in it that was named, as `RUN/checkpoints/best`)."""
-    if path.parent.name == "checkpoints" and (path / "manifest.json").is_file():
-        return path.parent.parent, path.resolve()
-    return path, None
-
-
-def chosen_weights(run: Path, checkpoint: Path | None) -> Path:
-    """The weights to load: of the checkpoint that was named, else of the newest.
-
-    Raises:
-        Refused: the run has no checkpoint. Failed: what was asked for is damaged.
-    """
-    if checkpoint is None:
-        return newest_weights(RunFolder.open(run))
-    found, damaged = weights_in(checkpoint)
-    if found is None:
-        raise Failed(f"{', '.join(damaged) or checkpoint}: damaged. Choose another checkpoint of {run}.")
-    return found
 
 
 def load(
@@ -352,6 +263,7 @@ def described_by(file: Path, config: Path | str | None) -> Path:
 
 def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Model]) -> Any:
     """The model in a folder of stages, a pipeline's folder, or one that says where its base is."""
+    check(home)
     if (home / reference.BASE).is_file():
         base, info = reference.read_base(home)
         model = load(base, number, model_class=model_class)

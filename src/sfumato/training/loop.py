@@ -352,6 +352,9 @@ class _Loop:
             self.verdict.load(state["verdict"])
         self.saved = self.step, self.owes
         self.say(f"Going on from {folder.name} of {self.run.path}.")
+        if lost := self.run.damaged_events():
+            lines = ", ".join(map(str, lost[:5])) + (" …" if len(lost) > 5 else "")
+            self.say(f"{self.run.events_file}: line {lines} is torn or was changed; the curves do without.")
         if changed:
             self.say(f"{'; '.join(changed)}: the run goes on, but not bit for bit as it would have.")
 

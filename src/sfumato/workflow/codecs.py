@@ -15,6 +15,7 @@ from ..data.sample import Sample
 from ..recipe import Recipe
 from ..record import RunFolder, atomic_folder
 from ..stages import Codec, TrainableCodec, load_codec, needs_training, new_codec, save_stage
+from ..stages.seal import seal
 from ..theory import noise
 from ..training import loop, parallel
 from ..training.reconstruction import ReconstructionObjective, to_pixels
@@ -86,6 +87,7 @@ def ready_codec(
     if parallel.current().leads:
         with atomic_folder(home) as beside:
             save_stage(codec, beside)
+            seal(beside)
     return codec.eval()
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import __version__, stages
@@ -25,6 +24,7 @@ from ..stages.adapters import AdapterPlan
 from ..stages.lora_names import names_of
 from ..stages.pipeline import INDEX
 from ..stages.pretrained import PretrainedConditioner
+from ..stages.seal import save_sealed
 from ..stages.weights import plain
 
 TARGETS = ("diffusers", "comfyui", "kohya")
@@ -228,18 +228,18 @@ def write_lora(
         config = network.peft_config[adapters.NAME]
         if to != "diffusers":
             keyed = exchange.written(part, scale, names_of(model.info["family"]), to, network)
-            save_file(keyed, folder / f"{info['modelspec.title']}{second}.safetensors", info)
+            save_sealed(keyed, folder / f"{info['modelspec.title']}{second}.safetensors", info)
         elif hasattr(model.origin, "load_lora_weights"):
             prefix = model.denoiser.family.network  # type: ignore[attr-defined]
             described = {**config.to_dict(), "target_modules": sorted(exchange.trained(part))}
             packed = {f"{prefix}.{name}": value for name, value in described.items()}
             more = {exchange.METADATA: json.dumps(packed, default=plainly)}
             keyed = {f"{prefix}.{name}": tensor for name, tensor in part.items()}
-            save_file(keyed, folder / LORA_FILE.replace(".", f"{second}."), {**info, **more})
+            save_sealed(keyed, folder / LORA_FILE.replace(".", f"{second}."), {**info, **more})
         else:
             config.save_pretrained(folder)
             keyed = {f"base_model.model.{name}": tensor for name, tensor in part.items()}
-            save_file(keyed, folder / "adapter_model.safetensors", info)
+            save_sealed(keyed, folder / "adapter_model.safetensors", info)
 
 
 def plainly(value: Any) -> Any:
@@ -312,7 +312,7 @@ def export_whole(model: PaintingModel, to: str, out: Path, info: dict[str, str])
         network: Any = adapters.body(plain(model.denoiser))
         with atomic_folder(out) as beside:
             file = beside / DENOISER_FILE
-            save_file({k: v.contiguous() for k, v in network.state_dict().items()}, file, info)
+            save_sealed({k: v.contiguous() for k, v in network.state_dict().items()}, file, info)
             difference = gate(ours, again(model, file, x, condition), "its own class")
         return Exported((out / DENOISER_FILE,), difference, 0.0, info)
     stages.save(model, out)
