@@ -61,7 +61,7 @@ def taken(options: dict[str, Any], shape: Sequence[int], size: tuple[int, int]) 
     if not all(isinstance(one, list | tuple) and len(one) == 2 and isinstance(one[1], str) for one in said):
         raise Refused('regions must be pairs of a mask and a prompt: [("left.png", "a red apple"), …].')
     masks = torch.stack([fitted(mask, *size).mean(0, keepdim=True) for mask, _ in said])
-    masks = F.adaptive_avg_pool2d((masks + 1) / 2, tuple(shape[-2:]))
+    masks = F.adaptive_avg_pool2d((masks + 1) / 2, (shape[-2], shape[-1]))
     for share, (_, prompt) in zip(masks, said, strict=True):
         if not bool(share.any()):
             raise Refused(f'The mask of the region "{prompt}" is black all over: white is where it acts.')

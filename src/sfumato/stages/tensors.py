@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -20,7 +20,8 @@ SHARDING = "DCP_SHARDING_INFO"
 OFFSETS = "saved_offsets"
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Some rows of a tensor: which is the first of them, and how many."""
 
     first: int
