@@ -4,8 +4,10 @@ import pytest
 import torch
 from training_world import Network, make
 
+from sfumato.stages import interface
 from sfumato.stages.interface import Condition
-from sfumato.training import plan
+from sfumato.theory import get, translate
+from sfumato.training import expected, plan
 from sfumato.training.sanity import climb
 from sfumato.training.settings import TrainSettings
 
@@ -45,6 +47,32 @@ def test_a_layer_nobody_listens_to_falls():
     objective, network, _ = make()
     network.spare = torch.nn.Linear(3, 3)
     assert fallen(objective) == ["every trained weight gets a gradient"]
+
+
+KNOWS = "the first loss is that of a network that knows pictures"
+
+
+@pytest.mark.parametrize("theory", ["flow-matching", "ddpm-epsilon", "ddpm-x0"])
+@pytest.mark.parametrize(("size", "good"), [(1.0, True), (4.0, False), (-1.0, False)])
+def test_a_base_must_answer_better_than_a_guess(theory, size, good):
+    """Law: the linear guess itself passes; too loud, or with its sign turned, it falls."""
+    objective, _, _ = make(theory)
+
+    def ask(x_t, t, condition):
+        return size * expected.guessed(objective, objective.encoded.latents, t, x_t)
+
+    objective.model.predict = ask
+    assert expected.knows(objective).holds == good
+
+
+@pytest.mark.parametrize("other", ["ddpm-velocity", "trigflow", "edm"])
+def test_a_change_of_theory_is_seen_to_lose_nothing(other, monkeypatch):
+    """Law: translated exactly, a base means what it meant; translated wrongly, it falls."""
+    objective, _, _ = make("ddpm-velocity" if other != "ddpm-velocity" else "flow-matching")
+    objective.model.continue_as(get(other))
+    assert expected.survives_conversion(objective).holds
+    monkeypatch.setattr(interface, "translate", lambda *of: lambda x, t: 0.5 * translate(*of)(x, t))
+    assert not expected.survives_conversion(objective).holds
 
 
 @pytest.mark.parametrize("batch", [1, 7])

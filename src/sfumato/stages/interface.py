@@ -191,6 +191,8 @@ class Conditioner(Stage):
 
     sees: tuple[str, ...] = ()
     """Options that show pictures; each holds one for every prompt, or a list of them."""
+    learns: bool = False
+    """Whether it is trained too: it is then asked in every step, with gradients."""
     placed: bool = False
     """Whether those are seen at the size of what is drawn (the codec's `pixel_size`)."""
 

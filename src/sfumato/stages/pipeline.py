@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused, nearest
 
-from . import schedules, single_file
+from . import schedules, single_file, teaching
 from .codec import PixelCodec
 from .families import pipelines
 from .family import Family
@@ -224,7 +224,7 @@ def save_pipeline(model: Model, folder: Path, denoiser: Any) -> None:
     family: Family = denoiser.family
     family.put_back(pipe, denoiser.network)
     try:
-        with quiet():
+        with quiet(), teaching.settled(pipe):
             pipe.save_pretrained(folder, safe_serialization=True)
     finally:
         family.put_back(pipe, cast(Any, model.denoiser).network)

@@ -195,9 +195,12 @@ class PretrainedConditioner(Conditioner):
         """The condition to lean away from, encoded as the pipeline encodes a negative prompt."""
         return self.both(self.family.read_negative, prompt, options)
 
-    @torch.no_grad()
     def both(self, read: Callable[..., dict[str, Tensor]], prompt: Sequence[Any], options: Any) -> Condition:
-        """What is read and what is seen."""
+        """What is read and what is seen; with gradients only where the encoders learn."""
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            return self._both(read, prompt, options)
+
+    def _both(self, read: Callable[..., dict[str, Tensor]], prompt: Sequence[Any], options: Any) -> Condition:
         given = {name: options.pop(name) for name in SHOWN if options.get(name) is not None}
         for name in SHOWN:
             options.pop(name, None)

@@ -14,9 +14,18 @@ class ModelSettings:
     )
     train: str = key(
         "full",
-        "what is trained: full (the whole denoiser), an adapter of it (lora, lokr, loha), or what lets "
-        "pictures guide: controlnet, ip-adapter, edit",
-        choices=("full", "lora", "lokr", "loha", "controlnet", "ip-adapter", "edit"),
+        "what is trained: full (the whole denoiser), an adapter of it (lora, lokr, loha), model.tokens alone "
+        "(tokens), or what lets pictures guide: controlnet, ip-adapter, edit",
+        choices=("full", "lora", "lokr", "loha", "tokens", "controlnet", "ip-adapter", "edit"),
+    )
+    train_text: str = key(
+        "none",
+        "pretrained only: what of the text encoders is trained beside: none, lora",
+        choices=("none", "lora"),
+    )
+    tokens: tuple[str, ...] = key(
+        (),
+        "pretrained only: new words whose embeddings are trained, as NAME=WORDS it begins with: <cat>=a cat",
     )
     control_layers: int = key(0, "controlnet only: blocks it copies; 0 for the usual number", least=0)
     image_encoder: str = key(

@@ -20,7 +20,7 @@ from torch import Tensor
 from sfumato.errors import Refused, nearest
 from sfumato.record import atomic_folder
 
-from . import adapters, fitted, reference
+from . import adapters, fitted, reference, teaching
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
@@ -228,12 +228,15 @@ def load(
     elif is_run:
         plan = reference.read_plan(home)
         weights = chosen_weights(path, checkpoint)
-        if plan is None:
-            fill(model.denoiser, read_tensors(weights), weights)
-        else:
+        tensors, text = read_tensors(weights), teaching.read_plan(home)
+        if text is not None:
+            tensors = teaching.taken(teaching.teach(model, text), tensors)
+        if plan is not None:
             reference.attach(model.denoiser, plan)
-            reference.fill(model.denoiser, read_tensors(weights), weights)
+            reference.fill(model.denoiser, tensors, weights)
             model.denoiser.eval()
+        elif text is None or not text.alone:
+            fill(model.denoiser, tensors, weights)
     return model.to(device, None if model.origin is not None else number)  # pipelines keep some parts wide
 
 

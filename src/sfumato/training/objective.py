@@ -82,6 +82,10 @@ class Order(Protocol):
         ...
 
 
+ReadText = Callable[[Sequence[str]], list[dict[str, Tensor]]]
+"""Captions → what they mean, one mapping of rows each; "" is the caption that says nothing."""
+
+
 def share(count: int, part: int, parts: int) -> slice:
     """The positions of part `part` when `count` samples are divided into `parts` as evenly as can be."""
     return slice(count * part // parts, count * (part + 1) // parts)
@@ -135,6 +139,7 @@ class DiffusionObjective:
         caption_dropout: share of samples whose caption's tensors are replaced by `encoded.null`.
         dropout: share of samples shown without a companion ("control", …), whose tensors are then 0.
         loss: (answer, target) → elementwise error like them; default (answer − target)².
+        read_text: reads the captions of each step, where the text encoders are trained too.
     Raises:
         Refused: unknown density or weighting.
     """
@@ -149,6 +154,7 @@ class DiffusionObjective:
         caption_dropout: float = 0.1,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         dropout: Mapping[str, float] | None = None,
+        read_text: ReadText | None = None,
     ) -> None:
         self.model = model
         self.encoded = encoded
@@ -156,6 +162,7 @@ class DiffusionObjective:
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.dropout = dict(dropout or {})
+        self.read_text = read_text
         self.stratified = settings.stratified
         self.frame_times = FrameTimes.of(settings)
         self.density = densities.density(settings.times)
@@ -185,11 +192,15 @@ class DiffusionObjective:
 
     def rows(self, batch: Batch) -> Sequence[Mapping[str, Tensor]]:
         """What guides each sample; where the network hears it, also how its picture was cut."""
+        conditions = batch.conditions
+        if self.read_text is not None:
+            read = self.read_text(batch.captions)  # pyright: ignore[reportAttributeAccessIssue]
+            conditions = [{**row, **words} for row, words in zip(conditions, read, strict=True)]
         framing = getattr(self.model.denoiser, "framing", "")
         if not framing:
-            return batch.conditions
+            return conditions
         cuts = batch.framings.unbind()  # pyright: ignore[reportAttributeAccessIssue]
-        return [{**row, framing: cut} for row, cut in zip(batch.conditions, cuts, strict=True)]
+        return [{**row, framing: cut} for row, cut in zip(conditions, cuts, strict=True)]
 
     def draw(self, ids: Sequence[int], x_0: Tensor, step: int, part: int = 0, parts: int = 1) -> Drawn:
         """Times, noise and dropped captions of these samples in this step."""
@@ -240,6 +251,8 @@ class DiffusionObjective:
     def kept(self, rows: Sequence[Mapping[str, Tensor]], drawn: Drawn) -> list[dict[str, Tensor]]:
         """The condition rows with what was dropped replaced: captions by null, companions by zeros."""
         null = dict(self.encoded.null)
+        if self.read_text is not None and bool(drawn.dropped.any()):
+            null = self.read_text([""])[0]
         result = [
             {**row, **null} if gone else dict(row)
             for row, gone in zip(rows, drawn.dropped.tolist(), strict=True)

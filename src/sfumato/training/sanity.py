@@ -6,28 +6,22 @@ Each rung is one sentence that must be true before training starts; a rung that 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from sfumato.stages.interface import Condition
 
+from . import expected
 from .average import trained
+from .expected import Rung
 from .held import Held
 from .objective import DiffusionObjective
 from .settings import TrainSettings
 
 TRIES, FEW = 40, 4
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A question, its answer, and what was measured or what to do."""
-
-    claim: str
-    holds: bool
-    detail: str
+SPARE = 0.15
+"""The share of a pretrained network's weights that it may never ask."""
 
 
 def climb(
@@ -35,25 +29,34 @@ def climb(
     settings: TrainSettings,
     tries: int = TRIES,
     without: Callable[[], AbstractContextManager[None]] | None = None,
+    network: nn.Module | None = None,
+    is_pretrained: bool = False,
 ) -> Iterator[Rung]:
     """Answer the questions one by one; the model's weights are left as they were.
 
-    The rungs: two prompts are told apart; latents have unit size; the first loss is that of a network that
-    says nothing, or better; every trained weight gets a gradient; the answer depends on x_t, on the time and
-    on the condition; the adapter changes it; one batch can be learned by heart.
+    The rungs: two prompts are told apart; latents have unit size; the first loss is what is expected of the
+    network (from scratch that of saying nothing, of a base its own, see `expected`); every trained weight
+    gets a gradient; the answer depends on x_t, on the time and on the condition; the adapter changes it; one
+    batch can be learned by heart.
 
     Args:
         tries: steps of the last rung.
         without: a context in which the adapter is silent, where there is one.
+        network: what is trained, where it is more than the model's denoiser.
+        is_pretrained: the run goes on from a base.
     """
-    network = objective.model.denoiser
+    network = objective.model.denoiser if network is None else network
     kept = {name: weight.detach().clone() for name, weight in trained(network).items()}
     was_training = network.training
     try:
         yield from _prompts(objective)
         yield _unit_latents(objective)
-        yield _first_loss(objective)
-        yield _gradients(objective, network)
+        yield _first_loss(objective) if not is_pretrained else expected.knows(objective)
+        if without is not None:
+            yield expected.is_the_bases(objective, without)
+        if objective.model.trained is not None:
+            yield expected.survives_conversion(objective)
+        yield _gradients(objective, network, is_pretrained)
         yield from _dependences(objective)
         if without is not None:
             yield _adapts(objective, without)
@@ -70,9 +73,10 @@ def _prompts(objective: DiffusionObjective) -> Iterator[Rung]:
     """Two captions of the data must become two conditions; asked where there are two."""
     captions = list(getattr(objective.encoded, "captions", ()))
     other = next((i for i, caption in enumerate(captions) if caption != captions[0]), None)
-    if other is None or not objective.encoded.null:
+    if other is None or not (objective.encoded.null or objective.read_text):
         return
-    first, second = (objective.encoded.read([i], 0, 0).conditions[0] for i in (0, other))
+    with torch.no_grad():
+        first, second = (objective.rows(objective.encoded.read([i], 0, 0))[0] for i in (0, other))
     same = all(
         first[name].shape == second[name].shape and torch.equal(first[name], second[name]) for name in first
     )
@@ -129,19 +133,26 @@ def _first_loss(objective: DiffusionObjective) -> Rung:
     )
 
 
-def _gradients(objective: DiffusionObjective, network: nn.Module) -> Rung:
+def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained: bool) -> Rung:
     """Layers that start at zero hide those before them for a step or two, so a few steps are taken."""
     held = Held(network, TrainSettings(warmup=0, learning_rate=1e-3, ema=0))
     seen: set[str] = set()
+    asked: set[str] = set()
     for step in range(3):
         objective.losses(step, 0, 1).per_sample.mean().backward()
-        named = network.named_parameters()
-        seen |= {name for name, weight in named if weight.grad is not None and bool(weight.grad.any())}
+        reached = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
+        asked |= reached.keys()
+        seen |= {name for name, gradient in reached.items() if bool(gradient.any())}
         held.optimiser.step(step)
         for weight in network.parameters():
             weight.grad = None
-    deaf = [name for name, weight in network.named_parameters() if weight.requires_grad and name not in seen]
+    names = [name for name, weight in network.named_parameters() if weight.requires_grad]
+    deaf, idle = [name for name in names if name not in seen], [name for name in names if name not in asked]
+    if is_pretrained and len(idle) < SPARE * len(names):  # some networks never ask a part of their last block
+        deaf = [name for name in deaf if name in asked]
     detail = "all of them" if not deaf else f"none reaches {', '.join(deaf[:3])} ({len(deaf)} in all)"
+    if not deaf and idle:
+        detail = f"all but {len(idle)} that this network never asks: {', '.join(idle[:2])}"
     return Rung("every trained weight gets a gradient", not deaf, detail)
 
 

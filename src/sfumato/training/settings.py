@@ -29,6 +29,9 @@ class TrainSettings:
     virtual_ranks: int = key(4, "exact_elastic only: most processes it may run on; a power of 2", least=1)
     optimizer: str = key("adamw", "what moves the weights", choices=OPTIMIZERS)
     learning_rate: float = key(1e-4, "the optimizer's learning rate after warm-up", least=0)
+    text_learning_rate: float = key(
+        0.0, "that of text encoders and new words, where they are trained; 0: train.learning_rate", least=0
+    )
     warmup: int = key(100, "steps in which the learning rate rises from 0", least=0)
     schedule: str = key(
         "constant",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import stages
 from ..data.encoded import EncodedSet
@@ -34,24 +35,26 @@ def inputs_of(recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[
     return latents, torch.full((count,), 500.0, device=model.device), condition
 
 
-def cost(recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[str]]) -> dict[str, Any]:
+def cost(
+    recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[str]], network: nn.Module
+) -> dict[str, Any]:
     """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated."""
     division = Division.of(recipe.train, Processes())
     inputs = inputs_of(recipe, model, captions, -(-recipe.train.batch // division.parts))
-    counted = planning.count(model.denoiser, inputs)
+    counted = planning.count(network, inputs)
     every = recipe.values().get("train.checkpointing", 0)
     memory = counted.memory(recipe.train, every)
     forecast = planning.Forecast(memory, planning.FORWARD_AND_BACKWARD * division.parts * counted.flops)
     seconds = BESIDE_PRODUCTS * forecast.seconds(planning.flops_per_second(device=model.device))
     if seconds < PROBED_SECONDS:
-        seconds = planning.probe(model.denoiser, inputs, recipe.train).seconds
+        seconds = planning.probe(network, inputs, recipe.train).seconds
     parts = {name: round(size / 1e9, 3) for name, size in vars(memory).items()}
     hours = round(seconds * recipe.train.steps / 3600, 2)
     peak = round(memory.peak / 1e9, 3)
     return {"memory_gb": peak, "memory": parts, "seconds_per_step": round(seconds, 3), "hours": hours}
 
 
-def said(recipe: Recipe, model: PaintingModel, train: EncodedSet, fresh: bool) -> str:
+def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: EncodedSet, fresh: bool) -> str:
     """What a run will cost, in a sentence; counted, without a probe, so that training starts at once.
 
     Raises:
@@ -59,7 +62,6 @@ def said(recipe: Recipe, model: PaintingModel, train: EncodedSet, fresh: bool) -
     """
     parts = Division.of(recipe.train, parallel.current()).parts
     count = -(-recipe.train.batch // parts)
-    network = model.denoiser
     trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     disk = _checkpoints(recipe, trained)
     if fresh:

@@ -27,10 +27,10 @@ from . import companions, costs, guided
 from .agreement import agree, content_of
 from .checks import check_known, check_leaning, sizes, theory_of
 from .codecs import Progress, ready_codec
-from .encoding import course_of, curriculum, encoded_samples, is_guided
+from .encoding import course_of, curriculum, encoded_samples, is_guided, reader_of
 from .material import Bucket, class_names, material_of
 from .preview import Preview, groups
-from .tuning import base_of, check_latents, check_words, remember, tune
+from .tuning import base_of, check_latents, check_said, check_words, rated, remember, tune
 
 RecipeLike = Recipe | str | Path
 Say = Callable[[str], None]
@@ -165,13 +165,14 @@ def _train(
     model, leads = prepared.model, parallel.current().leads
     if leads:
         remember(model, recipe, run.path / "model")
-    network = tune(model, recipe)
+    network, settings = tune(model, recipe), rated(recipe)
     train, order = course_of(recipe, prepared.train, prepared.earlier)
     dropout = recipe.data.caption_dropout if is_guided(model) else 0.0
     seen = companions.encoders(model, recipe.data)
     objective = DiffusionObjective(
-        model, train, order, recipe.train, recipe.seed, dropout,
+        model, train, order, settings, recipe.seed, dropout,
         dropout=companions.shares(recipe.data, list(seen)),
+        read_text=reader_of(model) if model.conditioner.learns else None,
     )  # fmt: skip
     measure = None
     if recipe.train.held_out_every and len(prepared.held_out):
@@ -182,14 +183,14 @@ def _train(
         model, recipe, run, guided.with_pictures(shown, model, recipe, prepared), lambda: report.write(run)
     )
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
-    say(costs.said(recipe, model, prepared.train, fresh=not run.checkpoint_folders()))
+    say(costs.said(recipe, model, network, prepared.train, fresh=not run.checkpoint_folders()))
     if recipe.train.sanity and leads and not run.checkpoint_folders():
         with phase(run, "sanity"):
             look_before(recipe, run, prepared, network, say)
     try:
         with phase(run, "train"):
             outcome = fit(
-                objective, network, recipe.train, run, recipe.seed, preview=preview, held_out=measure,
+                objective, network, settings, run, recipe.seed, preview=preview, held_out=measure,
                 preview_every=recipe.sample.every, progress=progress, say=say, counts=counts,
                 profile=run.path / "profile" if profile else None,
             )  # fmt: skip
@@ -242,6 +243,7 @@ def gather(recipe: Recipe) -> Gathered:
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model, classes)
     check_words(recipe, conditioner)
     check_leaning(recipe, codec, conditioner, base)
+    check_said(recipe.model.tokens, (text for one in collection.samples for text in one.captions))
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
     return Gathered(collection, sizes(recipe, collection.samples, codec, base), device, base, conditioner)

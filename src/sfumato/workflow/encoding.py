@@ -19,7 +19,7 @@ from ..generation import PaintingModel
 from ..recipe import Recipe
 from ..training import parallel
 from ..training.loop import to_stderr
-from . import companions
+from . import companions, tuning
 from .codecs import Progress
 from .material import Bucket
 
@@ -88,16 +88,10 @@ def encoded_samples(
         stage: which part of a curriculum this is, so that the store knows that the run needs them all.
     """
 
-    def captions(texts: list[str]) -> list[dict[str, torch.Tensor]]:
-        if model.origin is None or "" not in texts:
-            return model.condition(texts).rows()
-        said = [text for text in texts if text]  # saying nothing is what guidance leans away from
-        rows = dict(zip(said, model.condition(said).rows(), strict=True)) if said else {}
-        return [rows[text] if text else model.conditioner.null(1).row(0) for text in texts]
-
+    guided = is_guided(model) and not tuning.text_plan_of(recipe)  # what learns is asked in every step
     how, data = encoding_of(recipe, model), recipe.data
     store = Store(recipe.data.store)
-    processes, texts = parallel.current(), captions if is_guided(model) else None
+    processes, texts = parallel.current(), reader_of(model) if guided else None
     part = part or (processes.rank, processes.count)
     beside = companions.encoders(model, recipe.data)
     pixels = posterior_of(model)
@@ -107,6 +101,7 @@ def encoded_samples(
     )  # fmt: skip
     if isinstance(found, StreamedSet):
         found.say = say
+    found.labels = found.labels and not tuning.text_plan_of(recipe)
     family = getattr(model.denoiser, "family", None)
     found.samples_posterior, found.framed = data.latents == "sample", getattr(family, "hears_framing", False)
     return found
@@ -126,6 +121,19 @@ def encoding_of(recipe: Recipe, model: PaintingModel) -> Encoding:
         texts_format=data.text_format,
         keeps=not data.stream,
     )
+
+
+def reader_of(model: PaintingModel) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:
+    """Captions → the rows of their conditions; the empty one is what guidance leans away from."""
+
+    def read(texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        said = list(dict.fromkeys(text for text in texts if text or model.origin is None))
+        rows = dict(zip(said, model.conditioner(said).rows(), strict=True)) if said else {}
+        if model.origin is not None and "" in texts:
+            rows[""] = model.conditioner.null(1).row(0)
+        return [rows[text] for text in texts]
+
+    return read
 
 
 def posterior_of(model: PaintingModel) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:

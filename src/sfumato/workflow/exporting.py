@@ -19,13 +19,15 @@ from .. import __version__, stages
 from ..errors import Failed, Refused
 from ..generation import PaintingModel, load
 from ..record import RunFolder, atomic_folder
-from ..stages import adapters, exchange, reference
+from ..stages import adapters, exchange, reference, teaching
 from ..stages.adapters import AdapterPlan
 from ..stages.lora_names import names_of
 from ..stages.pipeline import INDEX
 from ..stages.pretrained import PretrainedConditioner
 from ..stages.seal import save_sealed
+from ..stages.teaching import TextPlan
 from ..stages.weights import plain
+from . import exporting_text
 
 TARGETS = ("diffusers", "comfyui", "kohya")
 LORA_FILE, DENOISER_FILE = "pytorch_lora_weights.safetensors", "diffusion_model.safetensors"
@@ -75,11 +77,12 @@ def export(
         )
     home = run / "model"
     plan = reference.read_plan(home) if home.is_dir() else None
-    info = metadata_of(run, model, plan, triggers)
-    if plan is None:
+    text = teaching.read_plan(home) or TextPlan()
+    info = metadata_of(run, model, plan, [*triggers, *(word for word, _ in text.tokens)])
+    if plan is None and not text.alone:
         return export_whole(model, to, out, info)
-    base, _ = reference.read_base(home)
-    return export_lora(model, plan, base, to, out, info, dtype)
+    base = reference.read_base(home)[0] if (home / reference.BASE).is_file() else home
+    return export_lora(model, plan, text, base, to, out, info, dtype)
 
 
 def metadata_of(
@@ -123,8 +126,8 @@ def metadata_of(
 # ---------------------------------------------------------------- one answer, asked everywhere
 
 
-def asked(model: PaintingModel) -> tuple[Tensor, Any]:
-    """Latents and a condition that any copy of this model can be asked about."""
+def asked(model: PaintingModel, words: str = "") -> tuple[Tensor, Any]:
+    """Latents and a condition that any copy of this model can be asked about; its prompt says `words` too."""
     kind = model.conditioner.kind
     sees = model.conditioner.shows if isinstance(model.conditioner, PretrainedConditioner) else ()
     side = 8 * model.codec.stride if model.codec.stride > 1 else int(model.info["width"])
@@ -136,7 +139,8 @@ def asked(model: PaintingModel) -> tuple[Tensor, Any]:
     if sees:
         given = {name: Image.new("RGB", (side, side), (180, 90, 40)) for name in sees}
         given |= model.codec.pixel_size(shape) if model.conditioner.placed else {}
-    prompt = None if kind == "none" else ["0"] if kind == "labels" else ["a picture of a red circle"]
+    said = ["0"] if kind == "labels" else [f"a picture of a red circle {words}".strip()]
+    prompt = None if kind == "none" else said
     condition = model.condition(prompt, **given) if prompt is not None else model.condition()
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(1)), condition
 
@@ -148,6 +152,12 @@ def answers(model: PaintingModel, x: Tensor, condition: Any) -> list[Tensor]:
         model.theory.t_data + share * (model.theory.t_noise - model.theory.t_data) for share in (0.95, 0.3)
     ]
     return [model.predict(x.to(model.dtype), moment, condition).float() for moment in moments]
+
+
+def everything(model: PaintingModel, x: Tensor, condition: Any) -> list[Tensor]:
+    """The answers, and what was read before them."""
+    read = [tensor.float() for tensor in condition.values() if tensor.is_floating_point()]
+    return [*answers(model, x, condition), *read]
 
 
 def far(one: list[Tensor], other: list[Tensor]) -> float:
@@ -175,48 +185,83 @@ def gate(ours: list[Tensor], theirs: list[Tensor], where: str) -> float:
 
 def export_lora(
     model: PaintingModel,
-    plan: AdapterPlan,
+    plan: AdapterPlan | None,
+    text: TextPlan,
     base: Path,
     to: str,
     out: Path,
     info: dict[str, str],
     dtype: torch.dtype,
 ) -> Exported:
-    """A run's LoRA as a file."""
-    if plan.kind != "lora":
+    """A run's LoRA as a file, of its text encoders too; new words as files beside it."""
+    if plan is not None and plan.kind != "lora":
         raise Refused(
             f"{plan.kind} has no common file format: {to} reads LoRA only. Save it within its base instead: "
             "sfumato.load(RUN).save(FOLDER), and export that."
         )
-    x, condition = asked(model)
-    ours = answers(model, x, condition)
-    network = adapters.body(model.denoiser)
-    adapters.scale(network, 0.0)
-    effect = far(answers(model, x, condition), ours)
-    adapters.scale(network, 1.0)
-    tensors = {
-        name: tensor.detach().to(dtype).cpu().clone() for name, tensor in adapters.state(network).items()
-    }
-    layers = exchange.trained(tensors)
-    idle = sorted(name for name, one in layers.items() if not one["up"].any())
-    if effect == 0 or len(idle) == len(layers):
+    words = " ".join(word for word, _ in text.tokens)
+    x, condition = asked(model, words)
+    ours = everything(model, x, condition)
+    tensors = {"": state_of(adapters.body(model.denoiser), dtype)} if plan is not None else {}
+    tensors |= {name: state_of(one, dtype) for name, one in exporting_text.adapted(model).items()}
+    layers, idle = named_layers(tensors)
+    effect = effect_of(model, text, words, ours)
+    if effect == 0 or (layers and len(idle) == len(layers)):
         raise Failed(
             f"The adapter changes nothing: {len(idle)} of its {len(layers)} layers are "
             f"still zero ({exchange.said(idle)}). Train it further, with a larger learning rate."
         )
     with atomic_folder(out) as beside:
-        write_lora(model, plan, tensors, to, beside, info)
+        if layers:
+            write_lora(model, plan or text.lora, tensors, to, beside, info)
+        files = sorted(beside.glob("*.safetensors"))
+        written = exporting_text.write_words(model, to, beside, info)
         fresh = load(base)
-        loader = load_back(fresh, beside, to, set(layers) - (set() if to == "diffusers" else set(idle)))
-        difference = gate(ours, answers(fresh, x, condition), loader)
-        files = sorted(file.name for file in beside.iterdir())
-    return Exported(tuple(out / name for name in files), difference, effect, info)
+        loader = "diffusers"
+        if layers:
+            matched = set(layers) - (set() if to == "diffusers" else set(idle))
+            loader = load_back(fresh, files, to, matched)
+        for file, word in written.items():
+            exporting_text.read_words(fresh.origin, file, word)
+        difference = gate(ours, everything(fresh, x, asked(fresh, words)[1]), loader)
+        names = sorted(file.name for file in beside.iterdir())
+    return Exported(tuple(out / name for name in names), difference, effect, info)
+
+
+def state_of(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """An adapter's tensors, as they are written."""
+    return {name: one.detach().to(dtype).cpu().clone() for name, one in adapters.state(network).items()}
+
+
+def named_layers(tensors: Mapping[str, dict[str, Tensor]]) -> tuple[list[str], list[str]]:
+    """(the adapted layers of all networks, those of them that change nothing)."""
+    found = {
+        f"{home}.{name}".removeprefix("."): one
+        for home, part in tensors.items()
+        for name, one in exchange.trained(part).items()
+    }
+    return list(found), sorted(name for name, one in found.items() if not one["up"].any())
+
+
+def effect_of(model: PaintingModel, text: TextPlan, words: str, ours: list[Tensor]) -> float:
+    """How far the answers are from those without the adapters; of new words alone, from where they began."""
+    networks = [adapters.body(model.denoiser), *exporting_text.adapted(model).values()]
+    networks = [one for one in networks if adapters.names(one)]
+    if not networks:
+        return exporting_text.learned(model, text)
+    for one in networks:
+        adapters.scale(one, 0.0)
+    x, condition = asked(model, words)
+    effect = far(everything(model, x, condition), ours)
+    for one in networks:
+        adapters.scale(one, 1.0)
+    return effect
 
 
 def write_lora(
     model: PaintingModel,
-    plan: AdapterPlan,
-    tensors: dict[str, Tensor],
+    plan: Any,
+    tensors: Mapping[str, dict[str, Tensor]],
     to: str,
     folder: Path,
     info: dict[str, str],
@@ -224,17 +269,22 @@ def write_lora(
     """The adapter's file under the target's names; a peft folder where diffusers has no loader."""
     alpha = plan.alpha or plan.rank
     scale = alpha / plan.rank**0.5 if plan.rslora else alpha / plan.rank
-    for second, part, network in experts(model, tensors):
+    text = exporting_text.lora_of(model, tensors, to, scale)
+    if "" not in tensors:
+        save_sealed(text.tensors, folder / LORA_FILE, {**info, **text.said})
+        return
+    for second, part, network in experts(model, tensors[""]):
         config = network.peft_config[adapters.NAME]
         if to != "diffusers":
             keyed = exchange.written(part, scale, names_of(model.info["family"]), to, network)
+            keyed |= {} if second else text.tensors
             save_sealed(keyed, folder / f"{info['modelspec.title']}{second}.safetensors", info)
         elif hasattr(model.origin, "load_lora_weights"):
             prefix = model.denoiser.family.network  # type: ignore[attr-defined]
             described = {**config.to_dict(), "target_modules": sorted(exchange.trained(part))}
-            packed = {f"{prefix}.{name}": value for name, value in described.items()}
+            packed = {f"{prefix}.{name}": value for name, value in described.items()} | text.config
             more = {exchange.METADATA: json.dumps(packed, default=plainly)}
-            keyed = {f"{prefix}.{name}": tensor for name, tensor in part.items()}
+            keyed = {f"{prefix}.{name}": tensor for name, tensor in part.items()} | text.tensors
             save_sealed(keyed, folder / LORA_FILE.replace(".", f"{second}."), {**info, **more})
         else:
             config.save_pretrained(folder)
@@ -261,7 +311,7 @@ def experts(model: PaintingModel, tensors: dict[str, Tensor]) -> list[tuple[str,
     return found
 
 
-def load_back(fresh: PaintingModel, folder: Path, to: str, layers: set[str]) -> str:
+def load_back(fresh: PaintingModel, files: Sequence[Path], to: str, layers: set[str]) -> str:
     """Load what was written into a fresh base, as the target does; returns who loaded it.
 
     Raises:
@@ -269,16 +319,21 @@ def load_back(fresh: PaintingModel, folder: Path, to: str, layers: set[str]) -> 
     """
     pipe, network = fresh.origin, adapters.body(fresh.denoiser)
     if to != "diffusers":
-        found = {name for file in sorted(folder.glob("*.safetensors")) for name in read_back(fresh, file)}
+        found = {name for file in files for name in read_back(fresh, file)}
     elif hasattr(pipe, "load_lora_weights"):
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in files:
             second = {"load_into_transformer_2": True} if file.stem.endswith("_2") else {}
             pipe.load_lora_weights(file, **second)
         found = {name for name, _ in adapters.adapted(network)}
+        found |= {
+            f"{home}.{name}"
+            for home, one in exporting_text.encoders(fresh).items()
+            for name, _ in adapters.adapted(one)
+        }
     else:
         import peft
 
-        held: Any = peft.PeftModel.from_pretrained(network, str(folder))
+        held: Any = peft.PeftModel.from_pretrained(network, str(files[0].parent))
         found = {name for name, _ in adapters.adapted(held.base_model.model)}
     if missing := sorted(layers ^ found):
         raise Failed(

@@ -60,7 +60,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     found["precision"] = devices.effective_precision(
         recipe.train.precision, gathered.device, recipe.train.weights
     )
-    found |= cost(recipe, model.to(gathered.device), [sample.captions for sample in train])
+    found |= cost(recipe, model.to(gathered.device), [sample.captions for sample in train], network)
     found["disk_gb"] = round(disk_bytes(recipe, parameters, len(collection.samples), codec) / 1e9, 3)
     output = Path(recipe.output)
     if (output / "effective.toml").is_file():

@@ -1,6 +1,7 @@
 """The sanity ladder of a recipe: what would make a long run worthless is asked before it, in seconds."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -9,13 +10,14 @@ from torch import nn
 
 from ..recipe import Recipe
 from ..stages import Condition, adapters
+from ..stages.teaching import Together
 from ..training import plan as planning
 from ..training.objective import DiffusionObjective
 from ..training.parallel import Division, Processes
 from ..training.sanity import TRIES, Rung, climb
 from .course import Ready, gather, ready
-from .encoding import order_of
-from .tuning import tune
+from .encoding import order_of, reader_of
+from .tuning import rated, tune
 
 FEW = 8
 """Steps of the last rung when `train` asks."""
@@ -33,15 +35,34 @@ def examine(recipe: Recipe) -> list[Rung]:
 
 def rungs(recipe: Recipe, prepared: Ready, network: nn.Module, tries: int = TRIES) -> Iterator[Rung]:
     """The rungs, one by one; the network is left as it was."""
-    model, settings = prepared.model, recipe.train
+    model, settings = prepared.model, rated(recipe)
+    read_text = reader_of(model) if model.conditioner.learns else None
     objective = DiffusionObjective(
-        model, prepared.train, order_of(recipe, prepared.train), settings, recipe.seed, 0.0
-    )
+        model, prepared.train, order_of(recipe, prepared.train), settings, recipe.seed, 0.0,
+        read_text=read_text,
+    )  # fmt: skip
     yield memory(objective, recipe, network)
-    body = adapters.body(model.denoiser)
+    adapted = [
+        body for body in (adapters.body(model.denoiser), *encoders_of(network)) if adapters.names(body)
+    ]
     yield from climb(
-        objective, settings, tries, partial(adapters.silent, body) if adapters.names(body) else None
-    )
+        objective, settings, tries, partial(silent, adapted) if adapted else None, network,
+        is_pretrained=recipe.model.base != "scratch",
+    )  # fmt: skip
+
+
+def encoders_of(network: nn.Module) -> list[nn.Module]:
+    """The text encoders that learn beside a denoiser."""
+    return list(network.encoders.values()) if isinstance(network, Together) else []
+
+
+@contextmanager
+def silent(adapted: list[nn.Module]) -> Iterator[None]:
+    """Inside the block none of these networks' adapters acts."""
+    with ExitStack() as all_of_them:
+        for one in adapted:
+            all_of_them.enter_context(adapters.silent(one))
+        yield
 
 
 def memory(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) -> Rung:

@@ -1,6 +1,7 @@
 """The model a run goes on from, and what of it is trained."""
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ from .. import stages
 from ..errors import Refused, nearest
 from ..generation import PaintingModel, load
 from ..recipe import DEFAULT, Recipe
-from ..stages import adapters, blocks, narrow, reference
+from ..stages import adapters, blocks, narrow, reference, teaching
 from ..stages.adapters import AdapterPlan
 from ..stages.guides import GuidedDenoiser
 from ..stages.guides.plan import write_plans
 from ..stages.interface import Codec
 from ..stages.pipeline import INDEX
 from ..stages.pretrained import PretrainedConditioner, options_of
+from ..stages.teaching import TextPlan
 from ..stages.weights import recall
+from ..training.settings import TrainSettings
 
+OF_TEXT = ("rank", "alpha", "dropout", "dora", "rslora")
+"""Those of ONLY_ADAPTERS that the text encoders' adapter has too."""
 ONLY_ADAPTERS = ("rank", "alpha", "targets", "dropout", "dora", "rslora", "base_dtype", "preset")
 
 
@@ -39,6 +44,7 @@ def base_of(recipe: Recipe) -> PaintingModel | None:
     base = load(kept if begun else recipe.model.base)
     if adapters.names(adapters.body(base.denoiser)):
         adapters.merge(adapters.body(base.denoiser))
+    teaching.settle_all(base)
     asked = _asked(recipe, base)
     if begun:
         asked.pop("presets", None)  # the copy has them in its weights
@@ -46,6 +52,7 @@ def base_of(recipe: Recipe) -> PaintingModel | None:
     plan = plan_of(recipe)
     if plan is not None:
         plan.config(adapters.chosen(adapters.body(base.denoiser), plan, base.denoiser.lora_targets))
+    check_text(base, text_plan_of(recipe))
     return base
 
 
@@ -58,7 +65,10 @@ def check_keys(recipe: Recipe) -> None:
             f'model.train = "{model.train}" adapts a model that is there. Name one as model.base, or leave '
             "model.train out to train from scratch."
         )
+    check_text_keys(recipe)
+    with_text = OF_TEXT if model.train_text == "lora" else ()
     idle = [name for name in ONLY_ADAPTERS if recipe.origin(f"model.{name}") != DEFAULT]
+    idle = [name for name in idle if name not in with_text]
     if idle and not is_adapter:
         raise Refused(
             f'model.{idle[0]} belongs to adapters, but model.train is "{model.train}". Say '
@@ -68,6 +78,56 @@ def check_keys(recipe: Recipe) -> None:
         raise Refused(
             "model.text_options is for a pretrained base; this model is from scratch. Leave it out."
         )
+
+
+def check_text_keys(recipe: Recipe) -> None:
+    """Raises Refused for a key about what the text encoders learn that could not act."""
+    model, guides = recipe.model, ("controlnet", "ip-adapter", "edit")
+    asked = [
+        name for name, said in (("train_text", model.train_text != "none"), ("tokens", model.tokens)) if said
+    ]
+    if model.train == "tokens" and not model.tokens:
+        raise Refused(
+            'model.train = "tokens" trains new words, but model.tokens names none. Write '
+            'model.tokens = ["<cat>=a cat"].'
+        )
+    if asked and model.base == "scratch":
+        raise Refused(f"model.{asked[0]} is for a pretrained base; this model is from scratch. Leave it out.")
+    if asked and model.train in guides:
+        raise Refused(
+            f'model.{asked[0]}: model.train = "{model.train}" leaves the text encoders alone. Leave it out.'
+        )
+    rate = recipe.train.text_learning_rate
+    if rate and not asked:
+        raise Refused(
+            "train.text_learning_rate is for text encoders that are trained. Say model.train_text = "
+            '"lora" or name model.tokens, or leave it out.'
+        )
+    if rate and not recipe.train.learning_rate:
+        raise Refused("train.text_learning_rate needs a train.learning_rate above 0 to stand beside.")
+
+
+def check_text(base: PaintingModel, plan: TextPlan) -> None:
+    """Raises Refused unless the base's text encoders can be taught what the plan says; teaches nothing."""
+    if plan.lora is not None:
+        for encoder in teaching.lora_encoders(base).values():
+            plan.lora.config(adapters.chosen(encoder, plan.lora, teaching.TARGETS))
+    if plan.tokens:
+        for tokenizer, _ in teaching.readers(base).values():
+            for word, _ in plan.tokens:
+                teaching.check_word(word, tokenizer)
+
+
+def check_said(tokens: tuple[str, ...], captions: Any) -> None:
+    """Raises Refused for a new word that no caption says, so that nothing would be learned of it."""
+    said = {word for caption in captions for word in caption.split()}
+    for token in tokens:
+        word = token.partition("=")[0].strip()
+        if not any(word in one for one in said):
+            raise Refused(
+                f'model.tokens: no caption says "{word}". Write it into the captions, or in front of all of '
+                f'them: data.trigger = "{word}".'
+            )
 
 
 def _asked(recipe: Recipe, base: PaintingModel) -> dict[str, Any]:
@@ -123,6 +183,29 @@ def plan_of(recipe: Recipe) -> AdapterPlan | None:
     )  # fmt: skip
 
 
+def text_plan_of(recipe: Recipe) -> TextPlan:
+    """What the recipe teaches the text encoders."""
+    model = recipe.model
+    kinds = ("auto",)
+    lora = AdapterPlan(
+        "lora", model.rank, model.alpha, kinds, model.dropout, model.dora, model.rslora, recipe.seed
+    )
+    words = [token.partition("=") for token in model.tokens]
+    tokens = tuple((word.strip(), like.strip()) for word, _, like in words)
+    return TextPlan(
+        lora if model.train_text == "lora" else None, tokens, recipe.seed, model.train == "tokens"
+    )
+
+
+def rated(recipe: Recipe) -> TrainSettings:
+    """The recipe's [train], with the rate of what the text encoders learn among its rates."""
+    settings = recipe.train
+    if not settings.text_learning_rate:
+        return settings
+    factor = settings.text_learning_rate / settings.learning_rate
+    return replace(settings, rates=(*settings.rates, f"text_encoder*={factor!r}"))
+
+
 def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
     """Write down what the run's checkpoints will be laid over: the base by its place, or the whole model."""
     base = Path(recipe.model.base).expanduser()
@@ -136,6 +219,8 @@ def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
     plan = plan_of(recipe)
     if plan is not None:
         reference.write_plan(folder, plan)
+    if text := text_plan_of(recipe):
+        teaching.write_plan(folder, text)
 
 
 def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
@@ -148,7 +233,7 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
     if isinstance(model.denoiser, GuidedDenoiser):
         model.denoiser.free()
     elif plan is None:
-        model.denoiser.requires_grad_(True)
+        model.denoiser.requires_grad_(recipe.model.train != "tokens")
     else:
         reference.attach(model.denoiser, plan)
     model.denoiser.narrow = narrow.store(network, recipe.model.base_dtype)
@@ -159,7 +244,8 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
     blocks.recompute(network, recipe.train.checkpointing)
     if recipe.train.compile:
         blocks.compile_blocks(network, model.device)
-    return model.denoiser
+    learning = teaching.teach(model, text_plan_of(recipe))
+    return teaching.Together(model.denoiser, learning) if learning else model.denoiser
 
 
 def check_latents(recipe: Recipe, codec: Codec, base: PaintingModel | None, width: int, height: int) -> None:

@@ -1,0 +1,355 @@
+"""What of a pipeline's text encoders learns: an adapter beside their layers, embeddings of new words.
+
+A new word has rows of its own behind a frozen table of embeddings, and nothing else of it is trained
+(textual inversion, arXiv:2208.01618). An encoder that learns is asked in every step, with gradients.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import Failed, Refused
+from sfumato.record import write_atomic
+
+from . import adapters
+from .adapters import AdapterPlan
+from .interface import Condition, Denoiser, Model
+from .pretrained import PretrainedConditioner
+from .scratch import seeded
+
+FORMAT = 1
+FILE = "text.json"
+TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """What is taught: written beside a run's model, so that it can be taught again.
+
+    Args:
+        lora: of the text encoders that diffusers' LoRA loader knows, or None.
+        tokens: new words, each with the words whose embeddings it begins with ("" begins at random).
+        alone: the denoiser stays its base.
+    """
+
+    lora: AdapterPlan | None = None
+    tokens: tuple[tuple[str, str], ...] = ()
+    seed: int = 0
+    alone: bool = False
+
+    def __bool__(self) -> bool:
+        return self.lora is not None or bool(self.tokens)
+
+
+class Taught(nn.Module):
+    """A frozen table of embeddings with rows that learn behind it: tokens [...] → [..., D].
+
+    Args:
+        table: of the words known before. first: the number of the first new token. new: [N, D].
+        counts: how many rows each new word has, in order.
+    """
+
+    def __init__(self, table: nn.Embedding, first: int, new: Tensor, counts: Mapping[str, int]):
+        super().__init__()
+        self.table, self.first, self.counts = table, first, dict(counts)
+        self.new = nn.Parameter(new.detach().float().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table, new rows in their places."""
+        old, new = self.table.weight, self.new.to(self.table.weight.dtype)
+        return torch.cat([old[: self.first], new, old[self.first + len(new) :]])
+
+    def rows(self) -> dict[str, Tensor]:
+        """What was learned of each new word: [N, D]."""
+        parts = self.new.detach().split(list(self.counts.values()))
+        return dict(zip(self.counts, parts, strict=True))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The embeddings of these tokens."""
+        known = self.table(tokens.clamp(max=min(self.first, self.table.num_embeddings) - 1))
+        new = F.embedding((tokens - self.first).clamp(min=0, max=len(self.new) - 1), self.new)
+        return torch.where((tokens >= self.first)[..., None], new.to(known.dtype), known)
+
+
+class Together(nn.Module):
+    """A denoiser and the text encoders that learn beside it, as one network; names are the parts' own."""
+
+    def __init__(self, denoiser: Denoiser, encoders: Mapping[str, nn.Module]):
+        super().__init__()
+        self._denoiser = (denoiser,)  # a tuple hides it from torch, which has its children already
+        self.encoders = dict(encoders)
+        """Those that learn, by name."""
+        for name, part in [*denoiser.named_children(), *encoders.items()]:
+            self.add_module(name, part)
+
+    def train(self, mode: bool = True) -> Self:
+        """The denoiser trains; encoders answer as they always do, but for the dropout of their adapters."""
+        self.training = mode
+        self._denoiser[0].train(mode)
+        for encoder in self.encoders.values():
+            encoder.eval()
+            for _, layer in adapters.adapted(encoder):
+                layer.lora_dropout.train(mode)
+        return self
+
+    def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's answer."""
+        return self._denoiser[0](x, clock, condition)
+
+
+# ---------------------------------------------------------------- who can be taught
+
+
+def pipe_of(model: Model, key: str) -> Any:
+    """The pipeline whose text encoders are taught.
+
+    Raises:
+        Refused: the model has none.
+    """
+    if isinstance(model.conditioner, PretrainedConditioner):
+        return model.conditioner.pipe
+    raise Refused(f"{key} is for a pretrained pipeline with text encoders; this base has none. Leave it out.")
+
+
+def lora_encoders(model: Model) -> dict[str, nn.Module]:
+    """The text encoders for which diffusers loads LoRA, by their names in the pipeline.
+
+    Raises:
+        Refused: there are none.
+    """
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    pipe = pipe_of(model, "model.train_text")
+    names = [one for one in getattr(pipe, "_lora_loadable_modules", ()) if one.startswith("text_encoder")]
+    found = {name: getattr(pipe, name, None) for name in names}
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    known = {name: part for name, part in found.items() if isinstance(part, kinds)}
+    if not known:
+        raise Refused(
+            f"{type(pipe).__name__}: diffusers loads no LoRA of its text encoders, so nothing could read "
+            "what model.train_text would train. Leave it out: the denoiser learns what words mean."
+        )
+    return known
+
+
+def readers(model: Model) -> dict[str, tuple[Any, nn.Module]]:
+    """(tokenizer, encoder) of every text encoder to which diffusers adds new words, by its name.
+
+    Raises:
+        Refused: the pipeline cannot be taught new words.
+    """
+    pipe = pipe_of(model, "model.tokens")
+    found = {}
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder") and isinstance(part, nn.Module):
+            found[name] = (getattr(pipe, name.replace("text_encoder", "tokenizer")), part)
+    if not found or not hasattr(pipe, "load_textual_inversion"):
+        raise Refused(
+            f"{type(pipe).__name__}: diffusers loads no new words for it (textual inversion), so "
+            'model.tokens has no use. Leave it out, or train a LoRA: model.train = "lora".'
+        )
+    return found
+
+
+# ---------------------------------------------------------------- teaching
+
+
+def teach(model: Model, plan: TextPlan) -> dict[str, nn.Module]:
+    """Attach what the plan says to the model's text encoders; returns those that learn, by name.
+
+    Raises:
+        Refused: a pipeline that cannot be taught so, a rank no layer can have, a word that is known already.
+    """
+    learning: dict[str, nn.Module] = {}
+    if plan.lora is not None:
+        encoders = lora_encoders(model)
+        for name, layers in reached(model, encoders, plan.lora).items():
+            exactly = tuple(f"{re.escape(layer)}()" for layer in layers)
+            adapters.attach(encoders[name], replace(plan.lora, targets=exactly))
+            learning[name] = encoders[name]
+    if plan.tokens:
+        for name, (tokenizer, encoder) in readers(model).items():
+            add_words(tokenizer, encoder, plan)
+            learning[name] = encoder
+    if learning:
+        model.conditioner.learns = True
+    return learning
+
+
+def reached(model: Model, encoders: Mapping[str, nn.Module], plan: AdapterPlan) -> dict[str, list[str]]:
+    """The layers of each encoder on which what it says depends: some pipelines stop before the last."""
+    layers = {
+        (name, layer): encoder.get_submodule(layer)
+        for name, encoder in encoders.items()
+        for layer in adapters.chosen(encoder, plan, TARGETS)
+    }
+    probes: list[Any] = [layer.weight if layer.bias is None else layer.bias for layer in layers.values()]
+    asks, model.conditioner.learns = model.conditioner.learns, True
+    for probe in probes:
+        probe.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            said = [one.sum() for one in model.conditioner(["a picture"]).values() if one.requires_grad]
+            slopes = torch.autograd.grad(torch.stack(said).sum(), probes, allow_unused=True)
+    finally:
+        for probe in probes:
+            probe.requires_grad_(False)
+        model.conditioner.learns = asks
+    found: dict[str, list[str]] = {name: [] for name in encoders}
+    for (name, layer), slope in zip(layers, slopes, strict=True):
+        if slope is not None:
+            found[name].append(layer)
+    return found
+
+
+def add_words(tokenizer: Any, encoder: Any, plan: TextPlan) -> None:
+    """Give a tokenizer the plan's new words, and its encoder rows for them."""
+    table: nn.Embedding = encoder.get_input_embeddings()
+    first, rows, names, counts = len(tokenizer), [], [], {}
+    for number, (word, like) in enumerate(plan.tokens):
+        check_word(word, tokenizer)
+        own = beginning(tokenizer, table, like, plan.seed + number)
+        rows.append(own)
+        counts[word] = len(own)
+        names += spelt(word, len(own))
+    tokenizer.add_tokens(names)
+    numbers = tokenizer.convert_tokens_to_ids(names)
+    if numbers != list(range(first, first + len(names))):
+        raise Failed(f"{type(tokenizer).__name__} numbers the new words {numbers}, not from {first} on.")
+    table.requires_grad_(False)
+    encoder.set_input_embeddings(Taught(table, first, torch.cat(rows), counts).to(table.weight.device))
+
+
+def check_word(word: str, tokenizer: Any) -> None:
+    """Raises Refused for a new word that is none."""
+    if not word or word.split() != [word]:
+        raise Refused(f'model.tokens: "{word}" is no single word. Write, for example, "<cat>=a cat".')
+    if word in tokenizer.get_vocab():
+        raise Refused(
+            f'model.tokens: the base knows the word "{word}" already. Choose another, as "<{word}>".'
+        )
+
+
+def spelt(word: str, count: int) -> list[str]:
+    """The tokens of a word with so many rows, as diffusers calls them: <cat>, <cat>_1, <cat>_2."""
+    return [word, *(f"{word}_{number}" for number in range(1, count))]
+
+
+def beginning(tokenizer: Any, table: nn.Embedding, like: str, seed: int) -> Tensor:
+    """The rows [N, D] a new word begins with: those of the words it is like, else one random row."""
+    known = table.weight.detach().float()
+    if like:
+        numbers = tokenizer(like, add_special_tokens=False).input_ids
+        if not numbers:
+            raise Refused(f'model.tokens: "{like}" holds no word to begin with.')
+        return known[numbers].clone()
+    drawn = seeded(seed, lambda: torch.randn(1, known.shape[1]))
+    return known.mean(0, keepdim=True) + known.std(0, keepdim=True) * drawn.to(known)
+
+
+def taken(learning: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put what a checkpoint holds of the encoders into them; returns the rest of its tensors.
+
+    Raises:
+        Refused: something is missing or has another shape.
+    """
+    own = {
+        f"{name}.{part}": weight
+        for name, encoder in learning.items()
+        for part, weight in encoder.named_parameters()
+        if weight.requires_grad
+    }
+    strange = [k for k, one in own.items() if k not in tensors or tensors[k].shape != one.shape]
+    if strange:
+        raise Refused(f'The run\'s weights do not fit its text encoders: "{strange[0]}" differs.')
+    for name, weight in own.items():
+        weight.data.copy_(tensors[name])
+    return {name: tensor for name, tensor in tensors.items() if name not in own}
+
+
+# ---------------------------------------------------------------- plain again
+
+
+def is_taught(encoder: Any) -> bool:
+    """Whether an encoder carries an adapter or new words."""
+    if not isinstance(encoder, nn.Module):
+        return False
+    return bool(adapters.names(encoder)) or any(isinstance(part, Taught) for part in encoder.modules())
+
+
+def settle(encoder: Any) -> None:
+    """What an encoder learned becomes part of its weights; it is an ordinary encoder again."""
+    adapters.merge(encoder)
+    taught = encoder.get_input_embeddings()
+    if isinstance(taught, Taught):
+        whole = taught.weight.detach()
+        table = nn.Embedding(*whole.shape, padding_idx=taught.table.padding_idx).to(whole)
+        table.weight.data.copy_(whole)
+        encoder.set_input_embeddings(table.requires_grad_(False))
+        encoder.config.vocab_size = len(whole)
+
+
+def settle_all(model: Model) -> None:
+    """The same for every text encoder of a model."""
+    if isinstance(model.conditioner, PretrainedConditioner):
+        for name, part in model.conditioner.pipe.components.items():
+            if name.startswith("text_encoder") and is_taught(part):
+                settle(part)
+
+
+@contextmanager
+def settled(pipe: Any) -> Iterator[None]:
+    """Inside the block the pipeline's text encoders are ordinary ones with all they learned, in copies."""
+    own = {n: part for n, part in pipe.components.items() if n.startswith("text_encoder") and is_taught(part)}
+    plain = {name: copy.deepcopy(part) for name, part in own.items()}
+    for part in plain.values():
+        settle(part)
+    try:
+        pipe.register_modules(**plain)
+        yield
+    finally:
+        pipe.register_modules(**own)
+
+
+# ---------------------------------------------------------------- on disk
+
+
+def write_plan(folder: Path, plan: TextPlan) -> None:
+    """Remember what is taught."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / FILE, json.dumps({"format": FORMAT, **asdict(plan)}, indent=1))
+
+
+def read_plan(folder: Path) -> TextPlan | None:
+    """What is taught to the text encoders of the model in a folder, if anything.
+
+    Raises:
+        Failed: the file is damaged. Refused: a newer sfumato wrote it.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        said = dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as problem:
+        raise Failed(f"{folder / FILE} is damaged ({problem}). Train the recipe again.") from problem
+    if said.get("format", 0) > FORMAT:
+        raise Refused(f"{folder / FILE} was written by a newer sfumato. Update sfumato.")
+    lora = said.get("lora")
+    known = {one.name for one in fields(AdapterPlan)}
+    adapter = (
+        AdapterPlan(**{**{k: v for k, v in lora.items() if k in known}, "targets": tuple(lora["targets"])})
+        if lora
+        else None
+    )
+    tokens = tuple((word, like) for word, like in said["tokens"])
+    return TextPlan(adapter, tokens, said["seed"], said["alone"])

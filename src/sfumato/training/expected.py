@@ -1,0 +1,117 @@
+"""What the first loss of a pretrained base should be: better than a guess, its own, and the same translated.
+
+The guess is the best that knows only the latents' mean square: x_0 and x_T as linear functions of x_t,
+
+    E[x_0 | x_t] = a·m²/(a²·m² + s²) · x_t,    E[x_T | x_t] = s/(a²·m² + s²) · x_t
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.stages.interface import Condition
+from sfumato.theory.definition import spread
+
+from .objective import DiffusionObjective
+
+MUCH = 1.5
+"""A base whose loss is so many times the guess's does not know this data, or is asked wrongly."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A question, its answer, and what was measured or what to do."""
+
+    claim: str
+    holds: bool
+    detail: str
+
+
+@torch.no_grad()
+def knows(objective: DiffusionObjective) -> Rung:
+    """A base asked rightly answers better than the guess."""
+    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    loss = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
+    guess = guessed(objective, x_0, drawn.t, drawn.of(objective.model.theory.mix, x_0))
+    target = drawn.of(objective.model.theory.target, x_0)
+    weight = objective.weighting(objective.model.theory, drawn.t)
+    error = objective.error(guess, target).flatten(1).mean(1)
+    weight = weight.flatten(1).mean(1) if weight.ndim > 1 else weight
+    bound = float((error * weight.to(error)).mean())
+    good = math.isfinite(loss) and loss < MUCH * bound
+    detail = f"{loss:.3f}, that of a guess from the latents' size alone is {bound:.3f}"
+    advice = (
+        ": see whether the base itself draws (sfumato generate BASE), whether data.resolution is one it "
+        "knows, and whether its folder's scheduler says the theory it was trained under"
+    )
+    return Rung(
+        "the first loss is that of a network that knows pictures", good, detail if good else detail + advice
+    )
+
+
+def guessed(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+    """The answer of one that knows only the latents' mean square."""
+    theory = objective.model.theory
+    square = x_0.square().mean().double()
+    (a, s), (p, q) = theory.data(t.double()), theory.model(t.double())
+    size = (a**2 * square + s**2).clamp(min=1e-12)
+    share = (p * a * square + q * s) / size
+    if share.ndim > 1:  # frames with times of their own: [B, F] stands beside [B, C, F, H, W]
+        return share[:, None, :, None, None].to(x_t) * x_t
+    return spread(share, x_t).to(x_t) * x_t
+
+
+@contextmanager
+def quietly(network: nn.Module) -> Iterator[None]:
+    """Inside the block the network drops nothing out, so that it answers the same twice."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
+
+
+@torch.no_grad()
+def is_the_bases(objective: DiffusionObjective, without: Callable[[], AbstractContextManager[None]]) -> Rung:
+    """Before the first step an adapter has no effect, so the loss is the base's to the last digits."""
+    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    with quietly(objective.model.denoiser):
+        mine = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
+        with without():
+            base = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
+    good = abs(mine - base) <= 1e-3 * abs(base)
+    detail = f"{mine:.4f}, without the adapter {base:.4f}"
+    if not good and mine < MUCH * base:
+        return Rung("the first loss is the base's own", True, f"{detail}: the adapter has begun to act")
+    advice = ": what the adapter starts from (model.start) was made for another base; leave it out"
+    return Rung("the first loss is the base's own", good, detail if good else detail + advice)
+
+
+@torch.no_grad()
+def survives_conversion(objective: DiffusionObjective) -> Rung:
+    """Under another theory the base must still mean the same picture by the same noise."""
+    model, new = objective.model, objective.model.theory
+    assert model.trained is not None
+    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    condition = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x_0.device, x_0.dtype)
+    x_t = new.mix(x_0, drawn.x_T, drawn.t)
+    _, x_there, there = new.convert(x_t, x_t, drawn.t, to=model.trained)
+    base = copy(model)
+    base.theory, base.trained = model.trained, None
+    with quietly(model.denoiser):
+        answer, own = model.predict(x_t, drawn.t, condition), base.predict(x_there, there, condition)
+    here, _ = new.split(x_t, answer.to(x_t.dtype), drawn.t)
+    mine, _ = model.trained.split(x_there, own.to(x_there.dtype), there)
+    error = float((here - mine).abs().mean() / mine.abs().mean().clamp(min=1e-12))
+    good = error < 1e-2
+    detail = f'the pictures "{new.name}" and "{model.trained.name}" mean differ by {error:.1e} of their size'
+    advice = ": the change of theory loses something here; leave model.theory out"
+    return Rung(
+        "under its new theory the base means what it meant", good, detail if good else detail + advice
+    )
