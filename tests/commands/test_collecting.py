@@ -1,5 +1,6 @@
 """A store is collected by command: what runs and recipes need stays, also beside those at work."""
 
+import json
 import os
 import shutil
 import time
@@ -39,6 +40,10 @@ def world(tmp_path):
 def test_what_nobody_needs_is_counted_and_only_removed_when_asked(world, tmp_path):
     _, store = world
     full = content(store)
+    for owner in ("run", "gone"):
+        (store / "rings" / owner).mkdir(parents=True)
+        (store / "rings" / owner / "owner.json").write_text(json.dumps({"owner": str(tmp_path / owner)}))
+    age(store)
     told = sfumato("data", store, "--json").json()
     assert content(store) == full
     assert told["pixels"]["unused_entries"] > 0 and told["text"]["unused_entries"] == 12
@@ -49,6 +54,7 @@ def test_what_nobody_needs_is_counted_and_only_removed_when_asked(world, tmp_pat
     done = sfumato("data", store, "--collect")
     assert done.code == 0 and "Freed" in done.out
     again = sfumato("data", store, "--json").json()
+    assert [one["owner"] for one in again["rings"]] == [str(tmp_path / "run")]
     assert again["unused_bytes"] == 0 and again["text"]["entries"] == 9
     assert again["pixels"]["entries"] == 8
 

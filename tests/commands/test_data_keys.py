@@ -45,6 +45,15 @@ def test_a_streamed_run_equals_a_stored_one_and_keeps_no_latents(tmp_path):
     streamed = weights(tmp_path / "streamed")
     for name, weight in stored.items():
         torch.testing.assert_close(streamed[name], weight, atol=1e-4, rtol=1e-3)
+    words = ["data.flip=true", "data.store_limit=0.8KB", "output=ringed"]
+    assert sfumato("train", recipe, *words, "train.steps=3").code == 0
+    assert len(list((tmp_path / "store" / "rings").glob("*/owner.json"))) == 1
+    assert sfumato("train", recipe, *words, "train.steps=6").code == 0
+    ringed = weights(tmp_path / "ringed")
+    assert all(torch.equal(streamed[name], ringed[name]) for name in streamed)
+    assert not list((tmp_path / "store").rglob("rings/*/*/*"))
+    one_sentence(sfumato("train", recipe, "data.store_limit=0.1KB", "output=o"), "store_limit", "one step")
+    one_sentence(sfumato("plan", recipe, "data.store_limit=big"), "data.store_limit", "20GB")
 
 
 def test_several_sets_are_one_with_weights(tmp_path):

@@ -21,7 +21,9 @@ def store(root: Path, keep: list[Path], days: float, remove: bool, as_json: bool
         )
         if share["damaged"]:
             lines.append(f"  {share['damaged']} damaged shards of {kind}; the next encode repairs them")
-    lines.append(_codecs(found["codecs"]))
+    lines.append(_folders("codecs", found["codecs"]))
+    if found["rings"]:
+        lines.append(_folders("rings", found["rings"]))
     if found["leftover_bytes"]:
         lines.append(f"  left by killed writers: {size(found['leftover_bytes'])}")
     for user in found["users"]:
@@ -35,10 +37,10 @@ def store(root: Path, keep: list[Path], days: float, remove: bool, as_json: bool
     result({"store": str(root), **found}, "\n".join(lines), as_json)
 
 
-def _codecs(found: list[dict[str, Any]]) -> str:
+def _folders(what: str, found: list[dict[str, Any]]) -> str:
     unused = [one for one in found if not one["kept"]]
     held, freed = (size(sum(one["bytes"] for one in some)) for some in (found, unused))
-    return f"  codecs  {len(found):>10,} folders {held:>10},  needed by nobody: {len(unused):,} ({freed})"
+    return f"  {what:<8}{len(found):>10,} folders {held:>10},  needed by nobody: {len(unused):,} ({freed})"
 
 
 def size(count: float) -> str:

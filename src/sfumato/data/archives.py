@@ -5,6 +5,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,9 +31,9 @@ def recognise(root: Path) -> Kind | None:
     if (root / "dataset_dict.json").exists():
         return saved
     names = [path.suffix.lower() for path in root.iterdir() if not path.name.startswith(".")]
-    if ".tar" in names and not any(suffix in media.PICTURES for suffix in names):
-        return tars
-    return None
+    if any(suffix in media.PICTURES + media.CLIPS for suffix in names):
+        return None
+    return tars if ".tar" in names else _folder_of_arrays if ".npz" in names else None
 
 
 def tars(root: Path, how: Reading) -> Collection:
@@ -172,6 +173,20 @@ def arrays(root: Path, how: Reading) -> Collection:
             Sample(name, (caption,), picture=read, label=label, split="", companions=companions)
         )
     return result
+
+
+def _folder_of_arrays(root: Path, how: Reading) -> Collection:
+    """The .npz files of a folder, as one; of train.npz and test.npz the names say the split."""
+    whole = Collection(root.name, [])
+    for path in sorted(root.glob("*.npz")):
+        if not path.resolve().is_relative_to(root.resolve()):
+            whole.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
+            continue
+        part = arrays(path, how)
+        split = metadata.SPLITS.get(path.stem.lower(), "")
+        whole.samples += [replace(one, split=split) for one in part.samples]
+        whole.classes = max(whole.classes, part.classes, key=len)
+    return whole
 
 
 def _what(column: str, how: Reading) -> str:

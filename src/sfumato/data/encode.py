@@ -194,10 +194,12 @@ def _encode_group(
             continue
         with torch.no_grad():
             answer = encode(views.stack([views.show(pieces, view, how.flip) for _, pieces in wanted]))
-        named = {"latents": answer} if isinstance(answer, Tensor) else dict(answer)
+        given = {"latents": answer} if isinstance(answer, Tensor) else answer
+        named = {name: tensor.detach().cpu() for name, tensor in given.items()}
+        finite = [torch.isfinite(tensor).flatten(1).all(1).tolist() for tensor in named.values()]
         for row, (task, _) in enumerate(wanted):
-            own = {name: tensor[row].detach().cpu() for name, tensor in named.items()}
-            if all(bool(torch.isfinite(tensor).all()) for tensor in own.values()):
+            if all(each[row] for each in finite):
+                own = {name: tensor[row] for name, tensor in named.items()}
                 entries[task.keys[view]] = run.shrink("pixels", own, how.pixels_format)
             else:
                 failed[task.keys] = "its encoding is not finite"

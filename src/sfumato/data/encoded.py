@@ -121,6 +121,11 @@ class EncodedSet:
     def __len__(self) -> int:
         return len(self.items)
 
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The tensors of a picture that are read, all if empty."""
+        return () if self.samples_posterior else ("latents", "mean")
+
     def of(self, split: str) -> "EncodedSet":
         """The part with that split, "train" or "held_out"."""
         return replace(self, items=[item for item in self.items if item.sample.split == split])
@@ -139,16 +144,15 @@ class EncodedSet:
         items = [self.items[i] for i in indices]
         ids = [self.ids[i] for i in indices]
         captions = _choose([item.captions for item in items], ids, seed, epoch, "caption")
-        views = _choose([range(len(item.pictures)) for item in items], ids, seed, epoch, "variant")
         conditions = [self.condition(chosen[1]) if chosen and chosen[1] else {} for chosen in captions]
         labels = torch.from_numpy(np.array([self.classes[i] for i in indices], np.int64))
         if self.labels:
             conditions = [{**own, "labels": label} for own, label in zip(conditions, labels, strict=True)]
-        shown = [(item, view or 0) for item, view in zip(items, views, strict=True)]
-        latents = self._latents([item.pictures[view] for item, view in shown], ids, seed, epoch)
+        places = self.shown(indices, seed, epoch)
+        latents = self._latents(places.pop(""), ids, seed, epoch)
         companions: dict[str, Tensor] = {}
-        for name in items[0].companions:
-            tensors = self._tensors([_turn(item.companions[name], view) for item, view in shown])
+        for name, some in places.items():
+            tensors = self._tensors(some)
             companions |= {name if one == "latents" else f"{name}.{one}": x for one, x in tensors.items()}
         if companions:
             conditions = [
@@ -163,9 +167,21 @@ class EncodedSet:
         words = [chosen[0] if chosen else "" for chosen in captions]
         return Batch(ids, latents, conditions, words, framings, labels, companions)
 
+    def shown(self, indices: Sequence[int], seed: int, epoch: int) -> dict[str, list[Place]]:
+        """Where the views lie that these samples show: of their pictures (""), and of each companion."""
+        items = [self.items[i] for i in indices]
+        ids = [self.ids[i] for i in indices]
+        chosen = _choose([range(len(item.pictures)) for item in items], ids, seed, epoch, "variant")
+        views = [view or 0 for view in chosen]
+        pictures = [item.pictures[view] for item, view in zip(items, views, strict=True)]
+        beside = {
+            name: [_turn(item.companions[name], view) for item, view in zip(items, views, strict=True)]
+            for name in items[0].companions
+        }
+        return {"": pictures, **beside}
+
     def _latents(self, places: list[Place], ids: list[int], seed: int, epoch: int) -> Tensor:
-        only = () if self.samples_posterior else ("latents", "mean")
-        tensors = self._tensors(places, only)
+        tensors = self._tensors(places, self.wanted)
         if len(tensors) == 1:
             return next(iter(tensors.values()))
         shape = tuple(tensors["mean"].shape[1:])

@@ -73,6 +73,11 @@ class Order:
         self._permutation = lru_cache(maxsize=2 * len(kinds) + 2)(self._permute)
         self._shuffled = lru_cache(maxsize=2)(self._shuffle)
 
+    @property
+    def largest(self) -> int:
+        """Samples in the largest batch."""
+        return max(self.batches)
+
     def _permute(self, bucket: int, epoch: int) -> list[int]:
         rows = self.members[bucket]
         for which, part in enumerate(self.partial[bucket]):
@@ -154,6 +159,11 @@ class Stages:
     def __init__(self, stages: Sequence[Stage]) -> None:
         """The last stage has no end, the others end later and later."""
         self.stages = list(stages)
+
+    @property
+    def largest(self) -> int:
+        """Samples in the largest batch."""
+        return max(stage.order.largest for stage in self.stages)
 
     def at(self, step: int) -> tuple[list[int], int]:
         """As `Order.at`: each stage counts its own steps and epochs, from 0."""

@@ -79,6 +79,9 @@ class DataSettings:
     latent_format: str = key("same", "how latents are stored; smaller is less exact", choices=FORMATS)
     text_format: str = key("same", "how encoded captions are stored", choices=FORMATS)
     stream: bool = key(False, "encode pictures whenever they are shown, and keep none of it on disk")
+    store_limit: str = key(
+        "", "as 20GB: if encoded pictures need more, the next steps' are encoded ahead and older ones dropped"
+    )
     store: str = key(
         "~/.cache/sfumato", "where encodings are kept, for all runs", path=True, words=("~/.cache/sfumato",)
     )

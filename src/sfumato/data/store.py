@@ -169,6 +169,11 @@ class Store:
                 ) from None
         return found
 
+    def release(self, path: str) -> None:
+        """Map a shard no longer, so that its bytes are free when its file is removed."""
+        self._views.pop(path, None)
+        self._numbers = {known: found for known, found in self._numbers.items() if known[0] != path}
+
     def numbers(self, path: str, dtype: torch.dtype) -> Tensor:
         """A shard's bytes as numbers of this kind, not copied: never write into them."""
         found = self._numbers.get((path, dtype))
@@ -207,8 +212,7 @@ class Store:
                     shard.write(path.parent, {one: shard.entry(data, entries[one]) for one in sound})
             with said_plainly(path):
                 path.unlink(missing_ok=True)
-            self._views.pop(str(path), None)
-            self._numbers.clear()
+            self.release(str(path))
         self._indices.pop(kind, None)
 
     def content_hash(self, kind: str, keys: Iterable[str] | None = None) -> str:

@@ -42,6 +42,14 @@ class StreamedSet(EncodedSet):
     say: Callable[[str], None] = lambda sentence: None
 
     def _tensors(self, places: list[Place], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        return formats.restore(self.encoded(places, only))
+
+    def encoded(self, places: list[Place], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """These views, encoded together now: stacked by name, as a store would keep them.
+
+        Raises:
+            Failed: none of the pictures can be read any more.
+        """
         wanted = [place for place in places if isinstance(place, Later)]
         tasks = [place.task for place in wanted if place.task is not None]
         if any(place.fields != wanted[0].fields for place in wanted):
@@ -61,8 +69,8 @@ class StreamedSet(EncodedSet):
             for place, pieces in zip(wanted, decoded, strict=True)
         ]
         named = answers(self.encoders[tasks[0].companion], torch.stack(shown))
-        stored = formats.restore(formats.shrink(named, self.how.pixels_format))
-        return {name: tensor for name, tensor in stored.items() if not only or name in only}
+        stored = formats.shrink(named, self.how.pixels_format)
+        return {name: x for name, x in stored.items() if not only or name.removesuffix(formats.SCALE) in only}
 
 
 def answers(encode: Encoder, pictures: Tensor) -> dict[str, Tensor]:

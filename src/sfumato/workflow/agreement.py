@@ -9,8 +9,18 @@ from ..errors import Refused
 from ..recipe import Recipe
 from ..record import RunFolder
 
-FREE = ("output", "format", "data.store", "train.steps", "train.log_every", "train.save_every", "train.keep")
+FREE = (
+    "output",
+    "format",
+    "data.store",
+    "data.store_limit",
+    "train.steps",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+)
 FREE_PARTS = (
+    "data.store",
     "sample.",
     "train.keep_",
     "train.save_async",

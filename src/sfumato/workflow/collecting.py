@@ -1,5 +1,6 @@
 """Collecting a store: what runs and recipes still need of it stays, trained codecs too."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from ..data.collecting import DAY, collect
 from ..data.store import KINDS, Store
 from ..data.work import lay_out
 from ..recipe import Recipe
-from . import companions
+from . import ahead, companions
 from .checks import sizes
 from .codecs import codec_key, place
 from .course import gather, model_of
@@ -36,7 +37,7 @@ def collected(
         keep: recipes and runs whose encodings are kept beside those of the runs that exist.
         days: what was written since then is kept, whoever needs it.
     Returns:
-        plain values: {kind: {entries, bytes, unused_entries, unused_bytes, damaged}}, users, codecs,
+        plain values: {kind: {entries, bytes, unused_entries, unused_bytes, damaged}}, users, codecs, rings,
         leftover_bytes, unused_bytes, freed_bytes.
     Raises:
         Refused: a recipe cannot be used, somebody else is collecting, or the store cannot be written.
@@ -47,14 +48,16 @@ def collected(
         _add_needs(Recipe.read(one), needed, encoders)
     found = collect(Store(root), needed, days, remove)
     codecs = _codecs(root / "codecs", found.encoders | encoders, days, remove)
-    freed = found.freed_bytes + sum(one["bytes"] for one in codecs if not one["kept"] and remove)
+    rings = _rings(root / ahead.FOLDER, {user["owner"] for user in found.users if user["busy"]}, days, remove)
+    unused = sum(one["bytes"] for one in (*codecs, *rings) if not one["kept"])
     return {
         **{kind: vars(share) for kind, share in found.shares.items()},
         "users": found.users,
         "codecs": codecs,
+        "rings": rings,
         "leftover_bytes": found.leftover_bytes,
-        "unused_bytes": found.unused_bytes + sum(one["bytes"] for one in codecs if not one["kept"]),
-        "freed_bytes": freed,
+        "unused_bytes": found.unused_bytes + unused,
+        "freed_bytes": found.freed_bytes + unused * remove,
     }
 
 
@@ -95,11 +98,27 @@ def _codecs(folder: Path, encoders: set[str], days: float, remove: bool) -> list
         finished = (home.with_suffix("") / "stage.json").is_file() if is_run else True
         young = time.time() - home.stat().st_mtime < days * DAY
         kept = young or (not finished if is_run else _is_needed(home, encoders))
-        size = sum(one.stat().st_size for one in home.rglob("*") if one.is_file())
-        found.append({"name": home.name, "kept": kept, "bytes": size})
+        found.append({"name": home.name, "kept": kept, "bytes": _size(home)})
         if remove and not kept:
             shutil.rmtree(home)
     return found
+
+
+def _rings(folder: Path, busy: set[str], days: float, remove: bool) -> list[dict[str, Any]]:
+    """What runs have encoded ahead (`data.store_limit`): each ring with its run, and how large it is."""
+    found: list[dict[str, Any]] = []
+    for file in sorted(folder.glob(f"*/{ahead.OWNER}")):
+        owner = json.loads(file.read_bytes())["owner"]
+        young = time.time() - file.stat().st_mtime < days * DAY
+        kept = young or owner in busy or Path(owner).exists()
+        found.append({"owner": owner, "kept": kept, "bytes": _size(file.parent)})
+        if remove and not kept:
+            shutil.rmtree(file.parent)
+    return found
+
+
+def _size(folder: Path) -> int:
+    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
 
 
 def _is_needed(home: Path, encoders: set[str]) -> bool:

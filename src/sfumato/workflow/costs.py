@@ -16,6 +16,7 @@ from ..studio.page import duration
 from ..training import checkpoint, parallel
 from ..training import plan as planning
 from ..training.parallel import Division, Processes
+from . import ahead
 
 FLOAT, DEVIATION = 4, 2
 PROBED_SECONDS = 3.0
@@ -95,5 +96,5 @@ def disk_bytes(recipe: Recipe, parameters: int, samples: int, codec: stages.Code
     side, data = recipe.data.resolution, recipe.data
     numbers = math.prod(codec.latent_shape(side, side, data.frames or 1))
     each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.segments if data.frames else 1)
-    latents = 0 if data.stream else samples * each
+    latents = 0 if data.stream else min(samples * each, ahead.limit_of(recipe))
     return latents + _checkpoints(recipe, parameters)

@@ -23,7 +23,7 @@ from ..training import parallel
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
-from . import companions, costs, guided
+from . import ahead, companions, costs, guided
 from .agreement import agree, content_of
 from .checks import check_known, check_leaning, sizes, theory_of
 from .codecs import Progress, ready_codec
@@ -167,6 +167,7 @@ def _train(
         remember(model, recipe, run.path / "model")
     network, settings = tune(model, recipe), rated(recipe)
     train, order = course_of(recipe, prepared.train, prepared.earlier)
+    ahead.look_ahead(train, order, recipe)
     dropout = recipe.data.caption_dropout if is_guided(model) else 0.0
     seen = companions.encoders(model, recipe.data)
     objective = DiffusionObjective(
@@ -187,6 +188,7 @@ def _train(
     if recipe.train.sanity and leads and not run.checkpoint_folders():
         with phase(run, "sanity"):
             look_before(recipe, run, prepared, network, say)
+    finished = False
     try:
         with phase(run, "train"):
             outcome = fit(
@@ -195,7 +197,9 @@ def _train(
                 profile=run.path / "profile" if profile else None,
             )  # fmt: skip
         run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)
+        finished = outcome.step >= recipe.train.steps
     finally:
+        ahead.done(train, finished)
         if leads:
             report.write(run)
     return outcome.step
@@ -231,6 +235,7 @@ def gather(recipe: Recipe) -> Gathered:
         torch.set_num_threads(recipe.train.threads)
     device = devices.resolve(recipe.train.device)
     theory_of(recipe)
+    ahead.limit_of(recipe)
     guided.check(recipe)
     if recipe.model.train not in guides.KINDS:
         companions.shares(recipe.data, recipe.data.companions)

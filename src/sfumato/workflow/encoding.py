@@ -19,7 +19,7 @@ from ..generation import PaintingModel
 from ..recipe import Recipe
 from ..training import parallel
 from ..training.loop import to_stderr
-from . import companions, tuning
+from . import ahead, companions, tuning
 from .codecs import Progress
 from .material import Bucket
 
@@ -95,10 +95,16 @@ def encoded_samples(
     part = part or (processes.rank, processes.count)
     beside = companions.encoders(model, recipe.data)
     pixels = posterior_of(model)
-    found = fill(
-        store, samples, bucket_of, pixels, texts, how, progress, part, companions=beside,
-        owner=Owner(recipe.output, stage),
-    )  # fmt: skip
+
+    def filled(how: Encoding) -> EncodedSet:
+        return fill(
+            store, samples, bucket_of, pixels, texts, how, progress, part, companions=beside,
+            owner=Owner(recipe.output, stage),
+        )  # fmt: skip
+
+    found = filled(how)
+    if isinstance(found, StreamedSet) and data.store_limit:
+        found = ahead.bounded(found, recipe) or filled(replace(how, keeps=True))
     if isinstance(found, StreamedSet):
         found.say = say
     found.labels = found.labels and not tuning.text_plan_of(recipe)
@@ -119,7 +125,7 @@ def encoding_of(recipe: Recipe, model: PaintingModel) -> Encoding:
         segments=data.segments,
         pixels_format=data.latent_format,
         texts_format=data.text_format,
-        keeps=not data.stream,
+        keeps=not (data.stream or data.store_limit),
     )
 
 

@@ -1,0 +1,83 @@
+"""Encoding ahead of training where a store may take only so much of the disk."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from ..data.ahead import AheadSet
+from ..data.encoded import EncodedSet
+from ..data.order import Order, Stages
+from ..data.streamed import StreamedSet
+from ..errors import Refused
+from ..recipe import Recipe
+from ..record import write_atomic
+from ..training import parallel
+from ..training.fitting import bytes_of
+from ..training.objective import share
+from ..training.parallel import Division
+
+FOLDER = "rings"
+OWNER = "owner.json"
+
+
+def limit_of(recipe: Recipe) -> float:
+    """Bytes that a run's encoded pictures may take; infinite where nothing is said.
+
+    Raises:
+        Refused: it is no size, or the recipe streams already.
+    """
+    said = recipe.data.store_limit
+    if not said:
+        return float("inf")
+    if recipe.data.stream:
+        raise Refused("data.stream keeps no pictures, data.store_limit says how many: leave one of them out.")
+    try:
+        return bytes_of(said)
+    except Refused:
+        raise Refused(f'data.store_limit = "{said}" is no size. Write, for example, "20GB".') from None
+
+
+def bounded(found: StreamedSet, recipe: Recipe) -> AheadSet | None:
+    """The set as one that is encoded ahead into a ring of the recipe's size; None if all of it fits."""
+    limit = limit_of(recipe)
+    shown = [some for item in found.items for some in (item.pictures, *item.companions.values())]
+    if sum(place.length for some in shown for place in some) <= limit:
+        return None
+    processes = parallel.current()
+    home = home_of(recipe)
+    home.mkdir(parents=True, exist_ok=True)
+    write_atomic(home / OWNER, json.dumps({"owner": recipe.output}))
+    named = {one.name: getattr(found, one.name) for one in fields(StreamedSet)}
+    return AheadSet(
+        **named,
+        ring=home / f"{processes.rank}-of-{processes.count}",
+        limit=int(limit / processes.count),
+    )
+
+
+def home_of(recipe: Recipe) -> Path:
+    """Where the rings of a run lie."""
+    name = hashlib.sha256(recipe.output.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    return Path(recipe.data.store).expanduser() / FOLDER / name
+
+
+def look_ahead(train: EncodedSet, order: Order | Stages, recipe: Recipe) -> None:
+    """Let a bounded set encode what this process's next steps show; any other set needs nothing."""
+    if not isinstance(train, AheadSet):
+        return
+    division = Division.of(recipe.train, parallel.current())
+
+    def asked(step: int) -> Sequence[tuple[Sequence[int], int]]:
+        indices, epoch = order.at(step)
+        return [(indices[share(len(indices), part, division.parts)], epoch) for part in division.mine]
+
+    largest = -(-order.largest // division.parts) * len(division.mine)
+    train.follow(asked, largest, recipe.seed)
+
+
+def done(train: EncodedSet, finished: bool) -> None:
+    """Training has ended; where it `finished`, its ring is of no use any more."""
+    if isinstance(train, AheadSet):
+        train.close(finished)
