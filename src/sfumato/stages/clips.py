@@ -26,6 +26,10 @@ MOST_NUMBERS = 2**25
 """Numbers the principal components are computed from, at most: a quarter of a gigabyte."""
 
 
+NARROW = -4.5
+"""Log variance the posterior starts with; one as wide as of pictures would drown what moves, which is faint."""
+
+
 class Recall(nn.Module):
     """What the group of frames before showed, added by two convolutions; starts as the identity."""
 
@@ -62,6 +66,7 @@ class ClipCodec(ResidualCodec):
         super().__init__(stride, latent_channels, width, time_stride)
         self.time_stride = time_stride
         self._config = {**self._config, "time_stride": time_stride}
+        self.log_variance.data.fill_(NARROW)
         self.shift, self.scale = self.shift[..., None], self.scale[..., None]
         see, draw = list(self.see), list(self.draw)
         self.see = nn.Sequential(*see[:4], Recall(2 * width), see[4])

@@ -22,6 +22,7 @@ from ..training.reconstruction import ReconstructionObjective, to_pixels
 from .material import Bucket, Pictures, each, few
 
 RECIPE = "codec 1: L1 and gradients, AdamW 1e-3, cosine"
+CLIPS = "clips 2: a narrow posterior"
 LOOKED_AT = 1024
 
 Progress = Callable[..., None]
@@ -51,7 +52,7 @@ def codec_key(
     size = bucket_of if isinstance(bucket_of, tuple) else [recipe.data.resolution, recipe.data.buckets]
     said = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
     if recipe.data.frames:
-        said += [model.time_stride, recipe.data.frames, recipe.data.rate, recipe.data.segments]
+        said += [model.time_stride, recipe.data.frames, recipe.data.rate, recipe.data.segments, CLIPS]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
