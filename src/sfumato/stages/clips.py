@@ -27,7 +27,7 @@ MOST_NUMBERS = 2**25
 
 
 NARROW = -4.5
-"""Log variance the posterior starts with; one as wide as of pictures would drown what moves, which is faint."""
+"""Log variance the posterior starts with: one as wide as of pictures drowns what moves, which is faint."""
 
 
 class Recall(nn.Module):
