@@ -192,7 +192,7 @@ class PaintingModel(Model):
 
     def path(self, todo: Sequence[Wish], start: Tensor, denoise: Denoise, course: Course) -> Iterator[Tensor]:
         """The states from these wishes' unit noise to their latents."""
-        x = self.first_state(start, course.grid).to(self.device, self.dtype)
+        x = start.to(self.device, self.dtype)
         draw = noise.of([wish.seed for wish in todo])
         given = course.steps if course.grid is None else course.grid
         return solve(denoise, x, self.theory, given, course.solver or "auto", course.order, noise=draw)
@@ -222,15 +222,6 @@ class PaintingModel(Model):
     def start(self, todo: Sequence[Wish], shape: tuple[int, ...]) -> Tensor:
         """The noise each picture starts from [B, C, h, w]."""
         return noise.normal(shape, [wish.seed for wish in todo], [0] * len(todo), purpose="start")
-
-    def first_state(self, start: Tensor, grid: Any) -> Tensor:
-        """What `solve` is given: unit noise; a pretrained pipeline takes it for its first state as it is."""
-        if self.sampling is None or isinstance(grid, int):
-            return start
-        first = torch.as_tensor(grid, dtype=torch.float64)[..., 0]
-        if float(first.max()) != self.theory.t_noise:
-            return start
-        return start / float(self.theory.data(first.max())[1])
 
     def seen(self, todo: Sequence[Wish], shape: tuple[int, ...]) -> dict[str, Any]:
         """What the conditioner is told of the pictures these wishes are shown, and of what is drawn."""
