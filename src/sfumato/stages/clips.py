@@ -14,7 +14,8 @@ from sfumato.errors import Refused, one_of
 
 from .codec import ResidualCodec, zero
 from .interface import Codec
-from .pretrained import PretrainedCodec, statistics
+from .normalising import statistics
+from .pretrained import PretrainedCodec
 
 VIDEO_AUTOENCODERS = (
     "AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLHunyuanVideo", "AutoencoderKLCogVideoX",

@@ -15,21 +15,29 @@ from .interface import Codec, TrainableCodec
 
 
 class PixelCodec(Codec):
-    """The identity: latents are pixels."""
+    """The identity: latents are pixels, of three channels or of one (grey)."""
 
-    kind, stride, latent_channels, reach = "pixels", 1, 3, (0, 0)
+    kind, stride, reach = "pixels", 1, (0, 0)
+
+    def __init__(self, channels: int = 3):
+        super().__init__()
+        if channels not in (1, 3):
+            raise Refused(
+                f"A network on pixels of {channels} channels cannot be drawn with: only 3 (RGB) or 1 (grey)."
+            )
+        self.latent_channels = channels
 
     def config(self) -> dict[str, Any]:
-        """Nothing to say."""
-        return {}
+        """The channels, where they are not three."""
+        return {} if self.latent_channels == 3 else {"channels": self.latent_channels}
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The pixels."""
-        return pixels
+        """The pixels, or their mean over colours."""
+        return pixels if self.latent_channels == 3 else pixels.mean(1, keepdim=True)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The pixels."""
-        return latents
+        """The pixels, always of three channels."""
+        return latents if self.latent_channels == 3 else latents.expand(-1, 3, *latents.shape[2:])
 
 
 class NormalisedCodec(TrainableCodec):

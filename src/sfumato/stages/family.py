@@ -18,6 +18,7 @@ from sfumato.theory import Theory
 
 from . import schedules
 from .interface import Condition
+from .normalising import statistics
 from .seeing import Encode, Pictures
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -43,6 +44,8 @@ class Family:
     """1 where a flow network answers x_T − x_0, −1 where it answers x_0 − x_T."""
     patch: ClassVar[int] = 2
     """Latent sides must be multiples of this."""
+    normalises: ClassVar[tuple[str, ...]] = ("factor",)
+    """What of its autoencoder's config the pipeline heeds: factor, shift, channels (mean and deviation)."""
     even_sigmas: ClassVar[bool] = False
     """Whether the pipeline hands evenly spaced sigmas to its scheduler."""
     guidance: ClassVar[str] = "guidance_scale"
@@ -120,6 +123,12 @@ class Family:
     def finish(self, network: Any, x: Tensor, condition: Condition) -> Tensor:
         """Latents as they are decoded, after the last step."""
         return x
+
+    # ---------------------------------------------------------------- the autoencoder
+
+    def statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
+        """(shift, scale) that normalise latents, as `normalising.statistics` reads them."""
+        return statistics(vae, self.normalises)
 
     # ---------------------------------------------------------------- the network
 

@@ -1,6 +1,7 @@
 """A diffusers pipeline's folder → a model: recognised by model_index.json, read from safetensors only."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,14 @@ from .pretrained import (
     PretrainedCodec,
     PretrainedConditioner,
     PretrainedDenoiser,
-    statistics,
 )
 from .seeing import Pictures
 from .text import NoConditioner
 
 INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+VARIANT = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?\.([^.]+?)(?:-\d+-of-\d+)?\.safetensors")
+"""Names of weights that are one of several kinds, in one file or in shards (of older or newer writers)."""
 
 
 @dataclass
@@ -122,6 +124,27 @@ def check_parts(folder: Path, family: Family) -> None:
         raise Refused(f"{place} holds no weights (*.safetensors). Download the model again, whole.")
 
 
+def left_out(index: dict[str, Any], family: Family) -> list[str]:
+    """Components that are not loaded: those no stage of ours uses, and those a model was saved without."""
+    empty = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
+    return [*empty, *(name for name in family.idle if name in index and name not in empty)]
+
+
+def variant_of(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> str | None:
+    """Which of several weights to read ("fp16" of model.fp16.safetensors), None where a component has plain.
+
+    Of several variants that of the dtype is taken, else the first by name.
+    """
+    usual = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
+    found: set[str] = set()
+    for name in index:
+        files = [file.name for file in (folder / name).glob("*.safetensors")]
+        variants = [word.group(1) for file in files if (word := VARIANT.fullmatch(file)) is not None]
+        if files and len(variants) == len(files):
+            found |= set(variants)
+    return None if not found else usual if usual in found else min(found)
+
+
 def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[str, Any]) -> Any:
     """diffusers' own pipeline object from a folder, with the components that are held already.
 
@@ -135,7 +158,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[s
     disable_progress_bar()
     logging.disable_progress_bar()
     index = read_index(folder)
-    given: dict[str, Any] = {name: None for name in family.idle if name in index}
+    given: dict[str, Any] = dict.fromkeys(left_out(index, family))
     given |= family.put_together(folder) | held
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
@@ -143,7 +166,12 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[s
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call torch_dtype dtype
             pipe: Any = getattr(diffusers, index["_class_name"]).from_pretrained(
-                folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, **given
+                folder,
+                torch_dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                variant=variant_of(folder, index, dtype),
+                **given,
             )
     except (OSError, ValueError, TypeError, RuntimeError) as problem:
         said = " ".join(str(problem).split())
@@ -161,8 +189,8 @@ def codec_of(family: Family, pipe: Any) -> Codec:
     """The pipeline's autoencoder as a codec; pixels where it has none."""
     vae = getattr(pipe, "vae", None)
     if vae is None:
-        return PixelCodec()
-    shift, scale = getattr(family, "statistics", statistics)(vae)
+        return PixelCodec(int(getattr(pipe, family.network).config.get("in_channels") or 3))
+    shift, scale = family.statistics(vae)
     gather = int(getattr(family, "gather", 1))
     levels = len(vae.config.get("block_out_channels") or (1,))
     stride = first_of(

@@ -27,7 +27,7 @@ class PretrainedCodec(Codec):
     """A pipeline's autoencoder with its normalisation: latents = (raw − shift) / scale.
 
     Args:
-        network: the autoencoder; shift, scale: [C, 1, …], as `statistics` reads them.
+        network: the autoencoder; shift, scale: [C, 1, …], as `normalising.statistics` reads them.
         stride, time_stride: pixels and frames a latent stands for.
         grain: sides must be multiples of this many latents.
         video: latents are [B, C, F, H, W].
@@ -121,24 +121,6 @@ class PretrainedCodec(Codec):
                 f"{name} is {width}×{height}, but this model needs sides in multiples of {step}. "
                 f"Choose {fit[0]}×{fit[1]}."
             )
-
-
-def statistics(vae: Any) -> tuple[Tensor, Tensor]:
-    """(shift, scale) [C, 1, 1] or [C, 1, 1, 1] of an autoencoder: per channel where it says so, else one.
-
-    latents = (raw − mean)·factor/std, or (raw − shift_factor)·factor.
-    """
-    config = vae.config
-    factor = config.get("scaling_factor") or 1.0
-    channels = config.get("z_dim") or config["latent_channels"]
-    axes = [1] * (3 if "3d" in " ".join(type(m).__name__.lower() for m in vae.modules()) else 2)
-    measured = {**config, **dict(vae.named_buffers(recurse=False))}
-    mean, std = measured.get("latents_mean"), measured.get("latents_std")
-    if mean is not None and std is not None:
-        shift = torch.as_tensor(mean, dtype=torch.float32).view(-1, *axes)
-        return shift, torch.as_tensor(std, dtype=torch.float32).view(-1, *axes) / factor
-    whole = torch.ones(channels, *axes)
-    return whole * (config.get("shift_factor") or 0.0), whole / factor
 
 
 class PretrainedConditioner(Conditioner):

@@ -24,5 +24,5 @@ class PlainDDPM(Family):
         return (side, side) if isinstance(side, int) else (side[0], side[1])
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
-        """ε [B, 3, H, W]."""
-        return network(x, clock).sample
+        """ε (or v, or x_0) [B, C, H, W], without a variance where there is one."""
+        return network(x, clock).sample[:, : x.shape[1]]

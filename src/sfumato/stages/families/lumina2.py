@@ -19,6 +19,7 @@ class Lumina2(Family):
     clock = "share of signal"
     sign = -1
     even_sigmas = True
+    normalises = ("factor", "shift")
     answers = ("tokens", "mask")
 
     def read_negative(

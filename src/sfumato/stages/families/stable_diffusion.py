@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.stages.family import Family
+from sfumato.stages.hearing import UNetThatMayHear
 from sfumato.stages.inpainting import beside
 from sfumato.stages.interface import Condition
 
 
-class StableDiffusion(Family):
+class StableDiffusion(UNetThatMayHear):
     """Tokens [B, 77, D] of CLIP's last layer; steps are told as whole numbers."""
 
     pipelines = (
@@ -20,10 +20,9 @@ class StableDiffusion(Family):
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
     )
-    network = "unet"
-    patch = 1
     prompt_only = ("clip_skip",)
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """ε or v [B, 4, H, W]."""
-        return network(beside(network, x, condition), clock, encoder_hidden_states=condition["tokens"]).sample
+        heard = self.beside_time(network, x, condition)
+        return network(beside(network, x, condition), clock, encoder_hidden_states=condition["tokens"], timestep_cond=heard).sample

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.stages.family import Family
+from sfumato.stages.hearing import UNetThatMayHear
 from sfumato.stages.inpainting import beside
 from sfumato.stages.interface import Condition
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(UNetThatMayHear):
     """Tokens are both CLIPs' last but one layers side by side, `pooled` is the larger one's summary.
 
     Sizes are those of the latents, uncropped, unless the condition holds `time_ids` [B, 6]: original height
@@ -26,9 +26,8 @@ class StableDiffusionXL(Family):
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionXLInpaintPipeline",
     )
-    network = "unet"
-    patch = 1
     hears_framing = True
+    normalises = ("factor", "channels")
     stride = 8
     answers = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "clip_skip")
@@ -51,5 +50,8 @@ class StableDiffusionXL(Family):
         plain = torch.tensor([[height, width, 0, 0, height, width]], dtype=x.dtype, device=x.device)
         sizes = condition["time_ids"].to(x.dtype) if "time_ids" in condition else plain.expand(len(x), 6)
         added = {"text_embeds": condition["pooled"], "time_ids": sizes}
-        tokens, seen = condition["tokens"], beside(network, x, condition)
-        return network(seen, clock, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
+        tokens = condition["tokens"]
+        heard = self.beside_time(network, x, condition)
+        return network(
+            beside(network, x, condition), clock, encoder_hidden_states=tokens, added_cond_kwargs=added, timestep_cond=heard
+        ).sample

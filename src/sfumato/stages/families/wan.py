@@ -40,6 +40,7 @@ class Wan(Family):
 
     pipelines = ("WanPipeline",)
     clock = "thousandths"
+    normalises = ("factor", "channels")
     video, fps = True, 16.0
     knobs: ClassVar[Mapping[str, float | None]] = {"guidance_scale_2": None}
 
