@@ -174,11 +174,11 @@ class Family:
         """Shares of noise handed to the scheduler, or None for its own."""
         return schedules.line_of_sigmas(steps) if self.even_sigmas else None
 
-    def times(self, scheduler: Any, steps: int, shape: Sequence[int]) -> Tensor:
-        """The pipeline's own grid for latents of this shape (C, [F,] H, W)."""
+    def prepared(self, scheduler: Any, steps: int, shape: Sequence[int]) -> Any:
+        """The scheduler, ready for so many steps on latents of this shape (C, [F,] H, W)."""
         tokens = (shape[-1] // self.patch) * (shape[-2] // self.patch) * (shape[1] if len(shape) == 4 else 1)
         mu = self.shift(scheduler.config, tokens, steps)
-        return schedules.times_of(scheduler, steps, self.sigmas(steps), mu)
+        return schedules.prepared(scheduler, steps, self.sigmas(steps), mu)
 
     def size(self, pipe: Any) -> tuple[int, int]:
         """(height, width) in pixels when nobody asks for one."""

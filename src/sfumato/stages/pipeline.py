@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused, nearest
+from sfumato.theory.shapes import Denoise
 
 from . import schedules, single_file, teaching
 from .codec import PixelCodec
@@ -72,7 +73,18 @@ class Sampling:
 
     def times(self, steps: int, shape: Sequence[int]) -> Tensor:
         """The pipeline's grid [steps + 1] for latents of this shape, in the theory's time."""
-        return self.family.times(self.scheduler, steps, shape)
+        return schedules.times_of(self.family.prepared(self.scheduler, steps, shape))
+
+    def steps_itself(self, steps: int) -> bool:
+        """Whether its scheduler takes other steps than our solver would."""
+        return not schedules.steps_as_we_do(self.scheduler, steps)
+
+    def walk(self, denoise: Denoise, noise: Tensor, steps: int, shape: Sequence[int]) -> Iterator[Tensor]:
+        """The scheduler's own states, from unit noise; `denoise` is asked in the theory's time."""
+        ready = self.family.prepared(self.scheduler, steps, shape)
+        return schedules.walk(
+            denoise, noise, ready, 1 if ready.config.get("invert_sigmas") else self.family.sign
+        )
 
 
 def read_index(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A discrete scheduler's step n of N sits at t = (n + 1)/N; a flow scheduler's σ 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sfumato.errors import Refused, nearest
 from sfumato.theory import Theory, get
+from sfumato.theory.shapes import Denoise
 
 CLOCKS = {
     "thousandths": lambda t: 1000 * t,
@@ -40,7 +41,7 @@ SOLVERS = {
     "PNDMScheduler": "multistep",
     "LMSDiscreteScheduler": "multistep",
 }
-"""Our solver for a scheduler; where none is named, it takes first-order steps: euler.
+"""Our solver for a scheduler at times of one's own; where none is named, it takes first-order steps: euler.
 Exact for first-order and ancestral ones; multistep ones share order and idea, and integrate exactly in φ."""
 
 
@@ -122,30 +123,71 @@ def shift_by_tokens(config: Mapping[str, Any], tokens: int, most: float = 1.15) 
     return low + (tokens - few) * (high - low) / (many - few)
 
 
-def times_of(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Tensor:
-    """The grid [steps + 1] that a scheduler walks, in the theory's time, falling.
+def prepared(scheduler: Any, steps: int, sigmas: Sequence[float] | None, mu: float | None) -> Any:
+    """A copy of the scheduler, ready for so many steps.
 
     Args:
         sigmas: shares of noise the pipeline hands over before the shift; None leaves them to the scheduler.
         mu: the shift for this picture, where the scheduler shifts by picture.
     """
     scheduler = copy.deepcopy(scheduler)
-    flow = is_flow(scheduler)
+    if steps == 1 and scheduler.config.get("shift_terminal"):  # one step ends at the data, not before it
+        scheduler = type(scheduler).from_config(scheduler.config, shift_terminal=None)
     given: dict[str, Any] = {}
     if mu is not None and scheduler.config.get("use_dynamic_shifting"):
         given["mu"] = mu
-    if sigmas is not None and type(scheduler).__name__.startswith("FlowMatch"):
+    if sigmas is not None and type(scheduler).__name__.startswith("FlowMatchEuler"):
         given["sigmas"] = list(sigmas)
     else:
         given["num_inference_steps"] = steps
     scheduler.set_timesteps(**given)
-    if flow:
+    return scheduler
+
+
+def times_of(scheduler: Any) -> Tensor:
+    """The grid [steps + 1] that a prepared scheduler walks, in the theory's time, falling."""
+    if is_flow(scheduler):
         noise = torch.as_tensor(scheduler.sigmas).double()
         noise = 1 - noise if scheduler.config.get("invert_sigmas") else noise
         return torch.unique_consecutive(noise)
     told = torch.unique_consecutive(torch.as_tensor(scheduler.timesteps).double())
     count = scheduler.config.num_train_timesteps
     return torch.cat([(told + 1) / count, told.new_tensor([end_of(scheduler) / count])])
+
+
+def steps_as_we_do(scheduler: Any, steps: int) -> bool:
+    """Whether our solver takes the very steps of this scheduler.
+
+    First-order ones do, unless they clip or step to other times than they ask next. Of those that draw noise
+    ours is the same law, but draws its own.
+    """
+    name, _ = solver_of(scheduler)
+    config, kind = scheduler.config, type(scheduler).__name__
+    if name in ("ancestral", "sde-multistep") or kind == "FlowMatchEulerDiscreteScheduler":
+        return True
+    if name != "euler" or config.get("clip_sample") or config.get("thresholding"):
+        return False
+    if kind in ("DDIMScheduler", "CogVideoXDDIMScheduler"):
+        even = config.num_train_timesteps % steps == 0
+        return even or config.get("timestep_spacing") == "leading"
+    return kind == "EulerDiscreteScheduler" and not config.get("rescale_betas_zero_snr")
+
+
+def walk(denoise: Denoise, noise: Tensor, scheduler: Any, sign: int = 1) -> Iterator[Tensor]:
+    """The states of a prepared scheduler that steps itself, from unit noise, one for each step asked for.
+
+    Args:
+        denoise: (x_t, t [B]) → answer, in the theory's time. sign: of the answer, towards the noise or not.
+    """
+    count, evaluations = scheduler.num_inference_steps, len(scheduler.timesteps)
+    x = noise * torch.as_tensor(scheduler.init_noise_sigma).to(noise)
+    total, first = scheduler.config.num_train_timesteps, 0 if is_flow(scheduler) else 1
+    for place, timestep in enumerate(scheduler.timesteps):
+        t = torch.full((len(x),), (float(timestep) + first) / total, dtype=torch.float64, device=x.device)
+        out = sign * denoise(scheduler.scale_model_input(x, timestep), t)
+        x = scheduler.step(out, timestep, x, return_dict=False)[0]
+        if (place + 1) * count // evaluations > place * count // evaluations:
+            yield x
 
 
 def end_of(scheduler: Any) -> int:
