@@ -15,7 +15,8 @@ class Course:
     """When the network is asked, and how its answers become steps.
 
     grid: of times, or None for `steps` evaluations of the solver's own choice; scale: of the first state;
-    clip: the bound within which a pretrained pipeline keeps the clean sample.
+    clip: the bound within which a pretrained pipeline keeps the clean sample; walks: whether its scheduler
+    takes the steps itself.
     """
 
     grid: Any
@@ -24,6 +25,7 @@ class Course:
     order: int | None = None
     scale: float = 1.0
     clip: float | None = None
+    walks: bool = False
 
 
 @dataclass(frozen=True)

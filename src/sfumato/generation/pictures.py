@@ -126,6 +126,8 @@ class PaintingModel(Model):
         if self.sampling is None:
             return Course(grid, steps, solver)
         order, most, scale = None, None, 1.0
+        if solver is None and grid is None and self.sampling.steps_itself(steps):
+            return Course(self.sampling.times(steps, shape), steps, walks=True)
         if solver is None:
             solver, order = self.sampling.solver, self.sampling.order
             most = self.sampling.clip if grid is None else None
@@ -149,7 +151,7 @@ class PaintingModel(Model):
         shows = showing.taken(self, options, count, (pixels["width"], pixels["height"]), moving)
         if shows.init is not None:
             grid = sampling_times.cosine(self.theory, course.steps) if course.grid is None else course.grid
-            course = replace(course, grid=shows.cut(grid))
+            course = replace(course, grid=shows.cut(grid), walks=False)
         framed = frames_of(self, options, count, shape)
         regions = regions_of(options, shape, (pixels["width"], pixels["height"]))
         guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
@@ -193,6 +195,8 @@ class PaintingModel(Model):
     def path(self, todo: Sequence[Wish], start: Tensor, denoise: Denoise, course: Course) -> Iterator[Tensor]:
         """The states from these wishes' unit noise to their latents."""
         x = start.to(self.device, self.dtype)
+        if course.walks:
+            return self.sampling.walk(denoise, x, course.steps, x.shape[1:])
         draw = noise.of([wish.seed for wish in todo])
         given = course.steps if course.grid is None else course.grid
         return solve(denoise, x, self.theory, given, course.solver or "auto", course.order, noise=draw)

@@ -180,11 +180,12 @@ def walk(denoise: Denoise, noise: Tensor, scheduler: Any, sign: int = 1) -> Iter
         denoise: (x_t, t [B]) → answer, in the theory's time. sign: of the answer, towards the noise or not.
     """
     count, evaluations = scheduler.num_inference_steps, len(scheduler.timesteps)
-    x = noise * torch.as_tensor(scheduler.init_noise_sigma).to(noise)
+    seen = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
+    x = noise * torch.as_tensor(getattr(scheduler, "init_noise_sigma", 1.0)).to(noise)
     total, first = scheduler.config.num_train_timesteps, 0 if is_flow(scheduler) else 1
     for place, timestep in enumerate(scheduler.timesteps):
         t = torch.full((len(x),), (float(timestep) + first) / total, dtype=torch.float64, device=x.device)
-        out = sign * denoise(scheduler.scale_model_input(x, timestep), t)
+        out = sign * denoise(seen(x, timestep), t)
         x = scheduler.step(out, timestep, x, return_dict=False)[0]
         if (place + 1) * count // evaluations > place * count // evaluations:
             yield x
