@@ -25,4 +25,9 @@ class StableDiffusion(UNetThatMayHear):
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """ε or v [B, 4, H, W]."""
         heard = self.beside_time(network, x, condition)
-        return network(beside(network, x, condition), clock, encoder_hidden_states=condition["tokens"], timestep_cond=heard).sample
+        return network(
+            beside(network, x, condition),
+            clock,
+            encoder_hidden_states=condition["tokens"],
+            timestep_cond=heard,
+        ).sample

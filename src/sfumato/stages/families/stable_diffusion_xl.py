@@ -53,5 +53,9 @@ class StableDiffusionXL(UNetThatMayHear):
         tokens = condition["tokens"]
         heard = self.beside_time(network, x, condition)
         return network(
-            beside(network, x, condition), clock, encoder_hidden_states=tokens, added_cond_kwargs=added, timestep_cond=heard
+            beside(network, x, condition),
+            clock,
+            encoder_hidden_states=tokens,
+            added_cond_kwargs=added,
+            timestep_cond=heard,
         ).sample
