@@ -36,6 +36,16 @@ class DataSettings:
         "where captions are: files (metadata or .txt beside), folder (class names), none",
         choices=("files", "folder", "none"),
     )
+    prior: str = key(
+        "",
+        "folder of pictures of the class that the subject is one of, shown beside so that it stays",
+        path=True,
+    )
+    prior_prompt: str = key(
+        "", "the caption of the prior's pictures; without a folder the base draws them from it, once"
+    )
+    prior_pictures: int = key(100, "prior_prompt only: so many are drawn", least=1)
+    prior_weight: float = key(1.0, "of the prior's loss beside the subject's", least=0)
     resolution: int = key(64, "pictures have about resolution x resolution pixels", least=8)
     buckets: int = key(1, "aspect ratios pictures are sorted into; 1 crops all of them square", least=1)
     token_budget: bool = key(

@@ -36,12 +36,18 @@ def inputs_of(recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[
     return latents, torch.full((count,), 500.0, device=model.device), condition
 
 
+def together(recipe: Recipe, parts: int) -> int:
+    """Samples whose activations are there at once: a part of the batch, and as much of a prior."""
+    has_prior = bool(recipe.data.prior or recipe.data.prior_prompt)
+    return -(-recipe.train.batch // parts) * (1 + has_prior)
+
+
 def cost(
     recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[str]], network: nn.Module
 ) -> dict[str, Any]:
     """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated."""
     division = Division.of(recipe.train, Processes())
-    inputs = inputs_of(recipe, model, captions, -(-recipe.train.batch // division.parts))
+    inputs = inputs_of(recipe, model, captions, together(recipe, division.parts))
     counted = planning.count(network, inputs)
     every = recipe.values().get("train.checkpointing", 0)
     memory = counted.memory(recipe.train, every)
@@ -62,7 +68,7 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
         Failed: the checkpoints will not fit onto the disk.
     """
     parts = Division.of(recipe.train, parallel.current()).parts
-    count = -(-recipe.train.batch // parts)
+    count = together(recipe, parts)
     trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     disk = _checkpoints(recipe, trained)
     if fresh:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import stages
 from ..data.encoded import EncodedSet
-from ..data.sample import Collection
+from ..data.sample import Collection, Sample
 from ..generation import PaintingModel, load, painting
 from ..recipe import Recipe
 from ..record import RunFolder
@@ -23,7 +23,7 @@ from ..training import parallel
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
-from . import ahead, companions, costs, guided
+from . import ahead, companions, costs, guided, prior
 from .agreement import agree, content_of
 from .checks import check_known, check_leaning, sizes, theory_of
 from .codecs import Progress, ready_codec
@@ -69,6 +69,8 @@ class Ready:
     device: torch.device
     earlier: list[tuple[int, EncodedSet]] = field(default_factory=list)
     """Of a curriculum: until which step, the training samples at a smaller resolution."""
+    prior: EncodedSet | None = None
+    """The pictures of the subject's class, shown beside."""
 
 
 def read(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
@@ -146,7 +148,7 @@ def train(
             run = parallel.own_view(RunFolder.create(asked.output))
         with run.lock():
             with processes.first():
-                for note in agree(run, asked, content_of(gathered.collection.samples)):
+                for note in agree(run, asked, content_of(gathered.samples)):
                     say(note)
                 if processes.leads:
                     RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
@@ -192,8 +194,9 @@ def _train(
     try:
         with phase(run, "train"):
             outcome = fit(
-                objective, network, settings, run, recipe.seed, preview=preview, held_out=measure,
-                preview_every=recipe.sample.every, progress=progress, say=say, counts=counts,
+                prior.beside(objective, prepared.prior, recipe), network, settings, run, recipe.seed,
+                preview=preview, held_out=measure, preview_every=recipe.sample.every, progress=progress,
+                say=say, counts=counts,
                 profile=run.path / "profile" if profile else None,
             )  # fmt: skip
         run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)
@@ -224,6 +227,12 @@ class Gathered:
     device: torch.device
     base: PaintingModel | None
     conditioner: stages.Conditioner
+    prior: list[Sample] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All that are there before anything is drawn."""
+        return [*self.collection.samples, *self.prior]
 
 
 def gather(recipe: Recipe) -> Gathered:
@@ -237,6 +246,7 @@ def gather(recipe: Recipe) -> Gathered:
     theory_of(recipe)
     ahead.limit_of(recipe)
     guided.check(recipe)
+    prior.check(recipe)
     if recipe.model.train not in guides.KINDS:
         companions.shares(recipe.data, recipe.data.companions)
     earlier = curriculum(recipe)
@@ -251,7 +261,8 @@ def gather(recipe: Recipe) -> Gathered:
     check_said(recipe.model.tokens, (text for one in collection.samples for text in one.captions))
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
-    return Gathered(collection, sizes(recipe, collection.samples, codec, base), device, base, conditioner)
+    shapes = sizes(recipe, collection.samples, codec, base)
+    return Gathered(collection, shapes, device, base, conditioner, prior.of_folder(recipe))
 
 
 def ready(
@@ -277,6 +288,8 @@ def ready(
     with phase(run, "codec"):
         codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
     model = model_of(recipe, gathered, codec)
+    with phase(run, "prior"):
+        others = prior.samples(recipe, gathered.prior, model, progress)
     with phase(run, "encode"):
         encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress, say, part)
         earlier = []
@@ -285,11 +298,15 @@ def ready(
             stage = f"until step {until}"
             found = encoded_samples(smaller, collection.samples, shapes, model, progress, say, part, stage)
             earlier.append((until, found.of("train")))
+        of_class = None
+        if others:
+            shapes = sizes(recipe, others, codec, base)
+            of_class = encoded_samples(recipe, others, shapes, model, progress, say, part, "prior")
     aside = [*collection.set_aside, *encoded.set_aside]
     listed = [{"file": one.file, "reason": one.reason} for one in aside]
-    _tell(listed, encoded, collection, run, say)
+    _tell(listed, encoded, collection.name, content_of(gathered.samples), run, say)
     train, held_out = encoded.of("train"), encoded.of("held_out")
-    return Ready(model, collection, train, held_out, listed, device, earlier)
+    return Ready(model, collection, train, held_out, listed, device, earlier, of_class)
 
 
 def model_of(recipe: Recipe, gathered: Gathered, codec: stages.Codec) -> PaintingModel:
@@ -312,7 +329,7 @@ def model_of(recipe: Recipe, gathered: Gathered, codec: stages.Codec) -> Paintin
 
 
 def _tell(
-    aside: list[dict[str, str]], encoded: EncodedSet, collection: Collection, run: RunFolder | None, say: Say
+    aside: list[dict[str, str]], encoded: EncodedSet, name: str, content: str, run: RunFolder | None, say: Say
 ) -> None:
     """Say what was set aside and repaired, and write the summary of the data."""
     for note in encoded.notes:
@@ -328,9 +345,8 @@ def _tell(
         size = "×".join(map(str, item.bucket))
         sizes[size] = sizes.get(size, 0) + 1
     captions = len({caption for caption in encoded.captions if caption})
-    content = content_of(collection.samples)
     summary = {
-        "name": collection.name,
+        "name": name,
         "content": content,
         "samples": len(encoded.of("train")),
         "captions": captions,

@@ -18,7 +18,7 @@ from ..training.objective import DiffusionObjective
 from .checks import sizes
 from .clips_measured import clips_measured
 from .codecs import Progress
-from .encoding import encoded_samples, order_of
+from .encoding import encoded_samples, order_of, reader_of
 from .material import material_of
 from .pictures_measured import Close, pictures_measured
 
@@ -67,7 +67,10 @@ def evaluate(
     encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress)
     step = step_of(run, Path(folder), model)
     order = order_of(recipe, encoded.of("train"))
-    objective = DiffusionObjective(model, encoded.of("train"), order, recipe.train, recipe.seed, 0.0)
+    objective = DiffusionObjective(
+        model, encoded.of("train"), order, recipe.train, recipe.seed, 0.0,
+        read_text=reader_of(model) if model.conditioner.learns else None,
+    )  # fmt: skip
     loss = HeldOut(objective, encoded.of("held_out"), encoded.of("train"), run, samples=LEVEL_SAMPLES)
     metrics: dict[str, Measure] = {}
     by_level: dict[str, list[dict[str, float]]] = {}

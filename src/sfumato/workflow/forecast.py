@@ -17,6 +17,7 @@ from ..record import RunFolder
 from ..training import device as devices
 from ..training import fitting
 from ..training import plan as planning
+from . import prior
 from .agreement import agree, content_of
 from .codecs import codec_key, place
 from .costs import cost, disk_bytes, inputs_of
@@ -61,11 +62,14 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         recipe.train.precision, gathered.device, recipe.train.weights
     )
     found |= cost(recipe, model.to(gathered.device), [sample.captions for sample in train], network)
+    if prior.is_asked(recipe):
+        drawn = 0 if gathered.prior else recipe.data.prior_pictures
+        found["prior"] = f"{drawn} pictures, drawn once" if drawn else f"{len(gathered.prior)} pictures"
     found["disk_gb"] = round(disk_bytes(recipe, parameters, len(collection.samples), codec) / 1e9, 3)
     output = Path(recipe.output)
     if (output / "effective.toml").is_file():
         run = RunFolder.open(output)
-        found["changed"] = agree(run, recipe, content_of(collection.samples))
+        found["changed"] = agree(run, recipe, content_of(gathered.samples))
         folders = run.checkpoint_folders()
         found["run"] = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
     else:

@@ -15,6 +15,7 @@ from ..training import plan as planning
 from ..training.objective import DiffusionObjective
 from ..training.parallel import Division, Processes
 from ..training.sanity import TRIES, Rung, climb
+from .costs import together
 from .course import Ready, gather, ready
 from .encoding import order_of, reader_of
 from .tuning import rated, tune
@@ -71,7 +72,7 @@ def memory(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) ->
     shapes = getattr(encoded, "buckets", [()])
     largest = max(range(len(shapes)), key=lambda i: torch.Size(shapes[i]).numel())
     parts = Division.of(recipe.train, Processes()).parts
-    batch = encoded.read([largest] * -(-recipe.train.batch // parts), recipe.seed, 0)
+    batch = encoded.read([largest] * together(recipe, parts), recipe.seed, 0)
     x = batch.latents.to(objective.model.device, torch.float32)
     told = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x.device, x.dtype)
     try:

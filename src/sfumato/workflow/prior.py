@@ -1,0 +1,141 @@
+"""The pictures of a subject's class: a folder's, or drawn once by the base itself and kept in the store."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+from ..data import sources
+from ..data.encoded import EncodedSet
+from ..data.sample import Sample
+from ..errors import Refused
+from ..generation import PaintingModel
+from ..generation.files import png
+from ..recipe import DEFAULT, Recipe
+from ..record import write_atomic
+from ..stages import guides
+from ..training import parallel
+from ..training.objective import DiffusionObjective
+from ..training.prior import WithPrior
+from .codecs import Progress
+from .encoding import order_of
+
+AT_ONCE = 4
+"""Pictures drawn together."""
+
+
+def is_asked(recipe: Recipe) -> bool:
+    """Whether the recipe names a prior."""
+    return bool(recipe.data.prior or recipe.data.prior_prompt)
+
+
+def check(recipe: Recipe) -> None:
+    """Raises Refused for a key about the prior that could not act."""
+    data = recipe.data
+    if not is_asked(recipe):
+        for name in ("prior_pictures", "prior_weight"):
+            if recipe.origin(f"data.{name}") != DEFAULT:
+                raise Refused(
+                    f"data.{name} is about a prior, but none is named. Say what the subject is one of: "
+                    'data.prior_prompt = "a dog", or leave it out.'
+                )
+        return
+    if recipe.model.train in guides.KINDS or data.companions:
+        raise Refused(
+            "data.prior is for a subject that words name; a model that pictures guide has no use for it. "
+            "Leave it out."
+        )
+    if data.prior:
+        if recipe.origin("data.prior_pictures") != DEFAULT:
+            raise Refused("data.prior_pictures: all of the folder data.prior are shown. Leave it out.")
+        return
+    if recipe.model.base == "scratch":
+        raise Refused(
+            "data.prior_prompt lets the base draw its prior, but this model is from scratch. Name a folder "
+            "of pictures as data.prior, or a base."
+        )
+    if data.frames:
+        raise Refused("data.prior_prompt draws pictures, not clips. Name a folder of clips as data.prior.")
+
+
+def of_folder(recipe: Recipe) -> list[Sample]:
+    """The samples of the folder that the recipe names, all for training; none where it names no folder."""
+    data = recipe.data
+    if not data.prior:
+        return []
+    said = data.prior_prompt
+    found = sources.open(data.prior, "none" if said else data.captions, held_out=0.0).samples
+    return [
+        replace(
+            one, name=f"prior/{one.name}", split="train", captions=(said,) if said else one.captions,
+            file=one.file,
+        )
+        for one in found
+    ]  # fmt: skip
+
+
+def samples(
+    recipe: Recipe, known: Sequence[Sample], model: PaintingModel, progress: Progress | None
+) -> list[Sample]:
+    """The prior's samples, drawn now as far as they are missing.
+
+    Args:
+        known: those of a folder, if one is named. model: the base, as it was before training.
+    """
+    if known or not is_asked(recipe):
+        return list(known)
+    place = home(recipe, model)
+    with parallel.current().first():
+        draw(recipe, model, place, progress)
+    prompt, count = recipe.data.prior_prompt, recipe.data.prior_pictures
+    return [Sample(f"prior/{name(i)}", (prompt,), place / name(i)) for i in range(count)]
+
+
+def name(index: int) -> str:
+    """The file of the prior's picture of this number."""
+    return f"{index:05d}.png"
+
+
+def home(recipe: Recipe, model: PaintingModel) -> Path:
+    """Where the store keeps what this base draws of this prompt: its name follows from all it depends on."""
+    data, parts = recipe.data, (model.denoiser, model.conditioner, model.codec)
+    facts = {
+        "prompt": data.prior_prompt, "resolution": data.resolution, "seed": recipe.seed,
+        "networks": [part.fingerprint() for part in parts], "theory": model.theory.name,
+        "steps": model.info.get("steps"), "guidance": model.info.get("guidance"),
+    }  # fmt: skip
+    digest = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    return Path(data.store).expanduser() / "priors" / digest
+
+
+def draw(recipe: Recipe, model: PaintingModel, place: Path, progress: Progress | None) -> None:
+    """Draw the pictures that are not there; picture i depends on the recipe's seed and i alone."""
+    data = recipe.data
+    missing = [i for i in range(data.prior_pictures) if not (place / name(i)).is_file()]
+    for first in range(0, len(missing), AT_ONCE):
+        group = missing[first : first + AT_ONCE]
+        drawn = model.generate(
+            prompt=[data.prior_prompt] * len(group), seed=[recipe.seed + i for i in group],
+            height=data.resolution, width=data.resolution,
+        )  # fmt: skip
+        for index, picture in zip(group, drawn, strict=True):
+            said = {"prompt": data.prior_prompt, "seed": recipe.seed + index}
+            place.mkdir(parents=True, exist_ok=True)
+            write_atomic(place / name(index), png(picture, said))
+        if progress is not None:
+            progress(first + len(group), len(missing), "drawing the prior")
+
+
+def beside(
+    objective: DiffusionObjective, encoded: EncodedSet | None, recipe: Recipe
+) -> DiffusionObjective | WithPrior:
+    """The objective with the prior's beside it, where there is one."""
+    if encoded is None:
+        return objective
+    model, seed = objective.model, recipe.seed
+    order = order_of(replace(recipe, seed=seed + 1), encoded)
+    prior = DiffusionObjective(
+        model, encoded, order, recipe.train, seed, objective.caption_dropout, read_text=objective.read_text
+    )
+    return WithPrior(objective, prior, recipe.data.prior_weight)
