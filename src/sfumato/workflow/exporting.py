@@ -21,6 +21,7 @@ from ..generation import PaintingModel, load
 from ..record import RunFolder, atomic_folder
 from ..stages import adapters, exchange, reference, teaching
 from ..stages.adapters import AdapterPlan
+from ..stages.guides import GuidedDenoiser
 from ..stages.lora_names import names_of
 from ..stages.pipeline import INDEX
 from ..stages.pretrained import PretrainedConditioner
@@ -79,6 +80,10 @@ def export(
     plan = reference.read_plan(home) if home.is_dir() else None
     text = teaching.read_plan(home) or TextPlan()
     info = metadata_of(run, model, plan, [*triggers, *(word for word, _ in text.tokens)])
+    if isinstance(model.denoiser, GuidedDenoiser):
+        from .exporting_guides import export_guides
+
+        return export_guides(model, reference.read_base(home)[0], to, out, info)
     if plan is None and not text.alone:
         return export_whole(model, to, out, info)
     base = reference.read_base(home)[0] if (home / reference.BASE).is_file() else home

@@ -1,0 +1,99 @@
+"""Guides for elsewhere: a ControlNet as diffusers' folder, an IP-Adapter as the file its pipelines load."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import Failed, Refused
+from ..generation import PaintingModel, load
+from ..record import atomic_folder
+from ..stages import Condition
+from ..stages.guides import Guide, GuidedDenoiser, attach, controlnets, ip_adapters
+from .exporting import Exported, answers, asked, far, gate
+
+ADAPTER_FILE = "ip-adapter.safetensors"
+
+
+def export_guides(
+    model: PaintingModel, base: Path, to: str, out: Path, metadata: Mapping[str, str]
+) -> Exported:
+    """Write what guides a run: one guide into `out`, several into a folder each.
+
+    Raises:
+        Refused: a target that reads no guides, or a guide that nobody else has.
+        Failed: what was written changes nothing, does not load, or answers otherwise.
+    """
+    guided = model.denoiser
+    assert isinstance(guided, GuidedDenoiser)
+    if to != "diffusers":
+        raise Refused(f"{to} takes no guides from here: write ControlNets and IP-Adapters --to diffusers.")
+    done: list[Exported] = []
+    for guide in guided.listed:
+        place = out if len(guided.listed) == 1 else out / guide.name
+        done.append(_export(model, guide, base, place, {**metadata, "kind": guide.kind}))
+    files = tuple(file for one in done for file in one.files)
+    worst = max(done, key=lambda one: one.difference)
+    return replace(worst, files=files, effect=min(one.effect for one in done))
+
+
+def _export(
+    model: PaintingModel, guide: Guide, base: Path, out: Path, metadata: Mapping[str, str]
+) -> Exported:
+    """One guide, loaded back by diffusers' own classes and compared."""
+    x, condition = asked(model)
+    shown = _shown(model, guide, x, condition)
+    ours, plain = answers(model, x, shown), answers(model, x, condition)
+    if (effect := far(plain, ours)) == 0:
+        raise Failed(f"The {guide.kind} changes nothing yet. Train it further, with a larger learning rate.")
+    guided: Any = model.denoiser
+    with atomic_folder(out) as beside:
+        if isinstance(guide, controlnets.ControlNet):
+            controlnets.write(guide, beside)
+            written = beside
+        elif isinstance(guide, ip_adapters.IPAdapter):
+            written = beside / ADAPTER_FILE
+            ip_adapters.write(guide, guided.base, written)
+            _load(load(base).origin, beside)
+        else:
+            raise Refused(f"No other program has a guide like {guide.name}; it loads with sfumato.load.")
+        fresh = load(base)
+        attach(fresh, written)
+        again = Condition({_renamed(name, guide): one for name, one in shown.items()}, size=shown.size)
+        difference = gate(ours, answers(fresh, x, again), "diffusers")
+        files = sorted(file.name for file in beside.iterdir())
+    return Exported(tuple(out / name for name in files), difference, effect, metadata)
+
+
+def _renamed(name: str, guide: Guide) -> str:
+    """A guide that is alone has the first name of its kind."""
+    usual = "control" if guide.kind == "controlnet" else "reference"
+    return usual if name == guide.name else name
+
+
+def _shown(model: PaintingModel, guide: Guide, x: torch.Tensor, condition: Condition) -> Condition:
+    """The condition with a picture of the size that x stands for."""
+    size = model.codec.pixel_size(x.shape[1:])
+    how = guide.encoder(model)
+    width, height = how.size or (size["width"], size["height"])
+    rows = torch.linspace(-1, 1, height)[:, None] * torch.linspace(1, -1, width)
+    picture = torch.stack([rows, -rows, rows.abs()])[None].to(model.device, model.dtype)
+    with torch.no_grad():
+        return Condition({**condition, guide.name: how.encode(picture)}, size=condition.size)
+
+
+def _load(pipe: Any, folder: Path) -> None:
+    """Let diffusers' pipeline load an adapter, as a user would.
+
+    Raises:
+        Failed: it does not.
+    """
+    words = ("image_encoder_folder", "image_encoder_pretrained_model_name_or_path")
+    flux = type(pipe).__name__.startswith("Flux")
+    try:
+        pipe.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER_FILE, **{words[flux]: None})
+    except (ValueError, RuntimeError, KeyError, OSError) as problem:
+        said = " ".join(str(problem).split())
+        raise Failed(f"diffusers does not load the IP-Adapter that was written: {said}") from problem
