@@ -1,4 +1,4 @@
-"""Laws of guides trained on pretrained pipelines by a recipe: trained, drawn with, exported, loaded elsewhere."""
+"""Laws of guides that a recipe trains on pretrained pipelines: drawn with, exported, loaded elsewhere."""
 
 from pathlib import Path
 from typing import Any
