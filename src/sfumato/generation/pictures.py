@@ -185,6 +185,8 @@ class PaintingModel(Model):
         if shows.init is not None:
             denoise = self.keeping(denoise, shows, start)
             first = shows.started(self.theory, start, course.grid, first)
+        elif self.sampling is None:
+            first = self.noised(first, course.grid)
         for step, state in enumerate(self.path(todo, first, denoise, course), 1):
             x = state
             if watch is not None:
@@ -226,6 +228,13 @@ class PaintingModel(Model):
     def start(self, todo: Sequence[Wish], shape: tuple[int, ...]) -> Tensor:
         """The noise each picture starts from [B, C, h, w]."""
         return noise.normal(shape, [wish.seed for wish in todo], [0] * len(todo), purpose="start")
+
+    def noised(self, start: Tensor, grid: Any) -> Tensor:
+        """Unit noise as the state at a grid's first time; where that is t_noise `solve` does it."""
+        first = torch.as_tensor(self.theory.t_noise if grid is None else grid, dtype=torch.float64)[..., :1]
+        if bool((first == self.theory.t_noise).all()):
+            return start
+        return self.theory.mix(torch.zeros_like(start), start, first.squeeze(-1))
 
     def seen(self, todo: Sequence[Wish], shape: tuple[int, ...]) -> dict[str, Any]:
         """What the conditioner is told of the pictures these wishes are shown, and of what is drawn."""
