@@ -231,10 +231,10 @@ class PaintingModel(Model):
 
     def noised(self, start: Tensor, grid: Any) -> Tensor:
         """Unit noise as the state at a grid's first time; where that is t_noise `solve` does it."""
-        first = torch.as_tensor(self.theory.t_noise if grid is None else grid, dtype=torch.float64)[..., :1]
-        if bool((first == self.theory.t_noise).all()):
+        first = None if grid is None else torch.as_tensor(grid, dtype=torch.float64)[..., 0]
+        if first is None or bool((first == self.theory.t_noise).all()):
             return start
-        return self.theory.mix(torch.zeros_like(start), start, first.squeeze(-1))
+        return self.theory.mix(torch.zeros_like(start), start, first)
 
     def seen(self, todo: Sequence[Wish], shape: tuple[int, ...]) -> dict[str, Any]:
         """What the conditioner is told of the pictures these wishes are shown, and of what is drawn."""
