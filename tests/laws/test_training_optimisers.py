@@ -8,6 +8,8 @@ import torch
 from training_world import fingerprint, make, train
 
 from sfumato.errors import Refused
+from sfumato.record import RunFolder
+from sfumato.training import average
 from sfumato.training.average import Average, decay_at
 from sfumato.training.held import Held
 from sfumato.training.optimiser import Optimiser
@@ -140,16 +142,52 @@ def test_schedules_warm_up_stay_within_one_and_never_rise_again(name: str):
 
 def test_the_average_is_the_weighted_sum_of_what_it_saw():
     network = torch.nn.Linear(2, 1, bias=False)
-    average = Average(network, 0.8)
+    mean = Average(network, 0.8)
     expected = network.weight.detach().clone()
     for step in range(1, 30):
         with torch.no_grad():
             network.weight.add_(1.0)
-        average.update(step)
+        mean.update(step)
         beta = decay_at(step, 0.8)
         expected = beta * expected + (1 - beta) * network.weight.detach()
-    torch.testing.assert_close(average.state()["weight"], expected)
+    torch.testing.assert_close(mean.state()["weight"], expected)
     own = network.weight.detach().clone()
-    with average.applied():
+    with mean.applied():
         torch.testing.assert_close(network.weight.detach(), expected)
     assert torch.equal(network.weight, own)
+
+
+def test_a_long_average_that_sees_every_eighth_step_is_the_one_that_sees_them_all(monkeypatch):
+    network = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.constant_(network.weight, 0.0)
+    often = Average(network, 0.999)
+    monkeypatch.setattr(average, "stride", lambda step, decay=1.0: 1)
+    whole = [follows_all(often, network, step) for step in range(1, 3001)]
+    monkeypatch.undo()
+    torch.nn.init.constant_(network.weight, 0.0)
+    seldom = Average(network, 0.999)
+    parted = [follows_all(seldom, network, step) for step in range(1, 3001)]
+    assert average.stride(3000, 0.999) == 8 and average.stride(3000, 0.9) == 1
+    assert max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(whole, parted, strict=True)) < 0.01
+
+
+def follows_all(mean: Average, network: torch.nn.Module, step: int) -> float:
+    """The average after a step of weights that drift by one a step."""
+    torch.nn.init.constant_(network.weight, float(step))  # pyright: ignore
+    mean.update(step)
+    return float(mean.state()["weight"][0, 0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion"])
+def test_a_clipped_gradient_moves_the_weights_as_one_divided_before(tmp_path, optimizer: str):
+    """The fused optimizer divides on its way; others are given what was divided."""
+    from sfumato.training.loop import fit
+
+    ends = []
+    for scale in (1.0, 1e4):
+        objective, network, settings = make(optimizer=optimizer, steps=5, clip=1e-3, held_out_every=0)
+        objective.weighting = lambda theory, t, s=scale: torch.full_like(t, s)
+        fit(objective, network, settings, RunFolder.create(tmp_path / f"{scale}"), 3, say=lambda _: None)
+        ends.append([weight.detach().clone() for weight in network.parameters()])
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

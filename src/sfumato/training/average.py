@@ -4,6 +4,7 @@ The exponential average follows w̄ ← w̄ + (1 − β)(w − w̄), with β ris
 first steps so that the random start is soon forgotten.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,28 @@ def trained(network: nn.Module) -> dict[str, nn.Parameter]:
     if (shards := shards_of(network)) is not None:
         return shards.held
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+
+
+SEEN_IN_A_WINDOW = 100
+"""How often the average sees the weights within 1 / (1 − β) steps, at least."""
+STRIDE = 8
+
+
+def stride(step: int, decay: float = 1.0) -> int:
+    """Steps between two updates of an average around `step`: 1 up to 256, then 2, 4, 8.
+
+    An average over many steps hardly changes if it sees every eighth of them, and costs an eighth; a short
+    one sees more of its own.
+    """
+    wide = 1
+    while wide < STRIDE and step >= 256 * wide and 2 * wide * SEEN_IN_A_WINDOW * (1 - decay) <= 1:
+        wide *= 2
+    return wide
+
+
+def follows(step: int, decay: float = 1.0) -> int:
+    """The last step at or before `step` at which the average is updated."""
+    return step - step % stride(step, decay)
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -42,8 +65,11 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after `step` updates (1, 2, …)."""
-        share = 1 - decay_at(step, self.decay)
+        """Take in the weights after `step` updates (1, 2, …), if it is one of the steps that count."""
+        if follows(step, self.decay) != step:
+            return
+        since = follows(step - 1, self.decay) if step > 1 else 0
+        share = 1 - math.prod(decay_at(one, self.decay) for one in range(since + 1, step + 1))
         now = [weight.detach().float() for weight in self._weights]
         torch._foreach_lerp_(self._mean, now, share)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -1,11 +1,16 @@
 """Where and how precisely a run computes: device, threads, autocast."""
 
-from contextlib import AbstractContextManager, nullcontext
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from sfumato.errors import Refused, one_of
 
+MMAP_MAX, TRIM_THRESHOLD, TOP_PAD = -4, -1, -2
+"""The numbers by which glibc's mallopt knows them."""
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -25,6 +30,30 @@ def resolve(device: str) -> torch.device:
         count = torch.cuda.device_count()
         raise Refused(f'device "{device}" is not there: torch sees {count} GPUs. Say auto or cpu.')
     return found
+
+
+@contextmanager
+def kept_memory(device: torch.device) -> Iterator[None]:
+    """Within it a CPU run keeps the memory of what it let go, to take it again in its next step.
+
+    The C library gives large arrays back to the system, which clears the pages it lends anew: a tenth of a
+    step of a transformer of 60 M weights. Where there is no glibc nothing is changed.
+    """
+    library = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
+    if library is None or not hasattr(library, "mallopt"):
+        yield
+        return
+    library.mallopt(MMAP_MAX, 0)
+    library.mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    library.mallopt(TOP_PAD, 64 << 20)
+    try:
+        yield
+    finally:
+        library.mallopt(MMAP_MAX, 65536)
+        library.mallopt(TRIM_THRESHOLD, 128 << 10)
+        library.mallopt(TOP_PAD, 128 << 10)
+        if hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

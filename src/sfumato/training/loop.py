@@ -102,6 +102,7 @@ def fit(
     end = trackers.follow(loop.run, settings.trackers if loop.processes.leads else ())
     try:
         with (
+            device.kept_memory(loop.device),
             profiling.watched(profile if loop.processes.leads else None, loop.say) as loop.watched,
             Signals(patient=loop.processes.count > 1) as loop.signals,
         ):
@@ -221,9 +222,9 @@ class _Loop:
             gradients = [weight.grad for weight in self.weights if weight.grad is not None]
             self.norm = self.gradients.norm(gradients)
             self.judge(loss)
-            self.clip(gradients)
+            excess = self.clip(gradients)
         with part("optimizer"):
-            rate = self.optimiser.step(self.step, None if self.asks_every_step else self.bad)
+            rate = self.optimiser.step(self.step, None if self.asks_every_step else self.bad, excess)
             self.gradients.clear()
         self.step += 1
         self.loss_sum += loss
@@ -259,11 +260,15 @@ class _Loop:
         self.saver.wait()
         raise Failed(blackbox.write(self.run, self.objective, self.network, self.seen, self.settings))
 
-    def clip(self, gradients: list[Tensor]) -> None:
-        """Scale the gradient down to the largest norm allowed."""
+    def clip(self, gradients: list[Tensor]) -> Tensor | None:
+        """Scale the gradient down to the largest norm allowed, or return what the optimizer divides it by."""
         most = self.settings.clip
-        if most and (not self.asks_every_step or float(self.norm) > most):
-            torch.nn.utils.clip_grads_with_norm_(self.weights, most, self.norm, foreach=True)
+        if not most or (self.asks_every_step and float(self.norm) <= most):
+            return None
+        if self.optimiser.skips_on_device:
+            return (self.norm.float() / most).clamp(min=1.0)
+        torch.nn.utils.clip_grads_with_norm_(self.weights, most, self.norm, foreach=True)
+        return None
 
     # ------------------------------------------------------------------------- what follows a step
 

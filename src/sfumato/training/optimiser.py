@@ -67,9 +67,12 @@ class Optimiser:
             getattr(part, "_step_supports_amp_scaling", False) for part in self.parts
         )
 
-    def step(self, step: int, skip: Tensor | None = None) -> float:
-        """Move the weights in step `step` (0, 1, …); with `skip` (float, 1 to skip) decided on the device.
+    def step(self, step: int, skip: Tensor | None = None, excess: Tensor | None = None) -> float:
+        """Move the weights in step `step` (0, 1, …).
 
+        Args:
+            skip: a number on the device, 1 to leave the weights alone; excess: what gradients are divided by
+                on the way; both only where `skips_on_device`.
         Returns:
             the learning rate of the first group.
         """
@@ -78,11 +81,13 @@ class Optimiser:
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * scale
-            if skip is not None:
-                part.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
+            if skip is not None or excess is not None:
+                part.found_inf, part.grad_scale = skip, excess  # pyright: ignore[reportAttributeAccessIssue]
             if self.rounding is not None:
                 self.rounding.before(part)
             part.step()
+            if excess is not None:
+                part.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
             if self.rounding is not None:
                 self.rounding.after(part, step)
                 self.rounding.release(part)

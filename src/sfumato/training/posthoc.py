@@ -22,12 +22,11 @@ from sfumato.errors import Failed, Refused
 from sfumato.record import RunFolder, sweep
 
 from . import checkpoint, together
-from .average import trained
+from .average import follows, trained
 from .sharding import shards_of
 
 LENGTHS = (0.05, 0.10)
 LONGEST = 0.25
-STRIDE = 8
 MOST_SNAPSHOTS = 10
 _FOLDER = re.compile(r"step-(\d+)")
 
@@ -52,22 +51,6 @@ def exponent(length: float) -> float:
 def relative_length(gamma: float) -> float:
     """σ of the profile τ^γ on [0, 1]: its standard deviation, as a share of the run."""
     return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
-
-
-def stride(step: int) -> int:
-    """Steps between two updates of the averages around `step`: 1 up to 256, then 2, 4, 8.
-
-    An average over many steps hardly changes if it sees every eighth of them, and costs an eighth.
-    """
-    wide = 1
-    while wide < STRIDE and step >= 256 * wide:
-        wide *= 2
-    return wide
-
-
-def follows(step: int) -> int:
-    """The last step at or before `step` at which the averages are updated."""
-    return step - step % stride(step)
 
 
 class PowerAverages:
