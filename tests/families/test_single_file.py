@@ -12,6 +12,8 @@ import sfumato
 from sfumato.errors import Refused
 from sfumato.workflow.exporting import answers, asked
 
+from . import original
+from .test_training import losses, write_recipe
 from .zoo import ZOO
 
 WAN_WORDS = {
@@ -59,6 +61,77 @@ def test_a_file_in_its_makers_layout_answers_as_the_folder(wan, tmp_path):
     x, condition = asked(other)
     for mine, theirs in zip(answers(one, x, condition), answers(other, x, condition), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+HELD = {
+    "stable-diffusion-1.5": ("unet", "vae", "text_encoder"),
+    "stable-diffusion-xl": ("unet", "vae", "text_encoder", "text_encoder_2"),
+    "stable-diffusion-3.5": ("transformer", "vae"),
+    "flux-dev": ("transformer",),
+}
+"""Components that files of these makers hold; the others are the folder's."""
+
+
+def one_file(name: str, home: Path) -> tuple[Path, Path, Path]:
+    """(the pipeline as one file, a folder that lacks what the file holds, the whole folder)."""
+    torch.manual_seed(0)
+    pipe = ZOO[name].make(name)
+    pipe.save_pretrained(home / "whole")
+    save_file(original.whole(name, pipe), home / "model.safetensors")
+    shutil.copytree(home / "whole", home / "model")
+    for part in HELD[name]:
+        for weights in (home / "model" / part).glob("*.safetensors"):
+            weights.unlink()
+    return home / "model.safetensors", home / "model", home / "whole"
+
+
+@pytest.mark.parametrize("name", list(HELD))
+def test_the_layouts_of_other_makers_are_read_too(name, tmp_path):
+    """Law: what the file holds is laid into the networks of a folder that has none of it."""
+    file, _, whole = one_file(name, tmp_path)
+    one, other = sfumato.load(file), sfumato.load(whole)
+    x, condition = asked(other)
+    again = asked(one)[1]
+    assert all(torch.allclose(again[word], condition[word], atol=1e-5) for word in condition)
+    for mine, theirs in zip(answers(one, x, again), answers(other, x, condition), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
+    assert torch.allclose(one.decode(x), other.decode(x), atol=1e-5)
+
+
+def test_a_file_is_drawn_with_and_trained_from(tmp_path):
+    """Law: a run may go on from a file; it remembers where the file is."""
+    file, _, _ = one_file("stable-diffusion-1.5", tmp_path)
+    (picture,) = sfumato.load(file).generate(prompt=["a red circle"], steps=2, height=32, width=32)
+    assert picture.size == (32, 32)
+    shutil.copytree(tmp_path / "whole", tmp_path / "base")
+    recipe = write_recipe("stable-diffusion-1.5", tmp_path, 'train = "lora"', "rank = 2")
+    run = sfumato.train(recipe, [f"model.base={file}", "train.steps=1", "train.ema=0"])
+    assert len(losses(run.path)) == 1
+    x, condition = asked(run.model())
+    base = sfumato.load(file)
+    before, after = (answers(one, x, condition)[0] for one in (base, run.model()))
+    assert not torch.equal(before, after)
+
+
+def test_a_part_that_nobody_has_is_named(tmp_path):
+    """Law: what neither file nor folder holds is refused, with the place where it belongs."""
+    file, folder, _ = one_file("stable-diffusion-3.5", tmp_path)
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    with pytest.raises(Refused, match=r'has no "text_encoder".*Put the weights of .* there'):
+        sfumato.load(file)
+
+
+def test_a_network_without_a_converter_takes_its_own_names(tmp_path):
+    """Law: where diffusers converts no other layout, its own names are read, and others refused."""
+    pipe = ZOO["pixart-sigma"].make("own names")
+    pipe.save_pretrained(tmp_path / "model")
+    weights = {name: 1.01 * tensor for name, tensor in pipe.transformer.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    network = sfumato.load(tmp_path / "model.safetensors").denoiser.network
+    assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
+    save_file({"x_embedder.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(Refused, match="converts no other layout of it"):
+        sfumato.load(tmp_path / "other.safetensors", config=tmp_path / "model")
 
 
 def test_a_folder_beside_the_file_describes_it(wan, tmp_path):

@@ -4,7 +4,11 @@ The file holds weights alone, often without text encoders or autoencoder. A fold
 what the networks look like (its config.json files), and lends what the file lacks.
 """
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -38,7 +42,10 @@ def components(
         kind = getattr(diffusers, entry[1], None) if entry[0] == "diffusers" else None
         reason = "the file has no such part"
         if isinstance(kind, type) and issubclass(kind, nn.Module) and convertible(kind):
-            part, reason = converted(kind, tensors, folder, name, dtype)
+            with at_width(convertible(kind), folder / name):
+                part, reason = converted(kind, tensors, folder, name, dtype)
+        elif isinstance(kind, type) and name == denoiser:
+            part, reason = under_its_own_names(kind, tensors, folder / name, dtype)
         elif entry[0] == "transformers" and name.startswith("text_encoder"):
             part = text_part(entry[1], name, tensors, folder, dtype)
         else:
@@ -56,6 +63,51 @@ def components(
                 f"weights of the model's {name} there (*.safetensors)."
             )
     return found
+
+
+REAL_WIDTH = 3072
+"""The width that diffusers has written into its converters of FLUX.1, Chroma and HunyuanVideo."""
+
+
+@contextmanager
+def at_width(kind: str, folder: Path) -> Iterator[None]:
+    """Inside the block, the converter of this class of network splits layers at the width of the config."""
+    from diffusers.loaders import single_file_model
+
+    entry: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[kind]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
+    width = heads * size if isinstance(heads, int) and isinstance(size, int) else REAL_WIDTH
+    usual = entry["checkpoint_mapping_fn"]
+    if width != REAL_WIDTH and isinstance(usual, FunctionType):
+        entry["checkpoint_mapping_fn"] = FunctionType(narrowed(usual.__code__, width), usual.__globals__)
+    try:
+        yield
+    finally:
+        entry["checkpoint_mapping_fn"] = usual
+
+
+def narrowed(code: CodeType, width: int) -> CodeType:
+    """The same code with another number for the real width, in functions inside it too."""
+    constants = [narrowed(one, width) if isinstance(one, CodeType) else one for one in code.co_consts]
+    known = [width if type(one) is int and one == REAL_WIDTH else one for one in constants]
+    return code.replace(co_consts=tuple(known))
+
+
+def under_its_own_names(
+    kind: Any, tensors: dict[str, Any], folder: Path, dtype: torch.dtype
+) -> tuple[nn.Module | None, str]:
+    """(the network filled with weights under diffusers' own names, or None; why not)."""
+    network = kind.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    own = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in tensors.items()}
+    missing = sorted(network.state_dict().keys() - own.keys())
+    if missing:
+        return None, f"diffusers converts no other layout of it, and it has no {missing[0]}"
+    try:
+        network.load_state_dict(own, strict=False)
+    except RuntimeError as problem:
+        return None, " ".join(str(problem).split())[:200]
+    return network.to(dtype).eval(), ""
 
 
 def converted(
