@@ -225,19 +225,38 @@ def evaluate(
 @app.command()
 @answers
 def data(
-    folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="A folder of pictures, an embedded set, or a store.")
+    what: Annotated[
+        str, typer.Argument(metavar="DIR", help="Pictures, an embedded set, a recipe (TOML), or a store.")
     ],
+    overrides: Overrides = None,
     captions: Annotated[
-        str, typer.Option(metavar="WHERE", help="files, folder (class names) or none.")
-    ] = "files",
-    resolution: Annotated[int, typer.Option(metavar="N", min=16, help="Plan for N x N pixels.")] = 256,
-    buckets: Annotated[int, typer.Option(metavar="N", min=1, help="Shapes in the plan.")] = 5,
-    frames: Annotated[int, typer.Option(metavar="N", min=1, help="Frames a clip must have.")] = 16,
-    rate: Annotated[float, typer.Option(metavar="X", min=0.1, help="Frames a second.")] = 8.0,
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="WHERE", help="files, folder (class names) or none.", show_default="files"),
+    ] = None,
+    resolution: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=16, help="Plan for N x N pixels.", show_default="256"),
+    ] = None,
+    buckets: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=1, help="Shapes in the plan.", show_default="5"),
+    ] = None,
+    frames: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(metavar="N", min=1, help="Frames a clip must have.", show_default="16"),
+    ] = None,
+    rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="X", min=0.1, help="Frames a second.", show_default="8"),
+    ] = None,
     model: Annotated[
-        str, typer.Option(metavar="MODEL", help="Whose tokenizer counts: minilm, none, a model's folder.")
-    ] = "minilm",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="MODEL",
+            help="Whose tokenizer counts: minilm, none, a model's folder.",
+            show_default="minilm, of a recipe its own",
+        ),
+    ] = None,
     collect: Annotated[
         bool, typer.Option("--collect", help="Of a store: remove what nobody needs; without it, say what.")
     ] = False,
@@ -253,17 +272,21 @@ def data(
 ) -> None:
     """Report on a data set, as a page.
 
-    Counts, sizes, captions, and every file that was set aside with its reason. Of a store of encodings:
-    what is in it, who needs it, and what --collect would free.
+    Counts, sizes, captions, and every file that was set aside with its reason. A recipe's data are planned
+    for as it says. Of a store of encodings: what is in it, who needs it, and what --collect would free.
     """
     from .commands import dataset
 
-    if dataset.is_store(folder, collect or bool(keep)):
+    if dataset.is_store(what, collect or bool(keep)):
         from .commands import storage
 
-        return storage.store(Path(folder).expanduser(), keep or [], days, collect, json)
-    asked = dataset.Asked(resolution // 16 * 16, buckets, frames, rate, model)
-    dataset.data(folder, captions, asked, out, json)
+        return storage.store(Path(what).expanduser(), keep or [], days, collect, json)
+    said = {
+        "captions": captions, "resolution": resolution, "buckets": buckets,
+        "frames": frames, "rate": rate, "model": model,
+    }  # fmt: skip
+    asked = {name: value for name, value in said.items() if value is not None}
+    dataset.data(what, overrides or [], asked, out, json)
 
 
 @app.command()

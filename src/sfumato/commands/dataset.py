@@ -1,24 +1,31 @@
 """The command about data: what is in a set, and what is wrong with it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.sample import Collection
 from ..errors import Refused
 from ..record import write_atomic
+from ..stages import tokens
 from .console import progress, result
+
+USUAL = {"resolution": 256, "buckets": 5, "frames": 16, "rate": 8.0, "model": "minilm", "captions": "files"}
+"""What the report plans with where neither the command nor a recipe says it."""
+STRIDE = 16
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the report plans with: pixels a side, shapes, frames of a clip at a rate, and whose tokenizer."""
+class Subject:
+    """What is reported on, and what the plan is made for."""
 
+    collection: Collection
     resolution: int
+    stride: int
     buckets: int
     frames: int
     rate: float
-    model: str
+    reading: tokens.Reading | None
 
 
 def is_store(folder: str, must: bool) -> bool:
@@ -38,64 +45,70 @@ def is_store(folder: str, must: bool) -> bool:
     return found
 
 
-def data(folder: str, captions: str, asked: Asked, out: Path, as_json: bool) -> None:
-    """Write a page about a data set; files that were set aside are named, and are no failure."""
-    from ..data import sources
+def data(what: str, overrides: list[str], asked: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Write a page about a data set, or a recipe's; files set aside are named, and are no failure."""
     from ..data.report import report
 
-    collection = sources.open(folder, captions=captions, empty=True)
-    count, most = tokenizer(asked.model)
+    place = Path(what).expanduser()
+    is_recipe = place.suffix == ".toml" or (place / "effective.toml").is_file()
+    subject = _of_recipe(place, overrides, asked) if is_recipe else _of_folder(what, overrides, asked)
+    reading = subject.reading
     with progress() as shown:
         found = report(
-            collection, asked.resolution, count=asked.buckets, progress=shown, tokens=count,
-            most_tokens=most, frames=asked.frames, rate=asked.rate,
+            subject.collection, subject.resolution, subject.stride, subject.buckets, progress=shown,
+            tokens=reading.count if reading else None, most_tokens=reading.most if reading else 0,
+            frames=subject.frames, rate=subject.rate,
         )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
     write_atomic(page, found.page())
     aside = found.summary["set_aside"]
     lines = [f"{name:<12} {found.summary[name]:,}" for name in ("samples", "captions", "train", "held_out")]
+    if found.summary["tokens"]:
+        cut, most = found.summary["tokens"]["truncated"], found.summary["tokens"]["most"]
+        lines.append(f"{'cut off':<12} {cut:,} captions, beyond {most} tokens")
     lines.append(f"{'sizes':<12} {_sizes(found.summary['sizes'])}")
     lines.append(f"{'set aside':<12} {len(aside):,}")
     lines += [f"  {one['file']}: {one['reason']}" for one in aside]
     result({**found.summary, "page": page}, "\n".join([*lines, str(page)]), as_json)
 
 
-def tokenizer(model: str) -> tuple[Callable[[list[str]], list[int]] | None, int]:
-    """(captions → their numbers of tokens, how many a model reads) by the model's own tokenizer.
+def _of_folder(what: str, overrides: list[str], asked: dict[str, Any]) -> Subject:
+    """A folder, archive or embedded set, planned for as the options say."""
+    from ..data import sources
 
-    Args:
-        model: minilm, none, or the folder of a text encoder, a tokenizer or a diffusers pipeline.
-    Raises:
-        Refused: the folder holds no tokenizer.
-    """
-    if model == "none":
-        return None, 0
-    from transformers import AutoTokenizer
+    if overrides:
+        raise Refused(f'"{overrides[0]}" is a recipe\'s value, but {what} is no recipe.')
+    said = {**USUAL, **asked}
+    collection = sources.open(what, captions=said["captions"], empty=True)
+    resolution = said["resolution"] // STRIDE * STRIDE
+    reading = tokens.of_folder(said["model"])
+    return Subject(collection, resolution, STRIDE, said["buckets"], said["frames"], said["rate"], reading)
 
-    from ..stages.text import MINILM, minilm_folder
 
-    if model == MINILM:
-        try:
-            places = [minilm_folder()]
-        except Refused:
-            return None, 0  # nobody asked for it: captions are counted in words
-    else:
-        folder = Path(model).expanduser()
-        places = [folder, *sorted(folder.glob("tokenizer*")), folder / "model"]
-    kept = [one for one in places if any(one.glob("tokenizer*.json")) or any(one.glob("vocab*"))]
-    if not kept:
+def _of_recipe(file: Path, overrides: list[str], asked: dict[str, Any]) -> Subject:
+    """A recipe's data, planned for as the recipe says: its sizes, its model's tokenizer."""
+    from ..recipe import Recipe
+    from ..workflow import checks, gather
+
+    recipe = Recipe.read(file, overrides)
+    kept = {
+        name: asked[name] for name in ("resolution", "buckets", "frames", "rate", "captions") if name in asked
+    }
+    if kept:
+        name = next(iter(kept))
         raise Refused(
-            f"{model} holds no tokenizer. Give --model the folder of a text encoder or of a diffusers "
-            "pipeline, or minilm, or none."
+            f"{file} is a recipe and says data.{name} itself: give data.{name}={kept[name]} instead."
         )
-    words: Any = AutoTokenizer.from_pretrained(kept[0], local_files_only=True)
-    most = 64 if model == MINILM else min(int(words.model_max_length), 512)
-
-    def count(captions: list[str]) -> list[int]:
-        return [len(ids) for ids in words(captions, verbose=False)["input_ids"]] if captions else []
-
-    return count, most
+    gathered = gather(recipe)
+    settings = recipe.data
+    reading = (
+        tokens.of_folder(asked["model"]) if "model" in asked else tokens.of_conditioner(gathered.conditioner)
+    )
+    return Subject(
+        gathered.collection, settings.resolution, checks.grain_of(recipe, gathered.base), settings.buckets,
+        settings.frames or USUAL["frames"], settings.rate, reading,
+    )  # fmt: skip
 
 
 def _sizes(sizes: dict[str, int], most: int = 5) -> str:

@@ -71,6 +71,12 @@ def check_known(recipe: Recipe, base: PaintingModel | None) -> None:
         raise Refused("train.known_last is a share of train.known_first, which is 0. Set that too.")
 
 
+def grain_of(recipe: Recipe, base: PaintingModel | None) -> int:
+    """The number whose multiples the sides of the recipe's pictures are."""
+    codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
+    return _grain(recipe, codec, base)
+
+
 def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> int:
     """The smallest side whose multiples codec and denoiser both take."""
     grain = codec.stride

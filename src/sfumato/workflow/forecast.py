@@ -1,6 +1,7 @@
 """What a recipe would do, said before it is done: counts, what is missing, memory and disk."""
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,7 @@ from ..data.sample import Sample
 from ..generation import painting
 from ..recipe import Recipe
 from ..record import RunFolder
+from ..stages import tokens
 from ..training import device as devices
 from ..training import fitting
 from ..training import plan as planning
@@ -25,13 +27,15 @@ from .course import gather
 from .material import known_sizes
 from .tuning import tune
 
+COUNTED = 20_000
+
 
 def plan(recipe: Recipe) -> dict[str, Any]:
     """Counts and sizes of a run, without encoding, training or writing anything.
 
     Returns:
-        plain values: samples, captions, held_out, set_aside, codec, parameters, steps_per_epoch, epochs,
-        device, precision, memory_gb, memory, seconds_per_step, hours, disk_gb, run.
+        plain values: samples, captions, held_out, set_aside, tokens, codec, parameters, steps_per_epoch,
+        epochs, device, precision, memory_gb, memory, seconds_per_step, hours, disk_gb, run.
     Raises:
         Refused: for whatever training would refuse.
     """
@@ -44,6 +48,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "captions": len({caption for sample in collection.samples for caption in sample.captions}),
         "set_aside": [{"file": one.file, "reason": one.reason} for one in collection.set_aside],
     }
+    found |= {"tokens": told} if (told := truncation(gathered.conditioner, collection.samples)) else {}
     frames = recipe.data.frames
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(frames))
     model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames))
@@ -75,6 +80,21 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     else:
         found["run"] = "new"
     return found
+
+
+def truncation(conditioner: stages.Conditioner, samples: Sequence[Sample]) -> dict[str, int] | None:
+    """How many captions the model's own tokenizer cuts off: {read, longest, counted, cut_off}; None without.
+
+    Of more than COUNTED captions so many, evenly spread, are counted.
+    """
+    reading = tokens.of_conditioner(conditioner)
+    captions = sorted({caption for sample in samples for caption in sample.captions if caption})
+    if reading is None or not captions:
+        return None
+    some = captions[:: -(-len(captions) // COUNTED)]
+    lengths = reading.count(some)
+    cut = sum(length > reading.most for length in lengths)
+    return {"read": reading.most, "longest": max(lengths), "counted": len(some), "cut_off": cut}
 
 
 def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, Any]:
