@@ -109,6 +109,22 @@ def test_a_control_picture_reaches_the_denoiser_and_is_dropped_by_itself(tmp_pat
     one_sentence(sfumato("plan", recipe, "data.dropout=control=0.5"), "data.dropout", "data.companions")
 
 
+def test_a_recipes_data_are_planned_for_as_it_says(tmp_path):
+    recipe = write_recipe(tmp_path)
+    words = [
+        "data.buckets=2",
+        "data.resolution=64",
+        f"data.template=a {'very ' * 70}good picture of {{caption}}",
+    ]
+    told = sfumato("data", recipe, *words, "--json").json()
+    assert told["bucket_plan"]["resolution"] == 64 and len(told["bucket_plan"]["buckets"]) == 2
+    assert told["tokens"]["most"] == 64 and told["tokens"]["truncated"] == told["captions"] == 8
+    assert "veiled" in (tmp_path / "runs" / "data" / "report.html").read_text()
+    assert sfumato("plan", recipe, *words, "--json").json()["tokens"]["cut_off"] == 8
+    one_sentence(sfumato("data", recipe, "--resolution", "32"), "data.resolution=32")
+    one_sentence(sfumato("data", tmp_path / "pictures", "data.flip=true"), "no recipe")
+
+
 def test_a_tar_is_a_data_set_for_every_command(tmp_path):
     pictures = draw_pictures(tmp_path / "pictures")
     with tarfile.open(tmp_path / "shard.tar", "w") as archive:

@@ -4,13 +4,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from . import buckets, survey
 from .captions import truncated
 from .clips import is_short
 from .metadata import printable
-from .report_page import render
+from .report_page import Shown, render
 from .sample import HELD_OUT, TRAIN, Collection
 
 PAIRS = 12  # equal or similar pictures that are shown
@@ -28,11 +29,11 @@ LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 class Report:
     """What was found; `summary` is plain JSON, `page` one HTML file that needs nothing else.
 
-    sheets: for each bucket the (thumbnail, caption) of some of its pictures; twins: of some that are alike.
+    sheets: for each bucket some of its pictures; twins: (thumbnail, name) of some that are alike.
     """
 
     summary: dict[str, Any]
-    sheets: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+    sheets: list[tuple[str, list[Shown]]] = field(default_factory=list)
     twins: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
 
     def page(self) -> str:
@@ -79,6 +80,9 @@ def report(
         "tokens": _tokens(captions, tokens, most_tokens),
         "truncated": truncated(sorted(set(captions)), tokens, most_tokens) if tokens else [],
         "classes": collection.classes,
+        "labels": _labels(seen, collection.classes),
+        "companions": dict(Counter(name for one in seen for name in one.sample.companions)),
+        "kinds": dict(Counter(_kind(one.sample.name) for one in seen).most_common()),
         "aspect": _histogram(
             [w / h for w, h in sizes], (0.25, 0.4, 0.55, 0.7, 0.85, 1.18, 1.43, 1.82, 2.5, 4)
         ),
@@ -104,6 +108,20 @@ def report(
         "set_aside": [{"file": printable(one.file), "reason": one.reason} for one in set_aside],
     }
     return Report(summary, _sheets(seen, plan), _twins(seen, near))
+
+
+def _kind(name: str) -> str:
+    """What kind of file a name ends in: "png"; "drawn" where it ends in nothing."""
+    return PurePosixPath(name).suffix.lower().lstrip(".") or "drawn"
+
+
+def _labels(seen: Sequence[survey.Look], classes: Sequence[str]) -> list[list[Any]]:
+    """[class, pictures] of those that have a class, the largest first."""
+    counted = Counter(one.sample.label for one in seen if one.sample.label is not None)
+    return [
+        [classes[label] if 0 <= label < len(classes) else str(label), number]
+        for label, number in counted.most_common()
+    ]
 
 
 def _twins(
@@ -196,10 +214,15 @@ def _histogram(values: Sequence[float], edges: Sequence[float]) -> list[list[Any
     return [[labels[i], counts[i]] for i in range(filled[0], filled[-1] + 1)]
 
 
-def _sheets(seen: Sequence[survey.Look], plan: buckets.Buckets) -> list[tuple[str, list[tuple[str, str]]]]:
-    sheets: dict[buckets.Size, list[tuple[str, str]]] = {shape: [] for shape in plan.shapes}
+def _sheets(seen: Sequence[survey.Look], plan: buckets.Buckets) -> list[tuple[str, list[Shown]]]:
+    sheets: dict[buckets.Size, list[Shown]] = {shape: [] for shape in plan.shapes}
     for one in seen:
         if one.thumbnail:
             caption = one.sample.captions[0] if one.sample.captions else ""
-            sheets[plan(one.size)].append((one.thumbnail, caption or printable(one.sample.name)))
+            shape = plan(one.size)
+            wide = one.size[0] * shape[1] > one.size[1] * shape[0]
+            cut = buckets.crop_waste(one.size, shape)
+            sheets[shape].append(
+                Shown(one.thumbnail, caption or printable(one.sample.name), *((cut, 0) if wide else (0, cut)))
+            )
     return [(f"{w} × {h}", held) for (w, h), held in sheets.items() if held]

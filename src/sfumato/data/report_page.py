@@ -1,15 +1,27 @@
 """The page of a data report: one HTML file, no scripts, no fonts, nothing fetched."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 STYLE = files("sfumato.data").joinpath("report.css").read_text(encoding="utf-8")
 MOST_ROWS = 200
+MOST_CLASSES = 12
 
 
-Sheets = Sequence[tuple[str, Sequence[tuple[str, str]]]]
+@dataclass(frozen=True)
+class Shown:
+    """A picture of a contact sheet: thumbnail (WebP, base64), caption, shares of width and height cut off."""
+
+    thumbnail: str
+    caption: str
+    cut_wide: float = 0.0
+    cut_high: float = 0.0
+
+
+Sheets = Sequence[tuple[str, Sequence[Shown]]]
 Twins = Sequence[tuple[str, Sequence[tuple[str, str]]]]
 
 
@@ -34,15 +46,22 @@ def render(summary: dict[str, Any], sheets: Sheets, twins: Twins = ()) -> str:
     )
 
 
+def count(number: int, one: str, many: str = "") -> str:
+    """A number of things in words: "1 group", "1,204 groups"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def _head(summary: dict[str, Any]) -> str:
-    told = summary["caption_statistics"]
+    told, tokens = summary["caption_statistics"], summary["tokens"]
     twins = sum(len(group) - 1 for group in summary["equal_pictures"])
+    cut = tokens["truncated"] if tokens else 0
     facts = [
-        (summary["samples"], "pictures that can be used", ""),
+        (summary["samples"], "can be used", ""),
         (summary["held_out"], "of them held out", ""),
         (told["different"], "different captions", ""),
-        (len(summary["sizes"]), "different sizes", ""),
+        (cut, "captions cut off", "bad" if cut else ""),
         (twins + summary["near_duplicate_pairs"], "equal or alike", "bad" if twins else ""),
+        (len(summary["leaks"]), "alike across the split", "bad" if summary["leaks"] else ""),
         (len(summary["set_aside"]), "set aside", "bad" if summary["set_aside"] else ""),
     ]
     cells = "".join(
@@ -62,11 +81,20 @@ def _bars(title: str, rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _pictures(summary: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{number:,} {escape(kind)}" for kind, number in summary["kinds"].items())
+    with_them = [f"{number:,} with {escape(name)}" for name, number in summary["companions"].items()]
+    beside = f" Further pictures: {', '.join(with_them)}." if with_them else ""
+    labels = summary["labels"]
+    title = (
+        "Classes" if len(labels) <= MOST_CLASSES else f"The {MOST_CLASSES} largest of {len(labels):,} classes"
+    )
+    classes = _bars(title, labels[:MOST_CLASSES]) if labels else ""
     common = [[size.replace("x", " × "), number] for size, number in list(summary["sizes"].items())[:10]]
     return (
-        "<h2>Pictures</h2><p>As they are on disk, seen upright.</p>"
+        f"<h2>Pictures</h2><p>As they are on disk, seen upright: {kinds}, of "
+        f"{count(len(summary['sizes']), 'size')}.{beside}</p>"
         f'<div class="two">{_bars("Width over height", summary["aspect"])}'
-        f"{_bars('Megapixels', summary['megapixels'])}{_bars('Most frequent sizes', common)}</div>"
+        f"{_bars('Megapixels', summary['megapixels'])}{_bars('Most frequent sizes', common)}{classes}</div>"
     )
 
 
@@ -101,12 +129,21 @@ def _buckets(plan: dict[str, Any]) -> str:
         for one in plan["buckets"]
     )
     return (
-        f"<h2>Buckets</h2><p>The {len(plan['buckets'])} shapes of about {plan['resolution']}² pixels that "
-        f"cut least off these pictures: {plan['cropped']:.1%} of a picture on average, against "
-        f"{plan['cropped_by_one_square']:.1%} with one square for all. {plan['enlarged']:.0%} of the "
+        f"<h2>Buckets</h2><p>{_chosen(plan)} {plan['enlarged']:.0%} of the "
         'pictures are smaller than their shape and would be enlarged.</p><div class="card"><table><tr>'
         '<th></th><th>shape</th><th class="n">pictures</th><th class="n">cut off</th>'
         f'<th class="n">enlarged</th></tr>{rows}</table></div>'
+    )
+
+
+def _chosen(plan: dict[str, Any]) -> str:
+    """What the plan's shapes are, and how much they cut off."""
+    side, cropped = plan["resolution"], f"{plan['cropped']:.1%} of a picture on average"
+    if len(plan["buckets"]) == 1:
+        return f"One shape for all, {side} × {side}, cuts off {cropped}."
+    return (
+        f"The {len(plan['buckets'])} shapes of about {side}² pixels that cut least off these pictures: "
+        f"{cropped}, against {plan['cropped_by_one_square']:.1%} with one square for all."
     )
 
 
@@ -179,9 +216,9 @@ def _twins(summary: dict[str, Any], shown: Twins) -> str:
     if not (equal or near or leaks):
         return "<h2>Duplicates</h2><p>No two pictures are equal or look alike.</p>"
     parts = [
-        f"<h2>Duplicates</h2><p>{len(equal):,} groups of equal pictures, "
-        f"{summary['near_duplicate_pairs']:,} pairs that look alike, "
-        f"{len(leaks):,} of all these between training and held-out pictures.</p>",
+        f"<h2>Duplicates</h2><p>{count(len(equal), 'group')} of equal pictures, "
+        f"{count(summary['near_duplicate_pairs'], 'pair')} that look alike; "
+        f"{len(leaks) or 'none'} of all these between training and held-out pictures.</p>",
         _pairs(shown),
     ]
     for title, head, rows in (
@@ -197,21 +234,47 @@ def _twins(summary: dict[str, Any], shown: Twins) -> str:
 def _set_aside(listed: Sequence[dict[str, str]]) -> str:
     if not listed:
         return "<h2>Set aside</h2><p>Nothing: every file found can be used.</p>"
-    rows = [[one["file"], one["reason"]] for one in listed]
+    by_reason: dict[str, list[str]] = {}
+    for one in listed:
+        by_reason.setdefault(one["reason"], []).append(one["file"])
+    ordered = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
+    rows = [[reason, len(names), _some(names)] for reason, names in ordered]
+    every = _table(("file", "reason"), [[one["file"], one["reason"]] for one in listed])
+    more = f"<details><summary>Every file ({len(listed):,})</summary>{every}</details>"
     return (
-        f"<h2>Set aside</h2><p>{len(rows):,} files or rows will not be trained on; all others will.</p>"
-        f"{_table(('file', 'reason'), rows)}"
+        f"<h2>Set aside</h2><p>{count(len(listed), 'file or row', 'files or rows')} will not be trained on; "
+        f"all others will.</p>{_table(('reason', 'number', 'files'), rows)}"
+        f"{more if len(rows) < len(listed) else ''}"
     )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    """The first few names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _sheets(sheets: Sequence[tuple[str, Sequence[tuple[str, str]]]], total: int) -> str:
     shown = sum(len(held) for _, held in sheets)
-    parts = [f"<h2>Contact sheets</h2><p>{shown:,} of {total:,} pictures, by bucket.</p>"]
+    cut = any(one.cut_wide or one.cut_high for _, held in sheets for one in held)
+    veiled = " What their shape cuts off is veiled." if cut else ""
+    parts = [f"<h2>Contact sheets</h2><p>{shown:,} of {total:,} pictures, by bucket.{veiled}</p>"]
     for title, held in sheets:
         figures = "".join(
-            f'<figure><div><img alt="" src="data:image/webp;base64,{data}"></div>'
-            f"<figcaption>{escape(caption[:80])}</figcaption></figure>"
-            for data, caption in held
+            f"<figure><div><span>{_picture(one)}</span></div>"
+            f"<figcaption>{escape(one.caption[:80])}</figcaption></figure>"
+            for one in held
         )
         parts.append(f'<h3>{title}</h3><div class="sheet">{figures}</div>')
     return "".join(parts)
+
+
+def _picture(one: Shown) -> str:
+    """The thumbnail, with a veil over what is cut off at either side."""
+    sides: tuple[tuple[str, ...], ...] = ()
+    if one.cut_wide > 0.005:
+        sides = (("left:0", "top:0", "height:100%"), ("right:0", "top:0", "height:100%"))
+    elif one.cut_high > 0.005:
+        sides = (("top:0", "left:0", "width:100%"), ("bottom:0", "left:0", "width:100%"))
+    measure = f"width:{50 * one.cut_wide:.1f}%" if one.cut_wide else f"height:{50 * one.cut_high:.1f}%"
+    veils = "".join(f'<i style="{";".join(side)};{measure}"></i>' for side in sides)
+    return f'<img alt="" src="data:image/webp;base64,{one.thumbnail}">{veils}'
