@@ -139,7 +139,7 @@ def test_compiled_blocks_answer_as_before(pixart):
         (["model.attention_backend=nativ"], ['Did you mean "native"']),
         (["model.attention_backend=flash"], ["does not work on this machine"]),
         (["model.base_dtype=fp4"], ['"fp4"', "Did you mean"]),
-        (["model.preset=none.safetensors"], ["none.safetensors cannot be read"]),
+        (["model.preset=none.safetensors"], ["none.safetensors does not exist"]),
     ],
 )
 def test_what_cannot_act_here_is_refused(keys, words, tmp_path):
@@ -203,9 +203,7 @@ def test_what_is_trained_against_a_preset_is_the_difference_to_it(tmp_path, pixa
     run = sfumato.train(recipe, [f"model.preset={tmp_path}/style.safetensors", "train.learning_rate=0"])
     model, base = run.model(), sfumato.load(tmp_path / "base")
     base.info = model.info
-    own = adapters.body(base.denoiser)
-    adapters.attach_file(own, tmp_path / "style.safetensors", "preset")
-    adapters.merge(own)
+    base.add_lora(tmp_path / "style.safetensors", 1.0)
     torch.testing.assert_close(
         asked(model, "pixart-sigma"), asked(base, "pixart-sigma"), atol=1e-6, rtol=1e-5
     )

@@ -6,12 +6,10 @@ At scale 0 the network is its base, bit for bit. Tensors leave and come back und
 the network: `transformer_blocks.0.attn.to_q.lora_A.weight`.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -162,59 +160,6 @@ def attach(network: nn.Module, plan: AdapterPlan, usual: Sequence[str] = (), nam
                 weight.requires_grad_(True)
         layer.whole_scale = {**getattr(layer, "whole_scale", {}), name: layer.scaling.get(name, 1.0)}
     return layers
-
-
-def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors under peft's names relative to the network, the adapter's config if the file says it).
-
-    The part of a pipeline that a name begins with (`transformer.`, `unet.`) is left out.
-
-    Raises:
-        Refused: there is no such file, it is no safetensors, or it holds nothing of LoRA.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if file.suffix != ".safetensors":
-        raise Refused(f"{file} is no .safetensors file; only those are read, because others can run code.")
-    try:
-        with safe_open(file, "pt") as opened:
-            said = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in list(opened.keys())}
-    except (OSError, SafetensorError) as problem:
-        raise Refused(f"{file} cannot be read as safetensors: {problem}.") from problem
-    config = json.loads(said.get("lora_adapter_metadata", "{}"))
-    for part in ("transformer.", "unet.", "base_model.model."):
-        if tensors and all(name.startswith(part) for name in tensors):
-            tensors = {name.removeprefix(part): tensor for name, tensor in tensors.items()}
-            config = {name.removeprefix(part): value for name, value in config.items()}
-    if not any(".lora_A." in name for name in tensors):
-        raise Refused(
-            f"{file} holds no LoRA under peft's names (…lora_A.weight). Save it with diffusers again."
-        )
-    return tensors, config
-
-
-def attach_file(network: nn.Module, file: Path, name: str) -> None:
-    """Attach the LoRA in a file that diffusers or sfumato wrote, under `name`.
-
-    Raises:
-        Refused: it is no LoRA of this network.
-    """
-    tensors, config = read_file(file)
-    layers = sorted({key.partition(".lora_")[0] for key in tensors})
-    known = {key for key, _ in network.named_modules()}
-    if unknown := [layer for layer in layers if layer not in known]:
-        raise Refused(
-            f"{file} is a LoRA of another model: {type(network).__name__} has no layer {unknown[0]} "
-            f"({len(unknown)} of {len(layers)})."
-        )
-    rank = max(len(tensor) for key, tensor in tensors.items() if key.endswith("lora_A.weight"))
-    exactly = tuple(f"{re.escape(layer)}()" for layer in layers)
-    alpha, rslora = float(config.get("lora_alpha") or 0.0), bool(config.get("use_rslora"))
-    dora = any("magnitude" in key for key in tensors)
-    plan = AdapterPlan("lora", rank, alpha, exactly, dora=dora, rslora=rslora)
-    attach(network, plan, name=name)
-    fill(network, tensors, name, file)
 
 
 def adapted(network: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -41,6 +41,7 @@ TEXT = {
     "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
     "transformer_2": ("transformer_2.",),
 }
+PACKED = ("transformer_2", "transformer", "unet", *TEXT)
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps ranks and alphas, as JSON."""
 
@@ -105,17 +106,49 @@ def read(file: Path | str) -> tuple[dict[str, Change], dict[str, str]]:
     if strange or not changes:
         raise Refused(f"{path} is no LoRA that is known: {said(strange) or 'it is empty'}.")
     fill_alphas(changes, metadata)
+    fill_from_peft(changes, path.with_name("adapter_config.json"))
     return changes, metadata
+
+
+def fill_from_peft(changes: Mapping[str, Change], config: Path) -> None:
+    """Alphas that peft wrote into a file beside the tensors.
+
+    Raises:
+        Refused: the file is damaged.
+    """
+    if not config.is_file() or not all(name.startswith("base_model.model.") for name in changes):
+        return
+    try:
+        known = dict(json.loads(config.read_text(encoding="utf-8")))
+    except ValueError as problem:
+        raise Refused(f"{config} is damaged ({problem}). Copy it again.") from problem
+    patterns = known.get("alpha_pattern") or {}
+    for name, change in changes.items():
+        if change.alpha is None and change.down is not None and known.get("lora_alpha"):
+            alpha = patterns.get(name.removeprefix("base_model.model."), known["lora_alpha"])
+            change.alpha = alpha * len(change.down) ** 0.5 if known.get("use_rslora") else float(alpha)
+
+
+def weighted(said: str, key: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT.
+
+    Raises:
+        Refused: a weight that is no number.
+    """
+    file, colon, weight = said.rpartition(":")
+    if not colon or Path(said).expanduser().exists() or "/" in weight or "\\" in weight:
+        return said, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        raise Refused(f'{key} "{said}": "{weight}" is no weight. Write FILE or FILE:0.8.') from None
 
 
 def fill_alphas(changes: Mapping[str, Change], metadata: Mapping[str, str]) -> None:
     """Alphas that diffusers wrote into the metadata instead of the tensors."""
     known = json.loads(metadata.get(METADATA, "{}"))
     for name, change in changes.items():
-        home = next(
-            (prefix for prefix in ("transformer_2", "transformer", "unet") if name.startswith(f"{prefix}.")),
-            "",
-        )
+        home = next((prefix for prefix in PACKED if name.startswith(f"{prefix}.")), "")
         config = {
             key.removeprefix(f"{home}."): value for key, value in known.items() if key.startswith(f"{home}.")
         }

@@ -49,7 +49,13 @@ class ModelSettings:
         "adapters only: how the frozen base is stored",
         choices=("float32", "bfloat16", "int8", "fp8", "nf4"),
     )
-    preset: str = key("", "adapters only: a LoRA file that becomes part of the base first", path=True)
+    start: str = key("", "lora only: a LoRA file, whoever wrote it, that training goes on from", path=True)
+    preset: str | tuple[str, ...] = key(
+        "",
+        "adapters only: LoRA files that become part of the base first, as FILE or FILE:WEIGHT",
+        path=True,
+        many=True,
+    )
     attention_backend: str = key(
         "", "pretrained only: diffusers' attention backend; empty: torch's own choice"
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 from sfumato.errors import Refused, nearest
 from sfumato.record import atomic_folder
 
-from . import adapters, fitted, reference, teaching
+from . import adapters, exchange, fitted, reference, teaching
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
@@ -295,9 +295,7 @@ def recall(model: Any, info: Mapping[str, Any]) -> Any:
     if isinstance(model.conditioner, PretrainedConditioner):
         model.conditioner.usual = dict(info.get("text_options", {}))
     for file in info.get("presets", ()):
-        network = adapters.body(model.denoiser)
-        adapters.attach_file(network, Path(file), "preset")
-        adapters.merge(network)
+        exchange.merge(model, *exchange.weighted(file, "model.preset"))
     if info.get("continued_as"):
         model.continue_as(new_theory(info["continued_as"]))
     return model

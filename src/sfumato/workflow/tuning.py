@@ -1,6 +1,7 @@
 """The model a run goes on from, and what of it is trained."""
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from .. import stages
 from ..errors import Refused, nearest
 from ..generation import PaintingModel, load
 from ..recipe import DEFAULT, Recipe
-from ..stages import adapters, blocks, narrow, reference, teaching
+from ..stages import adapters, blocks, narrow, reference, starting, teaching
 from ..stages.adapters import AdapterPlan
+from ..stages.exchange import Change
 from ..stages.guides import GuidedDenoiser
 from ..stages.guides.plan import write_plans
 from ..stages.interface import Codec
@@ -24,7 +26,7 @@ from ..training.settings import TrainSettings
 
 OF_TEXT = ("rank", "alpha", "dropout", "dora", "rslora")
 """Those of ONLY_ADAPTERS that the text encoders' adapter has too."""
-ONLY_ADAPTERS = ("rank", "alpha", "targets", "dropout", "dora", "rslora", "base_dtype", "preset")
+ONLY_ADAPTERS = ("rank", "alpha", "targets", "dropout", "dora", "rslora", "base_dtype", "preset", "start")
 
 
 def base_of(recipe: Recipe) -> PaintingModel | None:
@@ -49,10 +51,10 @@ def base_of(recipe: Recipe) -> PaintingModel | None:
     if begun:
         asked.pop("presets", None)  # the copy has them in its weights
     base = recall(base, {**base.info, **asked})
-    plan = plan_of(recipe)
+    plan = plan_of(recipe, base)
     if plan is not None:
         plan.config(adapters.chosen(adapters.body(base.denoiser), plan, base.denoiser.lora_targets))
-    check_text(base, text_plan_of(recipe))
+    check_text(base, text_plan_of(recipe, plan))
     return base
 
 
@@ -143,7 +145,8 @@ def _asked(recipe: Recipe, base: PaintingModel) -> dict[str, Any]:
         if recipe.origin(f"sample.{name}") != DEFAULT or name not in base.info:
             asked[name] = getattr(recipe.sample, name)
     if recipe.model.preset:
-        asked["presets"] = [recipe.model.preset]
+        preset = recipe.model.preset
+        asked["presets"] = [preset] if isinstance(preset, str) else list(preset)
     if recipe.model.text_options:
         asked["text_options"] = text_options(recipe.model.text_options, base)
     return asked
@@ -172,24 +175,59 @@ def text_options(words: tuple[str, ...], base: PaintingModel) -> dict[str, Any]:
     return found
 
 
-def plan_of(recipe: Recipe) -> AdapterPlan | None:
-    """The adapter the recipe asks for, if any."""
+def plan_of(recipe: Recipe, base: PaintingModel) -> AdapterPlan | None:
+    """The adapter the recipe asks for, if any.
+
+    Raises:
+        Refused: the file it is to go on from is no LoRA of this base, or not one this adapter has room for.
+    """
     model = recipe.model
     if model.train not in adapters.KINDS:
         return None
-    return AdapterPlan(
+    plan = AdapterPlan(
         model.train, model.rank, model.alpha, model.targets, model.dropout, model.dora, model.rslora,
         recipe.seed,
     )  # fmt: skip
+    if not model.start:
+        return plan
+    if known := reference.read_plan(Path(recipe.output) / "model"):
+        return known  # a run that has begun has its own weights
+    start = starting.read(base, model.start)
+    if start.encoders and model.train_text != "lora":
+        raise Refused(
+            f"{model.start} also changes {' and '.join(start.encoders)}: to go on from that too, say "
+            'model.train_text = "lora".'
+        )
+    given = {name for name in SAID_BY_FILES if recipe.origin(f"model.{name}") != DEFAULT}
+    plan = starting.planned(start, plan, given)
+    starting.check(start, adapters.chosen(adapters.body(base.denoiser), plan, base.denoiser.lora_targets))
+    return plan
 
 
-def text_plan_of(recipe: Recipe) -> TextPlan:
-    """What the recipe teaches the text encoders."""
+SAID_BY_FILES = ("rank", "targets", "dora")
+"""What of a plan a file says too."""
+
+
+def is_fresh(recipe: Recipe) -> bool:
+    """Whether the run has no weights of its own yet."""
+    checkpoints = Path(recipe.output) / "checkpoints"
+    return not any(checkpoints.glob("step-*"))
+
+
+def within(changes: Mapping[str, Change], encoder: nn.Module) -> dict[str, Change]:
+    """The changes of layers that are listened to; those of others have no effect."""
+    known = {name for name, _ in adapters.adapted(encoder)}
+    return {name: change for name, change in changes.items() if name in known}
+
+
+def text_plan_of(recipe: Recipe, plan: AdapterPlan | None = None) -> TextPlan:
+    """What the recipe teaches the text encoders; `plan`: of the denoiser, whose rank and kind theirs has."""
     model = recipe.model
-    kinds = ("auto",)
     lora = AdapterPlan(
-        "lora", model.rank, model.alpha, kinds, model.dropout, model.dora, model.rslora, recipe.seed
+        "lora", model.rank, model.alpha, ("auto",), model.dropout, model.dora, model.rslora, recipe.seed
     )
+    if plan is not None and plan.kind == "lora":
+        lora = replace(plan, targets=("auto",))
     words = [token.partition("=") for token in model.tokens]
     tokens = tuple((word.strip(), like.strip()) for word, _, like in words)
     return TextPlan(
@@ -216,10 +254,10 @@ def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
     elif recipe.model.base == "scratch" or not is_begun:
         model.info.pop("presets", None)
         stages.save(model, folder, text_by_name=True)
-    plan = plan_of(recipe)
+    plan = plan_of(recipe, model)
     if plan is not None:
         reference.write_plan(folder, plan)
-    if text := text_plan_of(recipe):
+    if text := text_plan_of(recipe, plan):
         teaching.write_plan(folder, text)
 
 
@@ -229,13 +267,16 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
     Raises:
         Refused: a rank or target that matches nothing.
     """
-    network, plan = adapters.body(model.denoiser), plan_of(recipe)
+    network, plan = adapters.body(model.denoiser), plan_of(recipe, model)
+    begin = starting.read(model, recipe.model.start) if is_fresh(recipe) and recipe.model.start else None
     if isinstance(model.denoiser, GuidedDenoiser):
         model.denoiser.free()
     elif plan is None:
         model.denoiser.requires_grad_(recipe.model.train != "tokens")
     else:
         reference.attach(model.denoiser, plan)
+        if begin is not None:
+            starting.fill(network, begin.changes.get("", {}))
     model.denoiser.narrow = narrow.store(network, recipe.model.base_dtype)
     if recipe.model.attention_backend:
         blocks.choose_attention(network, recipe.model.attention_backend)
@@ -244,7 +285,9 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
     blocks.recompute(network, recipe.train.checkpointing)
     if recipe.train.compile:
         blocks.compile_blocks(network, model.device)
-    learning = teaching.teach(model, text_plan_of(recipe))
+    learning = teaching.teach(model, text_plan_of(recipe, plan))
+    for name in begin.encoders if begin is not None else ():
+        starting.fill(learning[name], within(begin.changes[name], learning[name]))
     return teaching.Together(model.denoiser, learning) if learning else model.denoiser
 
 

@@ -1,0 +1,117 @@
+"""An adapter that goes on from a LoRA file, whoever wrote it: the same ΔW, with room for more ranks.
+
+    ΔW = alpha/rank · up · down    becomes    A = [down; random], B = [up · alpha/rank / s, 0]
+
+with s the new adapter's own scale, so that training begins exactly where the file ends.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import Refused
+
+from . import adapters, exchange
+from .adapters import AdapterPlan
+from .exchange import Change
+from .interface import Model
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a file changes: by network ("" is the denoiser) and layer."""
+
+    file: Path
+    changes: Mapping[str, Mapping[str, Change]]
+
+    @property
+    def rank(self) -> int:
+        """The largest of its layers' ranks."""
+        return max(
+            len(one.down) for part in self.changes.values() for one in part.values() if one.down is not None
+        )
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether it learned magnitudes apart."""
+        return any(one.length is not None for part in self.changes.values() for one in part.values())
+
+    @property
+    def encoders(self) -> list[str]:
+        """The text encoders it changes."""
+        return [home for home in self.changes if home]
+
+
+def read(model: Model, file: Path | str) -> Start:
+    """What the file changes in this model.
+
+    Raises:
+        Refused: no LoRA, or one of another base.
+    """
+    path = Path(file)
+    changes, _ = exchange.read(path)
+    found: dict[str, dict[str, Change]] = {}
+    two = hasattr(adapters.body(model.denoiser), "noisy")
+    for home, layer, change in exchange.placed(model, changes, path):
+        if home in ("", "transformer_2"):
+            expert = ("clean." if home else "noisy.") if two else ""
+            found.setdefault("", {})[expert + layer] = change
+        else:
+            found.setdefault(home, {})[layer] = change
+    return Start(path, found)
+
+
+def planned(start: Start, plan: AdapterPlan, given: set[str]) -> AdapterPlan:
+    """The plan of an adapter that goes on from the file; what is `given` stands, the rest is the file's.
+
+    Raises:
+        Refused: a rank too small for the file, another kind of adapter.
+    """
+    if plan.kind != "lora":
+        raise Refused(f'model.start goes on from a LoRA, but model.train is "{plan.kind}". Say "lora".')
+    rank = plan.rank if "rank" in given else start.rank
+    if rank < start.rank:
+        raise Refused(f"model.rank is {rank}, but {start.file} has rank {start.rank}: choose at least that.")
+    if start.is_dora and "dora" in given and not plan.dora:
+        raise Refused(f"{start.file} is a DoRA, which model.dora = false cannot go on from. Leave that out.")
+    targets = plan.targets
+    if "targets" not in given and "" in start.changes:
+        targets = tuple(f"{re.escape(layer)}()" for layer in sorted(start.changes[""]))
+    return replace(plan, rank=rank, targets=targets, dora=plan.dora or start.is_dora)
+
+
+def check(start: Start, layers: Sequence[str]) -> None:
+    """Raises Refused where the file changes a layer of the denoiser that will carry no adapter."""
+    if missing := sorted(set(start.changes.get("", {})) - set(layers)):
+        raise Refused(
+            f"{start.file} changes {exchange.said(missing)}, which model.targets does not name. Leave "
+            "model.targets out to train what the file changes."
+        )
+
+
+@torch.no_grad()
+def fill(network: nn.Module, changes: Mapping[str, Change]) -> None:
+    """Let the network's adapter say what a file says; every layer it changes carries one."""
+    own: dict[str, Any] = dict(adapters.adapted(network))
+    for layer, change in changes.items():
+        put(own[layer], change)
+
+
+def put(layer: Any, change: Change) -> None:
+    """Fill one layer's adapter; ranks beyond the file's begin without effect."""
+    assert change.down is not None and change.up is not None
+    name, rank = adapters.NAME, len(change.down)
+    a: Tensor = layer.lora_A[name].weight
+    b: Tensor = layer.lora_B[name].weight
+    scale = (1.0 if change.alpha is None else change.alpha / rank) / float(layer.scaling[name])
+    a[:rank] = change.down.reshape(rank, *a.shape[1:]).to(a)
+    b.zero_()
+    b[:, :rank] = (scale * change.up.flatten(1)[change.rows]).reshape(-1, rank, *b.shape[2:]).to(b)
+    if change.length is not None:
+        magnitude: Tensor = layer.lora_magnitude_vector[name].weight
+        magnitude.copy_(change.length.flatten()[change.rows].view_as(magnitude))
