@@ -1,5 +1,10 @@
 """Clips through the commands: what a model of clips draws is a file that plays."""
 
+import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -122,6 +127,26 @@ def test_what_cannot_be_trained_on_clips_is_refused(recipe, change, words):
     one_sentence(answer, *words)
 
 
+def test_killed_among_clips_and_stills_a_run_ends_with_the_same_bits(recipe, tmp_path):
+    """Law: SIGKILL costs no bit, with frames' own times, known frames and pictures between clips."""
+    keys = ("train.steps=12", "train.save_every=3")
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "sfumato", "train", str(recipe), *keys, "output=killed"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while killed.poll() is None and not list((tmp_path / "killed" / "checkpoints").glob("step-*")):
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert sfumato("train", recipe, *keys, "output=killed").code == 0
+    events = [json.loads(line) for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
+    assert [one["resumed"] for one in events if one["kind"] == "start"] == [False, True]
+    assert sfumato("train", recipe, *keys, "output=calm").code == 0
+    last = [tmp_path / name / "checkpoints" / "step-000012" for name in ("calm", "killed")]
+    calm, rough = ({file.name: file.read_bytes() for file in one.glob("*.safetensors")} for one in last)
+    assert calm == rough and "model.safetensors" in calm
+
+
 # ---------------------------------------------------------------- the demo
 
 
@@ -135,6 +160,7 @@ def test_the_demo_of_clips_goes_the_whole_way(monkeypatch, tmp_path):
     monkeypatch.setattr(moving, "collection", small)
     monkeypatch.setattr(moving, "accuracy", lambda **_: 1.0)
     found = demo.run(None, tmp_path / "out", task="video")
-    assert set(found["accuracy"]) == {"shape", "color", "direction", "all", "reader"}
+    assert set(found["accuracy"]) == {"shape", "color", "direction", "all", "reader", "steadiness"}
+    assert 0 < found["accuracy"]["steadiness"] <= 1
     assert len(list((tmp_path / "out" / "samples").glob("judged_held_out-*.webp"))) == 3
     assert "data:image/webp" in (tmp_path / "out" / "report.html").read_text()
