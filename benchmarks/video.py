@@ -1,9 +1,11 @@
 """Clips, measured: how steady they are, what becomes of a first frame, the cost of encoding and decoding.
 
-    python benchmarks/video.py RUN [--clips 16] [--out benchmarks/results/video.json]
+    python benchmarks/video.py RUN --name emoji_anim [--clips 16] [--out benchmarks/results/video.json]
+    python benchmarks/video.py
 
-RUN is a run of `sfumato train` on clips. Times are CPU seconds on one thread, medians of five. Decoding at
-480 × 832 is measured in processes of its own, as the growth of their peak memory.
+RUN is a run of `sfumato train` on clips; what is found is put into the file under its name. Times are CPU seconds on
+one thread, medians of five. Without a run, decoding at 480 × 832 is measured, in processes of its own, as the growth
+of their peak memory.
 """
 
 import argparse
@@ -144,21 +146,28 @@ def main() -> None:
     """Measure a run, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path)
+    parser.add_argument("--name", default="", help="what the data are called in the file")
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/video.json"))
     parser.add_argument("--decode", nargs=2, type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.decode:
         return decode_once(*asked.decode)
-    torch.set_num_threads(1)
-    model, recipe = load(asked.run), Recipe.read(asked.run)
-    data = {"frames": recipe.data.frames, "resolution": recipe.data.resolution, "rate": recipe.data.rate}
-    steps = max(int(one.name[5:]) for one in (asked.run / "checkpoints").glob("step-*"))
-    found = {**data, "steps": steps, **quality(model, recipe, asked.clips), **costs(model, recipe)}
-    found["decode_480x832x33"] = memory()
+    found = of_run(asked.run, asked.clips) if asked.run else memory()
+    known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.is_file() else {}
+    known[(asked.name or asked.run.name) if asked.run else "decode_480x832x33"] = found
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    asked.out.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
+
+
+def of_run(folder: Path, clips: int) -> dict[str, object]:
+    """What is measured of a run."""
+    torch.set_num_threads(1)
+    model, recipe = load(folder), Recipe.read(folder)
+    data = {"frames": recipe.data.frames, "resolution": recipe.data.resolution, "rate": recipe.data.rate}
+    steps = max(int(one.name[5:]) for one in (folder / "checkpoints").glob("step-*"))
+    return {**data, "steps": steps, **quality(model, recipe, clips), **costs(model, recipe)}
 
 
 if __name__ == "__main__":
