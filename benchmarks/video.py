@@ -3,9 +3,9 @@
     python benchmarks/video.py RUN --name emoji_anim [--clips 16] [--out benchmarks/results/video.json]
     python benchmarks/video.py
 
-RUN is a run of `sfumato train` on clips; what is found is put into the file under its name. Times are CPU seconds on
-one thread, medians of five. Without a run, decoding at 480 × 832 is measured, in processes of its own, as the growth
-of their peak memory.
+RUN is a run of `sfumato train` on clips; what is found is put into the file under its name. Times are CPU
+seconds on one thread, medians of five. Without a run, decoding at 480 × 832 is measured, in processes of
+their own, as the growth of their peak memory.
 """
 
 import argparse
