@@ -17,27 +17,24 @@ from .interface import Codec, TrainableCodec
 class PixelCodec(Codec):
     """The identity: latents are pixels, of three channels or of one (grey)."""
 
-    kind, stride, reach = "pixels", 1, (0, 0)
+    kind, stride, latent_channels, reach = "pixels", 1, 3, (0, 0)
 
-    def __init__(self, channels: int = 3):
+    def __init__(self, grey: bool = False):
         super().__init__()
-        if channels not in (1, 3):
-            raise Refused(
-                f"A network on pixels of {channels} channels cannot be drawn with: only 3 (RGB) or 1 (grey)."
-            )
-        self.latent_channels = channels
+        if grey:
+            self.latent_channels = 1
 
     def config(self) -> dict[str, Any]:
-        """The channels, where they are not three."""
-        return {} if self.latent_channels == 3 else {"channels": self.latent_channels}
+        """Whether they are grey."""
+        return {"grey": True} if self.latent_channels == 1 else {}
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """The pixels, or their mean over colours."""
-        return pixels if self.latent_channels == 3 else pixels.mean(1, keepdim=True)
+        return pixels.mean(1, keepdim=True) if self.latent_channels == 1 else pixels
 
     def decode(self, latents: Tensor) -> Tensor:
         """The pixels, always of three channels."""
-        return latents if self.latent_channels == 3 else latents.expand(-1, 3, *latents.shape[2:])
+        return latents.expand(-1, 3, *latents.shape[2:]) if self.latent_channels == 1 else latents
 
 
 class NormalisedCodec(TrainableCodec):

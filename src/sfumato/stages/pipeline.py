@@ -201,7 +201,12 @@ def codec_of(family: Family, pipe: Any) -> Codec:
     """The pipeline's autoencoder as a codec; pixels where it has none."""
     vae = getattr(pipe, "vae", None)
     if vae is None:
-        return PixelCodec(int(getattr(pipe, family.network).config.get("in_channels") or 3))
+        channels = int(getattr(pipe, family.network).config.get("in_channels") or 3)
+        if channels not in (1, 3):
+            raise Refused(
+                f"A network on pixels of {channels} channels cannot be drawn with: 3 (RGB) or 1 (grey)."
+            )
+        return PixelCodec(grey=channels == 1)
     shift, scale = family.statistics(vae)
     gather = int(getattr(family, "gather", 1))
     levels = len(vae.config.get("block_out_channels") or (1,))
