@@ -64,14 +64,19 @@ def runge_kutta(
     rules = [rule] * (count - 1) + [last]
     sizes = down - here
     first = course.asked()
-    wanted = [(i, here[i] + row[0] * sizes[i]) for i in range(count) for row in rules[i][:-1]]
-    asked = iter(course.between(torch.stack([angle for _, angle in wanted])) if wanted else [])
-    stages: list[list[Node]] = [[first[i], *(next(asked) for _ in rules[i][:-1])] for i in range(count)]
-    if not eta:  # stages on the grid are asked at its own times, to the last bit
-        for i in range(count - 1):
-            stages[i] = [
-                first[i + 1] if k and rules[i][k - 1][0] == 1.0 else node for k, node in enumerate(stages[i])
-            ]
+    # without new noise, stages at a step's end are asked at the grid's own times, to the last bit
+    ends = [not eta and i + 1 < count for i in range(count)]
+    inner = [
+        here[i] + row[0] * sizes[i]
+        for i in range(count)
+        for row in rules[i][:-1]
+        if not (ends[i] and row[0] == 1.0)
+    ]
+    asked = iter(course.between(torch.stack(inner)) if inner else [])
+    stages: list[list[Node]] = [
+        [first[i], *(first[i + 1] if ends[i] and row[0] == 1.0 else next(asked) for row in rules[i][:-1])]
+        for i in range(count)
+    ]
     steps = course.column(sizes)
     turns = rotation(course, here, down)
 
