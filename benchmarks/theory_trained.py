@@ -1,6 +1,10 @@
 """Theories trained and judged alike: the same codec, network, data, steps and seeds.
 
-    python benchmarks/theory_trained.py flow-matching examples/even.py:even --seeds 3 --steps 1000
+    python benchmarks/theory_trained.py flow-matching examples/even.py:even --seeds 3 --steps 1000 > a.jsonl
+    python benchmarks/theory_trained.py --gather a.jsonl b.jsonl …
+
+The second form merges what runs have printed into docs/pictures/theory-trained.jsonl, from which
+docs/figures.py draws, and writes the table of docs/inventing-a-theory.md.
 
 Losses of two theories are not comparable, for they weigh errors differently. What is: the error of the
 canonical velocity v = cos φ·x_T − sin φ·x_0 at given angles φ, on held-out pictures and fixed noise. An
@@ -11,6 +15,7 @@ Pictures are judged by the shapes' own reader.
 import argparse
 import json
 import math
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -94,17 +99,85 @@ def one(theory: str, times: str, seed: int, steps: int, out: Path, codec: str, c
     return {**row, **accuracy(model, recipe, count), "seconds": time.perf_counter() - began}
 
 
+# ---------------------------------------------------------------- what runs have printed, on a page
+
+DOCS = Path(__file__).parent.parent / "docs"
+MERGED, PAGE = DOCS / "pictures" / "theory-trained.jsonl", DOCS / "inventing-a-theory.md"
+
+
+def gather(files: list[Path]) -> list[dict[str, Any]]:
+    """One row per (name, steps, seed), a later file's before an earlier one's; flow matching first."""
+    kept: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for line in (line for file in files for line in file.read_text().splitlines() if line.startswith("{")):
+        row = json.loads(line)
+        name = row.get("name") or named(row["theory"], row["times"])
+        kept[name, row["steps"], row["seed"]] = {
+            "name": name, "seed": row["seed"], "steps": row["steps"],
+            "angles": [round(angle * 2 / math.pi, 4) for angle in ANGLES],
+            "by_angle": [round(error, 4) for error in row["by_angle"]],
+            "shape_and_color": round(row["shape_and_color"], 4), "position": round(row["position"], 4),
+        }  # fmt: skip
+    firsts = list(dict.fromkeys(name for name, _, _ in kept))
+    firsts.sort(key=lambda name: (name != "flow matching", not name.startswith("flow")))
+    return sorted(kept.values(), key=lambda row: (firsts.index(row["name"]), row["seed"]))
+
+
+def named(theory: str, times: str) -> str:
+    """A theory and its density of times as the page calls them."""
+    plain = theory.split(":")[-1] if ".py:" in theory else theory.replace("-", " ")
+    if times == "uniform" or ".py:" in theory:
+        return plain
+    return f"{plain.removesuffix(' matching')}, {times} times"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean ± standard error over seeds; an error e of v is sin²φ·e of x_0."""
+    head = "| theory | seeds | shape and colour right, % | position right, % | error of v | error of x_0 |"
+    lines = [head, "|" + "---|" * 6]
+    for name in dict.fromkeys(row["name"] for row in rows):
+        own = [row for row in rows if row["name"] == name]
+        of_v = [statistics.mean(row["by_angle"]) for row in own]
+        of_x = [
+            statistics.mean(e * math.sin(a) ** 2 for a, e in zip(ANGLES, row["by_angle"], strict=True))
+            for row in own
+        ]
+        right = [[100 * row[key] for row in own] for key in ("shape_and_color", "position")]
+        cells = [name, str(len(own)), *(spread(one, 0) for one in right), spread(of_v, 3), spread(of_x, 3)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(found: list[float], digits: int) -> str:
+    error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+    return f"{statistics.mean(found):.{digits}f} ± {error:.{digits}f}"
+
+
+def write_page(rows: list[dict[str, Any]]) -> None:
+    MERGED.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before, rest = PAGE.read_text().split("<!-- table -->\n")
+    after = rest.split("<!-- end -->")[1]
+    PAGE.write_text(f"{before}<!-- table -->\n{table(rows)}\n<!-- end -->{after}")
+
+
 def main() -> None:
-    """Train what is missing, measure, print one JSON line a run."""
+    """Train what is missing, measure, print one JSON line a run; or gather what was printed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("theories", nargs="+", help="a name, or FILE.py:NAME; with /DENSITY for other times")
+    parser.add_argument("theories", nargs="*", help="a name, or FILE.py:NAME; with /DENSITY for other times")
+    parser.add_argument("--gather", nargs="+", type=Path, metavar="FILE", help="merge what runs have printed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--judged", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("runs/theory-trained"))
     asked = parser.parse_args()
+    if asked.gather:
+        rows = gather(asked.gather)
+        write_page(rows)
+        print(table(rows))
+        return
+    if not asked.theories:
+        parser.error("name the theories to train, or --gather what was printed")
     torch.set_num_threads(1)
     pilot = recipe_of("flow-matching", "uniform", CODEC_SEED, asked.steps, asked.out.absolute(), "auto")
     codec = codec_of(pilot)
