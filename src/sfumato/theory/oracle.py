@@ -7,6 +7,7 @@ with them the answer of a perfect network of any theory.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -36,6 +37,8 @@ class Mixture:
 
     def posterior(self, x_t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(E[x_0 | x_t], E[x_T | x_t]) for x_t [B, D], a and s [] or [B]; finite unless both are 0."""
+        if self.is_round:
+            return self._round_posterior(x_t, a.reshape(-1, 1), s.reshape(-1, 1))
         a, s = a.reshape(-1, 1, 1), s.reshape(-1, 1, 1)
         variance = a * a * self.spectra + s * s  # [B, K, D]
         turned = torch.einsum("bkd,kde->bke", x_t[:, None] - a * self.means, self.bases)
@@ -44,6 +47,21 @@ class Mixture:
         x_T = s[:, 0] * torch.einsum("bke,kde->bd", scaled, self.bases)
         spread = a[:, 0] * torch.einsum("bke,kde->bd", scaled * self.spectra, self.bases)
         return fit.softmax(-1) @ self.means + spread, x_T
+
+    @cached_property
+    def is_round(self) -> bool:
+        """Whether every covariance is a multiple of the identity: no directions to turn into."""
+        return bool((self.spectra == self.spectra[:, :1]).all())
+
+    def _round_posterior(self, x_t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        level = self.spectra[:, 0]
+        variance = a * a * level + s * s  # [B, K]
+        off = x_t[:, None] - a[..., None] * self.means
+        fit = self.weights.log() - 0.5 * (off.square().sum(-1) / variance + self.dimension * variance.log())
+        share = fit.softmax(-1)
+        scaled = share / variance
+        x_T = s * (scaled[..., None] * off).sum(1)
+        return share @ self.means + a * ((scaled * level)[..., None] * off).sum(1), x_T
 
     def denoiser(self, theory: Theory) -> Denoise:
         """A perfect network of `theory`: denoise(x_t [B, …] with D numbers a sample, t) → out like x_t."""
