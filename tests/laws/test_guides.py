@@ -8,16 +8,17 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato.data import controls, guided_shapes
+from sfumato.data import controls, guided_shapes, shapes
 from sfumato.data.sample import HELD_OUT
-from sfumato.data.scenes import SHAPES
 from sfumato.errors import Refused
 from sfumato.generation import PaintingModel, load
+from sfumato.recipe import Recipe
 from sfumato.stages import Condition, blocks, new_theory
 from sfumato.stages.codec import PixelCodec
 from sfumato.stages.dit import DiT
 from sfumato.stages.guides import GuidePlan, guide
 from sfumato.stages.text import NoConditioner
+from sfumato.workflow.forecast import plan
 
 KINDS = {"controlnet": "control", "ip-adapter": "reference", "edit": "edit_source"}
 
@@ -152,16 +153,20 @@ def test_held_out_things_are_never_trained_on():
 
 
 def test_a_reference_says_what_the_words_leave_out():
-    """Law: no caption beside a reference names shape or color; the words that do never name unseen ones."""
-    known = set(guided_shapes.COLORS) | set(SHAPES)
-    beside = guided_shapes.reference(count=40, held_out=20, size=32)
-    assert not any(known & set(sample.captions[0].split()) for sample in beside.samples)
-    alone = guided_shapes.lone(count=40, held_out=20, size=32)
-    pictures = [[sample.picture().tobytes() for sample in found.samples] for found in (alone, beside)]
-    assert pictures[0] == pictures[1]
-    said = [set(sample.captions[0].split()) for sample in alone.of("train")]
-    assert all(len(words & known) == 2 for words in said)
-    assert not any({shape, color} <= words for words in said for shape, color in guided_shapes.UNSEEN)
+    """Law: no caption beside a reference names its color; unseen shapes in colors are never trained on."""
+    beside = guided_shapes.reference(count=60, held_out=20, size=32)
+    for sample in beside.samples:
+        draw = sample.companions["reference"]
+        assert callable(draw) and not set(guided_shapes.COLORS) & set(sample.captions[0].split())
+        (target,), (other,) = shapes.read(sample.source()), shapes.read(draw())
+        assert target.color == other.color and target.shape in sample.captions[0].split()
+        pairs = guided_shapes.UNSEEN if sample.split == HELD_OUT else guided_shapes.SEEN
+        assert (target.shape, target.color) in pairs
+    said = {
+        caption for sample in guided_shapes.lone(count=60, size=32).samples for caption in sample.captions
+    }
+    assert any(set(guided_shapes.COLORS) & set(caption.split()) for caption in said)
+    assert any(not set(guided_shapes.COLORS) & set(caption.split()) for caption in said)
 
 
 RECIPE = """output = "{name}"
@@ -209,3 +214,23 @@ def test_a_guide_needs_a_base_and_its_own_keys(tmp_path):
         file.write_text(RECIPE.format(name="control", model=model, data="shapes", more=more))
         with pytest.raises(Refused, match=said):
             sfumato.train(file)
+
+
+def test_a_plan_counts_what_a_guide_costs(tmp_path):
+    """Law: memory and trained weights of the plan are those of base and guide together."""
+    chance = np.random.default_rng(0)
+    for index in range(4):
+        Image.fromarray(chance.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / f"{index}.png")
+    file = tmp_path / "base.toml"
+    small = 'text = "none"\ncodec = "pixels"\nwidth = 32\ndepth = 2\nheads = 2\npatch = 4'
+    file.write_text(RECIPE.format(name="base", model=small, data=".", more='captions = "none"'))
+    run = sfumato.train(file)
+    beside = tmp_path / "guide.toml"
+    model = f'base = "{run.path}"\ntrain = "controlnet"'
+    more = 'captions = "none"\ncontrol = "sketch"'
+    beside.write_text(RECIPE.format(name="guide", model=model, data=".", more=more))
+    base, guide_too = plan(Recipe.read(file)), plan(Recipe.read(beside))
+    learned = sfumato.train(beside).model().denoiser.learned()
+    assert guide_too["trained_parameters"] == sum(one.numel() for one in learned.values())
+    assert guide_too["parameters"] == base["parameters"] + guide_too["trained_parameters"]
+    assert guide_too["memory"]["weights"] >= base["memory"]["weights"]

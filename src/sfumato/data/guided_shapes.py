@@ -1,10 +1,10 @@
 """Shapes that are shown rather than named, and shapes that are changed: what guides beside the caption.
 
-shapes-alone: one thing in the middle, and a caption that says all of it, or all but its shape and color.
-shapes-reference: the same pictures. The reference shows such a thing elsewhere, in a size and on a ground of
-its own; the caption never says its shape and color.
+shapes-alone: one thing in the middle, and a caption that says all of it, or all but its color.
+shapes-reference: the same, never saying the color. That the reference shows: something else in that color.
 shapes-edit: the source shows a thing, and the caption is an instruction ("make it blue").
-What is held out are shapes in colors (shapes-edit: in new colors) that no training picture shows.
+What is held out of the last two are shapes in colors (shapes-edit: in new colors) that no training picture
+shows; shapes-alone, for a base that reads text, shows them all.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .sample import HELD_OUT, TRAIN, Collection, Sample
-from .scenes import BACKGROUNDS, COLORS, PAIRS, SIZES, Scene, Thing, draw
+from .scenes import BACKGROUNDS, COLORS, PAIRS, SHAPES, SIZES, Scene, Thing, draw
 
 UNSEEN = tuple(pair for index, pair in enumerate(PAIRS) if index % 5 == 2)
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
@@ -41,9 +41,10 @@ def named(scene: Scene) -> str:
     return f"{scene.things[0].words} on {scene.background}"
 
 
-def unnamed(scene: Scene) -> str:
-    """The caption that says neither shape nor color: "a small one on black"."""
-    return f"a {scene.things[0].size} one on {scene.background}"
+def uncolored(scene: Scene) -> str:
+    """The caption that does not say the color: "a small circle on black"."""
+    thing = scene.things[0]
+    return f"a {thing.size} {thing.shape} on {scene.background}"
 
 
 def _pair(split: str, chance: np.random.Generator) -> tuple[str, str]:
@@ -62,27 +63,27 @@ def _sample(
 
 
 def lone(count: int = 3000, seed: int = 0, size: int = 64, held_out: int = 128) -> Collection:
-    """Things alone, named or not; see the module."""
+    """Things alone, of every shape in every color, their color named or not; see the module."""
 
     def sample(index: int, split: str) -> Sample:
         chance = np.random.default_rng([seed, index, split == HELD_OUT, 1])
-        target = alone(_pair(split, chance), chance, RADII, free=False)
+        target = alone(PAIRS[chance.integers(len(PAIRS))], chance, RADII, free=False)
         name = f"shapes-alone/{seed}/{size}/{split}-{index:06d}"
-        return _sample(name, (named(target), unnamed(target)), split, target, size)
+        return _sample(name, (named(target), uncolored(target)), split, target, size)
 
     return _collected("shapes-alone", sample, count, held_out)
 
 
 def reference(count: int = 3000, seed: int = 0, size: int = 64, held_out: int = 128) -> Collection:
-    """Things shown by a reference; see the module."""
+    """Things in the color that a reference shows; see the module."""
 
     def sample(index: int, split: str) -> Sample:
-        chance = np.random.default_rng([seed, index, split == HELD_OUT, 1])
-        pair = _pair(split, chance)
-        target = alone(pair, chance, RADII, free=False)
+        chance = np.random.default_rng([seed, index, split == HELD_OUT, 3])
+        shape, color = _pair(split, chance)
+        target = alone((shape, color), chance, RADII, free=False)
+        other = alone((str(chance.choice(SHAPES)), color), chance, RADII)
         name = f"shapes-reference/{seed}/{size}/{split}-{index:06d}"
-        other = alone(pair, chance, RADII)
-        return _sample(name, (unnamed(target),), split, target, size, reference=other)
+        return _sample(name, (uncolored(target),), split, target, size, reference=other)
 
     return _collected("shapes-reference", sample, count, held_out)
 

@@ -1,7 +1,5 @@
 """Demo: outline → picture. The outline says where, words say what: a ControlNet beside a model of shapes."""
 
-from dataclasses import replace
-
 import numpy as np
 from PIL import Image
 
@@ -9,18 +7,15 @@ from ..data import shapes
 from ..data.settings import DataSettings
 from ..workflow.guided import picture_for
 from .drawing import draw, picture_of
-from .stages import recipe_beside, train_both, unseen
-from .text import PLANS
+from .stages import Beside, plan_of, unseen
 from .way import Seen, Task, Verdict
 
-_TEXT = PLANS["shapes"]
-_RECIPE = replace(
-    _TEXT.recipe,
-    model=replace(_TEXT.recipe.model, train="controlnet"),
-    sample=replace(_TEXT.recipe.sample, guidance=3.0),
+BESIDE = Beside(
+    plan_of("controlnet", minutes=6.0, guidance=3.0, fewest=300),
+    base_share=1.2,
+    guide_cost=1.7,
+    data={"control": "sketch", "dropout": ("control=0.05",)},
 )
-PLAN = replace(_TEXT, recipe=_RECIPE, minutes=6.0, codec=0.07, fewest=500)
-BASE_SHARE, GUIDE_COST = 1.2, 1.7
 
 
 def cover(picture: Image.Image) -> np.ndarray:
@@ -49,8 +44,4 @@ def judge(seen: Seen) -> Verdict:
     return found, {"outline_iou": f"{how}intersection over union, unseen combinations"}
 
 
-TASK = Task(
-    recipe_beside(PLAN, BASE_SHARE, GUIDE_COST, control="sketch", dropout=("control=0.05",)),
-    judge,
-    train_both(BASE_SHARE),
-)
+TASK = Task(BESIDE.recipe, judge, BESIDE.train)

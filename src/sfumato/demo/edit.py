@@ -1,6 +1,5 @@
 """Demo: "make it blue". A picture and an instruction give the picture after the edit."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from ..data import shapes
@@ -8,17 +7,10 @@ from ..recipe import Recipe
 from .budget import planned
 from .controlnet import overlap
 from .drawing import draw
-from .stages import companion, unseen
-from .text import PLANS
+from .stages import companion, plan_of, unseen
 from .way import Seen, Task, Verdict
 
-_TEXT = PLANS["shapes"]
-_RECIPE = replace(
-    _TEXT.recipe,
-    model=replace(_TEXT.recipe.model, train="edit"),
-    sample=replace(_TEXT.recipe.sample, guidance=2.0),
-)
-PLAN = replace(_TEXT, recipe=_RECIPE, minutes=5.0, codec=0.08, fewest=800)
+PLAN = plan_of("edit", minutes=5.0, guidance=2.0, fewest=800)
 
 
 def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:

@@ -1,44 +1,43 @@
-"""Demo: reference → picture. The reference says what, in shape and color; words say how large and on what."""
-
-from dataclasses import replace
+"""Demo: reference → picture. Words say which shape, how large, on what; the reference says in which color."""
 
 from ..data import shapes
 from .drawing import draw
-from .stages import companion, recipe_beside, train_both, unseen
-from .text import PLANS
+from .stages import Beside, companion, plan_of, unseen
 from .way import Seen, Task, Verdict
 
-_TEXT = PLANS["shapes"]
-_RECIPE = replace(
-    _TEXT.recipe,
-    model=replace(_TEXT.recipe.model, train="ip-adapter"),
-    sample=replace(_TEXT.recipe.sample, guidance=3.0),
+BESIDE = Beside(
+    plan_of("ip-adapter", minutes=6.0, guidance=2.0, fewest=150),
+    base_share=2.5,
+    guide_cost=1.8,
+    base_data="shapes-alone",
+    data={"reference": "reference", "dropout": ("reference=0.1",)},
 )
-PLAN = replace(_TEXT, recipe=_RECIPE, minutes=6.0, codec=0.07, fewest=500)
-BASE_SHARE, GUIDE_COST = 0.5, 1.4
 
 
 def judge(seen: Seen) -> Verdict:
-    """Whether a drawing shows the reference's thing, in a color it was never trained in, read from pixels."""
+    """Whether a drawing has the color of its reference and the shape of its words, read from the pixels.
+
+    The adapter's training showed neither that shape in that color, nor the color's name.
+    """
     samples = unseen(seen)
+    prompts = [sample.captions[0] for sample in samples]
     references = [companion(sample, "reference") for sample in samples]
-    drawn = draw(seen, [sample.captions[0] for sample in samples], "judged_held_out", reference=references)
-    told = [shapes.read(one)[:1] for one in references]
-    shown = [shapes.read(one) for one in drawn]
-    pairs = [(a[0], b) for a, b in zip(told, shown, strict=True) if a]
-    count = len(pairs)
-    color = sum(any(one.color == wanted.color for one in things[:1]) for wanted, things in pairs)
-    shape = sum(any(one.shape == wanted.shape for one in things[:1]) for wanted, things in pairs)
-    both = sum(
-        [(one.shape, one.color) for one in things] == [(wanted.shape, wanted.color)]
-        for wanted, things in pairs
-    )
-    found = {"color": color / count, "shape": shape / count, "shape_and_color": both / count}
-    return found, {"shape_and_color": "exactly the reference's thing, which training never showed so"}
+    drawn = draw(seen, prompts, "judged_held_out", reference=references)
+    color, shape, both = 0, 0, 0
+    for prompt, reference, picture in zip(prompts, references, drawn, strict=True):
+        wanted = shapes.read(reference)[0].color
+        found = [(one.shape, one.color) for one in shapes.read(picture)]
+        color += any(of == wanted for _, of in found[:1])
+        shape += any(what in prompt.split() for what, _ in found[:1])
+        both += len(found) == 1 and found[0][1] == wanted and found[0][0] in prompt.split()
+    count = len(drawn)
+    how = "shapes in colors that the adapter's training never showed: "
+    notes = {
+        "reference_color": f"{how}the color is the reference's",
+        "shape": f"{how}the shape is the words'",
+        "shape_and_color": f"{how}one thing, right in both",
+    }
+    return {"reference_color": color / count, "shape": shape / count, "shape_and_color": both / count}, notes
 
 
-TASK = Task(
-    recipe_beside(PLAN, BASE_SHARE, GUIDE_COST, reference="reference", dropout=("reference=0.1",)),
-    judge,
-    train_both(BASE_SHARE),
-)
+TASK = Task(BESIDE.recipe, judge, BESIDE.train)

@@ -1,7 +1,7 @@
-"""Demos in two stages: a base that reads text is trained first, then a guide beside it, the base frozen."""
+"""Demos of guides: a base that reads text is trained first, then a guide beside it, the base frozen."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,50 @@ from ..record import RunFolder
 from ..workflow import Run, train
 from .budget import Plan, planned
 from .drawing import JUDGED
+from .text import PLANS
 from .way import Progress, Seen
 
 
-def recipe_beside(
-    plan: Plan, base_share: float, guide_cost: float, **data: Any
-) -> Callable[[str, Path, float | None, str], Recipe]:
-    """What makes the recipe of a guide, whose base is trained in `out/base`.
+def plan_of(kind: str, minutes: float, guidance: float, fewest: int) -> Plan:
+    """A plan to teach this kind of guide on shapes, with the network and the rates of the text demo.
 
-    Args:
-        base_share: steps of the base for each of the guide; guide_cost: a guide's step, in steps of a base.
-        data: further keys of [data].
+    fewest: steps of the guide.
+    """
+    text = PLANS["shapes"]
+    model = replace(text.recipe.model, train=kind)
+    recipe = replace(text.recipe, model=model, sample=replace(text.recipe.sample, guidance=guidance))
+    return replace(text, recipe=recipe, minutes=minutes, codec=0.07, fewest=fewest)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A demo of two stages.
+
+    plan: of both; base_share: steps of the base for each of the guide; guide_cost: a guide's step, in steps
+    of the base; base_data: the set the base learns from, if another; data: further keys of [data].
     """
 
-    def recipe(name: str, out: Path, minutes: float | None, device: str) -> Recipe:
-        whole = planned(plan, name, out, minutes, device)
-        steps = max(plan.fewest, int(whole.train.steps / (base_share + guide_cost)))
+    plan: Plan
+    base_share: float
+    guide_cost: float
+    base_data: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def recipe(self, name: str, out: Path, minutes: float | None, device: str) -> Recipe:
+        """The guide's recipe; its base is trained in `out/base`."""
+        whole = planned(self.plan, name, out, minutes, device)
+        steps = max(self.plan.fewest, int(whole.train.steps / (self.base_share + self.guide_cost)))
         return replace(
             whole,
             model=replace(whole.model, base=str(out / "base")),
-            data=replace(whole.data, **data),
+            data=replace(whole.data, **self.data),
             train=replace(whole.train, steps=steps),
             sample=replace(whole.sample, every=-(-steps // 3)),
         )
 
-    return recipe
-
-
-def train_both(base_share: float) -> Callable[[Recipe, Progress | None], Run]:
-    """What trains the base, and then the guide."""
-
-    def both(recipe: Recipe, progress: Progress | None) -> Run:
-        steps = max(1, int(recipe.train.steps * base_share))
+    def train(self, recipe: Recipe, progress: Progress | None) -> Run:
+        """Train the base, and then the guide."""
+        steps = max(1, int(recipe.train.steps * self.base_share))
         base = Recipe(
             output=recipe.model.base,
             seed=recipe.seed,
@@ -52,7 +64,12 @@ def train_both(base_share: float) -> Callable[[Recipe, Progress | None], Run]:
                 recipe.model, base="scratch", train="full", control_layers=0, image_encoder="codec"
             ),
             data=replace(
-                recipe.data, control="control", reference="picture", source="edit_source", dropout=()
+                recipe.data,
+                train=self.base_data or recipe.data.train,
+                control="control",
+                reference="picture",
+                source="edit_source",
+                dropout=(),
             ),
             train=replace(recipe.train, steps=steps),
             sample=replace(recipe.sample, every=steps),
@@ -64,8 +81,6 @@ def train_both(base_share: float) -> Callable[[Recipe, Progress | None], Run]:
         ]:
             train(Recipe.read(base.output), progress=progress)
         return train(recipe, progress=progress)
-
-    return both
 
 
 def unseen(seen: Seen) -> list[Sample]:

@@ -16,7 +16,7 @@ from ..studio.page import duration
 from ..training import checkpoint, parallel
 from ..training import plan as planning
 from ..training.parallel import Division, Processes
-from . import ahead
+from . import ahead, guided
 
 FLOAT, DEVIATION = 4, 2
 PROBED_SECONDS = 3.0
@@ -27,9 +27,9 @@ BESIDE_PRODUCTS = 1.35
 def inputs_of(recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[str]], count: int) -> tuple:
     """What the denoiser is given for `count` samples of the recipe's size."""
     side = recipe.data.resolution
-    guided = model.conditioner.kind != "none"
-    texts = [(captions[i % len(captions)] or ("",))[0] if guided else "" for i in range(count)]
-    condition = model.condition(texts).to(model.device, model.dtype)
+    reads = model.conditioner.kind != "none"
+    texts = [(captions[i % len(captions)] or ("",))[0] if reads else "" for i in range(count)]
+    condition = guided.blank(model, model.condition(texts).to(model.device, model.dtype), side)
     latents = torch.zeros(
         count, *model.codec.latent_shape(side, side, recipe.data.frames or 1), device=model.device
     )

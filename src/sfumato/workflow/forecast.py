@@ -19,7 +19,7 @@ from ..stages import tokens
 from ..training import device as devices
 from ..training import fitting
 from ..training import plan as planning
-from . import prior
+from . import guided, prior
 from .agreement import agree, content_of
 from .codecs import codec_key, place
 from .costs import cost, disk_bytes, inputs_of
@@ -52,6 +52,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     frames = recipe.data.frames
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(frames))
     model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames))
+    guided.guide(model, recipe)
     found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, codec, train, gathered.bucket_of)
     network = tune(model, recipe)
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
@@ -131,6 +132,7 @@ def fitted(recipe: Recipe, size: str) -> tuple[Recipe, dict[str, Any]]:
     )
     built = gathered.base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
     model = painting(built)
+    guided.guide(model, recipe)
     network = tune(model, recipe)
     captions = [sample.captions for sample in gathered.collection.of("train")]
     on_gpu = gathered.device.type == "cuda"

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data import clips, controls
@@ -14,7 +15,7 @@ from ..data.settings import DataSettings
 from ..errors import Refused
 from ..generation import PaintingModel, to_pictures
 from ..recipe import DEFAULT, Recipe
-from ..stages import guides
+from ..stages import Condition, guides
 from ..stages.guides import GuidedDenoiser, GuidePlan
 from .preview import Group
 
@@ -55,6 +56,20 @@ def guide(model: PaintingModel, recipe: Recipe) -> None:
     known = model.denoiser.listed if isinstance(model.denoiser, GuidedDenoiser) else []
     if plan is not None and all(one.kind != plan.kind for one in known):
         guides.guide(model, [plan])
+
+
+@torch.no_grad()
+def blank(model: PaintingModel, condition: Condition, side: int) -> Condition:
+    """The condition with what the model's guides read of grey pictures of this side."""
+    if not isinstance(model.denoiser, GuidedDenoiser):
+        return condition
+    seen: dict[str, Tensor] = {}
+    for name, how in model.denoiser.encoders(model).items():
+        width, height = how.size or (side, side)
+        grey = torch.zeros(1, 3, height, width, device=model.device, dtype=model.dtype)
+        told = how.encode(grey)
+        seen[name] = told.expand(condition.size, *told.shape[1:])
+    return Condition({**condition, **seen}, size=condition.size)
 
 
 def column(settings: DataSettings, name: str) -> str:
