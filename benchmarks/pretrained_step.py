@@ -7,9 +7,9 @@ The networks are diffusers' classes at a middle size with random weights: the UN
 quarter of its width (57 M) and the transformer of Stable Diffusion 3 (42 M), on latents of 32 × 32 × 4 with
 77 tokens of 768, four samples a step. The rival is the loop of diffusers' train_text_to_image.py and
 train_dreambooth_lora_sd3.py: accelerate, torch's AdamW, clipping, gather().item() a step; cached, and as it
-ships, with SD's autoencoder (its own width) and CLIP-L asked in every step. Neither side averages. Every row is
-a process of its own: CPU seconds of a step (the median after two), and peak memory. bfloat16 (autocast) is
-measured only where asked: without AMX a processor is many times slower with it.
+ships, with SD's autoencoder (its own width) and CLIP-L asked in every step. Neither side averages. Every row
+is a process of its own: CPU seconds of a step (the median after two), and peak memory. bfloat16 (autocast)
+is measured only where asked: without AMX a processor is many times slower with it.
 """
 
 import argparse

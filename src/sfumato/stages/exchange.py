@@ -18,6 +18,7 @@ from sfumato.errors import Refused
 from . import adapters
 from .interface import Model
 from .lora_names import Names, names_of, original
+from .pickles import must_be_safetensors
 from .seal import HEADER, digest
 
 ENDS = {
@@ -80,11 +81,7 @@ def read(file: Path | str) -> tuple[dict[str, Change], dict[str, str]]:
         path = inside[0]
     if not path.is_file():
         raise Refused(f"{path} does not exist. Give the file of a LoRA (.safetensors).")
-    if path.suffix != ".safetensors":
-        raise Refused(
-            f"{path} is no .safetensors file; pickles can run anything when opened. Convert it where you "
-            "trust it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)."
-        )
+    must_be_safetensors(path)
     changes: dict[str, Change] = {}
     strange = []
     try:

@@ -21,6 +21,7 @@ from .families import pipelines
 from .family import Family
 from .interface import Codec, Conditioner, Model
 from .labels import LabelConditioner
+from .pickles import PICKLES, must_be_safetensors
 from .pretrained import (
     PretrainedCodec,
     PretrainedConditioner,
@@ -30,7 +31,6 @@ from .seeing import Pictures
 from .text import NoConditioner
 
 INDEX = "model_index.json"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 VARIANT = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?\.([^.]+?)(?:-\d+-of-\d+)?\.safetensors")
 """Names of weights that are one of several kinds, in one file or in shards (of older or newer writers)."""
 
@@ -128,10 +128,8 @@ def check_parts(folder: Path, family: Family) -> None:
             continue
         pickles = [file for file in files if file.endswith(PICKLES)]
         if pickles:
-            raise Refused(
-                f"{place} holds {pickles[0]}, a pickle, which can run anything when it is opened; only "
-                f"safetensors are read. Convert it where you trust it: load the pipeline with diffusers "
-                f"and call save_pretrained(folder, safe_serialization=True)."
+            must_be_safetensors(
+                place / pickles[0], "load the pipeline with diffusers and save_pretrained(FOLDER)"
             )
         raise Refused(f"{place} holds no weights (*.safetensors). Download the model again, whole.")
 

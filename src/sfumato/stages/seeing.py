@@ -87,6 +87,16 @@ def references(named: Mapping[str, Tensor]) -> list[Tensor]:
     return found
 
 
+def stood_beside(
+    shown: Sequence[Pictures], prepare: Callable[[Image.Image], Tensor], encode: Encode
+) -> dict[str, Tensor]:
+    """The pictures of every prompt as `reference`, `reference_2`, …, from the pixels that `prepare` makes."""
+    return {
+        reference_name(number): encoded(encode, [prepare(one) for one in pictures])
+        for number, pictures in enumerate(by_place(shown))
+    }
+
+
 def reference_name(place: int) -> str:
     """reference, reference_2, reference_3, …"""
     return "reference" if place == 0 else f"reference_{place + 1}"

@@ -29,7 +29,8 @@ from .guides.plan import fill as fill_guides
 from .guides.plan import read_plans, write_plans
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
 from .labels import LabelConditioner
-from .pipeline import INDEX, PICKLES, load_pipeline, save_pipeline
+from .pickles import PICKLES, must_be_safetensors
+from .pipeline import INDEX, load_pipeline, save_pipeline
 from .pretrained import PretrainedConditioner
 from .run_weights import chosen_weights, weights_of
 from .scratch import new_theory, own_stage
@@ -248,12 +249,7 @@ def described_by(file: Path, config: Path | str | None) -> Path:
     """
     if not file.is_file():
         raise Refused(f"{file} does not exist. Give the folder or file of a model, or the folder of a run.")
-    if file.suffix != ".safetensors":
-        raise Refused(
-            f"{file} is a pickle, which can run anything when it is opened; only safetensors are read. "
-            "Convert it where you trust it: "
-            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW)."
-        )
+    must_be_safetensors(file)
     folder = Path(config).expanduser() if config is not None else file.with_suffix("")
     if not (folder / INDEX).is_file():
         raise Refused(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.stages.family import Family
 from sfumato.stages.interface import Condition
-from sfumato.stages.seeing import Encode, Pictures, by_place, encoded, reference_name, references
+from sfumato.stages.seeing import Encode, Pictures, references, stood_beside
 
 
 class Flux2Klein(Family):
@@ -56,16 +56,19 @@ class Flux2Klein(Family):
         self, pipe: Any, shown: Mapping[str, Sequence[Pictures]], options: Mapping[str, Any], encode: Encode
     ) -> dict[str, Tensor]:
         """References of at most a megapixel, cut to whole patches."""
-        tensors = {}
-        for number, pictures in enumerate(by_place(shown["image"])):
-            pixels = []
-            for one in pictures:
-                if one.width * one.height > 1024 * 1024:
-                    one = pipe.image_processor._resize_to_target_area(one, 1024 * 1024)
-                height, width = self.cut(pipe, one)
-                pixels.append(pipe.image_processor.preprocess(one, height, width, resize_mode="crop"))
-            tensors[reference_name(number)] = encoded(encode, pixels)
-        return tensors
+
+        def prepare(one: Any) -> Tensor:
+            one = self.bounded(pipe, one)
+            height, width = self.cut(pipe, one)
+            return pipe.image_processor.preprocess(one, height, width, resize_mode="crop")
+
+        return stood_beside(shown["image"], prepare, encode)
+
+    def bounded(self, pipe: Any, picture: Any) -> Any:
+        """The picture, made smaller where it has more than a megapixel."""
+        if picture.width * picture.height <= 1024 * 1024:
+            return picture
+        return pipe.image_processor._resize_to_target_area(picture, 1024 * 1024)
 
     def cut(self, pipe: Any, picture: Any) -> tuple[int, int]:
         """(height, width) in whole patches."""
@@ -74,10 +77,7 @@ class Flux2Klein(Family):
 
     def size_beside(self, pipe: Any, pictures: Pictures) -> tuple[int, int] | None:
         """The first picture's."""
-        first = pictures[0]
-        if first.width * first.height > 1024 * 1024:
-            first = pipe.image_processor._resize_to_target_area(first, 1024 * 1024)
-        return self.cut(pipe, first)
+        return self.cut(pipe, self.bounded(pipe, pictures[0]))
 
     def info(self, pipe: Any) -> dict[str, Any]:
         """The pipeline's; distilled ones take four steps and no guidance."""

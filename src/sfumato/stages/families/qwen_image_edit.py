@@ -14,7 +14,7 @@ from torch import Tensor
 from sfumato.errors import Refused
 from sfumato.stages.families.qwen_image import QwenImage as Qwen
 from sfumato.stages.interface import Condition
-from sfumato.stages.seeing import Encode, Pictures, by_place, encoded, reference_name
+from sfumato.stages.seeing import Encode, Pictures, stood_beside
 
 
 class ReaderOfBoth:
@@ -113,16 +113,14 @@ class QwenImageEdit(Qwen):
         self, pipe: Any, shown: Mapping[str, Sequence[Pictures]], options: Mapping[str, Any], encode: Encode
     ) -> dict[str, Tensor]:
         """References in the order they are shown."""
-        tensors = {}
-        for number, pictures in enumerate(by_place(shown["image"])):
-            pixels = []
-            for one in pictures:
-                width, height = self.sides(pipe, one, "VAE_IMAGE_SIZE")
-                if not self.several(pipe):
-                    one = pipe.image_processor.resize(one, height, width)
-                pixels.append(pipe.image_processor.preprocess(one, height, width).unsqueeze(2))
-            tensors[reference_name(number)] = encoded(encode, pixels)
-        return tensors
+
+        def prepare(one: Any) -> Tensor:
+            width, height = self.sides(pipe, one, "VAE_IMAGE_SIZE")
+            if not self.several(pipe):
+                one = pipe.image_processor.resize(one, height, width)
+            return pipe.image_processor.preprocess(one, height, width).unsqueeze(2)
+
+        return stood_beside(shown["image"], prepare, encode)
 
     def size_beside(self, pipe: Any, pictures: Pictures) -> tuple[int, int] | None:
         """About a megapixel with the last picture's ratio."""
