@@ -95,12 +95,6 @@ def asked(model: Any, name: str) -> Any:
         return model.predict(x, 0.6, condition)
 
 
-@pytest.mark.parametrize("name", ["qwen-image-edit", "wan-2.1-i2v"])
-def test_a_family_that_starts_from_a_picture_is_refused_in_a_sentence(name, tmp_path):
-    with pytest.raises(Refused, match="always starts from a picture"):
-        sfumato.train(write_recipe(name, tmp_path, 'train = "lora"', "rank = 4"))
-
-
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in SHOWN])
 def test_a_family_learns_through_an_adapter_and_whole(name, tmp_path):
     """Law: a recipe trains every family; the adapter alone is kept, and at scale 0 the base is unchanged."""

@@ -74,6 +74,7 @@ def fill(
     patience: float = 600.0,
     companions: Mapping[str, Companion] | None = None,
     owner: Owner | None = None,
+    seen: Callable[[Sample], str] | None = None,
 ) -> EncodedSet:
     """Encode what the store lacks of these samples, verify what it has, and return them ready to be read.
 
@@ -87,6 +88,8 @@ def fill(
             shard, waits for the others (while shards come, and `patience` seconds more) and takes over from
             those that died.
         companions: which further pictures of the samples ("control", "mask", …) to encode too, and how.
+        seen: the content of the picture that a sample's words are read beside, where they are; captions are
+            then asked as `work.asked` writes them.
         owner: the run that all this is for; while its folder exists, the entries are not collected.
     Returns:
         The set, its `set_aside` naming every sample that could not be used, its `notes` what was repaired.
@@ -94,7 +97,7 @@ def fill(
         Refused: no sample is left. Failed: the disk is full (what was stored stays valid).
     """
     run = _Run(store, how, progress or (lambda done, total, phase: None), part)
-    work = lay_out(samples, bucket_of, how, companions or {}, encode_captions is not None, run.progress)
+    work = lay_out(samples, bucket_of, how, companions or {}, encode_captions is not None, run.progress, seen)
     run.set_aside, pictures, texts = work.set_aside, work.pictures, work.texts
     encoders = {"": encode_pixels, **{name: one.encode for name, one in (companions or {}).items()}}
     owners = {one: task.sample.name for task in pictures for one in task.keys}
@@ -252,13 +255,15 @@ def _gather(
             where = SetAside(*reasons[0])
             run.set_aside.append(SetAside(task.sample.name, of_companion(task, where)))
             continue
-        captions = tuple((caption, texts.get(caption, "")) for caption in task.sample.captions)
+        captions = tuple((caption, work.text(task.sample, caption)) for caption in task.sample.captions)
         with_them = {name: _places(other, places) for name, other in own.items()}
-        items.append(Item(task.sample, _places(task, places), captions, task.size, task.bucket, with_them))
+        null = work.text(task.sample, "") if work.seen else ""
+        places_of = _places(task, places)
+        items.append(Item(task.sample, places_of, captions, task.size, task.bucket, with_them, null))
     if not items:
         reasons = "; ".join(sorted({one.reason for one in run.set_aside})[:3]) or "there were none"
         raise Refused(f"No picture is left to train on: {reasons}. Look at them with: sfumato data DIR")
-    null = formats.restore(run.store.get("text", texts[""])) if texts else {}
+    null = formats.restore(run.store.get("text", texts[""])) if "" in texts else {}
     labels = not texts and any(task.sample.label is not None for task in work.tasks)
     for what, found in run.errors.items():
         rms = sum(one**2 for one in found) / len(found)

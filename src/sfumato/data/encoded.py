@@ -19,7 +19,7 @@ from sfumato.theory import noise
 
 from . import reading
 from .index import Place
-from .sample import Sample, SetAside
+from .sample import TRAIN, Sample, SetAside
 from .store import Store
 
 T = TypeVar("T")
@@ -67,6 +67,7 @@ class Item:
     size: tuple[int, int] = (0, 0)  # of the picture itself; (0, 0) where nobody looked
     bucket: tuple[int, ...] = ()  # (width, height) in pixels
     companions: dict[str, tuple[Place, ...]] = field(default_factory=dict)  # one place for each variant
+    null: str = ""  # key of the empty caption, where words are read beside the sample's picture
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,6 +105,8 @@ class EncodedSet:
     notes: list[str] = field(default_factory=list)
     labels: bool = False
     samples_posterior: bool = True
+    caption_dropout: float = 0.0
+    """Share shown without their caption, where words are read beside a picture and the empty one too."""
     framed: bool = False
     written: dict[str, Place] = field(default_factory=dict, repr=False)
 
@@ -144,7 +147,11 @@ class EncodedSet:
         items = [self.items[i] for i in indices]
         ids = [self.ids[i] for i in indices]
         captions = _choose([item.captions for item in items], ids, seed, epoch, "caption")
-        conditions = [self.condition(chosen[1]) if chosen and chosen[1] else {} for chosen in captions]
+        keys = [
+            item.null if self._drops(item, sample, seed, epoch) else chosen[1] if chosen else ""
+            for item, sample, chosen in zip(items, ids, captions, strict=True)
+        ]
+        conditions = [self.condition(key) if key else {} for key in keys]
         labels = torch.from_numpy(np.array([self.classes[i] for i in indices], np.int64))
         if self.labels:
             conditions = [{**own, "labels": label} for own, label in zip(conditions, labels, strict=True)]
@@ -166,6 +173,13 @@ class EncodedSet:
             ]
         words = [chosen[0] if chosen else "" for chosen in captions]
         return Batch(ids, latents, conditions, words, framings, labels, companions)
+
+    def _drops(self, item: Item, sample: int, seed: int, epoch: int) -> bool:
+        """Whether an epoch shows the sample without its caption, where that is decided here."""
+        if not item.null or not self.caption_dropout or item.sample.split != TRAIN:
+            return False
+        drawn = xxhash.xxh3_64_intdigest(f"{seed} {sample} {epoch} dropped".encode())
+        return drawn < self.caption_dropout * 2**64
 
     def shown(self, indices: Sequence[int], seed: int, epoch: int) -> dict[str, list[Place]]:
         """Where the views lie that these samples show: of their pictures (""), and of each companion."""

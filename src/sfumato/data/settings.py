@@ -79,7 +79,11 @@ class DataSettings:
         "controlnet only: sketch, canny or soft-edge of the picture itself, or a column of control pictures",
     )
     reference: str = key("picture", "ip-adapter only: the column of references; picture: the picture itself")
-    source: str = key("edit_source", "edit only: the column of the pictures before the edit")
+    source: str = key(
+        "",
+        "the column of the pictures to begin with, for edit and bases that are shown one; empty: "
+        "edit_source, where there has to be one",
+    )
     held_out: float = key(0.05, "share of captions kept out of training to measure it", least=0, most=0.9)
     latents: str = key(
         "mode",

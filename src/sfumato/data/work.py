@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
 
@@ -24,13 +24,18 @@ class Work:
     """What is to be in the store, and the samples that cannot be used.
 
     tasks are of the samples, beside those of their companions by (sample's name, which), texts the captions
-    with their keys.
+    with their keys. seen: where words are read beside a picture, its content by the sample's name.
     """
 
     tasks: list[Task]
     beside: dict[tuple[str, str], Task]
     texts: dict[str, str]
     set_aside: list[SetAside]
+    seen: dict[str, str] = field(default_factory=dict)
+
+    def text(self, sample: Sample, caption: str) -> str:
+        """The key of a sample's caption; "" without texts."""
+        return self.texts.get(asked(caption, self.seen.get(sample.name, "")), "")
 
     @property
     def pictures(self) -> list[Task]:
@@ -50,8 +55,13 @@ def lay_out(
     companions: Mapping[str, Companion],
     with_texts: bool,
     progress: Progress,
+    seen: Callable[[Sample], str] | None = None,
 ) -> Work:
-    """Look at every sample and say what is to be encoded; nothing is decoded or written."""
+    """Look at every sample and say what is to be encoded; nothing is decoded or written.
+
+    Args:
+        seen: the content of the picture that a sample's words are read beside, where they are.
+    """
 
     def look(sample: Sample) -> Task | SetAside:
         return views.plan(sample, bucket_of, how)
@@ -66,9 +76,23 @@ def lay_out(
                 tasks.append(found)
             progress(done + 1, len(samples), "reading")
     whole, beside = _companions(tasks, companions, how, set_aside)
-    captions = {caption for task in whole for caption in task.sample.captions} | {""}
+    contents = {task.sample.name: seen(task.sample) for task in whole} if seen and with_texts else {}
+    captions = {
+        asked(caption, contents.get(task.sample.name, ""))
+        for task in whole
+        for caption in (*task.sample.captions, "")
+    }
+    captions |= set() if contents or seen else {""}
     texts = {caption: _text_key(how, caption) for caption in captions} if with_texts else {}
-    return Work(whole, beside, texts, set_aside)
+    return Work(whole, beside, texts, set_aside, contents)
+
+
+SEEN = "\0"
+
+
+def asked(caption: str, content: str) -> str:
+    """What a text encoder is asked: a caption, and the content of the picture beside it, if there is one."""
+    return f"{caption}{SEEN}{content}" if content else caption
 
 
 def _companions(

@@ -19,7 +19,7 @@ from sfumato.theory import Theory
 from . import schedules
 from .interface import Condition
 from .normalising import statistics
-from .seeing import Encode, Pictures
+from .seeing import Encode, Lesson, Pictures
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -111,6 +111,19 @@ class Family:
     ) -> dict[str, Tensor]:
         """Named tensors of the pictures that are shown: `shown[argument][i]` are those of prompt i."""
         return {}
+
+    def lessons(self, pipe: Any, encode: Encode) -> dict[str, Lesson]:
+        """What training shows this network beside words, by the condition's names; `see` gives the same."""
+        return {}
+
+    as_trained: ClassVar[Mapping[str, Any]] = {}
+    """Options of `see` with which a picture is seen as training shows it."""
+    reads_pictures: ClassVar[bool] = False
+    """Whether words are read beside the picture that is shown."""
+
+    def asked(self, error: Tensor, condition: Condition) -> Tensor:
+        """The part of the error [B, C, …] that training asks for; what is given is not."""
+        return error
 
     def must_show(self, pipe: Any) -> tuple[str, ...]:
         """The arguments without whose pictures the network cannot be asked."""

@@ -163,6 +163,10 @@ class Denoiser(Stage):
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x [B, C, ...] scaled by the theory's input_scale, clock [B] → out [B, C, ...]."""
 
+    def asked(self, error: Tensor, condition: Condition) -> Tensor:
+        """The part of the error [B, C, …] that training asks for; what the network is given is not."""
+        return error
+
     perturbs = False
     """Whether a condition's `perturbed` [B] (bool) disturbs the attention of these samples."""
     leans_its_own_way = False

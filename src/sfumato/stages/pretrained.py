@@ -14,7 +14,7 @@ from sfumato.errors import Refused, nearest
 
 from .family import Family, called_with
 from .interface import Codec, Condition, Conditioner, Denoiser
-from .seeing import SHOWN, Encode, pictures_of
+from .seeing import SHOWN, Encode, Lesson, pictures_of
 
 INTERNAL = {
     "self", "prompt", "negative_prompt", "negative_prompt_2", "negative_prompt_3", "device", "dtype",
@@ -140,6 +140,10 @@ class PretrainedConditioner(Conditioner):
             if name.startswith(("text_encoder", "image_encoder")) and isinstance(part, nn.Module):
                 self.add_module(name, part)
 
+    def lessons(self) -> dict[str, Lesson]:
+        """What training shows the network beside words."""
+        return self.family.lessons(self.pipe, self.encode)
+
     def config(self) -> dict[str, Any]:
         """The pipeline whose reading this is, and its vocabularies."""
         words = {
@@ -172,6 +176,14 @@ class PretrainedConditioner(Conditioner):
         Options are named as the pipeline names them; `image` holds one picture for each prompt, or a list.
         """
         return self.both(self.family.read, prompt, options)
+
+    def words(self, prompt: Sequence[str]) -> Condition:
+        """What is read of prompts alone, where a picture is shown beside them and not to their reader."""
+        settings = self.settings({})
+        for name in self.family.seeing:
+            settings.pop(name, None)
+        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
+            return Condition(self.family.read(self.pipe, list(prompt), settings))
 
     def away(self, prompt: Sequence[str | None], **options: Any) -> Condition:
         """The condition to lean away from, encoded as the pipeline encodes a negative prompt."""
@@ -245,6 +257,10 @@ class PretrainedDenoiser(Denoiser):
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """The network's raw answer, in the latents' layout."""
         return self.family.predict(self.network, x, clock, condition)
+
+    def asked(self, error: Tensor, condition: Condition) -> Tensor:
+        """Without what the network is given."""
+        return self.family.asked(error, condition)
 
     def told(self, condition: Condition, guidance: float) -> Condition:
         """The condition, with the guidance where this network hears it."""

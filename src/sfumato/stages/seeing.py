@@ -1,6 +1,7 @@
 """Pictures that a model is shown: what a user hands over, as lists of RGB pictures, one for each prompt."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ Encode = Callable[[Tensor], Tensor]
 """Pixels in [-1, 1] → normalised latents."""
 SHOWN = ("image", "last_image")
 """Arguments that show pictures, by the pipelines' names."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """How training shows a model a picture, as a tensor of the condition.
+
+    own: it is made from the sample's own picture or clip, else from the one it begins with (the source).
+    encode: pixels [B, 3, (F,) H, W] in [-1, 1] → [B, …]. version: changes whenever its answers would.
+    """
+
+    own: bool
+    encode: Encode
+    version: str
 
 
 def picture(one: Any) -> Image.Image:

@@ -144,6 +144,8 @@ class DiffusionObjective:
         Refused: unknown density or weighting.
     """
 
+    read_text: ReadText | None = None
+
     def __init__(
         self,
         model: Model,
@@ -239,7 +241,8 @@ class DiffusionObjective:
             return self.measure_frames(x_0, drawn, drawn.known, condition)
         answer = self.model.predict(drawn.of(theory.mix, x_0), drawn.t, condition)
         target = drawn.of(theory.target, x_0)
-        error = self.error(answer.float(), target).flatten(1).mean(1)
+        asked = getattr(self.model.denoiser, "asked", lambda error, condition: error)
+        error = asked(self.error(answer.float(), target), condition).flatten(1).mean(1)
         return error * self.weighting(theory, drawn.t).to(error.dtype)
 
     def measure_frames(self, x_0: Tensor, drawn: Drawn, known: Tensor, condition: Condition) -> Tensor:

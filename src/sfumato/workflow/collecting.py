@@ -13,7 +13,7 @@ from ..data.collecting import DAY, collect
 from ..data.store import KINDS, Store
 from ..data.work import lay_out
 from ..recipe import Recipe
-from . import ahead, companions
+from . import ahead, companions, showing
 from .checks import sizes
 from .codecs import codec_key, place
 from .course import gather, model_of
@@ -72,7 +72,10 @@ def _add_needs(recipe: Recipe, needed: dict[str, set[str]], encoders: set[str]) 
     for stage in [*(one for _, one in curriculum(recipe)), recipe]:
         how, samples = encoding_of(stage, model), gathered.collection.samples
         shapes = sizes(stage, samples, codec, gathered.base)
-        work = lay_out(samples, shapes, how, beside, is_guided(model), lambda done, total, phase: None)
+        work = lay_out(
+            samples, shapes, how, beside, is_guided(model), lambda *_: None,
+            showing.seen(model, recipe.data),
+        )  # fmt: skip
         for kind, keys in work.keys(how).items():
             needed[kind] |= set(keys)
         encoders |= {how.pixels, how.texts}

@@ -17,7 +17,7 @@ from ..errors import Refused, nearest
 from ..stages import Model, inpainting
 from ..stages.guides import GuidedDenoiser
 from ..stages.image import Encoder
-from . import guided
+from . import guided, showing
 
 
 def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
@@ -31,6 +31,7 @@ def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
         }
     if inpainting.repaints(model.denoiser):
         own |= _repainting(model)
+    own |= showing.companions(model, settings)
     names = dict.fromkeys([*own, *settings.companions])
     return {name: own.get(name) or _usual(model, name) for name in names}
 

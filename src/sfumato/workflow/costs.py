@@ -16,7 +16,7 @@ from ..studio.page import duration
 from ..training import checkpoint, parallel
 from ..training import plan as planning
 from ..training.parallel import Division, Processes
-from . import ahead, guided
+from . import ahead, guided, showing
 
 FLOAT, DEVIATION = 4, 2
 PROBED_SECONDS = 3.0
@@ -29,7 +29,8 @@ def inputs_of(recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[
     side = recipe.data.resolution
     reads = model.conditioner.kind != "none"
     texts = [(captions[i % len(captions)] or ("",))[0] if reads else "" for i in range(count)]
-    condition = guided.blank(model, model.condition(texts).to(model.device, model.dtype), side)
+    told = showing.example(model, recipe.data, texts).to(model.device, model.dtype)
+    condition = guided.blank(model, told, side)
     latents = torch.zeros(
         count, *model.codec.latent_shape(side, side, recipe.data.frames or 1), device=model.device
     )

@@ -23,14 +23,14 @@ from ..training import parallel
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
-from . import ahead, companions, costs, guided, prior
+from . import ahead, companions, costs, guided, prior, showing
 from .agreement import agree, content_of
 from .checks import check_known, check_leaning, sizes, theory_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided, reader_of
 from .material import Bucket, class_names, material_of
 from .preview import Preview, groups
-from .tuning import base_of, check_latents, check_said, check_words, rated, remember, tune
+from .tuning import base_of, check_latents, check_said, rated, remember, tune
 
 RecipeLike = Recipe | str | Path
 Say = Callable[[str], None]
@@ -170,7 +170,8 @@ def _train(
     network, settings = tune(model, recipe), rated(recipe)
     train, order = course_of(recipe, prepared.train, prepared.earlier)
     ahead.look_ahead(train, order, recipe)
-    dropout = recipe.data.caption_dropout if is_guided(model) else 0.0
+    beside = showing.is_read_beside(model.conditioner)  # then the samples say which captions are left out
+    dropout = recipe.data.caption_dropout if is_guided(model) and not beside else 0.0
     seen = companions.encoders(model, recipe.data)
     objective = DiffusionObjective(
         model, train, order, settings, recipe.seed, dropout,
@@ -256,7 +257,7 @@ def gather(recipe: Recipe) -> Gathered:
     collection = material_of(recipe)
     classes = class_names(collection) if recipe.model.text == "labels" else ()
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model, classes)
-    check_words(recipe, conditioner)
+    showing.check(recipe, conditioner)
     check_leaning(recipe, codec, conditioner, base)
     check_said(recipe.model.tokens, (text for one in collection.samples for text in one.captions))
     for _, smaller in earlier:

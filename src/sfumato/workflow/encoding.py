@@ -19,7 +19,7 @@ from ..generation import PaintingModel
 from ..recipe import Recipe
 from ..training import parallel
 from ..training.loop import to_stderr
-from . import ahead, companions, tuning
+from . import ahead, companions, showing, tuning
 from .codecs import Progress
 from .material import Bucket
 
@@ -91,7 +91,10 @@ def encoded_samples(
     guided = is_guided(model) and not tuning.text_plan_of(recipe)  # what learns is asked in every step
     how, data = encoding_of(recipe, model), recipe.data
     store = Store(recipe.data.store)
-    processes, texts = parallel.current(), reader_of(model) if guided else None
+    processes, texts = parallel.current(), None
+    if guided:
+        beside_it = showing.is_read_beside(model.conditioner)
+        texts = showing.reader_beside(model, data, samples) if beside_it else reader_of(model)
     part = part or (processes.rank, processes.count)
     beside = companions.encoders(model, recipe.data)
     pixels = posterior_of(model)
@@ -99,7 +102,7 @@ def encoded_samples(
     def filled(how: Encoding) -> EncodedSet:
         return fill(
             store, samples, bucket_of, pixels, texts, how, progress, part, companions=beside,
-            owner=Owner(recipe.output, stage),
+            owner=Owner(recipe.output, stage), seen=showing.seen(model, data),
         )  # fmt: skip
 
     found = filled(how)
@@ -108,6 +111,7 @@ def encoded_samples(
     if isinstance(found, StreamedSet):
         found.say = say
     found.labels = found.labels and not tuning.text_plan_of(recipe)
+    found.caption_dropout = data.caption_dropout
     family = getattr(model.denoiser, "family", None)
     found.samples_posterior, found.framed = data.latents == "sample", getattr(family, "hears_framing", False)
     return found
@@ -132,9 +136,11 @@ def encoding_of(recipe: Recipe, model: PaintingModel) -> Encoding:
 def reader_of(model: PaintingModel) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:
     """Captions → the rows of their conditions; the empty one is what guidance leans away from."""
 
+    ask: Any = model.conditioner.words if showing.is_shown_frames(model.conditioner) else model.conditioner
+
     def read(texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         said = list(dict.fromkeys(text for text in texts if text or model.origin is None))
-        rows = dict(zip(said, model.conditioner(said).rows(), strict=True)) if said else {}
+        rows = dict(zip(said, ask(said).rows(), strict=True)) if said else {}
         if model.origin is not None and "" in texts:
             rows[""] = model.conditioner.null(1).row(0)
         return [rows[text] for text in texts]

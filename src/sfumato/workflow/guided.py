@@ -17,6 +17,7 @@ from ..generation import PaintingModel, to_pictures
 from ..recipe import DEFAULT, Recipe
 from ..stages import Condition, guides
 from ..stages.guides import GuidedDenoiser, GuidePlan
+from . import showing
 from .preview import Group
 
 ITSELF = "picture"
@@ -32,7 +33,7 @@ def check(recipe: Recipe) -> None:
         )
     for name, wanted in (
         ("model.control_layers", "controlnet"), ("data.control", "controlnet"),
-        ("model.image_encoder", "ip-adapter"), ("data.reference", "ip-adapter"), ("data.source", "edit"),
+        ("model.image_encoder", "ip-adapter"), ("data.reference", "ip-adapter"),
     ):  # fmt: skip
         if recipe.origin(name) != DEFAULT and kind != wanted:
             raise Refused(
@@ -76,7 +77,7 @@ def column(settings: DataSettings, name: str) -> str:
     """Which picture of a sample a guide's tensor is made from: a column, or ITSELF."""
     if name.startswith("control"):
         return ITSELF if settings.control in controls.KINDS else settings.control
-    return {"reference": settings.reference, "edit_source": settings.source}.get(name, name)
+    return {"reference": settings.reference, "edit_source": settings.source or "edit_source"}.get(name, name)
 
 
 def columns(settings: DataSettings) -> tuple[str, ...]:
@@ -88,7 +89,7 @@ def columns(settings: DataSettings) -> tuple[str, ...]:
 def with_pictures(groups: Sequence[Group], model: PaintingModel, recipe: Recipe, data: Any) -> list[Group]:
     """The groups with the pictures that guide their drawings: of the sample with that caption, else the first
     samples'."""
-    if not isinstance(model.denoiser, GuidedDenoiser):
+    if not isinstance(model.denoiser, GuidedDenoiser) and not showing.lessons(model.conditioner, recipe.data):
         return list(groups)
     items = [item.sample for encoded in (data.train, data.held_out) for item in encoded.items]
     known = {sample.captions[0] if sample.captions else "": sample for sample in reversed(items)}
@@ -108,7 +109,7 @@ def with_pictures(groups: Sequence[Group], model: PaintingModel, recipe: Recipe,
 def shown(model: PaintingModel, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, Any]:
     """The samples' pictures that guide, as arguments of `generate`; {} for a model without guides."""
     if not isinstance(model.denoiser, GuidedDenoiser):
-        return {}
+        return showing.pictures(model, settings, samples)
     word = {"edit_source": "image"}
     return {
         word.get(one.name, one.name): [picture_for(settings, one.name, sample) for sample in samples]

@@ -39,6 +39,7 @@ def in_sizes(
 
         width, height = size or (None, None)
         given: dict[str, Any] = {"seed": [seeds[index] for index in mine], "width": width, "height": height}
+        given |= {name: [some[index] for index in mine] for name, some in (guides or {}).items()}
         pictures = model.generate([prompts[index] for index in mine], watch=told, **given, **options)
         drawn |= dict(zip(mine, pictures, strict=True))
     return [drawn[index] for index in range(len(prompts))]

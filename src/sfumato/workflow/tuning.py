@@ -149,6 +149,9 @@ def _asked(recipe: Recipe, base: PaintingModel) -> dict[str, Any]:
         asked["presets"] = [preset] if isinstance(preset, str) else list(preset)
     if recipe.model.text_options:
         asked["text_options"] = text_options(recipe.model.text_options, base)
+    family = getattr(base.conditioner, "family", None)
+    if recipe.data.source and family is not None and family.as_trained:
+        asked["text_options"] = {**family.as_trained, **asked.get("text_options", {})}
     return asked
 
 
@@ -303,13 +306,4 @@ def check_latents(recipe: Recipe, codec: Codec, base: PaintingModel | None, widt
         raise Refused(
             f"data.resolution: {recipe.model.base} needs sides in multiples of {step}, not {width}×{height}. "
             f"Choose {fit[0]}×{fit[1]}."
-        )
-
-
-def check_words(recipe: Recipe, conditioner: stages.Conditioner) -> None:
-    """Raises Refused for a base that cannot be asked by words alone, which is all that training shows it."""
-    if shown := getattr(conditioner, "shows", ()):
-        raise Refused(
-            f"{recipe.model.base} always starts from a picture ({' and '.join(shown)}), but training shows "
-            "it words alone. Train its relative that draws from words, or draw with this: sfumato generate."
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.stages.family import Family
 from sfumato.stages.interface import Condition
-from sfumato.stages.seeing import Encode, Pictures, references, stood_beside
+from sfumato.stages.seeing import Encode, Lesson, Pictures, references, stood_beside
 
 
 class Flux2Klein(Family):
@@ -51,6 +51,10 @@ class Flux2Klein(Family):
             img_ids=torch.cat(pictures).expand(len(x), -1, -1),
         ).sample
         return out[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
+
+    def lessons(self, pipe: Any, encode: Encode) -> dict[str, Lesson]:
+        """One picture to begin with, as large as what is learned."""
+        return {"reference": Lesson(False, encode, "1")}
 
     def see(
         self, pipe: Any, shown: Mapping[str, Sequence[Pictures]], options: Mapping[str, Any], encode: Encode

@@ -4,13 +4,13 @@ Source: Labs et al. 2025, arXiv:2506.15742.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.stages.families.flux import Flux as Flux1
-from sfumato.stages.seeing import Encode, Pictures, encoded
+from sfumato.stages.seeing import Encode, Lesson, Pictures, encoded
 
 
 class FluxKontext(Flux1):
@@ -22,6 +22,11 @@ class FluxKontext(Flux1):
     pipelines = ("FluxKontextPipeline",)
     sees = ("image",)
     seeing = ("_auto_resize",)
+    as_trained: ClassVar[Mapping[str, Any]] = {"_auto_resize": False}
+
+    def lessons(self, pipe: Any, encode: Encode) -> dict[str, Lesson]:
+        """The picture to begin with, as large as what is learned."""
+        return {"reference": Lesson(False, encode, "1")}
 
     def see(
         self, pipe: Any, shown: Mapping[str, Sequence[Pictures]], options: Mapping[str, Any], encode: Encode

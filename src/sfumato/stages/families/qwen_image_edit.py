@@ -14,7 +14,7 @@ from torch import Tensor
 from sfumato.errors import Refused
 from sfumato.stages.families.qwen_image import QwenImage as Qwen
 from sfumato.stages.interface import Condition
-from sfumato.stages.seeing import Encode, Pictures, stood_beside
+from sfumato.stages.seeing import Encode, Lesson, Pictures, stood_beside
 
 
 class ReaderOfBoth:
@@ -86,6 +86,12 @@ class QwenImageEdit(Qwen):
             read = super().read(pipe, [prompt], {**options, "image": given})
             rows.append({"tokens": read["tokens"][0][read["mask"][0]]})
         return dict(Condition.stack(rows))
+
+    reads_pictures = True
+
+    def lessons(self, pipe: Any, encode: Encode) -> dict[str, Lesson]:
+        """The picture to begin with, as large as what is learned."""
+        return {"reference": Lesson(False, encode, "1")}
 
     def several(self, pipe: Any) -> bool:
         """Whether this pipeline is shown several pictures."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.stages.families.wan import Wan as WanFromText
-from sfumato.stages.seeing import Encode, Pictures, encoded
+from sfumato.stages.interface import Condition
+from sfumato.stages.seeing import Encode, Lesson, Pictures, encoded, picture
 
 
 class WanFromPicture(WanFromText):
@@ -58,23 +59,54 @@ class WanFromPicture(WanFromText):
         latents = encoded(
             encode, [torch.cat([one, empty, *last[i : i + 1]], 2) for i, one in enumerate(first)]
         )
-        counts = latents.new_zeros(len(latents), frames, *latents.shape[-2:])
-        counts[:, 0] = 1
-        if last:
-            counts[:, -1] = 1
-        counts = torch.cat([counts[:, :1].expand(-1, stride, -1, -1), counts[:, 1:]], 1)
-        mask = counts.unflatten(1, (-1, stride)).transpose(1, 2)
-        tensors = {"known": torch.cat([mask, latents], 1)}
+        tensors = {"known": marked(latents, frames, stride, bool(last))}
         network = pipe.transformer
         if network is not None and network.config.image_dim is not None:
             several = [list(some) for some in zip(*pictures.values(), strict=True)]
             tensors["vision"] = torch.stack([pipe.encode_image(some, pipe.device) for some in several])
         return tensors
 
+    def lessons(self, pipe: Any, encode: Encode) -> dict[str, Lesson]:
+        """A clip's own first frame, and where the network was trained between two, its last one."""
+        if pipe.config.expand_timesteps:
+            return {"first": Lesson(True, lambda clip: encode(clip[:, :, :1]), "1")}
+        between, stride = "last_image" in self.must_show(pipe), pipe.vae_scale_factor_temporal
+
+        def known(clip: Tensor) -> Tensor:
+            held = torch.zeros_like(clip)
+            held[:, :, 0] = clip[:, :, 0]
+            if between:
+                held[:, :, -1] = clip[:, :, -1]
+            return marked(encode(held), clip.shape[2], stride, between)
+
+        def seen(clip: Tensor) -> Tensor:
+            ends = [0, -1] if between else [0]
+            several = [[picture(one[:, place]) for place in ends] for one in clip]
+            return torch.stack([pipe.encode_image(some, pipe.device) for some in several])
+
+        lessons = {"known": Lesson(True, known, f"1, {between}")}
+        if pipe.transformer is not None and pipe.transformer.config.image_dim is not None:
+            lessons["vision"] = Lesson(True, seen, f"1, {between}")
+        return lessons
+
+    def asked(self, error: Tensor, condition: Condition) -> Tensor:
+        """5B is given its first frame."""
+        return error[:, :, 1:] if "first" in condition else error
+
     def still(self, pipe: Any, pictures: Pictures, options: Mapping[str, Any]) -> list[Tensor]:
         """Pixels [1, 3, 1, H, W] of each picture."""
         size = {"height": int(options["height"]), "width": int(options["width"])}
         return [pipe.video_processor.preprocess(one, **size).unsqueeze(2) for one in pictures]
+
+
+def marked(latents: Tensor, frames: int, stride: int, between: bool) -> Tensor:
+    """Latents of known frames behind the mask that says which they are: [B, stride + C, F, H, W]."""
+    counts = latents.new_zeros(len(latents), frames, *latents.shape[-2:])
+    counts[:, 0] = 1
+    if between:
+        counts[:, -1] = 1
+    counts = torch.cat([counts[:, :1].expand(-1, stride, -1, -1), counts[:, 1:]], 1)
+    return torch.cat([counts.unflatten(1, (-1, stride)).transpose(1, 2), latents], 1)
 
 
 def only(pictures: Pictures, name: str) -> Any:

@@ -1,0 +1,181 @@
+"""Bases that are shown pictures: what training shows them, and how their words are read beside it.
+
+A picture to begin with comes from the data's column `data.source`; frames to go on from are the clip's own.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..data import clips
+from ..data.media import fit, read_picture, to_pixels
+from ..data.sample import Sample
+from ..data.settings import DataSettings
+from ..data.views import Companion
+from ..data.work import SEEN
+from ..errors import Refused
+from ..generation import PaintingModel
+from ..recipe import Recipe
+from ..stages import Condition, Conditioner
+from ..stages.pretrained import PretrainedConditioner
+from ..stages.seeing import Lesson, picture
+
+SOURCE = "edit_source"
+Rows = list[dict[str, torch.Tensor]]
+
+
+def lessons(conditioner: Conditioner, settings: DataSettings) -> dict[str, Lesson]:
+    """What training shows beside words; a base that can do without a source, only if the recipe names one."""
+    if not isinstance(conditioner, PretrainedConditioner):
+        return {}
+    found = conditioner.lessons()
+    asked = bool(conditioner.shows) or bool(settings.source)
+    return {name: one for name, one in found.items() if one.own or asked}
+
+
+def companions(model: Any, settings: DataSettings) -> dict[str, Companion]:
+    """The same as companions of the samples."""
+    found = lessons(model.conditioner, settings)
+    if not found:
+        return {}
+    by = f"{model.codec.fingerprint()} {model.conditioner.fingerprint() if 'vision' in found else ''}"
+    column = settings.source or SOURCE
+    return {
+        name: Companion(on(model, one), f"{name} {one.version} {by}", of="picture" if one.own else column)
+        for name, one in found.items()
+    }
+
+
+def on(model: Any, lesson: Lesson) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A lesson's encoding on the model's device."""
+    return lambda pixels: lesson.encode(pixels.to(model.device, model.dtype))
+
+
+def check(recipe: Recipe, conditioner: Conditioner) -> None:
+    """Raises Refused where the data cannot be shown as the base wants, or a source would not be shown."""
+    data = recipe.data
+    found = lessons(conditioner, data)
+    if data.source and recipe.model.train != "edit" and not any(not one.own for one in found.values()):
+        raise Refused(
+            f'data.source belongs to model.train = "edit" and to bases that are shown a picture; '
+            f"{recipe.model.base} draws from words. Leave data.source out."
+        )
+    if any(one.own for one in found.values()) and data.frames < 2:
+        raise Refused(
+            f"{recipe.model.base} goes on from frames of a clip, but data.frames is {data.frames}: name a "
+            "folder of clips and set data.frames."
+        )
+    if is_read_beside(conditioner) and data.flip:
+        raise Refused("data.flip: this base reads its words beside the picture as it is. Leave it out.")
+
+
+# ---------------------------------------------------------------- words read beside a picture
+
+
+def is_read_beside(conditioner: Conditioner) -> bool:
+    """Whether words are read beside the picture that is shown."""
+    return isinstance(conditioner, PretrainedConditioner) and conditioner.family.reads_pictures
+
+
+def is_shown_frames(conditioner: Conditioner) -> bool:
+    """Whether there has to be a picture, which the words' reader does not see."""
+    if not isinstance(conditioner, PretrainedConditioner):
+        return False
+    return bool(conditioner.shows) and not conditioner.family.reads_pictures
+
+
+def source_of(settings: DataSettings, sample: Sample) -> Any:
+    """The picture a sample begins with: a path, or what draws or reads it gives."""
+    found = sample.companions[settings.source or SOURCE]
+    return found() if callable(found) else found
+
+
+def content_of(settings: DataSettings, sample: Sample) -> str:
+    """A hash of that picture, and the size it is seen at."""
+    found = source_of(settings, sample)
+    if isinstance(found, Path):
+        found = found.read_bytes()
+    if isinstance(found, Image.Image):
+        found = repr((found.mode, found.size)).encode() + found.tobytes()
+    return f"{sha256(found).hexdigest()} at {settings.resolution}"
+
+
+def reader_beside(
+    model: PaintingModel, settings: DataSettings, samples: Sequence[Sample]
+) -> Callable[[Sequence[str]], Rows]:
+    """Captions with their pictures (`work.asked`) → rows of what is read, without what is seen."""
+    column = settings.source or SOURCE
+    known = {content_of(settings, one): one for one in samples if column in one.companions}
+    shown = lessons(model.conditioner, settings)
+
+    def read(texts: Sequence[str]) -> Rows:
+        rows = []
+        for text in texts:
+            caption, _, content = text.partition(SEEN)
+            one = fitted(settings, source_of(settings, known[content]))
+            ask: Any = model.conditioner if caption else model.conditioner.away
+            row = ask([caption or None], image=[one]).row(0)
+            rows.append({name: tensor for name, tensor in row.items() if name not in shown})
+        return rows
+
+    return read
+
+
+def seen(model: PaintingModel, settings: DataSettings) -> Callable[[Sample], str] | None:
+    """The content of the picture that a sample's words are read beside, where they are."""
+    return partial(content_of, settings) if is_read_beside(model.conditioner) else None
+
+
+def fitted(settings: DataSettings, source: Any) -> Image.Image:
+    """A picture at data.resolution, as it is encoded too."""
+    side = settings.resolution
+    return picture(to_pixels(fit(read_picture(source), side, side)[None])[0])
+
+
+# ---------------------------------------------------------------- drawing and counting
+
+
+def pictures(model: PaintingModel, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """What samples show, as arguments of `generate`; {} for a base that is shown nothing."""
+    found = lessons(model.conditioner, settings)
+    if not found:
+        return {}
+    if any(not one.own for one in found.values()):
+        return {"image": [fitted(settings, source_of(settings, sample)) for sample in samples]}
+    ends = [ends_of(settings, sample) for sample in samples]
+    names = model.conditioner.shows  # type: ignore[attr-defined]
+    return {name: [pair[place] for pair in ends] for place, name in enumerate(names)}
+
+
+def ends_of(settings: DataSettings, sample: Sample) -> tuple[Image.Image, Image.Image]:
+    """The first and the last frame of a sample's clip."""
+    side, source = settings.resolution, sample.source()
+    if clips.is_clip(sample.name, source):
+        clip = clips.read(sample.name, source, clips.Piece(settings.frames, settings.rate), side, side)
+    else:
+        clip = fit(read_picture(source), side, side)[:, None]
+    first, last = (picture(to_pixels(clip[None, :, place])[0]) for place in (0, -1))
+    return first, last
+
+
+def example(model: PaintingModel, settings: DataSettings, texts: Sequence[str]) -> Condition:
+    """The condition of such texts beside grey pictures, as large as training's: to count with."""
+    conditioner, count, side = model.conditioner, len(texts), settings.resolution
+    found = lessons(conditioner, settings)
+    if not found:
+        return model.condition(texts)
+    grey = Image.new("RGB", (side, side), (128, 128, 128))
+    if is_read_beside(conditioner):
+        told = model.condition(texts, image=[grey] * count)
+    else:
+        told = conditioner.words(texts)  # type: ignore[attr-defined]
+    frames = (settings.frames,) if settings.frames else ()
+    pixels = torch.zeros(count, 3, *frames, side, side)
+    with torch.no_grad():
+        shown = {name: on(model, one)(pixels) for name, one in found.items()}
+    return Condition({**told, **shown})
