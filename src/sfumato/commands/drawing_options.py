@@ -75,7 +75,10 @@ Reference = Annotated[Optional[Path], typer.Option(metavar="FILE", help="What an
 ReferenceScale = Annotated[
     Optional[float], typer.Option(metavar="X", help="How strongly the reference acts; default 1.")
 ]
-Init = Annotated[Optional[Path], typer.Option(metavar="FILE", help="The picture to start from.")]
+Init = Annotated[
+    Optional[Path],
+    typer.Option(metavar="FILE", help="The picture to start from; for models of clips also a clip."),
+]
 Strength = Annotated[
     Optional[float],
     typer.Option(metavar="X", help="How much of it may change, up to 1; default 0.6, with a mask 1."),
