@@ -35,16 +35,16 @@ train = "shapes"
 resolution = 32
 store = "store"
 [train]
-steps = 120
+steps = 400
 batch = 8
 accumulate = 2
 save_every = 9
 log_every = 5
-held_out_every = 30
-ema_snapshots = 40
+held_out_every = 60
+ema_snapshots = 80
 threads = 1
 [sample]
-every = 40
+every = 100
 steps = 2
 """
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)

@@ -42,7 +42,9 @@ SIDE, TEXT = 8, 384
 class Latents(PixelCodec):
     """Sixteen channels, as the demo's codec makes them."""
 
-    latent_channels = 16
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent_channels = 16
 
 
 class Samples:

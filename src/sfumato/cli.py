@@ -79,6 +79,9 @@ def plan(
     fit: Annotated[
         str, typer.Option(metavar="SIZE", help="Choose what makes a step fit into it, as 24GB, and say why.")
     ] = "",
+    devices: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Plan for N processes, each with a device of its own.")
+    ] = 0,
     json: Json = False,
 ) -> None:
     """Say what would run, and run nothing.
@@ -87,7 +90,7 @@ def plan(
     """
     from .commands import recipes
 
-    recipes.plan(recipe, overrides or [], fit, json)
+    recipes.plan(recipe, overrides or [], fit, devices, json)
 
 
 @app.command()

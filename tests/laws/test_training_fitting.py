@@ -84,3 +84,26 @@ def test_a_profile_names_every_part_of_a_step(tmp_path):
     for name in ("data", "forward", "backward", "gradients", "optimizer", "averages", "the rest"):
         assert any(line.startswith(name) for line in table.splitlines()[:9]), table
     assert (tmp_path / "profile" / "trace.json").stat().st_size > 1000
+
+
+def test_processes_divide_a_network_where_whole_copies_do_not_fit():
+    settings = TrainSettings(batch=16)
+    many = options(processes=4, known=frozenset({"train.parallel", "train.accumulate"}))
+    found = fitting.ways(counted, settings, many)
+    assert found[0].keys == {"train.parallel": "ddp"}
+    divided = next(way for way in found if way.keys == {"train.parallel": "fsdp"})
+    assert divided.memory.peak < 0.7 * found[0].memory.peak
+    chosen, _ = fitting.fit(found, divided.memory.peak / (1 - fitting.RESERVE) * 1.01)
+    assert chosen.keys["train.parallel"] == "fsdp" and "divided" in " ".join(chosen.reasons)
+    assert all(way.keys.get("train.accumulate", 1) * 4 <= 16 for way in found)
+    nodes = fitting.ways(counted, settings, options(processes=4, within=2, known=many.known))
+    assert {way.keys["train.parallel"] for way in nodes} == {"ddp", "hsdp", "fsdp"}
+
+
+def test_what_would_be_refused_is_not_proposed():
+    known = frozenset({"train.parallel", "train.accumulate", "train.weights", "train.optimizer"})
+    for way in fitting.ways(counted, TrainSettings(batch=16), options(processes=2, known=known)):
+        narrow = {"train.weights", "train.optimizer"} & way.keys.keys()
+        assert not (narrow and way.keys["train.parallel"] == "fsdp")
+    muon = fitting.ways(counted, TrainSettings(batch=16, optimizer="muon"), options(processes=2, known=known))
+    assert {way.keys["train.parallel"] for way in muon} == {"ddp"}

@@ -97,7 +97,7 @@ def _captions(data: str, embedded: tuple[str, ...]) -> str:
     return "folder" if any(entry.is_dir() for entry in folder.iterdir()) else "none"
 
 
-def plan(recipe: Path, overrides: list[str], fit: str, as_json: bool) -> None:
+def plan(recipe: Path, overrides: list[str], fit: str, devices: int, as_json: bool) -> None:
     """Print what the recipe would do; nothing is trained, encoded or written."""
     from .. import workflow
     from ..recipe import Recipe
@@ -105,18 +105,18 @@ def plan(recipe: Path, overrides: list[str], fit: str, as_json: bool) -> None:
     read = Recipe.read(recipe, overrides)
     fitted: dict[str, Any] = {}
     if fit:
-        read, fitted = workflow.fitted(read, fit)
-    found = workflow.plan(read)
+        read, fitted = workflow.fitted(read, fit, devices)
+    found = workflow.plan(read, devices)
     values = {name: {"value": value, "origin": read.origin(name)} for name, value in read.values().items()}
     if fitted:
         found["fit"] = fitted
     told = _told({name: value for name, value in found.items() if name != "fit"}, values)
     if fitted:
-        told += "\n\n" + _fitted(fitted, fit, recipe, overrides)
+        told += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))
     result({**found, "recipe": values}, told, as_json)
 
 
-def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str]) -> str:
+def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str], devices: int) -> str:
     """Why this way of taking a step was chosen, and the command that takes it."""
     slower = f", {found['slower_by']:.0%} slower than without" if found["slower_by"] > 0 else ""
     lines = [f"Into {size} fits, with {found['memory_gb']} GB{slower}:"]
@@ -126,7 +126,8 @@ def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str]
         lines.append(f"  faster, but {one['memory_gb']} GB: {words}")
     if found["keys"]:
         asked = "".join(f" {word}" for word in overrides)
-        lines.append(f"sfumato train {recipe}{asked} {_words(found['keys'])}")
+        many = f"torchrun --nproc-per-node {devices} -m " if devices > 1 else ""
+        lines.append(f"{many}sfumato train {recipe}{asked} {_words(found['keys'])}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from sfumato.errors import Refused
 
 from .plan import Counted, Memory
 from .settings import TrainSettings
+from .strategy import ELEMENTWISE, Strategy
 
 RESERVE = 0.06
 """Of the memory, what is left to the allocator's gaps and the driver."""
@@ -31,6 +32,13 @@ REASONS = {
     "model.base_dtype": "the frozen base is stored in {}",
     "train.offload": "frozen blocks wait in host memory",
 }
+SHARED = {
+    "ddp": "ddp: a whole copy in each process, which sends its gradients once a step",
+    "fsdp": "fsdp: weights, gradients, moments and averages are divided among all processes",
+    "hsdp": "hsdp: they are divided among a machine's processes, and gradients summed between machines",
+}
+PARALLEL_TIME = {"ddp": 1.0, "hsdp": 1.06, "fsdp": 1.08}
+"""Beside whole copies, which send their gradients once a step; divided ones also gather their weights."""
 
 
 def bytes_of(text: str) -> float:
@@ -61,7 +69,10 @@ class Way:
     @property
     def reasons(self) -> list[str]:
         """What each key is good for."""
-        return [REASONS[name].format(value) for name, value in self.keys.items()]
+        return [
+            SHARED[value] if name == "train.parallel" else REASONS[name].format(value)
+            for name, value in self.keys.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,8 @@ class Options:
     has_8bit: bool
     processes: int
     known: frozenset[str]
+    within: int = 0
+    """Processes of one machine; 0: all of them."""
 
 
 def ways(count: Callable[[int], Counted], settings: TrainSettings, options: Options) -> list[Way]:
@@ -84,7 +97,7 @@ def ways(count: Callable[[int], Counted], settings: TrainSettings, options: Opti
         settings: the recipe's own, from which the ways differ.
     """
     parts = [settings.accumulate]
-    while parts[-1] * 2 <= settings.batch:
+    while parts[-1] * 2 * options.processes <= settings.batch:
         parts.append(parts[-1] * 2)
     axes: dict[str, list[Any]] = {"train.accumulate": parts}
     if options.has_blocks:
@@ -98,13 +111,31 @@ def ways(count: Callable[[int], Counted], settings: TrainSettings, options: Opti
             axes["train.optimizer"] = ["adamw", "adamw-8bit"]
         if settings.weights == "fp32":
             axes["train.weights"] = ["fp32", "bf16"]
+    if options.processes > 1 and not settings.exact_elastic:
+        axes["train.parallel"] = _parallel(settings, options)
     axes = {name: values for name, values in axes.items() if name in options.known}
     counted = {n: count(-(-settings.batch // (n * options.processes))) for n in parts}
     found = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        found.append(_way(chosen, counted[chosen["train.accumulate"]], settings, options))
+        if not _clash(chosen):
+            found.append(_way(chosen, counted[chosen["train.accumulate"]], settings, options))
     return sorted(found, key=lambda way: (way.time, way.memory.peak))
+
+
+def _clash(chosen: Mapping[str, Any]) -> bool:
+    """Whether a combination would be refused: divided weights are float32 and move by elementwise rules."""
+    is_divided = chosen.get("train.parallel") in ("fsdp", "hsdp")
+    narrow = chosen.get("train.weights", "fp32") != "fp32" or "8bit" in chosen.get("train.optimizer", "")
+    return is_divided and (narrow or chosen.get("train.offload", False))
+
+
+def _parallel(settings: TrainSettings, options: Options) -> list[str]:
+    """The ways to share that may be chosen: what the recipe says, or all that these settings allow."""
+    if settings.parallel != "auto":
+        return [settings.parallel]
+    divided = ["hsdp", "fsdp"] if 1 < options.within < options.processes else ["fsdp"]
+    return ["ddp", *(divided if settings.optimizer in ELEMENTWISE else [])]
 
 
 def _way(chosen: dict[str, Any], counted: Counted, settings: TrainSettings, options: Options) -> Way:
@@ -130,8 +161,13 @@ def _way(chosen: dict[str, Any], counted: Counted, settings: TrainSettings, opti
         dtype = chosen.get("model.base_dtype") or "float32"
         lent = int(counted.frozen_in_blocks * BASE_BYTES[dtype] / 4)
         memory = replace(memory, weights=memory.weights - lent)
+    if shared := chosen.get("train.parallel"):
+        time *= PARALLEL_TIME[shared]
+        strategy = Strategy(shared, "", options.within if shared == "hsdp" else 0)
+        memory = counted.shared(memory, strategy, wanted, options.processes)
     plain = {"train.accumulate": settings.accumulate, "train.optimizer": settings.optimizer}
     plain |= {"train.weights": settings.weights}
+    plain |= {"train.parallel": settings.parallel}
     keys = {name: value for name, value in chosen.items() if value and value != plain.get(name)}
     return Way(keys, memory, time)
 

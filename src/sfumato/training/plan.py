@@ -11,7 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .device import autocast
 from .held import Held
 from .parallel import Division, Processes
 from .settings import TrainSettings
+from .strategy import Strategy
 
 STATES = {
     "adamw": 2,
@@ -86,8 +87,9 @@ class Counted:
     """What one pass of a network was counted to need, in bytes.
 
     kept: activations saved for the backward pass; scratch: the largest of them; blocks: what each repeated
-    block saves, and the bytes of its input; trained: of the trained weights; numbers: how many; frozen,
-    frozen_in_blocks: of the weights; host: whether power averages take the same memory.
+    block saves, and the bytes of its input; numbers: how many weights are trained, matrices: of them in
+    matrices; frozen, frozen_in_blocks: of the weights; block, root: all weights of the largest block, and
+    of what is in none; host: whether power averages take the same memory.
     """
 
     kept: int
@@ -97,6 +99,8 @@ class Counted:
     matrices: int
     frozen: int
     frozen_in_blocks: int
+    block: int
+    root: int
     host: bool
     flops: int
 
@@ -115,6 +119,26 @@ class Counted:
             average=4 * self.numbers * averages,
             activations=kept,
             scratch=4 * self.scratch,
+        )
+
+    def shared(self, memory: Memory, strategy: Strategy, settings: TrainSettings, count: int) -> Memory:
+        """Of the bytes that one process alone would need, what each of `count` holds.
+
+        Whole copies pack their gradients to send them, when the activations are gone. Divided ones gather
+        two blocks at a time; a batch in parts keeps its gradients whole until the last.
+        """
+        if not strategy.is_divided:
+            packed = 4 * self.numbers if count > 1 else 0
+            return replace(memory, activations=max(memory.activations, packed))
+        share = strategy.share(count)
+        gathered = min(self.root + 2 * self.block, memory.weights)
+        in_parts = settings.accumulate > 1
+        return replace(
+            memory,
+            weights=memory.weights // share + gathered,
+            gradients=memory.gradients // (1 if in_parts else share) + (0 if in_parts else self.block),
+            optimizer=memory.optimizer // share,
+            average=memory.average // share,
         )
 
     def recomputed_share(self, every: int) -> float:
@@ -200,6 +224,7 @@ def count(network: nn.Module, inputs: Inputs) -> Counted:
     numbers = sum(weight.numel() for weight in weights)
     everything = sum(tensor.nbytes for tensor in [*shadow.parameters(), *shadow.buffers()])
     frozen = [sum(w.nbytes for w in block.parameters() if not w.requires_grad) for block in blocks]
+    held = [sum(weight.nbytes for weight in block.parameters()) for block in blocks]
     return Counted(
         kept=saved.total,
         scratch=saved.largest,
@@ -208,6 +233,8 @@ def count(network: nn.Module, inputs: Inputs) -> Counted:
         matrices=sum(weight.numel() for weight in weights if weight.ndim >= 2),
         frozen=everything - sum(weight.nbytes for weight in weights),
         frozen_in_blocks=sum(frozen),
+        block=max(held, default=0),
+        root=everything - sum(held),
         host=next(network.parameters()).device.type == "cpu",
         flops=counter.get_total_flops(),
     )

@@ -13,7 +13,7 @@ from ..data.encoded import EncodedSet
 from ..generation import PaintingModel
 from ..recipe import Recipe
 from ..studio.page import duration
-from ..training import checkpoint, parallel
+from ..training import checkpoint, parallel, strategy
 from ..training import plan as planning
 from ..training.parallel import Division, Processes
 from . import ahead, guided, showing
@@ -44,22 +44,34 @@ def together(recipe: Recipe, parts: int) -> int:
 
 
 def cost(
-    recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[str]], network: nn.Module
+    recipe: Recipe,
+    model: PaintingModel,
+    captions: Sequence[Sequence[str]],
+    network: nn.Module,
+    devices: int = 1,
 ) -> dict[str, Any]:
-    """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated."""
-    division = Division.of(recipe.train, Processes())
+    """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated.
+
+    Of `devices` processes each one's; what they send each other takes time that is not counted.
+    """
+    division = Division.of(recipe.train, Processes(0, devices))
+    chosen = strategy.choose(recipe.train, network, Processes(0, devices))
     inputs = inputs_of(recipe, model, captions, together(recipe, division.parts))
     counted = planning.count(network, inputs)
     every = recipe.values().get("train.checkpointing", 0)
-    memory = counted.memory(recipe.train, every)
-    forecast = planning.Forecast(memory, planning.FORWARD_AND_BACKWARD * division.parts * counted.flops)
+    memory = counted.shared(counted.memory(recipe.train, every), chosen, recipe.train, devices)
+    mine = len(division.mine)
+    forecast = planning.Forecast(memory, planning.FORWARD_AND_BACKWARD * mine * counted.flops)
     seconds = BESIDE_PRODUCTS * forecast.seconds(planning.flops_per_second(device=model.device))
     if seconds < PROBED_SECONDS:
         seconds = planning.probe(network, inputs, recipe.train).seconds
     parts = {name: round(size / 1e9, 3) for name, size in vars(memory).items()}
     hours = round(seconds * recipe.train.steps / 3600, 2)
     peak = round(memory.peak / 1e9, 3)
-    return {"memory_gb": peak, "memory": parts, "seconds_per_step": round(seconds, 3), "hours": hours}
+    told = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"} if devices > 1 else {}
+    return told | {
+        "memory_gb": peak, "memory": parts, "seconds_per_step": round(seconds, 3), "hours": hours
+    }  # fmt: skip
 
 
 def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: EncodedSet, fresh: bool) -> str:
@@ -68,8 +80,10 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
     Raises:
         Failed: the checkpoints will not fit onto the disk.
     """
-    parts = Division.of(recipe.train, parallel.current()).parts
-    count = together(recipe, parts)
+    processes = parallel.current()
+    division = Division.of(recipe.train, processes)
+    chosen = strategy.choose(recipe.train, network, processes)
+    count = together(recipe, division.parts)
     trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     disk = _checkpoints(recipe, trained)
     if fresh:
@@ -79,10 +93,13 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
         counted = planning.count(network, inputs_of(recipe, model, [tuple(train.captions[:1])], count))
     except (RuntimeError, NotImplementedError, TypeError):
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
-    memory = counted.memory(recipe.train, recipe.values().get("train.checkpointing", 0))
+    alone = counted.memory(recipe.train, recipe.values().get("train.checkpointing", 0))
+    memory = counted.shared(alone, chosen, recipe.train, processes.count)
     speed = planning.flops_per_second(0.05, device=model.device)
-    seconds = BESIDE_PRODUCTS * planning.FORWARD_AND_BACKWARD * parts * counted.flops / speed
+    seconds = BESIDE_PRODUCTS * planning.FORWARD_AND_BACKWARD * len(division.mine) * counted.flops / speed
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
+    if processes.count > 1:
+        words.append(f"{processes.count} processes, {chosen.name} ({chosen.why})")
     words += [
         f"{memory.peak / 1e9:.2f} GB of memory a step" + (f" ({sizes})" if sizes else ""),
         f"about {seconds:.2g} s a step, {duration(seconds * recipe.train.steps)} in all",

@@ -19,6 +19,7 @@ from ..stages import tokens
 from ..training import device as devices
 from ..training import fitting
 from ..training import plan as planning
+from ..training.strategy import machine_size
 from . import guided, prior
 from .agreement import agree, content_of
 from .codecs import codec_key, place
@@ -30,9 +31,11 @@ from .tuning import tune
 COUNTED = 20_000
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
+def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     """Counts and sizes of a run, without encoding, training or writing anything.
 
+    Args:
+        many: processes that would share the run; 0: those torchrun started, else one.
     Returns:
         plain values: samples, captions, held_out, set_aside, tokens, codec, parameters, steps_per_epoch,
         epochs, device, precision, memory_gb, memory, seconds_per_step, hours, disk_gb, run.
@@ -67,7 +70,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     found["precision"] = devices.effective_precision(
         recipe.train.precision, gathered.device, recipe.train.weights
     )
-    found |= cost(recipe, model.to(gathered.device), [sample.captions for sample in train], network)
+    found |= cost(
+        recipe,
+        model.to(gathered.device),
+        [sample.captions for sample in train],
+        network,
+        many or started(),
+    )
     if prior.is_asked(recipe):
         drawn = 0 if gathered.prior else recipe.data.prior_pictures
         found["prior"] = f"{drawn} pictures, drawn once" if drawn else f"{len(gathered.prior)} pictures"
@@ -117,9 +126,16 @@ def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, A
     }
 
 
-def fitted(recipe: Recipe, size: str) -> tuple[Recipe, dict[str, Any]]:
+def started() -> int:
+    """Processes that torchrun has started; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with what makes a step fit into `size` ("24GB") the fastest way, and why.
 
+    Args:
+        many: processes that would share the run; 0: those torchrun started, else this machine's GPUs.
     Returns:
         the recipe, and {memory_gb, room_gb, keys, why, faster: what was faster and did not fit}.
     Raises:
@@ -136,13 +152,15 @@ def fitted(recipe: Recipe, size: str) -> tuple[Recipe, dict[str, Any]]:
     network = tune(model, recipe)
     captions = [sample.captions for sample in gathered.collection.of("train")]
     on_gpu = gathered.device.type == "cuda"
+    processes = many or max(started(), torch.cuda.device_count() if on_gpu else 1)
     options = fitting.Options(
         is_adapter=any(not weight.requires_grad for weight in network.parameters()),
         on_gpu=on_gpu,
         has_blocks=bool(planning.repeated(network)),
         has_8bit=find_spec("bitsandbytes") is not None,
-        processes=max(1, torch.cuda.device_count() if on_gpu else int(os.environ.get("WORLD_SIZE", "1"))),
+        processes=processes,
         known=frozenset(recipe.values()),
+        within=recipe.train.shard_within or machine_size(processes),
     )
     found = fitting.ways(
         lambda count: planning.count(network, inputs_of(recipe, model, captions, count)),
