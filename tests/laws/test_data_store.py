@@ -305,6 +305,14 @@ def test_a_sample_reads_the_same_alone_and_in_a_batch_and_may_be_written_into(tm
         alone = encoded._tensors([item.pictures[0]])
         assert all(torch.equal(alone[name][0], whole[name][row]) for name in ("latents", "mask"))
         alone["latents"] += 1
+    plain, _ = fill(tmp_path / "plain", 6, how=replace(HOW, pixels_format="int8"))
+    together = plain.read(range(6))
+    for index in range(6):
+        one = plain.read([index])
+        assert torch.equal(one.latents[0], together.latents[index]) and one.ids == together.ids[index:][:1]
+        assert one.captions == together.captions[index:][:1]
+        assert torch.equal(one.conditions[0]["tokens"], together.conditions[index]["tokens"])
+        assert torch.equal(one.framings[0], together.framings[index]) and one.labels.tolist() == [NO_LABEL]
     assert torch.equal(encoded._tensors([encoded.items[2].pictures[0]])["latents"][0], whole["latents"][2])
 
 

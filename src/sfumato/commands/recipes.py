@@ -44,9 +44,9 @@ def new(name: str, data: str, base: str, train: str) -> None:
     if file.exists():
         raise Refused(f"{file} exists already. Choose another name, or remove it.")
     place = Path(data).expanduser()
-    if data not in EMBEDDED and not (place.is_dir() or place.suffix.lower() in (".tar", ".npz")):
+    if data not in EMBEDDED and not (place.is_dir() or place.suffix.lower() in (".tar", ".npz", ".parquet")):
         raise Refused(
-            f"{data} is no folder, .tar or .npz. Give --data a folder of pictures, or one of "
+            f"{data} is no folder, .tar, .npz or .parquet. Give --data a folder of pictures, or one of "
             f"{', '.join(EMBEDDED)}."
         )
     captions = _captions(data, EMBEDDED)

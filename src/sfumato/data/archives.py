@@ -1,4 +1,4 @@
-"""Archives: tar shards, arrays and saved data sets as sources; their pictures are read where they lie."""
+"""Archives: tar shards and arrays as sources; their pictures are read where they lie."""
 
 import json
 import tarfile
@@ -15,7 +15,7 @@ from PIL import Image
 
 from sfumato.errors import Refused
 
-from . import media, metadata
+from . import media, metadata, tables
 from .metadata import Reading
 from .sample import Collection, Picture, Sample, SetAside
 
@@ -25,15 +25,17 @@ Kind = Callable[[Path, Reading], Collection]
 def recognise(root: Path) -> Kind | None:
     """What reads this path, if it is an archive of some kind; None for a plain folder."""
     if root.is_file():
-        return {".tar": tars, ".npz": arrays}.get(root.suffix.lower())
+        return {".tar": tars, ".npz": arrays, ".parquet": tables.parquet}.get(root.suffix.lower())
     if (root / "dataset_info.json").exists() and (root / "state.json").exists():
-        return saved
+        return tables.saved
     if (root / "dataset_dict.json").exists():
-        return saved
+        return tables.saved
     names = [path.suffix.lower() for path in root.iterdir() if not path.name.startswith(".")]
     if any(suffix in media.PICTURES + media.CLIPS for suffix in names):
         return None
-    return tars if ".tar" in names else _folder_of_arrays if ".npz" in names else None
+    if ".tar" in names or ".npz" in names:
+        return tars if ".tar" in names else _folder_of_arrays
+    return tables.parquet if tables.is_folder_of_parquet(root) else None
 
 
 def tars(root: Path, how: Reading) -> Collection:
@@ -118,7 +120,16 @@ def _tar_captions(
 
 
 def _label(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> int | None:
-    return metadata.class_number(_member(archive, members[".cls"])) if ".cls" in members else None
+    if ".cls" in members:
+        return metadata.class_number(_member(archive, members[".cls"]))
+    if ".json" not in members:
+        return None
+    try:
+        told: Any = json.loads(_member(archive, members[".json"]))
+    except (ValueError, RecursionError):
+        return None  # said where its captions are read
+    found = [told.get(name) for name in metadata.LABELS] if isinstance(told, dict) else []
+    return next((number for one in found if (number := metadata.class_number(one)) is not None), None)
 
 
 def _class(
@@ -217,78 +228,3 @@ def _class_names(root: Path, named: dict[str, np.ndarray], labels: np.ndarray | 
 def _array_picture(pictures: np.ndarray, index: int) -> Image.Image:
     one = pictures[index]
     return Image.fromarray(one[..., 0] if one.ndim == 3 and one.shape[-1] == 1 else one)
-
-
-def saved(root: Path, how: Reading) -> Collection:
-    """A Hub data set that `save_to_disk` wrote (Arrow files), read with pyarrow.
-
-    Raises:
-        Refused: pyarrow is missing, or the columns are.
-    """
-    try:
-        import pyarrow as arrow
-        import pyarrow.ipc as ipc
-    except ImportError as missing:
-        raise Refused(
-            f"{root} is read with pyarrow, which is not installed: pip install pyarrow"
-        ) from missing
-    result = Collection(root.name, [])
-    for path in sorted(root.rglob("*.arrow")):
-        if not path.resolve().is_relative_to(root.resolve()):
-            result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
-            continue
-        with arrow.memory_map(str(path)) as mapped:
-            table = ipc.open_stream(mapped).read_all()
-        inside = path.relative_to(root).as_posix()
-        split = metadata.SPLITS.get(PurePosixPath(inside).parts[0], "")
-        _one_table(inside, table, how, split, result)
-    return result
-
-
-def _one_table(inside: str, table: Any, how: Reading, split: str, result: Collection) -> None:
-    names = table.column_names
-    picture = next((name for name in ("image", "img", "picture", "pixel_values") if name in names), None)
-    text = next((name for name in metadata.CAPTION_COLUMNS if name in names), None)
-    label = next((name for name in ("label", "labels", "class") if name in names), None)
-    beside = {column: what for column in names if column != picture and (what := _what(column, how))}
-    beside = {column: what for column, what in beside.items() if _holds_pictures(table[column])}
-    if picture is None or (how.captions == "files" and text is None):
-        wanted = "image" if picture is None else "caption or text"
-        raise Refused(f"{inside} has no column {wanted}; it has {', '.join(names)}.")
-    for index in range(table.num_rows):
-        name = f"{inside}/{index:08d}"
-        found, reason = metadata.captions_of(table[text][index].as_py()) if text else (("",), "")
-        number = table[label][index].as_py() if label else None
-        if how.captions == "folder":
-            found, reason = ((str(number),), "") if number is not None else ((), "no class")
-        if reason and how.captions != "none":
-            result.set_aside.append(SetAside(name, reason))
-            continue
-        read = partial(_cell, table[picture], index)
-        companions: dict[str, Picture] = {
-            what: partial(_cell, table[column], index)
-            for column, what in beside.items()
-            if table[column][index].is_valid
-        }
-        whole = number if isinstance(number, int) else None
-        result.samples.append(
-            Sample(name, found or ("",), picture=read, split=split, label=whole, companions=companions)
-        )
-
-
-def _holds_pictures(column: Any) -> bool:
-    """Whether a column has the layout of pictures: their bytes, or a struct that holds them."""
-    import pyarrow.types as types
-
-    kind = column.type
-    if types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
-    return types.is_binary(kind) or types.is_large_binary(kind)
-
-
-def _cell(column: Any, index: int) -> bytes:
-    value = column[index].as_py()
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(data, bytes):
-        raise media.Unreadable("the data set names a file instead of holding the picture")
-    return data

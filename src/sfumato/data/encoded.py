@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, TypeVar
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -24,6 +23,7 @@ from .store import Store
 
 T = TypeVar("T")
 NO_LABEL = -1
+NO_CAPTION = ("", "")
 REMEMBERED = 4096  # captions whose tensors stay in memory
 
 
@@ -35,26 +35,6 @@ class Reader(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int], seed: int, epoch: int) -> "Batch": ...
-
-
-@dataclass
-class Batch:
-    """What one step trains on.
-
-    ids: of the samples, 63 bits. latents [B, C, H, W] float32. conditions: tensors of each, not padded.
-    framings [B, 6]: how each picture was cut from its file, see `Item.framing`. labels [B]: the numbers of
-    their classes, NO_LABEL where a sample has none. companions: encodings of
-    control pictures and the like by name, [B, …], cut and mirrored as the pictures are ("reference.tokens"
-    where an encoder names its tensors); each sample's are in its conditions too, beside those of its caption.
-    """
-
-    ids: list[int]
-    latents: Tensor
-    conditions: list[dict[str, Tensor]]
-    captions: list[str]
-    framings: Tensor
-    labels: Tensor
-    companions: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,6 +68,35 @@ class Item:
 
 
 @dataclass
+class Batch:
+    """What one step trains on.
+
+    ids: of the samples, 63 bits. latents [B, C, H, W] float32. conditions: tensors of each, not padded.
+    companions: encodings of control pictures and the like by name, [B, …], cut and mirrored as the pictures
+    are ("reference.tokens" where an encoder names its tensors); each sample's are in its conditions too,
+    beside those of its caption. items: the samples themselves.
+    """
+
+    ids: list[int]
+    latents: Tensor
+    conditions: list[dict[str, Tensor]]
+    captions: list[str]
+    items: list[Item]
+    companions: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def framings(self) -> Tensor:
+        """How each picture was cut from its file [B, 6], see `Item.framing`."""
+        return torch.tensor([item.framing for item in self.items])
+
+    @property
+    def labels(self) -> Tensor:
+        """The numbers of their classes [B], NO_LABEL where a sample has none."""
+        labels = [item.sample.label for item in self.items]
+        return torch.tensor([NO_LABEL if one is None else one for one in labels])
+
+
+@dataclass
 class EncodedSet:
     """Samples whose encodings are in the store; reads batches of them.
 
@@ -117,8 +126,10 @@ class EncodedSet:
         self.splits = [item.sample.split for item in self.items]
         self.buckets = [item.shape for item in self.items]
         self.repeats = [item.sample.repeat for item in self.items]
-        classes = (item.sample.label for item in self.items)
-        self.classes = [NO_LABEL if one is None else one for one in classes]
+        self._one_view = all(len(item.pictures) <= 1 for item in self.items)
+        self._one_caption = all(len(item.captions) <= 1 for item in self.items)
+        bare = not any(item.companions or item.null for item in self.items)
+        self._plain = self._one_view and self._one_caption and bare
         self._texts: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -144,17 +155,19 @@ class EncodedSet:
         Raises:
             ValueError: they are of different shapes.
         """
+        if len(indices) == 1 and self._plain and not (self.labels or self.framed):
+            return self._alone(indices[0], seed, epoch)
         items = [self.items[i] for i in indices]
         ids = [self.ids[i] for i in indices]
-        captions = _choose([item.captions for item in items], ids, seed, epoch, "caption")
+        chosen = [item.captions[0] if item.captions else NO_CAPTION for item in items]
+        if not self._one_caption:
+            some = _choose([item.captions for item in items], ids, seed, epoch, "caption")
+            chosen = [one or NO_CAPTION for one in some]
         keys = [
-            item.null if self._drops(item, sample, seed, epoch) else chosen[1] if chosen else ""
-            for item, sample, chosen in zip(items, ids, captions, strict=True)
+            item.null if self._drops(item, sample, seed, epoch) else key
+            for item, sample, (_, key) in zip(items, ids, chosen, strict=True)
         ]
         conditions = [self.condition(key) if key else {} for key in keys]
-        labels = torch.from_numpy(np.array([self.classes[i] for i in indices], np.int64))
-        if self.labels:
-            conditions = [{**own, "labels": label} for own, label in zip(conditions, labels, strict=True)]
         places = self.shown(indices, seed, epoch)
         latents = self._latents(places.pop(""), ids, seed, epoch)
         companions: dict[str, Tensor] = {}
@@ -166,13 +179,22 @@ class EncodedSet:
                 {**own, **{name: tensor[row] for name, tensor in companions.items()}}
                 for row, own in enumerate(conditions)
             ]
-        framings = torch.from_numpy(np.array([item.framing for item in items], np.int64))
-        if self.framed:
-            conditions = [
-                {**own, "time_ids": row.float()} for own, row in zip(conditions, framings, strict=True)
-            ]
-        words = [chosen[0] if chosen else "" for chosen in captions]
-        return Batch(ids, latents, conditions, words, framings, labels, companions)
+        batch = Batch(ids, latents, conditions, [words for words, _ in chosen], items, companions)
+        for name, told in (
+            ("labels", batch.labels if self.labels else None),
+            ("time_ids", batch.framings.float() if self.framed else None),
+        ):
+            if told is not None:
+                pairs = zip(batch.conditions, told, strict=True)
+                batch.conditions = [{**own, name: row} for own, row in pairs]
+        return batch
+
+    def _alone(self, index: int, seed: int, epoch: int) -> Batch:
+        """One sample where samples have one view, one caption and nothing beside: the same, sooner."""
+        item, ids = self.items[index], [self.ids[index]]
+        words, key = item.captions[0] if item.captions else NO_CAPTION
+        latents = self._latents([item.pictures[0]], ids, seed, epoch)
+        return Batch(ids, latents, [self.condition(key) if key else {}], [words], [item])
 
     def _drops(self, item: Item, sample: int, seed: int, epoch: int) -> bool:
         """Whether an epoch shows the sample without its caption, where that is decided here."""
@@ -184,6 +206,8 @@ class EncodedSet:
     def shown(self, indices: Sequence[int], seed: int, epoch: int) -> dict[str, list[Place]]:
         """Where the views lie that these samples show: of their pictures (""), and of each companion."""
         items = [self.items[i] for i in indices]
+        if self._one_view and not items[0].companions:
+            return {"": [item.pictures[0] for item in items]}
         ids = [self.ids[i] for i in indices]
         chosen = _choose([range(len(item.pictures)) for item in items], ids, seed, epoch, "variant")
         views = [view or 0 for view in chosen]
@@ -212,7 +236,9 @@ class EncodedSet:
             place = self.written.get(key) or self.store.places("text", [key])[0]
             if place is None:
                 raise KeyError(f"text/{key} is not in the store {self.store.root}")
-            found = {name: one[0] for name, one in reading.tensors(self.store, [place]).items()}
+            found = reading.alone(self.store, place)
+            if found is None:
+                found = {name: one[0] for name, one in reading.tensors(self.store, [place]).items()}
             self._texts[key] = found
             if len(self._texts) > REMEMBERED:
                 self._texts.popitem(last=False)

@@ -42,21 +42,19 @@ def shrink(tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
     return stored
 
 
-def restore(stored: Mapping[str, Tensor], copied: bool = False) -> dict[str, Tensor]:
-    """What `shrink` took in, real numbers as float32; if `copied`, nothing shares memory with `stored`."""
+def restore(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `shrink` took in, its real numbers as float32."""
     return {
-        name: _grown(tensor, stored.get(name + SCALE), copied)
+        name: _grown(tensor, stored.get(name + SCALE))
         for name, tensor in stored.items()
         if not name.endswith(SCALE)
     }
 
 
-def _grown(tensor: Tensor, scale: Tensor | None, copied: bool) -> Tensor:
+def _grown(tensor: Tensor, scale: Tensor | None) -> Tensor:
     if scale is not None:
         return tensor.float() * scale
-    if tensor.is_floating_point():
-        return tensor.to(torch.float32, copy=copied)
-    return tensor.clone() if copied else tensor
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def error(tensors: Mapping[str, Tensor], form: str) -> float:

@@ -33,7 +33,7 @@ def open(
 
     Args:
         path: "openmoji", "openmoji-all", "shapes"; a folder of pictures or clips; a folder of .tar shards or
-            one .tar; an .npz of arrays; a Hub data set saved on disk.
+            one .tar; an .npz of arrays; a Hub data set saved on disk, or its .parquet files.
         captions: "files" (metadata.jsonl, .csv or .parquet, or a .txt or .json beside each picture), "folder"
             (the picture's folder is its class), "none".
         held_out: share of captions kept from training where the data say nothing themselves.
@@ -50,8 +50,8 @@ def open(
     root = Path(path).expanduser()
     if not root.exists():
         raise Refused(
-            f"{root} does not exist. data.train takes a folder of pictures, a .tar or .npz file, or one of: "
-            f"{', '.join(_embedded())}."
+            f"{root} does not exist. data.train takes a folder of pictures, a .tar, .npz or .parquet file, "
+            f"or one of: {', '.join(_embedded())}."
         )
     found = _read(root, Reading(captions, tuple(companions)))
     found.samples.sort(key=lambda sample: sample.name)
@@ -106,7 +106,7 @@ def _read(root: Path, how: Reading) -> Collection:
     if kind is not None:
         return kind(root, how)
     if not root.is_dir():
-        raise Refused(f"{root} is no folder, and no .tar or .npz file; data.train cannot read it.")
+        raise Refused(f"{root} is no folder, and no .tar, .npz or .parquet file; data.train cannot read it.")
     return folder(root, how)
 
 
