@@ -19,6 +19,7 @@ from sfumato.errors import Failed
 from sfumato.record import RunFolder
 
 from . import blackbox, checkpoint, device, parallel, profiling, sharding, strategy, trackers
+from .adaptive import Adaptive
 from .average import Average, OptimiserMean
 from .checkpoint import Keep
 from .duties import Duties, Measure, Preview
@@ -147,6 +148,7 @@ class _Loop:
             if self.held.shards is None
             else ShardedGradients(self.held.shards)
         )
+        self.adaptive: Adaptive | None = getattr(objective, "adaptive", None)
         self.stops = False
         self.seen: list[blackbox.Seen] = []
         self.verdict = Verdict(settings.patience)
@@ -227,6 +229,8 @@ class _Loop:
             rate = self.optimiser.step(self.step, None if self.asks_every_step else self.bad, excess)
             self.gradients.clear()
         self.step += 1
+        if self.adaptive is not None:
+            self.adaptive.turn(self.step, self.processes.add)
         self.loss_sum += loss
         self.loss_count += 1
         with part("averages"):
@@ -319,6 +323,8 @@ class _Loop:
             "precision": self.precision,
             "verdict": self.verdict.state(),
         }
+        if self.adaptive is not None:
+            state["adaptive"] = self.adaptive.state(self.processes.add)
         settings = self.settings
         best = self.verdict.best if settings.keep_best else 0
         if self.processes.leads or self.held.shards is not None:
@@ -355,6 +361,8 @@ class _Loop:
         self.owes = bool(state["owes"])
         if "verdict" in state:
             self.verdict.load(state["verdict"])
+        if self.adaptive is not None and "adaptive" in state:
+            self.adaptive.load(state["adaptive"], self.processes.leads)
         self.saved = self.step, self.owes
         self.say(f"Going on from {folder.name} of {self.run.path}.")
         if lost := self.run.damaged_events():

@@ -17,6 +17,7 @@ from torch.profiler import record_function
 from sfumato.stages.interface import Condition, Model
 from sfumato.theory import densities, noise
 
+from .adaptive import Adaptive
 from .frames import FrameTimes, by_frame, mean_of_unknown
 from .reading import Reader
 from .settings import TrainSettings
@@ -99,7 +100,8 @@ class Drawn:
     """What is drawn for a part of a batch.
 
     t [b] in the theory's time, or of each frame [b, F]; x_T like x_0, dropped [b] bool: captions left out;
-    without: the same for each companion by name; known [b, F] bool: frames that are given.
+    without: the same for each companion by name; known [b, F] bool: frames that are given. Of adaptive times,
+    the quantiles [b] that were drawn and what their losses weigh [b].
     """
 
     t: Tensor
@@ -107,6 +109,8 @@ class Drawn:
     dropped: Tensor
     without: Mapping[str, Tensor] = field(default_factory=dict)
     known: Tensor | None = None
+    quantiles: Tensor | None = None
+    importance: Tensor | None = None
 
     def of(self, form: Callable[..., Tensor], x_0: Tensor) -> Tensor:
         """A theory's `mix` or `target` of (x_0, x_T, t); frame by frame where frames have their own times."""
@@ -168,6 +172,7 @@ class DiffusionObjective:
         self.stratified = settings.stratified
         self.frame_times = FrameTimes.of(settings)
         self.density = densities.density(settings.times)
+        self.adaptive = Adaptive() if settings.adaptive_times else None
         self.weighting = densities.weighting("unit" if settings.weighting == "none" else settings.weighting)
         self.error = loss or squared
         self._names: dict[int, str] = {}
@@ -193,7 +198,12 @@ class DiffusionObjective:
         """The losses [b] of one part of the batch of `step`."""
         with record_function("data"):
             ready = self._reader(step, part, parts)
-        return Losses(self.measure(ready.x_0, ready.drawn, self.rows(ready.batch)), ready.batch.ids, ready.of)
+        found = self.measure(ready.x_0, ready.drawn, self.rows(ready.batch))
+        drawn = ready.drawn
+        if self.adaptive is not None and drawn.quantiles is not None and drawn.importance is not None:
+            self.adaptive.hear(drawn.quantiles, found.detach())
+            found = found * drawn.importance.to(found)
+        return Losses(found, ready.batch.ids, ready.of)
 
     def rows(self, batch: Batch) -> Sequence[Mapping[str, Tensor]]:
         """What guides each sample; where the network hears it, also how its picture was cut."""
@@ -212,6 +222,9 @@ class DiffusionObjective:
         u = noise.uniform(self.seed, ids, step=step, purpose="time")
         if self.stratified:
             u = self._spread(u, step, part, parts)
+        importance = None
+        if self.adaptive is not None:
+            u, importance = self.adaptive(u, step)
         t = self.density(self.model.theory, u)
         shape = tuple(x_0.shape[1:])
         x_T = noise.normal(shape, self.seed, ids, step=step, purpose="noise", device=x_0.device)
@@ -225,7 +238,8 @@ class DiffusionObjective:
             frames = x_0.shape[2]
             t, known = self.frame_times(self.model.theory, self.density, t, frames, self.seed, ids, step)
             known = known.to(x_0.device)
-        return Drawn(t.to(x_0.device), x_T, dropped, without, known)
+        quantiles = None if importance is None else u
+        return Drawn(t.to(x_0.device), x_T, dropped, without, known, quantiles, importance)
 
     def _spread(self, u: Tensor, step: int, part: int, parts: int) -> Tensor:
         """Put each of the u [b] into its own of the batch's equal strata, which a permutation deals out."""

@@ -52,6 +52,9 @@ class TrainSettings:
     known_first: float = key(0.0, "clips: share shown with their first frame given", least=0, most=1)
     known_last: float = key(0.0, "clips: of those, share with their last frame given too", least=0, most=1)
     stratified: bool = key(True, "spread the times of a batch evenly over their density")
+    adaptive_times: bool = key(
+        False, "draw times more often where losses are large and varied, and weigh them less"
+    )
     weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
     precision: str = key("auto", "auto, fp32 or bf16", choices=("auto", "fp32", "bf16"))
     weights: str = key(

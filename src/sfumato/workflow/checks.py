@@ -67,6 +67,12 @@ def check_known(recipe: Recipe, base: PaintingModel | None) -> None:
         raise Refused(f"train.{named[0]} is about the frames of clips: set data.frames, or leave it out.")
     if named and base is not None and not base.denoiser.frames_apart:
         raise Refused(f"train.{named[0]}: {recipe.model.base} is told one time for all frames. Leave it out.")
+    if said.adaptive_times and (named or recipe.data.prior or recipe.data.prior_prompt):
+        other = f"train.{named[0]}" if named else "data.prior" if recipe.data.prior else "data.prior_prompt"
+        raise Refused(
+            f"train.adaptive_times follows one loss of one time a sample, which {other} has not. "
+            "Leave one of them out."
+        )
     if said.known_last and not said.known_first:
         raise Refused("train.known_last is a share of train.known_first, which is 0. Set that too.")
 
