@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from sfumato.stages.adapters import AdapterPlan
 from sfumato.workflow.exporting import export
 
 from . import pictures
+from .test_training import write_recipe
 from .zoo import ZOO
 
 COMFYUI = {
@@ -62,7 +64,7 @@ CONVERTED: dict[str, dict[str, Any]] = {
     "wan-2.1": {"targets": (r"blocks\.\d+\.(attn[12]|ffn)\..*(to_[qkv]|to_out\.0|proj|net\.2)",)},
 }
 """What diffusers' converters of kohya's names can take: real widths only, or whole blocks."""
-QUICK = ("ddpm", "stable-diffusion-1.5", "flux-dev", "wan-2.2-a14b")
+QUICK = ("ddpm", "stable-diffusion-1.5", "flux-dev", "flux-2-klein", "wan-2.2-a14b")
 
 
 def some(names: Any) -> list[Any]:
@@ -144,6 +146,57 @@ def test_loras_stack_with_weights(runs, tmp_path):
     assert torch.allclose(raw(twice), raw(sfumato.load(run)), atol=1e-4)
     base.add_lora(file, 0.0)
     assert torch.equal(raw(base), before)
+
+
+def test_stacked_files_draw_what_diffusers_draws_with_its_adapters(runs, tmp_path):
+    """Law: several files with weights are diffusers' set_adapters."""
+    first, second = runs("stable-diffusion-1.5"), runs("stable-diffusion-1.5", alpha=1.0)
+    files = [
+        export(run, "diffusers", tmp_path / name).files[0] for run, name in ((first, "a"), (second, "b"))
+    ]
+    base = reference.read_base(first / "model")[0]
+    mine, theirs = sfumato.load(base), sfumato.load(base)
+    before = raw(mine)
+    for name, file, weight in zip("ab", files, (0.7, -0.4), strict=True):
+        mine.add_lora(file, weight)
+        theirs.origin.load_lora_weights(file, adapter_name=name)
+    theirs.origin.set_adapters(["a", "b"], [0.7, -0.4])
+    assert torch.allclose(raw(mine), raw(theirs), atol=1e-4) and not torch.allclose(raw(mine), before)
+
+
+def test_a_file_that_does_not_match_is_not_declared_written(runs, tmp_path, monkeypatch):
+    """Law: a layer that finds no place, there or here, is named, and nothing is left behind."""
+    from sfumato.workflow import exporting
+
+    written = exporting.exchange.written
+
+    def without_one(*given: Any) -> dict[str, torch.Tensor]:
+        keyed = written(*given)
+        lost = next(iter(keyed)).partition(".")[0]
+        return {key: tensor for key, tensor in keyed.items() if not key.startswith(f"{lost}.")}
+
+    monkeypatch.setattr(exporting.exchange, "written", without_one)
+    with pytest.raises(Failed, match=r"1 layers were not matched.*attn"):
+        export(runs("stable-diffusion-1.5"), "kohya", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_whole_run_draws_in_diffusers_what_it_draws_here(tmp_path):
+    """Law: the exported folder, opened by diffusers alone, gives the run's picture from the same noise."""
+    run = sfumato.train(write_recipe("stable-diffusion-1.5", tmp_path), ["train.steps=1", "train.ema=0"])
+    export(run.path, "diffusers", tmp_path / "out")
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        theirs = pipe(
+            "a red circle", negative_prompt="blurry", height=32, width=32, num_inference_steps=3,
+            guidance_scale=4.0, generator=draw,
+        ).images[0]  # fmt: skip
+    start = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+    (mine,) = run.model().generate(
+        ["a red circle"], "blurry", steps=3, guidance=4.0, height=32, width=32, latents=start
+    )
+    assert np.abs(np.asarray(mine, int) - np.asarray(theirs, int)).max() <= 1
 
 
 def test_an_adapter_without_effect_is_not_written(runs, tmp_path):

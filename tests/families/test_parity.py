@@ -56,20 +56,8 @@ def drawing(case: Case, name: str, folder: Any) -> Drawn:
     case.make(name).save_pretrained(folder)
     pipe: Any = opened(folder)
     pipe.set_progress_bar_config(disable=True)
-    flow = type(pipe.scheduler).__name__.startswith("FlowMatch") or pipe.scheduler.config.get(
-        "use_flow_sigmas"
-    )
-    if not flow and not type(pipe.scheduler).__name__.startswith("CogVideoX"):
-        spacing = pipe.scheduler.config.get(
-            "timestep_spacing", "leading"
-        )  # DDIM steps evenly, linspace does not
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(
-            pipe.scheduler.config,
-            clip_sample=False,
-            timestep_spacing="trailing" if spacing == "linspace" else spacing,
-        )
-    elif flow and not type(pipe.scheduler).__name__.startswith("FlowMatch"):
-        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    flow = walks_straight(pipe.scheduler)
+    first_order(pipe)
     result = Drawn(case, folder, pipe, torch.zeros(0), torch.zeros(0))
     watch(pipe, result)
     call = dict(case.call) | {
@@ -83,8 +71,27 @@ def drawing(case: Case, name: str, folder: Any) -> Drawn:
         call["class_labels"] = [3]
     with torch.no_grad():
         pipe(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7), output_type="np")
-    result.times = grid_of(pipe.scheduler, bool(flow))
+    result.times = grid_of(pipe.scheduler, flow)
     return result
+
+
+def walks_straight(scheduler: Any) -> bool:
+    """Whether a scheduler's path is that of flow matching."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def first_order(pipe: Any) -> None:
+    """Give the pipeline the first-order scheduler that is nearest to its own: DDIM, or FlowMatchEuler."""
+    name, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    if walks_straight(pipe.scheduler):
+        if not name.startswith("FlowMatch"):
+            pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    elif not name.startswith("CogVideoX"):
+        spacing = config.get("timestep_spacing", "leading")  # DDIM steps evenly, linspace does not
+        spacing = "trailing" if spacing == "linspace" else spacing
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(
+            config, clip_sample=False, timestep_spacing=spacing
+        )
 
 
 def opened(folder: Any) -> Any:
@@ -125,7 +132,8 @@ def grid_of(scheduler: Any, flow: bool) -> Tensor:
         sigmas = scheduler.sigmas.double()
         return 1 - sigmas if scheduler.config.get("invert_sigmas") else sigmas
     told = (torch.as_tensor(scheduler.timesteps).double() + 1) / 1000
-    return torch.cat([told, told.new_tensor([0.0 if scheduler.config.set_alpha_to_one else 0.001])])
+    at_data = scheduler.config.get("set_alpha_to_one", True)
+    return torch.cat([told, told.new_tensor([0.0 if at_data else 0.001])])
 
 
 @pytest.fixture(scope="module")

@@ -221,7 +221,7 @@ def export_lora(
             write_lora(model, plan or text.lora, tensors, to, beside, info)
         files = sorted(beside.glob("*.safetensors"))
         written = exporting_text.write_words(model, to, beside, info)
-        fresh = load(base)
+        fresh = reading_alike(load(base), model)
         loader = "diffusers"
         if layers:
             matched = set(layers) - (set() if to == "diffusers" else set(idle))
@@ -231,6 +231,13 @@ def export_lora(
         difference = gate(ours, everything(fresh, x, asked(fresh, words)[1]), loader)
         names = sorted(file.name for file in beside.iterdir())
     return Exported(tuple(out / name for name in names), difference, effect, info)
+
+
+def reading_alike(fresh: PaintingModel, model: PaintingModel) -> PaintingModel:
+    """The fresh model, its prompts read with the options that the run was trained with."""
+    if isinstance(fresh.conditioner, PretrainedConditioner):
+        fresh.conditioner.usual = dict(model.info.get("text_options", {}))
+    return fresh
 
 
 def state_of(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
