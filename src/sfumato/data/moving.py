@@ -1,8 +1,8 @@
 """Moving shapes: captioned clips whose every word can be read back from the pixels.
 
-One plain shape crosses a plain background; its caption says which, and which way: "a red circle moving left
-on black". `judge` follows the shape from frame to frame, so that a generated clip is judged exactly, with no
-network in between.
+One plain shape crosses a white picture; its caption says which, and which way: "a red circle moving left".
+Clips on black are judged too ("a red circle moving left on black"), but training shows none. `judge` follows
+the shape from frame to frame, so that a generated clip is judged exactly, with no network in between.
 """
 
 import io
@@ -83,9 +83,8 @@ def crossing(chance: np.random.Generator, unseen: bool = False) -> Crossing:
     fitting = [triple for triple in TRIPLES if is_unseen(*triple) == unseen]
     shape, color, way = fitting[chance.integers(len(fitting))]
     x, y = (float(at) for at in chance.uniform(0.46, 0.54, 2))
-    background = str(chance.choice(BACKGROUNDS))
     radius = RADIUS * float(chance.uniform(0.97, 1.03))
-    return Crossing(shape, color, way, background, x, y, float(chance.uniform(0.3, 0.36)), radius)
+    return Crossing(shape, color, way, BACKGROUNDS[0], x, y, float(chance.uniform(0.3, 0.36)), radius)
 
 
 def parse(caption: str) -> Crossing:
@@ -116,7 +115,7 @@ def collection(count: int = 1200, seed: int = 0, size: int = 32, held_out: int =
         unseen = split == HELD_OUT
         drawn = crossing(np.random.default_rng([seed, index, unseen]), unseen)
         name = f"moving-shapes/{seed}/{size}/{split}-{index:06d}.webp"
-        content = f"moving 2, {size} pixels: {drawn!r}"
+        content = f"moving 3, {size} pixels: {drawn!r}"
         picture = partial(as_webp, drawn, size)
         return Sample(name, (drawn.caption,), split=split, picture=picture, content=content)
 

@@ -28,7 +28,7 @@ _RECIPE = Recipe(
     sample=SampleSettings(steps=16, guidance=2.5),
 )  # fmt: skip
 PLANS = {
-    "moving-shapes": Plan(_RECIPE, 8.2, 0.08, 60, 500, 4000, 100, 300, side=32, frames=moving.FRAMES),
+    "moving-shapes": Plan(_RECIPE, 7.0, 0.09, 60, 500, 4000, 100, 300, side=32, frames=moving.FRAMES),
 }
 
 
