@@ -106,6 +106,29 @@ def test_two_controlnets_act_apart(model):
         model.generate(control=square())
 
 
+def test_several_references_are_looked_at_together(model):
+    """Law: two references are neither of them alone; a window of steps lets them act only there."""
+    guided = guide(model, [GuidePlan("ip-adapter")])
+    with torch.no_grad():
+        for weight in guided.guides.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    one, other = square(), square(12).resize((16, 16))
+
+    def drawn(**said: object) -> bytes:
+        return model.generate(**said)[0].tobytes()
+
+    assert drawn(reference=[[one]]) == drawn(reference=one) != drawn(reference=[[one, other]])
+    assert drawn(reference=[[one, one]]) == drawn(reference=[[one, one]], reference_end=1.0)
+    early = drawn(reference=one, reference_end=0.5)
+    assert early not in (drawn(reference=one), drawn())
+    with pytest.raises(Refused, match=r"reference acts from 0\.8 to 0\.2"):
+        drawn(reference=one, reference_start=0.8, reference_end=0.2)
+    with pytest.raises(Refused, match="equally many references"):
+        model.generate(seed=[0, 1], reference=[[one], [one, other]])
+    with pytest.raises(Refused, match="reference_start acts on a picture"):
+        drawn(reference_start=0.5)
+
+
 def test_what_is_kept_of_a_picture_stays_pixel_for_pixel(model):
     """Law: inpainting changes what the mask shows white, and nothing else."""
     start, mask = square(), Image.new("L", (16, 16), 0)

@@ -11,10 +11,13 @@ from ..record import write_atomic
 from ..studio.page import document, embedded, gallery, section
 from .console import progress, result
 
-SHOWN = ("control_weight", "control_start", "control_end", "reference_scale", "strength")
+SHOWN = (
+    "control_weight", "control_start", "control_end", "reference_scale", "reference_start", "reference_end",
+    "strength",
+)  # fmt: skip
 LEANING = ("guidance_rescale", "guidance_perturbed")
 """These and `SHOWN` are numbers of which 0 is one that is said, but None is not."""
-PICTURES = ("control", *SHOWN[:4], "reference", "init", "strength", "mask")
+PICTURES = ("control", *SHOWN, "reference", "init", "mask")
 """Options about pictures that guide."""
 
 
@@ -219,9 +222,11 @@ def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
         Refused: a file that cannot be read, or a kind of control without one.
     """
     known = {name: value for name, value in said.items() if value not in (None, [])}
-    for name in ("reference", "init", "mask"):
+    for name in ("init", "mask"):
         if name in known:
             known[name] = still_or_clip(known[name])
+    if "reference" in known:
+        known["reference"] = [[still_or_clip(file) for file in known["reference"]]]
     if "control" in known:
         known["control"] = [still_or_clip(file) for file in known["control"]]
         if control_from:

@@ -71,10 +71,14 @@ Numbers = Annotated[
     Optional[list[float]],
     typer.Option(metavar="X", help="Of the control; repeat it, one for each ControlNet."),
 ]
-Reference = Annotated[Optional[Path], typer.Option(metavar="FILE", help="What an IP-Adapter looks at.")]
+References = Annotated[
+    Optional[list[Path]],
+    typer.Option("--reference", metavar="FILE", help="What an IP-Adapter looks at; repeat it for several."),
+]
 ReferenceScale = Annotated[
     Optional[float], typer.Option(metavar="X", help="How strongly the reference acts; default 1.")
 ]
+Share = Annotated[Optional[float], typer.Option(metavar="X", help="Of the steps in which it acts, 0 to 1.")]
 Init = Annotated[
     Optional[Path],
     typer.Option(metavar="FILE", help="The picture to start from; for models of clips also a clip."),

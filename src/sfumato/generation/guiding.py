@@ -23,10 +23,12 @@ from sfumato.theory import Theory
 from .frames import film
 
 WORDS = (
-    "control", "control_weight", "control_start", "control_end", "reference", "reference_scale", "init",
+    "control", "control_weight", "control_start", "control_end", "reference", "reference_scale",
+    "reference_start", "reference_end", "init",
     "strength", "mask",
 )  # fmt: skip
 """Arguments of `generate` that are about pictures that guide."""
+REFERENCE = ("reference", "reference_scale", "reference_start", "reference_end")
 
 
 @dataclass(frozen=True)
@@ -190,8 +192,9 @@ def taken(
 
     Args:
         options: pictures, one for all or one for each that is drawn: `control` with control_weight,
-            control_start and control_end (lists where there are several ControlNets), `reference` with
-            reference_scale, `init` with strength and `mask` (white is repainted), `image` (to be edited).
+            control_start and control_end (lists where there are several ControlNets), `reference` (for one
+            drawing also a list, all looked at) with reference_scale, reference_start and reference_end,
+            `init` with strength and `mask` (white is repainted), `image` (to be edited).
         frames: a clip of so many is begun from a clip, and guided by clips or pictures.
 
     Raises:
@@ -204,12 +207,12 @@ def taken(
     if kinds.get("edit_source") and "image" in options:
         said["edit_source"] = options.pop("image")
     refuse(said, kinds)
-    shown = {name: one for name, one in pictures(said, kinds).items() if one is not None}
+    shown = {name: each(one, count, name) for name, one in pictures(said, kinds).items() if one is not None}
+    for name, listed in shown.items():
+        if kinds[name] != "ip-adapter" and any(isinstance(one, list | tuple) for one in listed):
+            raise Refused(f"{name} takes one picture for each drawing; only a reference may be several.")
     found = Guiding(
-        {
-            name: encoded(model, guides[name], each(one, count, name), size, frames)
-            for name, one in shown.items()
-        },
+        {name: encoded(model, guides[name], listed, size, frames) for name, listed in shown.items()},
         tuple(name for name in shown if kinds[name] == "ip-adapter"),
         windows(said, [name for name, kind in kinds.items() if kind == "controlnet"], kinds),
     )
@@ -220,7 +223,7 @@ def refuse(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     """Raises Refused for what could not act."""
     for words, kind, what in (
         (("control", "control_weight", "control_start", "control_end"), "controlnet", "ControlNet"),
-        (("reference", "reference_scale"), "ip-adapter", "IP-Adapter"),
+        (REFERENCE, "ip-adapter", "IP-Adapter"),
     ):
         asked = [word for word in words if word in said]
         if asked and kind not in kinds.values():
@@ -264,32 +267,54 @@ def windows(said: Mapping[str, Any], nets: Sequence[str], kinds: Mapping[str, st
     weights = numbers(said.get("control_weight"), count, "control_weight", 1.0)
     starts = numbers(said.get("control_start"), count, "control_start", 0.0)
     ends = numbers(said.get("control_end"), count, "control_end", 1.0)
-    for start, end in zip(starts, ends, strict=True):
-        if not 0 <= start < end <= 1:
-            raise Refused(
-                f"control acts from {start:g} to {end:g} of the steps; both must lie in [0, 1], start first."
-            )
-    found = {
-        name: Window(*one) for name, one in zip(nets, zip(weights, starts, ends, strict=True), strict=True)
-    }
+    each_net = zip(nets, zip(weights, starts, ends, strict=True), strict=True)
+    found = {name: window("control", *one) for name, one in each_net}
     reference = next((name for name, kind in kinds.items() if kind == "ip-adapter"), "")
     if reference:
-        found[reference] = Window(float(said.get("reference_scale", 1.0)))
+        usual = zip(REFERENCE[1:], (1, 0, 1), strict=True)
+        found[reference] = window("reference", *(float(said.get(word, number)) for word, number in usual))
     return found
+
+
+def window(word: str, weight: float, start: float, end: float) -> Window:
+    """A weight and shares of the steps.
+
+    Raises:
+        Refused: shares that are none.
+    """
+    if not 0 <= start < end <= 1:
+        raise Refused(
+            f"{word} acts from {start:g} to {end:g} of the steps; both must lie in [0, 1], start first."
+        )
+    return Window(weight, start, end)
 
 
 @torch.no_grad()
 def encoded(
     model: Model, how: Encoder, shown: Sequence[Any], size: tuple[int, int], frames: int = 0
 ) -> Tensor:
-    """The tensor [B, …] a guide reads; each picture, or clip of so many frames, is encoded once."""
+    """The tensor [B, …] a guide reads; each picture, or clip of so many frames, is encoded once.
+
+    What is seen of several pictures for one drawing lies side by side: [B, L + L, D].
+
+    Raises:
+        Refused: drawings that are shown different numbers of pictures.
+    """
     sides, most = how.size or size, frames if how.moves else min(frames, 1)
     known: dict[int, Tensor] = {}
-    for one in shown:
+
+    def seen(one: Any) -> Tensor:
+        if isinstance(one, list | tuple):
+            return torch.cat([seen(part) for part in one], dim=1)
         if id(one) not in known:
             pixels = film(one, *sides, most) if frames else fitted(one, *sides)
             known[id(one)] = how.encode(pixels[None].to(model.device, model.dtype))
-    return torch.cat([known[id(one)] for one in shown])
+        return known[id(one)]
+
+    rows = [seen(one) for one in shown]
+    if len({row.shape for row in rows}) > 1:
+        raise Refused("Drawings of one batch must be shown equally many references. Draw them apart.")
+    return torch.cat(rows)
 
 
 @torch.no_grad()
