@@ -97,6 +97,19 @@ def test_checkpointing_keeps_less_and_changes_nothing(every, pixart):
     assert fewer < kept * (0.4 if every == 1 else 0.75)
 
 
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "fp8", "nf4"])
+def test_checkpointing_of_a_narrow_base_changes_nothing(form, pixart):
+    """Law: blocks whose frozen weights are stored narrow are computed again as they were."""
+    model = copy.deepcopy(pixart)
+    network = adapters.body(model.denoiser)
+    model.denoiser.narrow = narrow.store(network, form)
+    before, kept = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)
+    blocks.recompute(network, 1)
+    after, fewer = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert fewer < 0.6 * kept
+
+
 def test_lent_weights_give_the_same_gradients(pixart):
     """Law: blocks whose weights come and go answer as before; two blocks are there at most."""
     model = copy.deepcopy(pixart)
