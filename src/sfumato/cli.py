@@ -338,12 +338,13 @@ def doctor(
         Optional[Path],  # noqa: UP045
         typer.Argument(metavar="[RECIPE]", help="Also check that this recipe can run."),
     ] = None,
+    overrides: Overrides = None,
     json: Json = False,
 ) -> None:
     """Say what this machine has and lacks."""
     from .commands import health
 
-    health.doctor(recipe, json)
+    health.doctor(recipe, overrides or [], json)
 
 
 app.add_typer(theories, name="theory")

@@ -1,5 +1,6 @@
 """Commands that answer at once: help, doctor, theory, data."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -118,3 +119,29 @@ def test_the_schedulers_of_diffusers_stand_beside_ours_where_it_has_some(name):
     for row in rows:
         assert row["solver"].startswith("diffusers ") and row["evaluations"] <= 6
         assert "refused" in row or 0 < row["error"] < 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "network", "side", "clips", "resolution", "frames"),
+    [
+        ("StableDiffusionPipeline", "unet", 64, False, "512", False),
+        ("StableDiffusionXLPipeline", "unet", 128, False, "1024", False),
+        ("FluxPipeline", "transformer", None, False, "1024", False),
+        ("WanPipeline", "transformer", None, False, "480", False),
+        ("WanPipeline", "transformer", None, True, "480", True),
+    ],
+)
+def test_a_new_recipe_has_the_size_its_base_draws(
+    kind, network, side, clips, resolution, frames, tmp_path, monkeypatch
+):
+    """Law: a pretrained folder's own files say the size; data with clips get frames."""
+    monkeypatch.chdir(tmp_path)
+    for place, config in ((network, {"sample_size": side}), ("vae", {"block_out_channels": [1, 1, 1, 1]})):
+        (tmp_path / "base" / place).mkdir(parents=True)
+        (tmp_path / "base" / place / "config.json").write_text(json.dumps(config))
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / ("a.mp4" if clips else "a.png")).write_bytes(b"")
+    assert sfumato("new", "mine", "--data", "data", "--base", "base", "--train", "lora").code == 0
+    text = (tmp_path / "mine.toml").read_text()
+    assert f"resolution = {resolution} " in text and ("frames = 25" in text) == frames

