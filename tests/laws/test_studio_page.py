@@ -163,3 +163,13 @@ def test_numbers_read_well():
         "2 h 5 min",
     ]
     assert [amount(n) for n in (7, 12345, 1_750_000, 0.03121)] == ["7", "12,345", "1.75 M", "0.0312"]
+
+
+def test_the_gap_between_held_out_and_trained_is_charted_with_its_error(tmp_path):
+    run = RunFolder.create(tmp_path / "run", "output = 1\n", "output = 1\n")
+    run.event("start", step=0, device="cpu", processes=2, parallel="fsdp")
+    for step in (10, 20, 30):
+        for weights in ("raw", "ema"):
+            run.event("gap", step=step, weights=weights, gap=0.001 * step, error=0.01)
+    page = report.render(run)
+    assert "Generalisation gap" in page and "averaged weights" in page and "2 processes (fsdp)" in page

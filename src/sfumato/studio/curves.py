@@ -13,7 +13,10 @@ def losses(events: list[Event]) -> str:
     """Every chart of a run, in a grid."""
     steps = [event for event in events if event.get("kind") == "step"]
     held_out = [event for event in events if event.get("kind") == "held_out"]
-    large = [_over_steps(steps, held_out), over_levels(held_out), _levels_over_steps(held_out)]
+    gaps = [event for event in events if event.get("kind") == "gap"]
+    large = [
+        _over_steps(steps, held_out), over_levels(held_out), _levels_over_steps(held_out), _gap(gaps)
+    ]  # fmt: skip
     small = [
         _figure("Gradient norm", steps, "gradient_norm", 3, log=True),
         _figure("Learning rate", steps, "learning_rate", 4),
@@ -61,6 +64,25 @@ def _over_steps(steps: list[Event], held_out: list[Event]) -> str:
         height=320,
         note=note if len(lines) > 2 else "",
     )
+
+
+def _gap(gaps: list[Event]) -> str:
+    """Held-out loss minus that of trained pictures, over the run: what was learned by heart."""
+    lines = []
+    for weights, name, color in (("raw", "raw weights", 2), ("ema", "averaged weights", 1)):
+        found = sorted(
+            (event for event in gaps if event.get("weights") == weights),
+            key=lambda event: event.get("step") or 0,
+        )
+        if found:
+            error = [event.get("error") or 0.0 for event in found]
+            where, what = [event["step"] for event in found], [event["gap"] for event in found]
+            lines.append(Line(name, where, what, error, color=color, points=True))
+    if not lines:
+        return ""
+    note = "Held-out loss minus that of trained pictures: as it rises, they are learned by heart."
+    size = {"width": 1060, "height": 240}
+    return chart("Generalisation gap", lines, x="step", y="loss", zero=True, note=note, **size)
 
 
 def over_levels(held_out: list[Event]) -> str:

@@ -82,7 +82,9 @@ def _lead(events: list[Event]) -> str:
     if start.get("device"):
         precision = f" in {start['precision']}" if start.get("precision") else ""
         threads = f", {start['threads']} threads" if start.get("threads") and start["device"] == "cpu" else ""
-        parts.append(f"On {start['device']}{precision}{threads}.")
+        many = start.get("processes") or 1
+        shared = f"{many} processes ({start.get('parallel', 'copies')}), " if many > 1 else ""
+        parts.append(f"On {shared}{start['device']}{precision}{threads}.")
     if stop:
         finished = stop.get("reason") in ("done", "finished", "complete", None)
         words = "Finished" if finished else f"Stopped ({stop['reason']})"
