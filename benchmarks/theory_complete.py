@@ -5,7 +5,7 @@
 An order is promised of the widest step along the coordinate in which a solver carries its answers on
 (sfumato.theory.widest). A grid is made fine enough for that step to be a 12th of the whole way, then twice as
 fine. "Worked" is finite, and either an order, measured between the two, above the promise less a half, or an
-error below 1e-5. Where it is not, once more from a 40th and a 100th. Where noise is drawn: means and widths.
+error below 1e-5. Where it is not, again from a 40th, a 100th, a 400th. Where noise is drawn: means and widths.
 Beside ours, the combinations of diffusers, k-diffusion and azula (theory_complete_peers.py, which asks less).
 Rows are added to FOLDER/theory_complete.jsonl, so that a run can be cut in pieces; the table is made of all.
 """
@@ -31,7 +31,7 @@ from sfumato.theory.shapes import Denoise
 from sfumato.theory.verify import SMOOTH
 
 torch.set_num_threads(1)
-SHARES = (1 / 12, 1 / 40, 1 / 100)
+SHARES = (1 / 12, 1 / 40, 1 / 100, 1 / 400)
 """Of the whole way: how wide the widest step is when an order is first measured, and again."""
 FLOOR = 1e-5
 """An error that is no longer asked to fall: rounding, and first and last steps that grids keep."""

@@ -4,10 +4,11 @@ What is carried differs: the velocity v (Adams), the data x_0 (DPM-Solver++, Uni
 Held constant, x_0 and x_T both give the rotation of the derived step; polynomials are integrated exactly:
 
     v:    z(s) = z(p) + ∫ v dθ
-    x_0:  z(s) = sin s/sin p · z(p) − sin s ∫ x_0/sin²θ dθ
-    x_T:  z(s) = cos s/cos p · z(p) + cos s ∫ x_T/cos²θ dθ         integrals from p to s
+    x_0:  z(s) = sin s/sin p · z(p) + sin s ∫ x_0 d(cot θ)
+    x_T:  z(s) = cos s/cos p · z(p) + cos s ∫ x_T d(tan θ)         integrals from p to s
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -62,25 +63,37 @@ def carried(
     Where new noise brings the state back up afterwards, what is seen falls, in log(s/a), by a share `pace` of
     the step: answers are carried on only to where the network will be asked next.
     """
-    x, share = gauss_legendre(32 if kind == "data" else 12)
-    half = (end - start)[..., None] / 2
-    theta = start[..., None] + half * (1 + x)
+    x, share = gauss_legendre(12 if kind == "velocity" else 32)
+    low, high = _measure(kind, start), _measure(kind, end)
+    half = (high - low)[..., None] / 2
+    theta = _measure(kind, low[..., None] + half * (1 + x), back=True)
     seen = theta
     if pace is not None:
         here = start[..., None].tan()
         seen = (here * (theta.tan() / here) ** pace[..., None]).atan()
     basis = lagrange(coordinate(kind, seen), coordinate(kind, nodes))  # [..., k, points]
+    inner = (basis * (half * share)[..., None, :]).sum(-1)
     if kind == "velocity":
-        return torch.ones_like(end), (basis * (half * share)[..., None, :]).sum(-1)
-    if kind == "noise":
-        inner = (basis * (half * share / theta.cos().square())[..., None, :]).sum(-1)
-        at_end = lagrange(end[..., None], nodes)[..., 0]  # at pure noise z is x_T
+        return torch.ones_like(end), inner
+    at_end = lagrange(end[..., None], nodes)[..., 0]
+    if kind == "noise":  # at pure noise z is x_T
         noise = torch.where(end[..., None].cos() < 1e-6, at_end, end.cos()[..., None] * inner)
         return end.cos() / start.cos(), noise
-    inner = (basis * (half * share / theta.sin().square())[..., None, :]).sum(-1)
-    at_end = lagrange(end[..., None], nodes)[..., 0]  # in φ: the log-SNR of the data end is too far to reach
-    data = torch.where(end[..., None] < 1e-6, at_end, -end.sin()[..., None] * inner)
+    # at the data z is x_0; in φ, for the log-SNR of the data end is too far to reach
+    data = torch.where(end[..., None] < 1e-6, at_end, end.sin()[..., None] * inner)
     return end.sin() / start.sin(), data
+
+
+def _measure(kind: str, at: Tensor, back: bool = False) -> Tensor:
+    """Where a carried answer is summed evenly: φ for v, a/s for x_0, s/a for x_T; and back to φ.
+
+    In φ a step that ends close to either end would weigh its last hair by 1/sin²θ or 1/cos²θ.
+    """
+    if kind == "velocity":
+        return at
+    if kind == "data":
+        return torch.atan2(torch.ones_like(at), at) if back else 1 / at.clamp(min=1e-6).tan()
+    return at.atan() if back else at.clamp(max=math.pi / 2 - 1e-9).tan()
 
 
 def lagrange(at: Tensor, nodes: Tensor) -> Tensor:
