@@ -69,6 +69,16 @@ def test_a_fourth_order_is_fourth_wherever_it_starts(solver, most):
     assert math.log(errors[0] / errors[1]) / math.log(steps[0] / steps[1]) > 3.7
 
 
+@pytest.mark.parametrize("solver, order", [("dpm++", 3), ("unipc", 2), ("unipc", 4), ("deis", 2)])
+def test_a_last_step_that_ends_close_to_the_data_is_as_exact_as_one_that_reaches_them(solver, order):
+    ends = []
+    for last in (0.0, 1e-5):
+        theory = Theory(data=lambda t: (1 - t, t), model=lambda t: (-1, 1), t_data=last)
+        found = integrate(SMOOTH.denoiser(theory), X_T, theory, times.karras(theory, 60), solver, order)
+        ends.append(float((found - SMOOTH.reference(X_T, theory)).square().mean().sqrt()))
+    assert ends[1] < 1.1 * ends[0] + 1e-5
+
+
 def test_the_widest_step_is_along_what_a_solver_carries():
     flow, edm = get("flow-matching"), get("edm")
     assert math.isclose(widest(flow, times.cosine(flow, 10)), math.pi / 20)
