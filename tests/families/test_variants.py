@@ -178,6 +178,25 @@ def ours(folder: Path, call: dict[str, Any], how: dict[str, Any], monkeypatch: A
     return (seen[0] / 2 + 0.5).clamp(0, 1)
 
 
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        (lambda key: vae(key, channels=16), "takes latents of 4 channels, but its vae makes 16"),
+        (lambda key: ZOO["stable-diffusion-xl"].make(key).unet, "hears text_time beside the words"),
+        (lambda key: clip(key, width=48)[0], "gives words of 48 numbers, its unet reads 32"),
+    ],
+    ids=["vae", "unet", "text_encoder"],
+)
+def test_parts_of_different_models_are_refused_as_such(part, words, request, tmp_path):
+    """Law: a component of another family is named before anything is drawn."""
+    pipe = sd(D.DDIMScheduler(**BETAS))("mixed")
+    name = request.node.callspec.id
+    pipe.register_modules(**{name: part("other")})
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(Refused, match=f"put together from different models: .*{words}"):
+        sfumato.load(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["unet", "text_encoder", "tokenizer", "scheduler", "vae"])
 def test_a_missing_component_is_named_with_the_way_out(file, tmp_path):
     """Law: a folder that lacks what its index lists is refused in a sentence."""

@@ -145,6 +145,16 @@ class Family:
 
     # ---------------------------------------------------------------- the network
 
+    more_channels: ClassVar[tuple[int, ...]] = ()
+    """Channels that networks take beside the noise, where they are shown more: a number for each way."""
+
+    def misfit(self, network: Any, pipe: Any, channels: int) -> str:
+        """Why the pipeline's parts are not of one model; empty where they may be. `channels`: of latents."""
+        taken = network.config.get("in_channels")
+        if not taken or taken % channels == 0 or taken - channels in self.more_channels:
+            return ""
+        return f"its {self.network} takes latents of {taken} channels, but its vae makes {channels}"
+
     def put_together(self, folder: Path) -> dict[str, Any]:
         """Components of the pipeline that are composed here instead of by diffusers."""
         return {}

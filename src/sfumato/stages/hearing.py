@@ -46,8 +46,24 @@ class UNetThatMayHear(HearsGuidance):
 
     network = "unet"
     patch = 1
+    more_channels = (5,)
+    added: ClassVar[str | None] = None
+    """What the UNet hears beside its tokens, as its config names it."""
     usual_guidance = 7.5
     knobs: ClassVar[Mapping[str, float | None]] = {}
+
+    def misfit(self, network: Any, pipe: Any, channels: int) -> str:
+        """Also what is read, and what is heard beside it."""
+        config = network.config
+        if config.addition_embed_type != self.added:
+            said = (one or "nothing" for one in (config.addition_embed_type, self.added))
+            return "its unet hears {} beside the words, not {}".format(*said)
+        readers = (part for name, part in pipe.components.items() if name.startswith("text_encoder"))
+        width = sum(part.config.hidden_size for part in readers if part is not None)
+        taken = config.cross_attention_dim
+        if width and isinstance(taken, int) and not config.encoder_hid_dim and taken != width:
+            return f"its text encoder gives words of {width} numbers, its unet reads {taken}"
+        return super().misfit(network, pipe, channels)
 
     def hears(self, network: Any) -> bool:
         """Whether the UNet has a place for it."""

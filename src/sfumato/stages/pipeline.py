@@ -248,6 +248,10 @@ def load_pipeline(
     pipe = open_pipeline(folder, dtype, family, held)
     network: nn.Module = family.whole(pipe)
     codec = codec_of(family, pipe)
+    if misfit := family.misfit(network, pipe, codec.latent_channels):
+        raise Refused(
+            f"{folder} is put together from different models: {misfit}. Download the model again, whole."
+        )
     model = model_class(
         family.theory(pipe.scheduler),
         codec,

@@ -27,6 +27,7 @@ class StableDiffusionXL(UNetThatMayHear):
         "StableDiffusionXLInpaintPipeline",
     )
     hears_framing = True
+    added = "text_time"
     normalises = ("factor", "channels")
     stride = 8
     answers = ("tokens", "", "pooled")

@@ -26,6 +26,7 @@ class WanFromPicture(WanFromText):
     sees = ("image", "last_image")
     seeing = ("height", "width", "num_frames")
     must_see = True
+    more_channels = (20,)
     idle = ()
 
     def must_show(self, pipe: Any) -> tuple[str, ...]:
