@@ -164,6 +164,8 @@ def _highest(sigma_max: float) -> float:
 def edm(sigma_data: float = 0.5, sigma_max: float = 80.0) -> Theory:
     """Noise of level t = σ on whole data, answered with EDM's preconditioned F.
 
+    Raises:
+        Refused: unless sigma_data and sigma_max are finite and above 0.
     Source: Karras et al. 2022, arXiv:2206.00364, table 1.
     """
     if not sigma_data > 0:
@@ -228,6 +230,8 @@ def beta_table(
 ) -> Tensor:
     """[steps] float64: a named schedule (linear, scaled-linear, cosine) or one's own numbers.
 
+    Raises:
+        Refused: for a name that is not known, and numbers that are no betas.
     Source: Ho et al. 2020, arXiv:2006.11239 (linear 1e-4 … 0.02); Rombach et al. 2022, arXiv:2112.10752
     (scaled-linear 0.00085 … 0.012); Nichol & Dhariwal 2021, arXiv:2102.09672 (cosine).
     """

@@ -37,7 +37,11 @@ def translate(denoise: Denoise, trained: Theory, to: Theory) -> Denoise:
 
 
 def translation(trained: Theory, to: Theory, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(t', ratio, ask, keep): the network hears t' and ratio·x; its answer becomes ask·out + keep·x."""
+    """(t', ratio, ask, keep), each like t: the network hears t' and ratio·x; it becomes ask·out + keep·x.
+
+    Raises:
+        Refused: more than 0.05 rad beyond what was trained, and where `trained` is singular.
+    """
     there = trained.time_at(to.log_snr(t))
     gap = (trained.angle(there) - to.angle(t)).abs()
     if bool((gap > OUTSIDE).any()):

@@ -117,7 +117,12 @@ def log_normal(mean: float = -1.2, std: float = 1.2) -> tuple[Law, str]:
 
 
 def log_snr(lowest: float = 0.002, highest: float = 80.0) -> tuple[Law, str]:
-    """Even in log-SNR between two ratios s/a. Source: Kingma et al. 2021, arXiv:2107.00630."""
+    """Even in log-SNR between two ratios s/a.
+
+    Raises:
+        Refused: unless 0 < lowest < highest.
+    Source: Kingma et al. 2021, arXiv:2107.00630.
+    """
     if not 0 < lowest < highest:
         raise Refused(f"lowest {lowest:g} and highest {highest:g} must satisfy 0 < lowest < highest.")
     return _even(math.log(lowest), math.log(highest)), "ratio"
@@ -136,6 +141,8 @@ def cosmap() -> tuple[Law, str]:
 def mode(scale: float = 1.29) -> tuple[Law, str]:
     """Flow time 1 − u − scale·(cos²(πu/2) − 1 + u): crowded in the middle, positive at both ends.
 
+    Raises:
+        Refused: for a scale at which times would turn back.
     Source: Esser et al. 2024, arXiv:2403.03206, eq. 20.
     """
     if not -1 <= scale <= 2 / (math.pi - 2):
@@ -190,6 +197,8 @@ def stratified(seed: int, batch: int, step: int, rows: range | None = None) -> T
 
     Args:
         rows: this process's rows of the global batch, all by default.
+    Raises:
+        Refused: for a batch below 1.
     """
     if batch < 1:
         raise Refused(f"batch is {batch}; stratified times need at least 1.")

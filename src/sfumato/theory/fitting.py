@@ -41,7 +41,11 @@ class Pilot:
     shares: tuple[float, ...]
 
     def grid(self, theory: Theory, steps: int) -> Tensor:
-        """`steps` times and the end, [steps + 1], from t_noise to t_data."""
+        """`steps` times and the end, [steps + 1] float64, from t_noise to t_data.
+
+        Raises:
+            Refused: for fewer than one step.
+        """
         if steps < 1:
             raise Refused(f"steps is {steps}; a grid needs at least 1.")
         angles, shares = (torch.tensor(v, dtype=torch.float64) for v in (self.angles, self.shares))
@@ -100,6 +104,8 @@ def fit(
         budgets: evaluations of the short runs; the times serve any number, best near these.
         solver: what the times are for.
         watch: called with (evaluations done, in all).
+    Raises:
+        Refused: for budgets below 3.
     """
     if not budgets or min(budgets) < 3:
         raise Refused(f"budgets are {list(budgets)}; each needs at least 3 evaluations.")

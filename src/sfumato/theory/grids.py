@@ -17,13 +17,19 @@ from .shapes import Anything
 
 
 def linear(theory: Theory, steps: int) -> Tensor:
-    """Even in the theory's own time."""
+    """[steps + 1] even in the theory's own time.
+
+    Raises (as every grid here):
+        Refused: unless `steps` is a whole number, at least 1.
+    """
     return torch.linspace(theory.t_noise, theory.t_data, _count(steps) + 1, dtype=torch.float64)
 
 
 def shifted(theory: Theory, steps: int, shift: float = 3.0) -> Tensor:
     """Even in flow time s/(a + s), then s/a multiplied by `shift`; above 1 more steps go to the noise.
 
+    Raises:
+        Refused: unless shift is above 0.
     Source: Esser et al. 2024, arXiv:2403.03206, section 5.3.2.
     """
     if not shift > 0:
@@ -54,6 +60,8 @@ def karras(
     Args:
         rho: crowding near the data; 1 spaces the ratios evenly.
         lowest, highest: s/a in the data's own units; the first time is t_noise whatever `highest`.
+    Raises:
+        Refused: unless 0 < lowest < highest.
     Source: Karras et al. 2022, arXiv:2206.00364, eq. 5.
     """
     low, high = _range(theory, lowest, highest, _count(steps))
@@ -64,6 +72,8 @@ def karras(
 def log_snr(theory: Theory, steps: int, lowest: float = 0.002, highest: float | None = None) -> Tensor:
     """Even in log(a²/s²) between the ratios s/a `highest` and `lowest`, then the data.
 
+    Raises:
+        Refused: unless 0 < lowest < highest.
     Source: Lu et al. 2022, arXiv:2206.00927.
     """
     low, high = _range(theory, lowest, highest, _count(steps))
@@ -73,6 +83,8 @@ def log_snr(theory: Theory, steps: int, lowest: float = 0.002, highest: float | 
 def beta(theory: Theory, steps: int, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """Quantiles of the Beta(alpha, beta) distribution over the theory's time, crowded at both ends.
 
+    Raises:
+        Refused: unless alpha and beta are above 0.
     Source: Lee et al. 2024, arXiv:2407.12173.
     """
     if not (alpha > 0 and beta > 0):
@@ -105,6 +117,8 @@ def two_sided(theory: Theory, steps: int, data: float = NEAR_DATA, noise: float 
 
     Args:
         data, noise: δ and ε in (0, 1), how early the crowding ends on either side.
+    Raises:
+        Refused: for δ or ε outside (0, 1).
     """
     if not (0 < data < 1 and 0 < noise < 1):
         raise Refused(f"data {data:g} and noise {noise:g} must lie between 0 and 1.")
@@ -136,7 +150,11 @@ def angle_at(share: Tensor, delta: float = NEAR_DATA, epsilon: float = NEAR_NOIS
 
 
 def trained(step: int | Sequence[int] | Tensor, steps: int = 1000) -> Tensor:
-    """The time (n + 1)/N of a discrete model's trained step n, 0 … N − 1; float64, like `step` in shape."""
+    """The time (n + 1)/N of a discrete model's trained step n, 0 … N − 1; float64, like `step` in shape.
+
+    Raises:
+        Refused: for what is no whole number from 0 to N − 1.
+    """
     n = torch.as_tensor(step)
     if n.is_floating_point() or n.is_complex() or bool(((n < 0) | (n >= steps)).any()):
         raise Refused(
@@ -146,7 +164,11 @@ def trained(step: int | Sequence[int] | Tensor, steps: int = 1000) -> Tensor:
 
 
 def custom(theory: Theory, moments: Sequence[float] | Anything) -> Tensor:
-    """One's own times, checked: inside the theory, strictly towards the data, or towards the noise."""
+    """One's own times [N + 1] or [B, N + 1], checked; float64.
+
+    Raises:
+        Refused: fewer than two times, times outside the theory, times that do not go strictly one way.
+    """
     t = exact(torch.as_tensor(moments, dtype=torch.float64))
     if t.ndim not in (1, 2) or t.shape[-1] < 2:
         raise Refused(f"A grid has at least two times; this one has shape {tuple(t.shape)}.")

@@ -61,7 +61,11 @@ def batched(both: Stacked, scale: float) -> Denoise:
 
 
 def together(every: Stacked, form: Callable[..., Denoise], answers: int = 2) -> Denoise:
-    """Any form with all its answers from one call: together(both, lambda s, w: rescaled(s, w, …))."""
+    """Any form with all its answers from one call: together(both, lambda s, w: rescaled(s, w, …)).
+
+    Raises (when called):
+        Refused: unless every row of the stacked batch is answered.
+    """
 
     heard: list[Tensor] = []
     formed = form(*(_heard(heard, index) for index in range(answers)))  # once: a form may remember
@@ -103,7 +107,11 @@ def rescaled(
 
 
 def deviating_as(strong: Denoise, leaning: Denoise, theory: Theory, share: float = 0.7) -> Denoise:
-    """`leaning`, whose x_0 is given the standard deviation of `strong`'s by `share`: see `rescaled`."""
+    """`leaning`, whose x_0 is given the standard deviation of `strong`'s by `share`: see `rescaled`.
+
+    Raises:
+        Refused: unless the share lies between 0 and 1.
+    """
     _share("share", share)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
@@ -126,7 +134,11 @@ def interval(
 
 
 def within(strong: Denoise, leaning: Denoise, theory: Theory, low: float = 0.2, high: float = 5.0) -> Denoise:
-    """`leaning` where s/a lies between `low` and `high`, `strong` elsewhere: an interval of any form."""
+    """`leaning` where s/a lies between `low` and `high`, `strong` elsewhere: an interval of any form.
+
+    Raises:
+        Refused: unless 0 ≤ low < high.
+    """
     if not 0 <= low < high:
         raise Refused(f"low {low:g} and high {high:g} must satisfy 0 ≤ low < high.")
 
@@ -147,6 +159,8 @@ def zero_star(strong: Denoise, weak: Denoise, scale: float, theory: Theory, sile
 
     Args:
         silent: share of the angle from pure noise within which the velocity is set to 0.
+    Raises:
+        Refused: unless `silent` lies between 0 and 1.
     Source: Fan et al. 2025, arXiv:2503.18886.
     """
     _share("silent", silent)

@@ -33,6 +33,7 @@ class Mixture:
 
     @property
     def dimension(self) -> int:
+        """D, numbers a sample."""
         return self.means.shape[1]
 
     def posterior(self, x_t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,11 @@ class Mixture:
         return share @ self.means + a * ((scaled * level)[..., None] * off).sum(1), x_T
 
     def denoiser(self, theory: Theory) -> Denoise:
-        """A perfect network of `theory`: denoise(x_t [B, …] with D numbers a sample, t) → out like x_t."""
+        """A perfect network of `theory`: denoise(x_t [B, …] with D numbers a sample, t) → out like x_t.
+
+        Raises (when called):
+            Refused: for samples that do not hold D numbers.
+        """
 
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             if x_t[0].numel() != self.dimension:

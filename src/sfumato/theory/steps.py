@@ -128,6 +128,8 @@ def churn(
     Args:
         amount: γ: s/a grows to (1 + γ)·s/a, at most √2 − 1.
         least, most: s/a between which noise is raised.
+    Raises:
+        Refused: for an amount outside [0, √2 − 1].
     Source: Karras et al. 2022, arXiv:2206.00364, algorithm 2.
     """
     if not 0 <= amount <= math.sqrt(2) - 1 + 1e-9:
@@ -173,6 +175,8 @@ def restart(
         low, high: ratios s/a; the walk restarts at the grid's time nearest to `low`.
         repeats: how often.
         parts: Heun steps of each way down.
+    Raises:
+        Refused: unless 0 < low < high, and repeats and parts are at least 1.
     Source: Xu et al. 2023, arXiv:2306.14878.
     """
     if not (0 < low < high and repeats >= 1 and parts >= 1):
