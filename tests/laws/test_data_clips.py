@@ -97,6 +97,7 @@ BROKEN = {
     "noise.webm": lambda path: path.write_bytes(b"\x1a\x45\xdf\xa3 and nothing more"),
     "cut.mp4": lambda path: path.write_bytes(movie(path, [i / 25 for i in range(50)]).read_bytes()[:900]),
     "gone.mp4": lambda path: None,
+    "playlist.mp4": lambda path: path.write_bytes(b"ffconcat version 1.0\nfile 'short.mp4'\n"),
 }
 
 

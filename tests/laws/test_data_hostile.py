@@ -5,13 +5,17 @@ import json
 import os
 import struct
 import tarfile
+import zipfile
 import zlib
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
-from sfumato.data import media, report, sources
+from sfumato.data import media, report, sources, views
+from sfumato.data.encode import Encoding
 from sfumato.errors import Refused
 
 RED = (200, 30, 40)
@@ -104,14 +108,16 @@ BROKEN = {
     "html.jpg": b"<html><body>404</body></html>",
     "gif.gif": b"GIF89a\xff\xff\xff\xff\x00\x00\x00",
     "half.webp": b"RIFF\x10\x00\x00\x00WEBPVP8 \x00",
+    "postscript.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 48\n",
+    "inf.tiff": None,
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_file_that_is_no_usable_picture_has_a_reason(name, tmp_path):
     file = tmp_path / name
-    if name == "nan.tiff":
-        save(file, Image.fromarray(np.full((20, 20), np.nan, np.float32)))
+    if name in ("nan.tiff", "inf.tiff"):
+        save(file, Image.fromarray(np.full((20, 20), float(name[:3]), np.float32)))
     elif BROKEN[name] is None:
         save(file, Image.new("RGB", (1, 900) if name == "strip.png" else (1, 1)))
     else:
@@ -382,3 +388,53 @@ def test_companions_stay_in_the_folder_and_are_no_samples_themselves(folder):
     (sample,) = found.samples
     assert sample.companions == {"control": folder / "b.png"} and sample.extra["mask"] == "not a picture"
     assert reasons(found) == {"c.png": "its control ../secrets/secret.png: refused: outside the data folder"}
+
+
+def claims(path, shape):
+    """An .npz whose array claims a shape without having the numbers."""
+    with zipfile.ZipFile(path, "w") as file:
+        head = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+        file.writestr("x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head.encode())
+
+
+def cells(path, **columns):
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+def cut(path, **columns):
+    cells(path, **columns)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+ARRAYS = np.zeros((4, 8, 8, 3), np.uint8)
+ARCHIVES = {
+    "claims.npz": (lambda path: claims(path, (10**6, 10**4, 10**4, 3)), "no .npz"),
+    "channels.npz": (lambda path: np.savez(path, x=ARRAYS.repeat(3, 3), labels=np.arange(4)), "no pictures"),
+    "labels.npz": (lambda path: np.savez(path, x=ARRAYS, labels=np.array([0, 1, 2, 10**9])), "numbered"),
+    "empty.npz": (lambda path: np.savez(path, x=ARRAYS[:0], labels=np.zeros(0, int)), "no pictures"),
+    "columns.parquet": (lambda path: cells(path, a=[1, 2]), "no column image"),
+    "cut.parquet": (lambda path: cut(path, image=[whole_png()], text=["a"]), "no Parquet"),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_an_archive_that_cannot_be_used_is_refused_in_a_sentence(name, tmp_path):
+    make, why = ARCHIVES[name]
+    make(tmp_path / name)
+    with pytest.raises(Refused, match=why):
+        sources.open(tmp_path / name)
+
+
+def test_tables_of_pictures_are_read_and_what_they_lack_is_said(tmp_path):
+    given = [whole_png(), None, b"no picture", whole_png()]
+    cells(tmp_path / "test-0.parquet", image=given, text=["a", "b", "c", None], label=[0, 1, 2, 3])
+    np.savez(tmp_path / "some.npz", x=ARRAYS, labels=np.array([-1, 0, 0, 1]))
+    found = sources.open(tmp_path / "some.npz")
+    assert [one.label for one in found.samples] == [0, 0, 1] and len(found.set_aside) == 1
+    (tmp_path / "some.npz").unlink()
+    found = sources.open(tmp_path)
+    assert [one.reason for one in found.set_aside] == ["no caption"]
+    assert [(one.captions, one.label) for one in found.samples] == [(("a",), 0), (("b",), 1), (("c",), 2)]
+    reasons = [views.plan(one, lambda size: size, Encoding("x")) for one in found.samples]
+    assert reasons[0].size == (24, 24)
+    assert [one.reason[:19] for one in reasons[1:]] == ["there is no picture", "no picture in any k"]

@@ -19,6 +19,8 @@ from . import media, metadata, tables
 from .metadata import Reading
 from .sample import Collection, Picture, Sample, SetAside
 
+MOST_CLASSES = 100_000
+
 Kind = Callable[[Path, Reading], Collection]
 
 
@@ -152,10 +154,14 @@ def arrays(root: Path, how: Reading) -> Collection:
             named = {name: file[name] for name in file.files}
         if strange := [name for name, array in named.items() if not isinstance(array, np.ndarray)]:
             raise ValueError(f'"{strange[0]}" is no array')
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as problem:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as problem:
         raise Refused(f"{root} is no .npz of plain arrays: {problem}") from problem
     shapes = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in named.items())
-    drawn = {name: a for name, a in named.items() if a.dtype == np.uint8 and a.ndim in (3, 4)}
+    drawn = {
+        name: a
+        for name, a in named.items()
+        if a.dtype == np.uint8 and a.ndim in (3, 4) and _is_pictures(a.shape)
+    }
     beside = {what: drawn[name] for name in drawn if (what := _what(name, how))}
     pictures = next((a for name, a in drawn.items() if not _what(name, how)), None)
     if pictures is None:
@@ -171,19 +177,27 @@ def arrays(root: Path, how: Reading) -> Collection:
         )
     result = Collection(root.stem, [], classes=classes)
     for index in range(len(pictures)):
-        label = None if labels is None else int(labels[index])
+        label = None if labels is None or labels[index] < 0 else int(labels[index])
         caption = str(texts[index]) if texts is not None else "" if label is None else classes[label]
+        name = f"{root.name}/{index:08d}"
+        if not caption and how.captions != "none":
+            result.set_aside.append(SetAside(name, "no caption and no class"))
+            continue
         read = partial(_array_picture, pictures, index)
         companions: dict[str, Picture] = {
             what: partial(_array_picture, array, index)
             for what, array in beside.items()
             if len(array) == len(pictures)
         }
-        name = f"{root.name}/{index:08d}"
         result.samples.append(
             Sample(name, (caption,), picture=read, label=label, split="", companions=companions)
         )
     return result
+
+
+def _is_pictures(shape: tuple[int, ...]) -> bool:
+    """Whether an array is of pictures: [N, H, W], or [N, H, W, C] with 1, 3 or 4 channels."""
+    return shape[:1] > (0,) and (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3, 4)))
 
 
 def _folder_of_arrays(root: Path, how: Reading) -> Collection:
@@ -207,7 +221,11 @@ def _what(column: str, how: Reading) -> str:
 
 def _class_names(root: Path, named: dict[str, np.ndarray], labels: np.ndarray | None) -> list[str]:
     """Names of the classes: an array of texts in the file, classes.json beside it, else their numbers."""
-    count = 0 if labels is None else int(labels.max()) + 1
+    count = 0 if labels is None else int(labels.max(initial=-1)) + 1
+    if count > MOST_CLASSES:
+        raise Refused(
+            f"{root}: its labels go up to {count - 1:,}, and classes are numbered from 0. Number them anew."
+        )
     inside = next((a for n, a in named.items() if n in ("classes", "names") and a.dtype.kind == "U"), None)
     if inside is not None and len(inside) >= count:
         return [str(one) for one in inside]

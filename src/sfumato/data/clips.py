@@ -17,6 +17,7 @@ from torch import Tensor
 from . import media
 
 MOST_DECODED = 20_000  # frames looked at in one file, at most
+CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"  # none that names further files
 SLACK = 1e-3  # seconds; rounding of time stamps
 
 
@@ -176,9 +177,8 @@ def _opened(source: Path | bytes | Image.Image) -> Any:
     if isinstance(source, bytes) and not source:
         raise media.Unreadable("the file is empty")
     try:
-        return av.open(
-            io.BytesIO(source) if isinstance(source, bytes) else str(source), metadata_errors="replace"
-        )
+        place = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        return av.open(place, metadata_errors="replace", options={"format_whitelist": CONTAINERS})
     except (av.error.FFmpegError, OSError, ValueError) as problem:
         raise media.Unreadable(f"no video in any known format: {_short(problem)}") from problem
 
@@ -190,7 +190,10 @@ def _short(problem: Exception) -> str:
 def _stream(container: Any) -> Any:
     if not container.streams.video:
         raise media.Unreadable("there is no video in it")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise media.Unreadable("its video is of no known kind")
+    return stream
 
 
 def _video(container: Any) -> Iterator[tuple[float, Image.Image]]:

@@ -33,6 +33,8 @@ UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".ar
 CLIPS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 TRANSFORM = "picture 1: upright, on white, sRGB, centre crop, Lanczos, large JPEGs by halves"
 """What `read_picture` and `fit` do, as part of the store's keys; a change of theirs changes it."""
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000", "PPM")
+"""What Pillow may take a file for, whatever its name says: no format that would start another program."""
 MOST_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 THINNEST = 32  # longer side over shorter side
 SMALLEST = 4  # pixels a side
@@ -61,7 +63,7 @@ def open_picture(source: Path | bytes | Image.Image, whole: bool = True) -> Imag
     if not source:
         raise Unreadable("the file is empty")
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except Image.DecompressionBombError as problem:
         raise Unreadable(_too_large(str(problem))) from problem
     except Exception as problem:  # decoders fail in every way there is; each is one reason

@@ -55,9 +55,13 @@ def saved(root: Path, how: Reading) -> Collection:
         if not path.resolve().is_relative_to(root.resolve()):
             result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
             continue
-        with arrow.memory_map(str(path)) as mapped:
-            table = ipc.open_stream(mapped).read_all()
         inside = path.relative_to(root).as_posix()
+        try:
+            with arrow.memory_map(str(path)) as mapped:
+                table = ipc.open_stream(mapped).read_all()
+        except (OSError, ValueError) as problem:  # pyarrow's own errors are both
+            result.set_aside.append(SetAside(inside, f"no Arrow file that can be read: {problem}"))
+            continue
         split = metadata.SPLITS.get(PurePosixPath(inside).parts[0], "")
 
         def cell(column: str, row: int, table: Any = table) -> Reader | None:
