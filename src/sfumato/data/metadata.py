@@ -72,8 +72,12 @@ class Row:
 
 
 def printable(name: str) -> str:
-    """A name that can be shown and written anywhere: bytes that are no text appear as \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A name that can be shown and written anywhere, on one line and in its own order of letters.
+
+    Bytes that are no text appear as \\xNN, what breaks a line or turns its direction by its number.
+    """
+    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in shown)
 
 
 def is_text(words: str) -> bool:
