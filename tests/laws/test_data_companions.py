@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sfumato.data.sample import Sample
 from sfumato.data.settings import DataSettings
 from sfumato.data.store import Store
 from sfumato.errors import Refused
+from sfumato.theory import get
 from sfumato.training.objective import DiffusionObjective
 from sfumato.training.settings import TrainSettings
 from sfumato.workflow import companions
@@ -184,14 +186,11 @@ class Still:
 
 
 def test_each_conditioner_is_dropped_by_itself():
-    objective = DiffusionObjective.__new__(DiffusionObjective)
-    objective.seed, objective.encoded, objective.stratified = 0, Still(), False
-    objective.caption_dropout, objective.dropout = 0.5, {"control": 0.25}
-    settings = TrainSettings()
-    from sfumato.theory import densities, get
-
-    objective.density = densities.density(settings.times)
-    objective.model = type("M", (), {"theory": get("flow-matching")})()
+    model: Any = type("Drawn", (), {"theory": get("flow-matching")})()
+    order: Any = None
+    objective = DiffusionObjective(
+        model, Still(), order, TrainSettings(stratified=False), 0, 0.5, dropout={"control": 0.25}
+    )
     rows = [{"tokens": torch.ones(3, 2), "control": torch.ones(4)} for _ in range(4000)]
     drawn = objective.draw(range(4000), torch.zeros(4000, 1), 0)
     kept = objective.kept(rows, drawn)
