@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from sfumato.data import media, report, sources, views
+from sfumato.data import media, metadata, report, sources, views
 from sfumato.data.encode import Encoding
 from sfumato.errors import Refused
 
@@ -187,7 +187,7 @@ ROWS = {
         "b.png",
         'its split "later" is none of',
     ),
-    "null byte": ({"file_name": "b\0.png", "caption": "b"}, "b\0.png", "the row names no file"),
+    "null byte": ({"file_name": "b\0.png", "caption": "b"}, "b\\x00.png", "the row names no file"),
     "very long name": ({"file_name": "x" * 5000, "caption": "b"}, "x" * 5000, "a link that leads nowhere"),
 }
 
@@ -212,13 +212,16 @@ def test_repeated_rows_give_one_sample_with_all_captions(folder):
 
 
 def test_strange_names_are_kept_and_can_be_printed(folder):
-    for name in ("ünïcode 🦊", "new\nline", " space ", os.fsdecode(b"caf\xe9")):
+    names = ("ünïcode 🦊", "new\nline", " space ", "\u202eturned", os.fsdecode(b"caf\xe9"))
+    for name in names:
         save(folder / f"{name}.png", Image.new("RGB", (20, 20), RED))
         (folder / f"{name}.txt").write_text("words")
     (folder / "a.txt").write_text("a")
     found = report.report(sources.open(folder))
-    assert found.summary["samples"] == 5
+    assert found.summary["samples"] == 6
     json.dumps(found.summary).encode()
+    shown = [metadata.printable(name) for name in names]
+    assert shown == ["ünïcode 🦊", "new\\nline", " space ", "\\u202eturned", "caf\\xe9"]
     found.page().encode()
 
 
