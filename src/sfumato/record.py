@@ -26,14 +26,8 @@ EVENT_KEY = ("kind", "step", "split", "weights", "group")
 FOREIGN_LOCK_SECONDS = 600.0
 _CHECKPOINT = re.compile(r"step-(\d+)")
 _OURS = {
-    "recipe.toml",
-    "effective.toml",
-    "events.jsonl",
-    "samples",
-    "checkpoints",
-    "report.html",
-    ".lock",
-}
+    "recipe.toml", "effective.toml", "events.jsonl", "samples", "checkpoints", "report.html", ".lock",
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------- files
@@ -118,9 +112,8 @@ def take_place(beside: Path, path: Path) -> None:
 
     A folder that stood there goes first, out of sight in one rename.
     """
-    for entry in sorted(beside.rglob("*")):
+    for entry in [*sorted(beside.rglob("*")), beside]:
         _sync(entry)
-    _sync(beside)
     former = None
     if path.exists():
         former = path.with_name(f".{path.name}.{os.getpid()}.old.part")
@@ -141,7 +134,7 @@ def sweep(folder: Path) -> None:
 
 
 def checksum(path: Path | str) -> str:
-    """The file's sha256 in hexadecimal, read in pieces."""
+    """The file's sha256 in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -270,8 +263,7 @@ class RunFolder:
     def event(self, kind: str, *, sync: bool = False, **fields: Any) -> None:
         """Append {"kind", "time", **fields} as one line; `sync` waits until the disk has it.
 
-        Raises:
-            Failed: no space. Refused: the folder is read-only.
+        Raises Failed without space, Refused where the folder is read-only.
         """
         event = {"kind": kind, "time": round(time.time(), 3), **fields}
         line = _checked(json.dumps(event, ensure_ascii=False)) + "\n"
@@ -298,10 +290,9 @@ class RunFolder:
         """
         found: dict[Any, dict[str, Any]] = {}
         for number, event in self._lines():
-            if event is None:
-                continue
-            same = tuple(event.get(name) for name in EVENT_KEY) if event.get("step") is not None else number
-            found[same] = event
+            if event is not None:
+                has_step = event.get("step") is not None
+                found[tuple(map(event.get, EVENT_KEY)) if has_step else number] = event
         return list(found.values())
 
     def _lines(self) -> Iterator[tuple[int, dict[str, Any] | None]]:

@@ -1,0 +1,65 @@
+"""Law: a family is trained alike by one process and by two that divide its weights."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+import torch.distributed.fsdp
+
+import sfumato
+from sfumato.record import RunFolder
+from sfumato.training import checkpoint, parallel
+
+from .test_training import SHOWN, write_recipe
+from .zoo import ZOO
+
+LORA = ('train = "lora"', "rank = 2")
+
+
+def work(rank: int, port: int, recipe: Path, overrides: list[str]) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with parallel.joined("cpu"):
+        sfumato.train(recipe, overrides, say=lambda sentence: None)
+
+
+def train_on_two(recipe: Path, *overrides: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(rank, port, recipe, list(overrides))) for rank in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(300)
+        assert worker.exitcode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [(), LORA], ids=["whole", "lora"])
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in SHOWN])
+def test_two_processes_that_divide_a_family_train_it_as_one_does(tmp_path, name: str, model: tuple[str, ...]):
+    recipe = write_recipe(name, tmp_path, *model)
+    quiet = ["train.sanity=false", "train.ema_snapshots=0", "train.learning_rate=1e-4", "sample.prompts=[]"]
+    sfumato.train(
+        recipe, [*quiet, f"output={tmp_path / 'one'}", "train.accumulate=2"], say=lambda sentence: None
+    )
+    train_on_two(recipe, *quiet, f"output={tmp_path / 'two'}", "train.parallel=fsdp")
+    one, two = (
+        checkpoint.read(RunFolder.open(place).checkpoint_folders()[-1], "model")
+        for place in (tmp_path / "one", tmp_path / "two")
+    )
+    assert one.keys() == two.keys()
+    far = sum(float((one[key].double() - two[key].double()).square().sum()) for key in one)
+    size = sum(float(weight.double().square().sum()) for weight in one.values())
+    assert (far / size) ** 0.5 < (
+        1e-4 if model else 1e-5
+    )  # a LoRA's first gradients are near 0, Adam's steps are not
