@@ -253,7 +253,7 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
-def _sheets(sheets: Sequence[tuple[str, Sequence[tuple[str, str]]]], total: int) -> str:
+def _sheets(sheets: Sheets, total: int) -> str:
     shown = sum(len(held) for _, held in sheets)
     cut = any(one.cut_wide or one.cut_high for _, held in sheets for one in held)
     veiled = " What their shape cuts off is veiled." if cut else ""

@@ -105,7 +105,7 @@ def greyed(sample: Sample, cover: Picture) -> Image.Image:
     """The sample's picture, grey where the cover is white."""
     image = media.read_picture(sample.source())
     white = media.read_picture(cover() if callable(cover) else cover).convert("L").resize(image.size, 0)
-    image.paste((127, 127, 127), mask=white.point(lambda value: 255 * (value > 127)))
+    image.paste((127, 127, 127), mask=white.point([255 * (value > 127) for value in range(256)]))
     return image
 
 

@@ -53,7 +53,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     state = hashlib.sha256()
     for name in sorted(tensors):
         state.update(name.encode())
-        state.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        state.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return state.hexdigest()
 
 

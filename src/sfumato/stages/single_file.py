@@ -41,8 +41,9 @@ def components(
             continue
         kind = getattr(diffusers, entry[1], None) if entry[0] == "diffusers" else None
         reason = "the file has no such part"
-        if isinstance(kind, type) and issubclass(kind, nn.Module) and convertible(kind):
-            with at_width(convertible(kind), folder / name):
+        is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
+        if is_network and (converter := convertible(kind)):
+            with at_width(converter, folder / name):
                 part, reason = converted(kind, tensors, folder, name, dtype)
         elif isinstance(kind, type) and name == denoiser:
             part, reason = under_its_own_names(kind, tensors, folder / name, dtype)

@@ -133,7 +133,7 @@ def lora_encoders(model: Model) -> dict[str, nn.Module]:
     names = [one for one in getattr(pipe, "_lora_loadable_modules", ()) if one.startswith("text_encoder")]
     found = {name: getattr(pipe, name, None) for name in names}
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-    known = {name: part for name, part in found.items() if isinstance(part, kinds)}
+    known: dict[str, nn.Module] = {name: part for name, part in found.items() if isinstance(part, kinds)}
     if not known:
         raise Refused(
             f"{type(pipe).__name__}: diffusers loads no LoRA of its text encoders, so nothing could read "

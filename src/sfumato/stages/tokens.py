@@ -29,7 +29,9 @@ def of_conditioner(conditioner: Conditioner) -> Reading | None:
         most = min(conditioner.max_tokens, conditioner.tokenizer.model_max_length)
         return Reading(_counting(conditioner.tokenizer), int(most))
     components: dict[str, Any] = getattr(getattr(conditioner, "pipe", None), "components", {})
-    words = [part for name, part in components.items() if name.startswith("tokenizer") and callable(part)]
+    words: list[Any] = [
+        part for name, part in components.items() if name.startswith("tokenizer") and callable(part)
+    ]
     if not words:
         return None
     settings = getattr(conditioner, "settings", dict)({})

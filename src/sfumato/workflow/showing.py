@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -148,7 +148,7 @@ def pictures(model: PaintingModel, settings: DataSettings, samples: Sequence[Sam
     if any(not one.own for one in found.values()):
         return {"image": [fitted(settings, source_of(settings, sample)) for sample in samples]}
     ends = [ends_of(settings, sample) for sample in samples]
-    names = model.conditioner.shows  # type: ignore[attr-defined]
+    names = cast(PretrainedConditioner, model.conditioner).shows
     return {name: [pair[place] for pair in ends] for place, name in enumerate(names)}
 
 

@@ -289,8 +289,9 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
     if recipe.train.compile:
         blocks.compile_blocks(network, model.device)
     learning = teaching.teach(model, text_plan_of(recipe, plan))
-    for name in begin.encoders if begin is not None else ():
-        starting.fill(learning[name], within(begin.changes[name], learning[name]))
+    if begin is not None:
+        for name in begin.encoders:
+            starting.fill(learning[name], within(begin.changes[name], learning[name]))
     return teaching.Together(model.denoiser, learning) if learning else model.denoiser
 
 
