@@ -11,6 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .commands import data_options as about
 from .commands import drawing_options as options
 from .commands.exits import answers
 from .commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
@@ -234,44 +235,15 @@ def data(
         str, typer.Argument(metavar="DIR", help="Pictures, an embedded set, a recipe (TOML), or a store.")
     ],
     overrides: Overrides = None,
-    captions: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(metavar="WHERE", help="files, folder (class names) or none.", show_default="files"),
-    ] = None,
-    resolution: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="N", min=16, help="Plan for N x N pixels.", show_default="256"),
-    ] = None,
-    buckets: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="N", min=1, help="Shapes in the plan.", show_default="5"),
-    ] = None,
-    frames: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(metavar="N", min=1, help="Frames a clip must have.", show_default="16"),
-    ] = None,
-    rate: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(metavar="X", min=0.1, help="Frames a second.", show_default="8"),
-    ] = None,
-    model: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            metavar="MODEL",
-            help="Whose tokenizer counts: minilm, none, a model's folder.",
-            show_default="minilm, of a recipe its own",
-        ),
-    ] = None,
-    collect: Annotated[
-        bool, typer.Option("--collect", help="Of a store: remove what nobody needs; without it, say what.")
-    ] = False,
-    keep: Annotated[
-        Optional[list[Path]],  # noqa: UP045
-        typer.Option(metavar="RECIPE", help="Of a store: also keep what this recipe needs; repeat it."),
-    ] = None,
-    days: Annotated[
-        float, typer.Option(metavar="N", min=0, help="Of a store: keep what is younger, whoever needs it.")
-    ] = 30.0,
+    captions: about.Captions = None,
+    resolution: about.Resolution = None,
+    buckets: about.Buckets = None,
+    frames: about.Frames = None,
+    rate: about.Rate = None,
+    model: about.Model = None,
+    collect: about.Collect = False,
+    keep: about.Keep = None,
+    days: about.Days = 30.0,
     out: Annotated[Path, out_option("runs/data")] = Path("runs/data"),
     json: Json = False,
 ) -> None:
