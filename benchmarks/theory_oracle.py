@@ -104,7 +104,7 @@ def fresh(seed: int, count: int = 8) -> list[Problem]:
         modes = 1 + int(24 * u[1] ** 2)
         spread, least = 0.4 + u[2], 10 ** (-4 + 2.5 * u[3])
         data = oracle.random_mixture(modes, size, 1000 * seed + k, spread, least)
-        scale = (1.0, 1.0, 2.0, 4.0, 7.5, 12.0)[int(6 * u[4])] if modes > 1 else 1.0
+        scale = (1.0, 1.0, 2.0, 4.0, 7.5)[int(5 * u[4])] if modes > 1 else 1.0
         keep = tuple(range(0, modes, 3)) if scale > 1 else ()
         told = f"{size}-D {modes} modes, spread {spread:.2f}, least {least:.0e}"
         found.append(Problem(f"{told}, guided by {scale:g}" if keep else told, data, keep, scale))

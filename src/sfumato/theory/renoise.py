@@ -17,6 +17,8 @@ def renoising(course: Course, eta: float) -> tuple[Tensor, list[list[Weight]]]:
     η = 1 is ancestral sampling; with the rotation it is DDIM-η (Song et al. 2020, arXiv:2010.02502, eq. 16).
     """
     here, there = course.angles[:-1], course.angles[1:]
+    if not eta:
+        return there, [[1.0, 0.0] for _ in range(course.steps)]
     fresh = (1 - (there.tan() / here.tan()).square()).clamp(min=0).sqrt() * there.sin() * eta
     kept = (1 - fresh.square()).sqrt()
     down = torch.acos((there.cos() / kept).clamp(max=1))
