@@ -27,7 +27,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from tests.families import clips, pictures, test_parity, test_training
+from tests.families import clips, pictures, test_parity, test_shown_training, test_training
 from tests.families.zoo import NEGATIVE, PROMPT, ZOO
 
 import sfumato
@@ -36,6 +36,8 @@ from sfumato.record import RunFolder
 from sfumato.workflow.exporting import export
 
 assert clips
+EDITS = ("qwen-image-edit", "qwen-image-edit-plus", "flux-kontext", "flux-2-klein-edit")
+CLIPS = ("wan-2.1-i2v", "wan-2.1-flf", "wan-2.2-i2v", "wan-2.2-ti2v")
 COLUMNS = {
     "load": "load, s", "parity": "error", "own": "error, own scheduler", "lora_step": "LoRA step, s",
     "full_step": "full step, s", "lora_export": "LoRA, reloaded", "full_export": "whole, reloaded",
@@ -93,14 +95,26 @@ def drawn_by(name: str, folder: Path, own: bool) -> Any:
     return drawn
 
 
-def trained(name: str, home: Path, steps: int, *model: str) -> tuple[float, Path]:
+def recipe_of(name: str, home: Path, *model: str) -> tuple[Path, list[str]]:
+    """(a recipe on data that this family learns from, further keys): pictures, edits of some, or clips."""
+    side = f"data.resolution={64 if name == 'wan-2.2-ti2v' else 32}"
+    if name in CLIPS:
+        return test_shown_training.moving(name, home, *model), ["data.frames=5", side]
+    if name in EDITS:
+        keys = ["data.captions=files", "data.source=edit_source"]
+        return test_shown_training.beside(name, home, *model), keys
+    return test_training.write_recipe(name, home, *model), []
+
+
+def trained(name: str, home: Path, base: Path, steps: int, *model: str) -> tuple[float, Path]:
     """(CPU seconds of a step, the run)."""
-    recipe = test_training.write_recipe(name, home, *model)
-    run = home / ("lora" if model else "full")
+    home.mkdir()
+    (home / "base").symlink_to(base)
+    recipe, known = recipe_of(name, home, *model)
     with marks() as ends:
-        keys = ["train.ema=0", "train.save_every=100", f"train.steps={steps}", f"output={run}"]
-        sfumato.train(recipe, keys)
-    return statistics.median(b - a for a, b in pairwise(ends)), run
+        keys = ["train.ema=0", "train.save_every=100", f"train.steps={steps}", "train.sanity=false"]
+        sfumato.train(recipe, [*keys, *known])
+    return statistics.median(b - a for a, b in pairwise(ends)), home / "run"
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -114,8 +128,8 @@ def measured(name: str) -> dict[str, Any]:
             row["notes"].append(f"{column}: {refusal}")
             return None
 
-    with tempfile.TemporaryDirectory() as place, pictures.small():
-        home = Path(place)
+    with tempfile.TemporaryDirectory() as folder, pictures.small():
+        home = Path(folder)
         test_training.make_base(name, home)
         began = time.process_time()
         model = sfumato.load(home / "base")
@@ -129,7 +143,10 @@ def measured(name: str) -> dict[str, Any]:
         else:
             row["own"] = error(model, drawn_by(name, home / "drawn", True))
         for kind, steps, keys in (("lora", 6, ('train = "lora"', "rank = 4")), ("full", 4, ())):
-            done = tried(kind, lambda steps=steps, keys=keys: trained(name, home, steps, *keys))
+            done = tried(
+                kind,
+                lambda kind=kind, n=steps, keys=keys: trained(name, home / kind, home / "base", n, *keys),
+            )
             row[f"{kind}_step"] = done and done[0]
             row[f"{kind}_export"] = done and tried(
                 f"{kind} export",

@@ -197,6 +197,14 @@ def test_parts_of_different_models_are_refused_as_such(part, words, request, tmp
         sfumato.load(tmp_path)
 
 
+def test_a_negative_that_a_unet_would_not_hear_is_refused(tmp_path):
+    """Law: where guidance is heard, there is nothing to lean away from."""
+    make = sd(D.DDIMScheduler(**BETAS, clip_sample=False), time_cond_proj_dim=16)
+    make("heard").save_pretrained(tmp_path)
+    with pytest.raises(Refused, match="leave it out"):
+        sfumato.load(tmp_path).generate([PROMPT], "blurry", steps=1, height=32, width=32)
+
+
 @pytest.mark.parametrize("file", ["unet", "text_encoder", "tokenizer", "scheduler", "vae"])
 def test_a_missing_component_is_named_with_the_way_out(file, tmp_path):
     """Law: a folder that lacks what its index lists is refused in a sentence."""

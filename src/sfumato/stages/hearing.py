@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from sfumato.errors import Refused
 from sfumato.stages.family import Family
 from sfumato.stages.interface import Condition
 
@@ -74,7 +75,15 @@ class UNetThatMayHear(HearsGuidance):
         return guidance
 
     def leans(self, network: Any, guidance: float, asked: bool) -> bool:
-        """Where guidance is not heard."""
+        """Where guidance is not heard.
+
+        Raises:
+            Refused: a negative that could not act.
+        """
+        if asked and self.hears(network):
+            raise Refused(
+                "This UNet hears its guidance, which leaves no way to lean from a negative: leave it out."
+            )
         return guidance > 1 and not self.hears(network)
 
     def beside_time(self, network: Any, x: Tensor, condition: Condition) -> Tensor | None:

@@ -3,10 +3,12 @@
 Source: Rombach et al. 2022, arXiv:2112.10752.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from sfumato.errors import Refused
 from sfumato.stages.hearing import UNetThatMayHear
 from sfumato.stages.inpainting import beside
 from sfumato.stages.interface import Condition
@@ -21,6 +23,19 @@ class StableDiffusion(UNetThatMayHear):
         "StableDiffusionInpaintPipeline",
     )
     prompt_only = ("clip_skip",)
+
+    def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
+        """As the pipeline does.
+
+        Raises:
+            Refused: clip_skip where the installed diffusers and transformers cannot do it together.
+        """
+        if options.get("clip_skip") and not hasattr(pipe.text_encoder, "text_model"):
+            raise Refused(
+                "clip_skip: diffusers looks for a part of CLIP that the installed transformers has no more. "
+                "Leave it out, or install transformers below 5.6."
+            )
+        return super().read(pipe, prompts, options)
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """ε or v [B, 4, H, W]."""
