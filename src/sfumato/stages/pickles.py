@@ -12,5 +12,9 @@ def must_be_safetensors(file: Path, convert: str = CONVERT) -> None:
     """Raises Refused for a file of any other kind; `convert` says how a pickle is made one that is read."""
     if file.suffix == ".safetensors":
         return
-    kind = "a pickle, which can run anything when it is opened" if file.suffix in PICKLES else "none"
-    raise Refused(f"{file} is {kind}; only safetensors are read. Convert it where you trust it: {convert}.")
+    if file.suffix not in PICKLES:
+        raise Refused(f"{file} is no .safetensors file, and only those are read. Give one of that kind.")
+    raise Refused(
+        f"{file} is a pickle, which can run anything when it is opened; only safetensors are read. "
+        f"Convert it where you trust it: {convert}."
+    )

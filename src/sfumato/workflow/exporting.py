@@ -23,7 +23,7 @@ from ..stages import adapters, exchange, reference, teaching
 from ..stages.adapters import AdapterPlan
 from ..stages.guides import GuidedDenoiser
 from ..stages.lora_names import names_of
-from ..stages.pipeline import INDEX
+from ..stages.pipeline import INDEX, quiet
 from ..stages.pretrained import PretrainedConditioner
 from ..stages.seal import save_sealed
 from ..stages.teaching import TextPlan
@@ -335,7 +335,8 @@ def load_back(fresh: PaintingModel, files: Sequence[Path], to: str, layers: set[
     elif hasattr(pipe, "load_lora_weights"):
         for file in files:
             second = {"load_into_transformer_2": True} if file.stem.endswith("_2") else {}
-            pipe.load_lora_weights(file, **second)
+            with quiet():  # it would tell of every text encoder that has no part in the file
+                pipe.load_lora_weights(file, **second)
         found = {name for name, _ in adapters.adapted(network)}
         found |= {
             f"{home}.{name}"
