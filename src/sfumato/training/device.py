@@ -9,7 +9,7 @@ import torch
 
 from sfumato.errors import Refused, one_of
 
-MMAP_MAX, TRIM_THRESHOLD, TOP_PAD = -4, -1, -2
+MMAP_MAX, MMAP_THRESHOLD, TOP_PAD, TRIM_THRESHOLD = -4, -3, -2, -1
 """The numbers by which glibc's mallopt knows them."""
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -49,8 +49,10 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        # The thresholds that glibc itself arrives at in a process with large arrays.
         library.mallopt(MMAP_MAX, 65536)
-        library.mallopt(TRIM_THRESHOLD, 128 << 10)
+        library.mallopt(MMAP_THRESHOLD, 32 << 20)
+        library.mallopt(TRIM_THRESHOLD, 64 << 20)
         library.mallopt(TOP_PAD, 128 << 10)
         if hasattr(library, "malloc_trim"):
             library.malloc_trim(0)

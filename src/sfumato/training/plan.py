@@ -41,6 +41,8 @@ STATES = {
     "adamw-8bit-paged": 0,
 }
 """float32 numbers an optimizer keeps for each weight on the device."""
+TEMPORARY = {"lion": 1}
+"""float32 numbers an optimizer needs for each weight while it steps, when the activations are gone."""
 FORWARD_AND_BACKWARD = 3
 Inputs = tuple[Any, ...]
 
@@ -111,6 +113,7 @@ class Counted:
         again = self.blocks[::recomputed_every] if recomputed_every else ()
         kept = self.kept - sum(max(0, saved - given) for saved, given in again)
         kept += max((saved for saved, _ in again), default=0)
+        kept = max(kept, 4 * TEMPORARY.get(settings.optimizer, 0) * self.numbers)
         averages = bool(settings.ema) + 2 * (bool(settings.ema_snapshots) and self.host)
         return Memory(
             weights=wide + self.frozen,
