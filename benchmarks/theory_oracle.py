@@ -1,6 +1,6 @@
 """Error per network evaluation on data whose perfect denoiser is known: ours beside released solvers.
 
-    python benchmarks/theory_oracle.py [--budgets 5,10,20] [--only ring] [--fresh SEED] [--out FOLDER]
+    python benchmarks/theory_oracle.py [--budgets 5,10,20] [--only ring] [--fresh COUNT] [--out FOLDER]
 
 Everyone is judged against the exact flow between its own start and end, so that only the solver's own
 error counts. Errors are root mean squares over the best 98 % of samples (a few change mode and would rule),
@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import platform
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,19 +96,19 @@ def problems() -> list[Problem]:
     ]
 
 
-def fresh(seed: int, count: int = 8) -> list[Problem]:
-    """Problems nobody has looked at: size, number of modes, distances, widths and guidance from a seed."""
+def fresh(count: int) -> list[Problem]:
+    """Problems of all kinds that no constant was chosen by: the first `count` of an endless list."""
     found = []
     for k in range(count):
-        u = noise.uniform(seed, range(5), step=k, purpose="problem").tolist()
-        size = round(2 ** (8 * u[0]))  # 1 to 256
-        modes = 1 + int(24 * u[1] ** 2)
-        spread, least = 0.4 + u[2], 10 ** (-4 + 2.5 * u[3])
-        data = oracle.random_mixture(modes, size, 1000 * seed + k, spread, least)
-        scale = (1.0, 1.0, 2.0, 4.0, 7.5)[int(5 * u[4])] if modes > 1 else 1.0
-        keep = tuple(range(0, modes, 3)) if scale > 1 else ()
-        told = f"{size}-D {modes} modes, spread {spread:.2f}, least {least:.0e}"
-        found.append(Problem(f"{told}, guided by {scale:g}" if keep else told, data, keep, scale))
+        draw = random.Random(9000 + k)
+        size = draw.choice([1, 2, 2, 3, 4, 6, 8, 16, 32, 64, 128])
+        modes = draw.choice([1, 2, 3, 4, 6, 8, 12, 20, 32])
+        spread, least = draw.choice([0.4, 0.6, 0.8, 1.0, 1.3]), 10 ** draw.uniform(-4, -1.5)
+        scale = draw.choice([1, 1, 1, 2, 4, 7.5, 12]) if modes > 1 else 1
+        keep = tuple(sorted(draw.sample(range(modes), max(1, modes // 3)))) if scale > 1 else ()
+        data = oracle.random_mixture(modes, size, 5000 + k, spread, least)
+        told = f"{k}: {size}-D {modes} modes, spread {spread}, least {least:.0e}"
+        found.append(Problem(f"{told}, guided by {scale:g}" if keep else told, data, keep, float(scale)))
     return found
 
 
@@ -241,7 +242,7 @@ def main() -> None:
     parser.add_argument("--budgets", default="5,8,10,15,20,30,50")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--only", default="", help="part of a problem's name")
-    parser.add_argument("--fresh", type=int, default=0, help="eight problems drawn from this seed instead")
+    parser.add_argument("--fresh", type=int, default=0, help="so many problems of all kinds instead")
     parser.add_argument("--out", type=Path, help="a folder for theory_oracle.md (theory_oracle_fresh.md)")
     parser.add_argument(
         "--merge", nargs="*", type=Path, default=[], help="rows of earlier runs, as JSON lines"

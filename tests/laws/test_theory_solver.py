@@ -137,6 +137,16 @@ def test_every_grid_fits_every_theory(theory):
         assert bool((grid.diff() < 0).all()), name
 
 
+def test_grids_in_the_noise_ratio_end_where_a_theory_that_is_never_clean_ends():
+    theory = Theory(data=lambda t: (1, 0.01 * 5000**t), model=lambda t: (0.0, 1.0))
+    for make in (times.karras, times.log_snr):
+        for steps in (1, 2, 12):
+            grid = times.custom(theory, make(theory, steps))
+            assert grid.shape == (steps + 1,) and float(grid[-1]) == theory.t_data
+    ratio = theory.data(times.log_snr(theory, 8))[1]
+    torch.testing.assert_close(ratio[1:] / ratio[:-1], ratio[1:2] / ratio[:1] * torch.ones(8, dtype=F64))
+
+
 def test_the_textbook_grids():
     edm, flow = get("edm"), get("flow-matching")
     ramp = torch.linspace(80 ** (1 / 7), 0.002 ** (1 / 7), 10, dtype=F64) ** 7

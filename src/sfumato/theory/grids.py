@@ -64,9 +64,9 @@ def karras(
         Refused: unless 0 < lowest < highest.
     Source: Karras et al. 2022, arXiv:2206.00364, eq. 5.
     """
-    low, high = _range(theory, lowest, highest, _count(steps))
-    ratio = torch.linspace(high ** (1 / rho), low ** (1 / rho), steps, dtype=torch.float64) ** rho
-    return _at_ratios(theory, ratio)
+    low, high, nodes = _range(theory, lowest, highest, _count(steps))
+    ratio = torch.linspace(high ** (1 / rho), low ** (1 / rho), nodes, dtype=torch.float64) ** rho
+    return _at_ratios(theory, ratio[:steps])
 
 
 def log_snr(theory: Theory, steps: int, lowest: float = 0.002, highest: float | None = None) -> Tensor:
@@ -76,8 +76,9 @@ def log_snr(theory: Theory, steps: int, lowest: float = 0.002, highest: float | 
         Refused: unless 0 < lowest < highest.
     Source: Lu et al. 2022, arXiv:2206.00927.
     """
-    low, high = _range(theory, lowest, highest, _count(steps))
-    return _at_ratios(theory, torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64).exp())
+    low, high, nodes = _range(theory, lowest, highest, _count(steps))
+    ratio = torch.linspace(math.log(high), math.log(low), nodes, dtype=torch.float64).exp()
+    return _at_ratios(theory, ratio[:steps])
 
 
 def beta(theory: Theory, steps: int, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
@@ -238,15 +239,19 @@ def _flow_time(angle: Tensor) -> Tensor:
     return angle.sin() / (angle.sin() + angle.cos())
 
 
-def _range(theory: Theory, lowest: float, highest: float | None, steps: int) -> tuple[float, float]:
-    """Ratios s/a between which `steps` nodes are spread."""
+def _range(theory: Theory, lowest: float, highest: float | None, steps: int) -> tuple[float, float, int]:
+    """Ratios s/a between which nodes are spread, and how many; the data come after them.
+
+    Where the theory never gets as clean as `lowest`, its own end is the last of them.
+    """
     top = math.tan(min(float(theory.angle(theory.t_noise)), 1.5707))
     high = min(highest or 80.0, top)
     if not 0 < lowest < high:
         raise Refused(
             f"The lowest noise-to-signal ratio {lowest:g} must lie between 0 and the highest, {high:g}."
         )
-    return lowest, high
+    bottom = math.tan(float(theory.angle(theory.t_data)))
+    return (lowest, high, steps) if lowest > bottom else (bottom, high, steps + 1)
 
 
 def _at_ratios(theory: Theory, ratio: Tensor) -> Tensor:
