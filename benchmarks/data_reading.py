@@ -5,7 +5,8 @@
 An entry is a latent and text states in bfloat16, and a read gives both as float32 tensors, whatever the way:
 small, latent 4 × 16 × 16 and 16 × 384 text states (14 KB); large, 16 × 32 × 32 and 77 × 384 (90 KB). The
 store may not remember captions here, as it does in training. cold: the files are dropped from the page cache
-first. Prints one JSON line per measurement, samples a second of wall time.
+first. Prints one JSON line per measurement, samples a second of wall time; warm_cpu: of CPU time, which a
+busy machine changes less.
 """
 
 import argparse
@@ -128,10 +129,10 @@ def forget(folder: Path) -> None:
             os.close(handle)
 
 
-def rate(count: int, work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+def rate(count: int, work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    begin = clock()
     work()
-    return count / (time.perf_counter() - begin)
+    return count / (clock() - begin)
 
 
 def consume(items: Iterable[Any]) -> None:
@@ -170,7 +171,9 @@ def measure(entry: str, count: int) -> None:
                     data.store.release(path)
             forget(folder / where[way])
             cold = rate(count, alone)
-            tell(measure="read", entry=entry, way=way, cold=cold, warm=max(rate(count, alone) for _ in "123"))
+            warm = max(rate(count, alone) for _ in "123")
+            spent = max(rate(count, alone, time.process_time) for _ in "123")
+            tell(measure="read", entry=entry, way=way, cold=cold, warm=warm, warm_cpu=spent)
         batches = [order[at : at + 64] for at in range(0, count - 63, 64)]
         warm = max(rate(64 * len(batches), lambda: consume(map(data.read, batches))) for _ in "123")
         tell(measure="read", entry=entry, way="store, batches of 64", warm=warm)
