@@ -167,6 +167,11 @@ def test_words_and_adapters_learn_together_and_a_run_goes_on_from_them(tmp_path)
         ("stable-diffusion-1.5", ["model.base=scratch", "model.tokens=['<a>']"], "is for a pretrained base"),
         ("stable-diffusion-1.5", ["model.train=lora", "train.text_learning_rate=1e-4"], "that are trained"),
         ("stable-diffusion-1.5", ["model.train=lora", "model.train_text=lora", "model.rank=64"], "at most"),
+        (
+            "stable-diffusion-1.5",
+            ["model.train=lora", "model.train_text=lora", "train.parallel=fsdp"],
+            "divides the denoiser alone",
+        ),
     ],
 )  # fmt: skip
 def test_what_no_text_encoder_can_learn_is_refused(name, keys, words, tmp_path):

@@ -99,6 +99,11 @@ def check_text_keys(recipe: Recipe) -> None:
         raise Refused(
             f'model.{asked[0]}: model.train = "{model.train}" leaves the text encoders alone. Leave it out.'
         )
+    if asked and recipe.train.parallel not in ("auto", "ddp"):
+        raise Refused(
+            f'model.{asked[0]}: train.parallel = "{recipe.train.parallel}" divides the denoiser alone. Set '
+            'train.parallel = "ddp".'
+        )
     rate = recipe.train.text_learning_rate
     if rate and not asked:
         raise Refused(
@@ -241,6 +246,8 @@ def text_plan_of(recipe: Recipe, plan: AdapterPlan | None = None) -> TextPlan:
 def rated(recipe: Recipe) -> TrainSettings:
     """The recipe's [train], with the rate of what the text encoders learn among its rates."""
     settings = recipe.train
+    if text_plan_of(recipe) and settings.parallel == "auto":
+        settings = replace(settings, parallel="ddp")  # only the denoiser can be divided
     if not settings.text_learning_rate:
         return settings
     factor = settings.text_learning_rate / settings.learning_rate
