@@ -207,9 +207,11 @@ def export_lora(
     words = " ".join(word for word, _ in text.tokens)
     x, condition = asked(model, words)
     ours = everything(model, x, condition)
-    tensors = {"": state_of(adapters.body(model.denoiser), dtype)} if plan is not None else {}
-    tensors |= {name: state_of(one, dtype) for name, one in exporting_text.adapted(model).items()}
-    layers, idle = named_layers(tensors)
+    tensors = {"": exporting_text.state_of(adapters.body(model.denoiser), dtype)} if plan is not None else {}
+    tensors |= {
+        name: exporting_text.state_of(one, dtype) for name, one in exporting_text.adapted(model).items()
+    }
+    layers, idle = exporting_text.named_layers(tensors)
     effect = effect_of(model, text, words, ours)
     if effect == 0 or (layers and len(idle) == len(layers)):
         raise Failed(
@@ -238,21 +240,6 @@ def reading_alike(fresh: PaintingModel, model: PaintingModel) -> PaintingModel:
     if isinstance(fresh.conditioner, PretrainedConditioner):
         fresh.conditioner.usual = dict(model.info.get("text_options", {}))
     return fresh
-
-
-def state_of(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """An adapter's tensors, as they are written."""
-    return {name: one.detach().to(dtype).cpu().clone() for name, one in adapters.state(network).items()}
-
-
-def named_layers(tensors: Mapping[str, dict[str, Tensor]]) -> tuple[list[str], list[str]]:
-    """(the adapted layers of all networks, those of them that change nothing)."""
-    found = {
-        f"{home}.{name}".removeprefix("."): one
-        for home, part in tensors.items()
-        for name, one in exchange.trained(part).items()
-    }
-    return list(found), sorted(name for name, one in found.items() if not one["up"].any())
 
 
 def effect_of(model: PaintingModel, text: TextPlan, words: str, ours: list[Tensor]) -> float:

@@ -79,6 +79,21 @@ def lora_of(
     return found
 
 
+def state_of(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """An adapter's tensors, as they are written."""
+    return {name: one.detach().to(dtype).cpu().clone() for name, one in adapters.state(network).items()}
+
+
+def named_layers(tensors: Mapping[str, dict[str, Tensor]]) -> tuple[list[str], list[str]]:
+    """(the adapted layers of all networks, those of them that change nothing)."""
+    found = {
+        f"{home}.{name}".removeprefix("."): one
+        for home, part in tensors.items()
+        for name, one in exchange.trained(part).items()
+    }
+    return list(found), sorted(name for name, one in found.items() if not one["up"].any())
+
+
 def whole(name: str) -> str:
     """A layer's name with the part of it that newer transformers leave out."""
     return name if name.startswith("text_model.") else f"text_model.{name}"
