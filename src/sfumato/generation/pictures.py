@@ -127,7 +127,8 @@ class PaintingModel(Model):
             return Course(grid, steps, solver)
         order, most, scale = None, None, 1.0
         if solver is None and grid is None and self.sampling.steps_itself(steps):
-            return Course(self.sampling.times(steps, shape), steps, walks=True)
+            times, nearest = self.sampling.times(steps, shape), self.sampling.solver
+            return Course(times, steps, nearest, self.sampling.order, walks=True)
         if solver is None:
             solver, order = self.sampling.solver, self.sampling.order
             most = self.sampling.clip if grid is None else None
@@ -151,7 +152,9 @@ class PaintingModel(Model):
         shows = showing.taken(self, options, count, (pixels["width"], pixels["height"]), moving)
         if shows.init is not None:
             grid = sampling_times.cosine(self.theory, course.steps) if course.grid is None else course.grid
-            course = replace(course, grid=shows.cut(grid), walks=False)
+            if course.walks and self.sampling is not None:  # its scheduler begins with noise: ours goes on
+                course = replace(course, scale=self.sampling.first_scale(course.steps), walks=False)
+            course = replace(course, grid=shows.cut(grid))
         framed = frames_of(self, options, count, shape)
         regions = regions_of(options, shape, (pixels["width"], pixels["height"]))
         guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
