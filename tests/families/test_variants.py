@@ -13,7 +13,7 @@ from torch import Tensor
 import sfumato
 from sfumato.errors import Refused
 
-from . import clips
+from . import clips, pictures
 from .parts import clip, seeded, vae
 from .zoo import BETAS, PROMPT, SIZE, ZOO, flow, stable_diffusion
 
@@ -195,6 +195,18 @@ def test_parts_of_different_models_are_refused_as_such(part, words, request, tmp
     pipe.save_pretrained(tmp_path)
     with pytest.raises(Refused, match=f"put together from different models: .*{words}"):
         sfumato.load(tmp_path)
+
+
+def test_an_editor_whose_index_names_transformers_own_processor_loads_and_is_saved(tmp_path):
+    """Law: real folders name Qwen2VLProcessor, which is composed here; what is saved loads again."""
+    pictures.qwen_edit("editor", D.QwenImageEditPipeline).save_pretrained(tmp_path / "made")
+    sfumato.load(tmp_path / "made").save(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["processor"] == ["transformers", "Qwen2VLProcessor"]
+    again = sfumato.load(tmp_path / "saved")
+    with pictures.small():
+        condition = again.condition([PROMPT], image=[pictures.picture()])
+    assert condition["reference"].isfinite().all()
 
 
 def test_a_negative_that_a_unet_would_not_hear_is_refused(tmp_path):

@@ -169,7 +169,8 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[s
     logging.disable_progress_bar()
     index = read_index(folder)
     given: dict[str, Any] = dict.fromkeys(left_out(index, family))
-    given |= family.put_together(folder) | held
+    composed = family.put_together(folder)  # diffusers takes only the classes that the index names
+    given |= dict.fromkeys(composed) | held
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
     try:
@@ -186,6 +187,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[s
     except (OSError, ValueError, TypeError, RuntimeError) as problem:
         said = " ".join(str(problem).split())
         raise Refused(f"{folder} does not load as a {index['_class_name']}: {said}") from problem
+    pipe.register_modules(**composed)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
