@@ -35,14 +35,9 @@ LORA_FILE, DENOISER_FILE = "pytorch_lora_weights.safetensors", "diffusion_model.
 CLOSE = 1e-3
 """The largest difference between our answer and that of the file, over the answer's deviation."""
 WHOLE_IN_COMFYUI = (
-    "StableDiffusion",
-    "StableDiffusionXL",
-    "StableDiffusion3",
-    "Flux",
-    "FluxKontext",
-    "AuraFlow",
+    "StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "FluxKontext", "AuraFlow",
     "PixArtSigma",
-)
+)  # fmt: skip
 """Families whose denoiser ComfyUI loads under diffusers' names."""
 
 
