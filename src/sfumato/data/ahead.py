@@ -29,14 +29,17 @@ SPARE = 4  # a smaller ring is still cut into so many shards
 Asked = Callable[[int], Sequence[tuple[Sequence[int], int]]]
 """The parts of a step that this process reads: (indices, epoch) of each."""
 Stored = dict[str, Tensor]
+Group = tuple[list[Place], tuple[str, ...]]
+"""Views that are encoded together, and which of their tensors are kept (all if none is named)."""
 
 
 @dataclass
 class AheadSet(StreamedSet):
     """A streamed set whose next steps are encoded before they are asked for.
 
-    ring is its folder, limit the bytes it may take. It encodes ahead once it is told what will be asked
-    (`follow`) and which step is about to be read (`coming`); until then it is a streamed set.
+    ring is its folder, limit the bytes its numbers may take (headers come on top). It encodes ahead once it
+    is told what will be asked (`follow`) and which step is about to be read (`coming`); until then it is a
+    streamed set.
     """
 
     ring: Path = field(default_factory=Path)
@@ -65,8 +68,8 @@ class AheadSet(StreamedSet):
         steps = max(1, min(self.limit // (SPARE * step_bytes), -(-BLOCK // largest)))
         room = self.limit // (steps * step_bytes)
 
-        def groups(step: int) -> list[tuple[list[Place], tuple[str, ...]]]:
-            found: list[tuple[list[Place], tuple[str, ...]]] = []
+        def groups(step: int) -> list[Group]:
+            found: list[Group] = []
             for indices, epoch in asked(step):
                 shown = self.shown(indices, seed, epoch)
                 found += [(places, self.wanted if not name else ()) for name, places in shown.items()]
@@ -95,7 +98,7 @@ class AheadSet(StreamedSet):
 class _Worker:
     """The thread that encodes ahead, and what it has encoded: in memory until its shard is written."""
 
-    def __init__(self, of: AheadSet, groups: Callable[[int], list], steps: int, room: int) -> None:
+    def __init__(self, of: AheadSet, groups: Callable[[int], list[Group]], steps: int, room: int) -> None:
         self.of, self.groups, self.steps, self.room = of, groups, steps, room
         self.changed = threading.Condition()
         self.here, self.taken = 0, -1  # the step being read; the last block that was taken on

@@ -106,7 +106,7 @@ def _clips(told: dict[str, Any] | None) -> str:
     verdict = (
         f"All of them are long enough for {wanted}."
         if not dropped
-        else f"{len(dropped):,} are too short for {wanted} and would be dropped."
+        else f"{count(len(dropped), 'is', 'are')} too short for {wanted} and would be dropped."
     )
     listed = _table(("clip", "why it is dropped"), [[one["file"], one["reason"]] for one in dropped])
     details = f"<details><summary>Dropped ({len(dropped):,})</summary>{listed}</details>" if dropped else ""
@@ -216,7 +216,7 @@ def _twins(summary: dict[str, Any], shown: Twins) -> str:
     if not (equal or near or leaks):
         return "<h2>Duplicates</h2><p>No two pictures are equal or look alike.</p>"
     parts = [
-        f"<h2>Duplicates</h2><p>{count(len(equal), 'group')} of equal pictures, "
+        f"<h2>Duplicates</h2><p>{count(len(equal), 'group')} of equal pictures and "
         f"{count(summary['near_duplicate_pairs'], 'pair')} that look alike; "
         f"{len(leaks) or 'none'} of all these between training and held-out pictures.</p>",
         _pairs(shown),
