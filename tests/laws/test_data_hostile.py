@@ -434,6 +434,8 @@ def test_tables_of_pictures_are_read_and_what_they_lack_is_said(tmp_path):
     np.savez(tmp_path / "some.npz", x=ARRAYS, labels=np.array([-1, 0, 0, 1]))
     found = sources.open(tmp_path / "some.npz")
     assert [one.label for one in found.samples] == [0, 0, 1] and len(found.set_aside) == 1
+    np.savez(tmp_path / "some.npz", x=ARRAYS, labels=np.array([3, 0, 0, 1], np.uint8))
+    assert [one.label for one in sources.open(tmp_path / "some.npz").samples] == [3, 0, 0, 1]
     (tmp_path / "some.npz").unlink()
     found = sources.open(tmp_path)
     assert [one.reason for one in found.set_aside] == ["no caption"]

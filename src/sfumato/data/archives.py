@@ -221,7 +221,7 @@ def _what(column: str, how: Reading) -> str:
 
 def _class_names(root: Path, named: dict[str, np.ndarray], labels: np.ndarray | None) -> list[str]:
     """Names of the classes: an array of texts in the file, classes.json beside it, else their numbers."""
-    count = 0 if labels is None else int(labels.max(initial=-1)) + 1
+    count = 0 if labels is None else int(labels.max()) + 1
     if count > MOST_CLASSES:
         raise Refused(
             f"{root}: its labels go up to {count - 1:,}, and classes are numbered from 0. Number them anew."
