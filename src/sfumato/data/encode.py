@@ -120,7 +120,12 @@ def fill(
     if how.keeps:
         places = dict(zip(owners, store.places("pixels", list(owners)), strict=True))
         return _gather(run, work, places, failed)
-    promised, failed = streamed.promise(pictures, how, encoders)
+    return _promised(run, work, how, encoders)
+
+
+def _promised(run: _Run, work: Work, how: Encoding, encoders: Mapping[str, Pixels]) -> StreamedSet:
+    """The set of a collection whose pictures are encoded when they are asked for."""
+    promised, failed = streamed.promise(work.pictures, how, encoders)
     found = vars(_gather(run, work, promised, failed))
     named = {one.name: found[one.name] for one in fields(EncodedSet)}
     return StreamedSet(**named, how=how, encoders=encoders)

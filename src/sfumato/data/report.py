@@ -66,7 +66,6 @@ def report(
     set_aside = [*collection.set_aside, *broken]
     sizes = [one.size for one in seen]
     near = survey.near_pairs(seen)
-    square = buckets.choose(sizes, resolution, stride, 1)
     plan = buckets.choose(sizes, resolution, stride, count)
     captions = [caption for one in seen for caption in one.sample.captions if caption]
     summary = {
@@ -93,10 +92,7 @@ def report(
         "bucket_plan": {
             "resolution": resolution,
             "stride": stride,
-            "buckets": plan.describe(sizes),
-            "cropped": plan.waste(sizes),
-            "cropped_by_one_square": square.waste(sizes),
-            "enlarged": buckets.mean([buckets.is_enlarged(size, plan(size)) for size in sizes]),
+            **_fitted(sizes, plan, resolution, stride),
         },
         "equal_pictures": [[printable(name) for name in names] for names in survey.equal_groups(seen)],
         "near_duplicates": [
@@ -108,6 +104,18 @@ def report(
         "set_aside": [{"file": printable(one.file), "reason": one.reason} for one in set_aside],
     }
     return Report(summary, _sheets(seen, plan), _twins(seen, near))
+
+
+def _fitted(
+    sizes: Sequence[tuple[int, int]], plan: buckets.Buckets, resolution: int, stride: int
+) -> dict[str, Any]:
+    """The shapes of a plan, and what they cut off and enlarge beside one square."""
+    return {
+        "buckets": plan.describe(sizes),
+        "cropped": plan.waste(sizes),
+        "cropped_by_one_square": buckets.choose(sizes, resolution, stride, 1).waste(sizes),
+        "enlarged": buckets.mean([buckets.is_enlarged(size, plan(size)) for size in sizes]),
+    }
 
 
 def _kind(name: str) -> str:
