@@ -27,6 +27,8 @@ _RECIPE = Recipe(
     ),
     sample=SampleSettings(steps=16, guidance=2.5),
 )  # fmt: skip
+TIMES = 3
+"""Clips of each unseen combination that are judged; there are few combinations."""
 PLANS = {
     "moving-shapes": Plan(_RECIPE, 7.0, 0.09, 60, 500, 4000, 100, 300, side=32, frames=moving.FRAMES),
 }
@@ -40,7 +42,8 @@ def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
 
 def judge(seen: Seen) -> Verdict:
     """Shares of clips of unseen combinations that are right in shape, color, direction, and all three."""
-    prompts = chosen([sample.captions[0] for sample in seen.data.of("held_out")], JUDGED)
+    unseen = chosen([sample.captions[0] for sample in seen.data.of("held_out")], JUDGED)
+    prompts = (unseen * TIMES)[:JUDGED]
     drawn = draw(seen, prompts, "judged_held_out")
     verdicts = [moving.judge(clip, prompt) for clip, prompt in zip(drawn, prompts, strict=True)]
     accuracy = {name: sum(one[name] for one in verdicts) / len(verdicts) for name in verdicts[0]}

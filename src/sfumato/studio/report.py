@@ -26,7 +26,12 @@ SHARES = {
     "held_out": ("Unseen captions", "pictures right"),
     "shape_and_color": ("Shape and color", "right, unseen captions"),
     "position": ("Position", "right, unseen captions"),
+    "shape": ("Shape", "right, unseen captions"),
+    "color": ("Color", "right, unseen captions"),
+    "direction": ("Direction", "right, unseen captions"),
+    "all": ("All of them", "right at once"),
     "reader": ("The reader", "right on clean drawings"),
+    "steadiness": ("Steadiness", "change from frame to frame, drawn and real"),
 }
 MOST_STEPS, MOST_ROWS = 9, 8
 
