@@ -81,8 +81,9 @@ def _gap(gaps: list[Event]) -> str:
     if not lines:
         return ""
     note = "Held-out loss minus that of trained pictures: as it rises, they are learned by heart."
-    size = {"width": 1060, "height": 240}
-    return chart("Generalisation gap", lines, x="step", y="loss", zero=True, note=note, **size)
+    return chart(
+        "Generalisation gap", lines, x="step", y="loss", zero=True, width=1060, height=240, note=note
+    )
 
 
 def over_levels(held_out: list[Event]) -> str:
