@@ -64,7 +64,7 @@ class Latents(PixelCodec):
     latent_channels = 4
 
 
-class Samples:
+class Samples(training_loop.Samples):
     """Random encodings in memory."""
 
     def __init__(self, count: int = 64) -> None:
@@ -76,14 +76,6 @@ class Samples:
             {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()} for _ in self.ids
         ]
         self.null = {name: torch.zeros(shape) for name, shape in shapes.items()}
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, indices: list[int], seed: int, epoch: int) -> Any:
-        batch = argparse.Namespace(ids=[self.ids[i] for i in indices], latents=self.latents[list(indices)])
-        batch.conditions = [self.rows[i] for i in indices]
-        return batch
 
 
 def ours(name: str, lora: bool, steps: int, bf16: bool) -> list[float]:

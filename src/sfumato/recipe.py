@@ -17,15 +17,6 @@ from sfumato.training.settings import TrainSettings
 
 FORMAT = 1
 DEFAULT, COMMAND_LINE, PYTHON = "default", "command line", "python"
-EMBEDDED = (
-    "openmoji",
-    "openmoji-all",
-    "shapes",
-    "moving-shapes",
-    "shapes-alone",
-    "shapes-reference",
-    "shapes-edit",
-)
 
 
 @dataclass(frozen=True)

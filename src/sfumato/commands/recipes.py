@@ -36,7 +36,8 @@ prompts = []                # what is drawn; empty: captions of the data, traine
 
 def new(name: str, data: str, base: str, train: str) -> None:
     """Write NAME.toml, with only the keys that matter."""
-    from ..recipe import EMBEDDED, Recipe, quoted
+    from ..data.settings import EMBEDDED
+    from ..recipe import Recipe, quoted
 
     file = Path(name if name.endswith(".toml") else f"{name}.toml")
     if file.exists():

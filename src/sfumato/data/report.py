@@ -22,6 +22,8 @@ a an the of in on at and or with to for is are by from its it this that as be yo
 STOP = frozenset(_STOP.split())
 FRAMES = (9, 16, 17, 24, 25, 33, 49, 81, 121)  # what models usually take
 TOKENS = (4, 8, 16, 32, 48, 64, 77, 128, 256, 512)
+ASPECTS = (0.25, 0.4, 0.55, 0.7, 0.85, 1.18, 1.43, 1.82, 2.5, 4)
+MEGAPIXELS = (0.01, 0.03, 0.1, 0.26, 0.5, 1, 2, 4, 8, 16)
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
@@ -82,12 +84,8 @@ def report(
         "labels": _labels(seen, collection.classes),
         "companions": dict(Counter(name for one in seen for name in one.sample.companions)),
         "kinds": dict(Counter(_kind(one.sample.name) for one in seen).most_common()),
-        "aspect": _histogram(
-            [w / h for w, h in sizes], (0.25, 0.4, 0.55, 0.7, 0.85, 1.18, 1.43, 1.82, 2.5, 4)
-        ),
-        "megapixels": _histogram(
-            [w * h / 1e6 for w, h in sizes], (0.01, 0.03, 0.1, 0.26, 0.5, 1, 2, 4, 8, 16)
-        ),
+        "aspect": _histogram([w / h for w, h in sizes], ASPECTS),
+        "megapixels": _histogram([w * h / 1e6 for w, h in sizes], MEGAPIXELS),
         "clips": _clips(seen, frames, rate),
         "bucket_plan": {
             "resolution": resolution,

@@ -5,6 +5,16 @@ from dataclasses import dataclass
 from sfumato.settings import key
 
 FORMATS = ("same", "float32", "float16", "bfloat16", "float8", "int8")
+EMBEDDED = (
+    "openmoji",
+    "openmoji-all",
+    "shapes",
+    "moving-shapes",
+    "shapes-alone",
+    "shapes-reference",
+    "shapes-edit",
+)
+"""Data sets that come with the package, by name."""
 
 
 @dataclass(frozen=True)
@@ -15,15 +25,7 @@ class DataSettings:
         "",
         "folder of captioned pictures or clips, or openmoji, openmoji-all, shapes, moving-shapes; or several",
         path=True,
-        words=(
-            "openmoji",
-            "openmoji-all",
-            "shapes",
-            "moving-shapes",
-            "shapes-alone",
-            "shapes-reference",
-            "shapes-edit",
-        ),
+        words=EMBEDDED,
         many=True,
     )
     weights: tuple[float, ...] = key(

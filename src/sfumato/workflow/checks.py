@@ -5,10 +5,11 @@ from collections.abc import Callable
 from .. import stages
 from ..data import buckets
 from ..data.sample import Sample
+from ..data.settings import EMBEDDED
 from ..errors import Refused
 from ..generation import PaintingModel, load
 from ..generation.leaning import Leaning
-from ..recipe import DEFAULT, EMBEDDED, Recipe
+from ..recipe import DEFAULT, Recipe
 from ..stages.dit import DiT
 from ..stages.unet import UNet
 from .material import Bucket, known_sizes, named

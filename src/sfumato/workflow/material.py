@@ -11,10 +11,10 @@ from torch import Tensor
 from ..data import clips, media, sources, views
 from ..data.captions import Wording, worded
 from ..data.sample import Collection, Sample
-from ..data.settings import DataSettings
+from ..data.settings import EMBEDDED, DataSettings
 from ..data.views import Encoding
 from ..errors import Refused
-from ..recipe import EMBEDDED, Recipe
+from ..recipe import Recipe
 from . import guided
 
 T = TypeVar("T")
