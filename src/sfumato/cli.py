@@ -166,7 +166,7 @@ def generate(
     fps: options.Fps = None,
     format: options.Formats = None,
     window: options.WindowFrames = 0,
-    overlap: options.Overlap = 0,
+    overlap: options.Overlap = None,
     tile: options.Tile = 0,
     chunk: options.Chunk = 0,
     out: Annotated[Path, out_option("runs/generate")] = Path("runs/generate"),

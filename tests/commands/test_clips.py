@@ -17,7 +17,8 @@ from families.zoo import ZOO
 from sfumato import demo, load
 from sfumato.data import moving
 from sfumato.demo import video
-from sfumato.generation import files
+from sfumato.errors import Refused
+from sfumato.generation import PaintingModel, files
 
 from .world import COLORS, RECIPE, one_sentence, sfumato
 
@@ -59,6 +60,21 @@ def test_a_file_that_cannot_be_is_refused(wan, words):
     answer = sfumato("generate", wan, "-p", "a cat", *SMALL, *words)
     assert answer.code == 2
     one_sentence(answer, "fps" if "--fps" in words else "mp4")
+
+
+def test_zero_and_false_are_said_and_reach_the_model(wan, monkeypatch):
+    """Law: what is given acts, also where it is 0; what is not given is left to the model."""
+    heard = {}
+
+    def generate(self, prompt, watch, **options):
+        heard.update(options)
+        raise Refused("enough")
+
+    monkeypatch.setattr(PaintingModel, "generate", generate)
+    said = ("--overlap", 0, "--guidance", 0, "--option", "true_cfg_scale=0", "--option", "clean=false")
+    assert sfumato("generate", wan, "-p", "a cat", *said).code == 2
+    assert heard == {"seed": 0, "overlap": 0, "guidance": 0, "true_cfg_scale": 0, "clean": False}
+    one_sentence(sfumato("generate", wan, "-p", "a cat", "--option", "seed=3"), "seed")
 
 
 # ---------------------------------------------------------------- from a folder of clips to new clips

@@ -146,6 +146,9 @@ def test_little_strength_stays_near_the_picture(model):
         return float(np.abs(drawn - np.asarray(square(), float)).mean())
 
     assert far(0.1) < far(0.5) < far(1.0)
+    whole = {"steps": 4, "seed": 2, "times": "cosine"}
+    (all_of_it,), (unseen,) = model.generate(init=square(), strength=1.0, **whole), model.generate(**whole)
+    assert all_of_it.tobytes() == unseen.tobytes()
     with pytest.raises(Refused, match="strength"):
         model.generate(init=square(), strength=1.5)
 

@@ -1,7 +1,7 @@
 """The command that draws."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,12 @@ from ..record import write_atomic
 from ..studio.page import document, embedded, gallery, section
 from .console import progress, result
 
-SHOWN = (
-    "control_weight", "control_start", "control_end", "reference_scale", "reference_start", "reference_end",
-    "strength",
+AS_TRAINED = ("width", "height", "frames", "window", "tile", "chunk")
+"""Options that leave it to the model where they are 0."""
+PICTURES = (
+    "control", "control_weight", "control_start", "control_end", "reference", "reference_scale",
+    "reference_start", "reference_end", "init", "strength", "mask",
 )  # fmt: skip
-LEANING = ("guidance_rescale", "guidance_perturbed")
-"""These and `SHOWN` are numbers of which 0 is one that is said, but None is not."""
-PICTURES = ("control", *SHOWN, "reference", "init", "mask")
 """Options about pictures that guide."""
 
 
@@ -48,7 +47,7 @@ class Asked:
         Raises:
             Refused: a file that cannot be read, or options that do not go together.
         """
-        said = dict(said)
+        said, known = dict(said), {*said, "latents", "watch"}
         said.pop("json", None)
         loras = [weighted(lora) for lora in said.pop("lora") or []]
         where = {name: said.pop(name) for name in ("count", "out", "device", "fps")}
@@ -62,19 +61,10 @@ class Asked:
         regions = [region(one) for one in said.pop("region") or []]
         said |= {"regions": regions} if regions else {}
         pictures = shown({name: said.pop(name) for name in PICTURES}, said.pop("control_from"))
-        wanted = further(said.pop("image") or [], said.pop("option") or [])
+        wanted = further(said.pop("image") or [], said.pop("option") or [], known)
+        usual = {"negative": "", "solver": "", **dict.fromkeys(AS_TRAINED, 0)}
+        said = {name: value for name, value in said.items() if value not in (None, usual.get(name))}
         return cls(wanted=said | wanted | pictures, loras=loras, **own, **where)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments that say something: what is at its default is left to the model."""
-        return {
-            name: value
-            for name, value in self.wanted.items()
-            if name in SHOWN
-            or value not in (None, "", 0)
-            or (name in ("seed", "guidance", *LEANING) and value == 0)
-        }
 
 
 def generate(asked: Asked, as_json: bool) -> None:
@@ -86,7 +76,7 @@ def generate(asked: Asked, as_json: bool) -> None:
     model = loaded(asked, device)
     kinds, fps = formats(asked, model)
     prompts = [prompt for prompt in asked.prompts or asked.labels or [""] for _ in range(asked.count)]
-    options = asked.options
+    options = dict(asked.wanted)
     told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if "guidance_by" in options:
         options["guidance_by"] = load(options["guidance_by"], device=device)
@@ -262,17 +252,21 @@ def made(one: Any, kind: str) -> Any:
     return to_images(control(to_pixels(fit(one, *one.size)[None]), kind))[0]
 
 
-def further(images: list[Path], options: list[str]) -> dict[str, Any]:
+def further(images: list[Path], options: list[str], taken: Collection[str]) -> dict[str, Any]:
     """Arguments of `generate` that only some models take, from the command line.
 
     Raises:
-        Refused: an option that is no NAME=VALUE.
+        Refused: an option that is no NAME=VALUE, or whose name is `taken` by another of the command's.
     """
     known: dict[str, Any] = {"image": [[str(image) for image in images]]} if images else {}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals or not name.strip():
             raise Refused(f'--option "{option}" must be NAME=VALUE, such as max_sequence_length=128.')
+        if name.strip() in taken:
+            raise Refused(
+                f"--option {option}: {name.strip()} is said by an option of its own, or not at all."
+            )
         try:
             known[name.strip()] = json.loads(value)
         except ValueError:

@@ -120,6 +120,9 @@ Fps = Annotated[
 WindowFrames = Annotated[
     int, typer.Option(metavar="N", min=0, help="Frames of a long clip the network sees at once.")
 ]
-Overlap = Annotated[int, typer.Option(metavar="N", min=0, help="Frames that windows share.")]
+Overlap = Annotated[
+    Optional[int],
+    typer.Option(metavar="N", min=0, help="Frames that windows share; default: half a window."),
+]
 Tile = Annotated[int, typer.Option(metavar="N", min=0, help="Decode in tiles of N pixels.")]
 Chunk = Annotated[int, typer.Option(metavar="N", min=0, help="Decode N frames of a clip at once.")]

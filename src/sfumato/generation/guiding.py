@@ -348,11 +348,9 @@ def begun(
         return found
     shown = each(said["init"], count, "init")
     pixels = torch.stack([film(one, *size, frames) if frames else fitted(one, *size) for one in shown])
-    strength = float(said.get("strength", 1.0))
-    found = replace(found, init=model.encode(pixels), strength=strength)
+    usual = 1.0 if "mask" in said else model.info.get("strength", 0.6)
+    found = replace(found, init=model.encode(pixels), strength=float(said.get("strength", usual)))
     if "mask" not in said:
-        if strength == 1:
-            found = replace(found, strength=float(model.info.get("strength", 0.6)))
         return found
     cover = opening(torch.stack([fitted(one, *size) for one in each(said["mask"], count, "mask")]))
     assert found.init is not None
