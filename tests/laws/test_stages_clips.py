@@ -8,7 +8,8 @@ from sfumato.errors import Refused
 from sfumato.stages import Condition, load_codec, load_stage, save_stage
 from sfumato.stages.clips import ClipCodec, FramewiseCodec
 from sfumato.stages.codec import ResidualCodec
-from sfumato.stages.dit import DiT, places, rotary, turn
+from sfumato.stages.dit import DiT
+from sfumato.stages.positions import places, rotary, turn
 
 
 def drawn(*shape, seed=0):

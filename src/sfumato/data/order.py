@@ -129,6 +129,68 @@ class Order:
         }
 
 
+class Packed(Order):
+    """Batches of any shapes that hold about as many tokens each; every sample once an epoch, none left over.
+
+    An epoch's permutation, laid out by its tokens, is cut into equal lengths: a sample belongs to the batch
+    in which its middle lies.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        batch: int,
+        seed: int = 0,
+        repeats: Sequence[float] | None = None,
+        least: int = 1,
+    ):
+        """
+        Args:
+            tokens: of each sample. batch: samples in a batch on average. repeats: as in `Order`.
+            least: samples that a batch has to have, or it could not be shared.
+        Raises:
+            Refused: a batch might have fewer.
+        """
+        super().__init__([0] * len(tokens), 1, seed, repeats)
+        self.tokens, self.each = list(tokens), max(1, round(self.counts[0] / batch))
+        self._cut = lru_cache(maxsize=2)(self._cuts)
+        length, most = sum(self.tokens) / len(tokens) * self.counts[0] / self.each, max(tokens)
+        self._largest = int(length / min(tokens)) + 2
+        if length < (least + 1) * most:
+            raise Refused(
+                f"A batch of {length:,.0f} tokens may have fewer than {least} samples, as they have up to "
+                f"{most:,}. Raise train.batch, or leave data.token_budget out."
+            )
+
+    @property
+    def largest(self) -> int:
+        """Samples in the largest batch there can be."""
+        return self._largest
+
+    def steps_before(self, epoch: int) -> int:
+        """Steps before an epoch begins."""
+        return epoch * self.each
+
+    def _cuts(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch."""
+        rows = self._permutation(0, epoch)
+        sizes = torch.tensor([self.tokens[row] for row in rows], dtype=torch.int64)
+        twice = 2 * sizes.cumsum(0) - sizes  # of where a sample's middle lies
+        batches: list[list[int]] = [[] for _ in range(self.each)]
+        for row, place in zip(rows, (twice * self.each // (2 * sizes.sum())).tolist(), strict=True):
+            batches[place].append(row)
+        return batches
+
+    def at(self, step: int) -> tuple[list[int], int]:
+        """As `Order.at`."""
+        epoch, number = divmod(step, self.each)
+        return self._cut(epoch)[number], epoch
+
+    def describe(self) -> dict[str, object]:
+        """Steps of an epoch, samples, and how many a batch has on average."""
+        return {"steps_per_epoch": self.each, "samples": self.counts[0], "batch": self.counts[0] / self.each}
+
+
 @dataclass(frozen=True)
 class Partial:
     """Samples of which an epoch shows `each`, taking turns: permutation after permutation of all of them."""

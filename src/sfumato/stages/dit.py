@@ -16,7 +16,7 @@ is a clip of one frame. Frames may be told times of their own, as diffusion forc
 """
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from sfumato.errors import Refused
 
 from .interface import Condition, Denoiser
+from .positions import Angles, moments, places, rotary, rotary_in_time, sinusoids, turn
+from .ragged import Group, Ragged
 
 
 def along(told: Tensor, x: Tensor) -> Tensor:
@@ -36,63 +38,6 @@ def along(told: Tensor, x: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x [B, N, D] normalised over D, then x·(1 + scale) + shift with shift, scale [B, D] or [B, F, D]."""
     return torch.addcmul(along(shift, x), F.layer_norm(x, x.shape[-1:]), 1 + along(scale, x))
-
-
-@lru_cache(maxsize=32)
-def rotary(rows: int, columns: int, head: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [rows·columns, head/2] of the angles that turn queries and keys."""
-    frequencies = 100.0 ** -(torch.arange(head // 4, dtype=torch.float64) / (head // 4))
-    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()
-    angles = (places[:, :, None] * frequencies).flatten(1).float()
-    return angles.cos().to(device), angles.sin().to(device)
-
-
-@lru_cache(maxsize=32)
-def rotary_in_time(
-    frames: int, rows: int, columns: int, head: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [frames·rows·columns, head/2]: a quarter of the pairs tells time."""
-    pairs = head // 2
-    of_time = 2 * max(1, pairs // 8) if pairs >= 4 else 0
-    shares = (of_time, (pairs - of_time) // 2, (pairs - of_time) // 2)
-    counts = (torch.arange(frames), torch.arange(rows), torch.arange(columns))
-    whole = torch.cartesian_prod(*counts).double()
-    parts = [
-        whole[:, axis, None] * 100.0 ** -(torch.arange(share, dtype=torch.float64) / max(1, share))
-        for axis, share in enumerate(shares)
-    ]
-    angles = torch.cat(parts, 1).float()
-    return angles.cos().to(device), angles.sin().to(device)
-
-
-@lru_cache(maxsize=32)
-def moments(frames: int, device: torch.device) -> Tensor:
-    """When each frame is: [frames, 16] waves of 4 to 512 frames."""
-    angles = torch.arange(frames)[:, None] * (math.pi / 2 / 2.0 ** torch.arange(8))
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
-
-
-@lru_cache(maxsize=32)
-def places(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Where each token lies in the picture: [rows·columns, 32] waves over [-1, 1], the longer side's span."""
-    longest = max(rows, columns)
-    centres = [(torch.arange(count) + 0.5 - count / 2) * (2 / longest) for count in (rows, columns)]
-    angles = torch.cartesian_prod(*centres)[:, :, None] * (math.pi / 2 * 2.0 ** torch.arange(8) / 2)
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).flatten(1).to(device)
-
-
-def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """x [B, heads, N, head]: each pair (first half, second half) turned by its angle."""
-    cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
-
-
-def sinusoids(clock: Tensor, width: int) -> Tensor:
-    """clock [B] in about [0, 1000] → [B, width], periods from 2π to 2π·10⁴."""
-    frequencies = torch.exp(-math.log(1e4) * torch.arange(width // 2, device=clock.device) / (width // 2))
-    angles = clock.float()[:, None] * frequencies
-    return torch.cat((angles.cos(), angles.sin()), dim=-1).to(clock.dtype)
 
 
 class Block(nn.Module):
@@ -123,7 +68,7 @@ class Block(nn.Module):
         x: Tensor,
         text: Tensor | None,
         mask: Tensor | None,
-        angles: tuple[Tensor, Tensor],
+        angles: Angles,
         frames: int,
         perturbed: Tensor | None = None,
     ) -> Tensor:
@@ -131,13 +76,26 @@ class Block(nn.Module):
 
         Where perturbed [B] is true each token sees itself alone (arXiv:2403.17377).
         """
-        q, k, v = self.split(self.qkv(x), 3)
+        told = self.text_kv(text) if text is not None and self.text_kv is not None else None
+        return self.out(self.look(self.qkv(x), told, mask, angles, frames, perturbed))
+
+    def look(
+        self,
+        qkv: Tensor,
+        told: Tensor | None,
+        mask: Tensor | None,
+        angles: Angles,
+        frames: int,
+        perturbed: Tensor | None = None,
+    ) -> Tensor:
+        """What tokens with qkv [B, N, 3D] see of each other and of text's keys and values [B, L, 2D]."""
+        q, k, v = self.split(qkv, 3)
         own = v
         q, k = turn(self.q_norm(q), *angles), turn(self.k_norm(k), *angles)
         q, k, v = (self.gather(one, frames) for one in (q, k, v))
-        groups = len(q) // len(x)
-        if text is not None and self.text_kv is not None:
-            text_k, text_v = self.split(self.text_kv(text), 2)
+        groups = len(q) // len(qkv)
+        if told is not None:
+            text_k, text_v = self.split(told, 2)
             k, v = (
                 torch.cat((own, told.repeat_interleave(groups, 0) if groups > 1 else told), dim=2)
                 for own, told in ((k, self.k_norm(text_k)), (v, text_v))
@@ -146,10 +104,10 @@ class Block(nn.Module):
                 mask = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
                 mask = mask.repeat_interleave(groups, 0) if groups > 1 else mask
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        seen = self.scatter(seen, frames, len(x))
+        seen = self.scatter(seen, frames, len(qkv))
         if perturbed is not None:
             seen = torch.where(perturbed.view(-1, 1, 1, 1), own, seen)
-        return self.out(seen.transpose(1, 2).flatten(2))
+        return seen.transpose(1, 2).flatten(2)
 
     def gather(self, x: Tensor, frames: int) -> Tensor:
         """[B, heads, F·n, d] → those that look at each other: [B·F, …, n, d] or [B·n, …, F, d]."""
@@ -172,16 +130,54 @@ class Block(nn.Module):
         time: Tensor,
         text: Tensor | None,
         mask: Tensor | None,
-        angles: tuple[Tensor, Tensor],
+        angles: Angles | Ragged,
         frames: int = 1,
         perturbed: Tensor | None = None,
     ) -> Tensor:
         """x [B, N, D], time [B, D] or of each frame [B, F, D] → [B, N, D]."""
+        if isinstance(angles, Ragged):
+            return self.ragged(x, time, text, angles)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, dim=-1)
         seen = self.attend(modulate(x, shift_a, scale_a), text, mask, angles, frames, perturbed)
         x = torch.addcmul(x, along(gate_a, x), seen)
         hidden = F.relu(self.up(modulate(x, shift_m, scale_m))).square()
         return torch.addcmul(x, along(gate_m, x), self.down(hidden))
+
+    def ragged(self, x: Tensor, time: Tensor, text: Tensor | None, of: Ragged) -> Tensor:
+        """The same of samples of several shapes: x [1, N, D], time [T, D], text [1, M, D] → [1, N, D]."""
+        told, parts = [one.chunk(6, dim=-1) for one in of.told(self.modulation(time))], of.split(x)
+        inside = of.join([modulate(part, one[0], one[1]) for part, one in zip(parts, told, strict=True)])
+        words = self.text_kv(text) if text is not None and self.text_kv is not None else None
+        seen = of.split(self.out(self.look_ragged(self.qkv(inside), words, of)))
+        parts = [
+            torch.addcmul(part, along(one[2], part), found)
+            for part, one, found in zip(parts, told, seen, strict=True)
+        ]
+        inside = of.join([modulate(part, one[3], one[4]) for part, one in zip(parts, told, strict=True)])
+        made = of.split(self.down(F.relu(self.up(inside)).square()))
+        return of.join(
+            [
+                torch.addcmul(part, along(one[5], part), found)
+                for part, one, found in zip(parts, told, made, strict=True)
+            ]
+        )
+
+    def look_ragged(self, qkv: Tensor, words: Tensor | None, of: Ragged) -> Tensor:
+        """What tokens with qkv [1, N, 3D] see of their sample and its words' keys and values [1, M, 2D]."""
+        if of.flex and self.over == "all":
+            q, k, v = self.split(qkv, 3)
+            q, k = turn(self.q_norm(q), *of.angles), turn(self.k_norm(k), *of.angles)
+            if words is not None:
+                text_k, text_v = self.split(words, 2)
+                k, v = torch.cat((k, self.k_norm(text_k)), 2), torch.cat((v, text_v), 2)
+            return of.attend(q, k, v).transpose(1, 2).flatten(2)
+        told = of.words(words) if words is not None else [None] * len(of.groups)
+        return of.join(
+            [
+                self.look(mine, heard, group.mask, group.angles, group.frames)
+                for mine, heard, group in zip(of.split(qkv), told, of.groups, strict=True)
+            ]
+        )
 
 
 class DiT(Denoiser):
@@ -203,6 +199,7 @@ class DiT(Denoiser):
     kind = "dit"
     lora_targets = ("qkv", "text_kv", "out", "up", "down")
     perturbs = True
+    packs = True
 
     def __init__(
         self,
@@ -284,25 +281,18 @@ class DiT(Denoiser):
         told = self.pooled(pooled)
         return F.silu(time + (told if clock.ndim == 1 else told[:, None]))
 
-    def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+    def forward(self, x: Tensor | Sequence[Tensor], clock: Tensor | Sequence[Tensor], condition: Any) -> Any:
         """x [B, C, (F,) H, W], clock [B] or [B, F], `tokens` [B, L, D], `mask` [B, L], `pooled` → as x.
+
+        Or lists of such batches, each of its own shape, which are computed as one sequence → a list as x.
 
         Raises:
             Refused: clips for a network of pictures.
         """
-        if x.ndim == 5 and not self.frames:
-            raise Refused("This DiT draws pictures, not clips. Train one on clips: set data.frames.")
-        frames = x.shape[2] if x.ndim == 5 else 1
-        flat = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
-        rows, columns = x.shape[-2] // self.patch, x.shape[-1] // self.patch
-        patches = F.pixel_unshuffle(flat, self.patch).flatten(2).transpose(1, 2)
-        tokens = self.enter(patches) + self.place(places(rows, columns, x.device).to(x.dtype))
-        if self.moment is not None:
-            when = self.moment(moments(frames, x.device).to(x.dtype))
-            tokens = (tokens.unflatten(0, (-1, frames)) + when[:, None]).flatten(1, 2)
-        pooled = self.summary(condition)
-        if self.canvas is not None and pooled is not None:
-            tokens = tokens + self.sketch(pooled, frames, rows, columns)
+        if not isinstance(x, Tensor):
+            return self.together(x, clock, condition)
+        assert isinstance(clock, Tensor)
+        tokens, (frames, rows, columns) = self.entered(x, condition), self.grid(x)
         time, angles = self.heard(clock, condition), self.angles(frames, rows, columns, x.device)
         text = self.text(condition["tokens"]) if "tokens" in condition else None
         mask = condition["mask"] if text is not None and "mask" in condition else None
@@ -311,7 +301,50 @@ class DiT(Denoiser):
         for index, block in enumerate(self.blocks):
             alone = perturbed if index in middle else None
             tokens = block(tokens, time, text, mask, angles, frames, alone)
-        shift, scale = self.last_modulation(time).chunk(2, dim=-1)
+        return self.left(tokens, self.last_modulation(time), x)
+
+    def together(
+        self, xs: Sequence[Tensor], clocks: Sequence[Tensor], conditions: Sequence[Condition]
+    ) -> list[Tensor]:
+        """As `forward`, of batches of different shapes."""
+        heard = [self.heard(clock, one) for clock, one in zip(clocks, conditions, strict=True)]
+        of = Ragged(
+            [
+                Group(len(x), *self.grid(x), self.angles(*self.grid(x), x.device), time.ndim == 3, one)
+                for x, time, one in zip(xs, heard, conditions, strict=True)
+            ]
+        )
+        tokens = of.join([self.entered(x, one) for x, one in zip(xs, conditions, strict=True)])
+        time = torch.cat([one.flatten(0, -2) for one in heard])
+        text = self.text(of.said) if of.said is not None else None
+        for block in self.blocks:
+            tokens = block(tokens, time, text, None, of)
+        told = of.told(self.last_modulation(time))
+        return [self.left(*one) for one in zip(of.split(tokens), told, xs, strict=True)]
+
+    def grid(self, x: Tensor) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens of x [B, C, (F,) H, W]."""
+        if x.ndim == 5 and not self.frames:
+            raise Refused("This DiT draws pictures, not clips. Train one on clips: set data.frames.")
+        return (x.shape[2] if x.ndim == 5 else 1), x.shape[-2] // self.patch, x.shape[-1] // self.patch
+
+    def entered(self, x: Tensor, condition: Condition) -> Tensor:
+        """x [B, C, (F,) H, W] as tokens [B, N, D] that know their places, on the canvas if there is one."""
+        frames, rows, columns = self.grid(x)
+        flat = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+        patches = F.pixel_unshuffle(flat, self.patch).flatten(2).transpose(1, 2)
+        tokens = self.enter(patches) + self.place(places(rows, columns, x.device).to(x.dtype))
+        if self.moment is not None:
+            when = self.moment(moments(frames, x.device).to(x.dtype))
+            tokens = (tokens.unflatten(0, (-1, frames)) + when[:, None]).flatten(1, 2)
+        pooled = self.summary(condition)
+        if self.canvas is not None and pooled is not None:
+            tokens = tokens + self.sketch(pooled, frames, rows, columns)
+        return tokens
+
+    def left(self, tokens: Tensor, told: Tensor, x: Tensor) -> Tensor:
+        """Tokens [B, N, D], modulated by told [B, 2D] or [B, F, 2D], as an answer like x."""
+        (frames, rows, columns), (shift, scale) = self.grid(x), told.chunk(2, dim=-1)
         out = self.leave(modulate(tokens, shift, scale)).unflatten(1, (frames, -1)).flatten(0, 1)
         out = F.pixel_shuffle(out.transpose(1, 2).unflatten(-1, (rows, columns)), self.patch)
         return out.unflatten(0, (-1, frames)).transpose(1, 2) if x.ndim == 5 else out
@@ -324,7 +357,7 @@ class DiT(Denoiser):
             return F.interpolate(grid, (frames, rows, columns), mode="trilinear").flatten(2).transpose(1, 2)
         return F.interpolate(grid, (rows, columns), mode="bilinear").flatten(2).transpose(1, 2)
 
-    def angles(self, frames: int, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def angles(self, frames: int, rows: int, columns: int, device: torch.device) -> Angles:
         """What turns queries and keys: two axes for a network of pictures, three for one of clips."""
         if self.frames:
             return rotary_in_time(frames, rows, columns, self.head, device)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 
-from .dit import places
 from .interface import Codec, Model
+from .positions import places
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, where a folder says nothing of its own."""

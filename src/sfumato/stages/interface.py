@@ -6,7 +6,7 @@ prompts → conditioner → condition     (frozen, once, offline)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from hashlib import sha256
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Refused
-from sfumato.theory import Theory, translate
+from sfumato.theory import Theory
+from sfumato.theory.change import question
 
 from .condition import Condition as Condition
 
@@ -167,6 +168,8 @@ class Denoiser(Stage):
         """The part of the error [B, C, …] that training asks for; what the network is given is not."""
         return error
 
+    packs = False
+    """Whether `forward` also takes lists of batches of different shapes and computes them as one."""
     perturbs = False
     """Whether a condition's `perturbed` [B] (bool) disturbs the attention of these samples."""
     leans_its_own_way = False
@@ -281,24 +284,39 @@ class Model:
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
-        if self.trained is None:
-            return self._answer(self.theory, x_t, t, condition)
-        trained = self.trained
-        ask = translate(lambda x, there: self._answer(trained, x, there, condition), trained, self.theory)
-        return ask(x_t, torch.as_tensor(t, dtype=torch.float64, device=x_t.device))
+        x, told, read = self._question(x_t, t)
+        return read(self._answer(x, told, condition, x_t.dtype))
 
-    def _answer(self, theory: Theory, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
-        """The network's own answer, in the theory it speaks."""
+    def predict_together(
+        self, x_t: Sequence[Tensor], t: Sequence[Tensor], conditions: Sequence[Condition]
+    ) -> list[Tensor]:
+        """`predict` of batches of different shapes, computed as one; for networks that pack."""
+        asked = [self._question(x, one) for x, one in zip(x_t, t, strict=True)]
+        xs, told = [x for x, _, _ in asked], [one for _, one, _ in asked]
+        answers = self._answer(xs, told, list(conditions), x_t[0].dtype)
+        return [read(answer) for (_, _, read), answer in zip(asked, answers, strict=True)]
+
+    def _question(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """(x, what is told about time, read): as the network hears it, and how its answer is read."""
+        theory, read = self.theory, lambda out: out
         times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        if self.trained is not None:
+            x_t, times, read = question(self.trained, self.theory, x_t, times)
+            theory, times = self.trained, times.double()
         times = times.expand(len(x_t)) if times.ndim < 2 else times
         scale = theory.input_scale(times).to(x_t.dtype)
         places = (-1, 1, times.shape[1]) if times.ndim == 2 else (-1, 1)
-        x, told = x_t * scale.view(*places, *[1] * (x_t.ndim - len(places))), theory.clock(times)
+        x = x_t * scale.view(*places, *[1] * (x_t.ndim - len(places)))
+        return x, theory.clock(times).to(x_t.dtype), read
+
+    def _answer(self, x: Any, told: Any, condition: Any, dtype: torch.dtype) -> Any:
+        """The network's own answer; as wide as its input where it computes narrower."""
         narrow = getattr(self.denoiser, "narrow", None)
         if narrow is None:
-            return self.denoiser(x, told.to(x_t.dtype), condition)
-        with torch.autocast(x_t.device.type, narrow):
-            return self.denoiser(x, told.to(x_t.dtype), condition).to(x_t.dtype)
+            return self.denoiser(x, told, condition)
+        with torch.autocast(self.device.type, narrow):
+            out = self.denoiser(x, told, condition)
+        return out.to(dtype) if isinstance(out, Tensor) else [one.to(dtype) for one in out]
 
     def continue_as(self, theory: Theory) -> None:
         """Go on in another theory: the network answers as before, and what it says is translated.

@@ -4,6 +4,8 @@ Time is matched by signal-to-noise, the input is rescaled, the answer is read as
 written again. Exact, and differentiable in state and answer: it serves sampling, distilling and fine-tuning.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,23 @@ def translate(denoise: Denoise, trained: Theory, to: Theory) -> Denoise:
     """
 
     def answer(x_t: Tensor, t: Moment) -> Tensor:
-        moment = to.within(exact(t))
-        there, ratio, ask, keep = translation(trained, to, moment)
-        told = there.to(x_t.dtype if x_t.dtype == torch.float64 else torch.float32).to(x_t.device)
-        out = denoise(spread(ratio, x_t) * x_t, told.expand(len(x_t)) if told.ndim < 2 else told)
-        return spread(ask, x_t) * out + spread(keep, x_t) * x_t
+        x, told, read = question(trained, to, x_t, t)
+        return read(denoise(x, told))
 
     return answer
+
+
+def question(
+    trained: Theory, to: Theory, x_t: Tensor, t: Moment
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """(x', t', read): what the network is asked instead of (x_t, t), and how its answer reads in `to`.
+
+    Raises as `translation`.
+    """
+    there, ratio, ask, keep = translation(trained, to, to.within(exact(t)))
+    told = there.to(x_t.dtype if x_t.dtype == torch.float64 else torch.float32).to(x_t.device)
+    told = told.expand(len(x_t)) if told.ndim < 2 else told
+    return spread(ratio, x_t) * x_t, told, lambda out: spread(ask, x_t) * out + spread(keep, x_t) * x_t
 
 
 def translation(trained: Theory, to: Theory, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -199,11 +199,14 @@ class DiffusionObjective:
         with record_function("data"):
             ready = self._reader(step, part, parts)
         found = self.measure(ready.x_0, ready.drawn, self.rows(ready.batch))
-        drawn = ready.drawn
-        if self.adaptive is not None and drawn.quantiles is not None and drawn.importance is not None:
-            self.adaptive.hear(drawn.quantiles, found.detach())
-            found = found * drawn.importance.to(found)
-        return Losses(found, ready.batch.ids, ready.of)
+        return Losses(self.weighed(found, ready.drawn), ready.batch.ids, ready.of)
+
+    def weighed(self, losses: Tensor, drawn: Drawn) -> Tensor:
+        """The losses [b], weighed where times are drawn more often than others, which hears of them."""
+        if self.adaptive is None or drawn.quantiles is None or drawn.importance is None:
+            return losses
+        self.adaptive.hear(drawn.quantiles, losses.detach())
+        return losses * drawn.importance.to(losses)
 
     def rows(self, batch: Batch) -> Sequence[Mapping[str, Tensor]]:
         """What guides each sample; where the network hears it, also how its picture was cut."""
@@ -217,11 +220,20 @@ class DiffusionObjective:
         cuts = batch.framings.unbind()  # pyright: ignore[reportAttributeAccessIssue]
         return [{**row, framing: cut} for row, cut in zip(conditions, cuts, strict=True)]
 
-    def draw(self, ids: Sequence[int], x_0: Tensor, step: int, part: int = 0, parts: int = 1) -> Drawn:
-        """Times, noise and dropped captions of these samples in this step."""
+    def draw(
+        self,
+        ids: Sequence[int],
+        x_0: Tensor,
+        step: int,
+        part: int = 0,
+        parts: int = 1,
+        at: Sequence[int] | None = None,
+    ) -> Drawn:
+        """Times, noise and dropped captions of these samples in this step; `at`: their places in the part,
+        where they are not all of it."""
         u = noise.uniform(self.seed, ids, step=step, purpose="time")
         if self.stratified:
-            u = self._spread(u, step, part, parts)
+            u = self._spread(u, step, part, parts, at)
         importance = None
         if self.adaptive is not None:
             u, importance = self.adaptive(u, step)
@@ -241,32 +253,37 @@ class DiffusionObjective:
         quantiles = None if importance is None else u
         return Drawn(t.to(x_0.device), x_T, dropped, without, known, quantiles, importance)
 
-    def _spread(self, u: Tensor, step: int, part: int, parts: int) -> Tensor:
+    def _spread(self, u: Tensor, step: int, part: int, parts: int, at: Sequence[int] | None) -> Tensor:
         """Put each of the u [b] into its own of the batch's equal strata, which a permutation deals out."""
         count = len(self.order.at(step)[0])
         strata = noise.permutation(count, self.seed, "strata", step)[share(count, part, parts)]
+        strata = strata if at is None else strata[list(at)]
         return (strata.to(u) + u) / count
 
     def measure(self, x_0: Tensor, drawn: Drawn, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The weighted losses [b] of the model's answers."""
-        theory = self.model.theory
-        condition = Condition.stack(self.kept(rows, drawn)).to(x_0.device, x_0.dtype)
-        if drawn.known is not None:
-            return self.measure_frames(x_0, drawn, drawn.known, condition)
-        answer = self.model.predict(drawn.of(theory.mix, x_0), drawn.t, condition)
-        target = drawn.of(theory.target, x_0)
-        asked = getattr(self.model.denoiser, "asked", lambda error, condition: error)
-        error = asked(self.error(answer.float(), target), condition).flatten(1).mean(1)
-        return error * self.weighting(theory, drawn.t).to(error.dtype)
+        shown, condition = self.question(x_0, drawn, rows)
+        return self.judged(self.model.predict(shown, drawn.t, condition), x_0, drawn, condition)
 
-    def measure_frames(self, x_0: Tensor, drawn: Drawn, known: Tensor, condition: Condition) -> Tensor:
-        """The same of clips whose frames have times of their own; known frames are shown, not asked for."""
+    def question(
+        self, x_0: Tensor, drawn: Drawn, rows: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Tensor, Condition]:
+        """What the model is shown, and told beside the time; known frames are shown as they are."""
+        condition = Condition.stack(self.kept(rows, drawn)).to(x_0.device, x_0.dtype)
+        x_t = drawn.of(self.model.theory.mix, x_0)
+        if drawn.known is not None:
+            x_t = torch.where(drawn.known[:, None, :, None, None], x_0, x_t)
+        return x_t, condition
+
+    def judged(self, answer: Tensor, x_0: Tensor, drawn: Drawn, condition: Condition) -> Tensor:
+        """The weighted losses [b] of an answer; known frames are not asked for."""
         theory, t = self.model.theory, drawn.t
-        x_t = drawn.of(theory.mix, x_0)
-        answer = self.model.predict(torch.where(known[:, None, :, None, None], x_0, x_t), t, condition)
         error = self.error(answer.float(), drawn.of(theory.target, x_0))
-        weight = self.weighting(theory, t.flatten()).unflatten(0, t.shape)
-        return mean_of_unknown(error, weight, known)
+        if drawn.known is not None:
+            weight = self.weighting(theory, t.flatten()).unflatten(0, t.shape)
+            return mean_of_unknown(error, weight, drawn.known)
+        asked = getattr(self.model.denoiser, "asked", lambda error, condition: error)
+        return asked(error, condition).flatten(1).mean(1) * self.weighting(theory, t).to(error.dtype)
 
     def kept(self, rows: Sequence[Mapping[str, Tensor]], drawn: Drawn) -> list[dict[str, Tensor]]:
         """The condition rows with what was dropped replaced: captions by null, companions by zeros."""
@@ -285,7 +302,11 @@ class DiffusionObjective:
 
     def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
         """What one part of a step was made of, for the black box: names, captions and times."""
-        batch, x_0, drawn, _ = self.prepare(step, part, parts)
+        return self.told(self.prepare(step, part, parts))
+
+    def told(self, prepared: Prepared) -> dict[str, Any]:
+        """Names, captions and times of what was prepared."""
+        batch, x_0, drawn, _ = prepared
         return {
             "samples": [self.name_of(sample) for sample in batch.ids],
             "ids": list(batch.ids),

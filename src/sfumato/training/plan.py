@@ -255,9 +255,17 @@ def meta_copy(network: nn.Module) -> nn.Module:
 
 def on_meta(value: Any) -> Any:
     """Tensors (in conditions, mappings, sequences) without their numbers."""
+    if isinstance(value, list):
+        return [on_meta(one) for one in value]
     if isinstance(value, Tensor) or hasattr(value, "tensors"):
         return value.to("meta")
     return value
+
+
+def squared(answer: Any) -> Tensor:
+    """The mean square of an answer, or of a list of them: a loss as good as any to measure a step with."""
+    parts = answer if isinstance(answer, list) else [answer]
+    return torch.stack([part.float().square().mean() for part in parts]).mean()
 
 
 def predict(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Forecast:
@@ -283,7 +291,7 @@ def probe(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Probe:
             began = time.perf_counter()
             for _ in range(Division.of(settings, Processes()).parts):
                 with autocast(precision, device):
-                    error = held.network(*inputs).float().square().mean()
+                    error = squared(held.network(*inputs))
                 error.backward()
             held.optimiser.step(number)
             held.update(number + 1)

@@ -19,6 +19,10 @@ class TrainSettings:
     steps: int = key(5000, "optimizer steps in all", least=1)
     batch: int = key(32, "samples in one step, over all processes and accumulation", least=1)
     accumulate: int = key(1, "parts a batch is computed in, to need less memory", least=1)
+    pack: bool = key(
+        False,
+        "our DiT: samples of all buckets in one step, their tokens in one sequence",
+    )
     parallel: str = key(
         "auto",
         "how processes share the run: ddp, copies; fsdp, divided among all; hsdp, among a machine's",

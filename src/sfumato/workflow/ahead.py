@@ -16,6 +16,7 @@ from ..record import write_atomic
 from ..training import parallel
 from ..training.fitting import bytes_of
 from ..training.objective import share
+from ..training.packed import alike
 from ..training.parallel import Division
 
 FOLDER = "rings"
@@ -71,7 +72,10 @@ def look_ahead(train: EncodedSet, order: Order | Stages, recipe: Recipe) -> None
 
     def asked(step: int) -> Sequence[tuple[Sequence[int], int]]:
         indices, epoch = order.at(step)
-        return [(indices[share(len(indices), part, division.parts)], epoch) for part in division.mine]
+        read = [indices[share(len(indices), part, division.parts)] for part in division.mine]
+        if recipe.train.pack:
+            read = [[one[at] for at in places] for one in read for places in alike(one, train.buckets)]
+        return [(some, epoch) for some in read]
 
     largest = -(-order.largest // division.parts) * len(division.mine)
     train.follow(asked, largest, recipe.seed)

@@ -10,8 +10,10 @@ from ..errors import Refused
 from ..generation import PaintingModel, load
 from ..generation.leaning import Leaning
 from ..recipe import DEFAULT, Recipe
+from ..stages import guides
 from ..stages.dit import DiT
 from ..stages.unet import UNet
+from ..training.packed import unpackable
 from .material import Bucket, known_sizes, named
 from .tuning import check_latents
 
@@ -76,6 +78,33 @@ def check_known(recipe: Recipe, base: PaintingModel | None) -> None:
         )
     if said.known_last and not said.known_first:
         raise Refused("train.known_last is a share of train.known_first, which is 0. Set that too.")
+
+
+def check_packed(recipe: Recipe, base: PaintingModel | None) -> None:
+    """Raises Refused where samples of several shapes are to be joined, and cannot be or there are none."""
+    if not recipe.train.pack:
+        return
+    data, model = recipe.data, recipe.model
+    packs = base.denoiser.packs if base else model.denoiser not in NETWORKS or NETWORKS[model.denoiser].packs
+    if not packs:
+        raise Refused(unpackable(model.base if base else f'model.denoiser = "{model.denoiser}"'))
+    if model.train in guides.KINDS or data.companions:
+        raise Refused(
+            "train.pack joins samples of several shapes, but pictures that guide are read in batches of one. "
+            "Leave train.pack out, or do without the pictures that guide."
+        )
+    if recipe.train.compile:
+        raise Refused(
+            "train.compile makes a program for each shape, and with train.pack every step has another. "
+            "Leave one of them out."
+        )
+    embedded = set(named(data)) <= set(EMBEDDED)
+    if (data.buckets == 1 or embedded) and not data.frames:
+        why = "the embedded sets have one shape" if embedded else "data.buckets = 1 crops all of them square"
+        raise Refused(
+            f"train.pack joins samples of several shapes, but {why}. "
+            + ("Leave it out." if embedded else "Say, for example, data.buckets = 16.")
+        )
 
 
 def grain_of(recipe: Recipe, base: PaintingModel | None) -> int:

@@ -1,6 +1,7 @@
 """What a step and a run cost: bytes and seconds, counted on the network that will be trained."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,35 @@ BESIDE_PRODUCTS = 1.35
 """A step's time over that of its matrix products, as measured on CPUs."""
 
 
-def inputs_of(recipe: Recipe, model: PaintingModel, captions: Sequence[Sequence[str]], count: int) -> tuple:
-    """What the denoiser is given for `count` samples of the recipe's size."""
-    side = recipe.data.resolution
+def inputs_of(
+    recipe: Recipe,
+    model: PaintingModel,
+    captions: Sequence[Sequence[str]],
+    count: int,
+    sizes: Sequence[Sequence[int]] = (),
+) -> tuple:
+    """What the denoiser is given for `count` samples of the recipe's size.
+
+    Args:
+        sizes: of the samples (width, height, frames of clips); packed ones are spread over them.
+    """
+    data = recipe.data
     reads = model.conditioner.kind != "none"
     texts = [(captions[i % len(captions)] or ("",))[0] if reads else "" for i in range(count)]
+    if not recipe.train.pack or not sizes:
+        return _alike(recipe, model, texts, (data.resolution, data.resolution, data.frames or 1))
+    rising = sorted(tuple(size) for size in sizes)
+    spread = Counter(rising[(2 * i + 1) * len(rising) // (2 * count)] for i in range(count))
+    groups = [_alike(recipe, model, texts[:many], size) for size, many in spread.items()]
+    return tuple(list(column) for column in zip(*groups, strict=True))
+
+
+def _alike(recipe: Recipe, model: PaintingModel, texts: Sequence[str], size: Sequence[int]) -> tuple:
+    """What the denoiser is given for samples of one size, one for each text."""
     told = showing.example(model, recipe.data, texts).to(model.device, model.dtype)
-    condition = guided.blank(model, told, side)
-    latents = torch.zeros(
-        count, *model.codec.latent_shape(side, side, recipe.data.frames or 1), device=model.device
-    )
-    return latents, torch.full((count,), 500.0, device=model.device), condition
+    condition = guided.blank(model, told, recipe.data.resolution)
+    latents = torch.zeros(len(texts), *model.codec.latent_shape(*size), device=model.device)
+    return latents, torch.full((len(texts),), 500.0, device=model.device), condition
 
 
 def together(recipe: Recipe, parts: int) -> int:
@@ -49,6 +68,7 @@ def cost(
     captions: Sequence[Sequence[str]],
     network: nn.Module,
     devices: int = 1,
+    sizes: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
     """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated.
 
@@ -56,7 +76,7 @@ def cost(
     """
     division = Division.of(recipe.train, Processes(0, devices))
     chosen = strategy.choose(recipe.train, network, Processes(0, devices))
-    inputs = inputs_of(recipe, model, captions, together(recipe, division.parts))
+    inputs = inputs_of(recipe, model, captions, together(recipe, division.parts), sizes)
     counted = planning.count(network, inputs)
     every = recipe.values().get("train.checkpointing", 0)
     memory = counted.shared(counted.memory(recipe.train, every), chosen, recipe.train, devices)
@@ -90,7 +110,8 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
         checkpoint.ask_for_room(Path(recipe.output), disk, "the run's checkpoints")
     words = [f"{trained / 1e6:,.1f} M trained weights", f"{disk / 1e9:.2f} GB of checkpoints"]
     try:
-        counted = planning.count(network, inputs_of(recipe, model, [tuple(train.captions[:1])], count))
+        sizes = [item.bucket for item in train.items]
+        counted = planning.count(network, inputs_of(recipe, model, [tuple(train.captions[:1])], count, sizes))
     except (RuntimeError, NotImplementedError, TypeError):
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
     alone = counted.memory(recipe.train, recipe.values().get("train.checkpointing", 0))

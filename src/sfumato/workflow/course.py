@@ -23,9 +23,10 @@ from ..training import parallel
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
+from ..training.packed import PackedObjective
 from . import ahead, companions, costs, guided, prior, showing
 from .agreement import agree, content_of
-from .checks import check_known, check_leaning, sizes, theory_of
+from .checks import check_known, check_leaning, check_packed, sizes, theory_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided, reader_of
 from .material import Bucket, class_names, material_of
@@ -173,7 +174,7 @@ def _train(
     beside = showing.is_read_beside(model.conditioner)  # then the samples say which captions are left out
     dropout = recipe.data.caption_dropout if is_guided(model) and not beside else 0.0
     seen = companions.encoders(model, recipe.data)
-    objective = DiffusionObjective(
+    objective = (PackedObjective if recipe.train.pack else DiffusionObjective)(
         model, train, order, settings, recipe.seed, dropout,
         dropout=companions.shares(recipe.data, list(seen)),
         read_text=reader_of(model) if model.conditioner.learns else None,
@@ -254,6 +255,7 @@ def gather(recipe: Recipe) -> Gathered:
     base = base_of(recipe)
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     check_known(recipe, base)
+    check_packed(recipe, base)
     collection = material_of(recipe)
     classes = class_names(collection) if recipe.model.text == "labels" else ()
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model, classes)

@@ -1,5 +1,6 @@
 """Encoding for a run: its samples in the store, or streamed, and the order in which training reads them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from ..data import buckets
 from ..data.encode import Encoding, fill
 from ..data.encoded import EncodedSet
-from ..data.order import Order, Stage, Stages
+from ..data.order import Order, Packed, Stage, Stages
 from ..data.sample import Sample
 from ..data.store import Store
 from ..data.streamed import StreamedSet
@@ -19,6 +20,7 @@ from ..generation import PaintingModel
 from ..recipe import Recipe
 from ..training import parallel
 from ..training.loop import to_stderr
+from ..training.parallel import Division
 from . import ahead, companions, showing, tuning
 from .codecs import Progress
 from .material import Bucket
@@ -35,11 +37,23 @@ def _order(recipe: Recipe, shown: EncodedSet, typical: EncodedSet) -> Order:
     """The order of `shown`; with a token budget, a batch of it costs as one of `typical` samples."""
     settings = recipe.train
     size: int | Callable[[Any], int] = settings.batch
+    if settings.pack and recipe.data.token_budget:
+        least = Division.of(settings, parallel.current()).parts
+        tokens = [math.prod(shape[1:]) for shape in shown.buckets]
+        return Packed(tokens, _as_costly(settings.batch, shown, typical), recipe.seed, shown.repeats, least)
+    if settings.pack:
+        return Order([0] * len(shown), size, recipe.seed, shown.repeats)
     if recipe.data.token_budget:
         parts = settings.accumulate * settings.virtual_ranks
         multiple = parts if settings.batch % parts == 0 else settings.accumulate
         size = buckets.token_budget(settings.batch, typical.buckets, multiple)
     return Order(shown.buckets, size, recipe.seed, shown.repeats)
+
+
+def _as_costly(batch: int, shown: EncodedSet, typical: EncodedSet) -> int:
+    """Samples of `shown`, on average, that have as many tokens as a batch of `typical` ones."""
+    whole, each = (buckets.mean([math.prod(shape[1:]) for shape in one.buckets]) for one in (typical, shown))
+    return max(1, round(batch * whole / each))
 
 
 def course_of(

@@ -65,6 +65,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     found["steps_per_epoch"] = max(1, round(shown) // recipe.train.batch)
     if callable(gathered.bucket_of):
         found["buckets"] = _buckets(recipe, train, gathered.bucket_of)
+    sizes = _sizes(recipe, train, gathered.bucket_of)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(gathered.device)
     found["precision"] = devices.effective_precision(
@@ -76,6 +77,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         [sample.captions for sample in train],
         network,
         many or started(),
+        sizes,
     )
     if prior.is_asked(recipe):
         drawn = 0 if gathered.prior else recipe.data.prior_pictures
@@ -116,6 +118,9 @@ def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, A
             held.append(bucket_of(size))
             repeats.append(sample.repeat)
     batch: Any = recipe.train.batch
+    if recipe.train.pack:
+        shapes = {"×".join(map(str, shape)): held.count(shape) for shape in sorted(set(held))}
+        return {"packed": {"samples": round(sum(repeats)), "batch": batch, "shapes": shapes}}
     if recipe.data.token_budget:
         by_shape = buckets.token_budget(recipe.train.batch, [(1, *shape) for shape in held])
         batch = lambda shape: by_shape((1, *shape))  # noqa: E731
@@ -124,6 +129,16 @@ def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, A
         "×".join(map(str, shape)): {"samples": count, "batch": size, "carried_over": count % size}
         for shape, count, size in zip(cast(Any, order.kinds), order.counts, order.batches, strict=True)
     }
+
+
+def _sizes(recipe: Recipe, train: list[Sample], bucket_of: Any) -> list[tuple[int, ...]]:
+    """What samples are brought to, where a step packs several sizes: width, height, and frames of clips."""
+    if not recipe.train.pack:
+        return []
+    frames = (recipe.data.frames,) * bool(recipe.data.frames)
+    if not callable(bucket_of):
+        return [(*bucket_of, *frames)]
+    return [(*bucket_of(size), *frames) for size in known_sizes(train, bool(frames))]
 
 
 def started() -> int:
@@ -150,7 +165,8 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
     model = painting(built)
     guided.guide(model, recipe)
     network = tune(model, recipe)
-    captions = [sample.captions for sample in gathered.collection.of("train")]
+    train = gathered.collection.of("train")
+    captions, sizes = [sample.captions for sample in train], _sizes(recipe, train, gathered.bucket_of)
     on_gpu = gathered.device.type == "cuda"
     processes = many or max(started(), torch.cuda.device_count() if on_gpu else 1)
     options = fitting.Options(
@@ -163,7 +179,7 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
         within=recipe.train.shard_within or machine_size(processes),
     )
     found = fitting.ways(
-        lambda count: planning.count(network, inputs_of(recipe, model, captions, count)),
+        lambda count: planning.count(network, inputs_of(recipe, model, captions, count, sizes)),
         recipe.train,
         options,
     )

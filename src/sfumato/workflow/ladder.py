@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -38,8 +39,11 @@ def rungs(recipe: Recipe, prepared: Ready, network: nn.Module, tries: int = TRIE
     """The rungs, one by one; the network is left as it was."""
     model, settings = prepared.model, rated(recipe)
     read_text = reader_of(model) if model.conditioner.learns else None
+    alone = replace(
+        recipe, train=replace(recipe.train, pack=False)
+    )  # a pack's losses are those of its samples
     objective = DiffusionObjective(
-        model, prepared.train, order_of(recipe, prepared.train), settings, recipe.seed, 0.0,
+        model, prepared.train, order_of(alone, prepared.train), settings, recipe.seed, 0.0,
         read_text=read_text,
     )  # fmt: skip
     yield memory(objective, recipe, network)

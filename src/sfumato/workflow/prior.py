@@ -135,7 +135,7 @@ def beside(
         return objective
     model, seed = objective.model, recipe.seed
     order = order_of(replace(recipe, seed=seed + 1), encoded)
-    prior = DiffusionObjective(
+    prior = type(objective)(
         model, encoded, order, recipe.train, seed, objective.caption_dropout, read_text=objective.read_text
     )
     return WithPrior(objective, prior, recipe.data.prior_weight)

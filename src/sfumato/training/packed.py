@@ -1,0 +1,95 @@
+"""Packed batches: one step holds samples of several shapes, whose tokens the network reads as one sequence.
+
+Every draw and every loss is that of the sample alone, so packing changes which samples meet in a step and
+nothing else. Losses come shape by shape.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.profiler import record_function
+
+from sfumato.errors import Refused
+
+from .objective import DiffusionObjective, Losses, Prepared, share
+from .reading import Reader
+
+
+class Pack(NamedTuple):
+    """One part of a batch, ready to be computed, shape by shape; the batch's size."""
+
+    groups: list[Prepared]
+    of: int
+
+    @property
+    def ids(self) -> list[int]:
+        """Of all its samples, in the order of their losses."""
+        return [one for group in self.groups for one in group.batch.ids]
+
+
+def alike(indices: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """The places of indices whose samples have one shape, smaller shapes first."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for place, index in enumerate(indices):
+        found.setdefault(tuple(shapes[index]), []).append(place)
+    return [found[shape] for shape in sorted(found)]
+
+
+class PackedObjective(DiffusionObjective):
+    """The same error, of batches whose samples have several shapes; `encoded.buckets` says which.
+
+    Raises:
+        Refused: the network answers samples of one shape at a time.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        if not getattr(self.model.denoiser, "packs", False):
+            raise Refused(unpackable(type(self.model.denoiser).__name__))
+        self._packs: Reader[Pack] = Reader(self.pack)
+
+    def pack(self, step: int, part: int, parts: int) -> Pack:
+        """Read and draw one part of a batch."""
+        indices, epoch = self.order.at(step)
+        coming = getattr(self.encoded, "coming", None)
+        if coming is not None:  # a set that encodes ahead
+            coming(step)
+        mine, groups = indices[share(len(indices), part, parts)], []
+        for places in alike(mine, cast(Any, self.encoded).buckets):
+            batch = self.encoded.read([mine[place] for place in places], self.seed, epoch)
+            x_0 = batch.latents.to(self.model.device, torch.float32)
+            drawn = self.draw(batch.ids, x_0, step, part, parts, places)
+            groups.append(Prepared(batch, x_0, drawn, len(indices)))
+        return Pack(groups, len(indices))
+
+    def losses(self, step: int, part: int, parts: int) -> Losses:
+        """The losses [b] of one part of the batch of `step`, shape by shape."""
+        with record_function("data"):
+            ready = self._packs(step, part, parts)
+        asked = [self.question(one.x_0, one.drawn, self.rows(one.batch)) for one in ready.groups]
+        shown, conditions = [x for x, _ in asked], [condition for _, condition in asked]
+        answers = self.model.predict_together(shown, [one.drawn.t for one in ready.groups], conditions)
+        found = [
+            self.weighed(self.judged(answer, one.x_0, one.drawn, condition), one.drawn)
+            for answer, one, condition in zip(answers, ready.groups, conditions, strict=True)
+        ]
+        return Losses(torch.cat(found), ready.ids, ready.of)
+
+    def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
+        """What one part of a step was made of, for the black box."""
+        groups = self.pack(step, part, parts).groups
+        found: dict[str, list[Any]] = {}
+        for one in groups:
+            for name, some in self.told(one).items():
+                found.setdefault(name, []).extend(some)
+        return found
+
+
+def unpackable(name: str) -> str:
+    """The sentence about a network that cannot read several shapes as one sequence."""
+    return (
+        f"train.pack joins samples of several shapes in one sequence, which our own DiT reads; {name} "
+        "answers samples of one shape at a time. Leave train.pack out; data.token_budget = true makes the "
+        "batches of all buckets cost alike."
+    )

@@ -1,0 +1,46 @@
+"""`train.pack` from the command line: it trains, goes on, streams, and refuses what it cannot do."""
+
+import pytest
+import torch
+
+from sfumato.record import RunFolder
+
+from .test_data_keys import weights
+from .world import one_sentence, sfumato, write_recipe
+
+PACK = ["train.pack=true", "data.buckets=3", "data.resolution=32", "model.stride=4", "train.log_every=1"]
+
+
+@pytest.mark.parametrize("budget", ["false", "true"])
+def test_a_packed_run_goes_on_with_the_same_bits_whether_stored_or_encoded_ahead(tmp_path, budget):
+    recipe = write_recipe(tmp_path)
+    words = [*PACK, f"data.token_budget={budget}", "train.checkpointing=1"]
+    plan = sfumato("plan", recipe, *words, "--json").json()
+    assert plan["memory_gb"] > 0
+    assert len(plan["buckets"]["packed"]["shapes"]) > 1
+    assert sum(plan["buckets"]["packed"]["shapes"].values()) == plan["samples"]
+    assert sfumato("train", recipe, *words).code == 0
+    assert sfumato("train", recipe, *words, "train.steps=3", "output=again").code == 0
+    assert sfumato("train", recipe, *words, "train.steps=6", "output=again").code == 0
+    through, again = weights(tmp_path / "run"), weights(tmp_path / "again")
+    assert all(torch.equal(through[name], again[name]) for name in through)
+    events = RunFolder.open(tmp_path / "run").events()
+    assert {one["weights"] for one in events if one["kind"] == "held_out"} == {"ema", "raw"}
+    ring = ["data.store_limit=30KB", "output=ring"]
+    assert sfumato("train", recipe, *words, *ring).code == 0
+    for name, weight in weights(tmp_path / "ring").items():
+        torch.testing.assert_close(weight, through[name], atol=1e-4, rtol=1e-3)
+
+
+def test_what_cannot_be_packed_is_refused_with_the_way_out(tmp_path):
+    recipe = write_recipe(tmp_path)
+    refused = {
+        ("model.denoiser=unet",): ("our own DiT", "data.token_budget"),
+        ("train.compile=true",): ("train.compile", "Leave one of them out"),
+        ("data.buckets=1",): ("data.buckets = 1", "data.buckets = 16"),
+        ("data.train=shapes",): ("one shape", "Leave it out"),
+        ("data.companions=control",): ("pictures that guide", "Leave train.pack out"),
+        ("data.token_budget=true", "train.batch=2", "train.accumulate=2"): ("fewer than 2", "train.batch"),
+    }
+    for words, said in refused.items():
+        one_sentence(sfumato("train", recipe, *PACK, *words), *said)

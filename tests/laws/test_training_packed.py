@@ -1,0 +1,223 @@
+"""Laws of packed batches: samples of several shapes in one sequence are what they are apart."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.data.order import Order, Packed
+from sfumato.errors import Refused
+from sfumato.record import RunFolder
+from sfumato.stages import blocks
+from sfumato.stages.condition import Condition
+from sfumato.stages.dit import DiT
+from sfumato.stages.interface import Denoiser, Model
+from sfumato.stages.ragged import Ragged
+from sfumato.theory import get, noise
+from sfumato.training import plan as planning
+from sfumato.training.loop import fit
+from sfumato.training.objective import DiffusionObjective
+from sfumato.training.packed import PackedObjective
+from sfumato.training.settings import TrainSettings
+
+PICTURES = [(2, 4, 6), (2, 4, 6), (2, 6, 4), (2, 2, 8), (2, 4, 6), (2, 6, 4), (2, 4, 4)]
+CLIPS = [(2, 3, 4, 4), (2, 1, 4, 6), (2, 2, 4, 4), (2, 3, 4, 4), (2, 1, 4, 6)]
+WORLDS = {
+    "pictures": (PICTURES, {}),
+    "classes": (PICTURES, {"text_width": 0, "classes": 3}),
+    "unconditional": (PICTURES, {"text_width": 0}),
+    "clips": (CLIPS, {"frames": 3}),
+    "factorised": (CLIPS, {"frames": 3, "attention": "factorised"}),
+}
+
+
+def network(**how: object) -> DiT:
+    """Two blocks with weights that say something."""
+    torch.manual_seed(0)
+    found = DiT(2, **{"width": 16, "depth": 2, "heads": 2, "patch": 2, "text_width": 8, "canvas": 2} | how)
+    for weight in found.parameters():
+        nn.init.normal_(weight, std=0.2)
+    return found
+
+
+@dataclass
+class Batch:
+    ids: list[int]
+    latents: Tensor
+    conditions: list[dict[str, Tensor]]
+
+
+class Encoded:
+    """Samples of several shapes in memory, with captions of several lengths."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], said: str = "text") -> None:
+        self.buckets, self.said = shapes, said
+        self.ids = [100 + i for i in range(len(shapes))]
+        self.names = [f"{one}.png" for one in self.ids]
+        self.null = {"tokens": torch.zeros(1, 8), "pooled": torch.zeros(8)} if said == "text" else {}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        if self.said != "text":
+            return {"labels": torch.tensor(index % 3)} if self.said == "classes" else {}
+        words = noise.normal((4, 8), 5, [index], purpose="words")[0]
+        return {"tokens": words[: 1 + index % 4], "pooled": words.mean(0)}
+
+    def read(self, indices: list[int], seed: int, epoch: int) -> Batch:
+        ids = [self.ids[i] for i in indices]
+        assert len({self.buckets[i] for i in indices}) == 1
+        latents = noise.normal(self.buckets[indices[0]], 5, ids, purpose="latents")
+        return Batch(ids, latents, [self.row(i) for i in indices])
+
+
+def objective(kind: str, packed: bool = True, **changes: object) -> DiffusionObjective:
+    """A packed (or plain) objective on one of the worlds, in one batch of all samples."""
+    shapes, how = WORLDS[kind]
+    model = Model(get("flow-matching"), nn.Identity(), nn.Identity(), network(**how))
+    said = {"classes": "classes", "unconditional": "none"}.get(kind, "text")
+    settings = TrainSettings(batch=len(shapes), **changes)
+    order = Order([0] * len(shapes), len(shapes), 1)
+    make = PackedObjective if packed else DiffusionObjective
+    return make(model, Encoded(shapes, said), order, settings, seed=3, caption_dropout=0.3)
+
+
+def gradients(of: nn.Module) -> dict[str, Tensor]:
+    found = {n: w.grad.clone() for n, w in of.named_parameters() if w.grad is not None}
+    of.zero_grad()
+    return found
+
+
+def alone(kind: str, step: int, **changes: object) -> tuple[dict[int, Tensor], nn.Module]:
+    """The losses of a step's samples, each computed by itself; their mean is differentiated."""
+    plain, found = objective(kind, packed=False, **changes), {}
+    indices, epoch = plain.order.at(step)
+    for place, index in enumerate(indices):
+        batch = plain.encoded.read([index], 3, epoch)
+        drawn = plain.draw(batch.ids, batch.latents, step, at=[place])
+        loss = plain.measure(batch.latents, drawn, plain.rows(batch))
+        (loss.sum() / len(indices)).backward()
+        found[batch.ids[0]] = loss.detach()[0]
+    return found, plain.model.denoiser
+
+
+@pytest.mark.parametrize("kind", WORLDS)
+def test_a_packed_step_has_the_losses_and_gradients_of_its_samples_apart(kind):
+    expected, network = alone(kind, 1)
+    packed = objective(kind)
+    losses = packed.losses(1, 0, 1)
+    (losses.per_sample.sum() / losses.of).backward()
+    torch.testing.assert_close(losses.per_sample, torch.stack([expected[i] for i in losses.ids]))
+    wanted = gradients(network)
+    for name, gradient in gradients(packed.model.denoiser).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()  # FlexAttention has no backward pass on CPUs
+@pytest.mark.parametrize("kind", WORLDS)
+def test_a_mask_of_documents_sees_what_shapes_apart_see(kind, monkeypatch):
+    by_shape = objective(kind).losses(1, 0, 1).per_sample
+    made = Ragged.__init__
+    monkeypatch.setattr(Ragged, "__init__", lambda self, groups: made(self, groups, flex=True))
+    torch.testing.assert_close(objective(kind).losses(1, 0, 1).per_sample, by_shape)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"frame_times": "independent"}, {"known_first": 1.0}, {"weighting": "p2"}]
+)
+def test_frames_with_times_of_their_own_are_packed_too(changes):
+    expected, _ = alone("clips", 2, **changes)
+    losses = objective("clips", **changes).losses(2, 0, 1)
+    torch.testing.assert_close(losses.per_sample, torch.stack([expected[i] for i in losses.ids]))
+
+
+def test_the_parts_of_a_packed_batch_have_the_losses_of_the_whole():
+    whole, divided = (objective("pictures") for _ in range(2))
+    expected = whole.losses(0, 0, 1)
+    known = dict(zip(expected.ids, expected.per_sample.tolist(), strict=True))
+    found = [divided.losses(0, part, 3) for part in range(3)]
+    assert sorted(one for some in found for one in some.ids) == sorted(known)
+    for some in found:
+        assert some.of == expected.of
+        assert some.per_sample.tolist() == pytest.approx([known[one] for one in some.ids], rel=1e-5)
+    assert divided.replay(0, 1, 3)["ids"] == list(found[1].ids)
+
+
+def test_blocks_that_are_computed_again_and_another_theory_change_no_packed_gradient():
+    plain, again = objective("pictures"), objective("pictures")
+    assert blocks.recompute(again.model.denoiser, 1) == 2
+    for one in (plain, again):
+        one.model = one.model.under(get("ddpm-velocity"))
+        one.losses(0, 0, 1).per_sample.mean().backward()
+    wanted = gradients(plain.model.denoiser)
+    for name, gradient in gradients(again.model.denoiser).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_packed_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path):
+    def train(folder: str, *until: int) -> nn.Module:
+        for steps in until:
+            one = objective("pictures")
+            settings = TrainSettings(steps=steps, batch=7, accumulate=2, save_every=2, warmup=1, ema=0.9)
+            fit(one, one.model.denoiser, settings, RunFolder.create(tmp_path / folder), 3, say=lambda _: None)
+        return one.model.denoiser
+
+    through, stopped = train("through", 5), train("stopped", 2, 3, 5)
+    for one, other in zip(through.parameters(), stopped.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_counted_for_a_packed_step_is_what_it_saves():
+    dit = network()
+    x = [torch.randn(2, 2, 4, 6), torch.randn(3, 2, 2, 4)]
+    rows = [{"tokens": torch.randn(1 + i, 8), "pooled": torch.randn(8)} for i in range(3)]
+    told = [Condition.stack(rows[: len(one)]) for one in x]
+    inputs = (x, [torch.full((len(one),), 500.0) for one in x], told)
+    counted = planning.count(dit, inputs)
+    real = planning.saved_bytes(lambda: dit(*inputs), dit)
+    assert counted.kept == pytest.approx(real, rel=0.02)  # attention keeps a little less of its own
+    assert planning.probe(dit, inputs, TrainSettings(batch=5)).seconds > 0
+
+
+@pytest.mark.parametrize("repeats", [None, [1.5] * 40 + [1.0] * 57])
+def test_batches_of_a_token_budget_show_every_sample_once_an_epoch_and_cost_alike(repeats):
+    tokens = [int(16 + 48 * u) for u in noise.uniform(0, range(97))]
+    order = Packed(tokens, 12, seed=4, repeats=repeats)
+    for epoch in range(2):
+        steps = range(order.steps_before(epoch), order.steps_before(epoch + 1))
+        batches = [order.at(step) for step in steps]
+        assert {told for _, told in batches} == {epoch}
+        shown = sorted(index for rows, _ in batches for index in rows)
+        counts = [shown.count(index) for index in range(97)]
+        assert counts == [1] * 97 if repeats is None else set(counts[:40]) == {1, 2}
+        costs = [sum(tokens[index] for index in rows) for rows, _ in batches]
+        assert max(costs) - min(costs) <= 2 * max(tokens)
+        assert max(len(rows) for rows, _ in batches) <= order.largest
+    assert order.at(3) == Packed(tokens, 12, seed=4, repeats=repeats).at(3)
+    with pytest.raises(Refused, match="fewer than 40 samples"):
+        Packed(tokens, 12, least=40)
+
+
+def test_a_network_of_one_shape_at_a_time_is_refused():
+    class Plain(Denoiser):
+        kind = "plain"
+
+        def config(self) -> dict[str, object]:
+            return {}
+
+        def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+            return x
+
+    model = Model(get("flow-matching"), nn.Identity(), nn.Identity(), Plain())
+    with pytest.raises(Refused, match=r"Plain answers samples of one shape.*data\.token_budget"):
+        PackedObjective(model, Encoded(PICTURES), Order([0] * 7, 7), TrainSettings(), 0)
+
+
+def test_strata_are_dealt_out_over_the_whole_packed_batch():
+    packed = objective("pictures", stratified=True)
+    for parts in (1, 2):
+        groups = [one for part in range(parts) for one in packed.pack(4, part, parts).groups]
+        strata = torch.cat([one.drawn.t for one in groups]) * 7
+        assert sorted(strata.floor().int().tolist()) == list(range(7))
