@@ -73,7 +73,7 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence(runs, tmp_path):
 
     assert "choose at least that" in refused(tensors, "model.rank=1")
     assert "model.targets does not name" in refused(tensors, "model.targets=['norm1.linear']")
-    assert 'Say "lora"' in refused(tensors, "model.train=lokr")
+    assert 'say model.train = "lora"' in refused(tensors, "model.train=lokr")
     wide = {key: one.repeat(1, 2) if "lora_A" in key else one for key, one in tensors.items()}
     assert "is a LoRA of another base" in refused(wide) and "64" in refused(wide)
     named = {key.replace("single_transformer_blocks", "layers"): one for key, one in tensors.items()}

@@ -37,7 +37,8 @@ class AdapterPlan:
         kind: lora, lokr or loha. rank: of ΔW. alpha: ΔW is scaled by alpha/rank (rslora: alpha/√rank); 0
             stands for the rank. targets: ends of layers' names, regular expressions, `auto` (the family's)
             or `all`. dropout: of what ΔW is given (lora), or of whole rows of it. dora: magnitude and
-            direction are learned apart (arXiv:2402.09353); rslora: arXiv:2312.03732.
+            direction are learned apart (arXiv:2402.09353); rslora: arXiv:2312.03732. divisor: of lokr, what
+            the sides of a layer are divided by, −1 about their roots; both: its small factor has a rank too.
     """
 
     kind: str = "lora"
@@ -47,6 +48,8 @@ class AdapterPlan:
     dropout: float = 0.0
     dora: bool = False
     rslora: bool = False
+    divisor: int = -1
+    both: bool = False
     seed: int = field(default=0, compare=False)
 
     def config(self, layers: Sequence[str]) -> Any:
@@ -68,6 +71,8 @@ class AdapterPlan:
             if asked:
                 raise Refused(f'model.{word} is of LoRA alone; model.train is "{self.kind}". Leave it out.')
         known: dict[str, Any] = {"r": self.rank, "alpha": alpha, "rank_dropout": self.dropout}
+        if self.kind == "lokr":
+            known |= {"decompose_factor": self.divisor, "decompose_both": self.both}
         kind = {"lokr": peft.LoKrConfig, "loha": peft.LoHaConfig}[self.kind]
         return kind(target_modules=exactly, init_weights=True, **known)
 

@@ -1,40 +1,33 @@
 """LoRA files of others, read and written: diffusers', ComfyUI's and kohya's keys ↔ a network's layers.
 
-W ← W + weight · alpha/rank · up · down        (DoRA: then every row is given its learned length)
+W ← W + weight · ΔW        (DoRA: then every row is given its learned length)
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sfumato.errors import Refused
 
 from . import adapters
 from .interface import Model
+from .lora_file import ENDS, METADATA, Change, end_of, read, said
 from .lora_names import Names, names_of, original
-from .pickles import must_be_safetensors
-from .seal import HEADER, digest
 
-ENDS = {
-    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
-    ".lora.down.weight": "down", ".lora.up.weight": "up", ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up", ".alpha": "alpha", ".dora_scale": "length",
-    ".lora_magnitude_vector.weight": "length", ".lora_magnitude_vector": "length",
-}  # fmt: skip
-"""Ends of keys, the longer first where one ends another."""
+__all__ = ["METADATA", "Change", "merge", "placed", "read", "said", "trained", "weighted", "written"]
 DENOISER = (
     "base_model.model.",
+    "model.diffusion_model.",
     "diffusion_model.",
     "transformer.",
     "unet.",
     "lora_unet_",
     "lora_transformer_",
+    "lycoris_",
 )
 TEXT = {
     "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
@@ -42,88 +35,6 @@ TEXT = {
     "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
     "transformer_2": ("transformer_2.",),
 }
-PACKED = ("transformer_2", "transformer", "unet", *TEXT)
-METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps ranks and alphas, as JSON."""
-
-
-@dataclass
-class Change:
-    """The change of one layer: down [r, in, …], up [out, r, …], and for DoRA the rows' lengths."""
-
-    down: Tensor | None = None
-    up: Tensor | None = None
-    alpha: float | None = None
-    length: Tensor | None = None
-    rows: slice = field(default_factory=lambda: slice(None))
-    """Which rows of `up` are this layer's, where the file joins several layers."""
-
-    def delta(self, shape: torch.Size) -> Tensor:
-        """alpha/rank · up · down, shaped as the layer's weight."""
-        assert self.down is not None and self.up is not None
-        rank = self.down.shape[0]
-        scale = 1.0 if self.alpha is None else self.alpha / rank
-        up = self.up.flatten(1)[self.rows].float()
-        return scale * (up @ self.down.flatten(1).float()).view(shape)
-
-
-def read(file: Path | str) -> tuple[dict[str, Change], dict[str, str]]:
-    """(changes by the file's own names of layers, metadata).
-
-    Raises:
-        Refused: no such file, a pickle, a key that belongs to no LoRA.
-    """
-    path = Path(file).expanduser()
-    if path.is_dir():
-        inside = sorted(path.glob("*.safetensors"))
-        if len(inside) != 1:
-            raise Refused(f"{path} holds {len(inside)} safetensors files. Give the LoRA's file itself.")
-        path = inside[0]
-    if not path.is_file():
-        raise Refused(f"{path} does not exist. Give the file of a LoRA (.safetensors).")
-    must_be_safetensors(path)
-    changes: dict[str, Change] = {}
-    strange = []
-    try:
-        with safe_open(path, "pt") as opened:
-            metadata = dict(opened.metadata() or {})
-            whole = {key: opened.get_tensor(key) for key in sorted(opened.keys())}
-            for key, tensor in whole.items():
-                end = next((end for end in sorted(ENDS, key=len, reverse=True) if key.endswith(end)), None)
-                if end is None:
-                    strange.append(key)
-                    continue
-                change = changes.setdefault(key.removesuffix(end), Change())
-                setattr(change, ENDS[end], float(tensor) if ENDS[end] == "alpha" else tensor)
-    except (OSError, SafetensorError) as problem:
-        raise Refused(f"{path} is damaged ({problem}). Copy it again.") from problem
-    if metadata.get(HEADER, "") not in ("", digest(whole)):
-        raise Refused(f"{path} is damaged: it does not have the checksum it was written with. Copy it again.")
-    strange += [name for name, one in changes.items() if one.down is None or one.up is None]
-    if strange or not changes:
-        raise Refused(f"{path} is no LoRA that is known: {said(strange) or 'it is empty'}.")
-    fill_alphas(changes, metadata)
-    fill_from_peft(changes, path.with_name("adapter_config.json"))
-    return changes, metadata
-
-
-def fill_from_peft(changes: Mapping[str, Change], config: Path) -> None:
-    """Alphas that peft wrote into a file beside the tensors.
-
-    Raises:
-        Refused: the file is damaged.
-    """
-    if not config.is_file() or not all(name.startswith("base_model.model.") for name in changes):
-        return
-    try:
-        known = dict(json.loads(config.read_text(encoding="utf-8")))
-    except ValueError as problem:
-        raise Refused(f"{config} is damaged ({problem}). Copy it again.") from problem
-    patterns = known.get("alpha_pattern") or {}
-    for name, change in changes.items():
-        if change.alpha is None and change.down is not None and known.get("lora_alpha"):
-            alpha = patterns.get(name.removeprefix("base_model.model."), known["lora_alpha"])
-            change.alpha = alpha * len(change.down) ** 0.5 if known.get("use_rslora") else float(alpha)
 
 
 def weighted(said: str, key: str) -> tuple[str, float]:
@@ -139,26 +50,6 @@ def weighted(said: str, key: str) -> tuple[str, float]:
         return file, float(weight)
     except ValueError:
         raise Refused(f'{key} "{said}": "{weight}" is no weight. Write FILE or FILE:0.8.') from None
-
-
-def fill_alphas(changes: Mapping[str, Change], metadata: Mapping[str, str]) -> None:
-    """Alphas that diffusers wrote into the metadata instead of the tensors."""
-    known = json.loads(metadata.get(METADATA, "{}"))
-    for name, change in changes.items():
-        home = next((prefix for prefix in PACKED if name.startswith(f"{prefix}.")), "")
-        config = {
-            key.removeprefix(f"{home}."): value for key, value in known.items() if key.startswith(f"{home}.")
-        }
-        if change.alpha is None and change.down is not None and config.get("lora_alpha"):
-            layer, rank = name.removeprefix(f"{home}."), change.down.shape[0]
-            alpha = (config.get("alpha_pattern") or {}).get(layer, config["lora_alpha"])
-            change.alpha = alpha * rank**0.5 if config.get("use_rslora") else float(alpha)
-
-
-def said(names: list[str], most: int = 3) -> str:
-    """The first names of many."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f'"{name}"' for name in names[:most]) + rest
 
 
 def networks(model: Model) -> dict[str, nn.Module]:
@@ -180,7 +71,6 @@ def layers_of(network: nn.Module) -> dict[str, nn.Module]:
     """The layers with a weight that can be changed, by name without adapters' own."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     tuned = {
         name: layer.get_base_layer()
         for name, layer in network.named_modules()
@@ -189,7 +79,8 @@ def layers_of(network: nn.Module) -> dict[str, nn.Module]:
     plain = {
         name: layer
         for name, layer in network.named_modules()
-        if isinstance(layer, kinds) and not any(name.startswith(f"{other}.") for other in tuned)
+        if isinstance(getattr(layer, "weight", None), nn.Parameter)
+        and not any(name.startswith(f"{other}.") for other in tuned)
     }
     return plain | tuned  # type: ignore[return-value]
 
@@ -207,7 +98,8 @@ def spellings(network: nn.Module, names: Names) -> dict[str, list[tuple[str, sli
             continue
         ends = torch.tensor([0, *(layers[part].weight.shape[0] for part in parts)]).cumsum(0).tolist()  # type: ignore[union-attr, index]
         rows = [(part, slice(a, b)) for part, a, b in zip(parts, ends[:-1], ends[1:], strict=True)]
-        found[there] = found[there.replace(".", "_")] = rows
+        whole = [(parts[0], slice(None))]
+        found[there] = found[there.replace(".", "_")] = whole if len(parts) == 1 else rows
     return found
 
 
@@ -233,13 +125,13 @@ def placed(model: Model, changes: Mapping[str, Change], source: Any) -> Iterator
             strange.append(name)
             continue
         for layer, rows in meant:
-            part = Change(change.down, change.up, change.alpha, change.length, rows)
+            part = replace(change, rows=rows)
             shape: torch.Size = layers[home][layer].weight.shape  # type: ignore[assignment]
-            assert change.up is not None and change.down is not None
-            if change.up[rows].shape[0] != shape[0] or change.down[0].numel() != shape[1:].numel():
+            there, here = part.sides(shape), (shape[0], shape[1:].numel())
+            if there != here:
                 raise Refused(
-                    f"{source} is a LoRA of another base: {name} changes {change.up[rows].shape[0]}×"
-                    f"{change.down[0].numel()} numbers, but here {layer} has {shape[0]}×{shape[1:].numel()}."
+                    f"{source} is a LoRA of another base: {name} changes {there[0]}×{there[1]} numbers, but "
+                    f"here {layer} has {here[0]}×{here[1]}."
                 )
             found.append((home, layer, part))
     if strange:
@@ -265,7 +157,9 @@ def home_of(name: str, homes: Mapping[str, Any]) -> tuple[str, str]:
     for home, prefixes in TEXT.items():
         for prefix in prefixes:
             if name.startswith(prefix):
-                return home, name.removeprefix(prefix)
+                is_t5 = home == "text_encoder_3" and home not in homes  # kohya's third is FLUX's second
+                readers = [n for n, one in homes.items() if type(one).__name__.startswith(("T5", "UMT5"))]
+                return (readers[0] if is_t5 and readers else home), name.removeprefix(prefix)
     for prefix in DENOISER:
         name = name.removeprefix(prefix)
     return "", name
@@ -283,29 +177,36 @@ def merge(model: Model, file: Path | str, weight: float = 1.0, second: bool = Fa
     changes, _ = read(file)
     if second:
         changes = {f"transformer_2.{home_of(name, {})[1]}": change for name, change in changes.items()}
-    homes, changed = networks(model), []
+    homes, changed = networks(model), list[str]()
+    layers: dict[str, dict[str, Any]] = {home: layers_of(network) for home, network in homes.items()}
     for home, layer, change in placed(model, changes, file):
-        target: Any = layers_of(homes[home])[layer].weight
-        if not target.is_floating_point():
+        if not layers[home][layer].weight.is_floating_point():
             raise Refused(f"{layer} is quantised, so no LoRA can be added to it. Load the model unquantised.")
-        before = target.float()
-        after = before + change.delta(target.shape).to(before.device)
-        if change.length is not None:
-            axes = tuple(range(1, after.ndim))
-            length = change.length.to(before).flatten()[change.rows].view(-1, *[1] * (after.ndim - 1))
-            after = after * length / after.norm(dim=axes, keepdim=True)
-        target.copy_((before + weight * (after - before)).to(target.dtype))
-        assert change.up is not None
-        if change.up[change.rows].any():
+        add(layers[home][layer], change, weight)
+        if change.acts:
             changed.append(f"{home}.{layer}".removeprefix("."))
     return changed
+
+
+def add(layer: Any, change: Change, weight: float) -> None:
+    """Add a change, `weight` times, to a layer's weight and bias."""
+    if change.kind != "diff" or change.diff is not None:
+        before = layer.weight.float()
+        after = before + change.delta(before.shape).to(before.device)
+        if change.length is not None:
+            after = change.lengthened(after)
+        layer.weight.copy_((before + weight * (after - before)).to(layer.weight.dtype))
+    if change.bias is not None:
+        if layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0].flatten()), requires_grad=False)
+        layer.bias += weight * change.bias[change.rows].to(layer.bias)
 
 
 def trained(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """An adapter's tensors under peft's names → layer → {down, up, length}."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        end = next(end for end in sorted(ENDS, key=len, reverse=True) if key.endswith(end))
+        end = end_of(key)
         found.setdefault(key.removesuffix(end), {})[ENDS[end]] = tensor
     return found
 
@@ -318,7 +219,7 @@ def written(
     Layers that the original code joins are joined exactly: ranks add up, each part keeps its own rows.
 
     Raises:
-        Refused: no convention is known, or DoRA of layers that are joined.
+        Refused: no convention is known; DoRA, LoHa or LoKr of layers that are joined.
     """
     style = getattr(names, to)
     if not style:
@@ -330,6 +231,9 @@ def written(
     out: dict[str, Tensor] = {}
     for there, parts in original(rules, layers):
         key = prefix + (there.replace(".", "_") if flat else there)
+        if "up" not in next(iter(layers.values())):
+            out |= as_lycoris(key, layers, parts, scale)
+            continue
         one = joined([layers.get(part) for part in parts], parts, network)
         up, down = (".lora_up.weight", ".lora_down.weight") if flat else (".lora_B.weight", ".lora_A.weight")
         out[key + down], out[key + up] = one["down"].contiguous(), one["up"].contiguous()
@@ -337,6 +241,27 @@ def written(
         if "length" in one:
             out[key + ".dora_scale"] = one["length"].reshape(-1, *[1] * (one["down"].ndim - 1)).contiguous()
     return out
+
+
+def as_lycoris(
+    key: str, layers: Mapping[str, dict[str, Tensor]], parts: tuple[str, ...], scale: float
+) -> dict[str, Tensor]:
+    """One layer's LoHa or LoKr under LyCORIS' names; where both factors are whole it knows no alpha.
+
+    Raises:
+        Refused: the layers are one there.
+    """
+    if len(parts) > 1:
+        raise Refused(
+            f"{', '.join(parts)} are one layer there, which LoHa and LoKr cannot be joined to. Train "
+            'model.train = "lora", or export the whole model: sfumato.load(RUN).save(FOLDER).'
+        )
+    own = {name: one.contiguous() for name, one in layers[parts[0]].items()}
+    rank = Change(factors=own).rank
+    if not rank:
+        own["lokr_w1"] = scale * own["lokr_w1"]
+    alpha = {f"{key}.alpha": torch.tensor(scale * rank)} if rank else {}
+    return {f"{key}.{name}": one for name, one in own.items()} | alpha
 
 
 def joined(

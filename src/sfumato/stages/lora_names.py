@@ -69,6 +69,19 @@ WAN: list[Rule] = [
     (("blocks.#.attn2.add_k_proj",), "blocks.#.cross_attn.k_img"),
     (("blocks.#.attn2.add_v_proj",), "blocks.#.cross_attn.v_img"),
     *mlp("blocks.#.ffn", "blocks.#.ffn"),
+    *[
+        ((f"blocks.#.{ours}.{norm}",), f"blocks.#.{theirs}.{norm}")
+        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for norm in ("norm_q", "norm_k")
+    ],
+    (("blocks.#.attn2.norm_added_k",), "blocks.#.cross_attn.norm_k_img"),
+    (("blocks.#.norm2",), "blocks.#.norm3"),
+    (("condition_embedder.time_embedder.linear_1",), "time_embedding.0"),
+    (("condition_embedder.time_embedder.linear_2",), "time_embedding.2"),
+    (("condition_embedder.time_proj",), "time_projection.1"),
+    (("condition_embedder.text_embedder.linear_1",), "text_embedding.0"),
+    (("condition_embedder.text_embedder.linear_2",), "text_embedding.2"),
+    (("proj_out",), "head.head"),
 ]
 MOCHI: list[Rule] = [
     (qkv(f"{BLOCK}.attn1"), "blocks.#.attn.qkv_x"),
@@ -134,9 +147,10 @@ def original(names: Names, layers: Iterable[str]) -> Iterator[tuple[str, tuple[s
     done: set[str] = set()
     for layer in layers:
         for parts, there in names.rules:
-            block = next((found[1] for part in parts if (found := numbered(part).fullmatch(layer))), None)
-            if block is None:
+            found = next((one for part in parts if (one := numbered(part).fullmatch(layer))), None)
+            if found is None:
                 continue
+            block = found[1] if found.re.groups else ""
             name = there.replace("#", block)
             if name not in done:
                 done.add(name)

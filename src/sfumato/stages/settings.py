@@ -49,7 +49,9 @@ class ModelSettings:
         "adapters only: how the frozen base is stored",
         choices=("float32", "bfloat16", "int8", "fp8", "nf4"),
     )
-    start: str = key("", "lora only: a LoRA file, whoever wrote it, that training goes on from", path=True)
+    start: str = key(
+        "", "adapters only: a file of the same kind, whoever wrote it, that training goes on from", path=True
+    )
     preset: str | tuple[str, ...] = key(
         "",
         "adapters only: LoRA files that become part of the base first, as FILE or FILE:WEIGHT",

@@ -1,8 +1,10 @@
-"""An adapter that goes on from a LoRA file, whoever wrote it: the same ΔW, with room for more ranks.
+"""An adapter that goes on from a file, whoever wrote it: the same ΔW, with room for more ranks.
 
-    ΔW = alpha/rank · up · down    becomes    A = [down; random], B = [up · alpha/rank / s, 0]
+    ΔW = c · up · down                       becomes    A = [down; random], B = [up · c/s, 0]
+    ΔW = c · (a₁ · b₁) ∘ (a₂ · b₂)           becomes    the same with [a₁ · c/s, 0], [b₁; random]
+    ΔW = c · w₁ ⊗ w₂                         becomes    (w₁ · c/s) ⊗ w₂
 
-with s the new adapter's own scale, so that training begins exactly where the file ends.
+with c the file's scale and s the new adapter's own, so that training begins exactly where the file ends.
 """
 
 import re
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 
-from . import adapters, exchange
-from .adapters import AdapterPlan
+from . import adapters, exchange, kronecker
+from .adapters import KINDS, AdapterPlan
 from .exchange import Change
 from .interface import Model
 
@@ -32,9 +34,12 @@ class Start:
     @property
     def rank(self) -> int:
         """The largest of its layers' ranks."""
-        return max(
-            len(one.down) for part in self.changes.values() for one in part.values() if one.down is not None
-        )
+        return max(one.rank for part in self.changes.values() for one in part.values())
+
+    @property
+    def kinds(self) -> list[str]:
+        """Which kinds of change it holds."""
+        return sorted({one.kind for part in self.changes.values() for one in part.values()})
 
     @property
     def is_dora(self) -> bool:
@@ -72,17 +77,41 @@ def planned(start: Start, plan: AdapterPlan, given: set[str]) -> AdapterPlan:
     Raises:
         Refused: a rank too small for the file, another kind of adapter.
     """
-    if plan.kind != "lora":
-        raise Refused(f'model.start goes on from a LoRA, but model.train is "{plan.kind}". Say "lora".')
-    rank = plan.rank if "rank" in given else start.rank
-    if rank < start.rank:
-        raise Refused(f"model.rank is {rank}, but {start.file} has rank {start.rank}: choose at least that.")
+    check_kind(start, plan)
+    if plan.kind == "lokr":
+        plan = kronecker.divided_as(start.file, start.changes.get("", {}), plan)
+    least = kronecker.rank_of(start.changes.get("", {})) if plan.kind == "lokr" else start.rank
+    rank = plan.rank if "rank" in given else least
+    if rank < least:
+        raise Refused(f"model.rank is {rank}, but {start.file} has rank {least}: choose at least that.")
     if start.is_dora and "dora" in given and not plan.dora:
         raise Refused(f"{start.file} is a DoRA, which model.dora = false cannot go on from. Leave that out.")
     targets = plan.targets
     if "targets" not in given and "" in start.changes:
         targets = tuple(f"{re.escape(layer)}()" for layer in sorted(start.changes[""]))
     return replace(plan, rank=rank, targets=targets, dora=plan.dora or start.is_dora)
+
+
+def check_kind(start: Start, plan: AdapterPlan) -> None:
+    """Raises Refused where an adapter of this kind cannot go on from the file."""
+    kinds, all_of_it = start.kinds, [one for part in start.changes.values() for one in part.values()]
+    biases = any(one.bias is not None for one in all_of_it)
+    columns = any(one.is_by_column for one in all_of_it)
+    joined = plan.kind != "lora" and any(one.rows != slice(None) for one in all_of_it)
+    if kinds == [plan.kind] and not (biases or joined or columns or (plan.kind != "lora" and start.encoders)):
+        return
+    names = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "diff": "whole differences"}
+    held = " and ".join(names[kind] for kind in kinds)
+    if kinds == [plan.kind]:
+        held += " of text encoders" if start.encoders and plan.kind != "lora" else ""
+        held += " of layers that are several here" if joined else " and biases" if biases else ""
+        held += " of columns (DoRA)" if columns else ""
+    other = kinds != [plan.kind] and len(kinds) == 1 and kinds[0] in KINDS
+    way = f'say model.train = "{kinds[0]}", or ' if other else ""
+    raise Refused(
+        f'model.start: {start.file} holds {held}, which model.train = "{plan.kind}" cannot go on from: '
+        f"{way}name it as model.preset, which makes it part of the base."
+    )
 
 
 def check(start: Start, layers: Sequence[str]) -> None:
@@ -104,11 +133,14 @@ def fill(network: nn.Module, changes: Mapping[str, Change]) -> None:
 
 def put(layer: Any, change: Change) -> None:
     """Fill one layer's adapter; ranks beyond the file's begin without effect."""
+    if change.kind != "lora":
+        kronecker.put(layer, change)
+        return
     assert change.down is not None and change.up is not None
     name, rank = adapters.NAME, len(change.down)
     a: Tensor = layer.lora_A[name].weight
     b: Tensor = layer.lora_B[name].weight
-    scale = (1.0 if change.alpha is None else change.alpha / rank) / float(layer.scaling[name])
+    scale = change.scale / float(layer.scaling[name])
     a[:rank] = change.down.reshape(rank, *a.shape[1:]).to(a)
     b.zero_()
     b[:, :rank] = (scale * change.up.flatten(1)[change.rows]).reshape(-1, rank, *b.shape[2:]).to(b)

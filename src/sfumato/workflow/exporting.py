@@ -116,7 +116,8 @@ def metadata_of(
         alpha = plan.alpha or plan.rank
         known |= {
             "kind": "dora" if plan.dora else plan.kind, "rank": plan.rank, "alpha": alpha,
-            "targets": ", ".join(plan.targets), "ss_network_module": "networks.lora",
+            "targets": ", ".join(plan.targets),
+            "ss_network_module": "networks.lora" if plan.kind == "lora" else "lycoris.kohya",
             "ss_network_dim": plan.rank, "ss_network_alpha": alpha,
             "ss_base_model_version": model.info["family"], "ss_sd_model_name": base.name,
         }  # fmt: skip
@@ -194,10 +195,10 @@ def export_lora(
     dtype: torch.dtype,
 ) -> Exported:
     """A run's LoRA as a file, of its text encoders too; new words as files beside it."""
-    if plan is not None and plan.kind != "lora":
+    if plan is not None and plan.kind != "lora" and to == "diffusers":
         raise Refused(
-            f"{plan.kind} has no common file format: {to} reads LoRA only. Save it within its base instead: "
-            "sfumato.load(RUN).save(FOLDER), and export that."
+            f"diffusers reads LoRA only, and this run trained a {plan.kind}. Export it --to comfyui or kohya "
+            "(LyCORIS), or save it within its base: sfumato.load(RUN).save(FOLDER)."
         )
     words = " ".join(word for word, _ in text.tokens)
     x, condition = asked(model, words)

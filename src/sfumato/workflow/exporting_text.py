@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import Failed
 from ..generation import PaintingModel
 from ..stages import adapters, exchange, teaching
+from ..stages.lora_file import sorted_by_layer
 from ..stages.seal import save_sealed
 from ..stages.teaching import Taught, TextPlan
 
@@ -87,11 +88,11 @@ def state_of(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 def named_layers(tensors: Mapping[str, dict[str, Tensor]]) -> tuple[list[str], list[str]]:
     """(the adapted layers of all networks, those of them that change nothing)."""
     found = {
-        f"{home}.{name}".removeprefix("."): one
+        f"{home}.{name}".removeprefix("."): change
         for home, part in tensors.items()
-        for name, one in exchange.trained(part).items()
+        for name, change in sorted_by_layer(part)[0].items()
     }
-    return list(found), sorted(name for name, one in found.items() if not one["up"].any())
+    return list(found), sorted(name for name, change in found.items() if not change.acts)
 
 
 def whole(name: str) -> str:

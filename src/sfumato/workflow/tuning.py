@@ -201,6 +201,7 @@ def plan_of(recipe: Recipe, base: PaintingModel) -> AdapterPlan | None:
     if known := reference.read_plan(Path(recipe.output) / "model"):
         return known  # a run that has begun has its own weights
     start = starting.read(base, model.start)
+    starting.check_kind(start, plan)
     if start.encoders and model.train_text != "lora":
         raise Refused(
             f"{model.start} also changes {' and '.join(start.encoders)}: to go on from that too, say "
