@@ -1,15 +1,18 @@
 """Kill a run a hundred times, at moments and with signals that are drawn, and compare what it ends with.
 
-    python benchmarks/kills.py [--kills 100] [--rounds 10] [--seed 1] [--out FILE.json]
+    python benchmarks/kills.py [--kills 25] [--rounds 3] [--seed 1] [--out FILE.jsonl]
 
 Each round trains the demo's kind of recipe (embedded shapes, text, a DiT, accumulation, averages, pictures,
-held-out loss, checkpoints beside the steps) while it is killed `kills / rounds` times. Its last checkpoint
-must have the checksums of the run that was left in peace, and so must its pictures.
+held-out loss, checkpoints beside the steps) while it is killed, until all kills have met it alive. What it
+ends with must have the bits of the run that was left in peace: weights, averages, optimizer, snapshots and
+pictures. The killed command notes what it does in a file of 64 bytes, which says afterwards where it died.
+Results are appended, and all that were are written as a table beside.
 """
 
 import argparse
 import hashlib
 import json
+import mmap
 import os
 import random
 import signal
@@ -17,7 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sfumato.record import RunFolder
 
@@ -50,24 +57,60 @@ steps = 2
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
-def start(recipe: Path) -> subprocess.Popen[str]:
-    """The train command."""
-    words = [sys.executable, "-m", "sfumato", "train", str(recipe)]
+def train(recipe: Path, notes: Path) -> None:
+    """The train command, noting what it does where its killer can read it."""
+    from sfumato.cli import main as command
+    from sfumato.training import checkpoint, loop
+
+    notes.write_bytes(b"starting".ljust(64))
+    board = mmap.mmap(os.open(notes, os.O_RDWR), 64)
+    asked = [0]
+
+    @contextmanager
+    def part(name: str) -> Iterator[None]:
+        asked[0] = 0 if name == "step" else asked[0] + (name == "forward")
+        board[:32] = f"{name} {asked[0]}".encode().ljust(32)
+        yield
+        if name == "step":
+            board[:32] = b"beside".ljust(32)
+
+    write = checkpoint.write
+
+    def noted(*given: Any) -> None:
+        board[32:] = b"writing".ljust(32)
+        write(*given)
+        board[32:] = b" " * 32
+
+    loop.part, checkpoint.write = part, noted  # pyright: ignore
+    sys.argv = ["sfumato", "train", str(recipe)]
+    command()
+
+
+def start(recipe: Path, notes: Path) -> subprocess.Popen[str]:
+    """The train command in a process of its own."""
+    words = [sys.executable, __file__, "--train", str(recipe), "--notes", str(notes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
     )
 
 
-def fingerprint(run: Path) -> str:
-    """One hash over the tensors of the last checkpoint, the last snapshots and the last pictures."""
-    digest = hashlib.sha256()
+def fingerprint(run: Path) -> dict[str, str]:
+    """One hash for each kind of thing that a run ends with."""
     last = RunFolder.open(run).checkpoint_folders()[-1]
-    averages = sorted((run / "averages").glob("step-*"))[-1]
-    files = [*last.glob("*.safetensors"), *averages.glob("*.safetensors"), *(run / "samples").glob("*.png")]
-    for file in sorted(files):
+    found = {f"{last.name} {file.stem}": [file] for file in sorted(last.glob("*.safetensors"))}
+    found["averages"] = sorted((run / "averages").rglob("*.safetensors"))
+    found["pictures"] = sorted((run / "samples").glob("*.png"))
+    assert all(found.values())
+    return {name: hashed(files) for name, files in found.items()}
+
+
+def hashed(files: list[Path]) -> str:
+    """Of names and bytes."""
+    digest = hashlib.sha256()
+    for file in files:
         digest.update(file.name.encode() + file.read_bytes())
-    return f"{last.name} {digest.hexdigest()}"
+    return digest.hexdigest()[:16]
 
 
 def size(file: Path) -> int:
@@ -80,61 +123,110 @@ def steps(file: Path) -> int:
     return file.read_bytes().count(b'"kind": "step"') if file.exists() else 0
 
 
-def one_kill(recipe: Path, run: Path, dice: random.Random) -> dict[str, object]:
-    """Start the run, wait until it works, mostly until it takes steps, and kill it at a random moment."""
-    events = run / "events.jsonl"
-    how_far = size if dice.random() < 0.25 else steps
-    before, process = how_far(events), start(recipe)
+def one_kill(recipe: Path, run: Path, dice: random.Random) -> dict[str, object] | None:
+    """Start the run, wait until it works, mostly until it takes steps, and kill it at a random moment.
+
+    Returns:
+        where it died; None if it was done before.
+    """
+    events, notes = run / "events.jsonl", run.with_suffix(".notes")
+    how_far = size if dice.random() < 0.15 else steps
+    before, process = how_far(events), start(recipe, notes)
     while process.poll() is None and how_far(events) <= before:
         time.sleep(0.02)
-    time.sleep(dice.uniform(0, 1.5))
+    time.sleep(dice.uniform(0, 0.8))
     number = dice.choice(SIGNALS)
-    met = process.poll() is None
-    if met:
-        process.send_signal(number)
+    met, at = process.poll() is None, notes.read_bytes().decode().split()
+    process.send_signal(number)
     _, said = process.communicate(timeout=600)
     if process.returncode not in (0, *(-one for one in SIGNALS), 130, 143):
         raise SystemExit(said)
+    if not met:
+        return None
+    if number == signal.SIGKILL:
+        at = notes.read_bytes().decode().split()  # no line of it ran after these
     folders = RunFolder.open(run).checkpoint_folders()
+    writing = at[-1] == "writing"
     return {
-        "signal": number.name if met else "finished before",
+        "signal": number.name,
         "code": process.returncode,
+        "during": " ".join(at[:-1] if writing else at),
+        "writing a checkpoint": writing,
         "saved": folders[-1].name if folders else "",
     }
+
+
+def one_round(place: Path, name: str, kills: int, dice: random.Random) -> dict[str, Any]:
+    """Train once, killed up to `kills` times on the way."""
+    recipe = place / f"{name}.toml"
+    recipe.write_text(RECIPE.format(output=name))
+    found: list[dict[str, object]] = []
+    while len(found) < kills and (kill := one_kill(recipe, place / name, dice)):
+        found.append(kill)
+    process = start(recipe, place / f"{name}.notes")
+    _, said = process.communicate(timeout=1200)
+    if process.returncode:
+        raise SystemExit(said)
+    return {"kills": found, "hashes": fingerprint(place / name)}
+
+
+def table(rounds: list[dict[str, Any]]) -> str:
+    """What all rounds show, in words and numbers."""
+    kills = [kill for one in rounds for kill in one["kills"]]
+    hashes = [json.dumps(one["hashes"], sort_keys=True) for one in rounds]
+    met = Counter(kill["signal"] for kill in kills)
+    during = Counter(str(kill["during"]) for kill in kills)
+    in_parts = sum(count for name, count in during.items() if name[:2] in ("fo", "ba"))
+    rows = [
+        ("runs killed", len([one for one in rounds if one["kills"]])),
+        ("runs left in peace", len([one for one in rounds if not one["kills"]])),
+        ("kills that met a run alive", len(kills)),
+        *sorted(met.items()),
+        ("before the first step of that process", during["starting"]),
+        ("before the first checkpoint", sum(not kill["saved"] for kill in kills)),
+        ("while a checkpoint was being written", sum(kill["writing a checkpoint"] for kill in kills)),
+        ("within a part of the accumulation (its forward or backward pass)", in_parts),
+        ("… of them after the first part and before the update", during["forward 2"] + during["backward 2"]),
+        ("measuring, drawing, saving or between steps", during["beside"]),
+        ("**different ends, over all runs**", len(set(hashes))),
+    ]
+    lines = [f"| {name} | {count} |" for name, count in rows]
+    ends = [f"| {name} | `{value}` |" for name, value in rounds[0]["hashes"].items()]
+    return "\n".join(
+        ["| | |", "|---|---|", *lines, "", "| what a run ends with | its hash |", "|---|---|", *ends]
+    )
 
 
 def main() -> None:
     """Print and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default="")
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    dice = random.Random(asked.seed)
+    if asked.train:
+        train(asked.train, asked.notes)
+        return
+    dice, left, number = random.Random(asked.seed), asked.kills, 0
+    rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        found: dict[str, object] = {"kills": [], "hashes": []}
-        for name in ["peace", *(f"round-{number}" for number in range(asked.rounds))]:
-            recipe = place / f"{name}.toml"
-            recipe.write_text(RECIPE.format(output=name))
-            kills = []
-            if name != "peace":
-                while len(kills) < asked.kills // asked.rounds:
-                    kill = one_kill(recipe, place / name, dice)
-                    if kill["signal"] == "finished before":
-                        break
-                    kills.append(kill)
-            process = start(recipe)
-            _, said = process.communicate(timeout=1200)
-            if process.returncode:
-                raise SystemExit(said)
-            found["kills"] += kills  # pyright: ignore
-            found["hashes"].append(fingerprint(place / name))  # pyright: ignore
-            print(name, len(kills), found["hashes"][-1], flush=True)  # pyright: ignore
-            found["different"] = len(set(found["hashes"]))  # pyright: ignore
-            if asked.out:
-                Path(asked.out).write_text(json.dumps(found, indent=1))
+        rounds.append(one_round(Path(folder), "peace", 0, dice))
+        while left > 0:
+            number += 1
+            most = min(left, -(-asked.kills // asked.rounds))
+            rounds.append(one_round(Path(folder), f"round-{number}", most, dice))
+            left -= len(rounds[-1]["kills"])
+            print(number, len(rounds[-1]["kills"]), rounds[-1]["hashes"] == rounds[0]["hashes"], flush=True)
+    if asked.out:
+        file = Path(asked.out)
+        with file.open("a") as lines:
+            lines.writelines(json.dumps({"seed": asked.seed, **one}) + "\n" for one in rounds)
+        rounds = [json.loads(line) for line in file.read_text().splitlines()]
+        file.with_suffix(".md").write_text(f"# Kills\n\n{table(rounds)}\n")
+    print(table(rounds))
 
 
 if __name__ == "__main__":

@@ -1,111 +1,132 @@
-"""What the plan says of a step and what two real steps measure: memory and seconds, one process each.
+"""What `sfumato plan` says of a run, and what `sfumato train` then measures: memory and seconds a step.
 
-    OMP_NUM_THREADS=1 python benchmarks/plan.py [--out FILE.md]
+    OMP_NUM_THREADS=1 python benchmarks/plan.py [--only 0-5] [--out FILE.jsonl]
 
-Memory is counted on the meta device and compared with the rise of the process's memory; seconds are those of
-the step's matrix products at this machine's speed, times the factor the plan uses.
+Each recipe is planned by one command and trained by another. memory: the process's at its largest, which the
+run records; seconds: of a step, between its records, the first left out. Results are appended, and all that
+were are written as a table beside.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
+from sfumato.record import RunFolder
 
-from sfumato.stages import blocks
-from sfumato.stages.codec import PixelCodec
-from sfumato.stages.interface import Condition
-from sfumato.stages.scratch import new_denoiser
-from sfumato.stages.settings import ModelSettings
-from sfumato.theory import get
-from sfumato.training import plan
-from sfumato.training.settings import TrainSettings
-from sfumato.workflow.costs import BESIDE_PRODUCTS
+RECIPE = """
+[model]
+text = "minilm"
+latent_channels = 16
+codec_width = 8
+codec_steps = 3
+codec_batch = 8
+[data]
+train = "shapes"
+[train]
+steps = 14
+log_every = 1
+save_every = 7
+held_out_every = 7
+threads = 1
+sanity = false
+[sample]
+steps = 2
+every = 7
+prompts = ["a red circle"]
+"""
+DIT = "model.width=512 model.depth=6 model.heads=8 data.resolution=32"
+NARROW = "model.width=256 model.depth=8 model.heads=4 data.resolution=64"
+UNET = "model.denoiser=unet model.width=192 model.depth=2 model.heads=8 data.resolution=32"
+CASES = {
+    "DiT 512x6, 4x4 tokens": f"{DIT} train.batch=16",
+    "the same, no averages": f"{DIT} train.batch=16 train.ema=0 train.ema_snapshots=0",
+    "the same, in 4 parts": f"{DIT} train.batch=16 train.accumulate=4",
+    "the same, 4 virtual ranks": f"{DIT} train.batch=16 train.exact_elastic=true",
+    "the same, every block again": f"{DIT} train.batch=32 train.checkpointing=1",
+    "the same, Lion": f"{DIT} train.batch=16 train.optimizer=lion",
+    "the same, Muon": f"{DIT} train.batch=16 train.optimizer=muon",
+    "the same, Adafactor": f"{DIT} train.batch=16 train.optimizer=adafactor",
+    "the same, bf16 weights": f"{DIT} train.batch=4 train.weights=bf16",
+    "DiT 768x4, 4x4 tokens": f"{DIT} model.width=768 model.depth=4 train.batch=8",
+    "DiT 256x8, 8x8 tokens": f"{NARROW} train.batch=16",
+    "the same, batch 48": f"{NARROW} train.batch=48",
+    "the same, every second again": f"{NARROW} train.batch=32 train.checkpointing=2",
+    "UNet 192": f"{UNET} train.batch=16",
+    "UNet 192, no averages": f"{UNET} train.batch=16 train.ema=0 train.ema_snapshots=0",
+}
 
-DIT = {"denoiser": "dit", "width": 512, "depth": 6, "heads": 8}
-WIDE = {"denoiser": "dit", "width": 768, "depth": 4, "heads": 12}
-SMALL = {"denoiser": "dit", "width": 256, "depth": 8, "heads": 4}
-UNET = {"denoiser": "unet", "width": 192, "depth": 2, "heads": 8}
-CASES: list[tuple[str, dict[str, Any], int, dict[str, Any]]] = [
-    ("DiT 512x6, 8x8", DIT, 8, {"batch": 16}),
-    ("the same, no averages", DIT, 8, {"batch": 16, "ema": 0.0, "ema_snapshots": 0}),
-    ("the same, 4 parts", DIT, 8, {"batch": 16, "accumulate": 4}),
-    ("the same, every block again", DIT, 8, {"batch": 16, "checkpointing": 1}),
-    ("the same, 16x16", DIT, 16, {"batch": 8}),
-    ("the same, every second again", DIT, 16, {"batch": 8, "checkpointing": 2}),
-    ("the same, Lion", DIT, 8, {"batch": 16, "optimizer": "lion"}),
-    ("the same, Muon", DIT, 8, {"batch": 16, "optimizer": "muon"}),
-    ("the same, Adafactor", DIT, 8, {"batch": 16, "optimizer": "adafactor"}),
-    ("DiT 768x4, 8x8", WIDE, 8, {"batch": 8}),
-    ("DiT 256x8, 8x8", SMALL, 8, {"batch": 64}),
-    ("DiT 256x8, 16x16", SMALL, 16, {"batch": 16}),
-    ("UNet 192, 8x8", UNET, 8, {"batch": 16}),
-    ("UNet 192, 16x16", UNET, 16, {"batch": 8}),
-    ("the same, no averages", UNET, 16, {"batch": 8, "ema": 0.0, "ema_snapshots": 0}),
-]
+
+def command(*words: str) -> str:
+    """What `sfumato …` prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sfumato", *words], capture_output=True, text=True, timeout=900
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout
 
 
-class Latents(PixelCodec):
-    """Sixteen channels, as the demo's codec makes them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.latent_channels = 16
-
-
-def one(number: int) -> dict[str, float]:
-    """Predicted and measured: GB and seconds of a case."""
-    torch.set_num_threads(1)
-    _, words, side, changes = CASES[number]
-    settings = TrainSettings(**changes)
-    network = new_denoiser(ModelSettings(**words), get("flow-matching"), Latents(), (384, 384))
-    blocks.recompute(network, settings.checkpointing)
-    count = settings.batch // settings.accumulate
-    rows = [{"tokens": torch.randn(4 + i % 5, 384), "pooled": torch.randn(384)} for i in range(count)]
-    inputs = torch.randn(count, 16, side, side), torch.full((count,), 500.0), Condition.stack(rows)
-    counted = plan.count(network, inputs)
-    memory = counted.memory(settings, settings.checkpointing)
-    flops = plan.FORWARD_AND_BACKWARD * settings.accumulate * counted.flops
-    again = 1 + counted.recomputed_share(settings.checkpointing) / 3 if settings.checkpointing else 1
-    seconds = BESIDE_PRODUCTS * again * flops / plan.flops_per_second()
-    found = plan.probe(network, inputs, settings)
-    # Weights are there before the probe, which trains a copy of them.
+def one(name: str, place: Path, run: str) -> dict[str, Any]:
+    """Predicted and measured of a case."""
+    recipe = place / "recipe.toml"
+    recipe.write_text(RECIPE)
+    words = [str(recipe), *CASES[name].split(), f"output={place / run}", f"data.store={place / 'store'}"]
+    command("encode", *words)
+    plan = json.loads(command("plan", *words, "--json"))
+    command("train", *words)
+    events = RunFolder.open(place / run).events()
+    steps = [event["seconds"] for event in events if event["kind"] == "step"]
+    taken = [late - soon for soon, late in pairwise(steps)]
+    (train,) = [event for event in events if event["kind"] == "phase" and event["name"] == "train"]
     return {
-        "predicted_gb": memory.peak / 1e9,
-        "measured_gb": found.peak / 1e9,
-        "predicted_s": seconds,
-        "measured_s": found.seconds,
-    }
+        "name": name, "parameters": plan["trained_parameters"], "step_gb": plan["memory_gb"],
+        "predicted_gb": plan["process_gb"], "measured_gb": train["process_gb"],
+        "predicted_s": plan["seconds_per_step"], "measured_s": round(statistics.median(taken), 3),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Of all cases, in their order."""
+    lines = [
+        "| run | trained | step GB | process GB, said | measured | off | step s, said | measured | off |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(
+        {row["name"]: row for row in rows}.values(), key=lambda row: [*CASES].index(row["name"])
+    ):
+        off = [row[f"predicted_{unit}"] / row[f"measured_{unit}"] - 1 for unit in ("gb", "s")]
+        lines.append(
+            f"| {row['name']} | {row['parameters'] / 1e6:.1f} M | {row['step_gb']:.3f} "
+            f"| {row['predicted_gb']:.3f} | {row['measured_gb']:.3f} | {off[0]:+.1%} "
+            f"| {row['predicted_s']:.2f} | {row['measured_s']:.2f} | {off[1]:+.1%} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Print the table, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", type=int, default=-1)
-    parser.add_argument("--out", default="")
+    parser.add_argument("--only", default=f"0-{len(CASES) - 1}")
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    if asked.one >= 0:
-        print(json.dumps(one(asked.one)))
-        return
-    lines = [
-        "| step | batch | predicted GB | measured GB | off | predicted s | measured s | off |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for number, (name, _, _, changes) in enumerate(CASES):
-        words = [sys.executable, __file__, "--one", str(number)]
-        said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-        row = json.loads(said.splitlines()[-1])
-        off = [row[f"predicted_{unit}"] / row[f"measured_{unit}"] - 1 for unit in ("gb", "s")]
-        lines.append(
-            f"| {name} | {changes['batch']} | {row['predicted_gb']:.3f} | {row['measured_gb']:.3f} "
-            f"| {off[0]:+.1%} | {row['predicted_s']:.2f} | {row['measured_s']:.2f} | {off[1]:+.1%} |"
-        )
-        print(lines[-1], flush=True)
+    first, _, last = asked.only.partition("-")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in [*enumerate(CASES)][int(first) : int(last or first) + 1]:
+            rows.append(one(name, Path(folder), f"run-{number}"))
+            print(rows[-1], flush=True)
+            if asked.out:
+                with asked.out.open("a") as lines:
+                    lines.write(json.dumps(rows[-1]) + "\n")
     if asked.out:
-        Path(asked.out).write_text("\n".join(lines) + "\n")
+        rows = [json.loads(line) for line in asked.out.read_text().splitlines()]
+    print(table(rows))
 
 
 if __name__ == "__main__":

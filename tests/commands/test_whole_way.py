@@ -149,7 +149,11 @@ def test_an_average_of_any_length_is_a_model_to_draw_and_measure_with(tmp_path):
 def test_plan_says_what_fits_and_train_says_what_it_costs(tmp_path):
     recipe = write_recipe(tmp_path)
     large = "train.batch=64"  # what a step keeps then outweighs the weights, so computing it in parts helps
-    needed = sfumato("plan", recipe, large, "--json").json()["memory_gb"]
+    told = sfumato("plan", recipe, large, "--json").json()
+    needed, parts = told["memory_gb"], told["phases"]
+    assert told["probed"] and told["process_gb"] > needed and told["store_gb"] <= told["disk_gb"]
+    assert {"codec", "encode", "measure", "draw", "steps"} == parts.keys()
+    assert all(part["seconds"] >= 0 for part in parts.values())
     answer = sfumato("plan", recipe, large, "--fit", f"{needed * 0.8}GB", "--json")
     assert answer.code == 0, answer.err
     found = answer.json()
@@ -162,3 +166,5 @@ def test_plan_says_what_fits_and_train_says_what_it_costs(tmp_path):
     assert answer.code == 0, answer.err
     assert "Plan: " in answer.err and "GB of memory" in answer.err
     assert (tmp_path / "run" / "profile" / "table.txt").is_file()
+    events = RunFolder.open(tmp_path / "run").events()
+    assert all(event["process_gb"] > 0 for event in events if event["kind"] == "phase")

@@ -6,8 +6,9 @@ from training_world import Network, make
 
 from sfumato.stages import interface
 from sfumato.stages.interface import Condition
-from sfumato.theory import get, translate
-from sfumato.training import expected, plan
+from sfumato.theory import get
+from sfumato.theory.change import question
+from sfumato.training import expected, plan, probing
 from sfumato.training.sanity import climb
 from sfumato.training.settings import TrainSettings
 
@@ -71,7 +72,12 @@ def test_a_change_of_theory_is_seen_to_lose_nothing(other, monkeypatch):
     objective, _, _ = make("ddpm-velocity" if other != "ddpm-velocity" else "flow-matching")
     objective.model.continue_as(get(other))
     assert expected.survives_conversion(objective).holds
-    monkeypatch.setattr(interface, "translate", lambda *of: lambda x, t: 0.5 * translate(*of)(x, t))
+
+    def wrongly(*of):
+        x_t, t, read = question(*of)
+        return x_t, t, lambda out: 0.5 * read(out)
+
+    monkeypatch.setattr(interface, "question", wrongly)
     assert not expected.survives_conversion(objective).holds
 
 
@@ -97,6 +103,14 @@ def test_memory_counted_on_meta_is_memory_saved_for_real(batch: int):
 def test_a_probe_measures_and_changes_nothing():
     network = torch.nn.Sequential(torch.nn.Linear(512, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 512))
     before = network[0].weight.clone()
-    found = plan.probe(network, (torch.randn(256, 512),), TrainSettings())
+    found = probing.probe(network, (torch.randn(256, 512),), TrainSettings())
     assert found.seconds > 0 and found.peak > 4 * sum(weight.nbytes for weight in network.parameters())
     assert torch.equal(network[0].weight, before)
+
+
+def test_probed_memory_is_the_peak_that_was_measured():
+    """Law: whatever was counted, the parts of a probed memory add up to what real steps needed."""
+    counted = plan.Memory(weights=4, gradients=4, optimizer=8, average=4, activations=10, scratch=2)
+    for peak in (25, 32, 60):
+        assert counted.probed(peak).peak == peak
+    assert counted.probed(60).activations == 10 and counted.probed(25).scratch == 0

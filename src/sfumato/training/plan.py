@@ -3,16 +3,13 @@
     peak = weights + gradients + optimizer + average + saved activations + one layer's scratch
 
 A forward pass on the meta device computes shapes only, so the count takes milliseconds for any size. A
-probe of two real steps then says what the machine makes of it.
+probe of a few real steps then says what the machine makes of it.
 """
 
 import copy
-import ctypes
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +17,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .average import trained
-from .device import autocast
-from .held import Held
 from .parallel import Division, Processes
 from .settings import TrainSettings
 from .strategy import Strategy
@@ -44,6 +39,10 @@ STATES = {
 TEMPORARY = {"lion": 1}
 """float32 numbers an optimizer needs for each weight while it steps, when the activations are gone."""
 FORWARD_AND_BACKWARD = 3
+BESIDE_PRODUCTS = 1.35
+"""A step's time over that of its matrix products, as measured on CPUs."""
+ASKS_NUMBERS = (RuntimeError, NotImplementedError, TypeError)
+"""What a network raises on the meta device when it asks for numbers: then only a probe can tell."""
 Inputs = tuple[Any, ...]
 
 
@@ -63,6 +62,12 @@ class Memory:
         """The most that is held at once."""
         return sum(vars(self).values())
 
+    def probed(self, peak: int) -> "Memory":
+        """What real steps of one whole copy took: they say what is held beside that which is counted."""
+        least = self.weights + self.gradients + self.optimizer + self.average
+        kept = min(self.activations, max(0, peak - least))
+        return replace(self, activations=kept, scratch=max(0, peak - least - kept))
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -74,14 +79,6 @@ class Forecast:
     def seconds(self, flops_per_second: float) -> float:
         """The least time of a step on a machine of that speed; what is no matrix product comes on top."""
         return self.flops / flops_per_second
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What two real steps took: seconds of the second, and the rise of the process's memory in bytes."""
-
-    seconds: float
-    peak: int
 
 
 @dataclass(frozen=True)
@@ -262,12 +259,6 @@ def on_meta(value: Any) -> Any:
     return value
 
 
-def squared(answer: Any) -> Tensor:
-    """The mean square of an answer, or of a list of them: a loss as good as any to measure a step with."""
-    parts = answer if isinstance(answer, list) else [answer]
-    return torch.stack([part.float().square().mean() for part in parts]).mean()
-
-
 def predict(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Forecast:
     """Count one step of `network(*inputs)`, inputs being those of one part of a batch.
 
@@ -277,68 +268,3 @@ def predict(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Fore
     counted = count(network, inputs)
     parts = Division.of(settings, Processes()).parts
     return Forecast(counted.memory(settings), FORWARD_AND_BACKWARD * parts * counted.flops)
-
-
-def probe(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> Probe:
-    """Take two real steps on a copy of the network and measure the second."""
-    device = next(network.parameters()).device
-    precision = "fp32" if settings.weights == "fp32" else "bf16"
-    before = held_bytes(device)
-    with watched(device) as peak:
-        held = Held(copy.deepcopy(network).train(), settings)
-        taken = 0.0
-        for number in range(2):
-            began = time.perf_counter()
-            for _ in range(Division.of(settings, Processes()).parts):
-                with autocast(precision, device):
-                    error = squared(held.network(*inputs))
-                error.backward()
-            held.optimiser.step(number)
-            held.update(number + 1)
-            for weight in held.weights:
-                weight.grad = None
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            taken = time.perf_counter() - began
-        highest = peak()
-    return Probe(taken, highest - before)
-
-
-def flops_per_second(seconds: float = 0.2, size: int = 512, device: str | torch.device = "cpu") -> float:
-    """What this machine makes of float32 matrix products."""
-    a, b = torch.randn(2, size, size, device=device)
-    c = a @ b
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        torch.matmul(a, b, out=c)
-        count += 1
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return count * 2 * size**3 / (time.perf_counter() - began)
-
-
-def held_bytes(device: torch.device) -> int:
-    """Bytes in use now: on a GPU by torch, else by the process."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)  # give back what is free, or the rise would hide in it
-    return _status("VmRSS")
-
-
-@contextmanager
-def watched(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yield a function that says the most bytes in use since the block began."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's word for: forget the peak
-        yield lambda: _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sfumato.record import RunFolder
 
 from . import checkpoint, together
 from .checkpoint import Keep, Tensors
+from .probing import free_bytes
 from .sharding import Shards
 
 SHARE_OF_MEMORY = 0.4
@@ -121,10 +123,9 @@ def copied(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
 
 def has_memory(groups: Mapping[str, Tensors]) -> bool:
     """Whether a copy of these tensors is small beside the memory that is free."""
-    need = checkpoint.bytes_of(groups)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return need < 1_000_000_000
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    return need < SHARE_OF_MEMORY * free
+    return is_small(checkpoint.bytes_of(groups))
+
+
+def is_small(size: int) -> bool:
+    """Whether so many bytes of host memory may be taken for a copy."""
+    return size < SHARE_OF_MEMORY * free_bytes(torch.device("cpu"), unknown=2_500_000_000)

@@ -19,6 +19,7 @@ from ..stages.seal import seal
 from ..theory import noise
 from ..training import loop, parallel
 from ..training.reconstruction import ReconstructionObjective, to_pixels
+from ..training.settings import TrainSettings
 from .material import Bucket, Pictures, each, few
 
 RECIPE = "codec 1: L1 and gradients, AdamW 1e-3, cosine"
@@ -92,6 +93,17 @@ def ready_codec(
     return codec.eval()
 
 
+def settings_of(recipe: Recipe) -> TrainSettings:
+    """How the recipe's codec is trained."""
+    steps = recipe.model.codec_steps
+    return replace(
+        recipe.train, steps=steps, batch=recipe.model.codec_batch, accumulate=1, learning_rate=1e-3,
+        optimizer="adamw", warmup=20, schedule="cosine", weight_decay=0.0, ema=0.0, ema_snapshots=0,
+        save_every=max(100, steps // 5), keep=1, keep_every=0, held_out_every=0,
+        parallel="ddp",
+    )  # fmt: skip
+
+
 def train_codec(
     recipe: Recipe,
     codec: TrainableCodec,
@@ -108,13 +120,7 @@ def train_codec(
     chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:looked_at].tolist()
     sample = to_pixels(pictures.read([alike[i] for i in chosen])).to(device)
     codec.prepare(sample)
-    steps = recipe.model.codec_steps
-    settings = replace(
-        recipe.train, steps=steps, batch=recipe.model.codec_batch, accumulate=1, learning_rate=1e-3,
-        optimizer="adamw", warmup=20, schedule="cosine", weight_decay=0.0, ema=0.0, ema_snapshots=0,
-        save_every=max(100, steps // 5), keep=1, keep_every=0, held_out_every=0,
-        parallel="ddp",
-    )  # fmt: skip
+    settings = settings_of(recipe)
     order = Order(pictures.buckets, min(settings.batch, len(pictures)), recipe.seed)
     objective = ReconstructionObjective(codec, pictures, order, recipe.seed, flip=recipe.data.flip)
     with parallel.current().first():

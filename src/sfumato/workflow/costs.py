@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,42 @@ from ..data.encoded import EncodedSet
 from ..generation import PaintingModel
 from ..recipe import Recipe
 from ..studio.page import duration
-from ..training import checkpoint, parallel, strategy
+from ..training import checkpoint, parallel, probing, saving, strategy
 from ..training import plan as planning
 from ..training.parallel import Division, Processes
 from . import ahead, guided, showing
 
 FLOAT, DEVIATION = 4, 2
-PROBED_SECONDS = 3.0
-BESIDE_PRODUCTS = 1.35
-"""A step's time over that of its matrix products, as measured on CPUs."""
+PROBED_SECONDS = 10.0
+"""Steps that promise to take longer are counted, not probed: a plan is a matter of seconds."""
+SAFE = 0.7
+"""Of the memory that is free, what a probe may be counted to need."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step costs a process.
+
+    inputs: what the network is given for one part of a batch, of so many samples; forward: seconds of one
+    forward pass of them, and flops its operations; how: "counted" or "probed"; numbers: how many weights
+    learn; told: of many processes, how they share the run.
+    """
+
+    inputs: tuple[Any, ...]
+    samples: int
+    memory: planning.Memory
+    seconds: float
+    forward: float
+    how: str
+    told: dict[str, Any]
+    flops: float = 0.0
+    numbers: int = 0
+
+
+def longest_first(captions: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """The captions with the longest in front, so that a batch is as wide as its widest."""
+    at = max(range(len(captions)), key=lambda i: len((captions[i] or ("",))[0]), default=0)
+    return [*captions[at:], *captions[:at]]
 
 
 def inputs_of(
@@ -69,29 +97,35 @@ def cost(
     network: nn.Module,
     devices: int = 1,
     sizes: Sequence[Sequence[int]] = (),
-) -> dict[str, Any]:
-    """Memory of a step, counted, and its seconds: probed where two steps take seconds, else estimated.
+) -> Step:
+    """A step's memory and seconds: counted, then probed where a few real ones take seconds.
 
     Of `devices` processes each one's; what they send each other takes time that is not counted.
     """
     division = Division.of(recipe.train, Processes(0, devices))
     chosen = strategy.choose(recipe.train, network, Processes(0, devices))
-    inputs = inputs_of(recipe, model, captions, together(recipe, division.parts), sizes)
-    counted = planning.count(network, inputs)
-    every = recipe.values().get("train.checkpointing", 0)
-    memory = counted.shared(counted.memory(recipe.train, every), chosen, recipe.train, devices)
-    mine = len(division.mine)
-    forecast = planning.Forecast(memory, planning.FORWARD_AND_BACKWARD * mine * counted.flops)
-    seconds = BESIDE_PRODUCTS * forecast.seconds(planning.flops_per_second(device=model.device))
-    if seconds < PROBED_SECONDS:
-        seconds = planning.probe(network, inputs, recipe.train).seconds
-    parts = {name: round(size / 1e9, 3) for name, size in vars(memory).items()}
-    hours = round(seconds * recipe.train.steps / 3600, 2)
-    peak = round(memory.peak / 1e9, 3)
+    samples = together(recipe, division.parts)
+    inputs = inputs_of(recipe, model, longest_first(captions), samples, sizes)
+    mine, speed = len(division.mine), probing.flops_per_second(device=model.device)
     told = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"} if devices > 1 else {}
-    return told | {
-        "memory_gb": peak, "memory": parts, "seconds_per_step": round(seconds, 3), "hours": hours
-    }  # fmt: skip
+    try:
+        counted = planning.count(network, inputs)
+    except planning.ASKS_NUMBERS:
+        found = probing.probe(network, inputs, recipe.train)
+        memory = planning.Memory(*[0] * 6).probed(found.peak)
+        return Step(inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", told)
+    every = recipe.values().get("train.checkpointing", 0)
+    alone = counted.memory(recipe.train, every)
+    again = counted.recomputed_share(every) if every else 0
+    forward = planning.BESIDE_PRODUCTS * counted.flops / speed
+    seconds, how = forward * (planning.FORWARD_AND_BACKWARD + again) * mine, "counted"
+    if seconds < PROBED_SECONDS and alone.peak < SAFE * probing.free_bytes(model.device):
+        found = probing.probe(network, inputs, recipe.train)
+        seconds, how = found.seconds, "probed"
+        if not chosen.is_divided:
+            alone = alone.probed(found.peak)
+    memory = counted.shared(alone, chosen, recipe.train, devices)
+    return Step(inputs, samples, memory, seconds, forward, how, told, counted.flops, counted.numbers)
 
 
 def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: EncodedSet, fresh: bool) -> str:
@@ -105,19 +139,21 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
     chosen = strategy.choose(recipe.train, network, processes)
     count = together(recipe, division.parts)
     trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
-    disk = _checkpoints(recipe, trained)
+    disk = checkpoint_bytes(recipe, trained)
     if fresh:
         checkpoint.ask_for_room(Path(recipe.output), disk, "the run's checkpoints")
     words = [f"{trained / 1e6:,.1f} M trained weights", f"{disk / 1e9:.2f} GB of checkpoints"]
     try:
         sizes = [item.bucket for item in train.items]
         counted = planning.count(network, inputs_of(recipe, model, [tuple(train.captions[:1])], count, sizes))
-    except (RuntimeError, NotImplementedError, TypeError):
+    except planning.ASKS_NUMBERS:
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
     alone = counted.memory(recipe.train, recipe.values().get("train.checkpointing", 0))
     memory = counted.shared(alone, chosen, recipe.train, processes.count)
-    speed = planning.flops_per_second(0.05, device=model.device)
-    seconds = BESIDE_PRODUCTS * planning.FORWARD_AND_BACKWARD * len(division.mine) * counted.flops / speed
+    speed = probing.flops_per_second(0.05, device=model.device)
+    seconds = (
+        planning.BESIDE_PRODUCTS * planning.FORWARD_AND_BACKWARD * len(division.mine) * counted.flops / speed
+    )
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
     if processes.count > 1:
         words.append(f"{processes.count} processes, {chosen.name} ({chosen.why})")
@@ -128,18 +164,28 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
     return f"Plan: {'; '.join(words)}."
 
 
-def _checkpoints(recipe: Recipe, trained: int) -> int:
-    """Bytes that the run's checkpoints and averages take at most."""
-    train = recipe.train
-    each = trained * FLOAT * (1 + 2 + bool(train.ema) + 2 * bool(train.ema_snapshots))
-    snapshots = 10 * 2 * 2 * trained if train.ema_snapshots else 0
-    return (train.keep + 1 + train.keep_best) * each + snapshots
-
-
-def disk_bytes(recipe: Recipe, parameters: int, samples: int, codec: stages.Codec) -> float:
-    """Bytes the checkpoints and the encodings take at most."""
+def store_bytes(recipe: Recipe, samples: int, codec: stages.Codec) -> float:
+    """Bytes the encoded pictures take at most."""
     side, data = recipe.data.resolution, recipe.data
     numbers = math.prod(codec.latent_shape(side, side, data.frames or 1))
     each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.segments if data.frames else 1)
-    latents = 0 if data.stream else min(samples * each, ahead.limit_of(recipe))
-    return latents + _checkpoints(recipe, parameters)
+    return 0 if data.stream else min(samples * each, ahead.limit_of(recipe))
+
+
+def checkpoint_bytes(recipe: Recipe, trained: int) -> int:
+    """Bytes that the run's checkpoints and averages take at most."""
+    train = recipe.train
+    snapshots = 10 * 2 * 2 * trained if train.ema_snapshots else 0
+    return (train.keep + 1 + train.keep_best) * saved_bytes(recipe, trained) + snapshots
+
+
+def saved_bytes(recipe: Recipe, trained: int) -> int:
+    """Bytes of one checkpoint."""
+    train = recipe.train
+    return trained * FLOAT * (1 + 2 + bool(train.ema) + 2 * bool(train.ema_snapshots))
+
+
+def copies_bytes(recipe: Recipe, trained: int) -> int:
+    """Host memory of the copy that is written beside the steps; 0 where there is no room for one."""
+    size = saved_bytes(recipe, trained)
+    return size if recipe.train.save_async and saving.is_small(size) else 0

@@ -19,7 +19,7 @@ from ..record import RunFolder
 from ..stages import guides
 from ..studio import report
 from ..training import device as devices
-from ..training import parallel
+from ..training import parallel, probing
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
@@ -360,10 +360,12 @@ def _tell(
 
 @contextmanager
 def phase(run: RunFolder | None, name: str) -> Iterator[None]:
-    """Write how long a part took, also when it ends early."""
+    """Write how long a part took and the most memory the process had meanwhile, also when it ends early."""
     began = time.perf_counter()
-    try:
-        yield
-    finally:
-        if run is not None:
-            run.event("phase", name=name, seconds=round(time.perf_counter() - began, 3))
+    with probing.watched(torch.device("cpu")) as most:
+        try:
+            yield
+        finally:
+            if run is not None:
+                seconds = round(time.perf_counter() - began, 3)
+                run.event("phase", name=name, seconds=seconds, process_gb=round(most() / 1e9, 3))

@@ -17,13 +17,13 @@ from ..recipe import Recipe
 from ..record import RunFolder
 from ..stages import tokens
 from ..training import device as devices
-from ..training import fitting
+from ..training import fitting, probing
 from ..training import plan as planning
 from ..training.strategy import machine_size
-from . import guided, prior
+from . import guided, phases, prior
 from .agreement import agree, content_of
 from .codecs import codec_key, place
-from .costs import cost, disk_bytes, inputs_of
+from .costs import Step, checkpoint_bytes, copies_bytes, cost, inputs_of, store_bytes
 from .course import gather
 from .material import known_sizes
 from .tuning import tune
@@ -38,7 +38,8 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         many: processes that would share the run; 0: those torchrun started, else one.
     Returns:
         plain values: samples, captions, held_out, set_aside, tokens, codec, parameters, steps_per_epoch,
-        epochs, device, precision, memory_gb, memory, seconds_per_step, hours, disk_gb, run.
+        epochs, device, precision, memory_gb, memory, seconds_per_step, hours, probed, process_gb, phases,
+        store_gb, disk_gb, run.
     Raises:
         Refused: for whatever training would refuse.
     """
@@ -56,7 +57,10 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(frames))
     model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames))
     guided.guide(model, recipe)
-    found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, codec, train, gathered.bucket_of)
+    home = None
+    if base is None and stages.needs_training(recipe.model, codec):
+        home = place(recipe, codec_key(recipe, train, gathered.bucket_of))
+    found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, home)
     network = tune(model, recipe)
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
     found["parameters"] = sum(one.numel() for one in network.parameters())
@@ -71,18 +75,18 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     found["precision"] = devices.effective_precision(
         recipe.train.precision, gathered.device, recipe.train.weights
     )
-    found |= cost(
-        recipe,
-        model.to(gathered.device),
-        [sample.captions for sample in train],
-        network,
-        many or started(),
-        sizes,
+    model.to(gathered.device)
+    captions = [sample.captions for sample in train]
+    step = cost(recipe, model, captions, network, many or started(), sizes)
+    found |= told_of(
+        recipe, step, phases.all_of(recipe, model, network, gathered, step, home), gathered.device
     )
     if prior.is_asked(recipe):
         drawn = 0 if gathered.prior else recipe.data.prior_pictures
         found["prior"] = f"{drawn} pictures, drawn once" if drawn else f"{len(gathered.prior)} pictures"
-    found["disk_gb"] = round(disk_bytes(recipe, parameters, len(collection.samples), codec) / 1e9, 3)
+    store = store_bytes(recipe, len(collection.samples), codec)
+    found["store_gb"] = round(store / 1e9, 3)
+    found["disk_gb"] = round((store + checkpoint_bytes(recipe, parameters)) / 1e9, 3)
     output = Path(recipe.output)
     if (output / "effective.toml").is_file():
         run = RunFolder.open(output)
@@ -92,6 +96,40 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     else:
         found["run"] = "new"
     return found
+
+
+def told_of(
+    recipe: Recipe, step: Step, parts: dict[str, phases.Cost], device: torch.device
+) -> dict[str, Any]:
+    """What a step and the other parts of the run need: memory in GB, and seconds.
+
+    memory_gb is a step's, process_gb all that the process has in host memory at its largest, phases the
+    seconds of each part of the run and the memory that it takes beside what is there already.
+    """
+    steps = phases.Cost(step.seconds * recipe.train.steps, step.memory.peak - step.memory.weights)
+    most = max((part.peak or 0 for part in (*parts.values(), steps)), default=0)
+    host = torch.device("cpu")
+    on_host = 0 if device.type == "cuda" else most
+    whole = probing.held_bytes(host) + on_host + copies_bytes(recipe, step.numbers)
+    return {
+        **step.told,
+        "memory_gb": gigabytes(step.memory.peak),
+        "memory": {name: gigabytes(size) for name, size in vars(step.memory).items()},
+        "seconds_per_step": round(step.seconds, 3),
+        "hours": round(steps.seconds / 3600, 2),
+        "probed": step.how == "probed",
+        "process_gb": gigabytes(whole),
+        "phases": {
+            name: {"seconds": round(part.seconds, 1)}
+            | ({} if part.peak is None else {"memory_gb": gigabytes(part.peak)})
+            for name, part in {**parts, "steps": steps}.items()
+        },
+    }
+
+
+def gigabytes(size: float) -> float:
+    """Bytes in GB, to the MB."""
+    return round(size / 1e9, 3)
 
 
 def truncation(conditioner: stages.Conditioner, samples: Sequence[Sample]) -> dict[str, int] | None:
@@ -201,12 +239,9 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
     return recipe.overridden(words, f"fit {size}"), told
 
 
-def _codec(recipe: Recipe, codec: stages.Codec, samples: list, bucket_of: Any) -> str:
-    if not stages.needs_training(recipe.model, codec):
+def _codec(recipe: Recipe, home: Path | None) -> str:
+    if home is None:
         return recipe.model.codec
-    kept = place(recipe, codec_key(recipe, samples, bucket_of))
-    return (
-        "trained already, in the store"
-        if kept.exists()
-        else f"trained first, {recipe.model.codec_steps:,} steps"
-    )
+    if home.exists():
+        return "trained already, in the store"
+    return f"trained first, {recipe.model.codec_steps:,} steps"

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from ..recipe import Recipe
 from ..stages import Condition, adapters
 from ..stages.teaching import Together
 from ..training import plan as planning
+from ..training import probing
 from ..training.objective import DiffusionObjective
 from ..training.parallel import Division, Processes
 from ..training.sanity import TRIES, Rung, climb
@@ -83,22 +83,11 @@ def memory(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) ->
         needed = planning.predict(
             network, (x, torch.full((len(x),), 500.0, device=x.device), told), recipe.train
         )
-    except (RuntimeError, NotImplementedError, TypeError) as problem:
+    except planning.ASKS_NUMBERS as problem:
         return Rung(claim, True, f"not counted: the network asks for numbers ({type(problem).__name__})")
-    there, kept = free(x.device), needed.memory.weights
+    there, kept = probing.free_bytes(x.device), needed.memory.weights
     wanted = needed.memory.peak - kept
     detail = f"{wanted / 1e9:.2f} GB beside the weights, {there / 1e9:.2f} GB are free"
     good = wanted < there
     advice = ": lower train.batch, or raise train.accumulate or train.checkpointing"
     return Rung(claim, good, detail if good else detail + advice)
-
-
-def free(device: torch.device) -> int:
-    """Bytes of memory that are free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    file = Path("/proc/meminfo")
-    if not file.is_file():
-        return 1 << 62
-    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
-    return int(lines["MemAvailable"].split()[0]) * 1024
