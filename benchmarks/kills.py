@@ -1,28 +1,29 @@
 """Kill a run a hundred times, at moments and with signals that are drawn, and compare what it ends with.
 
-    python benchmarks/kills.py [--kills 25] [--rounds 3] [--seed 1] [--out FILE.jsonl]
+    python benchmarks/kills.py [--kills 100] [--rounds 10] [--seed 1] [--place DIR] [--out FILE.jsonl]
 
 Each round trains the demo's kind of recipe (embedded shapes, text, a DiT, accumulation, averages, pictures,
 held-out loss, checkpoints beside the steps) while it is killed, until all kills have met it alive. What it
 ends with must have the bits of the run that was left in peace: weights, averages, optimizer, snapshots and
-pictures. The killed command notes what it does in a file of 64 bytes, which says afterwards where it died.
-Results are appended, and all that were are written as a table beside.
+pictures. The killed command notes what it does in a file of 64 bytes, which says afterwards where it died;
+it is forked from a server that has imported what it needs. Rounds are appended to the file as they end.
 """
 
 import argparse
 import hashlib
 import json
 import mmap
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ every = 100
 steps = 2
 """
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["sfumato.workflow", "transformers.models.clip.modeling_clip"])
 
 
 def train(recipe: Path, notes: Path) -> None:
@@ -62,7 +65,6 @@ def train(recipe: Path, notes: Path) -> None:
     from sfumato.cli import main as command
     from sfumato.training import checkpoint, loop
 
-    notes.write_bytes(b"starting".ljust(64))
     board = mmap.mmap(os.open(notes, os.O_RDWR), 64)
     asked = [0]
 
@@ -83,16 +85,23 @@ def train(recipe: Path, notes: Path) -> None:
 
     loop.part, checkpoint.write = part, noted  # pyright: ignore
     sys.argv = ["sfumato", "train", str(recipe)]
+    sys.stderr = sys.stdout = recipe.with_suffix(".said").open("a")
     command()
 
 
-def start(recipe: Path, notes: Path) -> subprocess.Popen[str]:
+def start(recipe: Path, notes: Path) -> BaseProcess:
     """The train command in a process of its own."""
-    words = [sys.executable, __file__, "--train", str(recipe), "--notes", str(notes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
-    )
+    notes.write_bytes(b"starting".ljust(64))
+    process = SERVER.Process(target=train, args=(recipe, notes))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess) -> int:
+    """Wait for its end; its exit code, one of those that a killed or stopped run may have."""
+    process.join(900)
+    assert process.exitcode in (0, *(-one for one in SIGNALS), 130, 143), process.exitcode
+    return process.exitcode
 
 
 def fingerprint(run: Path) -> dict[str, str]:
@@ -132,15 +141,14 @@ def one_kill(recipe: Path, run: Path, dice: random.Random) -> dict[str, object] 
     events, notes = run / "events.jsonl", run.with_suffix(".notes")
     how_far = size if dice.random() < 0.15 else steps
     before, process = how_far(events), start(recipe, notes)
-    while process.poll() is None and how_far(events) <= before:
+    while process.is_alive() and how_far(events) <= before:
         time.sleep(0.02)
     time.sleep(dice.uniform(0, 0.8))
     number = dice.choice(SIGNALS)
-    met, at = process.poll() is None, notes.read_bytes().decode().split()
-    process.send_signal(number)
-    _, said = process.communicate(timeout=600)
-    if process.returncode not in (0, *(-one for one in SIGNALS), 130, 143):
-        raise SystemExit(said)
+    met, at = process.is_alive(), notes.read_bytes().decode().split()
+    if met and process.pid:
+        os.kill(process.pid, number)
+    code = finish(process)
     if not met:
         return None
     if number == signal.SIGKILL:
@@ -149,7 +157,7 @@ def one_kill(recipe: Path, run: Path, dice: random.Random) -> dict[str, object] 
     writing = at[-1] == "writing"
     return {
         "signal": number.name,
-        "code": process.returncode,
+        "code": code,
         "during": " ".join(at[:-1] if writing else at),
         "writing a checkpoint": writing,
         "saved": folders[-1].name if folders else "",
@@ -163,10 +171,7 @@ def one_round(place: Path, name: str, kills: int, dice: random.Random) -> dict[s
     found: list[dict[str, object]] = []
     while len(found) < kills and (kill := one_kill(recipe, place / name, dice)):
         found.append(kill)
-    process = start(recipe, place / f"{name}.notes")
-    _, said = process.communicate(timeout=1200)
-    if process.returncode:
-        raise SystemExit(said)
+    assert finish(start(recipe, place / f"{name}.notes")) == 0
     return {"kills": found, "hashes": fingerprint(place / name)}
 
 
@@ -200,32 +205,27 @@ def table(rounds: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Print and write what came out."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=25)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", default="")
-    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no round after so many")
+    parser.add_argument("--place", default="", help="keep runs and encodings there, to go on with them")
+    parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
-    if asked.train:
-        train(asked.train, asked.notes)
-        return
-    dice, left, number = random.Random(asked.seed), asked.kills, 0
-    rounds: list[dict[str, Any]] = []
+    os.environ["OMP_NUM_THREADS"] = "1"
+    dice, began, rounds = random.Random(asked.seed), time.monotonic(), list[dict[str, Any]]()
     with tempfile.TemporaryDirectory() as folder:
-        rounds.append(one_round(Path(folder), "peace", 0, dice))
-        while left > 0:
-            number += 1
-            most = min(left, -(-asked.kills // asked.rounds))
-            rounds.append(one_round(Path(folder), f"round-{number}", most, dice))
+        place, left = Path(asked.place or folder), asked.kills
+        while left > 0 and time.monotonic() - began < 60 * asked.minutes:
+            most = min(left, -(-asked.kills // asked.rounds)) if rounds else 0
+            rounds.append(one_round(place, f"seed-{asked.seed}-{len(rounds)}", most, dice))
             left -= len(rounds[-1]["kills"])
-            print(number, len(rounds[-1]["kills"]), rounds[-1]["hashes"] == rounds[0]["hashes"], flush=True)
+            print(len(rounds[-1]["kills"]), rounds[-1]["hashes"] == rounds[0]["hashes"], flush=True)
+            if asked.out:
+                with asked.out.open("a") as lines:
+                    lines.write(json.dumps({"seed": asked.seed, **rounds[-1]}) + "\n")
     if asked.out:
-        file = Path(asked.out)
-        with file.open("a") as lines:
-            lines.writelines(json.dumps({"seed": asked.seed, **one}) + "\n" for one in rounds)
-        rounds = [json.loads(line) for line in file.read_text().splitlines()]
-        file.with_suffix(".md").write_text(f"# Kills\n\n{table(rounds)}\n")
+        rounds = [json.loads(line) for line in asked.out.read_text().splitlines()]
     print(table(rounds))
 
 
