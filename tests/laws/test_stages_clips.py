@@ -33,7 +33,8 @@ ATTENTIONS = ("full", "factorised")
 
 
 def network(attention, frames=4):
-    return lively(DiT(4, 32, 4, 2, patch=2, text_width=24, frames=frames, attention=attention)).double()
+    net = DiT(4, 32, 4, 2, patch=2, text_width=24, frames=frames, attention=attention, direct=True)
+    return lively(net).double()
 
 
 def asked(net, x, clock, condition):
@@ -85,6 +86,19 @@ def test_factorised_attention_is_over_space_then_over_time():
     changed[:, :, 2] += 1
     both = [net(one, clock, Condition({}, size=1)) for one in (x, changed)]
     assert torch.equal(both[0][:, :, :2], both[1][:, :, :2])
+
+
+def test_what_is_seen_enters_the_answer_past_all_blocks():
+    """Law: each token says how much of each channel it sees is added to its answer."""
+    net = DiT(4, 32, 1, 2, patch=2, text_width=0, frames=3, direct=True)
+    x, clock, condition = drawn(2, 4, 3, 4, 6), torch.tensor([100.0, 700.0]), Condition({}, size=2)
+    assert not net(x, clock, condition).any()
+    net.leave.bias.data[:4] = torch.tensor([1.0, 2, 3, 4])
+    torch.testing.assert_close(net(x, clock, condition), x * torch.tensor([1.0, 2, 3, 4]).view(4, 1, 1, 1))
+    net.leave.weight.data[0] = drawn(32)
+    share = (net(x, clock, condition) / x)[:, 0].unflatten(2, (2, 2)).unflatten(4, (3, 2))
+    torch.testing.assert_close(share, share[:, :, :, :1, :, :1].expand_as(share), rtol=1e-3, atol=1e-4)
+    assert share[:, :, :, 0, :, 0].flatten(1).std(1).min() > 1e-3
 
 
 def test_a_network_of_pictures_refuses_clips():

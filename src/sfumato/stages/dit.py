@@ -194,6 +194,10 @@ class DiT(Denoiser):
         clock_range: what the theory's clock says near the data and near the noise; mapped onto [0, 1000].
         frames: of the clips it is made for, in latents; 0 for a network of pictures.
         attention: "full", or "factorised": over the frame in one block, over time in the next.
+        direct: whether what a token sees also enters its answer past all blocks, each channel times what the
+            token says. The noise that a velocity is asked for fills every number; a token of about as many
+            numbers as it has width cannot carry them beside its picture. arXiv:2511.13720 asks for the data
+            instead; here any theory may be asked.
     """
 
     kind = "dit"
@@ -215,6 +219,7 @@ class DiT(Denoiser):
         frames: int = 0,
         attention: str = "full",
         classes: int = 0,
+        direct: bool = False,
     ):
         super().__init__()
         pooled_width = text_width if pooled_width is None else pooled_width
@@ -229,6 +234,7 @@ class DiT(Denoiser):
         }  # fmt: skip
         self._config |= {"frames": frames, "attention": attention} if frames else {}
         self._config |= {"classes": classes} if classes else {}
+        self._config |= {"direct": True} if direct else {}
         self.frames, self.frames_apart = frames, bool(frames)
         self.patch, self.width, self.heads, self.head = patch, width, heads, width // heads
         self.grain = patch
@@ -254,8 +260,9 @@ class DiT(Denoiser):
             )
         over = ("space", "time") if attention == "factorised" and frames else ("all", "all")
         self.blocks = nn.ModuleList(Block(width, heads, bool(text_width), over[i % 2]) for i in range(depth))
+        self.gains = channels if direct else 0
         self.last_modulation = nn.Linear(width, 2 * width)
-        self.leave = nn.Linear(width, channels * patch * patch)
+        self.leave = nn.Linear(width, channels * patch * patch + self.gains)
         for layer in (self.last_modulation, self.leave):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -346,8 +353,12 @@ class DiT(Denoiser):
         """Tokens [B, N, D], modulated by told [B, 2D] or [B, F, 2D], as an answer like x."""
         (frames, rows, columns), (shift, scale) = self.grid(x), told.chunk(2, dim=-1)
         out = self.leave(modulate(tokens, shift, scale)).unflatten(1, (frames, -1)).flatten(0, 1)
-        out = F.pixel_shuffle(out.transpose(1, 2).unflatten(-1, (rows, columns)), self.patch)
-        return out.unflatten(0, (-1, frames)).transpose(1, 2) if x.ndim == 5 else out
+        out = out.transpose(1, 2).unflatten(-1, (rows, columns))
+        drawn = F.pixel_shuffle(out[:, self.gains :], self.patch)
+        if self.gains:
+            gain = F.interpolate(out[:, : self.gains], scale_factor=self.patch)
+            drawn = torch.addcmul(drawn, gain, x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x)
+        return drawn.unflatten(0, (-1, frames)).transpose(1, 2) if x.ndim == 5 else drawn
 
     def sketch(self, pooled: Tensor, frames: int, rows: int, columns: int) -> Tensor:
         """The canvas [B, F·rows·columns, width] that the summary draws."""

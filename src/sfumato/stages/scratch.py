@@ -147,7 +147,7 @@ def new_denoiser(
         if frames:
             raise Refused('model.denoiser = "unet" draws pictures, not clips. Take "dit" for clips.')
         return seeded(seed, lambda: UNet(**shared))
-    clips = {"frames": frames, "attention": settings.attention} if frames else {}
+    clips = {"frames": frames, "attention": settings.attention, "direct": True} if frames else {}
     return seeded(seed, lambda: DiT(**shared, patch=settings.patch, **clips))
 
 
