@@ -1,15 +1,17 @@
 """What a step of fine-tuning costs beside diffusers' own training-script loop: same network and inputs.
 
-    OMP_NUM_THREADS=1 python benchmarks/pretrained_step.py [--only unet|mmdit] [--steps 5] [--bf16]
-                                                           [--out FILE.json]
+    OMP_NUM_THREADS=1 python benchmarks/pretrained_step.py [--only unet|mmdit] [--train full|lora]
+                                                           [--steps 5] [--bf16] [--ema] [--out FILE.json]
 
 The networks are diffusers' classes at a middle size with random weights: the UNet of Stable Diffusion 1 at a
 quarter of its width (57 M) and the transformer of Stable Diffusion 3 (42 M), on latents of 32 × 32 × 4 with
 77 tokens of 768, four samples a step. The rival is the loop of diffusers' train_text_to_image.py and
 train_dreambooth_lora_sd3.py: accelerate, torch's AdamW, clipping, gather().item() a step; cached, and as it
-ships, with SD's autoencoder (its own width) and CLIP-L asked in every step. Neither side averages. Every row
-is a process of its own: CPU seconds of a step (the median after two), and peak memory. bfloat16 (autocast)
-is measured only where asked: without AMX a processor is many times slower with it.
+ships, with SD's autoencoder (its own width) and CLIP-L asked in every step. Neither side averages, or both
+do (`--ema`: its EMAModel, ours as after 2,048 steps, when every eighth is taken in). Every row is a process
+of its own: CPU seconds of a step (the median after two), and peak memory to its end; ours then writes a
+checkpoint, the loop does not. bfloat16 (autocast) is measured only where asked: without AMX a processor is
+many times slower with it.
 """
 
 import argparse
@@ -78,7 +80,7 @@ class Samples(training_loop.Samples):
         self.null = {name: torch.zeros(shape) for name, shape in shapes.items()}
 
 
-def ours(name: str, lora: bool, steps: int, bf16: bool) -> list[float]:
+def ours(name: str, lora: bool, steps: int, bf16: bool, ema: bool = False) -> list[float]:
     """CPU seconds of each step of `fit`."""
     from diffusers import DDPMScheduler
 
@@ -88,17 +90,23 @@ def ours(name: str, lora: bool, steps: int, bf16: bool) -> list[float]:
         reference.attach(denoiser, AdapterPlan(rank=RANK))
     theory = family.theory(DDPMScheduler(**BETAS))  # type: ignore[arg-type]
     model = Model(theory, Latents(), NoConditioner(), denoiser)
-    how = {"ema": 0.0, "precision": "bf16" if bf16 else "fp32", "threads": torch.get_num_threads()}
+    how = {
+        "ema": 0.9999 * ema,
+        "ema_snapshots": 0,
+        "precision": "bf16" if bf16 else "fp32",
+        "threads": torch.get_num_threads(),
+    }
     return training_loop.seconds(model, Samples(), BATCH, steps, **how)  # type: ignore[arg-type]
 
 
 class Loop:
     """The training scripts' step."""
 
-    def __init__(self, name: str, lora: bool, bf16: bool, cached: bool) -> None:
+    def __init__(self, name: str, lora: bool, bf16: bool, cached: bool, ema: bool = False) -> None:
         from accelerate import Accelerator
         from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
         from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
         from peft import LoraConfig
 
         self.name = name
@@ -118,6 +126,7 @@ class Loop:
             network, optimizer, loader, schedule
         )
         self.betas, self.flow = DDPMScheduler(**BETAS), FlowMatchEulerDiscreteScheduler(shift=3.0)  # type: ignore[arg-type]
+        self.mean = EMAModel(self.weights) if ema else None
         self.encode = None if cached else training_loop.Encoders()
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -154,6 +163,8 @@ class Loop:
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad()
+                if self.mean is not None:
+                    self.mean.step(self.weights)
                 found.append(time.process_time() - began)
                 began = time.process_time()
                 if len(found) == steps:
@@ -163,11 +174,12 @@ class Loop:
 def row(case: dict[str, Any], steps: int) -> dict[str, Any]:
     """One case, measured in this process."""
     name, lora, bf16 = case["network"], case["train"] == "lora", case["dtype"] == "bf16"
+    ema = bool(case["ema"])
     count = 2 + (max(2, steps // 2) if case["who"] == "diffusers uncached" else steps)
     if case["who"] == "ours":
-        seconds = ours(name, lora, count, bf16)
+        seconds = ours(name, lora, count, bf16, ema)
     else:
-        seconds = Loop(name, lora, bf16, case["who"] == "diffusers").seconds(count)
+        seconds = Loop(name, lora, bf16, case["who"] == "diffusers", ema).seconds(count)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return case | {"cpu_seconds": round(statistics.median(seconds[2:]), 3), "peak_mb": round(peak)}
 
@@ -177,7 +189,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--train", default="", choices=["", "full", "lora"])
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 instead of float32")
+    parser.add_argument("--ema", action="store_true", help="both sides average")
+    parser.add_argument("--who", default="", help="measure only this one of: " + ", ".join(WHO))
     parser.add_argument("--out", default="")
     parser.add_argument("--case", default="", help="one row, in this process")
     asked = parser.parse_args()
@@ -186,34 +201,21 @@ def main() -> None:
     if asked.case:
         print(json.dumps(row(json.loads(asked.case), asked.steps)))
         return
-    rows = []
+    dtype, file = "bf16" if asked.bf16 else "fp32", Path(asked.out)
     for name in ("unet", "mmdit"):
         for train in ("full", "lora"):
-            for dtype in ("fp32", "bf16") if asked.bf16 else ("fp32",):
-                for who in WHO if asked.only in name else ():
-                    case = {"network": name, "train": train, "dtype": dtype, "who": who}
-                    command = [
-                        sys.executable,
-                        __file__,
-                        "--case",
-                        json.dumps(case),
-                        "--steps",
-                        str(asked.steps),
-                    ]
-                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                    rows.append(json.loads(done.stdout.splitlines()[-1]))
-                    mine = next(r for r in rows[::-1] if r["who"] == "ours")
-                    rows[-1]["ratio"] = round(rows[-1]["cpu_seconds"] / mine["cpu_seconds"], 2)
-                    print(json.dumps(rows[-1]), flush=True)
-    if asked.out:
-        file = Path(asked.out)
-        known = json.loads(file.read_text()) if file.is_file() else []
-        kept = [
-            one
-            for one in known
-            if asked.only not in one["network"] or (one["dtype"] != "fp32" and not asked.bf16)
-        ]
-        file.write_text(json.dumps(kept + rows, indent=1) + "\n")
+            if asked.only not in name or asked.train not in train:
+                continue
+            for who in (asked.who,) if asked.who else WHO:
+                case = {"network": name, "train": train, "dtype": dtype, "ema": asked.ema, "who": who}
+                command = [sys.executable, __file__, "--case", json.dumps(case), "--steps", str(asked.steps)]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                found = json.loads(done.stdout.splitlines()[-1])
+                print(json.dumps(found), flush=True)
+                if asked.out:
+                    known = json.loads(file.read_text()) if file.is_file() else []
+                    others = [one for one in known if case != {key: one.get(key) for key in case}]
+                    file.write_text(json.dumps([*others, found], indent=1) + "\n")
 
 
 if __name__ == "__main__":

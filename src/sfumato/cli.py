@@ -136,6 +136,7 @@ def generate(
     negative: options.Negative = "",
     image: options.Images = None,
     lora: options.Loras = None,
+    embedding: options.Embeddings = None,
     option: options.Further = None,
     guide: options.Guides = None,
     control: options.Controls = None,

@@ -271,10 +271,13 @@ def _from_text(name: str, text: str) -> Any:
 
 def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
     """A path made absolute; words that stand for themselves and hub ids stay as they are."""
-    if isinstance(value, tuple) and rules["path"]:
+    if isinstance(value, tuple) and (rules["path"] or rules["file_after"]):
         return tuple(_resolve(one, rules, folder) for one in value)
     if not isinstance(value, str) or not value or value in rules["words"]:
         return value
+    if rules["file_after"] and value.endswith(".safetensors"):
+        name, sign, file = value.partition(rules["file_after"])
+        return f"{name}{sign}{(folder / Path(file.strip()).expanduser()).absolute()}"
     if not (rules["path"] or is_own(value)):
         return value
     path = (folder / Path(value).expanduser()).absolute()

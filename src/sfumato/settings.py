@@ -17,6 +17,7 @@ def key(
     hub: bool = False,
     many: bool = False,
     numbers: bool = False,
+    file_after: str = "",
 ) -> Any:
     """A field of a settings dataclass.
 
@@ -29,7 +30,9 @@ def key(
         words: the words that stand for themselves where a path is expected.
         hub: `owner/name` may also be meant, where no such folder exists.
         many: a list of such strings may be given too. numbers: the list is one of numbers.
+        file_after: what stands before the path in a string that ends in .safetensors.
     """
     rules = {"help": help, "choices": tuple(choices), "least": least, "most": most}
     kinds = {"path": path, "words": tuple(words), "hub": hub, "many": many, "numbers": numbers}
+    kinds["file_after"] = file_after
     return field(default=default, metadata={**rules, **kinds})

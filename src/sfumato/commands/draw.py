@@ -38,6 +38,7 @@ class Asked:
     kinds: Sequence[str] = ()
     fps: float | None = None
     loras: list[tuple[str, float]] = field(default_factory=list)
+    embeddings: list[str] = field(default_factory=list)
     guides: Sequence[Path] = ()
 
     @classmethod
@@ -50,6 +51,7 @@ class Asked:
         said, known = dict(said), {*said, "latents", "watch"}
         said.pop("json", None)
         loras = [weighted(lora) for lora in said.pop("lora") or []]
+        embeddings = said.pop("embedding") or []
         where = {name: said.pop(name) for name in ("count", "out", "device", "fps")}
         own = {
             "folder": said.pop("model"),
@@ -64,7 +66,7 @@ class Asked:
         wanted = further(said.pop("image") or [], said.pop("option") or [], known)
         usual = {"negative": "", "solver": "", **dict.fromkeys(AS_TRAINED, 0)}
         said = {name: value for name, value in said.items() if value not in (None, usual.get(name))}
-        return cls(wanted=said | wanted | pictures, loras=loras, **own, **where)
+        return cls(wanted=said | wanted | pictures, loras=loras, embeddings=embeddings, **own, **where)
 
 
 def generate(asked: Asked, as_json: bool) -> None:
@@ -108,11 +110,15 @@ def loaded(asked: Asked, device: str) -> Any:
         Refused: one that does not fit, or a model of prompts without a prompt.
     """
     from ..generation import load
+    from ..stages.embeddings import named
     from ..stages.guides import attach
 
     model = load(asked.folder, device=device)
     for file, weight in asked.loras:
         model.add_lora(file, weight)
+    for one in asked.embeddings:
+        word, file = named(one)
+        model.add_embedding(file, word)
     for place in asked.guides:
         attach(model, place)
     if asked.labels and (asked.prompts or model.conditioner.kind != "labels"):

@@ -39,6 +39,12 @@ Loras = Annotated[
         metavar="FILE[:WEIGHT]", help="A LoRA to draw with (diffusers', ComfyUI's, kohya's); repeat it."
     ),
 ]
+Embeddings = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        metavar="[WORD=]FILE", help="A word that others learned (textual inversion) to draw with; repeat it."
+    ),
+]
 Guides = Annotated[
     Optional[list[Path]],
     typer.Option(

@@ -349,6 +349,18 @@ class Model:
 
         return merge(self, file, weight)
 
+    def add_embedding(self, file: Any, word: str = "") -> str:
+        """Teach the text encoders a word from the file of an embedding (textual inversion).
+
+        Returns the word: the one given, else the file's own, else the file's name.
+
+        Raises:
+            Refused: no such file, an embedding of another base, a word that is known already.
+        """
+        from .embeddings import add
+
+        return add(self, file, word)
+
     def save(self, folder: Any) -> None:
         """Write everything into one folder of safetensors and JSON, all or nothing."""
         from .weights import save

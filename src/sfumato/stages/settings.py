@@ -25,7 +25,9 @@ class ModelSettings:
     )
     tokens: tuple[str, ...] = key(
         (),
-        "pretrained only: new words whose embeddings are trained, as NAME=WORDS it begins with: <cat>=a cat",
+        "pretrained only: new words whose embeddings are trained, as NAME=WORDS it begins with: <cat>=a cat, "
+        "or NAME=FILE of an embedding",
+        file_after="=",
     )
     control_layers: int = key(0, "controlnet only: blocks it copies; 0 for the usual number", least=0)
     image_encoder: str = key(

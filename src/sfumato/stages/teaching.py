@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sfumato.errors import Failed, Refused
 from sfumato.record import write_atomic
 
-from . import adapters
+from . import adapters, embeddings
 from .adapters import AdapterPlan
 from .interface import Condition, Denoiser, Model
 from .pretrained import PretrainedConditioner
@@ -37,7 +37,8 @@ class TextPlan:
 
     Args:
         lora: of the text encoders that diffusers' LoRA loader knows, or None.
-        tokens: new words, each with the words whose embeddings it begins with ("" begins at random).
+        tokens: new words, each with the words whose embeddings it begins with ("" begins at random), or
+            the file of an embedding.
         alone: the denoiser stays its base.
     """
 
@@ -142,13 +143,13 @@ def lora_encoders(model: Model) -> dict[str, nn.Module]:
     return known
 
 
-def readers(model: Model) -> dict[str, tuple[Any, nn.Module]]:
+def readers(model: Model, key: str = "model.tokens") -> dict[str, tuple[Any, nn.Module]]:
     """(tokenizer, encoder) of every text encoder to which diffusers adds new words, by its name.
 
     Raises:
         Refused: the pipeline cannot be taught new words.
     """
-    pipe = pipe_of(model, "model.tokens")
+    pipe = pipe_of(model, key)
     found = {}
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
@@ -156,7 +157,7 @@ def readers(model: Model) -> dict[str, tuple[Any, nn.Module]]:
     if not found or not hasattr(pipe, "load_textual_inversion"):
         raise Refused(
             f"{type(pipe).__name__}: diffusers loads no new words for it (textual inversion), so "
-            'model.tokens has no use. Leave it out, or train a LoRA: model.train = "lora".'
+            f'{key} has no use. Leave it out, or train a LoRA: model.train = "lora".'
         )
     return found
 
@@ -179,7 +180,9 @@ def teach(model: Model, plan: TextPlan) -> dict[str, nn.Module]:
             learning[name] = encoders[name]
     if plan.tokens:
         for name, (tokenizer, encoder) in readers(model).items():
-            add_words(tokenizer, encoder, plan)
+            for word, _ in plan.tokens:
+                check_word(word, tokenizer)
+            add_rows(tokenizer, encoder, beginnings(model, name, plan))
             learning[name] = encoder
     if learning:
         model.conditioner.learns = True
@@ -212,32 +215,48 @@ def reached(model: Model, encoders: Mapping[str, nn.Module], plan: AdapterPlan) 
     return found
 
 
-def add_words(tokenizer: Any, encoder: Any, plan: TextPlan) -> None:
-    """Give a tokenizer the plan's new words, and its encoder rows for them."""
-    table: nn.Embedding = encoder.get_input_embeddings()
-    first, rows, names, counts = len(tokenizer), [], [], {}
+def beginnings(model: Model, name: str, plan: TextPlan) -> dict[str, Tensor]:
+    """What the plan's new words begin with in the encoder of this name, by word: [N, D].
+
+    Raises:
+        Refused: a file that is no embedding, or one of another base.
+    """
+    known = readers(model)
+    tokenizer, encoder = known[name]
+    table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
+    table, found = table.table if isinstance(table, Taught) else table, {}
     for number, (word, like) in enumerate(plan.tokens):
-        check_word(word, tokenizer)
-        own = beginning(tokenizer, table, like, plan.seed + number)
-        rows.append(own)
-        counts[word] = len(own)
+        if like.endswith(embeddings.SUFFIX):
+            rows = embeddings.divided(model.origin, {one: part for one, (_, part) in known.items()}, like)
+            like = "" if name not in rows else like
+            found[word] = rows.get(name)
+        if found.get(word) is None:
+            found[word] = beginning(tokenizer, table, like, plan.seed + number)
+    return found
+
+
+def add_rows(tokenizer: Any, encoder: Any, words: Mapping[str, Tensor]) -> None:
+    """Give a tokenizer new words, and its encoder rows [N, D] for each."""
+    table: nn.Embedding = encoder.get_input_embeddings()
+    first, names = len(tokenizer), []
+    for word, own in words.items():
         names += spelt(word, len(own))
     tokenizer.add_tokens(names)
     numbers = tokenizer.convert_tokens_to_ids(names)
     if numbers != list(range(first, first + len(names))):
         raise Failed(f"{type(tokenizer).__name__} numbers the new words {numbers}, not from {first} on.")
     table.requires_grad_(False)
-    encoder.set_input_embeddings(Taught(table, first, torch.cat(rows), counts).to(table.weight.device))
+    counts = {word: len(own) for word, own in words.items()}
+    rows = torch.cat([own.to(table.weight.device, torch.float32) for own in words.values()])
+    encoder.set_input_embeddings(Taught(table, first, rows, counts).to(table.weight.device))
 
 
-def check_word(word: str, tokenizer: Any) -> None:
+def check_word(word: str, tokenizer: Any, key: str = "model.tokens") -> None:
     """Raises Refused for a new word that is none."""
     if not word or word.split() != [word]:
-        raise Refused(f'model.tokens: "{word}" is no single word. Write, for example, "<cat>=a cat".')
+        raise Refused(f'{key}: "{word}" is no single word. Write, for example, "<cat>=…".')
     if word in tokenizer.get_vocab():
-        raise Refused(
-            f'model.tokens: the base knows the word "{word}" already. Choose another, as "<{word}>".'
-        )
+        raise Refused(f'{key}: the base knows the word "{word}" already. Choose another, as "<{word}>".')
 
 
 def spelt(word: str, count: int) -> list[str]:
@@ -327,7 +346,16 @@ def settled(pipe: Any) -> Iterator[None]:
 def write_plan(folder: Path, plan: TextPlan) -> None:
     """Remember what is taught."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / FILE, json.dumps({"format": FORMAT, **asdict(plan)}, indent=1))
+    tokens = []
+    for number, (word, like) in enumerate(plan.tokens):
+        if like.endswith(embeddings.SUFFIX):
+            kept = f"word-{number}{embeddings.SUFFIX}"
+            if Path(like) != folder / kept:
+                write_atomic(folder / kept, Path(like).read_bytes())
+            like = kept
+        tokens.append((word, like))
+    written = {"format": FORMAT, **asdict(plan), "tokens": tokens}
+    write_atomic(folder / FILE, json.dumps(written, indent=1))
 
 
 def read_plan(folder: Path) -> TextPlan | None:
@@ -351,5 +379,8 @@ def read_plan(folder: Path) -> TextPlan | None:
         if lora
         else None
     )
-    tokens = tuple((word, like) for word, like in said["tokens"])
+    tokens = tuple(
+        (word, str(folder / like) if like.endswith(embeddings.SUFFIX) else like)
+        for word, like in said["tokens"]
+    )
     return TextPlan(adapter, tokens, said["seed"], said["alone"])

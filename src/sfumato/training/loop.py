@@ -307,11 +307,11 @@ class _Loop:
         is_best = self.duties.attend(step, is_last, self.signals) and self.settings.keep_best
         self.owes = False
         if step % self.settings.save_every == 0 or is_last or is_best or self.verdict.is_over:
-            self.save()
+            self.save(goes_on=not (is_last or self.verdict.is_over))
 
     # ------------------------------------------------------------------------- saving and resuming
 
-    def save(self) -> Path:
+    def save(self, goes_on: bool = True) -> Path:
         """Write a checkpoint of this moment, unless a number in it is not finite."""
         if not self.asks_every_step and bool(self.bad):
             self.blow_up()
@@ -328,14 +328,15 @@ class _Loop:
         settings = self.settings
         best = self.verdict.best if settings.keep_best else 0
         if self.processes.leads or self.held.shards is not None:
-            self.saver.save(self.step, groups, state, Keep(settings.keep, settings.keep_every, best))
+            kept = Keep(settings.keep, settings.keep_every, best)
+            self.saver.save(self.step, groups, state, kept, goes_on)
         self.saved = self.step, self.owes
         return self.run.checkpoint_folder(self.step)
 
     def leave(self, stopped: Stopped) -> None:
         """Save, if this step is not saved yet, and say how to go on."""
         is_saved = self.saved == (self.step, self.owes)
-        folder = self.run.checkpoint_folder(self.step) if is_saved else self.save()
+        folder = self.run.checkpoint_folder(self.step) if is_saved else self.save(goes_on=False)
         self.saver.wait()
         self.run.event("stop", step=self.step, reason=stopped.signal.name, sync=True)
         self.say(

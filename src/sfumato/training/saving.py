@@ -39,9 +39,18 @@ class Saver:
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
     _writing: tuple[int, Keep, Future[Path]] | None = field(default=None, repr=False)
 
-    def save(self, step: int, groups: Mapping[str, Tensors], state: Mapping[str, Any], keep: Keep) -> None:
+    def save(
+        self,
+        step: int,
+        groups: Mapping[str, Tensors],
+        state: Mapping[str, Any],
+        keep: Keep,
+        goes_on: bool = True,
+    ) -> None:
         """Save the checkpoint of `step`; what was begun before is finished first.
 
+        Args:
+            goes_on: steps follow, so that a copy is worth its memory.
         Raises:
             Failed: the disk has no room for it. Refused: it is not writable.
         """
@@ -49,7 +58,7 @@ class Saver:
         if self.shards is not None:
             self._save_part(self.shards, step, groups, state, keep)
             return
-        if not self.background or not has_memory(groups):
+        if not (self.background and goes_on and has_memory(groups)):
             checkpoint.save(self.run, step, groups, state, keep)
             return
         folder = checkpoint.prepare(self.run, step, groups)

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from ..errors import Failed
 from ..generation import PaintingModel
 from ..stages import adapters, exchange, teaching
+from ..stages.embeddings import PARAMS, called
 from ..stages.lora_file import sorted_by_layer
 from ..stages.seal import save_sealed
 from ..stages.teaching import Taught, TextPlan
-
-CLIPS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
 @dataclass
@@ -112,11 +111,10 @@ def taught(model: PaintingModel) -> dict[str, Taught]:
 def learned(model: PaintingModel, plan: TextPlan) -> float:
     """How far the new words are from where they began, over their rows' deviation."""
     moved = 0.0
-    for name, (tokenizer, _) in teaching.readers(model).items():
-        table = taught(model)[name]
-        for number, (word, like) in enumerate(plan.tokens):
-            began = teaching.beginning(tokenizer, table.table, like, plan.seed + number)
-            now = table.rows()[word]
+    for name in teaching.readers(model):
+        table, beginnings = taught(model)[name], teaching.beginnings(model, name, plan)
+        for word, _ in plan.tokens:
+            began, now = beginnings[word], table.rows()[word]
             moved = max(moved, float((now - began.to(now)).abs().max() / began.std()))
     return moved
 
@@ -131,23 +129,17 @@ def write_words(model: PaintingModel, to: str, folder: Path, info: Mapping[str, 
             raise Failed(f"Two new words would be written into {file.name}. Name them more differently.")
         rows = {called(model.origin, home): table.rows()[word].contiguous() for home, table in tables.items()}
         if len(rows) == 1:
-            rows = {word if to == "diffusers" else "emb_params": next(iter(rows.values()))}
+            rows = {word if to == "diffusers" else PARAMS: next(iter(rows.values()))}
         save_sealed(rows, file, info)
         files[file] = word
     return files
-
-
-def called(pipe: Any, home: str) -> str:
-    """What others call an encoder in a file of embeddings."""
-    is_t5 = type(getattr(pipe, home)).__name__.startswith(("T5", "UMT5"))
-    return "t5xxl" if is_t5 else CLIPS.get(home, home)
 
 
 def read_words(pipe: Any, file: Path, word: str) -> None:
     """Let diffusers load what was written, as its documentation says."""
     rows = load_file(file)
     if len(rows) == 1:
-        given: Any = str(file) if word in rows else rows["emb_params"]
+        given: Any = str(file) if word in rows else rows[PARAMS]
         pipe.load_textual_inversion(given, token=word)
         return
     for home in [name for name in pipe.components if name.startswith("text_encoder")]:

@@ -14,6 +14,7 @@ from ..generation import PaintingModel, load
 from ..recipe import DEFAULT, Recipe
 from ..stages import adapters, blocks, narrow, reference, starting, teaching
 from ..stages.adapters import AdapterPlan
+from ..stages.embeddings import SUFFIX
 from ..stages.exchange import Change
 from ..stages.guides import GuidedDenoiser
 from ..stages.guides.plan import write_plans
@@ -120,9 +121,10 @@ def check_text(base: PaintingModel, plan: TextPlan) -> None:
         for encoder in teaching.lora_encoders(base).values():
             plan.lora.config(adapters.chosen(encoder, plan.lora, teaching.TARGETS))
     if plan.tokens:
-        for tokenizer, _ in teaching.readers(base).values():
+        for name, (tokenizer, _) in teaching.readers(base).items():
             for word, _ in plan.tokens:
                 teaching.check_word(word, tokenizer)
+            teaching.beginnings(base, name, plan)
 
 
 def check_said(tokens: tuple[str, ...], captions: Any) -> None:
@@ -239,6 +241,9 @@ def text_plan_of(recipe: Recipe, plan: AdapterPlan | None = None) -> TextPlan:
         lora = replace(plan, targets=("auto",))
     words = [token.partition("=") for token in model.tokens]
     tokens = tuple((word.strip(), like.strip()) for word, _, like in words)
+    if any(like.endswith(SUFFIX) and not Path(like).is_file() for _, like in tokens):
+        kept = teaching.read_plan(Path(recipe.output) / "model")  # a run that has begun has its own copy
+        tokens = tokens if kept is None else kept.tokens
     return TextPlan(
         lora if model.train_text == "lora" else None, tokens, recipe.seed, model.train == "tokens"
     )
