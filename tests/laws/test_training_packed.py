@@ -94,9 +94,10 @@ def alone(kind: str, step: int, **changes: object) -> tuple[dict[int, Tensor], n
     """The losses of a step's samples, each computed by itself; their mean is differentiated."""
     plain, found = objective(kind, packed=False, **changes), {}
     indices, epoch = plain.order.at(step)
+    told = plain.moments([plain.encoded.ids[index] for index in indices], step)
     for place, index in enumerate(indices):
         batch = plain.encoded.read([index], 3, epoch)
-        drawn = plain.draw(batch.ids, batch.latents, step, at=[place])
+        drawn = plain.noised(told.rows([place]), batch.ids, batch.latents, step)
         loss = plain.measure(batch.latents, drawn, plain.rows(batch))
         (loss.sum() / len(indices)).backward()
         found[batch.ids[0]] = loss.detach()[0]

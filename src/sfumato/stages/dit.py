@@ -27,12 +27,7 @@ from sfumato.errors import Refused
 
 from .interface import Condition, Denoiser
 from .positions import Angles, moments, places, rotary, rotary_in_time, sinusoids, turn
-from .ragged import Group, Ragged
-
-
-def along(told: Tensor, x: Tensor) -> Tensor:
-    """What all tokens of x [B, N, D] are told: [B, D] → [B, 1, D]; of frames [B, F, D] → [B, N, D]."""
-    return told[:, None] if told.ndim == 2 else told.repeat_interleave(x.shape[1] // told.shape[1], 1)
+from .ragged import Group, Ragged, along
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -76,38 +71,47 @@ class Block(nn.Module):
 
         Where perturbed [B] is true each token sees itself alone (arXiv:2403.17377).
         """
-        told = self.text_kv(text) if text is not None and self.text_kv is not None else None
-        return self.out(self.look(self.qkv(x), told, mask, angles, frames, perturbed))
+        words = self.words(text)
+        seen = self.look(*self.keyed(self.qkv(x), angles), words, mask, frames, perturbed)
+        return self.out(seen.transpose(1, 2).flatten(2))
+
+    def keyed(self, qkv: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3D] → queries and keys, normalised and turned, and values [B, heads, N, d]."""
+        q, k, v = self.split(qkv, 3)
+        return turn(self.q_norm(q), *angles), turn(self.k_norm(k), *angles), v
+
+    def words(self, text: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Text [B, L, D] → its keys and values [B, heads, L, d]; None where none is heard."""
+        if text is None or self.text_kv is None:
+            return None
+        k, v = self.split(self.text_kv(text), 2)
+        return self.k_norm(k), v
 
     def look(
         self,
-        qkv: Tensor,
-        told: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        words: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        angles: Angles,
         frames: int,
         perturbed: Tensor | None = None,
     ) -> Tensor:
-        """What tokens with qkv [B, N, 3D] see of each other and of text's keys and values [B, L, 2D]."""
-        q, k, v = self.split(qkv, 3)
-        own = v
-        q, k = turn(self.q_norm(q), *angles), turn(self.k_norm(k), *angles)
+        """What q [B, heads, N, d] see of k and v, and of words where mask [B, L] allows."""
+        own, batch = v, len(q)
         q, k, v = (self.gather(one, frames) for one in (q, k, v))
-        groups = len(q) // len(qkv)
-        if told is not None:
-            text_k, text_v = self.split(told, 2)
+        groups = len(q) // batch
+        if words is not None:
             k, v = (
                 torch.cat((own, told.repeat_interleave(groups, 0) if groups > 1 else told), dim=2)
-                for own, told in ((k, self.k_norm(text_k)), (v, text_v))
+                for own, told in zip((k, v), words, strict=True)
             )
             if mask is not None:
                 mask = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
                 mask = mask.repeat_interleave(groups, 0) if groups > 1 else mask
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        seen = self.scatter(seen, frames, len(qkv))
-        if perturbed is not None:
-            seen = torch.where(perturbed.view(-1, 1, 1, 1), own, seen)
-        return seen.transpose(1, 2).flatten(2)
+        seen = self.scatter(seen, frames, batch)
+        return seen if perturbed is None else torch.where(perturbed.view(-1, 1, 1, 1), own, seen)
 
     def gather(self, x: Tensor, frames: int) -> Tensor:
         """[B, heads, F·n, d] → those that look at each other: [B·F, …, n, d] or [B·n, …, F, d]."""
@@ -145,39 +149,24 @@ class Block(nn.Module):
 
     def ragged(self, x: Tensor, time: Tensor, text: Tensor | None, of: Ragged) -> Tensor:
         """The same of samples of several shapes: x [1, N, D], time [T, D], text [1, M, D] → [1, N, D]."""
-        told, parts = [one.chunk(6, dim=-1) for one in of.told(self.modulation(time))], of.split(x)
-        inside = of.join([modulate(part, one[0], one[1]) for part, one in zip(parts, told, strict=True)])
-        words = self.text_kv(text) if text is not None and self.text_kv is not None else None
-        seen = of.split(self.out(self.look_ragged(self.qkv(inside), words, of)))
-        parts = [
-            torch.addcmul(part, along(one[2], part), found)
-            for part, one, found in zip(parts, told, seen, strict=True)
-        ]
-        inside = of.join([modulate(part, one[3], one[4]) for part, one in zip(parts, told, strict=True)])
-        made = of.split(self.down(F.relu(self.up(inside)).square()))
-        return of.join(
-            [
-                torch.addcmul(part, along(one[5], part), found)
-                for part, one, found in zip(parts, told, made, strict=True)
-            ]
-        )
+        told = zip(*(one.chunk(6, dim=-1) for one in of.told(self.modulation(time))), strict=True)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = told
+        q, k, v = self.keyed(self.qkv(of.modulated(x, shift_a, scale_a)), of.angles)
+        seen = self.look_ragged(q, k, v, self.words(text), of)
+        x = of.added(x, gate_a, self.out(seen.transpose(1, 2).flatten(2)))
+        hidden = F.relu(self.up(of.modulated(x, shift_m, scale_m))).square()
+        return of.added(x, gate_m, self.down(hidden))
 
-    def look_ragged(self, qkv: Tensor, words: Tensor | None, of: Ragged) -> Tensor:
-        """What tokens with qkv [1, N, 3D] see of their sample and its words' keys and values [1, M, 2D]."""
+    def look_ragged(
+        self, q: Tensor, k: Tensor, v: Tensor, words: tuple[Tensor, Tensor] | None, of: Ragged
+    ) -> Tensor:
+        """What q [1, heads, N, d] see of their own sample's k and v, and of its words [1, heads, M, d]."""
         if of.flex and self.over == "all":
-            q, k, v = self.split(qkv, 3)
-            q, k = turn(self.q_norm(q), *of.angles), turn(self.k_norm(k), *of.angles)
             if words is not None:
-                text_k, text_v = self.split(words, 2)
-                k, v = torch.cat((k, self.k_norm(text_k)), 2), torch.cat((v, text_v), 2)
-            return of.attend(q, k, v).transpose(1, 2).flatten(2)
-        told = of.words(words) if words is not None else [None] * len(of.groups)
-        return of.join(
-            [
-                self.look(mine, heard, group.mask, group.angles, group.frames)
-                for mine, heard, group in zip(of.split(qkv), told, of.groups, strict=True)
-            ]
-        )
+                k, v = (torch.cat((own, told), 2) for own, told in zip((k, v), words, strict=True))
+            return of.attend(q, k, v)
+        parts = zip(*(of.heads(one) for one in (q, k, v)), of.spoken(words), of.groups, strict=True)
+        return of.rejoined([self.look(*mine, told, g.mask, g.frames) for *mine, told, g in parts])
 
 
 class DiT(Denoiser):
@@ -277,16 +266,18 @@ class DiT(Denoiser):
             return self.label(condition["labels"])
         return condition.get("pooled")
 
-    def heard(self, clock: Tensor, condition: Condition) -> Tensor:
+    def heard(self, clock: Tensor, pooled: Tensor | None) -> Tensor:
         """Time and the condition's summary in one vector: [B, width], of frames' own times [B, F, width]."""
-        low, high = self.clock_range
-        time = self.time(sinusoids((clock.flatten() - low) * (1000 / (high - low)), 256))
-        time = time.unflatten(0, clock.shape)
-        pooled = self.summary(condition)
+        time = self.moment_of(clock.flatten()).unflatten(0, clock.shape)
         if pooled is None:
             return F.silu(time)
         told = self.pooled(pooled)
         return F.silu(time + (told if clock.ndim == 1 else told[:, None]))
+
+    def moment_of(self, clock: Tensor) -> Tensor:
+        """What a time [T] is to the blocks [T, width], before the condition's summary joins it."""
+        low, high = self.clock_range
+        return self.time(sinusoids((clock - low) * (1000 / (high - low)), 256))
 
     def forward(self, x: Tensor | Sequence[Tensor], clock: Tensor | Sequence[Tensor], condition: Any) -> Any:
         """x [B, C, (F,) H, W], clock [B] or [B, F], `tokens` [B, L, D], `mask` [B, L], `pooled` → as x.
@@ -299,8 +290,10 @@ class DiT(Denoiser):
         if not isinstance(x, Tensor):
             return self.together(x, clock, condition)
         assert isinstance(clock, Tensor)
-        tokens, (frames, rows, columns) = self.entered(x, condition), self.grid(x)
-        time, angles = self.heard(clock, condition), self.angles(frames, rows, columns, x.device)
+        frames, pooled = self.grid(x)[0], self.summary(condition)
+        canvas = self.canvas(pooled) if self.canvas is not None and pooled is not None else None
+        tokens = self.placed(self.enter(self.patches(x)), x, canvas)
+        time, angles = self.heard(clock, pooled), self.angles(*self.grid(x), x.device)
         text = self.text(condition["tokens"]) if "tokens" in condition else None
         mask = condition["mask"] if text is not None and "mask" in condition else None
         perturbed = condition.get("perturbed")
@@ -308,26 +301,35 @@ class DiT(Denoiser):
         for index, block in enumerate(self.blocks):
             alone = perturbed if index in middle else None
             tokens = block(tokens, time, text, mask, angles, frames, alone)
-        return self.left(tokens, self.last_modulation(time), x)
+        return self.laid(self.leave(modulate(tokens, *self.last_modulation(time).chunk(2, dim=-1))), x)
 
     def together(
         self, xs: Sequence[Tensor], clocks: Sequence[Tensor], conditions: Sequence[Condition]
     ) -> list[Tensor]:
-        """As `forward`, of batches of different shapes."""
-        heard = [self.heard(clock, one) for clock, one in zip(clocks, conditions, strict=True)]
+        """As `forward`, of batches of different shapes; what is not attention sees all of them at once."""
         of = Ragged(
             [
-                Group(len(x), *self.grid(x), self.angles(*self.grid(x), x.device), time.ndim == 3, one)
-                for x, time, one in zip(xs, heard, conditions, strict=True)
+                Group(len(x), *self.grid(x), self.angles(*self.grid(x), x.device), clock.ndim == 2, one)
+                for x, clock, one in zip(xs, clocks, conditions, strict=True)
             ]
         )
-        tokens = of.join([self.entered(x, one) for x, one in zip(xs, conditions, strict=True)])
-        time = torch.cat([one.flatten(0, -2) for one in heard])
+        summaries = [self.summary(one) for one in conditions]
+        pooled = (
+            torch.cat([one for one in summaries if one is not None]) if summaries[0] is not None else None
+        )
+        time = self.moment_of(torch.cat([clock.flatten() for clock in clocks]))
+        time = F.silu(time if pooled is None else time + of.spread(self.pooled(pooled)))
+        drawn = self.canvas is not None and pooled is not None
+        canvases = of.samples(self.canvas(pooled)) if drawn else [None] * len(xs)
+        entered = of.split(self.enter(of.join([self.patches(x) for x in xs])))
+        tokens = of.join([self.placed(*one) for one in zip(entered, xs, canvases, strict=True)])
         text = self.text(of.said) if of.said is not None else None
         for block in self.blocks:
             tokens = block(tokens, time, text, None, of)
         told = of.told(self.last_modulation(time))
-        return [self.left(*one) for one in zip(of.split(tokens), told, xs, strict=True)]
+        shift, scale = zip(*(one.chunk(2, dim=-1) for one in told), strict=True)
+        out = of.split(self.leave(of.modulated(tokens, shift, scale)))
+        return [self.laid(*one) for one in zip(out, xs, strict=True)]
 
     def grid(self, x: Tensor) -> tuple[int, int, int]:
         """Frames, rows and columns of tokens of x [B, C, (F,) H, W]."""
@@ -335,24 +337,15 @@ class DiT(Denoiser):
             raise Refused("This DiT draws pictures, not clips. Train one on clips: set data.frames.")
         return (x.shape[2] if x.ndim == 5 else 1), x.shape[-2] // self.patch, x.shape[-1] // self.patch
 
-    def entered(self, x: Tensor, condition: Condition) -> Tensor:
-        """x [B, C, (F,) H, W] as tokens [B, N, D] that know their places, on the canvas if there is one."""
-        frames, rows, columns = self.grid(x)
+    def patches(self, x: Tensor) -> Tensor:
+        """[B, C, (F,) H, W] → [B·F, rows·columns, C·patch²]."""
         flat = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
-        patches = F.pixel_unshuffle(flat, self.patch).flatten(2).transpose(1, 2)
-        tokens = self.enter(patches) + self.place(places(rows, columns, x.device).to(x.dtype))
-        if self.moment is not None:
-            when = self.moment(moments(frames, x.device).to(x.dtype))
-            tokens = (tokens.unflatten(0, (-1, frames)) + when[:, None]).flatten(1, 2)
-        pooled = self.summary(condition)
-        if self.canvas is not None and pooled is not None:
-            tokens = tokens + self.sketch(pooled, frames, rows, columns)
-        return tokens
+        return F.pixel_unshuffle(flat, self.patch).flatten(2).transpose(1, 2)
 
-    def left(self, tokens: Tensor, told: Tensor, x: Tensor) -> Tensor:
-        """Tokens [B, N, D], modulated by told [B, 2D] or [B, F, 2D], as an answer like x."""
-        (frames, rows, columns), (shift, scale) = self.grid(x), told.chunk(2, dim=-1)
-        out = self.leave(modulate(tokens, shift, scale)).unflatten(1, (frames, -1)).flatten(0, 1)
+    def laid(self, out: Tensor, x: Tensor) -> Tensor:
+        """What leaves the tokens [B, N, …] as an answer like x; of clips x itself as far as they say."""
+        frames, rows, columns = self.grid(x)
+        out = out.unflatten(1, (frames, -1)).flatten(0, 1)
         out = out.transpose(1, 2).unflatten(-1, (rows, columns))
         drawn = F.pixel_shuffle(out[:, self.gains :], self.patch)
         if self.gains:
@@ -360,13 +353,18 @@ class DiT(Denoiser):
             drawn = torch.addcmul(drawn, gain, x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x)
         return drawn.unflatten(0, (-1, frames)).transpose(1, 2) if x.ndim == 5 else drawn
 
-    def sketch(self, pooled: Tensor, frames: int, rows: int, columns: int) -> Tensor:
-        """The canvas [B, F·rows·columns, width] that the summary draws."""
-        assert self.canvas is not None
-        grid = self.canvas(pooled)
-        if self.frames:
-            return F.interpolate(grid, (frames, rows, columns), mode="trilinear").flatten(2).transpose(1, 2)
-        return F.interpolate(grid, (rows, columns), mode="bilinear").flatten(2).transpose(1, 2)
+    def placed(self, tokens: Tensor, x: Tensor, canvas: Tensor | None) -> Tensor:
+        """Tokens [B, N, D] of x that know their places and moments, on the canvas [B, D, …] if any."""
+        frames, rows, columns = self.grid(x)
+        there = self.place(places(rows, columns, x.device).to(x.dtype))
+        tokens = tokens.reshape(len(x), frames, rows * columns, -1) + there
+        if self.moment is not None:
+            tokens = tokens + self.moment(moments(frames, x.device).to(x.dtype))[:, None]
+        tokens = tokens.flatten(1, 2)
+        if canvas is None:
+            return tokens
+        size, way = ((frames, rows, columns), "trilinear") if self.frames else ((rows, columns), "bilinear")
+        return tokens + F.interpolate(canvas, size, mode=way).flatten(2).transpose(1, 2)
 
     def angles(self, frames: int, rows: int, columns: int, device: torch.device) -> Angles:
         """What turns queries and keys: two axes for a network of pictures, three for one of clips."""

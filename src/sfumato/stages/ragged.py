@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .condition import Condition
@@ -56,6 +57,11 @@ class Group:
         return self.condition.get("mask") if self.text is not None else None
 
 
+def along(told: Tensor, x: Tensor) -> Tensor:
+    """What all tokens of x [B, N, D] are told: [B, D] → [B, 1, D]; of frames [B, F, D] → [B, N, D]."""
+    return told[:, None] if told.ndim == 2 else told.repeat_interleave(x.shape[1] // told.shape[1], 1)
+
+
 class Ragged:
     """How groups of samples lie in one sequence, one after the other.
 
@@ -86,17 +92,52 @@ class Ragged:
             for part, group in zip(parts, self.groups, strict=True)
         ]
 
+    def samples(self, x: Tensor) -> list[Tensor]:
+        """[B, …] → [b, …] of each group."""
+        return list(x.split([group.count for group in self.groups]))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[B, D] → [T, D]: what a sample is told is told each of its frames, where they are told apart."""
+        if not any(group.apart for group in self.groups):
+            return x
+        parts = zip(self.samples(x), self.groups, strict=True)
+        return torch.cat([one.repeat_interleave(g.told // g.count, 0) for one, g in parts])
+
     @cached_property
     def said(self) -> Tensor | None:
         """All words, one sample's after the other's: [1, M, D]; None where nothing is said."""
         texts = [group.text for group in self.groups]
         return self.join([one for one in texts if one is not None]) if texts[0] is not None else None
 
-    def words(self, x: Tensor) -> list[Tensor]:
-        """[1, M, D] → [b, L, D] of each group."""
+    def modulated(self, x: Tensor, shift: Sequence[Tensor], scale: Sequence[Tensor]) -> Tensor:
+        """x [1, N, D] normalised over D, then x·(1 + scale) + shift with those of each group."""
+        parts = zip(self.split(F.layer_norm(x, x.shape[-1:])), shift, scale, strict=True)
+        return self.join([torch.addcmul(along(b, one), one, 1 + along(a, one)) for one, b, a in parts])
+
+    def added(self, x: Tensor, gate: Sequence[Tensor], y: Tensor) -> Tensor:
+        """x + gate · y for x, y [1, N, D], with the gate of each group."""
+        parts = zip(self.split(x), gate, self.split(y), strict=True)
+        return self.join([torch.addcmul(one, along(g, one), other) for one, g, other in parts])
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        """[1, heads, N, d] → [b, heads, n, d] of each group."""
+        parts = zip(x[0].split(self.sizes, 1), self.groups, strict=True)
+        return [part.unflatten(1, (group.count, -1)).transpose(0, 1) for part, group in parts]
+
+    def rejoined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `heads`."""
+        return torch.cat([part.transpose(0, 1).flatten(1, 2) for part in parts], 1)[None]
+
+    def spoken(self, words: tuple[Tensor, Tensor] | None) -> list[tuple[Tensor, Tensor] | None]:
+        """Keys and values of all words, each [1, heads, M, d] → those of each group [b, heads, L, d]."""
+        if words is None:
+            return [None] * len(self.groups)
         shapes = [group.text.shape[:2] for group in self.groups if group.text is not None]
-        parts = x[0].split([shape.numel() for shape in shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+        apart = [
+            zip(one[0].split([shape.numel() for shape in shapes], 1), shapes, strict=True) for one in words
+        ]
+        keys, values = ([part.unflatten(1, shape).transpose(0, 1) for part, shape in one] for one in apart)
+        return list(zip(keys, values, strict=True))
 
     # ------------------------------------------------------------------------- documents
 

@@ -7,7 +7,7 @@ caption depend on the sample, not on the part it is in.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -116,11 +116,13 @@ class Drawn:
         """A theory's `mix` or `target` of (x_0, x_T, t); frame by frame where frames have their own times."""
         return by_frame(form, x_0, self.x_T, self.t) if self.t.ndim > 1 else form(x_0, self.x_T, self.t)
 
-    def first(self, count: int) -> "Drawn":
-        """The same of the first `count` samples."""
-        without = {name: dropped[:count] for name, dropped in self.without.items()}
-        known = None if self.known is None else self.known[:count]
-        return Drawn(self.t[:count], self.x_T[:count], self.dropped[:count], without, known)
+    def rows(self, at: slice | list[int]) -> "Drawn":
+        """The same of some of the samples."""
+        without = {name: dropped[at] for name, dropped in self.without.items()}
+        known, quantiles, importance = (
+            None if one is None else one[at] for one in (self.known, self.quantiles, self.importance)
+        )
+        return Drawn(self.t[at], self.x_T[at], self.dropped[at], without, known, quantiles, importance)
 
 
 class Prepared(NamedTuple):
@@ -220,44 +222,41 @@ class DiffusionObjective:
         cuts = batch.framings.unbind()  # pyright: ignore[reportAttributeAccessIssue]
         return [{**row, framing: cut} for row, cut in zip(conditions, cuts, strict=True)]
 
-    def draw(
-        self,
-        ids: Sequence[int],
-        x_0: Tensor,
-        step: int,
-        part: int = 0,
-        parts: int = 1,
-        at: Sequence[int] | None = None,
-    ) -> Drawn:
-        """Times, noise and dropped captions of these samples in this step; `at`: their places in the part,
-        where they are not all of it."""
+    def draw(self, ids: Sequence[int], x_0: Tensor, step: int, part: int = 0, parts: int = 1) -> Drawn:
+        """Times, noise and dropped captions of these samples in this step."""
+        return self.noised(self.moments(ids, step, part, parts), ids, x_0, step)
+
+    def moments(self, ids: Sequence[int], step: int, part: int = 0, parts: int = 1) -> Drawn:
+        """All that is drawn for these samples but the noise, whatever their shapes."""
         u = noise.uniform(self.seed, ids, step=step, purpose="time")
         if self.stratified:
-            u = self._spread(u, step, part, parts, at)
+            u = self._spread(u, step, part, parts)
         importance = None
         if self.adaptive is not None:
             u, importance = self.adaptive(u, step)
-        t = self.density(self.model.theory, u)
-        shape = tuple(x_0.shape[1:])
-        x_T = noise.normal(shape, self.seed, ids, step=step, purpose="noise", device=x_0.device)
         dropped = noise.uniform(self.seed, ids, step=step, purpose="caption") < self.caption_dropout
         without = {
             name: noise.uniform(self.seed, ids, step=step, purpose=f"without {name}") < share
             for name, share in self.dropout.items()
         }
-        known = None
+        quantiles = None if importance is None else u
+        t = self.density(self.model.theory, u)
+        return Drawn(t, torch.empty(len(ids), 0), dropped, without, None, quantiles, importance)
+
+    def noised(self, drawn: Drawn, ids: Sequence[int], x_0: Tensor, step: int) -> Drawn:
+        """With the noise of samples x_0 [b, C, …], and of clips the times of their frames."""
+        t, known, shape = drawn.t, None, tuple(x_0.shape[1:])
+        x_T = noise.normal(shape, self.seed, ids, step=step, purpose="noise", device=x_0.device)
         if x_0.ndim == 5 and not self.frame_times.is_plain:
             frames = x_0.shape[2]
             t, known = self.frame_times(self.model.theory, self.density, t, frames, self.seed, ids, step)
             known = known.to(x_0.device)
-        quantiles = None if importance is None else u
-        return Drawn(t.to(x_0.device), x_T, dropped, without, known, quantiles, importance)
+        return replace(drawn, t=t.to(x_0.device), x_T=x_T, known=known)
 
-    def _spread(self, u: Tensor, step: int, part: int, parts: int, at: Sequence[int] | None) -> Tensor:
+    def _spread(self, u: Tensor, step: int, part: int, parts: int) -> Tensor:
         """Put each of the u [b] into its own of the batch's equal strata, which a permutation deals out."""
         count = len(self.order.at(step)[0])
         strata = noise.permutation(count, self.seed, "strata", step)[share(count, part, parts)]
-        strata = strata if at is None else strata[list(at)]
         return (strata.to(u) + u) / count
 
     def measure(self, x_0: Tensor, drawn: Drawn, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:

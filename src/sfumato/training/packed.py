@@ -56,11 +56,12 @@ class PackedObjective(DiffusionObjective):
         if coming is not None:  # a set that encodes ahead
             coming(step)
         mine, groups = indices[share(len(indices), part, parts)], []
+        drawn = self.moments([self.encoded.ids[index] for index in mine], step, part, parts)
         for places in alike(mine, cast(Any, self.encoded).buckets):
             batch = self.encoded.read([mine[place] for place in places], self.seed, epoch)
             x_0 = batch.latents.to(self.model.device, torch.float32)
-            drawn = self.draw(batch.ids, x_0, step, part, parts, places)
-            groups.append(Prepared(batch, x_0, drawn, len(indices)))
+            own = self.noised(drawn.rows(places), batch.ids, x_0, step)
+            groups.append(Prepared(batch, x_0, own, len(indices)))
         return Pack(groups, len(indices))
 
     def losses(self, step: int, part: int, parts: int) -> Losses:

@@ -201,7 +201,7 @@ def _overfits(
     held = Held(network, fast)
     batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
     few = slice(0, min(FEW, len(x_0)))
-    small = drawn.first(few.stop)
+    small = drawn.rows(few)
     losses = []
     for step in range(tries):
         loss = objective.measure(x_0[few], small, list(objective.rows(batch))[few]).mean()

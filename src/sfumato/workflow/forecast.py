@@ -69,7 +69,6 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     found["steps_per_epoch"] = max(1, round(shown) // recipe.train.batch)
     if callable(gathered.bucket_of):
         found["buckets"] = _buckets(recipe, train, gathered.bucket_of)
-    sizes = _sizes(recipe, train, gathered.bucket_of)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(gathered.device)
     found["precision"] = devices.effective_precision(
@@ -77,7 +76,9 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     )
     model.to(gathered.device)
     captions = [sample.captions for sample in train]
-    step = cost(recipe, model, captions, network, many or started(), sizes)
+    step = cost(
+        recipe, model, captions, network, many or started(), _sizes(recipe, train, gathered.bucket_of)
+    )
     found |= told_of(
         recipe, step, phases.all_of(recipe, model, network, gathered, step, home), gathered.device
     )
