@@ -16,6 +16,7 @@ from sfumato.stages.interface import Denoiser, Model
 from sfumato.stages.ragged import Ragged
 from sfumato.theory import get, noise
 from sfumato.training import plan as planning
+from sfumato.training import probing
 from sfumato.training.loop import fit
 from sfumato.training.objective import DiffusionObjective
 from sfumato.training.packed import PackedObjective
@@ -27,7 +28,7 @@ WORLDS = {
     "pictures": (PICTURES, {}),
     "classes": (PICTURES, {"text_width": 0, "classes": 3}),
     "unconditional": (PICTURES, {"text_width": 0}),
-    "clips": (CLIPS, {"frames": 3}),
+    "clips": (CLIPS, {"frames": 3, "direct": True}),
     "factorised": (CLIPS, {"frames": 3, "attention": "factorised"}),
 }
 
@@ -179,7 +180,7 @@ def test_what_is_counted_for_a_packed_step_is_what_it_saves():
     counted = planning.count(dit, inputs)
     real = planning.saved_bytes(lambda: dit(*inputs), dit)
     assert counted.kept == pytest.approx(real, rel=0.02)  # attention keeps a little less of its own
-    assert planning.probe(dit, inputs, TrainSettings(batch=5)).seconds > 0
+    assert probing.probe(dit, inputs, TrainSettings(batch=5)).seconds > 0
 
 
 @pytest.mark.parametrize("repeats", [None, [1.5] * 40 + [1.0] * 57])

@@ -226,8 +226,7 @@ class DiT(Denoiser):
         self._config |= {"direct": True} if direct else {}
         self.frames, self.frames_apart = frames, bool(frames)
         self.patch, self.width, self.heads, self.head = patch, width, heads, width // heads
-        self.grain = patch
-        self.clock_range = clock_range
+        self.grain, self.clock_range = patch, clock_range
         self.enter = nn.Linear(channels * patch * patch, width)
         self.place = nn.Linear(32, width)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
