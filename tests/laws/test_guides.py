@@ -1,5 +1,6 @@
 """Laws of guides: new ones change nothing, trained ones act, and all come back from disk."""
 
+import base64
 import json
 
 import numpy as np
@@ -13,14 +14,16 @@ from sfumato.data.sample import HELD_OUT
 from sfumato.errors import Refused
 from sfumato.generation import PaintingModel, load
 from sfumato.recipe import Recipe
+from sfumato.record import RunFolder
 from sfumato.stages import Condition, blocks, new_theory
 from sfumato.stages.codec import PixelCodec
 from sfumato.stages.dit import DiT
 from sfumato.stages.guides import GuidePlan, guide
 from sfumato.stages.text import NoConditioner
+from sfumato.stages.unet import UNet
 from sfumato.workflow.forecast import plan
 
-KINDS = {"controlnet": "control", "ip-adapter": "reference", "edit": "edit_source"}
+KINDS = {"controlnet": "control", "ip-adapter": "reference", "edit": "edit_source", "control": "control"}
 
 
 def square(size: int = 16) -> Image.Image:
@@ -89,6 +92,20 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(kind):
     assert any(name.startswith("guides") and float(one.abs().max()) for name, one in once.items())
     for name, one in once.items():
         torch.testing.assert_close(again[name], one)
+
+
+def test_a_unet_reads_a_control_itself():
+    """Law: of our own networks the UNet too."""
+    torch.manual_seed(0)
+    unet = UNet(3, width=16, depth=1, heads=2, text_width=0)
+    painter = PaintingModel(
+        new_theory(""), PixelCodec(), NoConditioner(), unet, {"resolution": 16, "steps": 2}
+    )
+    guided = guide(painter, [GuidePlan("control")])
+    assert any(name.startswith("base.") for name in guided.learned())
+    torch.nn.init.normal_(guided.listed[0].read[-1].weight)
+    once, other = (painter.generate(control=one, seed=3)[0].tobytes() for one in (square(), square(12)))
+    assert once != other
 
 
 def test_two_controlnets_act_apart(model):
@@ -230,12 +247,29 @@ def test_an_edit_is_trained_from_a_recipe_and_drawn(tmp_path, monkeypatch):
     assert list((tmp_path / "edit" / "samples").iterdir())
 
 
+def test_a_model_from_scratch_reads_a_control_itself(tmp_path, monkeypatch):
+    """Law: the whole way: edges made, stored, trained along, shown beside what is drawn, loaded."""
+    monkeypatch.setattr(guided_shapes.edit, "__defaults__", (12, 0, 64, 4))
+    file = tmp_path / "edges.toml"
+    model = f'train = "full"\ntext = "none"\n{SMALL}'
+    more = 'control = "canny"\nflip = true\ndropout = ["control=0.1"]'
+    file.write_text(RECIPE.format(name="edges", model=model, data="shapes-edit", more=more))
+    run = sfumato.train(file)
+    assert run.model().info["guides"][0]["control"] == "canny"
+    assert run.model().generate(control=square())[0].size == (16, 16)
+    drawn = [event for event in RunFolder.open(run.path).events() if event["kind"] == "pictures"][-1]
+    shown = [run.path / name for name in drawn["shown"]["control"]]
+    assert len(shown) == len(drawn["files"]) and all(one.is_file() for one in shown)
+    page = (run.path / "report.html").read_text()
+    assert "control → drawn" in page and base64.b64encode(shown[0].read_bytes()).decode() in page
+
+
 def test_a_guide_needs_a_base_and_its_own_keys(tmp_path):
     """Law: keys that could not act are refused."""
     file = tmp_path / "control.toml"
     for model, more, said in (
         ('train = "controlnet"', "", "model.base"),
-        ('train = "full"', 'control = "canny"', "data.control"),
+        ('base = "runs/base"\ntrain = "lora"', 'control = "canny"', "data.control belongs to"),
     ):
         file.write_text(RECIPE.format(name="control", model=model, data="shapes", more=more))
         with pytest.raises(Refused, match=said):

@@ -8,6 +8,7 @@ from ..data.sample import Sample
 from ..generation.files import DEFAULT_FPS, contents, is_clip
 from ..record import write_atomic
 from ..theory import noise
+from ..workflow.preview import write_shown
 from .way import Seen
 
 JUDGED = 64
@@ -33,11 +34,13 @@ def draw(seen: Seen, prompts: list[str], group: str, **guides: Any) -> list[Any]
     pictures = seen.model.generate(prompts, seed=seeds, watch=watch, **guides)
     kind = "webp" if is_clip(pictures[0]) else "png"
     names = [f"{group}-{seen.step:06d}-{index:02d}.{kind}" for index in range(len(pictures))]
+    fps = float(seen.model.info.get("fps", DEFAULT_FPS))
     for index, (picture, name) in enumerate(zip(pictures, names, strict=True)):
         said = {"prompt": prompts[index], "seed": seeds[index], "step": seen.step}
-        fps = float(seen.model.info.get("fps", DEFAULT_FPS))
         write_atomic(seen.folder.samples / name, contents(picture, kind, said, fps)[f".{kind}"])
-    told = {"prompts": prompts, "seeds": seeds, "group": group}
+    told: dict[str, Any] = {"prompts": prompts, "seeds": seeds, "group": group}
+    if guides:
+        told["shown"] = write_shown(seen.folder, group, guides, fps)
     seen.folder.event("pictures", step=seen.step, files=[f"samples/{name}" for name in names], **told)
     return pictures
 

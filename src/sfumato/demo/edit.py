@@ -10,7 +10,7 @@ from .drawing import draw
 from .stages import companion, plan_of, unseen
 from .way import Seen, Task, Verdict
 
-PLAN = plan_of("edit", minutes=5.0, guidance=2.0, fewest=800)
+PLAN = plan_of("edit", minutes=5.0, guidance=2.0, fewest=1500)
 
 
 def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:

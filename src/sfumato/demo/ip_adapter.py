@@ -6,9 +6,9 @@ from .stages import Beside, companion, plan_of, unseen
 from .way import Seen, Task, Verdict
 
 BESIDE = Beside(
-    plan_of("ip-adapter", minutes=6.0, guidance=2.0, fewest=150),
+    plan_of("ip-adapter", minutes=6.0, guidance=2.0, fewest=500),
     base_share=2.5,
-    guide_cost=1.8,
+    guide_cost=1.3,
     base_data="shapes-alone",
     data={"reference": "reference", "dropout": ("reference=0.1",)},
 )

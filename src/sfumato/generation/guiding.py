@@ -28,6 +28,8 @@ WORDS = (
     "strength", "mask",
 )  # fmt: skip
 """Arguments of `generate` that are about pictures that guide."""
+CONTROLS = ("controlnet", "control")
+"""Kinds of guides that read a control picture."""
 REFERENCE = ("reference", "reference_scale", "reference_start", "reference_end")
 
 
@@ -214,21 +216,21 @@ def taken(
     found = Guiding(
         {name: encoded(model, guides[name], listed, size, frames) for name, listed in shown.items()},
         tuple(name for name in shown if kinds[name] == "ip-adapter"),
-        windows(said, [name for name, kind in kinds.items() if kind == "controlnet"], kinds),
+        windows(said, [name for name, kind in kinds.items() if kind in CONTROLS], kinds),
     )
     return begun(model, found, said, count, size, frames)
 
 
 def refuse(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     """Raises Refused for what could not act."""
-    for words, kind, what in (
-        (("control", "control_weight", "control_start", "control_end"), "controlnet", "ControlNet"),
-        (REFERENCE, "ip-adapter", "IP-Adapter"),
+    for words, some, what in (
+        (("control", "control_weight", "control_start", "control_end"), CONTROLS, "ControlNet"),
+        (REFERENCE, ("ip-adapter",), "IP-Adapter"),
     ):
         asked = [word for word in words if word in said]
-        if asked and kind not in kinds.values():
+        if asked and not set(some) & set(kinds.values()):
             raise Refused(
-                f'{asked[0]}: this model has no {what}. Train one (model.train = "{kind}"), or give a '
+                f'{asked[0]}: this model has no {what}. Train one (model.train = "{some[0]}"), or give a '
                 "trained one as guide."
             )
         if asked and words[0] not in said:
@@ -243,7 +245,7 @@ def refuse(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
 
 def pictures(said: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
     """The pictures by the guides' names; several ControlNets take a list, one for each."""
-    nets = [name for name, kind in kinds.items() if kind == "controlnet"]
+    nets = [name for name, kind in kinds.items() if kind in CONTROLS]
     found: dict[str, Any] = {name: said.get(name) for name in ("reference", "edit_source") if name in said}
     if "control" in said and len(nets) == 1:
         found[nets[0]] = said["control"]

@@ -99,15 +99,28 @@ def embedded(picture: Path | bytes, kind: str = "image/png") -> str:
     return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
 
 
-def gallery(pictures: Iterable[tuple[str, str, str]], small: bool = False) -> str:
-    """Pictures with their words beneath, each (address, words, small note)."""
-    cells = [
-        f'<figure class="picture"><img src="{address}" alt="{escape(words)}" loading="lazy">'
-        f"<figcaption>{escape(words)}{f'<small>{escape(note)}</small>' if note else ''}</figcaption></figure>"
-        for address, words, note in pictures
-        if address
-    ]
-    return f'<div class="gallery{" small" * small}">{"".join(cells)}</div>' if cells else ""
+def gallery(
+    pictures: Iterable[tuple[str, str, str]],
+    small: bool = False,
+    beside: Sequence[Sequence[tuple[str, str]]] = (),
+) -> str:
+    """Pictures with their words beneath, each (address, words, small note).
+
+    Args:
+        beside: what each was drawn from, (what it is, address): it stands before the picture.
+    """
+    cells = []
+    for index, (address, words, note) in enumerate(pictures):
+        if not address:
+            continue
+        before = beside[index] if index < len(beside) else ()
+        shown = [*before, (words, address)]
+        images = "".join(f'<img src="{one}" alt="{escape(what)}" loading="lazy">' for what, one in shown)
+        images = f'<div class="row">{images}</div>' if before else images
+        caption = f"{escape(words)}{f'<small>{escape(note)}</small>' if note else ''}"
+        cells.append(f'<figure class="picture">{images}<figcaption>{caption}</figcaption></figure>')
+    kinds = " small" * small + " pairs" * any(beside)
+    return f'<div class="gallery{kinds}">{"".join(cells)}</div>' if cells else ""
 
 
 def shares(parts: Sequence[tuple[str, float]]) -> str:

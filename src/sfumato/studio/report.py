@@ -31,6 +31,10 @@ SHARES = {
     "direction": ("Direction", "right, unseen captions"),
     "all": ("All of them", "right at once"),
     "reader": ("The reader", "right on clean drawings"),
+    "outline_iou": ("Outlines", "overlap (IoU), unseen captions"),
+    "reference_color": ("Reference's color", "right, unseen combinations"),
+    "edit_done": ("Edits", "done, unseen combinations"),
+    "kept_iou": ("What was to stay", "overlap (IoU) with the source"),
     "steadiness": ("Steadiness", "change from frame to frame, drawn and real"),
 }
 MOST_STEPS, MOST_ROWS = 9, 8
@@ -153,9 +157,29 @@ def _group(group: str | None) -> tuple[str, str]:
     return GROUPS.get(group, (_words(str(group)), ""))
 
 
-def _heading(group: str | None) -> str:
+def _heading(group: str | None, shown: Iterable[str] = ()) -> str:
+    """A group's name, its note, and what stands before each drawing."""
     name, note = _group(group)
-    return f'<h3 class="group">{escape(name)}<small>{escape(note)}</small></h3>'
+    name = name.replace("Captions", "Captions and pictures") if shown else name
+    before = "; ".join(
+        one for one in (note, ", ".join(map(_shown_name, shown)) + " → drawn" * bool(shown)) if one
+    )
+    return f'<h3 class="group">{escape(name)}<small>{escape(before)}</small></h3>'
+
+
+def _shown_name(name: str) -> str:
+    return {"image": "source"}.get(name, name.replace("_", " "))
+
+
+def _guides(run: RunFolder, event: Event, index: int) -> list[tuple[str, str]]:
+    """What guided a drawing of an event, each (what it is, address)."""
+    shown = event.get("shown") or {}
+    found = [
+        (_shown_name(what), embedded(run.path / files[index]))
+        for what, files in shown.items()
+        if index < len(files)
+    ]
+    return [one for one in found if one[1]]
 
 
 def _drawn_how(events: list[Event]) -> str:
@@ -189,9 +213,10 @@ def _latest(run: RunFolder, events: list[Event], judged: bool) -> str:
             )
             for index, file in enumerate(last.get("files", ()))
         ]
-        parts.append(
-            _heading(group) + gallery(pictures, small=judged) if any(one[0] for one in pictures) else ""
-        )
+        guides = [_guides(run, last, index) for index in range(len(pictures))]
+        there = any(one[0] for one in pictures)
+        heading = _heading(group, last.get("shown") or ())
+        parts.append(heading + gallery(pictures, judged, guides) if there else "")
     return "".join(parts)
 
 
@@ -206,11 +231,16 @@ def _strips(run: RunFolder, events: list[Event]) -> str:
         rows = []
         for row in range(min(len(chosen[-1].get("files", ())), MOST_ROWS)):
             words = prompts[row] if row < len(prompts) else ""
-            cells = "".join(_cell(run, event, row, words) for event in chosen)
+            guides = _guides(run, chosen[-1], row)
+            cells = "".join(f'<td><img src="{one}" alt="{escape(what)}"></td>' for what, one in guides)
+            cells += "".join(_cell(run, event, row, words) for event in chosen)
             rows.append(f"<tr><td>{escape(words)}</td>{cells}</tr>")
-        head = "".join(f"<th>{event.get('step') or 0:,}</th>" for event in chosen)
+        before = [*(_shown_name(what) for what in chosen[-1].get("shown") or ())]
+        names = [*before, *(f"{event.get('step') or 0:,}" for event in chosen)]
+        head = "".join(f"<th>{escape(name)}</th>" for name in names)
         strip = f'<table class="strip"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
-        parts.append(f'<div>{_heading(group)}<div class="wide">{strip}</div></div>')
+        heading = _heading(group, chosen[-1].get("shown") or ())
+        parts.append(f'<div>{heading}<div class="wide">{strip}</div></div>')
     return f'<div class="strips">{"".join(parts)}</div>' if parts else ""
 
 

@@ -16,7 +16,6 @@ from ..data.sample import Collection, Sample
 from ..generation import PaintingModel, load, painting
 from ..recipe import Recipe
 from ..record import RunFolder
-from ..stages import guides
 from ..studio import report
 from ..training import device as devices
 from ..training import parallel, probing
@@ -249,7 +248,7 @@ def gather(recipe: Recipe) -> Gathered:
     ahead.limit_of(recipe)
     guided.check(recipe)
     prior.check(recipe)
-    if recipe.model.train not in guides.KINDS:
+    if guided.plan_of(recipe) is None:
         companions.shares(recipe.data, recipe.data.companions)
     earlier = curriculum(recipe)
     base = base_of(recipe)

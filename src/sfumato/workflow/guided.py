@@ -22,11 +22,17 @@ from .preview import Group
 
 ITSELF = "picture"
 """The word for a sample's own picture."""
+CONTROL = "data.control"
 
 
 def check(recipe: Recipe) -> None:
     """Raises Refused for a key about guides that could not act."""
     kind, base = recipe.model.train, recipe.model.base
+    if kind == "controlnet" and base == "scratch":
+        raise Refused(
+            'model.train = "controlnet" guides a model that is there. Name one as model.base; or say '
+            'model.train = "full", and the new model reads data.control itself.'
+        )
     if kind in ("controlnet", "ip-adapter") and base == "scratch":
         raise Refused(
             f'model.train = "{kind}" guides a model that is there. Name one as model.base: train one first.'
@@ -35,7 +41,7 @@ def check(recipe: Recipe) -> None:
         ("model.control_layers", "controlnet"), ("data.control", "controlnet"),
         ("model.image_encoder", "ip-adapter"), ("data.reference", "ip-adapter"),
     ):  # fmt: skip
-        if recipe.origin(name) != DEFAULT and kind != wanted:
+        if recipe.origin(name) != DEFAULT and kind != wanted and not (name == CONTROL and kind == "full"):
             raise Refused(
                 f'{name} belongs to model.train = "{wanted}", but model.train is "{kind}". Say '
                 f'model.train = "{wanted}", or leave {name} out.'
@@ -45,10 +51,11 @@ def check(recipe: Recipe) -> None:
 def plan_of(recipe: Recipe) -> GuidePlan | None:
     """The guide the recipe asks for, if any."""
     model = recipe.model
-    if model.train not in guides.KINDS:
+    kind = "control" if model.train == "full" and recipe.origin(CONTROL) != DEFAULT else model.train
+    if kind not in guides.KINDS:
         return None
-    control = recipe.data.control if model.train == "controlnet" else ""
-    return GuidePlan(model.train, model.control_layers, model.image_encoder, control, recipe.seed)
+    control = recipe.data.control if kind in ("controlnet", "control") else ""
+    return GuidePlan(kind, model.control_layers, model.image_encoder, control, recipe.seed)
 
 
 def guide(model: PaintingModel, recipe: Recipe) -> None:
@@ -87,23 +94,19 @@ def columns(settings: DataSettings) -> tuple[str, ...]:
 
 
 def with_pictures(groups: Sequence[Group], model: PaintingModel, recipe: Recipe, data: Any) -> list[Group]:
-    """The groups with the pictures that guide their drawings: of the sample with that caption, else the first
-    samples'."""
+    """The groups with the pictures that guide their drawings: of the sample with that caption, of held-out
+    ones in their group; else the first samples'."""
     if not isinstance(model.denoiser, GuidedDenoiser) and not showing.lessons(model.conditioner, recipe.data):
         return list(groups)
-    items = [item.sample for encoded in (data.train, data.held_out) for item in encoded.items]
-    known = {sample.captions[0] if sample.captions else "": sample for sample in reversed(items)}
-    return [
-        replace(
-            group,
-            guides=shown(
-                model,
-                recipe.data,
-                [known.get(prompt, items[index % len(items)]) for index, prompt in enumerate(group.prompts)],
-            ),
-        )
-        for group in groups
-    ]
+
+    def guides_of(group: Group) -> dict[str, Any]:
+        sets = (data.held_out, data.train) if group.name == "held_out" else (data.train, data.held_out)
+        items = [item.sample for encoded in sets for item in encoded.items]
+        known = {sample.captions[0] if sample.captions else "": sample for sample in reversed(items)}
+        chosen = [known.get(prompt, items[at % len(items)]) for at, prompt in enumerate(group.prompts)]
+        return shown(model, recipe.data, chosen)
+
+    return [replace(group, guides=guides_of(group)) for group in groups]
 
 
 def shown(model: PaintingModel, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, Any]:

@@ -52,6 +52,19 @@ def _some(encoded: EncodedSet) -> dict[str, Size | None]:
     return {captions[index]: sizes[captions[index]] for index in order[:SHOWN]}
 
 
+def write_shown(run: RunFolder, group: str, guides: Mapping[str, Any], fps: float) -> dict[str, list[str]]:
+    """Write the pictures that guide a group's drawings; their files in the run's folder, by what they are."""
+    found: dict[str, list[str]] = {}
+    for what, pictures in guides.items():
+        for index, one in enumerate(pictures):
+            kind = "webp" if is_clip(one) else "png"
+            file = run.samples / f"shown-{group}-{what}-{index:02d}.{kind}"
+            (content,) = contents(one, kind, {}, fps).values()
+            write_atomic(file, content)
+            found.setdefault(what, []).append(str(file.relative_to(run.path)))
+    return found
+
+
 class Preview:
     """Draws the groups, writes the pictures and their event."""
 
@@ -72,11 +85,18 @@ class Preview:
             seeds = [seed + index for index in range(len(group.prompts))]
             seed += len(group.prompts)
             names = self._draw(group, seeds, step)
+            told: dict[str, Any] = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
+            if group.guides and parallel.current().leads:
+                told["shown"] = write_shown(self.run, group.name or "prompt", group.guides, self.fps)
             parallel.current().wait()
-            told = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
             self.run.event("pictures", step=step, files=names, **told)
         if parallel.current().leads:
             self.after()
+
+    @property
+    def fps(self) -> float:
+        """Frames a second of the model's clips."""
+        return float(self.model.info.get("fps", DEFAULT_FPS))
 
     def _draw(self, group: Group, seeds: list[int], step: int) -> list[str]:
         """Draw and write this process's share; the names of all files, in the run's folder."""
@@ -91,13 +111,12 @@ class Preview:
             guides={name: [pictures[index] for index in mine] for name, pictures in group.guides.items()},
         )
         kind = "webp" if is_clip(pictures[0]) else "png"
-        fps = float(self.model.info.get("fps", DEFAULT_FPS))
         files = [
             self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"
             for index in range(len(seeds))
         ]
         for index, picture in zip(mine, pictures, strict=True):
             said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
-            (content,) = contents(picture, kind, said, fps).values()
+            (content,) = contents(picture, kind, said, self.fps).values()
             write_atomic(files[index], content)
         return [str(file.relative_to(self.run.path)) for file in files]

@@ -14,10 +14,10 @@ from ..generation import PaintingModel
 from ..generation.files import png
 from ..recipe import DEFAULT, Recipe
 from ..record import write_atomic
-from ..stages import guides
 from ..training import parallel
 from ..training.objective import DiffusionObjective
 from ..training.prior import WithPrior
+from . import guided
 from .codecs import Progress
 from .encoding import order_of
 
@@ -41,7 +41,7 @@ def check(recipe: Recipe) -> None:
                     'data.prior_prompt = "a dog", or leave it out.'
                 )
         return
-    if recipe.model.train in guides.KINDS or data.companions:
+    if guided.plan_of(recipe) is not None or data.companions:
         raise Refused(
             "data.prior is for a subject that words name; a model that pictures guide has no use for it. "
             "Leave it out."

@@ -1,4 +1,4 @@
-"""Guides of our own DiT: a ControlNet, an IP-Adapter, and a source picture to be edited.
+"""Guides of our own networks: a ControlNet, an IP-Adapter, a control or a source that the network reads.
 
 Sources: Zhang et al. 2023, arXiv:2302.05543 (copied blocks, outputs that start at zero);
 Ye et al. 2023, arXiv:2308.06721 (decoupled cross-attention); Brooks et al. 2023, arXiv:2211.09800 (the
@@ -8,7 +8,7 @@ the latents; the reference stays a picture.
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,14 +18,17 @@ from sfumato.stages.clips import stacked
 from sfumato.stages.dit import DiT
 from sfumato.stages.image import Encoder, ImageEncoder
 from sfumato.stages.interface import Condition, Denoiser, Model
+from sfumato.stages.unet import UNet
 
 from .guide import Guide, Hook, weight_of
 
+Layer = TypeVar("Layer", bound=nn.Module)
 
-def zeroed(layer: nn.Linear) -> nn.Linear:
+
+def zeroed(layer: Layer) -> Layer:
     """The layer, its weights and bias 0."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for weight in layer.parameters():
+        nn.init.zeros_(weight)
     return layer
 
 
@@ -57,6 +60,16 @@ def shown(pixels: Tensor) -> Tensor:
     return pixels.clamp(-1, 1).add(1).mul(127.5).round().byte()
 
 
+def pixels_of(deep: int) -> Encoder:
+    """Pixels as they are, in bytes; of a clip, those of the `deep` frames of each latent together."""
+
+    def encode(pixels: Tensor) -> Tensor:
+        return shown(pixels if pixels.ndim == 4 else stacked(pixels, deep).transpose(1, 2))
+
+    of = f" of {deep} frames" if deep > 1 else ""
+    return Encoder(encode, f"pixels in bytes 1{of}", moves=True)
+
+
 class ControlBranch(Guide):
     """Copies of the first blocks read the control picture; what they say is added, block by block, through
     layers that start at zero.
@@ -86,12 +99,7 @@ class ControlBranch(Guide):
 
     def encoder(self, model: Model) -> Encoder:
         """The pixels themselves, in bytes; of a clip, those of each latent together."""
-
-        def encode(pixels: Tensor) -> Tensor:
-            return shown(pixels if pixels.ndim == 4 else stacked(pixels, self.deep).transpose(1, 2))
-
-        of = f" of {self.deep} frames" if self.deep > 1 else ""
-        return Encoder(encode, f"pixels in bytes 1{of}", moves=True)
+        return pixels_of(self.deep)
 
     def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One on each of the first blocks."""
@@ -207,3 +215,45 @@ class Source(Guide):
         weight = weight_of(condition, self.name)
         source = self.enter(patched(as_long(condition[self.name].to(x.dtype), x, self.name), self.patch))
         yield Hook(base.enter, lambda layer, given, answer: answer + weight * source)
+
+
+class ControlInput(Guide):
+    """A control picture that the denoiser itself reads beside the noisy latents; all of it learns along.
+
+    Convolutions over each latent's pixels, the last starting at zero, join the layer through which latents
+    enter. `control` is as a ControlBranch reads it.
+    """
+
+    kind = "control"
+    trains_base = True
+
+    def __init__(self, base: DiT | UNet, stride: int, name: str = "control", deep: int = 1) -> None:
+        """stride, deep: pixels a side and frames that a latent stands for."""
+        super().__init__(name)
+        self.stride, self.deep = stride, deep
+        patch = base.patch if isinstance(base, DiT) else 1
+        width = base.width if isinstance(base, DiT) else base.network.conv_in.out_channels
+        self.read = nn.Sequential(
+            nn.Conv2d(3 * deep * stride**2, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+            zeroed(nn.Conv2d(width, width, patch, stride=patch)),
+        )  # fmt: skip
+
+    def config(self) -> dict[str, Any]:
+        """Stride and name; of clips also deep."""
+        known = {"stride": self.stride, "name": self.name}
+        return known | ({"deep": self.deep} if self.deep > 1 else {})
+
+    def encoder(self, model: Model) -> Encoder:
+        """The pixels themselves, in bytes; of a clip, those of each latent together."""
+        return pixels_of(self.deep)
+
+    def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
+        """One on the layer through which latents enter."""
+        control = as_long(condition[self.name].to(x.dtype) / 255, x, self.name)
+        flat = control.transpose(1, 2).flatten(0, 1) if control.ndim == 5 else control
+        said = weight_of(condition, self.name) * self.read(F.pixel_unshuffle(flat, self.stride))
+        if isinstance(base, DiT):
+            said = said.flatten(2).transpose(1, 2)
+        place = base.enter if isinstance(base, DiT) else base.network.conv_in  # type: ignore[union-attr]
+        yield Hook(place, lambda layer, given, answer: answer + said)

@@ -14,15 +14,16 @@ from sfumato.stages.dit import DiT
 from sfumato.stages.image import image_encoder
 from sfumato.stages.interface import Denoiser, Model
 from sfumato.stages.scratch import seeded
+from sfumato.stages.unet import UNet
 
 from .controlnets import ControlNet
 from .guide import Guide, GuidedDenoiser
 from .ip_adapters import IPAdapter
-from .ours import ControlBranch, Looks, Source
+from .ours import ControlBranch, ControlInput, Looks, Source
 
 FORMAT = 1
 FILE = "guides.json"
-KINDS = ("controlnet", "ip-adapter", "edit")
+KINDS = ("controlnet", "ip-adapter", "edit", "control")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class GuidePlan:
     """One guide.
 
     Args:
-        kind: controlnet, ip-adapter or edit.
+        kind: controlnet, ip-adapter, edit, or control: read by the denoiser itself, which learns along.
         layers: of a ControlNet, 0 for the usual number.
         image: the image encoder of an IP-Adapter: "codec" or a folder.
         control: how its picture is made from a picture ("sketch", …), or which column holds it.
@@ -74,16 +75,24 @@ def made(model: Model, base: Denoiser, plan: GuidePlan, known: Sequence[Guide]) 
     built = dict(plan.built)
     alike = sum(one.kind == plan.kind for one in known)
     ours = isinstance(base, DiT)
+    stride = built.get("stride", model.codec.stride)
+    deep = built.get("deep", model.codec.time_stride if ours and base.frames else 1)
+    shown = sum(one.name.startswith("control") for one in known)
+    name = f"control_{shown + 1}" if shown else "control"
     if plan.kind == "controlnet":
-        name = "control" if not alike else f"control_{alike + 1}"
         layers = built.get("layers", plan.layers)
         if ours:
-            deep = built.get("deep", model.codec.time_stride if base.frames else 1)
-            stride = built.get("stride", model.codec.stride)
             return ControlBranch(base, stride, layers, built.get("name", name), deep)
         return ControlNet(base, layers, built.get("name", name), built.get("folder", ""))
     if plan.kind not in KINDS:
         raise Refused(f'There is no guide "{plan.kind}"; there are {", ".join(KINDS)}.')
+    if plan.kind == "control" and isinstance(base, DiT | UNet):
+        return ControlInput(base, stride, built.get("name", name), deep)
+    if plan.kind == "control":
+        raise Refused(
+            f"data.control: a {type(base).__name__} reads no control picture itself; what guides it stands "
+            'beside it. Say model.train = "controlnet".'
+        )
     if alike:
         raise Refused(f'This model has a guide "{plan.kind}" already, and takes one.')
     if plan.kind == "ip-adapter":
