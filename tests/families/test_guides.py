@@ -166,6 +166,43 @@ def test_several_controlnets_add_up_as_in_their_pipeline(folders, tmp_path):
     assert (found - expected).abs().max() < CLOSE
 
 
+def test_a_controlnet_of_the_whole_picture_speaks_beside_the_prompt_alone(folders, tmp_path):
+    """Law: one that pools its answers (shuffle) adds nothing beside the negative, as in its pipeline."""
+    name = "stable-diffusion-1.5"
+    model = sfumato.load(folders(name))
+    net = diffusers.ControlNetModel.from_unet(model.denoiser.network)
+    net.register_to_config(global_pool_conditions=True)
+    seeded(net, name).save_pretrained(tmp_path / "shuffle")
+    attach(model, tmp_path / "shuffle")
+    pipe = opened(folders(name), CONTROLLED[name], controlnet=net)
+    call = {"image": drawing(), "controlnet_conditioning_scale": 0.3}
+    expected = pipeline_pixels(pipe, **called(name), **call)
+    found = our_pixels(model, pipe, name, control=drawing(), control_weight=0.3)
+    assert (found - expected).abs().max() < CLOSE
+
+
+STRANGE = {
+    "another base": ("stable-diffusion-xl", "ControlNetModel", {"block_out_channels": (8, 8, 16)}),
+    "grey": ("stable-diffusion-1.5", "ControlNetModel", {"conditioning_channels": 1}),
+    "inpainting": ("stable-diffusion-3.5", "SD3ControlNetModel", {"extra_conditioning_channels": 1}),
+    "union": ("flux-dev", "FluxControlNetModel", {"num_mode": 3}),
+    "other guidance": ("flux-dev", "FluxControlNetModel", {"guidance_embeds": False}),
+    "qwen inpainting": ("qwen-image", "QwenImageControlNetModel", {"extra_condition_channels": 4}),
+}
+
+
+@pytest.mark.parametrize("which", STRANGE)
+def test_a_controlnet_that_does_not_fit_is_refused_when_it_is_added(which, folders, tmp_path):
+    """Law: one of another base, or that reads more than a picture, is named with what differs."""
+    name, kind, changed = STRANGE[which]
+    model = sfumato.load(folders(name))
+    fresh = guide(model, [GuidePlan("controlnet")]).listed[0]
+    config = {**fresh.net.config, **changed, "_use_default_values": []}  # type: ignore[union-attr]
+    getattr(diffusers, kind).from_config(config).save_pretrained(tmp_path / "net")
+    with pytest.raises(Refused, match=next(iter(changed))):
+        attach(sfumato.load(folders(name)), tmp_path / "net")
+
+
 def looking(model: Any, width: int, rows: int) -> Any:
     """A new IP-Adapter whose image encoder is one fixed answer."""
     features = torch.randn(1, rows, width, generator=torch.Generator().manual_seed(3))

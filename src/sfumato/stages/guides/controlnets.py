@@ -4,7 +4,7 @@ A ControlNet hears what its base hears: a hook before the base's network hands t
 ControlNet, and its answers on to the base. What differs from class to class is in the dialects below.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,13 @@ class Dialect:
     """Whether the control is pixels in [0, 1]; else it is latents."""
     prompted_only = False
     """Whether the pipeline asks the ControlNet beside the prompt alone, and uses its answer twice."""
+    alike: tuple[str, ...] = (
+        "block_out_channels", "cross_attention_dim", "in_channels", "layers_per_block", "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+    )  # fmt: skip
+    """What base and ControlNet must have alike in their configs."""
+    usual: Mapping[str, Any] = {"conditioning_channels": 3}
+    """What we know how to feed; ControlNets that differ here read something else beside the picture."""
 
     def create(self, base: Any, layers: int) -> nn.Module:
         """A ControlNet with the base's weights, and outputs that start at zero."""
@@ -44,9 +51,36 @@ class Dialect:
         heard = {name: given[name] for name in ("class_labels", "added_cond_kwargs") if name in given}
         down, mid = net(
             **named, encoder_hidden_states=given["encoder_hidden_states"], controlnet_cond=control,
-            conditioning_scale=weight, return_dict=False, **heard,
+            conditioning_scale=weight, guess_mode=self.is_pooled(net), return_dict=False, **heard,
         )  # fmt: skip
         return {"down_block_additional_residuals": list(down), "mid_block_additional_residual": mid}
+
+    def check(self, net: Any, base: Any, folder: Path) -> None:
+        """Raises Refused for a ControlNet of another base, or of a kind that reads more than a picture."""
+        for name in self.alike:
+            own, its = (one.config.get(name) for one in (net, base))
+            if (list(own) if isinstance(own, tuple) else own) != (
+                list(its) if isinstance(its, tuple) else its
+            ):
+                raise Refused(
+                    f"{folder} was made for another base: its {name} is {own}, here it is {its}. Give a "
+                    "ControlNet of this base."
+                )
+        for name, known in self.usual.items():
+            if net.config.get(name, known) not in (known, None):
+                raise Refused(
+                    f"{folder} reads more than a picture ({name} = {net.config[name]}: one for inpainting, "
+                    "for several kinds of controls, or the like), which sfumato does not feed. Give a plain "
+                    "ControlNet."
+                )
+
+    def is_prompted_only(self, net: Any) -> bool:
+        """Whether it is asked beside the prompt alone."""
+        return self.prompted_only or self.is_pooled(net)
+
+    def is_pooled(self, net: Any) -> bool:
+        """Whether it sees the picture on the whole only, and says nothing beside a negative."""
+        return bool(net.config.get("global_pool_conditions"))
 
     def latents(self, net: Any, model: Model, pixels: Tensor) -> Tensor:
         """The control as latents, as the pipeline encodes it."""
@@ -81,6 +115,14 @@ class SD3(Dialect):
     network = "SD3Transformer2DModel"
     control = "SD3ControlNetModel"
     pixels = False
+    alike = (
+        "attention_head_dim",
+        "num_attention_heads",
+        "in_channels",
+        "patch_size",
+        "pooled_projection_dim",
+    )
+    usual: Mapping[str, Any] = {"extra_conditioning_channels": 0}
 
     def create(self, base: Any, layers: int) -> nn.Module:
         """Half the blocks unless said otherwise."""
@@ -116,6 +158,11 @@ class Flux(Dialect):
     control = "FluxControlNetModel"
     pixels = False
     prompted_only = True
+    alike = (
+        "attention_head_dim", "num_attention_heads", "in_channels", "joint_attention_dim", "guidance_embeds",
+        "pooled_projection_dim",
+    )  # fmt: skip
+    usual: Mapping[str, Any] = {"num_mode": None, "conditioning_embedding_channels": None}
 
     def create(self, base: Any, layers: int) -> nn.Module:
         """A fifth of the blocks of each kind unless said otherwise, as diffusers' script has it."""
@@ -148,6 +195,8 @@ class QwenImage(Dialect):
     control = "QwenImageControlNetModel"
     pixels = False
     prompted_only = True
+    alike = ("attention_head_dim", "num_attention_heads", "in_channels", "joint_attention_dim")
+    usual: Mapping[str, Any] = {"extra_condition_channels": 0}
 
     def create(self, base: Any, layers: int) -> nn.Module:
         """A twelfth of the blocks unless said otherwise (5 of 60)."""
@@ -201,10 +250,12 @@ class ControlNet(Guide):
         network: Any = getattr(base, "network", base)
         self.dialect, self.layers, self.folder = dialect_of(network), layers, folder
         self.net: Any = (
-            self.opened(Path(folder).expanduser()) if folder else self.dialect.create(network, layers)
+            self.opened(Path(folder).expanduser(), network)
+            if folder
+            else self.dialect.create(network, layers)
         )
 
-    def opened(self, folder: Path) -> Any:
+    def opened(self, folder: Path, network: nn.Module) -> Any:
         """A trained ControlNet from its folder.
 
         Raises:
@@ -220,7 +271,9 @@ class ControlNet(Guide):
                 f"{folder} holds a {said.get('_class_name')}, but this base needs a {self.dialect.control}."
             )
         kind = getattr(diffusers, self.dialect.control)
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        net = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        self.dialect.check(net, network, folder)
+        return net
 
     def config(self) -> dict[str, Any]:
         """Layers and name; the folder, where it was trained elsewhere."""
@@ -241,13 +294,16 @@ class ControlNet(Guide):
         weight, control = weight_of(condition, self.name), condition[self.name].to(x.dtype)
         control = control / 255 if self.dialect.pixels else control
         weak = condition.get(WEAK)
-        rows = int((~weak).sum()) if weak is not None and self.dialect.prompted_only else len(x)
+        prompted_only = weak is not None and self.dialect.is_prompted_only(self.net)
+        rows = int((~weak).sum()) if weak is not None and prompted_only else len(x)
+        echo = 0.0 if self.dialect.is_pooled(self.net) else 1.0
 
         def hand(network: nn.Module, args: tuple[Any, ...], given: Given) -> tuple[Any, Given]:
             if rows < len(x):
                 heard = {name: first(value, rows, len(x)) for name, value in given.items()}
-                added = self.dialect.ask(self.net, args, heard, control[:rows], weight)
-                added = {name: [torch.cat([one, one]) for one in value] for name, value in added.items()}
+                asked = tuple(first(value, rows, len(x)) for value in args)
+                added = self.dialect.ask(self.net, asked, heard, control[:rows], weight)
+                added = {name: beside(value, echo) for name, value in added.items()}
             else:
                 added = self.dialect.ask(self.net, args, given, control, weight)
             return args, {**given, **{name: summed(given.get(name), value) for name, value in added.items()}}
@@ -257,9 +313,18 @@ class ControlNet(Guide):
 
 def first(value: Any, rows: int, size: int) -> Any:
     """The first rows of what has one for each sample of a batch of `size`; positions [N, 3] have none."""
+    if isinstance(value, dict):
+        return {name: first(one, rows, size) for name, one in value.items()}
     if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == 3:
         return value
     return value[:rows] if isinstance(value, Tensor | list) and len(value) == size else value
+
+
+def beside(answers: Any, echo: float) -> Any:
+    """Answers beside the prompts, and as often `echo` times the same beside the negatives."""
+    if isinstance(answers, Tensor):
+        return torch.cat([answers, echo * answers])
+    return [torch.cat([one, echo * one]) for one in answers]
 
 
 def summed(before: Any, more: Any) -> Any:
