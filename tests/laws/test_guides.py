@@ -18,7 +18,7 @@ from sfumato.record import RunFolder
 from sfumato.stages import Condition, blocks, new_theory
 from sfumato.stages.codec import PixelCodec
 from sfumato.stages.dit import DiT
-from sfumato.stages.guides import GuidePlan, guide
+from sfumato.stages.guides import GuidePlan, attach, guide
 from sfumato.stages.text import NoConditioner
 from sfumato.stages.unet import UNet
 from sfumato.workflow.forecast import plan
@@ -123,6 +123,29 @@ def test_two_controlnets_act_apart(model):
         model.generate(control=square())
 
 
+def test_a_runs_guide_joins_another_beside_the_same_base(model, tmp_path):
+    """Law: added, it acts as where it was trained; beside another base it is refused."""
+    model.info["theory"] = "flow-matching"
+    model.save(tmp_path / "base")
+    for number, kind in enumerate(("controlnet", "controlnet", "control")):
+        own = load(tmp_path / "base")
+        guided = guide(own, [GuidePlan(kind)])
+        torch.manual_seed(number)
+        for weight in guided.guides.parameters():
+            weight.data.normal_(0, 0.1)
+        own.save(tmp_path / str(number))
+    once = load(tmp_path / "1").generate(control=square(), seed=3)[0].tobytes()
+    both = load(tmp_path / "0")
+    attach(both, tmp_path / "1")
+    assert both.generate(control=[None, square()], seed=3)[0].tobytes() == once
+    assert both.generate(control=[square(), square()], seed=3)[0].tobytes() != once
+    with pytest.raises(Refused, match="its base learned along"):
+        attach(load(tmp_path / "base"), tmp_path / "2")
+    torch.nn.init.normal_(model.denoiser.enter.weight)
+    with pytest.raises(Refused, match="another base"):
+        attach(model, tmp_path / "1")
+
+
 def test_several_references_are_looked_at_together(model):
     """Law: two references are neither of them alone; a window of steps lets them act only there."""
     guided = guide(model, [GuidePlan("ip-adapter")])
@@ -153,6 +176,9 @@ def test_what_is_kept_of_a_picture_stays_pixel_for_pixel(model):
     drawn = np.asarray(model.generate(init=start, mask=mask, seed=3)[0])
     assert np.array_equal(drawn[:, 8:], np.asarray(start)[:, 8:])
     assert not np.array_equal(drawn[:, :8], np.asarray(start)[:, :8])
+    assert model.generate(init=start, mask=mask.resize((32, 32)), seed=3)[0].size == (16, 16)
+    with pytest.raises(Refused, match="The mask is 16×8, but the picture to start from is 16×16"):
+        model.generate(init=start, mask=mask.resize((16, 8)))
 
 
 def test_little_strength_stays_near_the_picture(model):
@@ -270,6 +296,7 @@ def test_a_guide_needs_a_base_and_its_own_keys(tmp_path):
     for model, more, said in (
         ('train = "controlnet"', "", "model.base"),
         ('base = "runs/base"\ntrain = "lora"', 'control = "canny"', "data.control belongs to"),
+        ('train = "full"', 'control = "cany"', 'Did you mean "canny"'),
     ):
         file.write_text(RECIPE.format(name="control", model=model, data="shapes", more=more))
         with pytest.raises(Refused, match=said):
@@ -289,6 +316,9 @@ def test_a_plan_counts_what_a_guide_costs(tmp_path):
     model = f'base = "{run.path}"\ntrain = "controlnet"'
     more = 'captions = "none"\ncontrol = "sketch"'
     beside.write_text(RECIPE.format(name="guide", model=model, data=".", more=more))
+    with pytest.raises(Refused, match="control_layers = 9, but the base has 2 blocks"):
+        sfumato.train(beside, ["model.control_layers=9"])
+    assert sfumato.train(beside).step == 2, "what was refused before anything was made can be mended"
     base, guide_too = plan(Recipe.read(file)), plan(Recipe.read(beside))
     learned = sfumato.train(beside).model().denoiser.learned()
     assert guide_too["trained_parameters"] == sum(one.numel() for one in learned.values())

@@ -40,6 +40,7 @@ class Asked:
     loras: list[tuple[str, float]] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
     guides: Sequence[Path] = ()
+    control_from: str = ""
 
     @classmethod
     def of(cls, said: dict[str, Any]) -> "Asked":
@@ -62,7 +63,8 @@ class Asked:
         }
         regions = [region(one) for one in said.pop("region") or []]
         said |= {"regions": regions} if regions else {}
-        pictures = shown({name: said.pop(name) for name in PICTURES}, said.pop("control_from"))
+        own["control_from"] = said.pop("control_from")
+        pictures = shown({name: said.pop(name) for name in PICTURES}, own["control_from"])
         wanted = further(said.pop("image") or [], said.pop("option") or [], known)
         usual = {"negative": "", "solver": "", **dict.fromkeys(AS_TRAINED, 0)}
         said = {name: value for name, value in said.items() if value not in (None, usual.get(name))}
@@ -79,6 +81,12 @@ def generate(asked: Asked, as_json: bool) -> None:
     kinds, fps = formats(asked, model)
     prompts = [prompt for prompt in asked.prompts or asked.labels or [""] for _ in range(asked.count)]
     options = dict(asked.wanted)
+    if asked.control_from:
+        shape = model.latent_shape(options.get("width"), options.get("height"))
+        size = model.codec.pixel_size(shape)
+        options["control"] = [
+            made(one, asked.control_from, size["width"], size["height"]) for one in options["control"]
+        ]
     told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if "guidance_by" in options:
         options["guidance_by"] = load(options["guidance_by"], device=device)
@@ -217,6 +225,8 @@ def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
     Raises:
         Refused: a file that cannot be read, or a kind of control without one.
     """
+    from ..data.controls import KINDS, kind_of
+
     known = {name: value for name, value in said.items() if value not in (None, [])}
     for name in ("init", "mask"):
         if name in known:
@@ -225,8 +235,12 @@ def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
         known["reference"] = [[still_or_clip(file) for file in known["reference"]]]
     if "control" in known:
         known["control"] = [still_or_clip(file) for file in known["control"]]
+        if control_from and (clip := next((one for one in known["control"] if isinstance(one, str)), "")):
+            raise Refused(
+                f"--control-from makes a control of a picture, but {clip} is a clip. Give its control."
+            )
         if control_from:
-            known["control"] = [made(one, control_from) for one in known["control"]]
+            one_of("Control", kind_of(control_from), KINDS)
     elif control_from:
         raise Refused("--control-from makes a control of a file: give --control FILE too, or leave it out.")
     for name in ("control_weight", "control_start", "control_end"):
@@ -243,19 +257,13 @@ def still_or_clip(file: Any) -> Any:
     return str(file) if is_clip(str(file), Path(file)) else picture(file)
 
 
-def made(one: Any, kind: str) -> Any:
-    """A control picture of this kind, made of a picture.
-
-    Raises:
-        Refused: of a clip.
-    """
-    if isinstance(one, str):
-        raise Refused(f"--control-from makes a control of a picture, but {one} is a clip. Give its control.")
+def made(one: Any, kind: str, width: int, height: int) -> Any:
+    """A control picture of this kind, made of a picture as it is cut to what is drawn, as in training."""
     from ..data.controls import control
     from ..data.media import fit, to_pixels
     from ..generation import to_images
 
-    return to_images(control(to_pixels(fit(one, *one.size)[None]), kind))[0]
+    return to_images(control(to_pixels(fit(one, width, height)[None]), kind))[0]
 
 
 def further(images: list[Path], options: list[str], taken: Collection[str]) -> dict[str, Any]:

@@ -43,6 +43,12 @@ KINDS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def kind_of(word: str) -> str:
+    """The kind a word means, "soft edge" as "soft-edge"; any other word stays as it is."""
+    plain = "-".join(word.lower().replace("_", " ").replace("-", " ").split())
+    return plain if plain in KINDS else word
+
+
 def control(pixels: Tensor, kind: str) -> Tensor:
     """The control pictures of pixels [B, 3, H, W] in [-1, 1], as such pixels; colors count as lightness does.
 
@@ -54,7 +60,7 @@ def control(pixels: Tensor, kind: str) -> Tensor:
     if pixels.ndim == 5:
         frames = control(pixels.transpose(1, 2).flatten(0, 1), kind)
         return frames.unflatten(0, (len(pixels), -1)).transpose(1, 2)
-    draw = KINDS[one_of("Control", kind, KINDS)]
+    draw = KINDS[one_of("Control", kind_of(kind), KINDS)]
     try:
         import skimage  # noqa: F401
     except ImportError as missing:

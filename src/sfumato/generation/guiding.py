@@ -4,6 +4,7 @@ What a user hands over becomes tensors of the condition, encoded as the model's 
 to start from becomes the state at a time, and where nothing is to be repainted the answer is known.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -182,6 +183,8 @@ def numbers(said: Any, count: int, name: str, otherwise: float) -> list[float]:
     if said is None:
         return [otherwise] * count
     listed = [float(one) for one in said] if isinstance(said, list | tuple) else [float(said)] * count
+    if not all(math.isfinite(one) for one in listed):
+        raise Refused(f"{name} must be a number, not {listed}.")
     if len(listed) != count:
         raise Refused(f"{name} holds {len(listed)} numbers, but the model has {count} such guides.")
     return listed
@@ -284,6 +287,8 @@ def window(word: str, weight: float, start: float, end: float) -> Window:
     Raises:
         Refused: shares that are none.
     """
+    if not math.isfinite(weight):
+        raise Refused(f"{word}'s weight must be a number, not {weight}.")
     if not 0 <= start < end <= 1:
         raise Refused(
             f"{word} acts from {start:g} to {end:g} of the steps; both must lie in [0, 1], start first."
@@ -319,6 +324,23 @@ def encoded(
     return torch.cat(rows)
 
 
+def covers(said: Mapping[str, Any], count: int, size: tuple[int, int], moves: bool = False) -> Tensor:
+    """The masks [B, 1, H, W], 1 where it is repainted, cut as the pictures to start from.
+
+    Raises:
+        Refused: a mask of another shape than its picture, which would not lie where it should.
+    """
+    masks, starts = each(said["mask"], count, "mask"), each(said["init"], count, "init")
+    for mask, start in () if moves else zip(masks, starts, strict=True):
+        one, other = picture(mask), picture(start)
+        if not math.isclose(one.width * other.height, one.height * other.width, rel_tol=0.02):
+            raise Refused(
+                f"The mask is {one.width}×{one.height}, but the picture to start from is "
+                f"{other.width}×{other.height}. Give a mask of the picture's shape."
+            )
+    return opening(torch.stack([fitted(mask, *size) for mask in masks]))
+
+
 @torch.no_grad()
 def repainted(
     model: Model, found: Guiding, said: Mapping[str, Any], count: int, size: tuple[int, int]
@@ -329,7 +351,7 @@ def repainted(
     if "init" in said:
         pixels = torch.stack([fitted(one, *size) for one in each(said["init"], count, "init")])
     if "mask" in said:
-        cover = opening(torch.stack([fitted(one, *size) for one in each(said["mask"], count, "mask")]))
+        cover = covers(said, count, size)
     usual = model.info.get("strength", 0.6) if "init" in said and "mask" not in said else 1.0
     strength = float(said.get("strength", usual))
     kept = model.encode(pixels * (1 - cover))
@@ -354,7 +376,7 @@ def begun(
     found = replace(found, init=model.encode(pixels), strength=float(said.get("strength", usual)))
     if "mask" not in said:
         return found
-    cover = opening(torch.stack([fitted(one, *size) for one in each(said["mask"], count, "mask")]))
+    cover = covers(said, count, size, moves=bool(frames))
     assert found.init is not None
     sides = found.init.shape[-2:]
     hole = torch.nn.functional.adaptive_max_pool2d(cover, sides)

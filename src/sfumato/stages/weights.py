@@ -25,6 +25,7 @@ from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencod
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
 from .guides import GuidedDenoiser, guide
+from .guides.elsewhere import WEIGHTS as GUIDES
 from .guides.plan import fill as fill_guides
 from .guides.plan import read_plans, write_plans
 from .interface import Codec, Conditioner, Denoiser, Model, Stage
@@ -185,10 +186,6 @@ def load_codec(folder: Path) -> Codec:
     codec.shift.fill_(config.get("shift_factor") or 0.0)
     codec.scale.fill_(1.0 / (config.get("scaling_factor") or 1.0))
     return codec.eval()
-
-
-GUIDES = "guides.safetensors"
-"""What guides have learned, beside the base they guide."""
 
 
 def load(

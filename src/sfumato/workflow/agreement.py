@@ -49,6 +49,8 @@ def agree(run: RunFolder, recipe: Recipe, content: str = "") -> list[str]:
     """
     if not run.effective.is_file() or not run.effective.read_text(encoding="utf-8").strip():
         return []
+    if not (run.path / "model").exists() and not run.checkpoint_folders():
+        return []  # refused before anything was made: the recipe may be mended
     before = [event["summary"].get("content") for event in run.events() if event["kind"] == "data"]
     same_data = not before or not content or before[-1] == content
     notes = []

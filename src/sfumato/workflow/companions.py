@@ -38,7 +38,7 @@ def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
 
 def _guiding(encoder: Encoder, name: str, settings: DataSettings) -> Companion:
     """How a guide's picture is made and encoded."""
-    of, kind = guided.column(settings, name), settings.control
+    of, kind = guided.column(settings, name), controls.kind_of(settings.control)
     if not name.startswith("control") or kind not in controls.KINDS:
         return Companion(encoder.encode, encoder.fingerprint, encoder.size, of)
 

@@ -256,6 +256,7 @@ def gather(recipe: Recipe) -> Gathered:
     check_known(recipe, base)
     check_packed(recipe, base)
     collection = material_of(recipe)
+    guided.check_column(recipe, collection.samples)
     classes = class_names(collection) if recipe.model.text == "labels" else ()
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model, classes)
     showing.check(recipe, conditioner)

@@ -12,7 +12,7 @@ from ..data import clips, controls
 from ..data.media import fit, read_picture, to_pixels
 from ..data.sample import Sample
 from ..data.settings import DataSettings
-from ..errors import Refused
+from ..errors import Refused, nearest
 from ..generation import PaintingModel, to_pictures
 from ..recipe import DEFAULT, Recipe
 from ..stages import Condition, guides
@@ -46,6 +46,22 @@ def check(recipe: Recipe) -> None:
                 f'{name} belongs to model.train = "{wanted}", but model.train is "{kind}". Say '
                 f'model.train = "{wanted}", or leave {name} out.'
             )
+
+
+def check_column(recipe: Recipe, samples: Sequence[Sample]) -> None:
+    """Raises Refused where what is said as data.control is neither a kind nor a column of the data."""
+    plan = plan_of(recipe)
+    if plan is None or plan.kind not in ("controlnet", "control"):
+        return
+    place = column(recipe.data, "control")
+    if place == ITSELF or any(place in sample.companions for sample in samples):
+        return
+    known = {name for sample in samples for name in sample.companions}
+    hint = nearest(place, [*controls.KINDS, *known])
+    raise Refused(
+        f'data.control is "{place}", but no sample has such a column, and it is none of '
+        f"{', '.join(controls.KINDS)}, which are made of the picture itself.{hint}"
+    )
 
 
 def plan_of(recipe: Recipe) -> GuidePlan | None:
@@ -83,7 +99,7 @@ def blank(model: PaintingModel, condition: Condition, side: int) -> Condition:
 def column(settings: DataSettings, name: str) -> str:
     """Which picture of a sample a guide's tensor is made from: a column, or ITSELF."""
     if name.startswith("control"):
-        return ITSELF if settings.control in controls.KINDS else settings.control
+        return ITSELF if controls.kind_of(settings.control) in controls.KINDS else settings.control
     return {"reference": settings.reference, "edit_source": settings.source or "edit_source"}.get(name, name)
 
 

@@ -5,8 +5,9 @@ hooks, so the base's own code knows nothing of it. Where its tensor is missing, 
 anything, the answer is the base's own, bit for bit.
 """
 
+from .elsewhere import attach
 from .guide import WEAK, Guide, GuidedDenoiser, weight_of
-from .plan import KINDS, GuidePlan, attach, guide, plans_of
+from .plan import KINDS, GuidePlan, guide, plans_of
 
 __all__ = [
     "KINDS",

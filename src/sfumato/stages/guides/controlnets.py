@@ -40,7 +40,16 @@ class Dialect:
     """What we know how to feed; ControlNets that differ here read something else beside the picture."""
 
     def create(self, base: Any, layers: int) -> nn.Module:
-        """A ControlNet with the base's weights, and outputs that start at zero."""
+        """A ControlNet with the base's weights, and outputs that start at zero.
+
+        Raises:
+            Refused: layers are asked for; it has all of the base's first half.
+        """
+        if layers:
+            raise Refused(
+                f"model.control_layers = {layers}: a UNet's ControlNet copies all of its first half. Leave "
+                "it out."
+            )
         from diffusers.models.controlnets.controlnet import ControlNetModel
 
         return ControlNetModel.from_unet(base)
@@ -94,6 +103,9 @@ class Dialect:
         """
         import diffusers
 
+        most = max(base.config["num_layers"], base.config.get("num_single_layers", 0))
+        if layers > most:
+            raise Refused(f"model.control_layers = {layers}, but the base has {most} blocks. Say fewer.")
         kind = getattr(diffusers, control)
         config = {**base.config, "num_layers": min(layers, base.config["num_layers"])}
         if single is not None:

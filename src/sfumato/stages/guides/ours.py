@@ -84,7 +84,9 @@ class ControlBranch(Guide):
         """stride, deep: pixels a side and frames that a latent stands for; layers: 0 for half the blocks."""
         super().__init__(name)
         depth, self.deep = len(base.blocks), deep
-        self.stride, self.layers = stride, min(layers, depth) if layers else (depth + 1) // 2
+        if layers > depth:
+            raise Refused(f"model.control_layers = {layers}, but the base has {depth} blocks. Say fewer.")
+        self.stride, self.layers = stride, layers or (depth + 1) // 2
         self.side, width = stride * base.patch, base.width
         self.hint = nn.Sequential(
             nn.Linear(3 * deep * self.side**2, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)

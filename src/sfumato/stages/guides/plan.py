@@ -157,20 +157,3 @@ def fill(guided: GuidedDenoiser, tensors: Mapping[str, Tensor], source: Path) ->
         )
     for name, weight in own.items():
         weight.data.copy_(tensors[name])
-
-
-def attach(model: Model, place: str | Path) -> GuidedDenoiser:
-    """Give a model a trained guide from elsewhere: a diffusers ControlNet folder, an IP-Adapter file.
-
-    Raises:
-        Refused: neither, or one for another base.
-    """
-    path = Path(place).expanduser()
-    if path.is_file():
-        return guide(model, [GuidePlan("ip-adapter", built={"file": str(path.absolute()), "image": None})])
-    if (path / "config.json").is_file():
-        return guide(model, [GuidePlan("controlnet", built={"folder": str(path.absolute())})])
-    raise Refused(
-        f"{path} is no guide: give the folder of a diffusers ControlNet (config.json), or the .safetensors "
-        "file of an IP-Adapter."
-    )
