@@ -49,7 +49,7 @@ Guides = Annotated[
     Optional[list[Path]],
     typer.Option(
         metavar="PATH",
-        help="A trained guide to add: a ControlNet's folder (diffusers), an IP-Adapter's file.",
+        help="A trained guide to add: a ControlNet's folder (diffusers), an IP-Adapter's file, a run's.",
     ),
 ]
 Solver = Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")]

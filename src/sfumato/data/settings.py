@@ -78,7 +78,8 @@ class DataSettings:
     )
     control: str = key(
         "control",
-        "controlnet only: sketch, canny or soft-edge of the picture itself, or a column of control pictures",
+        "controlnet, or full on our own networks: sketch, canny or soft-edge of the picture itself, or a "
+        "column of control pictures",
     )
     reference: str = key("picture", "ip-adapter only: the column of references; picture: the picture itself")
     source: str = key(
