@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sfumato
 from sfumato.errors import Refused
+from sfumato.stages.families.stable_diffusion_xl import StableDiffusionXL
 
 from . import clips, pictures
 from .parts import clip, seeded, vae
@@ -103,6 +104,17 @@ VARIANTS: dict[str, tuple[Make, dict[str, Any], dict[str, Any]]] = {
     ),
     "XL's statistics, empty is not zero": (xl_with_statistics, GUIDED, {"alone": True}),
     "XL without its first encoder": (lambda key: xl(key, first=False), GUIDED, {}),
+    "XL told of sizes": (
+        xl,
+        {
+            **GUIDED, "original_size": (40, 60), "crops_coords_top_left": (3, 5),
+            "negative_original_size": (20, 30), "negative_target_size": (64, 96),
+        },
+        {},
+    ),
+    "XL told of sizes to lean away from": (
+        xl, {**GUIDED, "negative_original_size": (20, 30), "negative_target_size": (9, 7)}, {"alone": True},
+    ),
     "SD 3 without T5": (without_t5, {**SIZE, "guidance_scale": 4.0}, {"max_shard_size": "40KB"}),
     "schnell, other statistics": (schnell_like, {**SIZE, "guidance_scale": 0.0}, {"alone": True}),
     "grey, clipped, of 500 steps": (grey, {}, {"alone": True}),
@@ -163,7 +175,8 @@ def ours(folder: Path, call: dict[str, Any], how: dict[str, Any], monkeypatch: A
     seen: list[Tensor] = []
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda x, *pieces: seen.append(decode(x, *pieces)) or seen[-1])
-    options = {word: call[word] for word in ("guidance_scale_2", "max_sequence_length") if word in call}
+    known = ("guidance_scale_2", "max_sequence_length", *StableDiffusionXL.telling)
+    options = {word: call[word] for word in known if word in call}
     model.generate(
         prompt=[PROMPT] if call else None,
         negative=None if how.get("alone") else "blurry",

@@ -65,6 +65,8 @@ class Family:
     """Arguments of the pipeline's call that show pictures."""
     seeing: ClassVar[tuple[str, ...]] = ()
     """Further arguments of the call that say how they are seen."""
+    telling: ClassVar[tuple[str, ...]] = ()
+    """Arguments of the call that tell of the picture's size and cut; `read` makes tensors of them."""
     must_see: ClassVar[bool] = False
     idle: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     """Components that no stage of ours uses."""

@@ -162,6 +162,7 @@ class PretrainedConditioner(Conditioner):
         """
         call = called_with(type(self.pipe))
         names = options_of(type(self.pipe)) | {name: call[name] for name in self.family.seeing}
+        names |= {name: call[name] for name in self.family.telling if name in call}
         names.pop("image", None)
         for word in (given := {**self.usual, **options}):
             if word not in names:

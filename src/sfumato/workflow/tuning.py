@@ -170,7 +170,7 @@ def text_options(words: tuple[str, ...], base: PaintingModel) -> dict[str, Any]:
     """
     if not isinstance(base.conditioner, PretrainedConditioner):
         raise Refused("model.text_options: the prompts of this base have no options. Leave it out.")
-    known = options_of(type(base.conditioner.pipe))
+    known = options_of(type(base.conditioner.pipe)) | dict.fromkeys(base.conditioner.family.telling)
     found: dict[str, Any] = {}
     for word in words:
         name, equals, value = (part.strip() for part in word.partition("="))
