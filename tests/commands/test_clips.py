@@ -132,6 +132,8 @@ def test_a_folder_of_clips_and_stills_becomes_a_model_of_clips(recipe, tmp_path)
     ("change", "words"),
     [
         ("data.frames=4", ("data.frames", "3 or 5")),
+        ("data.shorter=[2]", ("data.shorter", "1 or 3")),
+        ("data.shorter=[7]", ("data.shorter", "from 1 to 4")),
         ("model.denoiser=unet", ("unet", "clips")),
         ("data.frames=0", ("frame_times", "data.frames")),
         ("model.codec=kl", ("kl", "auto")),

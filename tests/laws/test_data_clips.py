@@ -134,6 +134,17 @@ def test_clips_and_stills_are_stored_in_their_own_buckets(given, tmp_path):
     assert by_size.buckets[0] == (1, 4, SIDE, SIDE)
 
 
+def test_clips_too_short_are_taken_with_fewer_frames(given, tmp_path):
+    """Law: each clip has the most frames of those allowed that it lasts for; one frame is a still."""
+    movie(tmp_path / "half.mp4", [i / 25 for i in range(15)])
+    given.append(Sample("half.mp4", ("",), file=tmp_path / "half.mp4"))
+    encoded = fill(tmp_path, given, replace(HOW, shorter=(1, 2, 3)))
+    assert not encoded.set_aside
+    frames = dict(zip(encoded.names, (bucket[1] for bucket in encoded.buckets), strict=True))
+    assert frames["0.webp"] == 4 and frames["half.mp4"] == 2
+    assert frames["short.mp4"] == frames["still.png"] == 1
+
+
 def test_mirrored_segments_are_so_many_views(given, tmp_path):
     encoded = fill(tmp_path, given[:1], replace(HOW, segments=2, flip=True))
     assert len(encoded.items[0].pictures) == 4

@@ -105,9 +105,10 @@ def _of_recipe(file: Path, overrides: list[str], asked: dict[str, Any]) -> Subje
     reading = (
         tokens.of_folder(asked["model"]) if "model" in asked else tokens.of_conditioner(gathered.conditioner)
     )
+    fewest = int(min([settings.frames or USUAL["frames"], *settings.shorter]))
     return Subject(
         gathered.collection, settings.resolution, checks.grain_of(recipe, gathered.base), settings.buckets,
-        settings.frames or USUAL["frames"], settings.rate, reading,
+        fewest, settings.rate, reading,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ case. MP4, WebM and the like are read by PyAV, animated GIF and WebP by Pillow.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,32 @@ def poster(source: Path | bytes | Image.Image, seconds: float) -> Image.Image:
 
 
 def is_short(seconds: float, frames: int, rate: float) -> bool:
-    """Whether a clip of so many seconds ends before that many frames; half a frame's time is forgiven."""
-    return seconds + 0.5 / rate + SLACK < frames / rate
+    """Whether a clip of so many seconds ends before that many frames; half a frame's time is forgiven.
+
+    A single frame every clip has.
+    """
+    return frames > 1 and seconds + 0.5 / rate + SLACK < frames / rate
+
+
+def longest(seconds: float, frames: int, rate: float, shorter: Sequence[float] = ()) -> int:
+    """`frames`, or of a clip that is too short for them the most of `shorter` that it has.
+
+    `frames` as well where it has none of them, or does not tell its seconds (0).
+    """
+    lengths = sorted({frames, *map(int, shorter)}, reverse=True)
+    return next((one for one in lengths if not is_short(seconds, one, rate)), frames) if seconds else frames
+
+
+def middle(
+    name: str, source: Path | bytes | Image.Image, frames: int, rate: float, shorter: Sequence[float] = ()
+) -> Piece:
+    """The piece in the middle of a clip, of as many frames as `longest` says.
+
+    Raises:
+        media.Unreadable: its head cannot be read.
+    """
+    known = facts(name, source) if shorter else None
+    return Piece(longest(known.seconds, frames, rate, shorter) if known else frames, rate)
 
 
 def read(name: str, source: Path | bytes | Image.Image, piece: Piece, width: int, height: int) -> Tensor:

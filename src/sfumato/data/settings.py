@@ -58,6 +58,11 @@ class DataSettings:
     )
     frames: int = key(0, "frames of a clip; 0 trains on pictures", least=0)
     rate: float = key(8.0, "frames only: so many a second, whatever rate a file has", least=0.01)
+    shorter: tuple[float, ...] = key(
+        (),
+        "frames only: lengths for clips too short for data.frames, as [9, 5, 1]; 1 makes them stills",
+        numbers=True,
+    )
     segments: int = key(
         1, "frames only: pieces taken of each clip, evenly spread; epochs take turns", least=1
     )

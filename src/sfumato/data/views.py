@@ -24,7 +24,8 @@ class Encoding:
     pixels, texts: fingerprints of the encoders. batch, texts_batch: pictures, captions in one call.
     shard: entries a shard holds at most, and so what a kill can cost. flip: also store mirrored pictures.
     frames > 0 takes clips of so many frames at `rate` a second (pictures are clips of one frame), in
-    `segments` pieces each. pixels_format, texts_format: see `formats`. threads decode while others encode.
+    `segments` pieces each; of clips too short for that the most of `shorter` that they have.
+    pixels_format, texts_format: see `formats`. threads decode while others encode.
     Not keeps: pictures are encoded whenever they are shown (see `streamed`).
     """
 
@@ -37,6 +38,7 @@ class Encoding:
     frames: int = 0
     rate: float = 8.0
     segments: int = 1
+    shorter: tuple[float, ...] = ()
     pixels_format: str = "same"
     texts_format: str = "same"
     threads: int = 2
@@ -93,6 +95,8 @@ def beside(task: Task, name: str, how: Encoding, companion: Companion) -> Task |
         other = replace(other, file=None, picture=partial(greyed, other, cover), content="")
     size = companion.size or (task.bucket[0], task.bucket[1])
     still = 1 if companion.size else task.bucket[-1]  # what is cut as its clip is also as long
+    if task.pieces:  # as long as its clip
+        how = replace(how, frames=task.pieces[0].frames, shorter=())
     planned = plan(other, size, replace(how, pixels=companion.fingerprint), still)
     if isinstance(planned, SetAside):
         return planned
@@ -122,19 +126,22 @@ def plan(
             source = source.read_bytes()
         content = sample.content_hash(source) if how.keeps else sample.name
         clip = bool(how.frames) and source is not None and clips.is_clip(sample.name, source)
-        size = (0, 0)
-        if source is not None and (callable(bucket_of) or not clip):
-            size = clips.facts(sample.name, source).size if clip else media.size_of(source)
+        size, frames = (0, 0), how.frames
+        if source is not None and clip and (callable(bucket_of) or how.shorter):
+            known = clips.facts(sample.name, source)
+            size, frames = known.size, clips.longest(known.seconds, frames, how.rate, how.shorter)
+        elif source is not None and not clip:
+            size = media.size_of(source)
     except (media.Unreadable, OSError) as problem:
         return SetAside(sample.name, reason(problem))
     bucket: Bucket = bucket_of(size) if callable(bucket_of) else bucket_of
     transform = f"{media.TRANSFORM} to {bucket[0]}x{bucket[1]}"
     pieces: tuple[clips.Piece, ...] = ()
     if how.frames:
-        bucket = (*bucket, how.frames if clip else still)
+        bucket = (*bucket, frames if clip else still)
         transform += f", standing still for {still} frames" if still > 1 and not clip else ""
     if clip:
-        pieces = tuple(clips.Piece(how.frames, how.rate, i, how.segments) for i in range(how.segments))
+        pieces = tuple(clips.Piece(frames, how.rate, i, how.segments) for i in range(how.segments))
     views = [f"{transform}, {piece.words}" for piece in pieces] or [
         f"{transform}{', a clip' * bool(how.frames)}"
     ]

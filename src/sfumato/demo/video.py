@@ -30,7 +30,7 @@ _RECIPE = Recipe(
 TIMES = 3
 """Clips of each unseen combination that are judged; there are few combinations."""
 PLANS = {
-    "moving-shapes": Plan(_RECIPE, 7.0, 0.09, 60, 500, 4000, 100, 300, side=32, frames=moving.FRAMES),
+    "moving-shapes": Plan(_RECIPE, 7.0, 0.16, 50, 300, 4000, 150, 400, side=32, frames=moving.FRAMES),
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from .. import stages
 from ..data import buckets
 from ..data.sample import Sample
-from ..data.settings import EMBEDDED
+from ..data.settings import EMBEDDED, DataSettings
 from ..errors import Refused
 from ..generation import PaintingModel, load
 from ..generation.leaning import Leaning
@@ -41,21 +41,28 @@ def sizes(
     side, wanted = recipe.data.resolution, recipe.data.buckets
     check_latents(recipe, codec, base, side, side)
     if recipe.data.frames:
-        _check_frames(recipe.data.frames, codec)
+        _check_frames(recipe.data, codec)
     if wanted == 1 or set(named(recipe.data)) <= set(EMBEDDED):
         return side, side
     known = known_sizes(samples, bool(recipe.data.frames))
     return buckets.choose(known, side, _grain(recipe, codec, base), wanted)
 
 
-def _check_frames(frames: int, codec: stages.Codec) -> None:
-    """Raises Refused unless clips of so many frames become latents."""
+def _check_frames(data: DataSettings, codec: stages.Codec) -> None:
+    """Raises Refused unless clips of so many frames, and of so many fewer, become latents."""
     if not codec.of_clips:
-        raise Refused(f"data.frames = {frames}, but this model draws pictures, not clips. Leave it out.")
-    try:
-        codec.latent_frames(frames)
-    except Refused as refusal:
-        raise Refused(f"data.frames = {frames}: {refusal}") from None
+        raise Refused(f"data.frames = {data.frames}, but this model draws pictures, not clips. Leave it out.")
+    named = [("data.frames", data.frames), *(("data.shorter", one) for one in data.shorter)]
+    for name, frames in named:
+        if frames != int(frames) or not 1 <= frames <= data.frames:
+            raise Refused(
+                f"data.shorter has {frames:g}; clips too short for data.frames = {data.frames} are taken "
+                f"with fewer: whole numbers from 1 to {data.frames - 1}."
+            )
+        try:
+            codec.latent_frames(int(frames))
+        except Refused as refusal:
+            raise Refused(f"{name} = {frames:g}: {refusal}") from None
 
 
 def check_known(recipe: Recipe, base: PaintingModel | None) -> None:
@@ -66,6 +73,9 @@ def check_known(recipe: Recipe, base: PaintingModel | None) -> None:
         "known_last": said.known_last,
     }  # fmt: skip
     named = [name for name, is_asked in asked.items() if is_asked]
+    cut = {"data.segments": recipe.data.segments > 1, "data.shorter": recipe.data.shorter}
+    if not recipe.data.frames and (idle := next((name for name, is_asked in cut.items() if is_asked), "")):
+        raise Refused(f"{idle} is about clips: set data.frames, or leave it out.")
     if named and not recipe.data.frames:
         raise Refused(f"train.{named[0]} is about the frames of clips: set data.frames, or leave it out.")
     if named and base is not None and not base.denoiser.frames_apart:

@@ -53,7 +53,8 @@ def codec_key(
     size = bucket_of if isinstance(bucket_of, tuple) else [recipe.data.resolution, recipe.data.buckets]
     said = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
     if recipe.data.frames:
-        said += [model.time_stride, recipe.data.frames, recipe.data.rate, recipe.data.segments, CLIPS]
+        data = recipe.data
+        said += [model.time_stride, data.frames, data.rate, data.segments, CLIPS, *data.shorter]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
@@ -83,7 +84,8 @@ def ready_codec(
     if (home / "stage.json").is_file():
         return load_codec(home).to(device).eval()
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
-    how = Encoding("", frames=recipe.data.frames, rate=recipe.data.rate, segments=recipe.data.segments)
+    data = recipe.data
+    how = Encoding("", frames=data.frames, rate=data.rate, segments=data.segments, shorter=data.shorter)
     pictures = Pictures(few(samples, bucket_of, recipe.data.frames), bucket_of, how)
     train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
     if parallel.current().leads:

@@ -141,6 +141,7 @@ def encoding_of(recipe: Recipe, model: PaintingModel) -> Encoding:
         frames=data.frames,
         rate=data.rate,
         segments=data.segments,
+        shorter=data.shorter,
         pixels_format=data.latent_format,
         texts_format=data.text_format,
         keeps=not (data.stream or data.store_limit),

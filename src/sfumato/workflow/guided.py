@@ -159,6 +159,7 @@ def _frames(settings: DataSettings, source: Any, name: str) -> Tensor:
     name = source.name if isinstance(source, Path) else name
     side = settings.resolution
     if settings.frames and clips.is_clip(name, source):
-        return clips.read(name, source, clips.Piece(settings.frames, settings.rate), side, side)
+        piece = clips.middle(name, source, settings.frames, settings.rate, settings.shorter)
+        return clips.read(name, source, piece, side, side)
     still = fit(read_picture(source), side, side)
     return still[:, None] if settings.frames else still

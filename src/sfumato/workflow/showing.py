@@ -156,7 +156,8 @@ def ends_of(settings: DataSettings, sample: Sample) -> tuple[Image.Image, Image.
     """The first and the last frame of a sample's clip."""
     side, source = settings.resolution, sample.source()
     if clips.is_clip(sample.name, source):
-        clip = clips.read(sample.name, source, clips.Piece(settings.frames, settings.rate), side, side)
+        piece = clips.middle(sample.name, source, settings.frames, settings.rate, settings.shorter)
+        clip = clips.read(sample.name, source, piece, side, side)
     else:
         clip = fit(read_picture(source), side, side)[:, None]
     first, last = (picture(to_pixels(clip[None, :, place])[0]) for place in (0, -1))
