@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 import sfumato
+from sfumato.data import masks
+from sfumato.errors import Refused
 from sfumato.stages import inpainting
 from sfumato.stages.interface import Condition
 
@@ -128,3 +130,54 @@ def test_an_inpainting_checkpoint_is_trained_on_a_column_of_masks(folders, tmp_p
     assert not torch.equal(denoiser(x, clock, Condition.stack(rows)), denoiser(x, clock, told_of))
     run = sfumato.train(tmp_path / "r.toml")
     assert run.model().generate([PROMPT], init=photo(), mask=hole(), steps=2)[0].size == (64, 64)
+
+
+def test_masks_are_drawn_where_there_is_no_column(folders, tmp_path):
+    """Law: so many masks for each picture, the same every time; latents are stored once; all of the network
+    learns; a model that is shown no mask refuses them."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for index in range(2):
+        photo().rotate(180 * index).save(data / f"{index}.png")
+        (data / f"{index}.txt").write_text(PROMPT)
+    said = f"""
+        output = "run"
+        [model]
+        base = "{folders("stable-diffusion-1.5")}"
+        [data]
+        train = "data"
+        resolution = 64
+        masks = 3
+        store = "store"
+        held_out = 0.0
+        [train]
+        steps = 1
+        batch = 6
+        held_out_every = 0
+        sanity = false
+        [sample]
+        every = 100
+        steps = 2
+        """
+    (tmp_path / "r.toml").write_text(said)
+    train = sfumato.encode(tmp_path / "r.toml").train
+    assert len(train) == 6 and len({item.pictures for item in train.items}) == 2
+    holes = {train.read([at]).conditions[0]["hole"].numpy().tobytes() for at in range(6)}
+    assert len(holes) > 3
+    again = sfumato.encode(tmp_path / "r.toml").train
+    assert {again.read([at]).conditions[0]["hole"].numpy().tobytes() for at in range(6)} == holes
+    run = sfumato.train(tmp_path / "r.toml")
+    before, after = sfumato.load(folders("stable-diffusion-1.5")).denoiser, run.model().denoiser
+    moved = zip(before.parameters(), after.parameters(), strict=True)
+    assert sum(not torch.equal(one, other) for one, other in moved) > 100
+    scratch = 'base = "scratch"\ntext = "none"\ncodec = "pixels"'
+    (tmp_path / "r.toml").write_text(said.replace(f'base = "{folders("stable-diffusion-1.5")}"', scratch))
+    with pytest.raises(Refused, match="shown no mask"):
+        sfumato.train(tmp_path / "r.toml", ["output=other"])
+
+
+def test_masks_repaint_some_of_a_picture():
+    """Law: of a hundred masks most keep a part and repaint a part; a tenth repaints all."""
+    shares = [np.asarray(masks.drawn((48, 32), 0, "a.png", number)).mean() / 255 for number in range(100)]
+    assert 80 <= sum(0.01 < share < 0.99 for share in shares) < 100
+    assert masks.drawn((48, 32), 0, "a.png", 3).tobytes() == masks.drawn((48, 32), 0, "a.png", 3).tobytes()

@@ -92,6 +92,12 @@ class DataSettings:
         "the column of the pictures to begin with, for edit and bases that are shown one; empty: "
         "edit_source, where there has to be one",
     )
+    masks: int = key(
+        0,
+        "for models that repaint: so many masks drawn for each picture (boxes, ovals, strokes), in place of "
+        "a column mask",
+        least=0,
+    )
     held_out: float = key(0.05, "share of captions kept out of training to measure it", least=0, most=0.9)
     latents: str = key(
         "mode",

@@ -31,6 +31,11 @@ def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
         }
     if inpainting.repaints(model.denoiser):
         own |= _repainting(model)
+    elif settings.masks and "mask" not in {*own, *settings.companions}:
+        raise Refused(
+            f"data.masks = {settings.masks}, but this model is shown no mask; it repaints without having "
+            "learned to. Take an inpainting checkpoint as model.base, or leave data.masks out."
+        )
     own |= showing.companions(model, settings)
     names = dict.fromkeys([*own, *settings.companions])
     return {name: own.get(name) or _usual(model, name) for name in names}

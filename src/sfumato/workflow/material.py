@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..data import clips, media, sources, views
+from ..data import clips, masks, media, sources, views
 from ..data.captions import Wording, worded
 from ..data.sample import Collection, Sample
 from ..data.settings import EMBEDDED, DataSettings
@@ -53,6 +53,17 @@ def material_of(recipe: Recipe) -> Collection:
     Raises:
         Refused: as `collect`, or samples without a class.
     """
+    data = recipe.data
+    if data.masks and data.frames:
+        raise Refused("data.masks draws masks of pictures, not of clips. Leave it out.")
+    if data.masks:
+        found = _material_of(replace(recipe, data=replace(data, masks=0)))
+        return replace(found, samples=masks.masked(found.samples, data.masks, recipe.seed))
+    return _material_of(recipe)
+
+
+def _material_of(recipe: Recipe) -> Collection:
+    """The samples as they are, or with the names of their classes."""
     data = recipe.data
     if recipe.model.base != "scratch" or recipe.model.text != "labels":
         return collect(data)
