@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from sfumato.stages.interface import Condition
 from sfumato.theory.definition import spread
 
-from .objective import DiffusionObjective
+from .objective import DiffusionObjective, Prepared
 
 MUCH = 1.5
 """A base whose loss is so many times the guess's does not know this data, or is asked wrongly."""
+
+
+ENOUGH = 8
+"""Samples that answer a question; their times are spread as those of a whole batch are."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,20 @@ class Rung:
     detail: str
 
 
+def parts_of(objective: DiffusionObjective) -> int:
+    """Into how many parts the first batch is divided, so that one of them is enough to ask about."""
+    return max(1, len(objective.order.at(0)[0]) // ENOUGH)
+
+
+def some(objective: DiffusionObjective) -> Prepared:
+    """Enough samples of the first step."""
+    return objective.prepare(0, 0, parts_of(objective))
+
+
 @torch.no_grad()
 def knows(objective: DiffusionObjective) -> Rung:
     """A base asked rightly answers better than the guess."""
-    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    batch, x_0, drawn, _ = some(objective)
     loss = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
     guess = guessed(objective, x_0, drawn.t, drawn.of(objective.model.theory.mix, x_0))
     target = drawn.of(objective.model.theory.target, x_0)
@@ -80,7 +94,7 @@ def quietly(network: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def is_the_bases(objective: DiffusionObjective, without: Callable[[], AbstractContextManager[None]]) -> Rung:
     """Before the first step an adapter has no effect, so the loss is the base's to the last digits."""
-    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    batch, x_0, drawn, _ = some(objective)
     with quietly(objective.model.denoiser):
         mine = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
         with without():
@@ -98,7 +112,7 @@ def survives_conversion(objective: DiffusionObjective) -> Rung:
     """Under another theory the base must still mean the same picture by the same noise."""
     model, new = objective.model, objective.model.theory
     assert model.trained is not None
-    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    batch, x_0, drawn, _ = some(objective)
     condition = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x_0.device, x_0.dtype)
     x_t = new.mix(x_0, drawn.x_T, drawn.t)
     _, x_there, there = new.convert(x_t, x_t, drawn.t, to=model.trained)

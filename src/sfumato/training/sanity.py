@@ -87,7 +87,7 @@ def _prompts(objective: DiffusionObjective) -> Iterator[Rung]:
 
 def _adapts(objective: DiffusionObjective, without: Callable[[], AbstractContextManager[None]]) -> Rung:
     """After three steps the answer must differ from the base's."""
-    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    batch, x_0, drawn, _ = expected.some(objective)
     with torch.no_grad():
         with_it = objective.measure(x_0, drawn, objective.rows(batch))
         with without():
@@ -119,8 +119,9 @@ def _shape(objective: DiffusionObjective, index: int) -> object:
 
 def _first_loss(objective: DiffusionObjective) -> Rung:
     with torch.no_grad():
-        losses = objective.losses(0, 0, 1).per_sample
-        _, x_0, drawn, _ = objective.prepare(0, 0, 1)
+        parts = expected.parts_of(objective)
+        losses = objective.losses(0, 0, parts).per_sample
+        _, x_0, drawn, _ = objective.prepare(0, 0, parts)
         target = drawn.of(objective.model.theory.target, x_0)
         nothing = float(objective.error(torch.zeros_like(target), target).mean())
     loss = float(losses.mean())
@@ -139,7 +140,7 @@ def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained:
     seen: set[str] = set()
     asked: set[str] = set()
     for step in range(3):
-        objective.losses(step, 0, 1).per_sample.mean().backward()
+        objective.losses(step, 0, expected.parts_of(objective)).per_sample.mean().backward()
         reached = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
         asked |= reached.keys()
         seen |= {name for name, gradient in reached.items() if bool(gradient.any())}
@@ -159,7 +160,7 @@ def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained:
 def _dependences(objective: DiffusionObjective) -> Iterator[Rung]:
     """After three steps the answer must move when one of its three inputs does."""
     model, theory = objective.model, objective.model.theory
-    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    batch, x_0, drawn, _ = expected.some(objective)
     rows = [dict(row) for row in objective.rows(batch)]
     x_t = drawn.of(theory.mix, x_0)
 
@@ -199,7 +200,7 @@ def _overfits(
         steps=tries, warmup=min(5, tries - 1), learning_rate=max(1e-3, settings.learning_rate), ema=0, clip=1
     )
     held = Held(network, fast)
-    batch, x_0, drawn, _ = objective.prepare(0, 0, 1)
+    batch, x_0, drawn, _ = expected.some(objective)
     few = slice(0, min(FEW, len(x_0)))
     small = drawn.rows(few)
     losses = []

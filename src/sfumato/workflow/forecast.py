@@ -24,7 +24,7 @@ from . import guided, phases, prior
 from .agreement import agree, content_of
 from .codecs import codec_key, place
 from .costs import Step, checkpoint_bytes, copies_bytes, cost, inputs_of, store_bytes
-from .course import gather
+from .course import Gathered, gather
 from .material import known_sizes
 from .tuning import tune
 
@@ -88,15 +88,19 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     store = store_bytes(recipe, len(collection.samples), codec)
     found["store_gb"] = round(store / 1e9, 3)
     found["disk_gb"] = round((store + checkpoint_bytes(recipe, parameters)) / 1e9, 3)
+    return found | _standing(recipe, gathered)
+
+
+def _standing(recipe: Recipe, gathered: Gathered) -> dict[str, Any]:
+    """Where the recipe's run stands, and what was changed since it began."""
     output = Path(recipe.output)
-    if (output / "effective.toml").is_file():
-        run = RunFolder.open(output)
-        found["changed"] = agree(run, recipe, content_of(gathered.samples))
-        folders = run.checkpoint_folders()
-        found["run"] = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
-    else:
-        found["run"] = "new"
-    return found
+    if not (output / "effective.toml").is_file():
+        return {"run": "new"}
+    run = RunFolder.open(output)
+    changed = agree(run, recipe, content_of(gathered.samples))
+    folders = run.checkpoint_folders()
+    stands = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
+    return {"changed": changed, "run": stands}
 
 
 def told_of(
