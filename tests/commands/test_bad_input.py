@@ -89,6 +89,14 @@ def test_a_broken_picture_is_set_aside_and_training_goes_on(tmp_path):
         ("model.denoiser=dti", ("model.denoiser", '"dit"')),
         ("train.steps=many", ("train.steps", "whole number")),
         ("train.batch=0", ("train.batch", "at least 1")),
+        ("train.optimizer=adamw-paged", ("paged", "adamw-8bit")),
+        ("train.trackers=mlflow", ("mlflow", "tensorboard")),
+        ("train.patience=2 train.held_out_every=0", ("train.patience", "train.held_out_every")),
+        ("train.patience=2 data.held_out=0", ("train.patience", "data.held_out")),
+        ("train.exact_elastic=true train.virtual_ranks=3", ("power of 2", "2 or 4")),
+        ("train.virtual_ranks=8", ("train.virtual_ranks", "train.exact_elastic")),
+        ("train.shard_within=2", ("train.shard_within", "hsdp")),
+        ("train.optimizer=schedule-free train.ema=0.9", ("schedule-free", "train.ema")),
         ("train.device=cuda:7", ("cuda:7", "cpu")),
         ("model.codec=nowhere", ("nowhere", "codec")),
         ("model.text=nowhere", ("nowhere", "minilm")),
@@ -99,10 +107,18 @@ def test_a_broken_picture_is_set_aside_and_training_goes_on(tmp_path):
 def test_a_value_that_cannot_be_is_refused_before_anything_is_written(tmp_path, override, words):
     recipe = write_recipe(tmp_path)
     for command in ("plan", "train"):
-        answer = sfumato(command, recipe, override)
+        answer = sfumato(command, recipe, *override.split())
         assert answer.code == 2, answer.err
         one_sentence(answer, *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(tmp_path):
+    short = "train.steps=1", "train.warmup=100", "train.schedule=cosine", "sample.every=0", "train.threads=9"
+    answer = sfumato("train", write_recipe(tmp_path), *short)
+    assert answer.code == 0, answer.err
+    assert "1% of train.learning_rate and train.schedule = cosine does not begin" in answer.err
+    assert os.cpu_count() >= 9 or "train.threads = 9" in answer.err
 
 
 def test_a_recipe_that_is_no_recipe_is_refused(tmp_path):

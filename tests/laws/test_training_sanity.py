@@ -44,6 +44,14 @@ def test_a_network_that_is_deaf_to_its_condition_falls():
     assert fallen(objective) == ["the answer depends on the condition"]
 
 
+def test_one_sample_a_step_is_enough_to_climb():
+    """Law: times and conditions of one sample alone are told apart by another's."""
+    objective, network, _ = make(batch=1)
+    assert fallen(objective) == []
+    network.forward = lambda x, clock, condition: Network.forward(network, x, clock * 0, condition)
+    assert "the answer depends on the time" in fallen(objective)
+
+
 def test_a_layer_nobody_listens_to_falls():
     objective, network, _ = make()
     network.spare = torch.nn.Linear(3, 3)

@@ -120,8 +120,8 @@ def wait_for(ready: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_a_killed_worker_is_started_again_and_the_run_ends_with_the_same_bits(folder):
-    finish(start(folder, "peace", 1, steps=40))
-    process = start(folder, "killed", 2, steps=40, restarts=3)
+    finish(start(folder, "peace", 1, steps=90))
+    process = start(folder, "killed", 2, steps=90, restarts=3)
     lock = folder / "killed" / ".lock"
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and not RunFolder(folder / "killed").checkpoint_folders():

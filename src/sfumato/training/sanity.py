@@ -158,7 +158,8 @@ def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained:
 
 
 def _dependences(objective: DiffusionObjective) -> Iterator[Rung]:
-    """After three steps the answer must move when one of its three inputs does."""
+    """After three steps the answer must move when one of its three inputs does; of one sample alone the time
+    and the condition are another one's."""
     model, theory = objective.model, objective.model.theory
     batch, x_0, drawn, _ = expected.some(objective)
     rows = [dict(row) for row in objective.rows(batch)]
@@ -172,18 +173,32 @@ def _dependences(objective: DiffusionObjective) -> Iterator[Rung]:
     was_training = network.training
     network.eval()
     usual = answer(x_t, drawn.t, rows)
+    other_t, others = drawn.t.flip(0), rows[1:] + rows[:1]
+    if len(rows) == 1:
+        _, _, another, _ = objective.prepare(1, 0, expected.parts_of(objective))
+        other_t, others = another.t[:1], _another(objective, objective.order.at(0)[0][0])
     changes: dict[str, Callable[[], torch.Tensor]] = {
         "x_t": lambda: answer(x_t.roll(1, 0) + 0.1, drawn.t, rows),
-        "the time": lambda: answer(x_t, drawn.t.flip(0), rows),
+        "the time": lambda: answer(x_t, other_t, rows),
     }
-    if any(rows):
-        changes["the condition"] = lambda: answer(x_t, drawn.t, rows[1:] + rows[:1])
+    if any(rows) and others:
+        changes["the condition"] = lambda: answer(x_t, drawn.t, others)
     for name, change in changes.items():
         moved = float((change() - usual).abs().mean() / usual.abs().mean().clamp(min=1e-12))
         good = moved > 1e-6
         detail = f"it moves by {moved:.1e} of its size"
         yield Rung(f"the answer depends on {name}", good, detail if good else f"{detail}: {name} is not used")
     network.train(was_training)
+
+
+def _another(objective: DiffusionObjective, here: int) -> list[dict[str, torch.Tensor]]:
+    """What guides a sample of the same shape that is told something else than the one here; none: []."""
+    encoded = objective.encoded
+    said = list(getattr(encoded, "captions", ())) or list(range(len(encoded)))
+    for index in range(len(encoded)):
+        if said[index] != said[here] and _shape(objective, index) == _shape(objective, here):
+            return [dict(row) for row in objective.rows(encoded.read([index], 0, 0))]
+    return []
 
 
 def _overfits(

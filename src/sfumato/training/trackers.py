@@ -11,7 +11,7 @@ from sfumato.errors import Refused, one_of
 from sfumato.record import RunFolder
 
 Scalars = Callable[[dict[str, float], int], None]
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 def follow(run: RunFolder, names: tuple[str, ...]) -> Callable[[], None]:
@@ -20,10 +20,11 @@ def follow(run: RunFolder, names: tuple[str, ...]) -> Callable[[], None]:
     Returns:
         a function that ends them, to be called when the run stops.
     Raises:
-        Refused: unknown, or not installed.
+        Refused: unknown, not installed, or it does not begin.
     """
     openers = {"tensorboard": _tensorboard, "wandb": _projects("wandb"), "trackio": _projects("trackio")}
-    opened = [openers[one_of("tracker", name, openers)](run) for name in names]
+    check(names)
+    opened = [openers[name](run) for name in names]
     hearers = [_hearing(log) for log, _ in opened]
     run.listeners += hearers
 
@@ -33,6 +34,12 @@ def follow(run: RunFolder, names: tuple[str, ...]) -> Callable[[], None]:
             close()
 
     return end
+
+
+def check(names: tuple[str, ...]) -> None:
+    """Raises Refused for a tracker that is unknown or not installed."""
+    for name in names:
+        _package(one_of("tracker", name, PACKAGES), PACKAGES[name])
 
 
 def scalars(event: dict[str, Any]) -> dict[str, float]:
@@ -60,13 +67,13 @@ def _package(name: str, module: str) -> Any:
         return import_module(module)
     except ImportError as problem:
         raise Refused(
-            f'train.trackers names "{name}", which is not installed. Run `pip install {PACKAGES[name]}`, '
+            f'train.trackers names "{name}", which is not installed. Run `pip install {name}`, '
             "or leave it out: events.jsonl and the report have everything."
         ) from problem
 
 
 def _tensorboard(run: RunFolder) -> tuple[Scalars, Callable[[], None]]:
-    writer = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter(str(run.path / "tensorboard"))
+    writer = _package("tensorboard", PACKAGES["tensorboard"]).SummaryWriter(str(run.path / "tensorboard"))
 
     def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -80,7 +87,14 @@ def _projects(name: str) -> Callable[[RunFolder], tuple[Scalars, Callable[[], No
 
     def opened(run: RunFolder) -> tuple[Scalars, Callable[[], None]]:
         package = _package(name, name)
-        package.init(project="sfumato", name=run.path.name)
+        try:
+            package.init(project="sfumato", name=run.path.name)
+        except Exception as problem:  # a service answers in errors of its own: no key, no network, no project
+            said = " ".join(str(problem).split())
+            raise Refused(
+                f'train.trackers names "{name}", which could not begin: {said} Mend that, or leave it out: '
+                "events.jsonl and the report have everything."
+            ) from problem
         return (lambda values, step: package.log(values, step=step)), package.finish
 
     return opened

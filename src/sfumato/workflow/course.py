@@ -24,6 +24,7 @@ from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
 from ..training.packed import PackedObjective
 from . import ahead, companions, costs, guided, prior, showing
+from .acting import check_acts, warned
 from .agreement import agree, content_of
 from .checks import check_known, check_leaning, check_packed, sizes, theory_of
 from .codecs import Progress, ready_codec
@@ -187,6 +188,8 @@ def _train(
         model, recipe, run, guided.with_pictures(shown, model, recipe, prepared), lambda: report.write(run)
     )
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
+    for warning in warned(recipe):
+        say(warning)
     say(costs.said(recipe, model, network, prepared.train, fresh=not run.checkpoint_folders()))
     if recipe.train.sanity and leads and not run.checkpoint_folders():
         with phase(run, "sanity"):
@@ -265,6 +268,7 @@ def gather(recipe: Recipe) -> Gathered:
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
     shapes = sizes(recipe, collection.samples, codec, base)
+    check_acts(recipe, device, len(collection.of("held_out")))
     return Gathered(collection, shapes, device, base, conditioner, prior.of_folder(recipe))
 
 
