@@ -21,7 +21,7 @@ import torch
 
 from sfumato.data.encode import Encoding
 from sfumato.generation import load
-from sfumato.generation.frames import still
+from sfumato.generation.films import still
 from sfumato.recipe import Recipe
 from sfumato.stages.clips import ClipCodec
 from sfumato.stages.pieces import Pieces, decode

@@ -135,6 +135,7 @@ def generate(
     region: options.Regions = None,
     negative: options.Negative = "",
     image: options.Images = None,
+    last_image: options.LastImage = None,
     lora: options.Loras = None,
     embedding: options.Embeddings = None,
     option: options.Further = None,

@@ -9,7 +9,8 @@ from PIL import Image
 from sfumato.errors import Refused
 from sfumato.generation import painting
 from sfumato.generation.files import webp
-from sfumato.generation.frames import Windows, film, still
+from sfumato.generation.films import film, still
+from sfumato.generation.frames import Windows
 from sfumato.stages import Condition, build, new_codec, new_conditioner
 from sfumato.stages.settings import ModelSettings
 from sfumato.theory import get, names, noise
@@ -108,6 +109,13 @@ def test_a_clip_may_be_longer_than_those_it_was_trained_on():
         made.generate(frames=14, window=5, overlap=5, **DRAWN)
 
 
+def test_a_size_that_the_network_cannot_cut_into_tokens_is_refused():
+    made = model()
+    made.denoiser.grain = 2
+    with pytest.raises(Refused, match=r"multiples of 8. Choose 16×8"):
+        made.generate(**{**DRAWN, "height": 12})
+
+
 def test_a_clip_may_begin_from_a_clip(tmp_path):
     """Little strength keeps it, and its file begins the same."""
     made = model()
@@ -127,6 +135,18 @@ def test_a_clip_may_begin_from_a_clip(tmp_path):
 
 
 # ---------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("lengths", [[50] * 16, [100] * 8, [300, 20, 20, 60, 100, 300], [400, 400]])
+def test_a_file_is_seen_at_the_models_rate(lengths, tmp_path):
+    """Law: frame i is what the file shows at i / fps seconds, whatever rate it has, even or not."""
+    pictures = [Image.new("RGB", (8, 8), (10 * i, 0, 0)) for i in range(len(lengths))]
+    file = tmp_path / "uneven.webp"
+    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=lengths, lossless=True)
+    seen = (film(file, 8, 8, 6, fps=8.0)[0, :, 0, 0] + 1) * 127.5 / 10
+    began = [sum(lengths[:i]) for i in range(len(lengths))]
+    shown = [max(i for i, start in enumerate(began) if start <= 125 * at + 1) for at in range(6)]
+    assert seen.round().int().tolist() == shown
 
 
 def test_times_of_frames_are_a_function_of_sample_and_step():

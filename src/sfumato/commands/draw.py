@@ -65,7 +65,9 @@ class Asked:
         said |= {"regions": regions} if regions else {}
         own["control_from"] = said.pop("control_from")
         pictures = shown({name: said.pop(name) for name in PICTURES}, own["control_from"])
+        last = said.pop("last_image")
         wanted = further(said.pop("image") or [], said.pop("option") or [], known)
+        wanted |= {"last_image": str(last)} if last is not None else {}
         usual = {"negative": "", "solver": "", **dict.fromkeys(AS_TRAINED, 0)}
         said = {name: value for name, value in said.items() if value not in (None, usual.get(name))}
         return cls(wanted=said | wanted | pictures, loras=loras, embeddings=embeddings, **own, **where)

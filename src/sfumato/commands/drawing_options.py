@@ -66,6 +66,10 @@ Images = Annotated[
         help="A picture that an editing or image-to-video model is shown; repeat it for several.",
     ),
 ]
+LastImage = Annotated[
+    Optional[Path],
+    typer.Option(metavar="FILE", help="The picture a clip ends with, beside --image, which it begins with."),
+]
 Controls = Annotated[
     Optional[list[Path]],
     typer.Option(metavar="FILE", help="What a ControlNet reads; repeat it, one for each ControlNet."),

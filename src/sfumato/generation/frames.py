@@ -7,19 +7,17 @@ more towards its middle (MultiDiffusion, arXiv:2302.08113, along time).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.stages.interface import Condition, Model, known_time
-from sfumato.stages.seeing import picture, pictures_of
+from sfumato.stages.seeing import pictures_of
 from sfumato.theory import Theory
+
+from .films import still
 
 Ask = Callable[[Tensor, Tensor, Condition], Tensor]
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -187,57 +185,6 @@ def _known(model: Model, given: dict[str, Any], count: int, shape: tuple[int, ..
             latents[:, :, -1:] = model.encode(held)[:, :, -1:].cpu()
             which[-1] = True
     return Known(latents, which)
-
-
-def still(picture: Image.Image, width: int, height: int) -> Tensor:
-    """A picture cropped and scaled to this size, [3, H, W] in [-1, 1]."""
-    image = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def film(shown: Any, width: int, height: int, frames: int) -> Tensor:
-    """The first frames of a clip, cropped and scaled to this size, [3, F, H, W] in [-1, 1].
-
-    Args:
-        shown: uint8 [F, H, W, 3], the path of a video or an animation, or a picture, which stands still; the
-            last frame of a clip that is too short is held.
-    Raises:
-        Refused: nothing of that kind.
-    """
-    if isinstance(shown, str | Path):
-        images = frames_in(Path(shown).expanduser(), frames)
-    elif isinstance(shown, np.ndarray) and shown.dtype == np.uint8 and shown.ndim == 4:
-        images = [Image.fromarray(frame) for frame in shown[:frames]]
-    else:
-        images = [picture(shown)]
-    stills = [still(image.convert("RGB"), width, height) for image in images]
-    return torch.stack(stills + stills[-1:] * (frames - len(stills)), 1)
-
-
-def frames_in(path: Path, most: int) -> list[Image.Image]:
-    """The first frames of a video or animation, one of a picture.
-
-    Raises:
-        Refused: it cannot be read.
-    """
-    try:
-        with Image.open(path) as image:
-            return [frame.convert("RGB") for frame in islice(ImageSequence.Iterator(image), most)]
-    except UnidentifiedImageError:
-        pass
-    except OSError as problem:
-        raise Refused(f"{path} cannot be read: {problem}.") from problem
-    import av
-    import av.error
-
-    try:
-        with av.open(str(path)) as container:
-            found = [frame.to_image() for frame in islice(container.decode(video=0), most)]
-    except (av.error.FFmpegError, IndexError, ValueError) as problem:
-        raise Refused(f"{path} is neither a picture nor a video that can be read: {problem}.") from problem
-    if not found:
-        raise Refused(f"{path} is a video without a frame.")
-    return found
 
 
 def _windows(model: Model, options: dict[str, Any], shape: tuple[int, ...]) -> Windows | None:

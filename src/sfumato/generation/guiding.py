@@ -21,7 +21,7 @@ from sfumato.stages.inpainting import HOLE, KEPT, hole_of, opening, repaints
 from sfumato.stages.seeing import picture
 from sfumato.theory import Theory
 
-from .frames import film
+from .films import film
 
 WORDS = (
     "control", "control_weight", "control_start", "control_end", "reference", "reference_scale",
@@ -309,12 +309,13 @@ def encoded(
     """
     sides, most = how.size or size, frames if how.moves else min(frames, 1)
     known: dict[int, Tensor] = {}
+    fps = float(model.info.get("fps", 0))
 
     def seen(one: Any) -> Tensor:
         if isinstance(one, list | tuple):
             return torch.cat([seen(part) for part in one], dim=1)
         if id(one) not in known:
-            pixels = film(one, *sides, most) if frames else fitted(one, *sides)
+            pixels = film(one, *sides, most, fps) if frames else fitted(one, *sides)
             known[id(one)] = how.encode(pixels[None].to(model.device, model.dtype))
         return known[id(one)]
 
@@ -371,7 +372,8 @@ def begun(
     if "init" not in said:
         return found
     shown = each(said["init"], count, "init")
-    pixels = torch.stack([film(one, *size, frames) if frames else fitted(one, *size) for one in shown])
+    fps = float(model.info.get("fps", 0))
+    pixels = torch.stack([film(one, *size, frames, fps) if frames else fitted(one, *size) for one in shown])
     usual = 1.0 if "mask" in said else model.info.get("strength", 0.6)
     found = replace(found, init=model.encode(pixels), strength=float(said.get("strength", usual)))
     if "mask" not in said:

@@ -226,7 +226,15 @@ class PaintingModel(Model):
         step = self.codec.time_stride
         known = frames or int(self.info.get("frames", 1))
         count = 1 + -(-(known - 1) // step) * step
-        return self.codec.latent_shape(width, height, count)
+        shape, grain = self.codec.latent_shape(width, height, count), self.denoiser.grain
+        if shape[-1] % grain or shape[-2] % grain:
+            step = grain * self.codec.stride
+            fit = [max(step, side // step * step) for side in (width, height)]
+            raise Refused(
+                f"The picture is {width}×{height}, but this network needs sides in multiples of {step}. "
+                f"Choose {fit[0]}×{fit[1]}."
+            )
+        return shape
 
     def start(self, todo: Sequence[Wish], shape: tuple[int, ...]) -> Tensor:
         """The noise each picture starts from [B, C, h, w]."""
