@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/sd15_step.py [--steps 3] [--only "ours"] [--out FILE.json]
 
 Batch 1, latents 32 × 32 × 4, 77 tokens of 768, float32, inputs cached, no averages. (a) diffusers: the loop
-of train_text_to_image.py (accelerate, torch's AdamW, clipping, gather().item() a step); (b) DiffSynth-Studio's:
-AdamW, neither clipping nor gather. Every row is a process of its own: CPU seconds of a step (the median after
+of train_text_to_image.py (accelerate, torch's AdamW, clipping, gather().item()); (b) DiffSynth-Studio's,
+AdamW without clipping or gather. Every row is a process of its own: CPU seconds of a step (the median after
 two) and peak memory; with 14 GB for weights, gradients and moments alone, none begins unless 18 GB are free.
 """
 

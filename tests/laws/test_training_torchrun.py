@@ -73,7 +73,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 @pytest.mark.slow
 def test_torchrun_on_2_and_4_processes_is_the_run_of_one(folder):
     for processes in (1, 2, 4):
-        finish(start(folder, f"on{processes}", processes))
+        finish(start(folder, f"on{processes}", processes, steps=50))
     assert len({fingerprint(folder / f"on{processes}") for processes in (1, 2, 4)}) == 1
 
 
