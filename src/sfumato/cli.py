@@ -140,6 +140,7 @@ def generate(
     embedding: options.Embeddings = None,
     option: options.Further = None,
     guide: options.Guides = None,
+    image_encoder: options.ImageEncoder = None,
     control: options.Controls = None,
     control_from: options.ControlFrom = "",
     control_weight: options.Numbers = None,

@@ -1,5 +1,6 @@
 """Laws of guides on pretrained families: what diffusers' pipelines draw with them, we draw."""
 
+import shutil
 from typing import Any
 
 import diffusers
@@ -8,6 +9,7 @@ import torch
 import transformers
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato.errors import Refused
@@ -222,11 +224,11 @@ def looking(model: Any, width: int, rows: int) -> Any:
     return adapter, features
 
 
-def seer() -> Any:
+def seer(hidden: int = 16, layers: int = 1) -> Any:
     """A tiny image encoder of CLIP's kind; FLUX's loader asks for one."""
     config = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
-        patch_size=8, projection_dim=24,
+        hidden_size=hidden, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
+        image_size=16, patch_size=8, projection_dim=24,
     )  # fmt: skip
     return transformers.CLIPVisionModelWithProjection(config)
 
@@ -265,6 +267,68 @@ def test_an_ip_adapter_draws_as_its_pipeline_does(name, folders, tmp_path):
     assert (found - expected).abs().max() < CLOSE
     plain = our_pixels(model, pipe, name)
     assert (plain - expected).abs().max() > 10 * CLOSE
+
+
+def resampler(width: int, into: int, wide: int = 32) -> dict[str, torch.Tensor]:
+    """The projection of an IP-Adapter Plus, by the names of its file."""
+    shapes = {
+        "latents": (1, 4, wide), "proj_in.weight": (wide, width), "proj_in.bias": (wide,),
+        "proj_out.weight": (into, wide), "proj_out.bias": (into,), "norm_out.weight": (into,),
+        "norm_out.bias": (into,),
+    }  # fmt: skip
+    for layer in range(4):
+        attention = {f"0.norm{i}.{part}": (wide,) for i in (1, 2) for part in ("weight", "bias")}
+        attention |= {
+            "0.to_q.weight": (64, wide),
+            "0.to_kv.weight": (128, wide),
+            "0.to_out.weight": (wide, 64),
+        }
+        further = {"1.0.weight": (wide,), "1.0.bias": (wide,), "1.1.weight": (4 * wide, wide)}
+        further |= {"1.3.weight": (wide, 4 * wide)}
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in (attention | further).items()}
+    chance = torch.Generator().manual_seed(5)
+    return {
+        f"image_proj.{name}": 0.2 * torch.randn(shape, generator=chance) for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-1.5", "stable-diffusion-3.5", "flux-dev", "plus"])
+def test_an_added_ip_adapter_sees_as_its_pipeline_does(name, folders, tmp_path):
+    """Law: through the image encoder beside its file, with what that answers beside a negative; the pipeline
+    given the picture draws the same. Without an encoder it is refused a picture."""
+    plus, name = name == "plus", name.replace("plus", "stable-diffusion-1.5")
+    torch.manual_seed(3)
+    eye = seer(hidden=24 if name.startswith("stable-diffusion-3") else 16, layers=2)
+    eye.save_pretrained(tmp_path / "image_encoder")
+    looks = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+    looks.save_pretrained(tmp_path / "image_encoder")
+    model = sfumato.load(folders(name))
+    adapter, _ = looking(model, 24, 1)
+    for number, part in enumerate(adapter.parts(model.denoiser.network)):
+        seeded(part, f"{name} {number}")
+    file = tmp_path / "ip-adapter.safetensors"
+    ip_adapters.write(adapter, model.denoiser.base, file)
+    if plus:
+        kept = {n: one for n, one in load_file(file).items() if not n.startswith("image_proj")}
+        save_file(kept | resampler(16, model.denoiser.network.config.cross_attention_dim), file)
+    pipe = opened(folders(name), image_encoder=eye, feature_extractor=looks)
+    word = (
+        "image_encoder_pretrained_model_name_or_path" if name.startswith("flux") else "image_encoder_folder"
+    )
+    pipe.load_ip_adapter(str(tmp_path), subfolder="", weight_name=file.name, **{word: None})
+    pipe.set_ip_adapter_scale(0.7)
+    picture = drawing().crop((30, 10, 46, 26))  # of the encoder's size: nothing is resampled
+    expected = pipeline_pixels(pipe, **called(name), ip_adapter_image=picture)
+    model = sfumato.load(folders(name))
+    attach(model, file)
+    found = our_pixels(model, pipe, name, reference=picture, reference_scale=0.7)
+    assert (found - expected).abs().max() < CLOSE
+    shutil.move(tmp_path / "image_encoder", tmp_path / "elsewhere")
+    blind = sfumato.load(folders(name))
+    attach(blind, file)
+    with pytest.raises(Refused, match="without an image encoder"):
+        blind.generate([PROMPT], reference=picture)
+    attach(sfumato.load(folders(name)), file, image_encoder=tmp_path / "elsewhere")
 
 
 def test_a_model_without_a_guide_refuses_its_picture(folders):

@@ -41,6 +41,7 @@ class Asked:
     embeddings: list[str] = field(default_factory=list)
     guides: Sequence[Path] = ()
     control_from: str = ""
+    image_encoder: Path | None = None
 
     @classmethod
     def of(cls, said: dict[str, Any]) -> "Asked":
@@ -60,6 +61,7 @@ class Asked:
             "labels": said.pop("label") or [],
             "kinds": said.pop("format") or (),
             "guides": said.pop("guide") or [],
+            "image_encoder": said.pop("image_encoder"),
         }
         regions = [region(one) for one in said.pop("region") or []]
         said |= {"regions": regions} if regions else {}
@@ -129,8 +131,10 @@ def loaded(asked: Asked, device: str) -> Any:
     for one in asked.embeddings:
         word, file = named(one)
         model.add_embedding(file, word)
+    if asked.image_encoder is not None and not any(place.is_file() for place in asked.guides):
+        raise Refused("--image-encoder is for an IP-Adapter's file: give --guide FILE too, or leave it out.")
     for place in asked.guides:
-        attach(model, place)
+        attach(model, place, asked.image_encoder if place.is_file() else None)
     if asked.labels and (asked.prompts or model.conditioner.kind != "labels"):
         raise Refused(
             "Give --label or --prompt, not both."

@@ -52,6 +52,13 @@ Guides = Annotated[
         help="A trained guide to add: a ControlNet's folder (diffusers), an IP-Adapter's file, a run's.",
     ),
 ]
+ImageEncoder = Annotated[
+    Optional[Path],
+    typer.Option(
+        metavar="DIR",
+        help="What an added IP-Adapter sees through (CLIP, SigLIP); default: image_encoder beside its file.",
+    ),
+]
 Solver = Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")]
 Further = Annotated[
     Optional[list[str]],

@@ -51,14 +51,14 @@ class Window:
 class Guiding:
     """What guides some pictures.
 
-    tensors: of the condition, [B, …] each; silent: those that say nothing beside a negative, where guidance
-    leans; windows: by the guides' names. init: latents [B, C, …] to start from, from share `strength` of the
-    steps on. hole: [B, 1, …] in latents, 1 where it is repainted; pixels [B, 3, H, W] and cover [B, 1, H, W]
-    of what is kept.
+    tensors: of the condition, [B, …] each; silent: [1, …], what stands in place of some of them beside a
+    negative, where guidance leans away from; windows: by the guides' names. init: latents [B, C, …] to start
+    from, from share `strength` of the steps on. hole: [B, 1, …] in latents, 1 where it is repainted; pixels
+    [B, 3, H, W] and cover [B, 1, H, W] of what is kept.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    silent: tuple[str, ...] = ()
+    silent: dict[str, Tensor] = field(default_factory=dict)
     windows: dict[str, Window] = field(default_factory=dict)
     init: Tensor | None = None
     strength: float = 1.0
@@ -79,7 +79,7 @@ class Guiding:
         if not self.tensors:
             return condition
         own = {
-            name: torch.zeros_like(one) if is_weak and name in self.silent else one
+            name: self.silent[name].to(one).expand_as(one) if is_weak and name in self.silent else one
             for name, one in self.tensors.items()
         }
         own[WEAK] = torch.full((condition.size,), is_weak)
@@ -216,12 +216,21 @@ def taken(
     for name, listed in shown.items():
         if kinds[name] != "ip-adapter" and any(isinstance(one, list | tuple) for one in listed):
             raise Refused(f"{name} takes one picture for each drawing; only a reference may be several.")
+    tensors = {name: encoded(model, guides[name], listed, size, frames) for name, listed in shown.items()}
+    silent = {name: silence(guides[name], tensors[name]) for name in shown if kinds[name] == "ip-adapter"}
     found = Guiding(
-        {name: encoded(model, guides[name], listed, size, frames) for name, listed in shown.items()},
-        tuple(name for name in shown if kinds[name] == "ip-adapter"),
+        tensors,
+        silent,
         windows(said, [name for name, kind in kinds.items() if kind in CONTROLS], kinds),
     )
     return begun(model, found, said, count, size, frames)
+
+
+def silence(how: Encoder, tensor: Tensor) -> Tensor:
+    """What an IP-Adapter is shown beside a negative, [1, L, D], as long as what it is shown."""
+    if how.silent is None:
+        return torch.zeros_like(tensor[:1])
+    return how.silent.repeat(1, tensor.shape[1] // how.silent.shape[1], 1)
 
 
 def refuse(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:

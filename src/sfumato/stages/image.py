@@ -25,13 +25,15 @@ class Encoder:
 
     encode: pixels [B, 3, H, W] in [-1, 1] → [B, …]; fingerprint: changes whenever its answers would; size
     (width, height): what the picture is fitted to, None for the size of what is drawn. Where clips are drawn
-    pixels are [B, 3, F, H, W]: of as many frames if it moves, else of one.
+    pixels are [B, 3, F, H, W]: of as many frames if it moves, else of one. silent: what stands beside a
+    negative, [1, …]; by default zeros.
     """
 
     encode: Callable[[Tensor], Tensor]
     fingerprint: str
     size: tuple[int, int] | None = None
     moves: bool = False
+    silent: Tensor | None = None
 
 
 def first_frame(pixels: Tensor) -> Tensor:
@@ -88,12 +90,16 @@ class CodecFeatures(ImageEncoder):
 class VisionFeatures(ImageEncoder):
     """CLIP, SigLIP or DINO from a local folder of transformers; frozen.
 
-    `tokens`: the last hidden state [B, L, D] instead of the summary [B, 1, D].
+    Args:
+        tokens: the features of all patches [B, L, D] instead of the summary [B, 1, D].
+        layer: whose features: 0 the last, normalised; -2 the one before, as diffusers' pipelines take them.
+        grey: beside a negative stand the features of a picture of the mean color, not zeros, as in
+            diffusers' pipelines of UNets.
     """
 
-    def __init__(self, folder: str, tokens: bool = False) -> None:
+    def __init__(self, folder: str, tokens: bool = False, layer: int = 0, grey: bool = False) -> None:
         super().__init__()
-        self.folder, self.tokens = folder, tokens
+        self.folder, self.tokens, self.layer, self.grey = folder, tokens, layer, grey
         self.network, self.is_projected = vision_network(Path(folder).expanduser())
         config = self.network.config
         side = int(config.image_size if isinstance(config.image_size, int) else config.image_size[0])
@@ -105,15 +111,22 @@ class VisionFeatures(ImageEncoder):
         self.requires_grad_(False).eval()
 
     def config(self) -> dict[str, Any]:
-        """The folder."""
-        return {"source": self.folder, "tokens": self.tokens}
+        """The folder, and what of its answers is taken."""
+        further = {"layer": self.layer} if self.layer else {}
+        further |= {"grey": True} if self.grey else {}
+        return {"source": self.folder, "tokens": self.tokens, **further}
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, (F,) H, W] in [-1, 1], of a clip its first frame → features [B, L, D]."""
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        seen = ((first_frame(pixels).to(mean) + 1) / 2 - mean) / std
-        answer = self.network(pixel_values=seen)
+        return self.features(((first_frame(pixels).to(mean) + 1) / 2 - mean) / std)
+
+    def features(self, values: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] → features [B, L, D]."""
+        answer = self.network(pixel_values=values, output_hidden_states=bool(self.layer))
+        if self.layer:
+            return answer.hidden_states[self.layer]
         if self.tokens:
             return answer.last_hidden_state
         pooled = answer.image_embeds if self.is_projected else answer.pooler_output
@@ -122,8 +135,16 @@ class VisionFeatures(ImageEncoder):
     def encoder(self, model: Model) -> Encoder:
         """The network's features of a square picture of its own size."""
         weights = sum(float(one.double().sum()) for one in self.network.parameters())
-        name = f"{type(self.network).__name__} {weights!r} {self.tokens}"
-        return Encoder(self, name, self.size)
+        name = f"{type(self.network).__name__} {weights!r} {self.tokens}" + f" {self.layer}" * bool(
+            self.layer
+        )
+        silent = None
+        if self.grey:
+            with torch.no_grad():
+                silent = self.features(
+                    self.get_buffer("mean").new_zeros(1, 3, *reversed(self.size or (0, 0)))
+                )
+        return Encoder(self, name, self.size, silent=silent)
 
 
 def vision_network(folder: Path) -> tuple[Any, bool]:
@@ -169,4 +190,6 @@ def image_encoder(source: str, codec: Codec, pixels: int, **known: Any) -> Image
         latents = int(known.get("side") or pixels // codec.stride)
         patch = int(known.get("patch") or (1 if latents % 2 else 2))
         return CodecFeatures(int(known.get("channels") or codec.latent_channels), latents, patch)
-    return VisionFeatures(source, bool(known.get("tokens", False)))
+    return VisionFeatures(
+        source, bool(known.get("tokens", False)), int(known.get("layer", 0)), bool(known.get("grey", False))
+    )

@@ -13,16 +13,24 @@ from sfumato.stages.run_weights import chosen_weights, weights_of
 from sfumato.stages.seal import read_tensors
 
 from .guide import GuidedDenoiser
+from .ip_adapters import features_of
 from .plan import FILE, GuidePlan, guide, read_plans
 
 WEIGHTS = "guides.safetensors"
 """What guides have learned, beside the base they guide."""
 
 
-def attach(model: Model, place: str | Path) -> GuidedDenoiser:
+ENCODER = "image_encoder"
+"""The folder beside an IP-Adapter's file in which its image encoder is looked for."""
+
+
+def attach(model: Model, place: str | Path, image_encoder: str | Path | None = None) -> GuidedDenoiser:
     """Give a model a trained guide: a diffusers ControlNet's folder, an IP-Adapter's file, or a run (or a
     saved model) whose guides stand beside the same base.
 
+    Args:
+        image_encoder: what an IP-Adapter sees through, a folder of transformers; default `image_encoder`
+            beside its file.
     Raises:
         Refused: none of them, or one for another base.
     """
@@ -30,7 +38,9 @@ def attach(model: Model, place: str | Path) -> GuidedDenoiser:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise Refused(f"{path} is no guide: an IP-Adapter is a .safetensors file.")
-        return guide(model, [GuidePlan("ip-adapter", built={"file": str(path.absolute()), "image": None})])
+        return _looking(model, path.absolute(), image_encoder)
+    if image_encoder is not None:
+        raise Refused(f"image_encoder is for an IP-Adapter's file; {path} is none. Leave it out.")
     if (path / "config.json").is_file():
         return guide(model, [GuidePlan("controlnet", built={"folder": str(path.absolute())})])
     run, checkpoint = weights_of(path)
@@ -42,6 +52,16 @@ def attach(model: Model, place: str | Path) -> GuidedDenoiser:
         f"{path} is no guide: give the folder of a diffusers ControlNet (config.json), the .safetensors file "
         "of an IP-Adapter, or a run that trained one."
     )
+
+
+def _looking(model: Model, file: Path, image_encoder: str | Path | None) -> GuidedDenoiser:
+    """An IP-Adapter's file, with its image encoder where there is one."""
+    base = model.denoiser.base if isinstance(model.denoiser, GuidedDenoiser) else model.denoiser
+    folder = file.parent / ENCODER if image_encoder is None else Path(image_encoder).expanduser().absolute()
+    image = None
+    if image_encoder is not None or folder.is_dir():
+        image = {"source": str(folder), **features_of(base, str(file))}
+    return guide(model, [GuidePlan("ip-adapter", built={"file": str(file), "image": image})])
 
 
 def _of_run(model: Model, path: Path, home: Path, weights: Path) -> GuidedDenoiser:

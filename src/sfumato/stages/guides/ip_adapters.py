@@ -110,6 +110,31 @@ KINDS: dict[str, Callable[[Any, int], dict[str, Tensors]]] = {
 """By the class of the base's network."""
 
 
+WHOLE = {"tokens": True, "layer": -2}
+"""Of an image encoder: the features of all patches, of the layer before the last."""
+
+
+def features_of(base: Denoiser, file: str = "") -> dict[str, Any]:
+    """What of an image encoder's answers an adapter of this base reads, as diffusers' pipelines give it.
+
+    Args:
+        file: a trained adapter's; a new one of a UNet or FLUX reads the summary.
+    Raises:
+        Refused: an adapter of faces, which no image encoder feeds.
+    """
+    network = type(getattr(base, "network", base)).__name__
+    if network.startswith("SD3"):
+        return dict(WHOLE)
+    head = read(Path(file)).get("image_proj", {}) if file else {}
+    faces = "proj.0.weight" in head and "proj.3.weight" not in head
+    if faces or any("perceiver" in one for one in head):
+        raise Refused(
+            f"{file} looks at faces' embeddings, which sfumato does not make. Give a plain IP-Adapter."
+        )
+    plain = not file or "proj.weight" in head
+    return {} if plain else {**WHOLE, "grey": network.startswith("UNet")}
+
+
 class IPAdapter(Guide):
     """An IP-Adapter in the attention of a pretrained network.
 
@@ -139,8 +164,12 @@ class IPAdapter(Guide):
         self.always = not self.network_class.startswith("SD3")  # the others insist on being shown a picture
         self.width = width or (image.width if image is not None else 0)
         state = read(Path(file).expanduser()) if file else KINDS[self.network_class](network, self.width)
-        head = state["image_proj"]
-        self.width = (head["proj_in.weight"] if "proj_in.weight" in head else head["proj.weight"]).shape[1]
+        self.width = width_of(state["image_proj"], file)
+        if file and image is not None and image.width != self.width:
+            raise Refused(
+                f"{file} reads {self.width} numbers of a picture, but its image encoder says {image.width}. "
+                "Give the encoder it was trained with."
+            )
         self.before = (
             dict(network.attn_processors),
             network.config.get("encoder_hid_dim_type"),
@@ -186,8 +215,8 @@ class IPAdapter(Guide):
         """The image encoder's features."""
         if self.image is None:
             raise Refused(
-                "This IP-Adapter came without an image encoder. Name one: model.image_encoder, a folder that "
-                "transformers saved."
+                "This IP-Adapter came without an image encoder. Give the one it was trained with, a folder "
+                'that transformers saved: --image-encoder, or attach(…, image_encoder="clip").'
             )
         return self.image.encoder(model)
 
@@ -210,13 +239,27 @@ class IPAdapter(Guide):
 
         def hand(network: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
             if self.network_class == "UNet2DConditionModel":
-                added = {**(given.get("added_cond_kwargs") or {}), "image_embeds": [seen]}
+                head = network.encoder_hid_proj.image_projection_layers[0]
+                pictures = seen if type(head).__name__ == "ImageProjection" else seen[:, None]
+                added = {**(given.get("added_cond_kwargs") or {}), "image_embeds": [pictures]}
                 return args, {**given, "added_cond_kwargs": added}
             features: Any = [seen] if self.network_class.startswith("Flux") else seen
             attention = {**(given.get("joint_attention_kwargs") or {}), "ip_adapter_image_embeds": features}
             return args, {**given, "joint_attention_kwargs": attention}
 
         yield Hook(network, hand, before=True)
+
+
+def width_of(head: Tensors, file: str) -> int:
+    """How many numbers of each feature a projection reads.
+
+    Raises:
+        Refused: a projection that is not known.
+    """
+    for name in ("proj_in.weight", "proj.weight", "proj.0.weight"):
+        if name in head:
+            return head[name].shape[1]
+    raise Refused(f"{file} projects pictures in a way that is not known ({', '.join(sorted(head)[:3])}, …).")
 
 
 def read(file: Path) -> dict[str, Tensors]:

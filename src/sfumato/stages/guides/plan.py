@@ -18,7 +18,7 @@ from sfumato.stages.unet import UNet
 
 from .controlnets import ControlNet
 from .guide import Guide, GuidedDenoiser
-from .ip_adapters import IPAdapter
+from .ip_adapters import IPAdapter, features_of
 from .ours import ControlBranch, ControlInput, Looks, Source
 
 FORMAT = 1
@@ -96,7 +96,7 @@ def made(model: Model, base: Denoiser, plan: GuidePlan, known: Sequence[Guide]) 
     if alike:
         raise Refused(f'This model has a guide "{plan.kind}" already, and takes one.')
     if plan.kind == "ip-adapter":
-        said: Any = built.get("image", {"source": plan.image})
+        said: Any = built.get("image", {"source": plan.image, **features_of(base)})
         side = int(model.info.get("resolution", 64))
         image: Any = said and image_encoder(codec=model.codec, pixels=side, **said)
         if ours:
