@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("folder")
     for name, usual in (("resolution", 64), ("batch", 16), ("steps", 6), ("turns", 2)):
         parser.add_argument(f"--{name}", type=int, default=usual)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a line of JSON is appended")
     said = parser.parse_args()
     torch.set_num_threads(1)
     sizes = known_sizes(sources.open(said.folder).samples)
@@ -141,10 +141,11 @@ def main() -> None:
             ways[f"apart, {kinds} shapes"] = stepper(apart, apart=True)
     speeds = timed(ways, said.steps, said.turns)
     found["samples a CPU second"] = {name: round(speed, 2) for name, speed in speeds.items()}
-    text = json.dumps(found | {"folder": Path(said.folder).name, "out": None}, indent=1, ensure_ascii=False)
-    print(text)
+    del found["out"]
+    print(json.dumps(found | {"folder": Path(said.folder).name}, indent=1, ensure_ascii=False))
     if said.out:
-        said.out.write_text(text + "\n")
+        with said.out.open("a") as file:
+            file.write(json.dumps(found | {"folder": Path(said.folder).name}, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -58,6 +59,16 @@ class _Recomputed:
         return checkpoint(asked, *given, use_reentrant=False, **beside, **named)
 
 
+def _named_as(kind: type[nn.Module]) -> Callable[..., Any]:
+    """`_Recomputed.forward` with the arguments' names of the block's own, which hooks look for."""
+
+    @wraps(kind.forward)
+    def forward(self: Any, *given: Any, **named: Any) -> Any:
+        return _Recomputed.forward(self, *given, **named)
+
+    return forward
+
+
 def recompute(network: nn.Module, every: int) -> int:
     """Let every `every`-th block be computed again in the backward pass; returns how many are.
 
@@ -70,7 +81,8 @@ def recompute(network: nn.Module, every: int) -> int:
     for block in found:
         kind = type(block)
         if not issubclass(kind, _Recomputed):
-            block.__class__ = type(kind.__name__, (_Recomputed, kind), {"__module__": kind.__module__})
+            own = {"__module__": kind.__module__, "forward": _named_as(kind)}
+            block.__class__ = type(kind.__name__, (_Recomputed, kind), own)
     return len(found)
 
 

@@ -28,6 +28,7 @@ from sfumato.errors import Refused
 from .interface import Condition, Denoiser
 from .positions import Angles, moments, places, rotary, rotary_in_time, sinusoids, turn
 from .ragged import Group, Ragged, along
+from .ulysses import Ulysses, check_heads
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -53,6 +54,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
+        self.shared: Ulysses | None = None
 
     def split(self, x: Tensor, parts: int) -> list[Tensor]:
         """[B, N, parts·D] → parts tensors [B, heads, N, D/heads]."""
@@ -98,7 +100,10 @@ class Block(nn.Module):
         perturbed: Tensor | None = None,
     ) -> Tensor:
         """What q [B, heads, N, d] see of k and v, and of words where mask [B, L] allows."""
-        own, batch = v, len(q)
+        own, batch, among = v, len(q), self.shared
+        if among is not None:
+            q, k, v = (among.by_heads(one) for one in (q, k, v))
+            words = words and (among.own(words[0], 1), among.own(words[1], 1))
         q, k, v = (self.gather(one, frames) for one in (q, k, v))
         groups = len(q) // batch
         if words is not None:
@@ -111,6 +116,7 @@ class Block(nn.Module):
                 mask = mask.repeat_interleave(groups, 0) if groups > 1 else mask
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         seen = self.scatter(seen, frames, batch)
+        seen = seen if among is None else among.by_tokens(seen)
         return seen if perturbed is None else torch.where(perturbed.view(-1, 1, 1, 1), own, seen)
 
     def gather(self, x: Tensor, frames: int) -> Tensor:
@@ -248,7 +254,7 @@ class DiT(Denoiser):
             )
         over = ("space", "time") if attention == "factorised" and frames else ("all", "all")
         self.blocks = nn.ModuleList(Block(width, heads, bool(text_width), over[i % 2]) for i in range(depth))
-        self.gains = channels if direct else 0
+        self.gains, self.shared = (channels if direct else 0), None
         self.last_modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels * patch * patch + self.gains)
         for layer in (self.last_modulation, self.leave):
@@ -293,6 +299,8 @@ class DiT(Denoiser):
         canvas = self.canvas(pooled) if self.canvas is not None and pooled is not None else None
         tokens = self.placed(self.enter(self.patches(x)), x, canvas)
         time, angles = self.heard(clock, pooled), self.angles(*self.grid(x), x.device)
+        if self.shared is not None:
+            tokens, time, angles = self.own(self.shared, tokens, time, angles)
         text = self.text(condition["tokens"]) if "tokens" in condition else None
         mask = condition["mask"] if text is not None and "mask" in condition else None
         perturbed = condition.get("perturbed")
@@ -300,7 +308,28 @@ class DiT(Denoiser):
         for index, block in enumerate(self.blocks):
             alone = perturbed if index in middle else None
             tokens = block(tokens, time, text, mask, angles, frames, alone)
-        return self.laid(self.leave(modulate(tokens, *self.last_modulation(time).chunk(2, dim=-1))), x)
+        out = self.leave(modulate(tokens, *self.last_modulation(time).chunk(2, dim=-1)))
+        return self.laid(out if self.shared is None else self.shared.whole(out, 1), x)
+
+    def check_sharing(self, count: int) -> None:
+        """Raises Refused unless so many processes can have as many heads each."""
+        check_heads(self.heads, count)
+
+    def share(self, mesh: Any) -> None:
+        """Let the processes of a mesh share each sample; None: no longer."""
+        super().share(mesh)
+        self.shared = None if mesh is None else Ulysses(mesh.get_group("ulysses"))
+        for block in self.blocks:
+            block.shared = self.shared  # pyright: ignore[reportAttributeAccessIssue]
+
+    def own(
+        self, among: Ulysses, tokens: Tensor, time: Tensor, angles: Angles
+    ) -> tuple[Tensor, Tensor, Angles]:
+        """This process's tokens, what they are told, and their angles."""
+        if time.ndim == 3 and time.shape[1] % among.count:  # a part begins within a frame
+            time = time.repeat_interleave(tokens.shape[1] // time.shape[1], 1)
+        time = among.own(time, 1) if time.ndim == 3 else time
+        return among.own(tokens, 1), time, (among.own(angles[0], 0), among.own(angles[1], 0))
 
     def together(
         self, xs: Sequence[Tensor], clocks: Sequence[Tensor], conditions: Sequence[Condition]

@@ -141,6 +141,14 @@ class Conditioner(Stage):
         return self([text or "" for text in prompt], **options)
 
 
+def unshareable(name: str) -> str:
+    """The sentence about a network whose samples processes cannot share."""
+    return (
+        "train.context shares the tokens of a sample among processes, which our own DiT and those networks "
+        f"of diffusers that have a plan for it can; {name} cannot. Leave it at 1."
+    )
+
+
 def known_time(theory: Theory) -> float:
     """The time that a frame is told which is not noisy at all: a hundredth of a radian from the data."""
     return float(theory.time_of(torch.tensor(0.01, dtype=torch.float64)))
@@ -176,6 +184,15 @@ class Denoiser(Stage):
     """Whether `lean` is more than classifier-free guidance."""
     knobs: Mapping[str, float | None] = {}
     """Further numbers that guide, with their defaults."""
+
+    def check_sharing(self, count: int) -> None:
+        """Raises Refused unless so many processes can share the tokens of a sample."""
+        raise Refused(unshareable(type(self).__name__))
+
+    def share(self, mesh: Any) -> None:
+        """Let processes share each sample: a mesh of torch with the dimensions ring and ulysses, or None."""
+        if mesh is not None:
+            self.check_sharing(mesh.size())
 
     def told(self, condition: Condition, guidance: float) -> Condition:
         """The condition of a network that hears the guidance; most do not."""

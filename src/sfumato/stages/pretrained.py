@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused, nearest
 
+from . import hooked
 from .family import Family, called_with
 from .interface import Codec, Condition, Conditioner, Denoiser
 from .seeing import SHOWN, Encode, Lesson, pictures_of
@@ -257,7 +258,27 @@ class PretrainedDenoiser(Denoiser):
 
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """The network's raw answer, in the latents' layout."""
-        return self.family.predict(self.network, x, clock, condition)
+        try:
+            return self.family.predict(self.network, x, clock, condition)
+        except AssertionError as problem:
+            if "divisible by mesh size" not in str(problem):
+                raise
+            size = "×".join(map(str, x.shape[2:]))
+            raise Refused(
+                f"Latents of {size} become tokens that cannot be shared evenly by the processes of "
+                "train.context. Choose another data.resolution, data.frames or train.context."
+            ) from problem
+
+    def check_sharing(self, count: int) -> None:
+        """Raises Refused unless so many processes can share a sample."""
+        hooked.check(self.network, count)
+
+    def share(self, mesh: Any) -> None:
+        """Let the processes of a mesh share each sample, through diffusers' hooks; None: no longer."""
+        if mesh is None:
+            hooked.unshare(self.network)
+        else:
+            hooked.share(self.network, mesh)
 
     def asked(self, error: Tensor, condition: Condition) -> Tensor:
         """Without what the network is given."""

@@ -103,6 +103,11 @@ class Together(nn.Module):
                 layer.lora_dropout.train(mode)
         return self
 
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser itself."""
+        return self._denoiser[0]
+
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """The denoiser's answer."""
         return self._denoiser[0](x, clock, condition)

@@ -95,12 +95,12 @@ class HeldOut:
         parts = self._parts(encoded, indices)
         losses = torch.zeros(len(indices), self.levels, dtype=torch.float64)
         starts = [0, *accumulate(len(part) for part in parts)]
-        for first in range(0, len(parts), processes.count):
+        for first in range(0, len(parts), processes.groups):
             # Every process computes as often as every other, or sharded weights could not be gathered.
-            number = min(first + processes.rank, len(parts) - 1)
+            number = min(first + processes.group, len(parts) - 1)
             for level in range(self.levels):
                 found = self._losses(encoded, parts[number], self._time(level), level)
-                if first + processes.rank < len(parts):
+                if first + processes.group < len(parts):
                     losses[starts[number] : starts[number + 1], level] = found.double().cpu()
         losses = processes.add(losses)
         angles = [

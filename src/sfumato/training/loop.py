@@ -8,7 +8,7 @@ run that goes on from a checkpoint ends with the bits of one that was never inte
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from signal import SIGTERM
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sfumato.errors import Failed
 from sfumato.record import RunFolder
 
-from . import blackbox, checkpoint, device, parallel, profiling, sharding, strategy, trackers
+from . import blackbox, checkpoint, context, device, parallel, profiling, sharding, strategy, trackers
 from .adaptive import Adaptive
 from .average import Average, OptimiserMean
 from .checkpoint import Keep
@@ -104,6 +104,7 @@ def fit(
     try:
         with (
             device.kept_memory(loop.device),
+            context.shared(network, settings, loop.processes),
             profiling.watched(profile if loop.processes.leads else None, loop.say) as loop.watched,
             Signals(patient=loop.processes.count > 1) as loop.signals,
         ):
@@ -128,7 +129,7 @@ class _Loop:
         say: Callable[[str], None],
     ) -> None:
         self.objective, self.network, self.settings = objective, network, settings
-        self.processes = parallel.current()
+        self.processes = replace(parallel.current(), within=settings.context)
         self.run = parallel.own_view(run)
         self.seed, self.say = seed, say if self.processes.leads else _nothing
         self.device = next(network.parameters()).device
@@ -215,7 +216,7 @@ class _Loop:
                 share = losses.per_sample.float().sum() / losses.of
             with part("backward"):
                 share.backward()
-            self.gradients.add(share.detach())
+            self.gradients.add(share.detach() / self.settings.context)
             self.seen.append(blackbox.Seen(self.step, losses.ids, losses.per_sample.detach(), losses.of))
         with part("gradients"):
             loss, wishes = self.gradients.total(self.signals.asked is not None)

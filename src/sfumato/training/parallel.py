@@ -11,6 +11,7 @@ each process its own subtree first, so that 1, 2, 4 … processes end with the s
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -28,15 +29,31 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run and which of them this is."""
+    """The processes of a run and which of them this is; `within` of them share each sample (`context`)."""
 
     rank: int = 0
     count: int = 1
+    within: int = 1
 
     @property
     def leads(self) -> bool:
         """Whether this process writes, draws and speaks for all."""
         return self.rank == 0
+
+    @property
+    def group(self) -> int:
+        """Which group of processes that share samples this one is in; of `groups`."""
+        return self.rank // self.within
+
+    @property
+    def groups(self) -> int:
+        """Groups of processes that compute samples of their own."""
+        return self.count // self.within
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process reports what its group computed."""
+        return self.rank % self.within == 0
 
     def agree(self, number: int) -> int:
         """The number the leading process has."""
@@ -47,9 +64,11 @@ class Processes:
         return int(told)
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The sum of the tensors that the processes have, on the CPU."""
+        """The sum of the tensors that the groups have, on the CPU."""
         if self.count > 1:
-            total = tensor.to(_own_device())
+            total = (
+                tensor.to(_own_device()) if self.speaks else torch.zeros_like(tensor, device=_own_device())
+            )
             dist.all_reduce(total)
             return total.cpu()
         return tensor
@@ -60,8 +79,8 @@ class Processes:
             dist.barrier()
 
     def dealt(self, count: int) -> list[int]:
-        """Which of `count` things this process does; one at least, so that all compute together."""
-        return list(range(self.rank, count, self.count)) or [0] * bool(count)
+        """Which of `count` things this group does; one at least, so that all compute together."""
+        return list(range(self.group, count, self.groups)) or [0] * bool(count)
 
     @torch.no_grad()
     def equalise(self, network: nn.Module) -> None:
@@ -83,8 +102,21 @@ class Processes:
 def current() -> Processes:
     """The processes that were joined; one if none were."""
     if dist.is_available() and dist.is_initialized():
-        return Processes(dist.get_rank(), dist.get_world_size())
+        return Processes(dist.get_rank(), dist.get_world_size(), _WITHIN.get())
     return Processes()
+
+
+_WITHIN: ContextVar[int] = ContextVar("within", default=1)
+
+
+@contextmanager
+def sharing(within: int) -> Iterator[None]:
+    """Inside it, so many processes share each sample."""
+    token = _WITHIN.set(within)
+    try:
+        yield
+    finally:
+        _WITHIN.reset(token)
 
 
 @contextmanager
@@ -142,7 +174,7 @@ class Division:
         Raises:
             Refused: the batch has fewer samples than parts, or exact parts cannot be shared evenly.
         """
-        exact, count = settings.exact_elastic, processes.count
+        exact, count = settings.exact_elastic, max(1, processes.count // settings.context)
         parts = settings.accumulate * count
         if exact:
             parts = 1 << (max(settings.virtual_ranks, settings.accumulate) - 1).bit_length()
@@ -158,7 +190,8 @@ class Division:
                 f"in one tree. Start a power of two of them, at most {parts} (train.virtual_ranks)."
             )
         each = parts // count
-        return cls(parts, range(processes.rank * each, (processes.rank + 1) * each), exact)
+        group = processes.rank // settings.context
+        return cls(parts, range(group * each, (group + 1) * each), exact)
 
 
 class Gradients:

@@ -104,13 +104,16 @@ class Counted:
     flops: int
 
     def memory(self, settings: TrainSettings, recomputed_every: int = 0) -> Memory:
-        """The bytes of a step with these settings, every n-th block computed again."""
+        """The bytes of a step with these settings, every n-th block computed again.
+
+        Of processes that share each sample (`context`) each keeps the activations of its tokens.
+        """
         wide = 4 * self.numbers - (2 * self.matrices if settings.weights != "fp32" else 0)
         masters = 4 * self.matrices if settings.weights == "bf16-masters" else 0
         again = self.blocks[::recomputed_every] if recomputed_every else ()
         kept = self.kept - sum(max(0, saved - given) for saved, given in again)
         kept += max((saved for saved, _ in again), default=0)
-        kept = max(kept, 4 * TEMPORARY.get(settings.optimizer, 0) * self.numbers)
+        kept = max(kept // settings.context, 4 * TEMPORARY.get(settings.optimizer, 0) * self.numbers)
         averages = bool(settings.ema) + 2 * (bool(settings.ema_snapshots) and self.host)
         return Memory(
             weights=wide + self.frozen,
@@ -118,7 +121,7 @@ class Counted:
             optimizer=int(STATES.get(settings.optimizer, 2) * 4 * self.numbers) + masters,
             average=4 * self.numbers * averages,
             activations=kept,
-            scratch=4 * self.scratch,
+            scratch=4 * self.scratch // settings.context,
         )
 
     def shared(self, memory: Memory, strategy: Strategy, settings: TrainSettings, count: int) -> Memory:

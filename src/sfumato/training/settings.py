@@ -29,6 +29,7 @@ class TrainSettings:
         choices=("auto", "ddp", "fsdp", "hsdp"),
     )
     shard_within: int = key(0, "hsdp: processes that share one copy; 0: those of a machine", least=0)
+    context: int = key(1, "so many processes share each sample's tokens: long clips, large pictures", least=1)
     exact_elastic: bool = key(False, "end with the same bits on 1, 2, 4, ... processes")
     virtual_ranks: int = key(4, "exact_elastic only: most processes it may run on; a power of 2", least=1)
     optimizer: str = key("adamw", "what moves the weights", choices=OPTIMIZERS)

@@ -1,6 +1,7 @@
 """What a recipe asks of sizes, frames and theory, refused before anything is computed where it cannot be."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 
 from .. import stages
 from ..data import buckets
@@ -12,7 +13,10 @@ from ..generation.leaning import Leaning
 from ..recipe import DEFAULT, Recipe
 from ..stages import guides
 from ..stages.dit import DiT
+from ..stages.interface import unshareable
+from ..stages.ulysses import check_heads, uneven
 from ..stages.unet import UNet
+from ..training import context
 from ..training.packed import unpackable
 from .material import Bucket, known_sizes, named
 from .tuning import check_latents
@@ -43,9 +47,12 @@ def sizes(
     if recipe.data.frames:
         _check_frames(recipe.data, codec)
     if wanted == 1 or set(named(recipe.data)) <= set(EMBEDDED):
+        check_tokens(recipe, codec, base, [(side, side)])
         return side, side
     known = known_sizes(samples, bool(recipe.data.frames))
-    return buckets.choose(known, side, _grain(recipe, codec, base), wanted)
+    found = buckets.choose(known, side, _grain(recipe, codec, base), wanted)
+    check_tokens(recipe, codec, base, found.shapes)
+    return found
 
 
 def _check_frames(data: DataSettings, codec: stages.Codec) -> None:
@@ -115,6 +122,45 @@ def check_packed(recipe: Recipe, base: PaintingModel | None) -> None:
             f"train.pack joins samples of several shapes, but {why}. "
             + ("Leave it out." if embedded else "Say, for example, data.buckets = 16.")
         )
+
+
+def check_context(recipe: Recipe, base: PaintingModel | None, count: int) -> None:
+    """Raises Refused where samples are to be shared by some of `count` processes, and cannot be."""
+    context.check(recipe.train, count)
+    model, within = recipe.model, recipe.train.context
+    if within == 1:
+        return
+    if model.train in guides.KINDS:
+        raise Refused(
+            "train.context shares the tokens of each sample among processes; pictures that guide are not "
+            "shared. Leave train.context at 1."
+        )
+    if model.dropout:
+        raise Refused(
+            "train.context: processes that share a sample would drop other inputs than one process does. "
+            "Leave model.dropout at 0, or train.context at 1."
+        )
+    if base is not None:
+        base.denoiser.check_sharing(within)
+    elif model.denoiser != "dit":
+        raise Refused(unshareable(f'model.denoiser = "{model.denoiser}"'))
+    else:
+        check_heads(model.heads, within)
+
+
+def check_tokens(
+    recipe: Recipe, codec: stages.Codec, base: PaintingModel | None, sizes: Iterable[Bucket]
+) -> None:
+    """Raises Refused unless samples of our DiT in these sizes can be shared evenly."""
+    within, frames = recipe.train.context, recipe.data.frames or 1
+    if within == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
+        return
+    patch = base.denoiser.grain if base else recipe.model.patch
+    for width, height in sizes:
+        shape = codec.latent_shape(width, height, frames)
+        tokens = math.prod(shape[1:]) // patch**2
+        if tokens % within:
+            raise Refused(uneven(tokens, within))
 
 
 def grain_of(recipe: Recipe, base: PaintingModel | None) -> int:

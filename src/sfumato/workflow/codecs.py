@@ -102,7 +102,7 @@ def settings_of(recipe: Recipe) -> TrainSettings:
         recipe.train, steps=steps, batch=recipe.model.codec_batch, accumulate=1, learning_rate=1e-3,
         optimizer="adamw", warmup=20, schedule="cosine", weight_decay=0.0, ema=0.0, ema_snapshots=0,
         save_every=max(100, steps // 5), keep=1, keep_every=0, held_out_every=0,
-        parallel="ddp",
+        parallel="ddp", context=1, pack=False,
     )  # fmt: skip
 
 

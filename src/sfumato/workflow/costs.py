@@ -107,19 +107,23 @@ def cost(
     samples = together(recipe, division.parts)
     inputs = inputs_of(recipe, model, longest_first(captions), samples, sizes)
     mine, speed = len(division.mine), probing.flops_per_second(device=model.device)
-    told = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"} if devices > 1 else {}
+    told: dict[str, Any] = {}
+    if devices > 1:
+        told = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"}
+    if recipe.train.context > 1:
+        told["context"] = f"{recipe.train.context} processes share each sample"
     try:
         counted = planning.count(network, inputs)
     except planning.ASKS_NUMBERS:
         found = probing.probe(network, inputs, recipe.train)
         memory = planning.Memory(*[0] * 6).probed(found.peak)
         return Step(inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", told)
-    every = recipe.values().get("train.checkpointing", 0)
+    every, within = recipe.values().get("train.checkpointing", 0), recipe.train.context
     alone = counted.memory(recipe.train, every)
     again = counted.recomputed_share(every) if every else 0
-    forward = planning.BESIDE_PRODUCTS * counted.flops / speed
+    forward = planning.BESIDE_PRODUCTS * counted.flops / speed / within
     seconds, how = forward * (planning.FORWARD_AND_BACKWARD + again) * mine, "counted"
-    if seconds < PROBED_SECONDS and alone.peak < SAFE * probing.free_bytes(model.device):
+    if within == 1 and seconds < PROBED_SECONDS and alone.peak < SAFE * probing.free_bytes(model.device):
         found = probing.probe(network, inputs, recipe.train)
         seconds, how = found.seconds, "probed"
         if not chosen.is_divided:
@@ -150,7 +154,7 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
     alone = counted.memory(recipe.train, recipe.values().get("train.checkpointing", 0))
     memory = counted.shared(alone, chosen, recipe.train, processes.count)
-    speed = probing.flops_per_second(0.05, device=model.device)
+    speed = probing.flops_per_second(0.05, device=model.device) * recipe.train.context
     seconds = (
         planning.BESIDE_PRODUCTS * planning.FORWARD_AND_BACKWARD * len(division.mine) * counted.flops / speed
     )

@@ -26,7 +26,7 @@ from ..training.packed import PackedObjective
 from . import ahead, companions, costs, guided, prior, showing
 from .acting import check_acts, warned
 from .agreement import agree, content_of
-from .checks import check_known, check_leaning, check_packed, sizes, theory_of
+from .checks import check_context, check_known, check_leaning, check_packed, sizes, theory_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided, reader_of
 from .material import Bucket, class_names, material_of
@@ -145,6 +145,7 @@ def train(
         if not processes.leads:
             progress, say = None, lambda sentence: None
         gathered = gather(asked)
+        check_context(asked, gathered.base, processes.count)
         with processes.first():
             run = parallel.own_view(RunFolder.create(asked.output))
         with run.lock():

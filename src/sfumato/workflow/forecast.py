@@ -22,6 +22,7 @@ from ..training import plan as planning
 from ..training.strategy import machine_size
 from . import guided, phases, prior
 from .agreement import agree, content_of
+from .checks import check_context
 from .codecs import codec_key, place
 from .costs import Step, checkpoint_bytes, copies_bytes, cost, inputs_of, store_bytes
 from .course import Gathered, gather
@@ -45,6 +46,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     """
     gathered = gather(recipe)
     collection, base = gathered.collection, gathered.base
+    check_context(recipe, base, many or started())
     train, held_out = collection.of("train"), collection.of("held_out")
     found: dict[str, Any] = {
         "samples": len(train),
@@ -221,8 +223,10 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
         known=frozenset(recipe.values()),
         within=recipe.train.shard_within or machine_size(processes),
     )
+    check_context(recipe, gathered.base, processes)
+    within = recipe.train.context
     found = fitting.ways(
-        lambda count: planning.count(network, inputs_of(recipe, model, captions, count, sizes)),
+        lambda count: planning.count(network, inputs_of(recipe, model, captions, count * within, sizes)),
         recipe.train,
         options,
     )

@@ -115,7 +115,7 @@ class Preview:
             self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"
             for index in range(len(seeds))
         ]
-        for index, picture in zip(mine, pictures, strict=True):
+        for index, picture in zip(mine, pictures, strict=True) if parallel.current().speaks else ():
             said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
             (content,) = contents(picture, kind, said, self.fps).values()
             write_atomic(files[index], content)

@@ -1,0 +1,67 @@
+"""Context parallel: the processes of a group share the tokens of each sample, for clips that fit into no one.
+
+All of a group draw the same samples, times and noise, and end with the same answer and loss; each has the
+part of the gradient that comes from its tokens. The sum over all processes is the batch's gradient, as it is
+without, so that copies and divided networks, checkpoints and restarts need know nothing of it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from sfumato.errors import Refused
+
+from . import parallel
+from .parallel import Processes
+from .settings import TrainSettings
+
+
+def check(settings: TrainSettings, count: int) -> None:
+    """Raises Refused unless so many processes can share samples as the settings say."""
+    within = settings.context
+    if within == 1:
+        return
+    others = {
+        "train.exact_elastic": (settings.exact_elastic, "adds whole gradients of parts in one tree"),
+        "train.pack": (settings.pack, "joins many samples in one sequence"),
+        "train.compile": (settings.compile, "cannot follow what processes send each other inside a block"),
+        "train.offload": (settings.offload, "lends one process whole blocks while others wait for it"),
+    }
+    for name, (is_asked, why) in others.items():
+        if is_asked:
+            raise Refused(f"train.context shares each sample among processes; {name} {why}. Leave one out.")
+    if count % within or count < within:
+        many = "1 process was" if count == 1 else f"{count} processes were"
+        raise Refused(
+            f"train.context = {within} lets {within} processes share each sample, but {many} started. Start "
+            f"a multiple of {within}: torchrun --nproc-per-node {within} -m sfumato train … (to plan it: "
+            f"sfumato plan … --devices {within})."
+        )
+
+
+@contextmanager
+def shared(network: nn.Module, settings: TrainSettings, processes: Processes) -> Iterator[None]:
+    """Inside it the processes of a group share each sample that the network is asked about.
+
+    Raises:
+        Refused: the network cannot, or the processes are too few or many.
+    """
+    check(settings, processes.count)
+    if settings.context == 1:
+        yield
+        return
+    # Importing it takes a while, which runs that need none of it should not wait for.
+    from torch.distributed.device_mesh import init_device_mesh
+
+    within, kind = settings.context, next(network.parameters()).device.type
+    names = ("groups", "ring", "ulysses")
+    mesh = init_device_mesh(kind, (processes.count // within, 1, within), mesh_dim_names=names)
+    denoiser: Any = getattr(network, "denoiser", network)
+    denoiser.share(mesh["ring", "ulysses"])
+    try:
+        with parallel.sharing(within):
+            yield
+    finally:
+        denoiser.share(None)

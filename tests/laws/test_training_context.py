@@ -1,0 +1,126 @@
+"""Laws of context parallel: processes that share each sample are one process with all of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_training_packed import Encoded, network
+from torch import Tensor, nn
+from training_processes import spread
+
+from sfumato.data.order import Order
+from sfumato.errors import Refused
+from sfumato.record import RunFolder
+from sfumato.stages import blocks
+from sfumato.stages.interface import Model
+from sfumato.theory import get
+from sfumato.training import checkpoint, context, parallel
+from sfumato.training.held_out import HeldOut
+from sfumato.training.loop import fit
+from sfumato.training.objective import DiffusionObjective
+from sfumato.training.parallel import Division, Gradients, Processes
+from sfumato.training.settings import TrainSettings
+
+CLIP, PICTURE = (2, 3, 4, 4), (2, 4, 6)
+WORLDS = {
+    "clips": (CLIP, {"frames": 3, "direct": True}, {}),
+    "factorised": (CLIP, {"frames": 3, "attention": "factorised"}, {}),
+    "frames apart": (CLIP, {"frames": 3}, {"frame_times": "independent", "known_first": 0.5}),
+    "as many frames": ((2, 4, 4, 4), {"frames": 4}, {"frame_times": "independent"}),
+    "pictures": (PICTURE, {}, {"weighting": "p2"}),
+    "recomputed": (PICTURE, {}, {}),
+}
+
+
+def objective(kind: str, settings: TrainSettings) -> DiffusionObjective:
+    """Six samples, two captions dropped, a DiT whose weights say something."""
+    shape, how, _ = WORLDS[kind]
+    model = Model(get("flow-matching"), nn.Identity(), nn.Identity(), network(**how))
+    if kind == "recomputed":
+        blocks.recompute(model.denoiser, 1)
+    return DiffusionObjective(model, Encoded([shape] * 6), Order([0] * 6, 4, 1), settings, 3, 0.3)
+
+
+def gradients(kind: str, within: int) -> dict[str, Tensor]:
+    """The loss and gradients of one step, summed over the processes as the loop sums them."""
+    settings = TrainSettings(batch=4, context=within, **WORLDS[kind][2])
+    one, processes = objective(kind, settings), parallel.current()
+    named = dict(one.model.denoiser.named_parameters())
+    sums, division = Gradients(list(named.values()), processes, False), Division.of(settings, processes)
+    with context.shared(one.model.denoiser, settings, processes):
+        for part in division.mine:
+            losses = one.losses(1, part, division.parts)
+            share = losses.per_sample.sum() / losses.of
+            share.backward()
+            sums.add(share.detach() / within)
+        loss, _ = sums.total(False)
+    return {"loss": loss.clone()} | {name: weight.grad for name, weight in named.items()}
+
+
+def _keep(folder: Path, within: int) -> None:
+    for kind in WORLDS:
+        found = gradients(kind, within)
+        if parallel.current().leads:
+            save_file(found, folder / f"{kind}.safetensors")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_losses_and_gradients_are_those_of_one_process(count, tmp_path):
+    """Two processes that share each sample, alone and beside two others."""
+    spread(count, _keep, tmp_path, 2)
+    for kind in WORLDS:
+        found = load_file(tmp_path / f"{kind}.safetensors")
+        for name, wanted in gradients(kind, 1).items():
+            assert (found[name] - wanted).norm() <= 1e-5 * wanted.norm() + 1e-7, (kind, name)
+
+
+def _train(folder: Path, within: int, steps: int, changes: dict[str, object]) -> None:
+    settings = TrainSettings(
+        steps=steps, batch=4, context=within, warmup=1, save_every=100, ema=0.9, held_out_every=4,
+        learning_rate=1e-3, **changes,
+    )  # fmt: skip
+    one = objective("clips", settings)
+    with parallel.current().first():
+        run = parallel.own_view(RunFolder.create(folder))
+    measure = HeldOut(one, Encoded([CLIP] * 3), one.encoded, run, samples=3, levels=2, batch=2)
+    fit(one, one.model.denoiser, settings, run, 3, held_out=measure, say=lambda _: None)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_run_that_moves_between_shared_and_whole_samples_is_one_run(way, tmp_path):
+    """1 → 2 that share → 4 in two groups → 1 → 2, which measure together."""
+    changes = {"parallel": way, "adaptive_times": way == "ddp"}
+    _train(tmp_path / "one", 1, 4, changes)
+    _train(tmp_path / "moved", 1, 1, changes)
+    spread(2, _train, tmp_path / "moved", 2, 2, changes)
+    spread(4, _train, tmp_path / "moved", 2, 3, changes)
+    _train(tmp_path / "moved", 1, 4, changes)
+    _train(tmp_path / "one", 1, 5, changes)
+    spread(2, _train, tmp_path / "moved", 2, 5, changes)
+    one, moved = (RunFolder.open(tmp_path / name) for name in ("one", "moved"))
+    wanted, found = (checkpoint.read(run.checkpoint_folders()[-1], "model") for run in (one, moved))
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
+    losses, others = (
+        [event["loss"] for event in run.events() if event["kind"] == "held_out"][-4:] for run in (one, moved)
+    )
+    assert others == pytest.approx(losses, rel=1e-4)
+
+
+def test_what_cannot_share_samples_is_refused_with_the_way_out():
+    pair = Processes(0, 2)
+    for changes, said in (
+        ({"exact_elastic": True}, "train.exact_elastic"),
+        ({"pack": True}, "train.pack"),
+        ({"compile": True}, "train.compile"),
+    ):
+        with pytest.raises(Refused, match=rf"{said}.*Leave one out"):
+            context.check(TrainSettings(context=2, **changes), 2)
+    with pytest.raises(Refused, match=r"1 process was started.*torchrun --nproc-per-node 2"):
+        context.check(TrainSettings(context=2), 1)
+    with pytest.raises(Refused, match="3 processes were started"):
+        context.check(TrainSettings(context=2), 3)
+    assert Division.of(TrainSettings(context=2, batch=4, accumulate=2), Processes(3, 4)).mine == range(2, 4)
+    assert Processes(3, 4, 2).dealt(5) == [1, 3] and not Processes(3, 4, 2).speaks
+    assert pair.groups == 2
