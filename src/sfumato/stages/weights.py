@@ -20,7 +20,7 @@ from torch import Tensor
 from sfumato.errors import Refused, nearest
 from sfumato.record import atomic_folder
 
-from . import adapters, exchange, fitted, reference, teaching
+from . import adapters, exchange, fitted, hub, reference, teaching
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
@@ -210,7 +210,7 @@ def load(
         return load_pipeline(described_by(file, config), number, model_class, file).to(device)
     if config is not None:
         raise Refused(f"config = {config} is for a single .safetensors file; {folder} is none. Leave it out.")
-    path, checkpoint = weights_of(Path(folder).expanduser())
+    path, checkpoint = weights_of(hub.place(folder))
     number = DTYPES[dtype] if isinstance(dtype, str) else dtype
     insides = [path / "model" / name for name in ("model.json", INDEX, reference.BASE)]
     is_run = any(file.is_file() for file in insides)
@@ -296,11 +296,8 @@ def recall(model: Any, info: Mapping[str, Any]) -> Any:
 
 def why_not(path: Path, given: str) -> str:
     """Why nothing can be loaded from there, and what to do."""
-    if not path.exists() and given.count("/") == 1 and not given.startswith((".", "~", "/")):
-        return (
-            f'"{given}" is no folder here, and nothing is fetched, as if you were offline: '
-            f"put the folder at {path}, or give the place where it is."
-        )
+    if not path.exists() and hub.is_id(given):
+        return hub.missing(given)
     if not path.exists():
         return f"{path} does not exist. Give the folder of a model or of a run."
     if (path / "recipe.toml").is_file():

@@ -12,7 +12,7 @@ from .. import stages
 from ..errors import Refused, nearest
 from ..generation import PaintingModel, load
 from ..recipe import DEFAULT, Recipe
-from ..stages import adapters, blocks, narrow, reference, starting, teaching
+from ..stages import adapters, blocks, hub, narrow, reference, starting, teaching
 from ..stages.adapters import AdapterPlan
 from ..stages.embeddings import SUFFIX
 from ..stages.exchange import Change
@@ -262,7 +262,7 @@ def rated(recipe: Recipe) -> TrainSettings:
 
 def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
     """Write down what the run's checkpoints will be laid over: the base by its place, or the whole model."""
-    base = Path(recipe.model.base).expanduser()
+    base = hub.place(recipe.model.base)
     is_begun = any((folder / name).is_file() for name in ("model.json", INDEX))
     if recipe.model.base != "scratch" and (base / INDEX).is_file():
         reference.write_base(folder, base, {k: v for k, v in model.info.items() if k != "guides"})
