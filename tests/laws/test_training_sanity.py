@@ -58,6 +58,23 @@ def test_a_layer_nobody_listens_to_falls():
     assert fallen(objective) == ["every trained weight gets a gradient"]
 
 
+def test_experts_for_times_that_are_seldom_drawn_are_asked_too():
+    """Law: a network whose second expert answers at the noisiest times alone climbs the ladder."""
+    objective, network, _ = make()
+    network.noisy = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(8))
+    original, last = Network.forward, 1000.0
+
+    def forward(self, x, clock, condition):
+        out, rows = original(self, x, clock, condition), clock > 0.992 * last
+        added = torch.stack([one(out.new_ones(1)).sum() for one in self.noisy]).sum()
+        return out + added * rows.view(-1, 1, 1, 1) if bool(rows.any()) else out
+
+    network.forward = forward.__get__(network)
+    claim = "every trained weight gets a gradient"
+    rungs = {rung.claim: rung for rung in climb(objective, FAST, is_pretrained=True)}
+    assert rungs[claim].holds, rungs[claim].detail
+
+
 KNOWS = "the first loss is that of a network that knows pictures"
 
 

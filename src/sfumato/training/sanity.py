@@ -6,6 +6,7 @@ Each rung is one sentence that must be true before training starts; a rung that 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ from .settings import TrainSettings
 TRIES, FEW = 40, 4
 SPARE = 0.15
 """The share of a pretrained network's weights that it may never ask."""
+FAR_APART = (0.995, 0.02, 0.995, 0.5)
+"""Shares of the way from data to noise at which every expert is asked, so that each is asked twice."""
 
 
 def climb(
@@ -135,19 +138,25 @@ def _first_loss(objective: DiffusionObjective) -> Rung:
 
 
 def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained: bool) -> Rung:
-    """Layers that start at zero hide those before them for a step or two, so a few steps are taken."""
+    """Layers that start at zero hide those before them for a step or two, so a few steps are taken.
+
+    Where a large part was not asked, others follow at times far apart: of several experts, each has its own.
+    """
     held = Held(network, TrainSettings(warmup=0, learning_rate=1e-3, ema=0))
+    names = [name for name, weight in network.named_parameters() if weight.requires_grad]
     seen: set[str] = set()
     asked: set[str] = set()
-    for step in range(3):
-        objective.losses(step, 0, expected.parts_of(objective)).per_sample.mean().backward()
+    places: list[float | None] = [None] * 3
+    for step, at in enumerate(places):
+        _losses(objective, step, at).mean().backward()
         reached = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
         asked |= reached.keys()
         seen |= {name for name, gradient in reached.items() if bool(gradient.any())}
         held.optimiser.step(step)
         for weight in network.parameters():
             weight.grad = None
-    names = [name for name, weight in network.named_parameters() if weight.requires_grad]
+        if step == 2 and len(asked) < (1 - SPARE) * len(names):
+            places += FAR_APART
     deaf, idle = [name for name in names if name not in seen], [name for name in names if name not in asked]
     if is_pretrained and len(idle) < SPARE * len(names):  # some networks never ask a part of their last block
         deaf = [name for name in deaf if name in asked]
@@ -155,6 +164,17 @@ def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained:
     if not deaf and idle:
         detail = f"all but {len(idle)} that this network never asks: {', '.join(idle[:2])}"
     return Rung("every trained weight gets a gradient", not deaf, detail)
+
+
+def _losses(objective: DiffusionObjective, step: int, at: float | None) -> torch.Tensor:
+    """The losses of a step's batch, at a share of the way from data to noise if one is given."""
+    parts = expected.parts_of(objective)
+    if at is None:
+        return objective.losses(step, 0, parts).per_sample
+    batch, x_0, drawn, _ = objective.prepare(step, 0, parts)
+    theory = objective.model.theory
+    t = torch.full_like(drawn.t, theory.t_data + at * (theory.t_noise - theory.t_data))
+    return objective.measure(x_0, replace(drawn, t=t), objective.rows(batch))
 
 
 def _dependences(objective: DiffusionObjective) -> Iterator[Rung]:
