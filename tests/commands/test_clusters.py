@@ -103,10 +103,18 @@ def test_the_task_for_skypilot(place):
     is_done(place / "runs" / "apples")
 
 
+SMALL_CLUSTER = """
+import runpy, sys, ray
+ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 def test_the_script_for_ray(place):
-    words = ["apples.toml", "--workers", "2", "--cpus", "0.5", f"output={place / 'run'}"]
+    words = ["apples.toml", "--workers", "2", f"output={place / 'run'}"]
     more = environment(place, RAY_TRAIN_V2_ENABLED="1", RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="600")
-    finish([sys.executable, str(EXAMPLES / "ray_train.py"), *words], place, more)
+    finish([sys.executable, "-c", SMALL_CLUSTER, str(EXAMPLES / "ray_train.py"), *words], place, more)
     is_done(place / "run")
