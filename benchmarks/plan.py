@@ -19,13 +19,16 @@ from typing import Any
 
 from sfumato.record import RunFolder
 
-RECIPE = """
-[model]
+SCRATCH = """
 text = "minilm"
 latent_channels = 16
 codec_width = 8
 codec_steps = 3
 codec_batch = 8
+"""
+RECIPE = """
+[model]
+{model}
 [data]
 train = "shapes"
 [train]
@@ -58,6 +61,9 @@ CASES = {
     "the same, batch 48": f"{NARROW} train.batch=48",
     "the same, every second again": f"{NARROW} train.batch=32 train.checkpointing=2",
     "UNet 192": f"{UNET} train.batch=16",
+    "ControlNet beside the DiT 512x6": "BASE model.train=controlnet data.control=canny data.resolution=32 "
+    "train.batch=16",
+    "LoRA of it, rank 32": "BASE model.train=lora model.rank=32 data.resolution=32 train.batch=32",
     "UNet 192, no averages": f"{UNET} train.batch=16 train.ema=0 train.ema_snapshots=0",
 }
 
@@ -74,9 +80,15 @@ def command(*words: str) -> str:
 
 def one(name: str, place: Path, run: str) -> dict[str, Any]:
     """Predicted and measured of a case."""
-    recipe = place / "recipe.toml"
-    recipe.write_text(RECIPE)
-    words = [str(recipe), *CASES[name].split(), f"output={place / run}", f"data.store={place / 'store'}"]
+    recipe, base, said = place / "recipe.toml", place / "base", CASES[name].split()
+    common = [str(recipe), f"data.store={place / 'store'}"]
+    recipe.write_text(RECIPE.format(model=SCRATCH))
+    if said[0] == "BASE":
+        said = said[1:]
+        if not base.exists():
+            command("train", *common, *DIT.split(), "train.steps=1", f"output={base}")
+        recipe.write_text(RECIPE.format(model=f'base = "{base}"'))
+    words = [*common, *said, f"output={place / run}"]
     command("encode", *words)
     plan = json.loads(command("plan", *words, "--json"))
     command("train", *words)

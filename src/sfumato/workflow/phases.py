@@ -23,7 +23,7 @@ from ..training import plan as planning
 from ..training import probing
 from ..training.plan import BESIDE_PRODUCTS
 from ..training.reconstruction import to_pixels
-from . import codecs, showing
+from . import codecs, companions, showing
 from .costs import Step
 from .course import Gathered
 from .encoding import encoding_of, is_guided, posterior_of, reader_of
@@ -175,8 +175,9 @@ def _wanted(
     if len(samples) > LOOKED_UP:
         return None, {"pictures": len(samples) * how.keeps, "texts": len(samples) * guided}
     seen = showing.seen(model, recipe.data)
-    work = lay_out(samples, bucket_of, how, {}, guided, lambda *_: None, seen)
-    keys = {"pixels": {one.keys[0] for one in work.tasks if how.keeps}, "text": set(work.texts.values())}
+    beside = companions.encoders(model, recipe.data)
+    work = lay_out(samples, bucket_of, how, beside, guided, lambda *_: None, seen)
+    keys = {"pixels": {one.keys[0] for one in work.pictures if how.keeps}, "text": set(work.texts.values())}
     if Path(recipe.data.store).expanduser().is_dir():
         store = Store(recipe.data.store)
         keys = {kind: set(some) - store.has(kind, some) for kind, some in keys.items()}
