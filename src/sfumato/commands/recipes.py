@@ -142,7 +142,8 @@ def _told(found: dict[str, Any], values: dict[str, dict[str, Any]]) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(one)}" for name, one in value.items())
+        between = "; " if any(isinstance(one, dict) for one in value.values()) else ", "
+        return between.join(f"{name} {_shown(one)}" for name, one in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_shown(one) for one in value) or "none"
     return f"{value:,}" if type(value) is int else str(value) if value != "" else '""'
