@@ -23,6 +23,8 @@ from . import ahead, guided, showing
 FLOAT, DEVIATION = 4, 2
 PROBED_SECONDS = 10.0
 """Steps that promise to take longer are counted, not probed: a plan is a matter of seconds."""
+MOMENT = 0.2
+"""Seconds of a forward pass that are not worth estimating: it is tried."""
 SAFE = 0.7
 """Of the memory that is free, what a probe may be counted to need."""
 
@@ -133,7 +135,7 @@ def cost(
 
 
 def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: EncodedSet, fresh: bool) -> str:
-    """What a run will cost, in a sentence; counted, without a probe, so that training starts at once.
+    """What a run will cost, in a sentence; counted, without a probe, so that training starts soon.
 
     Raises:
         Failed: the checkpoints will not fit onto the disk.
@@ -149,15 +151,19 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
     words = [f"{trained / 1e6:,.1f} M trained weights", f"{disk / 1e9:.2f} GB of checkpoints"]
     try:
         sizes = [item.bucket for item in train.items]
-        counted = planning.count(network, inputs_of(recipe, model, [tuple(train.captions[:1])], count, sizes))
+        inputs = inputs_of(recipe, model, [tuple(train.captions[:1])], count, sizes)
+        counted = planning.count(network, inputs)
     except planning.ASKS_NUMBERS:
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
     alone = counted.memory(recipe.train, recipe.values().get("train.checkpointing", 0))
     memory = counted.shared(alone, chosen, recipe.train, processes.count)
     speed = probing.flops_per_second(0.05, device=model.device) * recipe.train.context
-    seconds = (
-        planning.BESIDE_PRODUCTS * planning.FORWARD_AND_BACKWARD * len(division.mine) * counted.flops / speed
-    )
+    forward = planning.BESIDE_PRODUCTS * counted.flops / speed
+    if (
+        forward < MOMENT and processes.count == 1
+    ):  # in small networks other things than products take the time
+        forward = probing.tried(lambda: network(*inputs), model.device).seconds
+    seconds = planning.FORWARD_AND_BACKWARD * len(division.mine) * forward
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
     if processes.count > 1:
         words.append(f"{processes.count} processes, {chosen.name} ({chosen.why})")
