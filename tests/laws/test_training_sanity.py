@@ -75,7 +75,7 @@ def test_experts_for_times_that_are_seldom_drawn_are_asked_too():
     assert rungs[claim].holds, rungs[claim].detail
 
 
-KNOWS = "the first loss is that of a network that knows pictures"
+KNOWS = "the first loss is what is to be expected of the base"
 
 
 @pytest.mark.parametrize("theory", ["flow-matching", "ddpm-epsilon", "ddpm-x0"])
@@ -89,6 +89,15 @@ def test_a_base_must_answer_better_than_a_guess(theory, size, good):
 
     objective.model.predict = ask
     assert expected.knows(objective).holds == good
+
+
+def test_a_base_of_random_weights_is_told_from_one_that_is_asked_wrongly():
+    """Law: answers that have nothing to do with what is asked are remarked upon; the run may begin."""
+    objective, _, _ = make("flow-matching")
+    draw = torch.Generator().manual_seed(9)
+    objective.model.predict = lambda x_t, t, condition: torch.randn(x_t.shape, generator=draw)
+    rung = expected.knows(objective)
+    assert rung.holds and rung.remark and "random weights" in rung.detail
 
 
 @pytest.mark.parametrize("other", ["ddpm-velocity", "trigflow", "edm"])

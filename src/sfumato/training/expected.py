@@ -21,6 +21,8 @@ from .objective import DiffusionObjective, Prepared
 
 MUCH = 1.5
 """A base whose loss is so many times the guess's does not know this data, or is asked wrongly."""
+DEAF = 0.25
+"""Answers less alike to the target than this (their cosine) are as those of weights drawn at random."""
 
 
 ENOUGH = 8
@@ -29,11 +31,12 @@ ENOUGH = 8
 
 @dataclass(frozen=True)
 class Rung:
-    """A question, its answer, and what was measured or what to do."""
+    """A question, its answer, and what was measured or what to do; `remark`: to be said even if it holds."""
 
     claim: str
     holds: bool
     detail: str
+    remark: bool = False
 
 
 def parts_of(objective: DiffusionObjective) -> int:
@@ -48,7 +51,7 @@ def some(objective: DiffusionObjective) -> Prepared:
 
 @torch.no_grad()
 def knows(objective: DiffusionObjective) -> Rung:
-    """A base asked rightly answers better than the guess."""
+    """A base asked rightly answers better than the guess; random weights do not know what is asked."""
     batch, x_0, drawn, _ = some(objective)
     loss = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
     guess = guessed(objective, x_0, drawn.t, drawn.of(objective.model.theory.mix, x_0))
@@ -59,13 +62,30 @@ def knows(objective: DiffusionObjective) -> Rung:
     bound = float((error * weight.to(error)).mean())
     good = math.isfinite(loss) and loss < MUCH * bound
     detail = f"{loss:.3f}, that of a guess from the latents' size alone is {bound:.3f}"
+    claim = "the first loss is what is to be expected of the base"
+    if not good and math.isfinite(loss) and (alike := likeness(objective)) < DEAF:
+        detail += (
+            f": the base's answers have nothing to do with what is asked (cosine {alike:.2f}), as those of "
+            "random weights; if it was trained, its files are not what they should be"
+        )
+        return Rung(claim, True, detail, remark=True)
     advice = (
         ": see whether the base itself draws (sfumato generate BASE), whether data.resolution is one it "
         "knows, and whether its folder's scheduler says the theory it was trained under"
     )
-    return Rung(
-        "the first loss is that of a network that knows pictures", good, detail if good else detail + advice
-    )
+    return Rung(claim, good, detail if good else detail + advice)
+
+
+@torch.no_grad()
+def likeness(objective: DiffusionObjective) -> float:
+    """|cosine| of the network's answers with what training asks for."""
+    batch, x_0, drawn, _ = some(objective)
+    theory = objective.model.theory
+    told = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x_0.device, x_0.dtype)
+    answer = objective.model.predict(drawn.of(theory.mix, x_0), drawn.t, told).float().flatten()
+    target = drawn.of(theory.target, x_0).flatten()
+    size = (answer.norm() * target.norm()).clamp(min=1e-12)
+    return float((answer @ target / size).abs())
 
 
 def guessed(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:

@@ -218,6 +218,9 @@ def look_before(recipe: Recipe, run: RunFolder, prepared: Ready, network: nn.Mod
     from . import ladder
 
     for rung in ladder.rungs(recipe, prepared, network, ladder.FEW):
+        if rung.remark:
+            say(f"before training: {rung.claim}: {rung.detail}")
+            run.event("note", text=f"sanity: {rung.claim}: {rung.detail}")
         if not rung.holds:
             say(f"before training: it is not so that {rung.claim}: {rung.detail}")
             run.event("note", text=f"sanity: {rung.claim}: no. {rung.detail}")
