@@ -168,6 +168,7 @@ def generate(
     frames: options.Frames = 0,
     fps: options.Fps = None,
     format: options.Formats = None,
+    context: options.Context = 1,
     window: options.WindowFrames = 0,
     overlap: options.Overlap = None,
     tile: options.Tile = 0,

@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sfumato.record import RunFolder
 
@@ -38,17 +40,21 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_computed(tmp_path):
     one_sentence(sfumato("train", recipe, "train.context=2"), "1 process was started")
 
 
-@pytest.mark.slow
-def test_torchrun_with_shared_samples_is_the_run_of_one_process(tmp_path):
-    recipe = write_recipe(tmp_path)
-    assert sfumato("train", recipe, "train.ema=0.9").code == 0
+def torchrun(*words: object) -> None:
+    """The command on two processes."""
     many = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sfumato"]
-    words = ["train", str(recipe), "train.context=2", "train.ema=0.9", f"output={tmp_path / 'shared'}"]
     done = subprocess.run(
-        [sys.executable, *many, *words], capture_output=True, text=True, timeout=500, check=False,
+        [sys.executable, *many, *map(str, words)], capture_output=True, text=True, timeout=500, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_with_shared_samples_is_the_run_of_one_process_and_draws_its_pictures(tmp_path):
+    recipe = write_recipe(tmp_path)
+    assert sfumato("train", recipe, "train.ema=0.9").code == 0
+    torchrun("train", recipe, "train.context=2", "train.ema=0.9", f"output={tmp_path / 'shared'}")
     alone, shared = weights(tmp_path / "run"), weights(tmp_path / "shared")
     for name, weight in alone.items():
         torch.testing.assert_close(shared[name], weight, rtol=1e-3, atol=1e-5)
@@ -57,3 +63,12 @@ def test_torchrun_with_shared_samples_is_the_run_of_one_process(tmp_path):
     assert start["processes"] == 2 and start["settings"]["context"] == 2
     drawn = [event for event in events if event["kind"] == "pictures"]
     assert drawn and all((tmp_path / "shared" / file).is_file() for event in drawn for file in event["files"])
+    words = ["generate", tmp_path / "run", "--prompt", "a red thing", "--steps", 2, "--count", 2]
+    one_sentence(sfumato(*words, "--context", 2), "2 processes draw each picture", "torchrun")
+    torchrun(*words, "--context", 2, "--out", tmp_path / "two")
+    assert sfumato(*words, "--out", tmp_path / "one").code == 0
+    for file in sorted((tmp_path / "one").glob("0*.png")):
+        one, two = (
+            np.asarray(Image.open(place / file.name), int) for place in (file.parent, tmp_path / "two")
+        )
+        assert abs(one - two).max() <= 1

@@ -1,10 +1,11 @@
-"""Law: a family is trained alike by one process and by two that divide its weights."""
+"""Laws: a family is trained alike by one process, by two that divide it and by two that share its samples."""
 
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch._dynamo
 import torch.distributed.fsdp
 
 import sfumato
+from sfumato.errors import Refused
 from sfumato.record import RunFolder
 from sfumato.training import checkpoint, parallel
 
@@ -45,22 +47,17 @@ def train_on_two(recipe: Path, *overrides: str) -> None:
         assert worker.exitcode == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", [(), LORA], ids=["whole", "lora"])
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in SHOWN])
-def test_two_processes_that_divide_a_family_train_it_as_one_does(tmp_path, name: str, model: tuple[str, ...]):
-    recipe = write_recipe(name, tmp_path, *model)
+def distance(recipe: Path, folder: Path, *many: str) -> float:
+    """How far apart the weights are that one process and two end with, relative to their size."""
     quiet = ["train.sanity=false", "train.ema_snapshots=0", "train.learning_rate=1e-4", "sample.prompts=[]"]
-    sfumato.train(
-        recipe, [*quiet, f"output={tmp_path / 'one'}", "train.accumulate=2"], say=lambda sentence: None
-    )
-    train_on_two(recipe, *quiet, f"output={tmp_path / 'two'}", "train.parallel=fsdp")
+    alone = [] if any("context" in word for word in many) else ["train.accumulate=2"]
+    sfumato.train(recipe, [*quiet, f"output={folder / 'one'}", *alone], say=lambda sentence: None)
+    train_on_two(recipe, *quiet, f"output={folder / 'two'}", *many)
     one, two = (
         checkpoint.read(RunFolder.open(place).checkpoint_folders()[-1], "model")
-        for place in (tmp_path / "one", tmp_path / "two")
+        for place in (folder / "one", folder / "two")
     )
-    # a LoRA's first gradients are near 0, Adam's steps are not
-    assert apart(one, two) < (1e-4 if model else 1e-5)
+    return apart(one, two)
 
 
 def apart(one: Any, two: Any) -> float:
@@ -91,3 +88,34 @@ def test_text_encoders_learn_under_torchrun_as_in_one_process(tmp_path, train: s
     assert any(key.startswith("text_encoder_2") for key in one)
     assert apart(one, two) < 1e-4
     assert sfumato.load(tmp_path / "two").condition(["a <cat>"])["tokens"].isfinite().all()
+
+
+LEAST = {(): 1e-5, LORA: 1e-4}  # a LoRA's first gradients are near 0, Adam's steps are not
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", LEAST, ids=["whole", "lora"])
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in SHOWN])
+def test_two_processes_that_divide_a_family_train_it_as_one_does(tmp_path, name: str, model: tuple[str, ...]):
+    recipe = write_recipe(name, tmp_path, *model)
+    assert distance(recipe, tmp_path, "train.parallel=fsdp") < LEAST[model]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", LEAST, ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "name", ["wan-2.1", "wan-2.2-a14b", "wan-2.2-5b", "flux-dev", "flux-2-klein", "qwen-image"]
+)
+def test_two_processes_that_share_samples_train_a_family_as_one_does(
+    tmp_path, name: str, model: tuple[str, ...]
+):
+    recipe = write_recipe(name, tmp_path, *model)
+    assert distance(recipe, tmp_path, "train.context=2") < LEAST[model]
+
+
+def test_a_family_that_cannot_be_shared_is_refused_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "joined", lambda device: nullcontext(parallel.Processes(0, 2)))
+    for name, why in (("ltx-video", "mask for all heads"), ("stable-diffusion-3.5", "no plan")):
+        recipe = write_recipe(name, tmp_path / name)
+        with pytest.raises(Refused, match=why):
+            sfumato.train(recipe, ["train.context=2"], say=lambda sentence: None)

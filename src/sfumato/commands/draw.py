@@ -42,6 +42,7 @@ class Asked:
     guides: Sequence[Path] = ()
     control_from: str = ""
     image_encoder: Path | None = None
+    context: int = 1
 
     @classmethod
     def of(cls, said: dict[str, Any]) -> "Asked":
@@ -62,6 +63,7 @@ class Asked:
             "kinds": said.pop("format") or (),
             "guides": said.pop("guide") or [],
             "image_encoder": said.pop("image_encoder"),
+            "context": said.pop("context"),
         }
         regions = [region(one) for one in said.pop("region") or []]
         said |= {"regions": regions} if regions else {}
@@ -76,13 +78,27 @@ class Asked:
 
 
 def generate(asked: Asked, as_json: bool) -> None:
-    """Draw `count` pictures or clips of each prompt into `out`, with a page that shows them."""
+    """Draw `count` pictures or clips of each prompt into `out`, with a page that shows them.
+
+    Of processes that draw together (`context`) the first one writes.
+    """
+    from ..training import context
+
+    with context.drawers(asked.context, asked.device) as processes:
+        found = drawn_by(asked, processes)
+    if processes.leads:
+        write(asked, *found, as_json)
+
+
+def drawn_by(asked: Asked, processes: Any) -> tuple[Any, list[str], list[Any], dict[str, Any]]:
+    """The model, each picture's prompt, the pictures or clips, and what is said of all of them."""
     from ..generation import load
+    from ..training import context
     from ..training.device import resolve
 
     device = str(resolve(asked.device))
     model = loaded(asked, device)
-    kinds, fps = formats(asked, model)
+    formats(asked, model)
     prompts = [prompt for prompt in asked.prompts or asked.labels or [""] for _ in range(asked.count)]
     options = dict(asked.wanted)
     if asked.control_from:
@@ -94,13 +110,21 @@ def generate(asked: Asked, as_json: bool) -> None:
     told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if "guidance_by" in options:
         options["guidance_by"] = load(options["guidance_by"], device=device)
-    with progress() as bar:
+    with progress() as bar, context.divided(model.denoiser, asked.context, processes):
         drawn = model.generate(
             prompt=prompts, watch=lambda done, total: bar(done, total, "drawing"), **options
         )
     said = {**plain(told), "model": asked.folder.name}
     if asked.loras:
         said["loras"] = [f"{Path(file).name}:{weight:g}" for file, weight in asked.loras]
+    return model, prompts, drawn, said
+
+
+def write(
+    asked: Asked, model: Any, prompts: list[str], drawn: list[Any], said: dict[str, Any], as_json: bool
+) -> None:
+    """Write what was drawn, a sheet and a page of it, and tell where."""
+    kinds, fps = formats(asked, model)
     listed = []
     for index, (prompt, one) in enumerate(zip(prompts, drawn, strict=True)):
         seed = asked.wanted["seed"] + index

@@ -143,3 +143,11 @@ Overlap = Annotated[
 ]
 Tile = Annotated[int, typer.Option(metavar="N", min=0, help="Decode in tiles of N pixels.")]
 Chunk = Annotated[int, typer.Option(metavar="N", min=0, help="Decode N frames of a clip at once.")]
+
+# Who draws
+Context = Annotated[
+    int,
+    typer.Option(
+        metavar="N", min=1, help="So many processes (torchrun) draw each picture or clip, sharing its tokens."
+    ),
+]

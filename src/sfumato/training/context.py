@@ -5,6 +5,7 @@ part of the gradient that comes from its tokens. The sum over all processes is t
 without, so that copies and divided networks, checkpoints and restarts need know nothing of it.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,14 +50,41 @@ def shared(network: nn.Module, settings: TrainSettings, processes: Processes) ->
         Refused: the network cannot, or the processes are too few or many.
     """
     check(settings, processes.count)
-    if settings.context == 1:
+    with divided(network, settings.context, processes):
+        yield
+
+
+@contextmanager
+def drawers(within: int, device: str) -> Iterator[Processes]:
+    """The processes that torchrun started, joined if so many of them draw each picture together.
+
+    Raises:
+        Refused: there are more or fewer.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if within == 1:
+        yield Processes(int(os.environ.get("RANK", "0")))
+        return
+    if started != within:
+        raise Refused(
+            f"--context {within} lets {within} processes draw each picture together, but {started} started. "
+            f"Say torchrun --nproc-per-node {within} -m sfumato generate … --context {within}."
+        )
+    with parallel.joined(device) as processes:
+        yield processes
+
+
+@contextmanager
+def divided(network: nn.Module, within: int, processes: Processes) -> Iterator[None]:
+    """Inside it groups of so many processes share each sample; raises Refused if the network cannot."""
+    if within == 1:
         yield
         return
     # Importing it takes a while, which runs that need none of it should not wait for.
     from torch.distributed.device_mesh import init_device_mesh
 
-    within, kind = settings.context, next(network.parameters()).device.type
     names = ("groups", "ring", "ulysses")
+    kind = next(network.parameters()).device.type
     mesh = init_device_mesh(kind, (processes.count // within, 1, within), mesh_dim_names=names)
     denoiser: Any = getattr(network, "denoiser", network)
     denoiser.share(mesh["ring", "ulysses"])

@@ -46,7 +46,8 @@ class Flux(HearsGuidance):
             encoder_hidden_states=tokens,
             txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=x.dtype),
             img_ids=torch.cat(places).to(x.dtype),
-        ).sample
+            return_dict=False,
+        )[0]
         return unpatched(out[:, : height * width // 4], height, width)
 
     def info(self, pipe: Any) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Flux2Klein(Family):
             encoder_hidden_states=tokens,
             txt_ids=words.expand(len(x), -1, -1),
             img_ids=torch.cat(pictures).expand(len(x), -1, -1),
-        ).sample
+            return_dict=False,
+        )[0]
         return out[:, : height * width].transpose(1, 2).unflatten(2, (height, width))
 
     def lessons(self, pipe: Any, encode: Encode) -> dict[str, Lesson]:
