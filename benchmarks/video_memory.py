@@ -1,6 +1,7 @@
-"""Decoding by diffusers' video autoencoders: peak memory and time, whole, in tiles, in tiles and chunks.
+"""Decoding by our codec of clips and diffusers' video autoencoders: peak memory and time, whole, in tiles, in
+tiles and chunks.
 
-    python benchmarks/video_memory.py [--out benchmarks/results/video_memory.json]
+    python benchmarks/video_memory.py [--only Wan] [--out benchmarks/results/video_memory.json]
 
 Weights are random and networks narrower than the released ones (memory grows with width); depth, strides
 and causal caches are the real ones. Each decoding runs in a process of its own; memory is how far its peak
@@ -17,12 +18,13 @@ from typing import Any
 import torch
 from video import peak
 
-from sfumato.stages.clips import VideoAutoencoderCodec
+from sfumato.stages.clips import ClipCodec, VideoAutoencoderCodec
 from sfumato.stages.pieces import Pieces, decode
 from sfumato.theory import noise
 
-SMALL, MIDDLE = (9, 128, 256), (9, 480, 832)
+SIZE, OURS = (9, 128, 256), (17, 256, 512)
 NARROW: dict[str, dict[str, Any]] = {
+    "ClipCodec": {"stride": 8, "latent_channels": 32, "width": 32, "time_stride": 4},
     "AutoencoderKLWan": {"base_dim": 24},
     "AutoencoderKLLTXVideo": {
         "block_out_channels": (32, 64, 128, 128), "decoder_block_out_channels": (32, 64, 128, 128),
@@ -33,7 +35,6 @@ NARROW: dict[str, dict[str, Any]] = {
         "encoder_block_out_channels": (32, 32, 64, 96), "decoder_block_out_channels": (32, 64, 128, 192),
     },
 }  # fmt: skip
-MIDDLE_SIZED = ("AutoencoderKLWan", {"base_dim": 48}, (Pieces(), Pieces(256)))
 
 
 def measured(
@@ -42,7 +43,8 @@ def measured(
     """Decode a clip of noise and put the numbers into the pipe."""
     torch.set_num_threads(1)
     frames, height, width = size
-    codec = VideoAutoencoderCodec(name, **config).eval()
+    codec = ClipCodec(**config) if name == "ClipCodec" else VideoAutoencoderCodec(name, **config)
+    codec.eval()
     frames = 1 + (frames - 1) // codec.time_stride * codec.time_stride
     latents = noise.normal(codec.latent_shape(width, height, frames), 0, [0])
     with torch.no_grad():
@@ -77,6 +79,8 @@ def apart(*asked: Any) -> dict[str, Any]:
 
 def ways(name: str) -> tuple[Pieces, ...]:
     """Whole, in tiles, in tiles and chunks; LTX's latents stand for 32 pixels a side."""
+    if name == "ClipCodec":
+        return Pieces(), Pieces(128), Pieces(128, 4)
     tile = 128 if "LTX" in name else 64
     return Pieces(), Pieces(tile), Pieces(tile, 8)
 
@@ -85,16 +89,16 @@ def main() -> None:
     """Measure all, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/video_memory.json"))
-    parser.add_argument("--only", default="", help="part of a codec's name, or middle")
+    parser.add_argument("--only", default="", help="part of a codec's name; rows of others stay as they are")
     asked = parser.parse_args()
-    rows = [
-        apart(name, config, SMALL, pieces)
-        for name, config in NARROW.items()
-        if asked.only in name
-        for pieces in ways(name)
-    ]
-    name, config, pair = MIDDLE_SIZED
-    rows += [apart(name, config, MIDDLE, pieces) for pieces in pair if asked.only in ("", "middle")]
+    known = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.is_file() else []
+    for name, config in NARROW.items():
+        if asked.only in name:
+            known = [row for row in known if row["codec"] != name]
+            size = OURS if name == "ClipCodec" else SIZE
+            known += [apart(name, config, size, pieces) for pieces in ways(name)]
+    order = list(NARROW)
+    rows = sorted((row for row in known if row["codec"] in order), key=lambda row: order.index(row["codec"]))
     asked.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
