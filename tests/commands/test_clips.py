@@ -128,6 +128,13 @@ def test_a_folder_of_clips_and_stills_becomes_a_model_of_clips(recipe, tmp_path)
         assert container.streams.video[0].average_rate == 10
 
 
+def test_a_new_recipe_for_a_folder_of_videos_trains_on_clips(recipe, tmp_path):
+    (tmp_path / "clips" / "one.mp4").write_bytes(b"")
+    assert sfumato("new", "mine", "--data", "clips").code == 0
+    said = sfumato("plan", "mine.toml", "--json").json()["recipe"]
+    assert said["data.frames"]["value"] == 9 and said["data.shorter"]["value"] == [1.0]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

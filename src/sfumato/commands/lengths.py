@@ -9,13 +9,20 @@ FROM_A_PIPELINE = {"resolution": 512, "steps": 1500, "batch": 4, "frames": ""}
 LARGE, CLIPS = 1024, 480
 FRAMES = 25
 """One and a multiple of the frames (4, 6 or 8) that share a latent in the video families."""
+OF_SCRATCH = """
+frames = 9                  # of a clip; one and a multiple of model.time_stride, which is 2
+rate = 8                    # frames a second, whatever rate a file has
+shorter = [1]               # lengths for clips too short for that; 1 makes them stills"""
+"""What a recipe from scratch says where there are videos."""
 OF_CLIPS = ("Wan", "LTX", "HunyuanVideo", "CogVideoX", "Mochi")
 
 
 def lengths(base: str, data: str) -> dict[str, Any]:
     """The template's values for this base and these data; reads JSON alone, so that it takes no time."""
     folder = Path(base).expanduser()
-    if base == "scratch" or (folder.exists() and not (folder / "model_index.json").is_file()):
+    if base == "scratch":
+        return {**USUAL, "batch": 16, "frames": OF_SCRATCH} if has_clips(data) else USUAL
+    if folder.exists() and not (folder / "model_index.json").is_file():
         return USUAL
     found = dict(FROM_A_PIPELINE)
     index = _json(folder / "model_index.json")
