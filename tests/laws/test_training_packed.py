@@ -1,10 +1,13 @@
 """Laws of packed batches: samples of several shapes in one sequence are what they are apart."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from training_processes import spread
 
 from sfumato.data.order import Order, Packed
 from sfumato.errors import Refused
@@ -15,8 +18,8 @@ from sfumato.stages.dit import DiT
 from sfumato.stages.interface import Denoiser, Model
 from sfumato.stages.ragged import Ragged
 from sfumato.theory import get, noise
+from sfumato.training import checkpoint, parallel, probing
 from sfumato.training import plan as planning
-from sfumato.training import probing
 from sfumato.training.loop import fit
 from sfumato.training.objective import DiffusionObjective
 from sfumato.training.packed import PackedObjective
@@ -117,6 +120,7 @@ def test_a_packed_step_has_the_losses_and_gradients_of_its_samples_apart(kind):
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()  # FlexAttention has no backward pass on CPUs
 @pytest.mark.parametrize("kind", WORLDS)
 def test_a_mask_of_documents_sees_what_shapes_apart_see(kind, monkeypatch):
@@ -158,17 +162,37 @@ def test_blocks_that_are_computed_again_and_another_theory_change_no_packed_grad
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_packed_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path):
-    def train(folder: str, *until: int) -> nn.Module:
-        for steps in until:
-            one = objective("pictures")
-            settings = TrainSettings(steps=steps, batch=7, accumulate=2, save_every=2, warmup=1, ema=0.9)
-            fit(one, one.model.denoiser, settings, RunFolder.create(tmp_path / folder), 3, say=lambda _: None)
-        return one.model.denoiser
+def train(folder: Path, steps: int, changes: dict[str, object]) -> None:
+    """Go on with a packed run until so many steps."""
+    one = objective("clips")
+    settings = TrainSettings(steps=steps, batch=5, save_every=2, warmup=1, ema=0.9, **changes)
+    with parallel.current().first():
+        run = parallel.own_view(RunFolder.create(folder))
+    fit(one, one.model.denoiser, settings, run, 3, say=lambda _: None)
 
-    through, stopped = train("through", 5), train("stopped", 2, 3, 5)
-    for one, other in zip(through.parameters(), stopped.parameters(), strict=True):
-        assert torch.equal(one, other)
+
+def weights(folder: Path) -> Mapping[str, Tensor]:
+    return checkpoint.read(RunFolder.open(folder).checkpoint_folders()[-1], "model")
+
+
+def test_a_packed_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path):
+    train(tmp_path / "through", 5, {"accumulate": 2})
+    for steps in (2, 3, 5):
+        train(tmp_path / "stopped", steps, {"accumulate": 2})
+    through, stopped = weights(tmp_path / "through"), weights(tmp_path / "stopped")
+    assert all(torch.equal(through[name], stopped[name]) for name in through)
+
+
+@pytest.mark.parametrize("way", [{"exact_elastic": True}, {"parallel": "ddp"}, {"parallel": "fsdp"}])
+def test_a_packed_run_of_two_processes_is_that_of_one(way, tmp_path):
+    """Bit for bit where that is asked, else up to rounding."""
+    train(tmp_path / "one", 3, way)
+    spread(2, train, tmp_path / "two", 3, way)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, weight in one.items():
+        if "exact_elastic" in way:
+            assert torch.equal(two[name], weight)
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_counted_for_a_packed_step_is_what_it_saves():
