@@ -53,7 +53,7 @@ class Recipe:
                 )
         said = {name: (value, file.name, file.parent) for name, value in flat(parse(file))}
         if file.name == "effective.toml":
-            said = {name: entry for name, entry in said.items() if entry[0] != DEFAULTS.get(name)}
+            said = {name: entry for name, entry in said.items() if entry[0] != _plain(DEFAULTS.get(name))}
         for override in overrides:
             name, equals, text = override.partition("=")
             if not equals:
@@ -159,6 +159,11 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str
             yield prefix + one.name, value, one.metadata
 
 
+def _plain(value: Any) -> Any:
+    """A value as TOML gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 DEFAULTS: dict[str, Any] = {name: value for name, value, _ in _leaves(Recipe())}
 RULES: dict[str, Mapping[str, Any]] = {name: rules for name, _, rules in _leaves(Recipe())}
 SECTIONS = tuple(one.name for one in fields(Recipe) if is_dataclass(one.default_factory))
@@ -182,6 +187,8 @@ def _build(defaults: Recipe, said: Mapping[str, tuple[Any, str, Path]]) -> Recip
         )
         section, _, leaf = name.rpartition(".")
         trees[section][leaf] = _resolve(_fit(name, value, where), RULES[name], folder)
+    if not said.get("output", ("runs/run",))[0]:
+        raise Refused('output is empty, but a run needs a folder of its own: output = "runs/NAME".')
     if "output" not in trees[""]:
         trees[""]["output"] = str(Path(defaults.output).absolute())
     parts = {section: replace(getattr(defaults, section), **trees[section]) for section in SECTIONS}

@@ -49,7 +49,7 @@ def said_plainly(path: Path) -> Iterator[None]:
                 f"{path}: no space is left on this disk. Everything saved before is intact; "
                 "make room (or move the output) and give the same command again."
             ) from problem
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
             raise Refused(
                 f"{path} cannot be written: {problem.strerror}. Choose an output folder you may write to."
             ) from problem

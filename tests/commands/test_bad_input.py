@@ -88,6 +88,7 @@ def test_a_broken_picture_is_set_aside_and_training_goes_on(tmp_path):
         ("model.theory=flowmatching", ("flowmatching", '"flow-matching"')),
         ("model.denoiser=dti", ("model.denoiser", '"dit"')),
         ("train.steps=many", ("train.steps", "whole number")),
+        ("output=", ("output", "runs/NAME")),
         ("train.batch=0", ("train.batch", "at least 1")),
         ("train.optimizer=adamw-paged", ("paged", "adamw-8bit")),
         ("train.trackers=mlflow", ("mlflow", "tensorboard")),

@@ -144,6 +144,9 @@ def test_an_average_of_any_length_is_a_model_to_draw_and_measure_with(tmp_path):
     assert not [event for event in RunFolder.open("run").events() if event["kind"] == "evaluation"]
     refused = sfumato("ema", "run", "--length", "0.3")
     assert refused.code == 2 and "0.25" in refused.err
+    refused = sfumato("ema", "run", "--length", "0.2", "--step", "3")
+    assert refused.code == 2 and "misses this average by" in refused.err
+    assert sfumato("train", "run", "train.steps=7").code == 0  # a run's folder is a recipe too
 
 
 def test_plan_says_what_fits_and_train_says_what_it_costs(tmp_path):

@@ -6,10 +6,13 @@ from pathlib import Path
 import torch
 
 from .. import stages
-from ..errors import Failed
+from ..errors import Failed, Refused
 from ..generation import load
 from ..record import RunFolder
 from ..training import posthoc
+
+TOO_FAR = 0.5
+"""The part of an average's profile that may be missed: beyond it, another average would be written."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,18 @@ def average(
         step: where the average ends; default the last snapshot.
         out: the folder; default `RUN/averages/ema-0.100`.
     Raises:
-        Refused: no such length, or the run wrote no averages. Failed: one of them is damaged.
+        Refused: no such length, or the run kept too few averages for it. Failed: one of them is damaged.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     weights, missed = posthoc.reconstruct(folder, length, step)
     last = step or posthoc.snapshots(folder)[-1].step
+    if missed > TOO_FAR:
+        ends = sorted({one.step for one in posthoc.snapshots(folder)})
+        raise Refused(
+            f"What {folder.path} kept up to step {last} misses this average by {missed:.0%}. Choose a later "
+            f"step (kept: {', '.join(map(str, ends[-5:]))}), a length nearer to "
+            f"{' or '.join(map(str, posthoc.LENGTHS))}, or a lower train.ema_snapshots next time."
+        )
     model = load(folder.path)
     own = {**dict(model.denoiser.named_parameters()), **dict(model.denoiser.named_buffers())}
     if strange := sorted(weights.keys() - own.keys()):
