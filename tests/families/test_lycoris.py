@@ -11,6 +11,7 @@ from sfumato.workflow.exporting import export
 
 from .test_export import raw, runs
 from .test_starts import begun
+from .zoo import ZOO
 
 __all__ = ["runs"]
 NAMED = {"lycoris": "lycoris_", "kohya": "lora_unet_", "comfyui": "diffusion_model."}
@@ -94,6 +95,35 @@ def test_tucker_kernels_columns_and_whole_differences_are_read(tmp_path):
     torch.testing.assert_close(changes["d"].delta(torch.Size([5])), draw(5))
     long = changes["e"].lengthened(draw(5, 4))
     torch.testing.assert_close(long.norm(dim=0), torch.arange(1.0, 5))
+
+
+@pytest.mark.parametrize("how", [{"use_dora": True}, {"use_rslora": True}])
+def test_ranks_and_alphas_by_pattern_are_read_as_peft_means_them(how, tmp_path):
+    """Law: what diffusers' save_lora_weights writes, convolutions and DoRA of them too, answers as peft does."""
+    import diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    ZOO["stable-diffusion-1.5"].make("patterns").save_pretrained(tmp_path / "base")
+    model, fresh = sfumato.load(tmp_path / "base"), sfumato.load(tmp_path / "base")
+    network = adapters.body(model.denoiser)
+    network.add_adapter(
+        LoraConfig(
+            r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_out.0", "conv1"],
+            rank_pattern={"to_q": 2}, alpha_pattern={"to_k": 3.0}, **how,
+        )
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(1)
+    for name, weight in network.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            weight.data = 0.2 * torch.randn(weight.shape, generator=draw)
+    config = {
+        k: sorted(v) if isinstance(v, set) else v for k, v in network.peft_config["default"].to_dict().items()
+    }
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=get_peft_model_state_dict(network), unet_lora_adapter_metadata=config
+    )
+    fresh.add_lora(tmp_path / "pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(raw(fresh), raw(model), atol=1e-4, rtol=1e-3)
 
 
 def test_adapters_of_other_kinds_are_refused_by_name(tmp_path):

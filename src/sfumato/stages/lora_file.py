@@ -165,7 +165,7 @@ class Change:
         else:
             axes = tuple(range(1, weight.ndim))
             length = length.flatten()[self.rows].view(-1, *[1] * (weight.ndim - 1))
-        return weight * length / weight.norm(dim=axes, keepdim=True)
+        return weight * length / weight.square().sum(dim=axes, keepdim=True).sqrt()
 
     def straightened(self) -> "Change":
         """The same with the kernel between the two matrices in the first: ΔW is as it was."""
