@@ -99,7 +99,7 @@ def test_tucker_kernels_columns_and_whole_differences_are_read(tmp_path):
 
 @pytest.mark.parametrize("how", [{"use_dora": True}, {"use_rslora": True}])
 def test_ranks_and_alphas_by_pattern_are_read_as_peft_means_them(how, tmp_path):
-    """Law: what diffusers' save_lora_weights writes, convolutions and DoRA of them too, answers as peft does."""
+    """Law: what diffusers' save_lora_weights writes, also of convolutions, answers as peft does."""
     import diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 

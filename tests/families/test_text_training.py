@@ -94,10 +94,14 @@ def test_text_encoders_learn_beside_the_denoiser_and_leave_with_it(name, tmp_pat
         torch.testing.assert_close(read(further, "a red circle"), mine, atol=1e-4, rtol=1e-4)
 
 
-def test_a_text_encoder_goes_on_bit_for_bit_and_at_a_rate_of_its_own(tmp_path):
-    """Law: one step, resume, one step end with the bits of two; without a rate its adapter stands still."""
+def test_a_text_encoder_goes_on_bit_for_bit_and_at_a_rate_of_its_own(tmp_path, capsys):
+    """Law: one step, resume, one step end with the bits of two; without a rate its adapter stands still.
+
+    An encoder whose LoRA nobody could read is named.
+    """
     recipe = write_recipe("flux-dev", tmp_path, *LORA, "dropout = 0.3")
     once = train(recipe, ["train.text_learning_rate=1e-3"])
+    assert "text_encoder_2 (T5EncoderModel) stays as it is" in capsys.readouterr().err
     train(recipe, ["train.text_learning_rate=1e-3", f"output={tmp_path}/twice", "train.steps=1"])
     twice = train(recipe, ["train.text_learning_rate=1e-3", f"output={tmp_path}/twice"])
     for group in ("model", "ema", "optimizer"):

@@ -15,7 +15,7 @@ from sfumato.errors import Refused
 from sfumato.stages.families.stable_diffusion_xl import StableDiffusionXL
 
 from . import clips, pictures
-from .parts import clip, seeded, vae
+from .parts import clip, seeded, t5, vae
 from .zoo import BETAS, PROMPT, SIZE, ZOO, flow, stable_diffusion
 
 CLOSE = 1e-4
@@ -207,6 +207,20 @@ def test_parts_of_different_models_are_refused_as_such(part, words, request, tmp
     pipe.register_modules(**{name: part("other")})
     pipe.save_pretrained(tmp_path)
     with pytest.raises(Refused, match=f"put together from different models: .*{words}"):
+        sfumato.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [("vae", "64 channels, but its vae makes 4"), ("text_encoder_2", "its transformer reads 32")],
+)
+def test_parts_that_a_flux_does_not_fit_are_refused_as_such(part, words, tmp_path):
+    """Law: latents that are packed are counted too, and the words of a T5."""
+    pipe, other = ZOO["flux-dev"].make("mixed"), ZOO["stable-diffusion-1.5"].make("other")
+    found = {"vae": other.vae, "text_encoder_2": t5("wide", width=40)[0]}[part]
+    pipe.register_modules(**{part: found})
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(Refused, match=words):
         sfumato.load(tmp_path)
 
 

@@ -21,6 +21,8 @@ from .interface import Condition
 from .normalising import statistics
 from .seeing import Encode, Lesson, Pictures
 
+WORD_WIDTHS = ("joint_attention_dim", "caption_channels", "text_dim", "cap_feat_dim", "text_embed_dim")
+"""What networks' configs call the width of the words they read."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -153,9 +155,19 @@ class Family:
     def misfit(self, network: Any, pipe: Any, channels: int) -> str:
         """Why the pipeline's parts are not of one model; empty where they may be. `channels`: of latents."""
         taken = network.config.get("in_channels")
-        if not taken or taken % channels == 0 or taken - channels in self.more_channels:
-            return ""
-        return f"its {self.network} takes latents of {taken} channels, but its vae makes {channels}"
+        usual = (channels, channels * self.patch**2)  # as they are, or gathered in patches
+        if taken and taken not in usual and taken - channels not in self.more_channels:
+            return f"its {self.network} takes latents of {taken} channels, but its vae makes {channels}"
+        read = next((network.config[name] for name in WORD_WIDTHS if network.config.get(name)), 0)
+        widths = [
+            part.get_input_embeddings().weight.shape[1]
+            for name, part in pipe.components.items()
+            if name.startswith("text_encoder") and part is not None and "CLIP" not in type(part).__name__
+        ]
+        if read and widths and all(read % width for width in widths):  # several layers may stand side by side
+            said = ", ".join(map(str, widths))
+            return f"its text encoder gives words of {said} numbers, its {self.network} reads {read}"
+        return ""
 
     def put_together(self, folder: Path) -> dict[str, Any]:
         """Components of the pipeline that are composed here instead of by diffusers."""

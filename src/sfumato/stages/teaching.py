@@ -5,12 +5,10 @@ A new word has rows of its own behind a frozen table of embeddings, and nothing 
 """
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -18,37 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused
-from sfumato.record import write_atomic
 
 from . import adapters, embeddings
 from .adapters import AdapterPlan
 from .interface import Condition, Denoiser, Model
 from .pretrained import PretrainedConditioner
 from .scratch import seeded
+from .text_plan import TextPlan
 
-FORMAT = 1
-FILE = "text.json"
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-@dataclass(frozen=True)
-class TextPlan:
-    """What is taught: written beside a run's model, so that it can be taught again.
-
-    Args:
-        lora: of the text encoders that diffusers' LoRA loader knows, or None.
-        tokens: new words, each with the words whose embeddings it begins with ("" begins at random), or
-            the file of an embedding.
-        alone: the denoiser stays its base.
-    """
-
-    lora: AdapterPlan | None = None
-    tokens: tuple[tuple[str, str], ...] = ()
-    seed: int = 0
-    alone: bool = False
-
-    def __bool__(self) -> bool:
-        return self.lora is not None or bool(self.tokens)
 
 
 class Taught(nn.Module):
@@ -146,6 +122,23 @@ def lora_encoders(model: Model) -> dict[str, nn.Module]:
             "what model.train_text would train. Leave it out: the denoiser learns what words mean."
         )
     return known
+
+
+def left_alone(model: Model, plan: TextPlan) -> list[str]:
+    """Sentences about the text encoders that an adapter was asked of and that get none."""
+    if plan.lora is None:
+        return []
+    known = lora_encoders(model)
+    others = {
+        name: type(part).__name__
+        for name, part in pipe_of(model, "model.train_text").components.items()
+        if name.startswith("text_encoder") and isinstance(part, nn.Module) and name not in known
+    }
+    return [
+        f"model.train_text: {name} ({kind}) stays as it is, because diffusers loads no LoRA of it; "
+        f"{' and '.join(known)} learn{'s' if len(known) == 1 else ''}."
+        for name, kind in others.items()
+    ]
 
 
 def readers(model: Model, key: str = "model.tokens") -> dict[str, tuple[Any, nn.Module]]:
@@ -343,49 +336,3 @@ def settled(pipe: Any) -> Iterator[None]:
         yield
     finally:
         pipe.register_modules(**own)
-
-
-# ---------------------------------------------------------------- on disk
-
-
-def write_plan(folder: Path, plan: TextPlan) -> None:
-    """Remember what is taught."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokens = []
-    for number, (word, like) in enumerate(plan.tokens):
-        if like.endswith(embeddings.SUFFIX):
-            kept = f"word-{number}{embeddings.SUFFIX}"
-            if Path(like) != folder / kept:
-                write_atomic(folder / kept, Path(like).read_bytes())
-            like = kept
-        tokens.append((word, like))
-    written = {"format": FORMAT, **asdict(plan), "tokens": tokens}
-    write_atomic(folder / FILE, json.dumps(written, indent=1))
-
-
-def read_plan(folder: Path) -> TextPlan | None:
-    """What is taught to the text encoders of the model in a folder, if anything.
-
-    Raises:
-        Failed: the file is damaged. Refused: a newer sfumato wrote it.
-    """
-    if not (folder / FILE).is_file():
-        return None
-    try:
-        said = dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as problem:
-        raise Failed(f"{folder / FILE} is damaged ({problem}). Train the recipe again.") from problem
-    if said.get("format", 0) > FORMAT:
-        raise Refused(f"{folder / FILE} was written by a newer sfumato. Update sfumato.")
-    lora = said.get("lora")
-    known = {one.name for one in fields(AdapterPlan)}
-    adapter = (
-        AdapterPlan(**{**{k: v for k, v in lora.items() if k in known}, "targets": tuple(lora["targets"])})
-        if lora
-        else None
-    )
-    tokens = tuple(
-        (word, str(folder / like) if like.endswith(embeddings.SUFFIX) else like)
-        for word, like in said["tokens"]
-    )
-    return TextPlan(adapter, tokens, said["seed"], said["alone"])

@@ -20,7 +20,7 @@ from torch import Tensor
 from sfumato.errors import Refused, nearest
 from sfumato.record import atomic_folder
 
-from . import adapters, exchange, fitted, hub, reference, teaching
+from . import adapters, exchange, fitted, hub, reference, teaching, text_plan
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
@@ -226,7 +226,7 @@ def load(
     elif is_run:
         plan = reference.read_plan(home)
         weights = chosen_weights(path, checkpoint)
-        tensors, text = read_tensors(weights), teaching.read_plan(home)
+        tensors, text = read_tensors(weights), text_plan.read_plan(home)
         if text is not None:
             tensors = teaching.taken(teaching.teach(model, text), tensors)
         if plan is not None:

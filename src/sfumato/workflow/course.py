@@ -16,6 +16,7 @@ from ..data.sample import Collection, Sample
 from ..generation import PaintingModel, load, painting
 from ..recipe import Recipe
 from ..record import RunFolder
+from ..stages.teaching import left_alone
 from ..studio import report
 from ..training import device as devices
 from ..training import parallel, probing
@@ -31,7 +32,7 @@ from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided, reader_of
 from .material import Bucket, class_names, material_of
 from .preview import Preview, groups
-from .tuning import base_of, check_latents, check_said, rated, remember, tune
+from .tuning import base_of, check_latents, check_said, rated, remember, text_plan_of, tune
 
 RecipeLike = Recipe | str | Path
 Say = Callable[[str], None]
@@ -169,6 +170,8 @@ def _train(
     model, leads = prepared.model, parallel.current().leads
     if leads:
         remember(model, recipe, run.path / "model")
+    for note in left_alone(model, text_plan_of(recipe)):
+        say(note)
     network, settings = tune(model, recipe), rated(recipe)
     train, order = course_of(recipe, prepared.train, prepared.earlier)
     ahead.look_ahead(train, order, recipe)

@@ -19,14 +19,14 @@ from .. import __version__, stages
 from ..errors import Failed, Refused
 from ..generation import PaintingModel, load
 from ..record import RunFolder, atomic_folder
-from ..stages import adapters, exchange, reference, teaching
+from ..stages import adapters, exchange, reference, text_plan
 from ..stages.adapters import AdapterPlan
 from ..stages.guides import GuidedDenoiser
 from ..stages.lora_names import names_of
 from ..stages.pipeline import INDEX, quiet
 from ..stages.pretrained import PretrainedConditioner
 from ..stages.seal import save_sealed
-from ..stages.teaching import TextPlan
+from ..stages.text_plan import TextPlan
 from ..stages.weights import plain
 from . import exporting_text
 
@@ -73,7 +73,7 @@ def export(
         )
     home = run / "model"
     plan = reference.read_plan(home) if home.is_dir() else None
-    text = teaching.read_plan(home) or TextPlan()
+    text = text_plan.read_plan(home) or TextPlan()
     info = metadata_of(run, model, plan, [*triggers, *(word for word, _ in text.tokens)])
     if isinstance(model.denoiser, GuidedDenoiser):
         from .exporting_guides import export_guides

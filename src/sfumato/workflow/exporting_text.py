@@ -19,7 +19,8 @@ from ..stages import adapters, exchange, teaching
 from ..stages.embeddings import PARAMS, called
 from ..stages.lora_file import sorted_by_layer
 from ..stages.seal import save_sealed
-from ..stages.teaching import Taught, TextPlan
+from ..stages.teaching import Taught
+from ..stages.text_plan import TextPlan
 
 
 @dataclass

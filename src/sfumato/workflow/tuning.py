@@ -12,7 +12,7 @@ from .. import stages
 from ..errors import Refused, nearest
 from ..generation import PaintingModel, load
 from ..recipe import DEFAULT, Recipe
-from ..stages import adapters, blocks, hub, narrow, reference, starting, teaching
+from ..stages import adapters, blocks, hub, narrow, reference, starting, teaching, text_plan
 from ..stages.adapters import AdapterPlan
 from ..stages.embeddings import SUFFIX
 from ..stages.exchange import Change
@@ -21,7 +21,7 @@ from ..stages.guides.plan import write_plans
 from ..stages.interface import Codec
 from ..stages.pipeline import INDEX
 from ..stages.pretrained import PretrainedConditioner, options_of
-from ..stages.teaching import TextPlan
+from ..stages.text_plan import TextPlan
 from ..stages.weights import recall
 from ..training.settings import TrainSettings
 
@@ -242,7 +242,7 @@ def text_plan_of(recipe: Recipe, plan: AdapterPlan | None = None) -> TextPlan:
     words = [token.partition("=") for token in model.tokens]
     tokens = tuple((word.strip(), like.strip()) for word, _, like in words)
     if any(like.endswith(SUFFIX) and not Path(like).is_file() for _, like in tokens):
-        kept = teaching.read_plan(Path(recipe.output) / "model")  # a run that has begun has its own copy
+        kept = text_plan.read_plan(Path(recipe.output) / "model")  # a run that has begun has its own copy
         tokens = tokens if kept is None else kept.tokens
     return TextPlan(
         lora if model.train_text == "lora" else None, tokens, recipe.seed, model.train == "tokens"
@@ -274,7 +274,7 @@ def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
     if plan is not None:
         reference.write_plan(folder, plan)
     if text := text_plan_of(recipe, plan):
-        teaching.write_plan(folder, text)
+        text_plan.write_plan(folder, text)
 
 
 def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
