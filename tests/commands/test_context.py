@@ -17,7 +17,7 @@ from .world import one_sentence, sfumato, write_recipe
 
 def test_a_plan_counts_activations_by_the_processes_that_share_a_sample(tmp_path):
     recipe = write_recipe(tmp_path)
-    words = ["train.batch=64", "data.resolution=32", "model.stride=4", "model.depth=4", "--json"]
+    words = ["train.batch=32", "model.stride=4", "model.depth=2", "--json"]
     one = sfumato("plan", recipe, *words, "--devices", 2).json()
     shared = sfumato("plan", recipe, *words, "train.context=2", "--devices", 2).json()
     assert shared["context"] == "2 processes share each sample"
@@ -63,6 +63,8 @@ def test_torchrun_with_shared_samples_is_the_run_of_one_process_and_draws_its_pi
     assert start["processes"] == 2 and start["settings"]["context"] == 2
     drawn = [event for event in events if event["kind"] == "pictures"]
     assert drawn and all((tmp_path / "shared" / file).is_file() for event in drawn for file in event["files"])
+    alone = ["train", recipe, "train.ema=0.9", "train.steps=8", f"output={tmp_path / 'shared'}"]
+    assert sfumato(*alone).code == 0  # it goes on, each sample whole again
     words = ["generate", tmp_path / "run", "--prompt", "a red thing", "--steps", 2, "--count", 2]
     one_sentence(sfumato(*words, "--context", 2), "2 processes draw each picture", "torchrun")
     torchrun(*words, "--context", 2, "--out", tmp_path / "two")

@@ -1,9 +1,11 @@
 """Order is a function of the step: every sample once an epoch, batches of one bucket, no state."""
 
 from collections import Counter
+from itertools import product
 
 import pytest
 
+from sfumato.data import media
 from sfumato.data.buckets import candidates, choose, crop_waste, token_budget
 from sfumato.data.order import Order, Stage, Stages, share
 from sfumato.errors import Refused
@@ -121,3 +123,14 @@ def test_a_curriculum_shows_each_stage_its_own_samples():
 def test_a_token_budget_gives_shares_that_are_even():
     size = token_budget(16, [(4, 8, 8)] * 3 + [(4, 16, 16)], multiple=4)
     assert size((4, 8, 8)) % 4 == size((4, 16, 16)) % 4 == 0 and size((4, 8, 8)) > size((4, 16, 16)) >= 4
+
+
+@pytest.mark.parametrize("shape", [(40, 96), (56, 72), (48, 88), (120, 32)])
+def test_a_picture_of_nearly_the_shape_of_its_bucket_is_not_looked_at_past_its_sides(shape):
+    """Of its very shape it is taken whole, however the numbers round."""
+    for times in (1, 3, 7, 1 / 8, 5 / 8, 13 / 8):
+        for width, height in product(
+            *[[round(side * times) + more for more in (-1, 0, 1)] for side in shape]
+        ):
+            left, top, right, bottom = media.window((width, height), *shape)
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height

@@ -166,8 +166,10 @@ def window(size: tuple[int, int], width: int, height: int) -> tuple[float, float
     """The centred part (left, top, right, bottom) of a picture of `size` with the shape width × height."""
     full_width, full_height = size
     scale = min(full_width / width, full_height / height)
-    left, top = (full_width - width * scale) / 2, (full_height - height * scale) / 2
-    return left, top, left + width * scale, top + height * scale
+    # of its own shape a picture is taken whole, and rounding must not reach past its sides
+    wide, high = min(width * scale, full_width), min(height * scale, full_height)
+    left, top = (full_width - wide) / 2, (full_height - high) / 2
+    return left, top, min(left + wide, full_width), min(top + high, full_height)
 
 
 def fit(image: Image.Image, width: int, height: int) -> Tensor:

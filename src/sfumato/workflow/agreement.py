@@ -30,6 +30,7 @@ FREE_PARTS = (
     "train.threads",
     "train.parallel",
     "train.shard_within",
+    "train.context",
     "train.device",
     "train.checkpointing",
     "train.offload",
