@@ -16,7 +16,7 @@ from sfumato.generation import PaintingModel, load
 from sfumato.recipe import Recipe
 from sfumato.record import RunFolder
 from sfumato.stages import Condition, blocks, new_theory
-from sfumato.stages.codec import PixelCodec
+from sfumato.stages.codec import PixelCodec, ResidualCodec
 from sfumato.stages.dit import DiT
 from sfumato.stages.guides import GuidePlan, attach, guide
 from sfumato.stages.text import NoConditioner
@@ -106,6 +106,21 @@ def test_a_unet_reads_a_control_itself():
     torch.nn.init.normal_(guided.listed[0].read[-1].weight)
     once, other = (painter.generate(control=one, seed=3)[0].tobytes() for one in (square(), square(12)))
     assert once != other
+
+
+def test_a_unet_of_our_own_takes_a_controlnet_whatever_its_latents_stand_for():
+    """Law: diffusers' ControlNet sees its picture in as many pixels a latent as the codec has."""
+    torch.manual_seed(0)
+    for codec in (PixelCodec(), ResidualCodec(4, 3, 8)):
+        unet = UNet(3, width=16, depth=1, heads=2, text_width=0)
+        info = {"resolution": 16, "steps": 2}
+        painter = PaintingModel(new_theory(""), codec, NoConditioner(), unet, info)
+        before = painter.generate(seed=3)[0].tobytes()
+        guided = guide(painter, [GuidePlan("controlnet")])
+        assert painter.generate(control=square(), seed=3)[0].tobytes() == before
+        for weight in guided.guides.parameters():
+            weight.data.normal_(0, 0.1)
+        assert painter.generate(control=square(), seed=3)[0].tobytes() != before
 
 
 def test_two_controlnets_act_apart(model):

@@ -302,6 +302,7 @@ def ready(
     with phase(run, "codec"):
         codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
     model = model_of(recipe, gathered, codec)
+    companions.shares(recipe.data, list(companions.encoders(model, recipe.data)))
     with phase(run, "prior"):
         others = prior.samples(recipe, gathered.prior, model, progress)
     with phase(run, "encode"):

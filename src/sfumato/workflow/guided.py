@@ -14,6 +14,7 @@ from ..data.sample import Sample
 from ..data.settings import DataSettings
 from ..errors import Refused, nearest
 from ..generation import PaintingModel, to_pictures
+from ..generation.guiding import CONTROLS
 from ..recipe import DEFAULT, Recipe
 from ..stages import Condition, guides
 from ..stages.guides import GuidedDenoiser, GuidePlan
@@ -51,7 +52,7 @@ def check(recipe: Recipe) -> None:
 def check_column(recipe: Recipe, samples: Sequence[Sample]) -> None:
     """Raises Refused where what is said as data.control is neither a kind nor a column of the data."""
     plan = plan_of(recipe)
-    if plan is None or plan.kind not in ("controlnet", "control"):
+    if plan is None or plan.kind not in CONTROLS:
         return
     place = column(recipe.data, "control")
     if place == ITSELF or any(place in sample.companions for sample in samples):
@@ -70,16 +71,26 @@ def plan_of(recipe: Recipe) -> GuidePlan | None:
     kind = "control" if model.train == "full" and recipe.origin(CONTROL) != DEFAULT else model.train
     if kind not in guides.KINDS:
         return None
-    control = recipe.data.control if kind in ("controlnet", "control") else ""
+    control = recipe.data.control if kind in CONTROLS else ""
     return GuidePlan(kind, model.control_layers, model.image_encoder, control, recipe.seed)
 
 
 def guide(model: PaintingModel, recipe: Recipe) -> None:
-    """Put the recipe's guide around the model's denoiser."""
+    """Put the recipe's guide around the model's denoiser.
+
+    Raises:
+        Refused: a second guide that reads a control.
+    """
     plan = plan_of(recipe)
     known = model.denoiser.listed if isinstance(model.denoiser, GuidedDenoiser) else []
-    if plan is not None and all(one.kind != plan.kind for one in known):
-        guides.guide(model, [plan])
+    if plan is None or any(one.kind == plan.kind for one in known):
+        return
+    if plan.kind in CONTROLS and any(one.kind in CONTROLS for one in known):
+        raise Refused(
+            f"{recipe.model.base} reads a control already. Train the new guide beside a base that reads "
+            "none; both act at: sfumato generate RUN --guide OTHER."
+        )
+    guides.guide(model, [plan])
 
 
 @torch.no_grad()

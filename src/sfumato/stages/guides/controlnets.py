@@ -20,6 +20,8 @@ from .guide import WEAK, Guide, Hook, weight_of
 from .ours import shown
 
 Given = dict[str, Any]
+SEEN = (16, 32, 96, 256)
+"""Channels in which a UNet's ControlNet sees its picture, as diffusers': one more for each halving."""
 
 
 class Dialect:
@@ -39,11 +41,11 @@ class Dialect:
     usual: Mapping[str, Any] = {"conditioning_channels": 3}
     """What we know how to feed; ControlNets that differ here read something else beside the picture."""
 
-    def create(self, base: Any, layers: int) -> nn.Module:
+    def create(self, base: Any, layers: int, stride: int) -> nn.Module:
         """A ControlNet with the base's weights, and outputs that start at zero.
 
         Raises:
-            Refused: layers are asked for; it has all of the base's first half.
+            Refused: layers are asked for (it has all of the base's first half), or another stride of latents.
         """
         if layers:
             raise Refused(
@@ -52,7 +54,13 @@ class Dialect:
             )
         from diffusers.models.controlnets.controlnet import ControlNetModel
 
-        return ControlNetModel.from_unet(base)
+        halvings = stride.bit_length() - 1
+        if 2**halvings != stride or halvings >= len(SEEN):
+            raise Refused(
+                f"A latent of this model stands for {stride}×{stride} pixels; a UNet's ControlNet reads its "
+                "picture in 1, 2, 4 or 8."
+            )
+        return ControlNetModel.from_unet(base, conditioning_embedding_out_channels=SEEN[: halvings + 1])
 
     def ask(self, net: Any, args: tuple[Any, ...], given: Given, control: Tensor, weight: float) -> Given:
         """What the ControlNet hands to the base, as arguments."""
@@ -136,7 +144,7 @@ class SD3(Dialect):
     )
     usual: Mapping[str, Any] = {"extra_conditioning_channels": 0}
 
-    def create(self, base: Any, layers: int) -> nn.Module:
+    def create(self, base: Any, layers: int, stride: int) -> nn.Module:
         """Half the blocks unless said otherwise."""
         return self.begun(self.control, base, layers or -(-base.config["num_layers"] // 2))
 
@@ -176,7 +184,7 @@ class Flux(Dialect):
     )  # fmt: skip
     usual: Mapping[str, Any] = {"num_mode": None, "conditioning_embedding_channels": None}
 
-    def create(self, base: Any, layers: int) -> nn.Module:
+    def create(self, base: Any, layers: int, stride: int) -> nn.Module:
         """A fifth of the blocks of each kind unless said otherwise, as diffusers' script has it."""
         double, single = base.config["num_layers"], base.config["num_single_layers"]
         net = self.begun(self.control, base, layers or -(-double // 5), layers or -(-single // 5))
@@ -210,7 +218,7 @@ class QwenImage(Dialect):
     alike = ("attention_head_dim", "num_attention_heads", "in_channels", "joint_attention_dim")
     usual: Mapping[str, Any] = {"extra_condition_channels": 0}
 
-    def create(self, base: Any, layers: int) -> nn.Module:
+    def create(self, base: Any, layers: int, stride: int) -> nn.Module:
         """A twelfth of the blocks unless said otherwise (5 of 60)."""
         net = self.begun(self.control, base, layers or -(-base.config["num_layers"] // 12))
         nn.init.zeros_(net.controlnet_x_embedder.weight)
@@ -256,15 +264,18 @@ class ControlNet(Guide):
 
     kind = "controlnet"
 
-    def __init__(self, base: Denoiser, layers: int = 0, name: str = "control", folder: str = "") -> None:
-        """layers: blocks, 0 for the usual number; folder: of a trained one, in diffusers' format."""
+    def __init__(
+        self, base: Denoiser, layers: int = 0, name: str = "control", folder: str = "", stride: int = 8
+    ) -> None:
+        """layers: blocks, 0 for the usual number; folder: of a trained one, in diffusers' format; stride:
+        pixels a side that a latent stands for."""
         super().__init__(name)
         network: Any = getattr(base, "network", base)
         self.dialect, self.layers, self.folder = dialect_of(network), layers, folder
         self.net: Any = (
             self.opened(Path(folder).expanduser(), network)
             if folder
-            else self.dialect.create(network, layers)
+            else self.dialect.create(network, layers, stride)
         )
 
     def opened(self, folder: Path, network: nn.Module) -> Any:

@@ -83,7 +83,7 @@ def made(model: Model, base: Denoiser, plan: GuidePlan, known: Sequence[Guide]) 
         layers = built.get("layers", plan.layers)
         if ours:
             return ControlBranch(base, stride, layers, built.get("name", name), deep)
-        return ControlNet(base, layers, built.get("name", name), built.get("folder", ""))
+        return ControlNet(base, layers, built.get("name", name), built.get("folder", ""), stride)
     if plan.kind not in KINDS:
         raise Refused(f'There is no guide "{plan.kind}"; there are {", ".join(KINDS)}.')
     if plan.kind == "control" and isinstance(base, DiT | UNet):
