@@ -160,7 +160,7 @@ def _group(group: str | None) -> tuple[str, str]:
 def _heading(group: str | None, shown: Iterable[str] = ()) -> str:
     """A group's name, its note, and what stands before each drawing."""
     name, note = _group(group)
-    name = name.replace("Captions", "Captions and pictures") if shown else name
+    name = name.replace("Captions", "Samples") if shown else name
     before = "; ".join(
         one for one in (note, ", ".join(map(_shown_name, shown)) + " → drawn" * bool(shown)) if one
     )
