@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--count", type=int, default=64)
     parser.add_argument("--shown", type=int, default=24)
+    parser.add_argument("--guidance", type=float, help="default: the run's own")
     parser.add_argument("--sheet", type=Path)
     asked = parser.parse_args()
     model = sfumato.load(asked.run)
@@ -85,7 +86,7 @@ def main() -> None:
     pixels = pixels_of([one.source() for one in chosen], side)
     originals, given = to_pictures(pixels, False), to_pictures(controls.control(pixels, "canny"), False)
     captions, seeds = [one.captions[0] for one in chosen], list(range(len(chosen)))
-    drawn = model.generate(captions, seed=seeds, control=given)
+    drawn = model.generate(captions, seed=seeds, control=given, guidance=asked.guidance)
     asked_edges, drawn_edges = edges_of(pixels), edges_of(pixels_of(drawn, side))
     whole, filled = [shape(one) for one in originals], [shape(one) for one in drawn]
     found = {}
