@@ -168,29 +168,30 @@ class Ragged:
     @cached_property
     def block_mask(self) -> Any:
         """FlexAttention's mask: tokens see the tokens and words of their own sample."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
         asking, asked = self.documents
 
         def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return asking[query] == asked[key]
 
-        return create_block_mask(same, None, None, len(asking), len(asked), device=str(asking.device))
+        make = _kernel("create_block_mask", asking.device)
+        return make(same, None, None, len(asking), len(asked), device=str(asking.device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of q [1, heads, N, d] to k, v [1, heads, N + M, d] within each sample."""
-        return _flex(q.device.type)(q, k, v, block_mask=self.block_mask)
+        attend = _kernel("flex_attention", q.device)
+        return attend(q.to(v.dtype), k.to(v.dtype), v, block_mask=self.block_mask)
 
 
 _COMPILED: dict[str, Any] = {}
 
 
-def _flex(kind: str) -> Any:
-    """torch's FlexAttention; on a GPU as one kernel, compiled once for sequences of any length."""
-    from torch.nn.attention.flex_attention import flex_attention
+def _kernel(name: str, device: torch.device) -> Any:
+    """A function of torch's FlexAttention; on a GPU as one kernel, compiled for sequences of any length."""
+    from torch.nn.attention import flex_attention
 
-    if kind != "cuda":
-        return flex_attention
-    if kind not in _COMPILED:
-        _COMPILED[kind] = torch.compile(flex_attention, dynamic=True)
-    return _COMPILED[kind]
+    plain = getattr(flex_attention, name)
+    if device.type != "cuda":
+        return plain
+    if name not in _COMPILED:
+        _COMPILED[name] = torch.compile(plain, dynamic=True)
+    return _COMPILED[name]
