@@ -167,6 +167,8 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
     if processes.count > 1:
         words.append(f"{processes.count} processes, {chosen.name} ({chosen.why})")
+    if recipe.train.context > 1:
+        words.append(f"{recipe.train.context} of them share each sample")
     words += [
         f"{memory.peak / 1e9:.2f} GB of memory a step" + (f" ({sizes})" if sizes else ""),
         f"about {seconds:.2g} s a step, {duration(seconds * recipe.train.steps)} in all",
