@@ -6,8 +6,10 @@ import torch
 import sfumato
 from sfumato.stages.scratch import seeded
 from sfumato.theory import get, integrate, noise, times, translate
+from sfumato.workflow.exporting import export
 
 from . import pictures
+from .test_training import write_recipe
 from .zoo import PROMPT, ZOO
 
 WAYS = [
@@ -119,3 +121,12 @@ def test_a_small_network_learns_a_pipeline_under_its_own_theory(loaded):
         4,
     )
     assert bool(grown.isfinite().all())
+
+
+@pytest.mark.parametrize("model", [('train = "lora"', "rank = 2"), ()], ids=["lora", "whole"])
+def test_what_went_on_in_another_theory_leaves_as_what_it_is(model, tmp_path):
+    """Law: the network still answers as its base does, so its files load beside the base's own scheduler."""
+    recipe = write_recipe("stable-diffusion-1.5", tmp_path, *model, 'theory = "flow-matching"')
+    run = sfumato.train(recipe, ["train.sanity=false", "train.steps=1"])
+    for to in ("diffusers", "comfyui"):
+        assert export(run.path, to, tmp_path / to).difference < 1e-3

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .objective import DiffusionObjective, Prepared
 
 MUCH = 1.5
 """A base whose loss is so many times the guess's does not know this data, or is asked wrongly."""
-DEAF = 0.25
+DEAF = 0.35
 """Answers less alike to the target than this (their cosine) are as those of weights drawn at random."""
 
 
@@ -78,12 +78,16 @@ def knows(objective: DiffusionObjective) -> Rung:
 
 @torch.no_grad()
 def likeness(objective: DiffusionObjective) -> float:
-    """|cosine| of the network's answers with what training asks for."""
+    """|cosine| of the network's own answers, in its own theory, with what that theory asks for."""
     batch, x_0, drawn, _ = some(objective)
-    theory = objective.model.theory
+    model, new, t = objective.model, objective.model.theory, drawn.t
     told = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x_0.device, x_0.dtype)
-    answer = objective.model.predict(drawn.of(theory.mix, x_0), drawn.t, told).float().flatten()
-    target = drawn.of(theory.target, x_0).flatten()
+    base, x_t = copy(model), drawn.of(new.mix, x_0)
+    if model.trained is not None:
+        base.theory, base.trained = model.trained, None
+        _, x_t, t = new.convert(x_t, x_t, t, to=model.trained)
+    answer = base.predict(x_t, t, told).float().flatten()
+    target = replace(drawn, t=t).of(base.theory.target, x_0).to(answer).flatten()
     size = (answer.norm() * target.norm()).clamp(min=1e-12)
     return float((answer @ target / size).abs())
 

@@ -232,7 +232,9 @@ def export_lora(
 
 
 def reading_alike(fresh: PaintingModel, model: PaintingModel) -> PaintingModel:
-    """The fresh model, its prompts read with the options that the run was trained with."""
+    """The fresh model, its prompts read with the run's options, and asked in the run's theory."""
+    if model.trained is not None:
+        fresh.continue_as(model.theory)
     if isinstance(fresh.conditioner, PretrainedConditioner):
         fresh.conditioner.usual = dict(model.info.get("text_options", {}))
     return fresh
@@ -368,7 +370,7 @@ def export_whole(model: PaintingModel, to: str, out: Path, info: dict[str, str])
         return Exported((out / DENOISER_FILE,), difference, 0.0, info)
     stages.save(model, out)
     (out / "sfumato.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
-    fresh = load(out)
+    fresh = reading_alike(load(out), model)
     difference = gate(ours, answers(fresh, x, condition), "diffusers")
     return Exported((out / INDEX, out / "sfumato.json"), difference, 0.0, info)
 
@@ -382,4 +384,5 @@ def again(model: PaintingModel, file: Path, x: Tensor, condition: Any) -> list[T
     new.load_state_dict(load_file(file))
     denoiser: Any = type(model.denoiser)(model.denoiser.family, new.eval())  # type: ignore[attr-defined, call-arg]
     other = PaintingModel(model.theory, model.codec, model.conditioner, denoiser, model.info)
+    other.trained = model.trained
     return answers(other, x, condition)

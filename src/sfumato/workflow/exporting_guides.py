@@ -61,6 +61,8 @@ def _export(
             raise Refused(f"No other program has a guide like {guide.name}; it loads with sfumato.load.")
         fresh = load(base)
         attach(fresh, written)
+        if model.trained is not None:
+            fresh.continue_as(model.theory)
         again = Condition({_renamed(name, guide): one for name, one in shown.items()}, size=shown.size)
         difference = gate(ours, answers(fresh, x, again), "diffusers")
         files = sorted(file.name for file in beside.iterdir())
