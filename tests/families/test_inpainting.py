@@ -173,7 +173,7 @@ def test_masks_are_drawn_where_there_is_no_column(folders, tmp_path):
     scratch = 'base = "scratch"\ntext = "none"\ncodec = "pixels"'
     (tmp_path / "r.toml").write_text(said.replace(f'base = "{folders("stable-diffusion-1.5")}"', scratch))
     with pytest.raises(Refused, match="shown no mask"):
-        sfumato.train(tmp_path / "r.toml", ["output=other"])
+        sfumato.train(tmp_path / "r.toml", [f"output={tmp_path}/other"])
 
 
 def test_masks_repaint_some_of_a_picture():
