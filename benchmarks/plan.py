@@ -9,6 +9,7 @@ were are written as a table beside.
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from sfumato.record import RunFolder
 
@@ -30,24 +33,24 @@ RECIPE = """
 [model]
 {model}
 [data]
-train = "shapes"
+train = "pictures"
 [train]
-steps = 14
+steps = 12
 log_every = 1
-save_every = 7
-held_out_every = 7
+save_every = 6
+held_out_every = 0
 threads = 1
 sanity = false
 [sample]
 steps = 2
-every = 7
+every = 6
 prompts = ["a red circle"]
 """
-DIT = "model.width=512 model.depth=6 model.heads=8 data.resolution=32"
+DIT = "model.width=384 model.depth=6 model.heads=6 data.resolution=32"
 NARROW = "model.width=256 model.depth=8 model.heads=4 data.resolution=64"
-UNET = "model.denoiser=unet model.width=192 model.depth=2 model.heads=8 data.resolution=32"
+UNET = "model.denoiser=unet model.width=160 model.depth=2 model.heads=8 data.resolution=32"
 CASES = {
-    "DiT 512x6, 4x4 tokens": f"{DIT} train.batch=16",
+    "DiT 384x6, 4x4 tokens": f"{DIT} train.batch=16",
     "the same, no averages": f"{DIT} train.batch=16 train.ema=0 train.ema_snapshots=0",
     "the same, in 4 parts": f"{DIT} train.batch=16 train.accumulate=4",
     "the same, 4 virtual ranks": f"{DIT} train.batch=16 train.exact_elastic=true",
@@ -56,15 +59,15 @@ CASES = {
     "the same, Muon": f"{DIT} train.batch=16 train.optimizer=muon",
     "the same, Adafactor": f"{DIT} train.batch=16 train.optimizer=adafactor",
     "the same, bf16 weights": f"{DIT} train.batch=4 train.weights=bf16",
-    "DiT 768x4, 4x4 tokens": f"{DIT} model.width=768 model.depth=4 train.batch=8",
+    "DiT 640x4, 4x4 tokens": f"{DIT} model.width=640 model.depth=4 model.heads=10 train.batch=8",
     "DiT 256x8, 8x8 tokens": f"{NARROW} train.batch=16",
     "the same, batch 48": f"{NARROW} train.batch=48",
     "the same, every second again": f"{NARROW} train.batch=32 train.checkpointing=2",
-    "UNet 192": f"{UNET} train.batch=16",
-    "ControlNet beside the DiT 512x6": "BASE model.train=controlnet data.control=canny data.resolution=32 "
+    "UNet 160": f"{UNET} train.batch=16",
+    "ControlNet beside the DiT 384x6": "BASE model.train=controlnet data.control=canny data.resolution=32 "
     "train.batch=16",
     "LoRA of it, rank 32": "BASE model.train=lora model.rank=32 data.resolution=32 train.batch=32",
-    "UNet 192, no averages": f"{UNET} train.batch=16 train.ema=0 train.ema_snapshots=0",
+    "UNet 160, no averages": f"{UNET} train.batch=16 train.ema=0 train.ema_snapshots=0",
 }
 
 
@@ -78,6 +81,18 @@ def command(*words: str) -> str:
     return done.stdout
 
 
+def draw(place: Path, count: int = 64) -> None:
+    """Pictures of noise with captions of two to twelve words."""
+    (place / "pictures").mkdir()
+    rows = []
+    for index in range(count):
+        draws = random.Random(index)
+        Image.frombytes("RGB", (64, 64), draws.randbytes(64 * 64 * 3)).save(place / f"pictures/{index}.png")
+        words = draws.choices(["a", "red", "round", "thing", "beside", "green", "water"], k=2 + index % 11)
+        rows.append({"file_name": f"{index}.png", "caption": " ".join(words)})
+    (place / "pictures" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
 def one(name: str, place: Path, run: str) -> dict[str, Any]:
     """Predicted and measured of a case."""
     recipe, base, said = place / "recipe.toml", place / "base", CASES[name].split()
@@ -89,7 +104,7 @@ def one(name: str, place: Path, run: str) -> dict[str, Any]:
             command("train", *common, *DIT.split(), "train.steps=1", f"output={base}")
         recipe.write_text(RECIPE.format(model=f'base = "{base}"'))
     words = [*common, *said, f"output={place / run}"]
-    command("encode", *words)
+    command("encode", *words)  # so that the plan's process loads what the training's does
     plan = json.loads(command("plan", *words, "--json"))
     command("train", *words)
     events = RunFolder.open(place / run).events()
@@ -130,6 +145,7 @@ def main() -> None:
     first, _, last = asked.only.partition("-")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
+        draw(Path(folder))
         for number, name in [*enumerate(CASES)][int(first) : int(last or first) + 1]:
             rows.append(one(name, Path(folder), f"run-{number}"))
             print(rows[-1], flush=True)
