@@ -6,7 +6,8 @@ Each round trains the demo's kind of recipe (embedded shapes, text, a DiT, accum
 held-out loss, checkpoints beside the steps) while it is killed, until all kills have met it alive. What it
 ends with must have the bits of the run that was left in peace: weights, averages, optimizer, snapshots and
 pictures. The killed command notes what it does in a file of 64 bytes, which says afterwards where it died;
-it is forked from a server that has imported what it needs. Rounds are appended to the file as they end.
+it is forked from a server that has imported what it needs. Rounds are appended to the file as they end, and
+the file is gone on from.
 """
 
 import argparse
@@ -213,19 +214,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    dice, began, rounds = random.Random(asked.seed), time.monotonic(), list[dict[str, Any]]()
+    dice, began, left = random.Random(asked.seed), time.monotonic(), asked.kills
+    known = asked.out.read_text().splitlines() if asked.out and asked.out.exists() else []
+    rounds: list[dict[str, Any]] = [json.loads(line) for line in known]
     with tempfile.TemporaryDirectory() as folder:
-        place, left = Path(asked.place or folder), asked.kills
         while left > 0 and time.monotonic() - began < 60 * asked.minutes:
-            most = min(left, -(-asked.kills // asked.rounds)) if rounds else 0
-            rounds.append(one_round(place, f"seed-{asked.seed}-{len(rounds)}", most, dice))
+            most = min(left, -(-asked.kills // asked.rounds)) if rounds else 0  # the first is left in peace
+            name = f"seed-{asked.seed}-{len(rounds)}"
+            rounds.append(one_round(Path(asked.place or folder), name, most, dice))
             left -= len(rounds[-1]["kills"])
             print(len(rounds[-1]["kills"]), rounds[-1]["hashes"] == rounds[0]["hashes"], flush=True)
             if asked.out:
                 with asked.out.open("a") as lines:
                     lines.write(json.dumps({"seed": asked.seed, **rounds[-1]}) + "\n")
-    if asked.out:
-        rounds = [json.loads(line) for line in asked.out.read_text().splitlines()]
     print(table(rounds))
 
 
