@@ -194,7 +194,8 @@ def checkpoint_bytes(recipe: Recipe, trained: int) -> int:
 def saved_bytes(recipe: Recipe, trained: int) -> int:
     """Bytes of one checkpoint."""
     train = recipe.train
-    return trained * FLOAT * (1 + 2 + bool(train.ema) + 2 * bool(train.ema_snapshots))
+    state = planning.STATES.get(train.optimizer, 2) or 2  # what a paged one keeps elsewhere is saved too
+    return int(trained * FLOAT * (1 + state + bool(train.ema) + 2 * bool(train.ema_snapshots)))
 
 
 def copies_bytes(recipe: Recipe, trained: int) -> int:
