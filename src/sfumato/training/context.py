@@ -34,12 +34,15 @@ def check(settings: TrainSettings, count: int) -> None:
         if is_asked:
             raise Refused(f"train.context shares each sample among processes; {name} {why}. Leave one out.")
     if count % within or count < within:
-        many = "1 process was" if count == 1 else f"{count} processes were"
         raise Refused(
-            f"train.context = {within} lets {within} processes share each sample, but {many} started. Start "
-            f"a multiple of {within}: torchrun --nproc-per-node {within} -m sfumato train … (to plan it: "
-            f"sfumato plan … --devices {within})."
+            f"train.context = {within} lets {within} processes share each sample, but {_many(count)} "
+            f"started. Start a multiple of {within}: torchrun --nproc-per-node {within} -m sfumato train … "
+            f"(to plan it: sfumato plan … --devices {within})."
         )
+
+
+def _many(count: int) -> str:
+    return "1 process was" if count == 1 else f"{count} processes were"
 
 
 @contextmanager
@@ -67,8 +70,8 @@ def drawers(within: int, device: str) -> Iterator[Processes]:
         return
     if started != within:
         raise Refused(
-            f"--context {within} lets {within} processes draw each picture together, but {started} started. "
-            f"Say torchrun --nproc-per-node {within} -m sfumato generate … --context {within}."
+            f"--context {within} lets {within} processes draw each picture together, but {_many(started)} "
+            f"started. Say torchrun --nproc-per-node {within} -m sfumato generate … --context {within}."
         )
     with parallel.joined(device) as processes:
         yield processes
