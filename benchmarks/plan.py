@@ -2,18 +2,19 @@
 
     OMP_NUM_THREADS=1 python benchmarks/plan.py [--only 0-5] [--out FILE.jsonl]
 
-Each recipe is planned by one command and trained by another. memory: the process's at its largest, which the
+Each recipe is planned by one process and trained by another. memory: the process's at its largest, which the
 run records; seconds: of a step, between its records, the first left out. Results are appended, and all that
 were are written as a table beside.
 """
 
 import argparse
 import json
+import multiprocessing
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,15 @@ RECIPE = """
 [data]
 train = "pictures"
 [train]
-steps = 12
+steps = 8
 log_every = 1
-save_every = 6
+save_every = 4
 held_out_every = 0
 threads = 1
 sanity = false
 [sample]
 steps = 2
-every = 6
+every = 4
 prompts = ["a red circle"]
 """
 DIT = "model.width=384 model.depth=6 model.heads=6 data.resolution=32"
@@ -71,14 +72,28 @@ CASES = {
 }
 
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["sfumato.workflow", "transformers.models.clip.modeling_clip"])
+
+
 def command(*words: str) -> str:
-    """What `sfumato …` prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sfumato", *words], capture_output=True, text=True, timeout=900
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return done.stdout
+    """What `sfumato …` prints, in a process of its own that is forked from one with everything imported."""
+    with tempfile.NamedTemporaryFile("r") as said:
+        process = SERVER.Process(target=run, args=(words, said.name))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{' '.join(words)} ended with {process.exitcode}")
+        return said.read()
+
+
+def run(words: tuple[str, ...], said: str) -> None:
+    """The command, its words written to a file."""
+    from sfumato.cli import main as sfumato
+
+    sys.argv = ["sfumato", *words]
+    with Path(said).open("w") as file, redirect_stdout(file):
+        sfumato()
 
 
 def draw(place: Path, count: int = 64) -> None:
@@ -93,7 +108,7 @@ def draw(place: Path, count: int = 64) -> None:
     (place / "pictures" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
-def one(name: str, place: Path, run: str) -> dict[str, Any]:
+def one(name: str, place: Path, folder: str) -> dict[str, Any]:
     """Predicted and measured of a case."""
     recipe, base, said = place / "recipe.toml", place / "base", CASES[name].split()
     common = [str(recipe), f"data.store={place / 'store'}"]
@@ -103,11 +118,11 @@ def one(name: str, place: Path, run: str) -> dict[str, Any]:
         if not base.exists():
             command("train", *common, *DIT.split(), "train.steps=1", f"output={base}")
         recipe.write_text(RECIPE.format(model=f'base = "{base}"'))
-    words = [*common, *said, f"output={place / run}"]
+    words = [*common, *said, f"output={place / folder}"]
     command("encode", *words)  # so that the plan's process loads what the training's does
     plan = json.loads(command("plan", *words, "--json"))
     command("train", *words)
-    events = RunFolder.open(place / run).events()
+    events = RunFolder.open(place / folder).events()
     steps = [event["seconds"] for event in events if event["kind"] == "step"]
     taken = [late - soon for soon, late in pairwise(steps)]
     (train,) = [event for event in events if event["kind"] == "phase" and event["name"] == "train"]
