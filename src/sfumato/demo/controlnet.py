@@ -11,7 +11,7 @@ from .stages import Beside, plan_of, unseen
 from .way import Seen, Task, Verdict
 
 BESIDE = Beside(
-    plan_of("controlnet", minutes=6.0, guidance=3.0, fewest=300),
+    plan_of("controlnet", minutes=5.0, guidance=3.0, fewest=300),
     base_share=3.0,
     guide_cost=1.3,
     data={"control": "sketch", "dropout": ("control=0.05",)},

@@ -8,7 +8,7 @@ from .way import Seen, Task, Verdict
 BESIDE = Beside(
     plan_of("ip-adapter", minutes=6.0, guidance=2.0, fewest=500),
     base_share=2.5,
-    guide_cost=1.3,
+    guide_cost=1.8,
     base_data="shapes-alone",
     data={"reference": "reference", "dropout": ("reference=0.1",)},
 )
