@@ -341,10 +341,8 @@ class DiT(Denoiser):
                 for x, clock, one in zip(xs, clocks, conditions, strict=True)
             ]
         )
-        summaries = [self.summary(one) for one in conditions]
-        pooled = (
-            torch.cat([one for one in summaries if one is not None]) if summaries[0] is not None else None
-        )
+        said = [one for one in map(self.summary, conditions) if one is not None]
+        pooled = torch.cat(said) if said else None
         time = self.moment_of(torch.cat([clock.flatten() for clock in clocks]))
         time = F.silu(time if pooled is None else time + of.spread(self.pooled(pooled)))
         drawn = self.canvas is not None and pooled is not None
