@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
@@ -32,7 +33,7 @@ def snapshot(given: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = given.partition("@")
-    how = {"revision": revision or None, "local_files_only": True, "cache_dir": cache()}
+    how: dict[str, Any] = {"revision": revision or None, "local_files_only": True, "cache_dir": cache()}
     try:
         return Path(snapshot_download(name, **how))
     except (LocalEntryNotFoundError, HFValidationError):
