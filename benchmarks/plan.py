@@ -49,7 +49,7 @@ prompts = ["a red circle"]
 """
 DIT = "model.width=384 model.depth=6 model.heads=6 data.resolution=32"
 NARROW = "model.width=256 model.depth=8 model.heads=4 data.resolution=64"
-UNET = "model.denoiser=unet model.width=160 model.depth=2 model.heads=8 data.resolution=32"
+UNET = "model.denoiser=unet model.width=160 model.depth=2 model.heads=5 data.resolution=32"
 CASES = {
     "DiT 384x6, 4x4 tokens": f"{DIT} train.batch=16",
     "the same, no averages": f"{DIT} train.batch=16 train.ema=0 train.ema_snapshots=0",
