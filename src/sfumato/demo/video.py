@@ -25,12 +25,12 @@ _RECIPE = Recipe(
         batch=16, learning_rate=2.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500, keep=1,
         held_out_every=0,
     ),
-    sample=SampleSettings(steps=16, guidance=2.5),
+    sample=SampleSettings(steps=16, guidance=1.7),
 )  # fmt: skip
 TIMES = 3
 """Clips of each unseen combination that are judged; there are few combinations."""
 PLANS = {
-    "moving-shapes": Plan(_RECIPE, 7.0, 0.16, 50, 300, 4000, 150, 400, side=32, frames=moving.FRAMES),
+    "moving-shapes": Plan(_RECIPE, 7.3, 0.14, 50, 300, 4000, 150, 400, side=32, frames=moving.FRAMES),
 }
 
 
