@@ -172,7 +172,7 @@ class Block(nn.Module):
                 k, v = (torch.cat((own, told), 2) for own, told in zip((k, v), words, strict=True))
             return of.attend(q, k, v)
         parts = zip(*(of.heads(one) for one in (q, k, v)), of.spoken(words), of.groups, strict=True)
-        return of.rejoined([self.look(*mine, told, g.mask, g.frames) for *mine, told, g in parts])
+        return of.rejoined([self.look(a, b, c, told, g.mask, g.frames) for a, b, c, told, g in parts])
 
 
 class DiT(Denoiser):
@@ -292,9 +292,8 @@ class DiT(Denoiser):
         Raises:
             Refused: clips for a network of pictures.
         """
-        if not isinstance(x, Tensor):
-            return self.together(x, clock, condition)
-        assert isinstance(clock, Tensor)
+        if not isinstance(x, Tensor) or not isinstance(clock, Tensor):
+            return self.together(list(x), list(clock), condition)
         frames, pooled = self.grid(x)[0], self.summary(condition)
         canvas = self.canvas(pooled) if self.canvas is not None and pooled is not None else None
         tokens = self.placed(self.enter(self.patches(x)), x, canvas)
@@ -320,7 +319,7 @@ class DiT(Denoiser):
         super().share(mesh)
         self.shared = None if mesh is None else Ulysses(mesh.get_group("ulysses"))
         for block in self.blocks:
-            block.shared = self.shared  # pyright: ignore[reportAttributeAccessIssue]
+            block.shared = self.shared  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
     def own(
         self, among: Ulysses, tokens: Tensor, time: Tensor, angles: Angles
@@ -345,8 +344,9 @@ class DiT(Denoiser):
         pooled = torch.cat(said) if said else None
         time = self.moment_of(torch.cat([clock.flatten() for clock in clocks]))
         time = F.silu(time if pooled is None else time + of.spread(self.pooled(pooled)))
-        drawn = self.canvas is not None and pooled is not None
-        canvases = of.samples(self.canvas(pooled)) if drawn else [None] * len(xs)
+        canvases: Sequence[Tensor | None] = [None] * len(xs)
+        if self.canvas is not None and pooled is not None:
+            canvases = of.samples(self.canvas(pooled))
         entered = of.split(self.enter(of.join([self.patches(x) for x in xs])))
         tokens = of.join([self.placed(*one) for one in zip(entered, xs, canvases, strict=True)])
         text = self.text(of.said) if of.said is not None else None

@@ -256,7 +256,7 @@ def as_lycoris(
             f"{', '.join(parts)} are one layer there, which LoHa and LoKr cannot be joined to. Train "
             'model.train = "lora", or export the whole model: sfumato.load(RUN).save(FOLDER).'
         )
-    own = {name: one.contiguous() for name, one in layers[parts[0]].items()}
+    own = {name: one.contiguous() for name, one in layers[next(iter(parts))].items()}
     rank = Change(factors=own).rank
     if not rank:
         own["lokr_w1"] = scale * own["lokr_w1"]

@@ -47,9 +47,8 @@ def share(network: nn.Module, mesh: Any) -> None:
     Raises:
         Refused: they cannot; its attention is computed by a backend that cannot be shared.
     """
-    from diffusers import ContextParallelConfig
     from diffusers.hooks.context_parallel import apply_context_parallel
-    from diffusers.models._modeling_parallel import ParallelConfig
+    from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 
     count = mesh.size()
     check(network, count)
@@ -80,7 +79,7 @@ def _tell(network: Any, config: Any) -> None:
 
     registry: Any = dispatch._AttentionBackendRegistry
     for module in network.modules():
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if not hasattr(processor, "_parallel_config"):
             continue
         chosen = processor._attention_backend or registry.get_active_backend()[0]

@@ -181,9 +181,8 @@ def _sizes(recipe: Recipe, train: list[Sample], bucket_of: Any) -> list[tuple[in
     if not recipe.train.pack:
         return []
     frames = (recipe.data.frames,) * bool(recipe.data.frames)
-    if not callable(bucket_of):
-        return [(*bucket_of, *frames)]
-    return [(*bucket_of(size), *frames) for size in known_sizes(train, bool(frames))]
+    fitted: Any = bucket_of if callable(bucket_of) else lambda size: bucket_of
+    return [(*fitted(size), *frames) for size in known_sizes(train, bool(frames))]
 
 
 def started() -> int:

@@ -53,7 +53,7 @@ class StableDiffusionXL(UNetThatMayHear):
         self, pipe: Any, prompts: Sequence[str | None], options: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """No negative is all zeros where the pipeline's config says so; an empty one is not."""
-        answer = super().read_negative(pipe, prompts, options | of_negative(options))
+        answer = super().read_negative(pipe, prompts, {**options, **of_negative(options)})
         told = answer.pop("time_ids", None)
         if pipe.config.force_zeros_for_empty_prompt:
             silent = [prompt is None for prompt in prompts]

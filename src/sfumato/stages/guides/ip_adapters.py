@@ -237,7 +237,7 @@ class IPAdapter(Guide):
             elif hasattr(processor, "to_k_ip"):
                 processor.scale = weight
 
-        def hand(network: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
+        def hand(network: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
             if self.network_class == "UNet2DConditionModel":
                 head = network.encoder_hid_proj.image_projection_layers[0]
                 pictures = seen if type(head).__name__ == "ImageProjection" else seen[:, None]

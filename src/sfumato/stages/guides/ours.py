@@ -257,5 +257,5 @@ class ControlInput(Guide):
         said = weight_of(condition, self.name) * self.read(F.pixel_unshuffle(flat, self.stride))
         if isinstance(base, DiT):
             said = said.flatten(2).transpose(1, 2)
-        place = base.enter if isinstance(base, DiT) else base.network.conv_in  # type: ignore[union-attr]
+        place: Any = base.enter if isinstance(base, DiT) else base.network.conv_in  # type: ignore[union-attr]
         yield Hook(place, lambda layer, given, answer: answer + said)
