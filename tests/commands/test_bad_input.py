@@ -97,7 +97,6 @@ def test_a_broken_picture_is_set_aside_and_training_goes_on(tmp_path):
         ("train.exact_elastic=true train.virtual_ranks=3", ("power of 2", "2 or 4")),
         ("train.virtual_ranks=8", ("train.virtual_ranks", "train.exact_elastic")),
         ("train.shard_within=2", ("train.shard_within", "hsdp")),
-        ("train.optimizer=schedule-free train.ema=0.9", ("schedule-free", "train.ema")),
         ("train.device=cuda:7", ("cuda:7", "cpu")),
         ("model.codec=nowhere", ("nowhere", "codec")),
         ("model.text=nowhere", ("nowhere", "minilm")),
@@ -112,6 +111,13 @@ def test_a_value_that_cannot_be_is_refused_before_anything_is_written(tmp_path, 
         assert answer.code == 2, answer.err
         one_sentence(answer, *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_average_beside_an_optimizers_own_is_refused(tmp_path):
+    pytest.importorskip("pytorch_optimizer")
+    answer = sfumato("plan", write_recipe(tmp_path), "train.optimizer=schedule-free", "train.ema=0.9")
+    assert answer.code == 2
+    one_sentence(answer, "schedule-free", "train.ema")
 
 
 def test_a_warm_up_as_long_as_the_run_is_said(tmp_path):
