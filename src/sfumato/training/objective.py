@@ -182,13 +182,18 @@ class DiffusionObjective:
 
     def prepare(self, step: int, part: int, parts: int) -> Prepared:
         """Read and draw one part of a batch; a thread does it while the part before is computed."""
+        mine, epoch, count = self.taken(step, part, parts)
+        batch = self.encoded.read(mine, self.seed, epoch)
+        x_0 = batch.latents.to(self.model.device, torch.float32)
+        return Prepared(batch, x_0, self.draw(batch.ids, x_0, step, part, parts), count)
+
+    def taken(self, step: int, part: int, parts: int) -> tuple[Sequence[int], int, int]:
+        """The samples that one part of a batch takes, their epoch, and the whole batch's size."""
         indices, epoch = self.order.at(step)
         coming = getattr(self.encoded, "coming", None)
         if coming is not None:  # a set that encodes ahead
             coming(step)
-        batch = self.encoded.read(indices[share(len(indices), part, parts)], self.seed, epoch)
-        x_0 = batch.latents.to(self.model.device, torch.float32)
-        return Prepared(batch, x_0, self.draw(batch.ids, x_0, step, part, parts), len(indices))
+        return indices[share(len(indices), part, parts)], epoch, len(indices)
 
     def name_of(self, sample: int) -> str:
         """The file or row the sample came from."""

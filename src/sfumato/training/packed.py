@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from sfumato.errors import Refused
 
-from .objective import DiffusionObjective, Losses, Prepared, share
+from .objective import DiffusionObjective, Losses, Prepared
 from .reading import Reader
 
 
@@ -51,18 +51,14 @@ class PackedObjective(DiffusionObjective):
 
     def pack(self, step: int, part: int, parts: int) -> Pack:
         """Read and draw one part of a batch."""
-        indices, epoch = self.order.at(step)
-        coming = getattr(self.encoded, "coming", None)
-        if coming is not None:  # a set that encodes ahead
-            coming(step)
-        mine, groups = indices[share(len(indices), part, parts)], []
+        (mine, epoch, count), groups = self.taken(step, part, parts), []
         drawn = self.moments([self.encoded.ids[index] for index in mine], step, part, parts)
         for places in alike(mine, cast(Any, self.encoded).buckets):
             batch = self.encoded.read([mine[place] for place in places], self.seed, epoch)
             x_0 = batch.latents.to(self.model.device, torch.float32)
             own = self.noised(drawn.rows(places), batch.ids, x_0, step)
-            groups.append(Prepared(batch, x_0, own, len(indices)))
-        return Pack(groups, len(indices))
+            groups.append(Prepared(batch, x_0, own, count))
+        return Pack(groups, count)
 
     def losses(self, step: int, part: int, parts: int) -> Losses:
         """The losses [b] of one part of the batch of `step`, shape by shape."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -174,7 +174,8 @@ class Division:
         Raises:
             Refused: the batch has fewer samples than parts, or exact parts cannot be shared evenly.
         """
-        exact, count = settings.exact_elastic, max(1, processes.count // settings.context)
+        among = replace(processes, within=settings.context)
+        exact, count = settings.exact_elastic, max(1, among.groups)
         parts = settings.accumulate * count
         if exact:
             parts = 1 << (max(settings.virtual_ranks, settings.accumulate) - 1).bit_length()
@@ -190,8 +191,7 @@ class Division:
                 f"in one tree. Start a power of two of them, at most {parts} (train.virtual_ranks)."
             )
         each = parts // count
-        group = processes.rank // settings.context
-        return cls(parts, range(group * each, (group + 1) * each), exact)
+        return cls(parts, range(among.group * each, (among.group + 1) * each), exact)
 
 
 class Gradients:
