@@ -13,7 +13,7 @@ from torch import nn
 
 from sfumato.record import RunFolder
 
-from .device import autocast
+from .precision import autocast
 from .held import Held
 from .signals import Signals
 from .verdict import Verdict

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from sfumato.errors import Failed
 from sfumato.record import RunFolder
 
-from . import blackbox, checkpoint, context, device, parallel, profiling, sharding, strategy, trackers
+from . import (
+    blackbox,
+    checkpoint,
+    context,
+    device,
+    parallel,
+    precision,
+    profiling,
+    sharding,
+    strategy,
+    trackers,
+)
 from .adaptive import Adaptive
 from .average import Average, OptimiserMean
 from .checkpoint import Keep
@@ -133,7 +144,7 @@ class _Loop:
         self.run = parallel.own_view(run)
         self.seed, self.say = seed, say if self.processes.leads else _nothing
         self.device = next(network.parameters()).device
-        self.precision = device.effective_precision(settings.precision, self.device, settings.weights)
+        self.precision = precision.precision_of(settings, self.device, self.run)
         self.strategy = strategy.choose(settings, network, self.processes)
         if self.strategy.is_divided:
             sharding.shard(network, self.processes, self.precision, self.strategy.within)
@@ -211,7 +222,7 @@ class _Loop:
         for number in self.division.mine:
             self.gradients.begin(number == self.division.mine[-1])
             torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1_009 + number) & (2**63 - 1))
-            with part("forward"), device.autocast(self.precision, self.device):
+            with part("forward"), precision.autocast(self.precision, self.device):
                 losses = self.objective.losses(self.step, number, parts)
                 share = losses.per_sample.float().sum() / losses.of
             with part("backward"):
