@@ -30,7 +30,7 @@ def test_a_run_that_moves_between_numbers_of_processes_ends_with_the_same_bits(t
     assert moved == through
 
 
-@pytest.mark.precisions("fp32", "bf16")
+@pytest.mark.precisions("fp32", "bf16", "fp16")
 def test_fast_mode_equals_one_process_up_to_rounding(precision, tmp_path):
     run_on(1, tmp_path / "one", steps=3, accumulate=2, held_out_every=0)
     run_on(2, tmp_path / "two", steps=3, held_out_every=0)

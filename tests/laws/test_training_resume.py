@@ -29,7 +29,7 @@ def measured(folder: Path) -> list[object]:
     ("at", "number", "accumulate"),
     [(1, signal.SIGINT, 1), (5, signal.SIGTERM, 3), (7, signal.SIGINT, 2), (12, signal.SIGTERM, 1)],
 )
-@pytest.mark.precisions("fp32", "bf16")
+@pytest.mark.precisions("fp32", "bf16", "fp16")
 def test_interrupted_and_continued_equals_uninterrupted(tmp_path, at: int, number: int, accumulate: int):
     """Law: weights, EMA, optimizer, losses and held-out losses are those of the run that ran through."""
     train(tmp_path / "through", accumulate=accumulate)

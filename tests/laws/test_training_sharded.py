@@ -35,7 +35,7 @@ def distance(folder: Path, other: Path) -> float:
     return (far / sum(float(tensor.double().square().sum()) for tensor in one.values())) ** 0.5
 
 
-@pytest.mark.precisions("fp32", "bf16")
+@pytest.mark.precisions("fp32", "bf16", "fp16")
 def test_copies_and_divided_networks_are_the_run_of_one_process(tmp_path):
     """Also with a batch in parts, whose gradients are sent only once, and with a clipped norm."""
     changes = {**QUIET, "steps": 4, "clip": 0.05}

@@ -1,6 +1,7 @@
-"""How precisely a run computes: what "auto" means, what a run began in, autocast."""
+"""How precisely a run computes: what "auto" means, what a run began in, autocast, the scale of a loss."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,9 +13,10 @@ from . import parallel
 from .checkpoint import began_in
 from .settings import TrainSettings
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_PRECISION = "SFUMATO_AUTO_PRECISION"
-"""The environment variable that says what "auto" means here: fp32 or bf16, whatever the processor has."""
+"""The environment variable that says what "auto" means here: fp32, bf16 or fp16."""
 
 
 def has_fast_bf16(device: torch.device) -> bool:
@@ -28,7 +30,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def effective_precision(precision: str, device: torch.device, weights: str = "fp32") -> str:
-    """ "fp32" or "bf16": what "auto" means on this device, for weights kept so.
+    """ "fp32", "bf16" or "fp16": what "auto" means on this device, for weights kept so.
 
     "auto" is bf16 where it is fast, unless the environment's SFUMATO_AUTO_PRECISION says otherwise: so that
     machines of several kinds compute alike.
@@ -37,7 +39,7 @@ def effective_precision(precision: str, device: torch.device, weights: str = "fp
         Refused: unknown precision, or one that these weights do not have.
     """
     if weights != "fp32":
-        if precision == "fp32":
+        if precision in ("fp32", "fp16"):
             raise Refused(f'train.weights = "{weights}" computes in bf16. Leave train.precision at "auto".')
         return "bf16"
     if one_of("precision", precision, PRECISIONS) != "auto":
@@ -64,6 +66,45 @@ def precision_of(settings: TrainSettings, device: torch.device, run: RunFolder) 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """The context the network's forward pass runs in; weights and loss stay float32."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+    if precision in NARROW:
+        return torch.autocast(device.type, dtype=NARROW[precision])
     return nullcontext()
+
+
+class LossScale:
+    """What the loss is multiplied by, so that gradients too small for fp16 are not lost.
+
+    It begins at 2^16 and is doubled after 2,000 steps whose gradients were finite; a step whose gradient
+    overflows is left out and halves it. A power of two changes no digit of a gradient. Other precisions have
+    float32's range, and a scale of 1.
+
+    Source: Micikevicius et al. 2018, arXiv:1710.03740.
+    """
+
+    FIRST, PATIENCE = 2.0**16, 2000
+
+    def __init__(self, precision: str) -> None:
+        self.is_needed = precision == "fp16"
+        self.value, self.good = (self.FIRST if self.is_needed else 1.0), 0
+
+    def update(self, is_finite: bool) -> None:
+        """Take in whether a step's gradient was finite."""
+        if not is_finite:
+            self.value, self.good = self.value / 2, 0
+        elif (good := self.good + 1) == self.PATIENCE:
+            self.value, self.good = self.value * 2, 0
+        else:
+            self.good = good
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether gradients overflow even unscaled: then it is not the scale's fault."""
+        return self.value < 1
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps."""
+        return [self.value, self.good]
+
+    def load(self, state: Sequence[float]) -> None:
+        """Take up what a checkpoint kept."""
+        self.value, self.good = float(state[0]), int(state[1])

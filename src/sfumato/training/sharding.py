@@ -19,6 +19,7 @@ from sfumato.stages.blocks import blocks_of
 from sfumato.stages.tensors import Rows
 
 from .parallel import Processes
+from .precision import NARROW
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def shard(network: nn.Module, processes: Processes, precision: str, within: int 
     """Divide a network among the processes, block by block; all begin with the leading one's weights.
 
     Args:
-        precision: "fp32" or "bf16": what weights are gathered and computed in; sums are float32.
+        precision: "fp32", "bf16" or "fp16": what weights are gathered and computed in; sums are float32.
         within: hybrid: so many processes share one copy of the network; 0: all of them.
     """
     # Importing it takes a while, which runs that need none of it should not wait for.
@@ -129,7 +130,7 @@ def shard(network: nn.Module, processes: Processes, precision: str, within: int 
     processes.equalise(network)
     device = next(network.parameters()).device
     mesh, copies = _mesh(device.type, processes.count, within)
-    narrow = torch.bfloat16 if precision == "bf16" else None
+    narrow = NARROW.get(precision)
     policy = MixedPrecisionPolicy(
         param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
     )
