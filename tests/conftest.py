@@ -45,7 +45,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What "auto" means in this test and in the processes it starts."""
+    """What "auto" means in this test and in the processes it starts; torch's own draws begin anew."""
+    torch.manual_seed(0)
     found = getattr(request, "param", request.config.getoption("--precision"))
     monkeypatch.setenv(AUTO_PRECISION, found)
     return found
