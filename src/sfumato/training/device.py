@@ -76,7 +76,9 @@ def effective_precision(precision: str, device: torch.device, weights: str = "fp
     """
     if weights != "fp32":
         if precision == "fp32":
-            raise Refused(f'train.weights = "{weights}" computes in bf16. Leave train.precision at "auto".')
+            raise Refused(
+                f'train.weight_dtype = "{weights}" computes in bf16. Leave train.precision at "auto".'
+            )
         return "bf16"
     if one_of("precision", precision, PRECISIONS) != "auto":
         return precision

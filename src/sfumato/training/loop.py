@@ -82,7 +82,7 @@ def fit(
         run: where checkpoints and events go; the caller holds its lock.
         seed: of torch's own generator, for networks that draw from it (dropout).
         preview: called every `preview_every` steps and at the end.
-        held_out: called every `settings.held_out_every` steps and at the end.
+        held_out: called every `settings.validate_every` steps and at the end.
         counts: written into the start event.
         profile: a folder for a trace and a table of a few steps.
     Raises:
@@ -94,7 +94,7 @@ def fit(
     if settings.threads or settings.exact_elastic:
         torch.set_num_threads(settings.threads or 1)
     loop = _Loop(objective, network, settings, run, seed, say)
-    loop.duties.measure, loop.duties.measure_every = held_out, settings.held_out_every
+    loop.duties.measure, loop.duties.measure_every = held_out, settings.validate_every
     loop.duties.preview, loop.duties.preview_every = preview, preview_every
     if loop.processes.leads:
         loop.progress, loop.phase = progress, phase
@@ -129,11 +129,11 @@ class _Loop:
         say: Callable[[str], None],
     ) -> None:
         self.objective, self.network, self.settings = objective, network, settings
-        self.processes = replace(parallel.current(), within=settings.context)
+        self.processes = replace(parallel.current(), within=settings.context_parallel)
         self.run = parallel.own_view(run)
         self.seed, self.say = seed, say if self.processes.leads else _nothing
         self.device = next(network.parameters()).device
-        self.precision = device.effective_precision(settings.precision, self.device, settings.weights)
+        self.precision = device.effective_precision(settings.precision, self.device, settings.weight_dtype)
         self.strategy = strategy.choose(settings, network, self.processes)
         if self.strategy.is_divided:
             sharding.shard(network, self.processes, self.precision, self.strategy.within)
@@ -216,7 +216,7 @@ class _Loop:
                 share = losses.per_sample.float().sum() / losses.of
             with part("backward"):
                 share.backward()
-            self.gradients.add(share.detach() / self.settings.context)
+            self.gradients.add(share.detach() / self.settings.context_parallel)
             self.seen.append(blackbox.Seen(self.step, losses.ids, losses.per_sample.detach(), losses.of))
         with part("gradients"):
             loss, wishes = self.gradients.total(self.signals.asked is not None)
@@ -267,7 +267,7 @@ class _Loop:
 
     def clip(self, gradients: list[Tensor]) -> Tensor | None:
         """Scale the gradient down to the largest norm allowed, or return what the optimizer divides it by."""
-        most = self.settings.clip
+        most = self.settings.max_grad_norm
         if not most or (self.asks_every_step and float(self.norm) <= most):
             return None
         if self.optimiser.skips_on_device:
@@ -329,7 +329,7 @@ class _Loop:
         settings = self.settings
         best = self.verdict.best if settings.keep_best else 0
         if self.processes.leads or self.held.shards is not None:
-            kept = Keep(settings.keep, settings.keep_every, best)
+            kept = Keep(settings.keep_checkpoints, settings.keep_every, best)
             self.saver.save(self.step, groups, state, kept, goes_on)
         self.saved = self.step, self.owes
         return self.run.checkpoint_folder(self.step)
