@@ -39,7 +39,10 @@ def work(
     clip = torch.randn(1, 16, said.frames, said.side, said.side)
     told = Condition({"tokens": torch.randn(1, 8, 384), "pooled": torch.randn(1, 384)})
     device = torch.device("cpu")
-    with parallel.joined("cpu") as processes, context.shared(dit, TrainSettings(context=count), processes):
+    with (
+        parallel.joined("cpu") as processes,
+        context.shared(dit, TrainSettings(context_parallel=count), processes),
+    ):
         for _ in range(2):
             dit.zero_grad()
             before, began = probing.held_bytes(device), time.process_time()

@@ -152,7 +152,7 @@ def our_loop(folder: Path) -> Callable[[int], None]:
         [data]
         train = "{folder / "data"}"
         resolution = {SIDE}
-        store = "{folder / "store"}"
+        cache_dir = "{folder / "store"}"
         held_out = 0.0
         [train]
         batch = {BATCH}

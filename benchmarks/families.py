@@ -101,7 +101,7 @@ def recipe_of(name: str, home: Path, *model: str) -> tuple[Path, list[str]]:
     if name in CLIPS:
         return test_shown_training.moving(name, home, *model), ["data.frames=5", side]
     if name in EDITS:
-        keys = ["data.captions=files", "data.source=edit_source"]
+        keys = ["data.captions=files", "data.source_image=edit_source"]
         return test_shown_training.beside(name, home, *model), keys
     return test_training.write_recipe(name, home, *model), []
 

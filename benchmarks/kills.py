@@ -42,15 +42,15 @@ codec_steps = 5
 [data]
 train = "shapes"
 resolution = 32
-store = "store"
+cache_dir = "store"
 [train]
 steps = 400
 batch = 8
-accumulate = 2
+gradient_accumulation = 2
 save_every = 9
 log_every = 5
-held_out_every = 60
-ema_snapshots = 80
+validate_every = 60
+ema_snapshot_every = 80
 threads = 1
 [sample]
 every = 100

@@ -24,7 +24,7 @@ from PIL import Image
 from sfumato.record import RunFolder
 
 SCRATCH = """
-text = "minilm"
+text_encoder = "minilm"
 latent_channels = 16
 codec_width = 8
 codec_steps = 3
@@ -39,7 +39,7 @@ train = "pictures"
 steps = 8
 log_every = 1
 save_every = 4
-held_out_every = 0
+validate_every = 0
 threads = 1
 sanity = false
 [sample]
@@ -52,23 +52,23 @@ NARROW = "model.width=256 model.depth=8 model.heads=4 data.resolution=64"
 UNET = "model.denoiser=unet model.width=160 model.depth=2 model.heads=5 data.resolution=32"
 CASES = {
     "DiT 384x6, 4x4 tokens": f"{DIT} train.batch=16",
-    "the same, no averages": f"{DIT} train.batch=16 train.ema=0 train.ema_snapshots=0",
-    "the same, in 4 parts": f"{DIT} train.batch=16 train.accumulate=4",
+    "the same, no averages": f"{DIT} train.batch=16 train.ema=0 train.ema_snapshot_every=0",
+    "the same, in 4 parts": f"{DIT} train.batch=16 train.gradient_accumulation=4",
     "the same, 4 virtual ranks": f"{DIT} train.batch=16 train.exact_elastic=true",
-    "the same, every block again": f"{DIT} train.batch=32 train.checkpointing=1",
+    "the same, every block again": f"{DIT} train.batch=32 train.gradient_checkpointing=1",
     "the same, Lion": f"{DIT} train.batch=16 train.optimizer=lion",
     "the same, Muon": f"{DIT} train.batch=16 train.optimizer=muon",
     "the same, Adafactor": f"{DIT} train.batch=16 train.optimizer=adafactor",
-    "the same, bf16 weights": f"{DIT} train.batch=4 train.weights=bf16",
+    "the same, bf16 weights": f"{DIT} train.batch=4 train.weight_dtype=bf16",
     "DiT 640x4, 4x4 tokens": f"{DIT} model.width=640 model.depth=4 model.heads=10 train.batch=8",
     "DiT 256x8, 8x8 tokens": f"{NARROW} train.batch=16",
     "the same, batch 48": f"{NARROW} train.batch=48",
-    "the same, every second again": f"{NARROW} train.batch=32 train.checkpointing=2",
+    "the same, every second again": f"{NARROW} train.batch=32 train.gradient_checkpointing=2",
     "UNet 160": f"{UNET} train.batch=16",
-    "ControlNet beside the DiT 384x6": "BASE model.train=controlnet data.control=canny data.resolution=32 "
-    "train.batch=16",
+    "ControlNet beside the DiT 384x6": "BASE model.train=controlnet data.control_image=canny "
+    "data.resolution=32 train.batch=16",
     "LoRA of it, rank 32": "BASE model.train=lora model.rank=32 data.resolution=32 train.batch=32",
-    "UNet 160, no averages": f"{UNET} train.batch=16 train.ema=0 train.ema_snapshots=0",
+    "UNet 160, no averages": f"{UNET} train.batch=16 train.ema=0 train.ema_snapshot_every=0",
 }
 
 
@@ -111,7 +111,7 @@ def draw(place: Path, count: int = 64) -> None:
 def one(name: str, place: Path, folder: str) -> dict[str, Any]:
     """Predicted and measured of a case."""
     recipe, base, said = place / "recipe.toml", place / "base", CASES[name].split()
-    common = [str(recipe), f"data.store={place / 'store'}"]
+    common = [str(recipe), f"data.cache_dir={place / 'store'}"]
     recipe.write_text(RECIPE.format(model=SCRATCH))
     if said[0] == "BASE":
         said = said[1:]

@@ -92,7 +92,7 @@ def ours(name: str, lora: bool, steps: int, bf16: bool, ema: bool = False) -> li
     model = Model(theory, Latents(), NoConditioner(), denoiser)
     how = {
         "ema": 0.9999 * ema,
-        "ema_snapshots": 0,
+        "ema_snapshot_every": 0,
         "precision": "bf16" if bf16 else "fp32",
         "threads": torch.get_num_threads(),
     }

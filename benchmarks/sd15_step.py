@@ -66,7 +66,7 @@ def ours(steps: int) -> list[float]:
     theory = StableDiffusion().theory(DDPMScheduler(**pretrained_step.BETAS))  # type: ignore[arg-type]
     model = Model(theory, pretrained_step.Latents(), NoConditioner(), denoiser)
     settings = TrainSettings(
-        steps=1000, batch=1, ema=0, ema_snapshots=0, save_every=10**9, held_out_every=0, threads=1
+        steps=1000, batch=1, ema=0, ema_snapshot_every=0, save_every=10**9, validate_every=0, threads=1
     )
     samples = pretrained_step.Samples()
     order = pretrained_step.training_loop.Order(len(samples), 1)

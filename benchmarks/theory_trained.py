@@ -51,8 +51,10 @@ def recipe_of(theory: str, times: str, seed: int, steps: int, out: Path, codec: 
         output=str(out / f"{Path(theory.split(':')[0]).stem}-{times}-{seed}"),
         seed=seed,
         model=replace(base.model, theory=theory, codec=codec, codec_steps=400),
-        data=DataSettings(train="shapes", resolution=32, store=str(out / "store")),
-        train=replace(base.train, steps=steps, times=times, threads=1, save_every=10**6, held_out_every=0),
+        data=DataSettings(train="shapes", resolution=32, cache_dir=str(out / "store")),
+        train=replace(
+            base.train, steps=steps, timestep_sampling=times, threads=1, save_every=10**6, validate_every=0
+        ),
         sample=replace(base.sample, every=0),
     )
 

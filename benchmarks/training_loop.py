@@ -101,7 +101,7 @@ def ours(model: Model, samples: Samples, batch: int, steps: int) -> float:
 def seconds(model: Model, samples: Any, batch: int, steps: int, **known: Any) -> list[float]:
     """CPU seconds of each step of `fit`, without its last, which draws and saves."""
     settings = TrainSettings(
-        steps=steps + 1, batch=batch, save_every=10**9, held_out_every=0, keep=1, **known
+        steps=steps + 1, batch=batch, save_every=10**9, validate_every=0, keep_checkpoints=1, **known
     )
     objective = DiffusionObjective(model, samples, Order(len(samples), batch), settings, 0)
     marks: list[float] = []

@@ -57,7 +57,7 @@ def quality(model, recipe: Recipe, count: int) -> dict[str, object]:
     data = recipe.data
     collection = collect(data)
     held_out = list(collection.of("held_out") or collection.of("train"))[: 2 * count]
-    how = Encoding("", frames=data.frames, rate=data.rate)
+    how = Encoding("", frames=data.frames, rate=data.fps)
     real = Pictures(held_out, (data.resolution, data.resolution), how)
     captions = {one.name: one.captions[0] for one in held_out}
     clips = [p.permute(1, 2, 3, 0).numpy() for p in real.pictures if p.ndim == 4 and p.shape[1] > 1][:count]
@@ -165,7 +165,7 @@ def of_run(folder: Path, clips: int) -> dict[str, object]:
     """What is measured of a run."""
     torch.set_num_threads(1)
     model, recipe = load(folder), Recipe.read(folder)
-    data = {"frames": recipe.data.frames, "resolution": recipe.data.resolution, "rate": recipe.data.rate}
+    data = {"frames": recipe.data.frames, "resolution": recipe.data.resolution, "rate": recipe.data.fps}
     steps = max(int(one.name[5:]) for one in (folder / "checkpoints").glob("step-*"))
     return {**data, "steps": steps, **quality(model, recipe, clips), **costs(model, recipe)}
 

@@ -132,17 +132,17 @@ def test_a_new_recipe_for_a_folder_of_videos_trains_on_clips(recipe, tmp_path):
     (tmp_path / "clips" / "one.mp4").write_bytes(b"")
     assert sfumato("new", "mine", "--data", "clips").code == 0
     said = sfumato("plan", "mine.toml", "--json").json()["recipe"]
-    assert said["data.frames"]["value"] == 9 and said["data.shorter"]["value"] == [1.0]
+    assert said["data.frames"]["value"] == 9 and said["data.short_clip_frames"]["value"] == [1.0]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ("data.frames=4", ("data.frames", "3 or 5")),
-        ("data.shorter=[2]", ("data.shorter", "1 or 3")),
-        ("data.shorter=[7]", ("data.shorter", "from 1 to 4")),
+        ("data.short_clip_frames=[2]", ("data.short_clip_frames", "1 or 3")),
+        ("data.short_clip_frames=[7]", ("data.short_clip_frames", "from 1 to 4")),
         ("model.denoiser=unet", ("unet", "clips")),
-        ("data.frames=0", ("frame_times", "data.frames")),
+        ("data.frames=0", ("frame_timesteps", "data.frames")),
         ("model.codec=kl", ("kl", "auto")),
     ],
 )

@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "cluster"
 RECIPE = """
 output = "run"
 [model]
-text = "none"
+text_encoder = "none"
 width = 32
 depth = 1
 heads = 2
@@ -26,13 +26,13 @@ codec = "pixels"
 train = "pictures"
 captions = "none"
 resolution = 16
-store = "store"
+cache_dir = "store"
 [train]
 steps = 4
 batch = 4
 save_every = 2
-held_out_every = 0
-ema_snapshots = 0
+validate_every = 0
+ema_snapshot_every = 0
 sanity = false
 parallel = "fsdp"
 [sample]

@@ -86,9 +86,9 @@ def test_what_a_process_works_with_is_left_alone_and_a_store_may_move(world, tmp
     assert reread.counts["pictures_encoded"] == 0 and (reread.read([0, 1]).latents == before).all()
     assert [user["busy"] for user in sfumato("data", store, "--json").json()["users"]] == [True]
     store.rename(tmp_path / "elsewhere")
-    moved = public.encode(recipe, [*words, f"data.store={tmp_path / 'elsewhere'}"]).train
+    moved = public.encode(recipe, [*words, f"data.cache_dir={tmp_path / 'elsewhere'}"]).train
     assert moved.counts["pictures_encoded"] == moved.counts["captions_encoded"] == 0
 
 
 def test_only_a_store_is_collected(world, tmp_path):
-    one_sentence(sfumato("data", tmp_path / "pictures", "--collect"), "no store", "data.store")
+    one_sentence(sfumato("data", tmp_path / "pictures", "--collect"), "no store", "data.cache_dir")

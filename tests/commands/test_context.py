@@ -1,4 +1,5 @@
-"""`train.context` from the command line: planned, refused where it cannot be, trained under torchrun."""
+"""`train.context_parallel` from the command line: planned, refused where it cannot be, trained under "
+"torchrun."""
 
 import os
 import subprocess
@@ -17,9 +18,9 @@ from .world import one_sentence, sfumato, write_recipe
 
 def test_a_plan_counts_activations_by_the_processes_that_share_a_sample(tmp_path):
     recipe = write_recipe(tmp_path)
-    words = ["train.batch=32", "model.stride=4", "model.depth=2", "--json"]
+    words = ["train.batch=32", "model.codec_stride=4", "model.depth=2", "--json"]
     one = sfumato("plan", recipe, *words, "--devices", 2).json()
-    shared = sfumato("plan", recipe, *words, "train.context=2", "--devices", 2).json()
+    shared = sfumato("plan", recipe, *words, "train.context_parallel=2", "--devices", 2).json()
     assert shared["context"] == "2 processes share each sample"
     # two processes have half a batch of whole samples each, or a whole batch of half samples
     assert shared["memory"]["activations"] == pytest.approx(one["memory"]["activations"], rel=0.3)
@@ -33,11 +34,14 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_computed(tmp_path):
         ("train.exact_elastic=true", "--devices=2"): ("train.exact_elastic", "Leave one out"),
         ("model.denoiser=unet", "--devices=2"): ("unet", "Leave it at 1"),
         ("model.width=36", "model.heads=3", "--devices=2"): ("attention heads", "divisor of 3"),
-        ("model.stride=16", "--devices=2"): ("1 tokens cannot be shared evenly by 2", "train.context"),
+        ("model.codec_stride=16", "--devices=2"): (
+            "1 tokens cannot be shared evenly by 2",
+            "train.context_parallel",
+        ),
     }
     for words, said in refused.items():
-        one_sentence(sfumato("plan", recipe, "train.context=2", *words), *said)
-    one_sentence(sfumato("train", recipe, "train.context=2"), "1 process was started")
+        one_sentence(sfumato("plan", recipe, "train.context_parallel=2", *words), *said)
+    one_sentence(sfumato("train", recipe, "train.context_parallel=2"), "1 process was started")
 
 
 def torchrun(*words: object) -> None:
@@ -54,7 +58,7 @@ def torchrun(*words: object) -> None:
 def test_torchrun_with_shared_samples_is_the_run_of_one_process_and_draws_its_pictures(tmp_path):
     recipe = write_recipe(tmp_path)
     assert sfumato("train", recipe, "train.ema=0.9").code == 0
-    torchrun("train", recipe, "train.context=2", "train.ema=0.9", f"output={tmp_path / 'shared'}")
+    torchrun("train", recipe, "train.context_parallel=2", "train.ema=0.9", f"output={tmp_path / 'shared'}")
     alone, shared = weights(tmp_path / "run"), weights(tmp_path / "shared")
     for name, weight in alone.items():
         torch.testing.assert_close(shared[name], weight, rtol=1e-3, atol=1e-5)

@@ -27,7 +27,7 @@ def test_the_store_keeps_mean_and_deviation_and_training_may_sample(tmp_path):
     recipe = write_recipe(tmp_path)
     assert sfumato("train", recipe).code == 0
     assert tensors(tmp_path / "store") == {"mean", "std"}
-    told = sfumato("train", recipe, "data.latents=sample", "output=other", "--json")
+    told = sfumato("train", recipe, "data.latent_sampling=sample", "output=other", "--json")
     assert told.code == 0 and "pictures:" not in told.err  # nothing was encoded again
     mode, sample = weights(tmp_path / "run"), weights(tmp_path / "other")
     assert any(not torch.equal(mode[name], sample[name]) for name in mode)
@@ -45,34 +45,34 @@ def test_a_streamed_run_equals_a_stored_one_and_keeps_no_latents(tmp_path):
     streamed = weights(tmp_path / "streamed")
     for name, weight in stored.items():
         torch.testing.assert_close(streamed[name], weight, atol=1e-4, rtol=1e-3)
-    words = ["data.flip=true", "data.store_limit=0.8KB", "output=ringed"]
+    words = ["data.flip=true", "data.cache_limit=0.8KB", "output=ringed"]
     assert sfumato("train", recipe, *words, "train.steps=3").code == 0
     assert len(list((tmp_path / "store" / "rings").glob("*/owner.json"))) == 1
     assert sfumato("train", recipe, *words, "train.steps=6").code == 0
     ringed = weights(tmp_path / "ringed")
     assert all(torch.equal(streamed[name], ringed[name]) for name in streamed)
     assert not list((tmp_path / "store").rglob("rings/*/*/*"))
-    one_sentence(sfumato("train", recipe, "data.store_limit=0.1KB", "output=o"), "store_limit", "one step")
-    one_sentence(sfumato("plan", recipe, "data.store_limit=big"), "data.store_limit", "20GB")
+    one_sentence(sfumato("train", recipe, "data.cache_limit=0.1KB", "output=o"), "cache_limit", "one step")
+    one_sentence(sfumato("plan", recipe, "data.cache_limit=big"), "data.cache_limit", "20GB")
 
 
 def test_several_sets_are_one_with_weights(tmp_path):
     recipe = write_recipe(tmp_path)
     draw_pictures(tmp_path / "more", 4)
-    text = recipe.read_text().replace('"pictures"', '["pictures", "more"]\nweights = [1, 2.5]')
+    text = recipe.read_text().replace('"pictures"', '["pictures", "more"]\nset_repeats = [1, 2.5]')
     recipe.write_text(text)
     assert Recipe.read(recipe).data.train == (str(tmp_path / "pictures"), str(tmp_path / "more"))
     ready = public.encode(recipe)
     assert {one.split("/")[0] for one in ready.train.names} == {"0-pictures", "1-more"}
     assert set(ready.train.repeats) == {1.0, 2.5}
     assert sfumato("train", recipe).code == 0
-    one_sentence(sfumato("plan", recipe, "data.weights=[1]"), "data.weights", "2 sets")
+    one_sentence(sfumato("plan", recipe, "data.set_repeats=[1]"), "data.set_repeats", "2 sets")
 
 
 def test_a_curriculum_and_a_token_budget_train(tmp_path):
     recipe = write_recipe(tmp_path)
-    given = ["data.curriculum=8:3", "data.resolution=16", "model.stride=4", "data.buckets=3"]
-    answer = sfumato("train", recipe, *given, "data.token_budget=true", "train.accumulate=2")
+    given = ["data.curriculum=8:3", "data.resolution=16", "model.codec_stride=4", "data.buckets=3"]
+    answer = sfumato("train", recipe, *given, "data.token_budget=true", "train.gradient_accumulation=2")
     assert answer.code == 0, answer.err
     plan = sfumato("plan", recipe, *given, "--json", "output=other").json()
     assert sum(one["samples"] for one in plan["buckets"].values()) == plan["samples"]
@@ -98,7 +98,7 @@ def test_a_control_picture_reaches_the_denoiser_and_is_dropped_by_itself(tmp_pat
     draw_pictures(tmp_path / "pictures" / "edges")
     (tmp_path / "pictures" / "edges" / "metadata.jsonl").unlink()
     (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    given = ["data.companions=control", "data.dropout=control=0.5"]
+    given = ["data.condition_columns=control", "data.condition_dropout=control=0.5"]
     answer = sfumato("train", recipe, *given)
     assert answer.code == 0, answer.err
     assert "it has no control" in answer.err
@@ -106,7 +106,11 @@ def test_a_control_picture_reaches_the_denoiser_and_is_dropped_by_itself(tmp_pat
     batch = ready.train.read([0, 1])
     assert batch.companions["control"].shape == batch.latents.shape
     assert batch.conditions[0]["control"].shape == batch.latents[0].shape
-    one_sentence(sfumato("plan", recipe, "data.dropout=control=0.5"), "data.dropout", "data.companions")
+    one_sentence(
+        sfumato("plan", recipe, "data.condition_dropout=control=0.5"),
+        "data.condition_dropout",
+        "data.condition_columns",
+    )
 
 
 def test_a_recipes_data_are_planned_for_as_it_says(tmp_path):

@@ -16,7 +16,7 @@ LONG = (
     RECIPE.replace("steps = 6", "steps = 400")
     .replace("codec_steps = 3", "codec_steps = 60")
     .replace("save_every = 2", "save_every = 20")
-    .replace("held_out_every = 3", "held_out_every = 50")
+    .replace("validate_every = 3", "validate_every = 50")
     .replace("every = 3\nsteps = 2", "every = 100\nsteps = 2")
 )
 

@@ -78,7 +78,7 @@ def test_plan_says_where_each_value_came_from_and_writes_nothing(tmp_path):
     found = answer.json()
     assert found["recipe"]["train.batch"] == {"value": 2, "origin": "command line"}
     assert found["recipe"]["train.steps"] == {"value": 6, "origin": "recipe.toml"}
-    assert found["recipe"]["train.clip"]["origin"] == "default"
+    assert found["recipe"]["train.max_grad_norm"]["origin"] == "default"
     assert found["samples"] + found["held_out"] == 8 and found["parameters"] > 1000
     assert not (tmp_path / "run").exists() and not (tmp_path / "store").exists()
 
@@ -130,7 +130,7 @@ def test_control_c_of_the_real_command_ends_with_130(tmp_path):
 
 def test_an_average_of_any_length_is_a_model_to_draw_and_measure_with(tmp_path):
     recipe = write_recipe(tmp_path)
-    assert sfumato("train", recipe, "train.ema_snapshots=2").code == 0
+    assert sfumato("train", recipe, "train.ema_snapshot_every=2").code == 0
     answer = sfumato("ema", "run", "--length", "0.07", "--json")
     assert answer.code == 0, answer.err
     made = answer.json()

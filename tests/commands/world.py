@@ -25,13 +25,13 @@ codec_batch = 4
 train = "pictures"
 resolution = 16
 held_out = 0.25
-store = "store"
+cache_dir = "store"
 [train]
 steps = 6
 batch = 4
 warmup = 2
 save_every = 2
-held_out_every = 3
+validate_every = 3
 log_every = 1
 threads = 1
 [sample]

@@ -30,8 +30,13 @@ def train_on_two(recipe: Path, *overrides: str) -> None:
 
 def distance(recipe: Path, folder: Path, *many: str) -> float:
     """How far apart the weights are that one process and two end with, relative to their size."""
-    quiet = ["train.sanity=false", "train.ema_snapshots=0", "train.learning_rate=1e-4", "sample.prompts=[]"]
-    alone = [] if any("context" in word for word in many) else ["train.accumulate=2"]
+    quiet = [
+        "train.sanity=false",
+        "train.ema_snapshot_every=0",
+        "train.learning_rate=1e-4",
+        "sample.prompts=[]",
+    ]
+    alone = [] if any("context" in word for word in many) else ["train.gradient_accumulation=2"]
     sfumato.train(recipe, [*quiet, f"output={folder / 'one'}", *alone], say=lambda sentence: None)
     train_on_two(recipe, *quiet, f"output={folder / 'two'}", *many)
     one, two = (
@@ -53,11 +58,18 @@ def apart(one: Any, two: Any) -> float:
 @pytest.mark.parametrize("train", ["lora", "tokens"])
 def test_text_encoders_learn_under_torchrun_as_in_one_process(tmp_path, train: str):
     """Law: `torchrun --nproc-per-node 2 -m sfumato train` teaches encoders and words as one process does."""
-    words = 'tokens = ["<cat>=red circle"]'
-    lora = ('train_text = "lora"', "rank = 2") if train == "lora" else ()
+    words = 'new_tokens = ["<cat>=red circle"]'
+    lora = ('train_text_encoder = "lora"', "rank = 2") if train == "lora" else ()
     recipe = write_recipe("stable-diffusion-xl", tmp_path, f'train = "{train}"', words, *lora)
-    keys = ["data.trigger=<cat>", "train.ema_snapshots=0", "train.learning_rate=1e-4", "sample.prompts=[]"]
-    sfumato.train(recipe, [*keys, f"output={tmp_path}/one", "train.accumulate=2"], say=lambda sentence: None)
+    keys = [
+        "data.trigger_words=<cat>",
+        "train.ema_snapshot_every=0",
+        "train.learning_rate=1e-4",
+        "sample.prompts=[]",
+    ]
+    sfumato.train(
+        recipe, [*keys, f"output={tmp_path}/one", "train.gradient_accumulation=2"], say=lambda sentence: None
+    )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, "-m", "sfumato", "train", str(recipe), *keys, f"output={tmp_path}/two"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -91,7 +103,7 @@ def test_two_processes_that_share_samples_train_a_family_as_one_does(
     tmp_path, name: str, model: tuple[str, ...]
 ):
     recipe = write_recipe(name, tmp_path, *model)
-    assert distance(recipe, tmp_path, "train.context=2") < LEAST[model]
+    assert distance(recipe, tmp_path, "train.context_parallel=2") < LEAST[model]
 
 
 def test_a_family_that_cannot_be_shared_is_refused_with_the_reason(tmp_path, monkeypatch):
@@ -99,4 +111,4 @@ def test_a_family_that_cannot_be_shared_is_refused_with_the_reason(tmp_path, mon
     for name, why in (("ltx-video", "mask for all heads"), ("stable-diffusion-3.5", "no plan")):
         recipe = write_recipe(name, tmp_path / name)
         with pytest.raises(Refused, match=why):
-            sfumato.train(recipe, ["train.context=2"], say=lambda sentence: None)
+            sfumato.train(recipe, ["train.context_parallel=2"], say=lambda sentence: None)

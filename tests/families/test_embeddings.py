@@ -49,7 +49,7 @@ def test_a_word_of_another_is_read_as_diffusers_reads_it(tmp_path):
 def test_a_word_of_two_encoders_is_drawn_with_and_gone_on_from(tmp_path):
     """Law: clip_l and clip_g go to their encoders; `--embedding` draws with them, a run begins there."""
     recipe = write_recipe(
-        "stable-diffusion-xl", tmp_path, 'train = "tokens"', 'tokens = ["<cat>=cat.safetensors"]'
+        "stable-diffusion-xl", tmp_path, 'train = "tokens"', 'new_tokens = ["<cat>=cat.safetensors"]'
     )
     model, file = sfumato.load(tmp_path / "base"), tmp_path / "cat.safetensors"
     widths = [getattr(model.origin, home).config.hidden_size for home in ("text_encoder", "text_encoder_2")]
@@ -57,7 +57,7 @@ def test_a_word_of_two_encoders_is_drawn_with_and_gone_on_from(tmp_path):
     save_file(rows, file)
     model.add_embedding(file, "<cat>")
     said = model.condition(["a <cat>"])
-    run = train(recipe, ["data.trigger=<cat>", "train.steps=1", "train.learning_rate=0", "train.ema=0"])
+    run = train(recipe, ["data.trigger_words=<cat>", "train.steps=1", "train.learning_rate=0", "train.ema=0"])
     assert [one.shape[0] for one in kept(run).values()] == [2, 2]
     file.rename(tmp_path / "gone.safetensors")
     begun = run.model().condition(["a <cat>"])

@@ -26,16 +26,16 @@ train = "{kind}"
 [data]
 train = "data"
 resolution = 64
-store = "store"
+cache_dir = "store"
 held_out = 0.0
 {data}
 [train]
 steps = 2
 batch = 2
 learning_rate = 0.01
-held_out_every = 0
+validate_every = 0
 sanity = false
-checkpointing = 1
+gradient_checkpointing = 1
 [sample]
 every = 2
 steps = 2
@@ -75,7 +75,7 @@ def quick(names: Any) -> list[Any]:
 @pytest.mark.parametrize("name", quick(CONTROLLED))
 def test_a_controlnet_is_trained_by_a_recipe_and_goes_elsewhere(name, folders, home):  # noqa: F811
     """Law: the base stays as it is, what is exported diffusers loads, and draws the run's picture with."""
-    run = trained(home, folders(name), "controlnet", name, data='dropout = ["control=0.1"]')
+    run = trained(home, folders(name), "controlnet", name, data='condition_dropout = ["control=0.1"]')
     model = run.model()
     picture = Image.open(home / "data" / "0-c.png")
     options = {"steps": 2, "width": 64, "height": 64, "seed": 3, **ZOO[name].options}

@@ -104,12 +104,12 @@ def test_an_inpainting_checkpoint_is_trained_on_a_column_of_masks(folders, tmp_p
         [data]
         train = "data"
         resolution = 64
-        store = "store"
+        cache_dir = "store"
         held_out = 0.0
         [train]
         steps = 2
         batch = 2
-        held_out_every = 0
+        validate_every = 0
         sanity = false
         [sample]
         every = 100
@@ -147,13 +147,13 @@ def test_masks_are_drawn_where_there_is_no_column(folders, tmp_path):
         [data]
         train = "data"
         resolution = 64
-        masks = 3
-        store = "store"
+        random_masks = 3
+        cache_dir = "store"
         held_out = 0.0
         [train]
         steps = 1
         batch = 6
-        held_out_every = 0
+        validate_every = 0
         sanity = false
         [sample]
         every = 100

@@ -50,11 +50,11 @@ def test_files_of_lycoris_answer_as_peft_and_training_goes_on_there(name, kind, 
     fresh.info = there.info
     assert fresh.add_lora(file)
     torch.testing.assert_close(raw(fresh), raw(there), atol=1e-4, rtol=1e-3)
-    model = begun(name, tmp_path, run, [f"model.start={file}", f"model.train={kind}"]).model()
+    model = begun(name, tmp_path, run, [f"model.init_adapter={file}", f"model.train={kind}"]).model()
     there.info = model.info
     torch.testing.assert_close(raw(model), raw(there), atol=1e-4, rtol=1e-3)
-    with pytest.raises(Refused, match=f'say model.train = "{kind}", or name it as model.preset'):
-        begun(name, tmp_path / "b", run, [f"model.start={file}"])
+    with pytest.raises(Refused, match=f'say model.train = "{kind}", or name it as model.merge_loras'):
+        begun(name, tmp_path / "b", run, [f"model.init_adapter={file}"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from sfumato.workflow import course
 
 from .test_training import losses, write_recipe
 
-ASKED = ["data.prior_prompt=a circle", "data.prior_pictures=3", "train.sanity=false", "data.captions=none"]
+ASKED = ["data.class_prompt=a circle", "data.num_class_images=3", "train.sanity=false", "data.captions=none"]
 
 
 def weights(run):
@@ -23,7 +23,7 @@ def weights(run):
 def test_a_class_is_drawn_once_and_training_with_it_goes_on_bit_for_bit(tmp_path):
     """Law: the same pictures serve every run on this base; one step, resume, one step is two."""
     recipe = write_recipe("flux-dev", tmp_path, 'train = "lora"', "rank = 2")
-    keys = [*ASKED, "data.trigger=sks"]
+    keys = [*ASKED, "data.trigger_words=sks"]
     once = sfumato.train(recipe, keys)
     drawn = sorted((tmp_path / "store" / "priors").rglob("*.png"))
     assert [file.name for file in drawn] == ["00000.png", "00001.png", "00002.png"]
@@ -32,7 +32,9 @@ def test_a_class_is_drawn_once_and_training_with_it_goes_on_bit_for_bit(tmp_path
     twice = sfumato.train(recipe, [*keys, f"output={tmp_path}/twice"])
     assert weights(once) == weights(twice)
     assert [file.stat().st_mtime_ns for file in drawn] == before
-    alone = sfumato.train(recipe, [*keys, "data.prior_weight=0", f"output={tmp_path}/alone", "train.steps=1"])
+    alone = sfumato.train(
+        recipe, [*keys, "data.prior_loss_weight=0", f"output={tmp_path}/alone", "train.steps=1"]
+    )
     assert losses(alone.path)[0] < losses(once.path)[0]
 
 
@@ -43,7 +45,8 @@ def test_the_loss_is_the_subjects_and_the_weighted_priors(tmp_path):
     for file in sorted((tmp_path / "pictures").rglob("*.png"))[:3]:
         (tmp_path / "class" / file.name).write_bytes(file.read_bytes())
     asked = course.read(
-        recipe, [f"data.prior={tmp_path}/class", "data.prior_prompt=a circle", "data.prior_weight=0.3"]
+        recipe,
+        [f"data.class_images={tmp_path}/class", "data.class_prompt=a circle", "data.prior_loss_weight=0.3"],
     )
     ready = course.ready(asked, course.gather(asked))
     assert ready.prior is not None and set(ready.prior.captions) == {"a circle"}
@@ -70,11 +73,11 @@ def test_the_loss_is_the_subjects_and_the_weighted_priors(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (["data.prior_weight=0.5"], "none is named"),
-        (["data.prior=nowhere"], "does not exist"),
-        (["model.base=scratch", "data.prior_prompt=a dog"], "this model is from scratch"),
-        (["data.prior=pictures", "data.prior_pictures=3"], "all of the folder"),
-        (["model.train=controlnet", "data.prior_prompt=a dog"], "that pictures guide"),
+        (["data.prior_loss_weight=0.5"], "none is named"),
+        (["data.class_images=nowhere"], "does not exist"),
+        (["model.base=scratch", "data.class_prompt=a dog"], "this model is from scratch"),
+        (["data.class_images=pictures", "data.num_class_images=3"], "all of the folder"),
+        (["model.train=controlnet", "data.class_prompt=a dog"], "that pictures guide"),
     ],
 )  # fmt: skip
 def test_a_prior_that_could_not_act_is_refused(keys, words, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_an_editing_family_is_shown_the_source_of_each_sample(name, tmp_path):
     """Law: what training shows is what drawing shows for the same picture; a LoRA of it trains and draws."""
     with pictures.small():
         recipe = beside(name, tmp_path, 'train = "lora"', "rank = 2")
-        keys = ["data.captions=files", "data.source=edit_source", "data.caption_dropout=0.5", *QUICK]
+        keys = ["data.captions=files", "data.source_image=edit_source", "data.caption_dropout=0.5", *QUICK]
         run = sfumato.train(recipe, keys)
         assert len(losses(run.path)) == 2
         ready = course.ready(course.read(recipe, keys), course.gather(course.read(recipe, keys)))
@@ -112,7 +112,7 @@ def test_a_clip_is_learned_from_its_own_frames(name, tmp_path):
         ("qwen-image-edit", [], "it has no edit_source"),
         ("qwen-image-edit", ["data.flip=true"], "reads its words beside the picture"),
         ("wan-2.1-i2v", [], "name a folder of clips and set data.frames"),
-        ("flux-dev", ["data.source=before"], "draws from words"),
+        ("flux-dev", ["data.source_image=before"], "draws from words"),
     ],
 )  # fmt: skip
 def test_data_that_do_not_begin_with_a_picture_are_refused(name, keys, words, tmp_path):

@@ -39,7 +39,7 @@ def test_training_goes_on_where_a_file_ends(name, to, keys, runs, tmp_path):
     run = runs(name, **known, **(CONVERTED.get(name, {}) if to == "kohya" else {}))
     files = export(run, to, tmp_path / "out").files
     file = next(file for file in files if file.suffix == ".safetensors")
-    model = begun(name, tmp_path, run, [f"model.start={file}", *keys]).model()
+    model = begun(name, tmp_path, run, [f"model.init_adapter={file}", *keys]).model()
     there = sfumato.load(run)
     there.info = model.info
     torch.testing.assert_close(raw(model), raw(there), atol=1e-4, rtol=1e-3)
@@ -52,7 +52,7 @@ def test_presets_of_others_stack_with_weights(runs, tmp_path):
     """Law: a preset half and half again is the file once, and generate's reader reads the same."""
     run = runs("flux-dev")
     file = export(run, "comfyui", tmp_path / "out").files[0]
-    both = begun("flux-dev", tmp_path, run, [f"model.preset=['{file}:0.5', '{file}:0.5']"]).model()
+    both = begun("flux-dev", tmp_path, run, [f"model.merge_loras=['{file}:0.5', '{file}:0.5']"]).model()
     there = sfumato.load(run)
     there.info = both.info
     torch.testing.assert_close(raw(both), raw(there), atol=1e-4, rtol=1e-3)
@@ -67,7 +67,7 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence(runs, tmp_path):
     def refused(tensors, *keys):
         save_file(tensors, tmp_path / "odd.safetensors")
         with pytest.raises(Refused) as refusal:
-            begun("flux-dev", tmp_path, run, [f"model.start={tmp_path}/odd.safetensors", *keys])
+            begun("flux-dev", tmp_path, run, [f"model.init_adapter={tmp_path}/odd.safetensors", *keys])
         assert not (tmp_path / "run").exists()
         return str(refusal.value)
 
@@ -80,4 +80,4 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence(runs, tmp_path):
     assert "of its" in refused(named) and "FluxPipeline" in refused(named)
     text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     more = {f"{text}.lora_A.weight": torch.ones(2, 32), f"{text}.lora_B.weight": torch.ones(32, 2)}
-    assert 'model.train_text = "lora"' in refused({**tensors, **more})
+    assert 'model.train_text_encoder = "lora"' in refused({**tensors, **more})

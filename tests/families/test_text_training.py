@@ -17,9 +17,9 @@ from sfumato.workflow.exporting import export
 from . import pictures
 from .test_training import losses, write_recipe
 
-LORA = ('train = "lora"', 'train_text = "lora"', "rank = 4", "alpha = 6.0")
-WORDS = ('train = "tokens"', 'tokens = ["<cat>=red circle", "<dog>"]')
-SAYING = "data.trigger=<cat> <dog>"
+LORA = ('train = "lora"', 'train_text_encoder = "lora"', "rank = 4", "alpha = 6.0")
+WORDS = ('train = "tokens"', 'new_tokens = ["<cat>=red circle", "<dog>"]')
+SAYING = "data.trigger_words=<cat> <dog>"
 
 
 def train(recipe: Path, keys: Any = ()) -> Any:
@@ -89,7 +89,12 @@ def test_text_encoders_learn_beside_the_denoiser_and_leave_with_it(name, tmp_pat
             (file,) = (tmp_path / to).iterdir()
             fresh.add_lora(file)
             torch.testing.assert_close(read(fresh, "a red circle"), mine, atol=1e-4, rtol=1e-4)
-        still = [f"model.start={file}", "train.learning_rate=0", "train.steps=1", f"output={tmp_path}/on"]
+        still = [
+            f"model.init_adapter={file}",
+            "train.learning_rate=0",
+            "train.steps=1",
+            f"output={tmp_path}/on",
+        ]
         further = train(recipe, still).model()
         torch.testing.assert_close(read(further, "a red circle"), mine, atol=1e-4, rtol=1e-4)
 
@@ -146,13 +151,18 @@ def test_new_words_are_learned_and_nothing_else_is(name, tmp_path):
 @pytest.mark.slow
 def test_words_and_adapters_learn_together_and_a_run_goes_on_from_them(tmp_path):
     """Law: all three kinds train at once; a run is a base for another, with its words and adapters in it."""
-    recipe = write_recipe("stable-diffusion-1.5", tmp_path, *LORA, 'tokens = ["<cat>=a circle"]')
-    run = train(recipe, ["data.trigger=<cat>"])
+    recipe = write_recipe("stable-diffusion-1.5", tmp_path, *LORA, 'new_tokens = ["<cat>=a circle"]')
+    run = train(recipe, ["data.trigger_words=<cat>"])
     assert {key.partition(".")[0] for key in kept(run)} == {"network", "text_encoder"}
     assert export(run.path, "diffusers", tmp_path / "out").difference < 1e-4
     second = train(
         recipe,
-        ["data.trigger=<cat>", "model.tokens=[]", f"model.base={run.path}", f"output={tmp_path}/second"],
+        [
+            "data.trigger_words=<cat>",
+            "model.new_tokens=[]",
+            f"model.base={run.path}",
+            f"output={tmp_path}/second",
+        ],
     )
     model = second.model()
     assert "<cat>" in model.origin.tokenizer.get_vocab()
@@ -162,22 +172,42 @@ def test_words_and_adapters_learn_together_and_a_run_goes_on_from_them(tmp_path)
 @pytest.mark.parametrize(
     ("name", "keys", "words"),
     [
-        ("pixart-sigma", ["model.train=lora", "model.train_text=lora"], "loads no LoRA of its text encoders"),
-        ("pixart-sigma", ["model.train=tokens", "model.tokens=['<cat>']"], "loads no new words"),
-        ("stable-diffusion-1.5", ["model.train=tokens"], "model.tokens names none"),
-        ("stable-diffusion-1.5", ["model.train=tokens", "model.tokens=['<cat>']"], 'no caption says "<cat>"'),
-        ("stable-diffusion-1.5", ["model.train=tokens", "model.tokens=['a']"], 'knows the word "a" already'),
-        ("stable-diffusion-1.5", ["model.train=tokens", "model.tokens=['a b']"], "is no single word"),
-        ("stable-diffusion-1.5", ["model.base=scratch", "model.tokens=['<a>']"], "is for a pretrained base"),
-        ("stable-diffusion-1.5", ["model.train=lora", "train.text_learning_rate=1e-4"], "that are trained"),
-        ("stable-diffusion-1.5", ["model.train=lora", "model.train_text=lora", "model.rank=64"], "at most"),
+        (
+            "pixart-sigma",
+            ["model.train=lora", "model.train_text_encoder=lora"],
+            "loads no LoRA of its text encoders",
+        ),
+        ("pixart-sigma", ["model.train=tokens", "model.new_tokens=['<cat>']"], "loads no new words"),
+        ("stable-diffusion-1.5", ["model.train=tokens"], "model.new_tokens names none"),
         (
             "stable-diffusion-1.5",
-            ["model.train=lora", "model.train_text=lora", "train.parallel=fsdp"],
+            ["model.train=tokens", "model.new_tokens=['<cat>']"],
+            'no caption says "<cat>"',
+        ),
+        (
+            "stable-diffusion-1.5",
+            ["model.train=tokens", "model.new_tokens=['a']"],
+            'knows the word "a" already',
+        ),
+        ("stable-diffusion-1.5", ["model.train=tokens", "model.new_tokens=['a b']"], "is no single word"),
+        (
+            "stable-diffusion-1.5",
+            ["model.base=scratch", "model.new_tokens=['<a>']"],
+            "is for a pretrained base",
+        ),
+        ("stable-diffusion-1.5", ["model.train=lora", "train.text_learning_rate=1e-4"], "that are trained"),
+        (
+            "stable-diffusion-1.5",
+            ["model.train=lora", "model.train_text_encoder=lora", "model.rank=64"],
+            "at most",
+        ),
+        (
+            "stable-diffusion-1.5",
+            ["model.train=lora", "model.train_text_encoder=lora", "train.parallel=fsdp"],
             "divides the denoiser alone",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_no_text_encoder_can_learn_is_refused(name, keys, words, tmp_path):
     with pytest.raises(Refused, match=words):
         train(write_recipe(name, tmp_path), keys)

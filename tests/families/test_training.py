@@ -27,7 +27,7 @@ train = "pictures"
 captions = "{captions}"
 resolution = {side}
 held_out = 0.0
-store = "store"
+cache_dir = "store"
 [train]
 steps = 2
 batch = 2
@@ -35,7 +35,7 @@ warmup = 1
 learning_rate = 1e-2
 log_every = 1
 save_every = 1
-held_out_every = 0
+validate_every = 0
 ema = 0.5
 threads = 1
 device = "cpu"
@@ -69,7 +69,7 @@ def write_recipe(name: str, folder: Path, *model: str) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64), (40 * index, 90, 200 - 40 * index)).save(place / f"{index}.png")
     side = {"ddpm": 16, "sana": 64, "wan-2.2-5b": 64}.get(name, 32)
-    lines = [*model, f"text_options = {json.dumps(OPTIONS[name])}" if name in OPTIONS else ""]
+    lines = [*model, f"prompt_options = {json.dumps(OPTIONS[name])}" if name in OPTIONS else ""]
     known = {"captions": "folder", "prompts": json.dumps([words[0]])}
     if name == "ddpm":
         known = {"captions": "none", "prompts": "[]"}
@@ -175,7 +175,7 @@ def test_every_kind_of_adapter_trains_and_merges_into_its_base(keys, tmp_path):
         (["model.train=full"], ["model.rank belongs to adapters"]),
         (["model.base=scratch"], ["Name one as model.base"]),
         (["model.train=lokr", "model.dora=true"], ["model.dora is of LoRA alone"]),
-        (["model.text_options=['max_length=3']"], ['there is no "max_length"', "max_sequence_length"]),
+        (["model.prompt_options=['max_length=3']"], ['there is no "max_length"', "max_sequence_length"]),
         (["data.resolution=30"], ["30×30", "multiples of 16"]),
     ],
 )

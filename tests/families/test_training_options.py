@@ -151,8 +151,8 @@ def test_compiled_blocks_answer_as_before(pixart):
         (["model.attention_backend=_native_math"], ["asks for no backend"]),
         (["model.attention_backend=nativ"], ['Did you mean "native"']),
         (["model.attention_backend=flash"], ["does not work on this machine"]),
-        (["model.base_dtype=fp4"], ['"fp4"', "Did you mean"]),
-        (["model.preset=none.safetensors"], ["none.safetensors does not exist"]),
+        (["model.base_quantization=fp4"], ['"fp4"', "Did you mean"]),
+        (["model.merge_loras=none.safetensors"], ["none.safetensors does not exist"]),
     ],
 )
 def test_what_cannot_act_here_is_refused(keys, words, tmp_path):
@@ -213,7 +213,7 @@ def test_what_is_trained_against_a_preset_is_the_difference_to_it(tmp_path, pixa
     tensors = {f"transformer.{name}": tensor for name, tensor in adapters.state(network).items()}
     told = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 2})}
     save_file(tensors, tmp_path / "style.safetensors", metadata=told)
-    run = sfumato.train(recipe, [f"model.preset={tmp_path}/style.safetensors", "train.learning_rate=0"])
+    run = sfumato.train(recipe, [f"model.merge_loras={tmp_path}/style.safetensors", "train.learning_rate=0"])
     model, base = run.model(), sfumato.load(tmp_path / "base")
     base.info = model.info
     base.add_lora(tmp_path / "style.safetensors", 1.0)

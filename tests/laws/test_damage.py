@@ -127,7 +127,7 @@ def make_index(folder: Path) -> Path:
 
 
 def make_model(folder: Path) -> Path:
-    settings = ModelSettings(text="none", width=32, depth=1, heads=2, codec="pixels")
+    settings = ModelSettings(text_encoder="none", width=32, depth=1, heads=2, codec="pixels")
     model = stages.build(settings, stages.new_codec(settings), stages.new_conditioner(settings))
     stages.save(model, folder / "model")
     return folder / "model" / "denoiser" / "weights.safetensors"
@@ -305,10 +305,10 @@ def test_a_recipe_with_any_changed_byte_is_a_recipe_or_refused_in_a_sentence(tmp
 
 
 def test_a_run_says_which_lines_of_its_events_were_changed(tmp_path, capsys):
-    train(tmp_path / "run", steps=4, save_every=2, held_out_every=0)
+    train(tmp_path / "run", steps=4, save_every=2, validate_every=0)
     file = tmp_path / "run" / "events.jsonl"
     file.write_bytes(file.read_bytes().replace(b'"loss": ', b'"loss":  ', 1))
-    train(tmp_path / "run", steps=6, save_every=2, held_out_every=0)
+    train(tmp_path / "run", steps=6, save_every=2, validate_every=0)
     assert "events.jsonl: line 2 is torn or was changed" in capsys.readouterr().err
 
 

@@ -189,7 +189,7 @@ def test_each_conditioner_is_dropped_by_itself():
     model: Any = type("Drawn", (), {"theory": get("flow-matching")})()
     order: Any = None
     objective = DiffusionObjective(
-        model, Still(), order, TrainSettings(stratified=False), 0, 0.5, dropout={"control": 0.25}
+        model, Still(), order, TrainSettings(stratified_timesteps=False), 0, 0.5, dropout={"control": 0.25}
     )
     rows = [{"tokens": torch.ones(3, 2), "control": torch.ones(4)} for _ in range(4000)]
     drawn = objective.draw(range(4000), torch.zeros(4000, 1), 0)
@@ -203,17 +203,23 @@ def test_each_conditioner_is_dropped_by_itself():
 
 
 def test_shares_name_companions_that_are_there():
-    assert companions.shares(DataSettings(dropout=("control=0.25",)), ["control"]) == {"control": 0.25}
+    assert companions.shares(DataSettings(condition_dropout=("control=0.25",)), ["control"]) == {
+        "control": 0.25
+    }
     for said, word in (("contrl=0.1", "control"), ("control=2", "share"), ("control", "share")):
         with pytest.raises(Refused, match=word):
-            companions.shares(DataSettings(dropout=(said,)), ["control"])
+            companions.shares(DataSettings(condition_dropout=(said,)), ["control"])
 
 
 def test_a_recipe_words_its_captions(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "metadata.csv").write_text('file_name,caption,artist\na.png,"cat, red, small, wild",Ann\n')
     settings = DataSettings(
-        train=str(tmp_path), trigger="sks", template="{caption}, by {artist}", tag_orders=3, held_out=0
+        train=str(tmp_path),
+        trigger_words="sks",
+        template="{caption}, by {artist}",
+        tag_shuffles=3,
+        held_out=0,
     )
     (sample,) = collect(settings).samples
     assert 1 < len(sample.captions) <= 3

@@ -16,7 +16,9 @@ from sfumato.theory import times
 
 @pytest.fixture
 def model():
-    settings = ModelSettings(width=16, depth=1, heads=2, patch=2, codec="pixels", text="none", denoiser="dit")
+    settings = ModelSettings(
+        width=16, depth=1, heads=2, patch=2, codec="pixels", text_encoder="none", denoiser="dit"
+    )
     made = painting(build(settings, new_codec(settings), new_conditioner(settings)))
     generator = torch.Generator().manual_seed(2)
     for weight in made.denoiser.parameters():

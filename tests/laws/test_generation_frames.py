@@ -16,12 +16,12 @@ from sfumato.stages.settings import ModelSettings
 from sfumato.theory import get, names, noise
 from sfumato.training.frames import FrameTimes, by_frame, mean_of_unknown
 
-TINY = {"width": 32, "depth": 2, "heads": 2, "latent_channels": 4, "codec_width": 8, "stride": 4}
+TINY = {"width": 32, "depth": 2, "heads": 2, "latent_channels": 4, "codec_width": 8, "codec_stride": 4}
 DRAWN = {"width": 16, "height": 16, "steps": 3, "guidance": 1}
 
 
 def model(theory="flow-matching", frames=5):
-    settings = ModelSettings(**TINY, text="none", theory=theory)
+    settings = ModelSettings(**TINY, text_encoder="none", theory=theory)
     codec = new_codec(settings, clips=True)
     codec.settle(noise.normal((3, frames, 16, 16), 0, range(4)))
     made = painting(build(settings, codec, new_conditioner(settings), frames=frames))
@@ -66,10 +66,10 @@ def test_first_and_last_frame_are_held(picture):
 def test_frames_that_were_not_trained_for_are_refused(picture):
     made = model()
     del made.info["known"]
-    with pytest.raises(Refused, match="known_first"):
+    with pytest.raises(Refused, match="first_frame_share"):
         made.generate(image=picture, **DRAWN)
     made.info["known"] = ["first"]
-    with pytest.raises(Refused, match="known_last"):
+    with pytest.raises(Refused, match="last_frame_share"):
         made.generate(image=picture, last_image=picture, **DRAWN)
 
 

@@ -15,7 +15,7 @@ from sfumato.stages.settings import ModelSettings
 from sfumato.theory import get, translate
 from sfumato.workflow.checks import check_leaning
 
-SETTINGS = ModelSettings(codec="pixels", text="none", width=32, depth=3, heads=4, patch=4)
+SETTINGS = ModelSettings(codec="pixels", text_encoder="none", width=32, depth=3, heads=4, patch=4)
 
 
 class Letters(Conditioner):
@@ -212,8 +212,8 @@ def test_a_weaker_model_may_be_named_by_its_folder_and_is_read_once(monkeypatch)
         (["sample.guidance_form=agp"], 'mean "apg"'),
         (["sample.guidance_rescale=2"], "at most 1"),
         (["sample.guidance_interval=[3.0, 1.0]"], "the lower first"),
-        (["model.denoiser=unet", "sample.guidance_perturbed=1"], "attention can be disturbed"),
-        (["sample.guidance_by=nowhere"], "nowhere"),
+        (["model.denoiser=unet", "sample.pag_scale=1"], "attention can be disturbed"),
+        (["sample.autoguidance_model=nowhere"], "nowhere"),
         (["sample.guidance_resale=1"], 'mean "sample.guidance_rescale"'),
     ],
 )

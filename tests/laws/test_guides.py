@@ -259,13 +259,13 @@ RECIPE = """output = "{name}"
 [data]
 train = "{data}"
 resolution = 16
-store = "store"
+cache_dir = "store"
 {more}
 [train]
 steps = 2
 batch = 4
 device = "cpu"
-held_out_every = 0
+validate_every = 0
 [sample]
 every = 2
 steps = 2
@@ -278,7 +278,7 @@ def test_an_edit_is_trained_from_a_recipe_and_drawn(tmp_path, monkeypatch):
     """Law: the whole way: sources stored, trained, drawn while training, loaded, and shown a picture."""
     monkeypatch.setattr(guided_shapes.edit, "__defaults__", (12, 0, 64, 4))
     file = tmp_path / "edit.toml"
-    model = f'train = "edit"\ntext = "none"\n{SMALL}'
+    model = f'train = "edit"\ntext_encoder = "none"\n{SMALL}'
     file.write_text(RECIPE.format(name="edit", model=model, data="shapes-edit", more=""))
     run = sfumato.train(file)
     drawn = run.model().generate(image=square())
@@ -292,8 +292,8 @@ def test_a_model_from_scratch_reads_a_control_itself(tmp_path, monkeypatch):
     """Law: the whole way: edges made, stored, trained along, shown beside what is drawn, loaded."""
     monkeypatch.setattr(guided_shapes.edit, "__defaults__", (12, 0, 64, 4))
     file = tmp_path / "edges.toml"
-    model = f'train = "full"\ntext = "none"\n{SMALL}'
-    more = 'control = "canny"\nflip = true\ndropout = ["control=0.1"]'
+    model = f'train = "full"\ntext_encoder = "none"\n{SMALL}'
+    more = 'control_image = "canny"\nflip = true\ncondition_dropout = ["control=0.1"]'
     file.write_text(RECIPE.format(name="edges", model=model, data="shapes-edit", more=more))
     run = sfumato.train(file)
     assert run.model().info["guides"][0]["control"] == "canny"
@@ -310,8 +310,8 @@ def test_a_guide_needs_a_base_and_its_own_keys(tmp_path):
     file = tmp_path / "control.toml"
     for model, more, said in (
         ('train = "controlnet"', "", "model.base"),
-        ('base = "runs/base"\ntrain = "lora"', 'control = "canny"', "data.control belongs to"),
-        ('train = "full"', 'control = "cany"', 'Did you mean "canny"'),
+        ('base = "runs/base"\ntrain = "lora"', 'control_image = "canny"', "data.control_image belongs to"),
+        ('train = "full"', 'control_image = "cany"', 'Did you mean "canny"'),
     ):
         file.write_text(RECIPE.format(name="control", model=model, data="shapes", more=more))
         with pytest.raises(Refused, match=said):
@@ -324,12 +324,12 @@ def test_a_plan_counts_what_a_guide_costs(tmp_path):
     for index in range(4):
         Image.fromarray(chance.integers(0, 255, (16, 16, 3), np.uint8)).save(tmp_path / f"{index}.png")
     file = tmp_path / "base.toml"
-    small = 'text = "none"\ncodec = "pixels"\nwidth = 32\ndepth = 2\nheads = 2\npatch = 4'
+    small = 'text_encoder = "none"\ncodec = "pixels"\nwidth = 32\ndepth = 2\nheads = 2\npatch = 4'
     file.write_text(RECIPE.format(name="base", model=small, data=".", more='captions = "none"'))
     run = sfumato.train(file)
     beside = tmp_path / "guide.toml"
     model = f'base = "{run.path}"\ntrain = "controlnet"'
-    more = 'captions = "none"\ncontrol = "sketch"'
+    more = 'captions = "none"\ncontrol_image = "sketch"'
     beside.write_text(RECIPE.format(name="guide", model=model, data=".", more=more))
     with pytest.raises(Refused, match="control_layers = 9, but the base has 2 blocks"):
         sfumato.train(beside, ["model.control_layers=9"])

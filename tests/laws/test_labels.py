@@ -58,7 +58,7 @@ def run(tmp_path_factory):
         f"""
         output = "run"
         [model]
-        text = "labels"
+        text_encoder = "labels"
         codec = "pixels"
         width = 32
         depth = 1
@@ -68,14 +68,14 @@ def run(tmp_path_factory):
         train = "data"
         captions = "folder"
         resolution = 8
-        store = "{home / "store"}"
+        cache_dir = "{home / "store"}"
         [train]
         steps = 120
         batch = 8
         learning_rate = 5e-3
         ema = 0.9
         sanity = false
-        held_out_every = 0
+        validate_every = 0
         [sample]
         every = 1000
         """
@@ -97,5 +97,5 @@ def test_samples_without_a_class_are_refused(run, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     (tmp_path / "one.txt").write_text("a caption")
     recipe = Recipe.read(run.path, [f"data.train={tmp_path}", "data.captions=files", f"output={tmp_path}/r"])
-    with pytest.raises(Refused, match=r'one\.png has no class, but model.text is "labels"'):
+    with pytest.raises(Refused, match=r'one\.png has no class, but model.text_encoder is "labels"'):
         sfumato.encode(recipe)

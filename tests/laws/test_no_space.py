@@ -39,7 +39,7 @@ def fill(disk: Path) -> Path:
     return disk / "ballast"
 
 
-WORLD = {"held_out_every": 0, "ema_snapshots": 0, "log_every": 12, "save_every": 3}
+WORLD = {"validate_every": 0, "ema_snapshot_every": 0, "log_every": 12, "save_every": 3}
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["in the way", "beside the steps"])

@@ -68,10 +68,10 @@ def test_paths_in_a_file_belong_to_the_file_and_words_to_nobody(tmp_path, monkey
         'output = "out"\n[data]\ntrain = "shapes"\n[model]\ntheory = "t.py:x"\n'
     )
     monkeypatch.chdir(tmp_path / "b")
-    recipe = Recipe.read("../a/r.toml", ["data.store=here"])
+    recipe = Recipe.read("../a/r.toml", ["data.cache_dir=here"])
     assert Path(recipe.output).resolve() == tmp_path / "a" / "out"
     assert recipe.data.train == "shapes"
-    assert Path(recipe.data.store).resolve() == tmp_path / "b" / "here"
+    assert Path(recipe.data.cache_dir).resolve() == tmp_path / "b" / "here"
     assert recipe.model.theory.endswith("/a/t.py:x") and Path(recipe.model.theory).is_absolute()
 
 

@@ -92,7 +92,7 @@ def test_a_new_dit_answers_zero():
 @pytest.mark.parametrize("theory", names())
 @pytest.mark.parametrize("denoiser", DENOISERS)
 def test_every_network_draws_under_every_theory(denoiser, theory, pixels):
-    settings = tiny(denoiser=denoiser, theory=theory, text="none", **DENOISERS[denoiser])
+    settings = tiny(denoiser=denoiser, theory=theory, text_encoder="none", **DENOISERS[denoiser])
     codec = new_codec(settings)
     codec.settle(pixels)
     model = painting(build(settings, codec, new_conditioner(settings)))
@@ -118,7 +118,7 @@ def test_latents_of_a_settled_codec_are_normalised(codec, pixels):
 
 def test_the_residual_codec_starts_at_the_principal_components(pixels):
     """With as many channels as a patch has numbers, nothing is lost before any training."""
-    codec = new_codec(tiny(stride=2, latent_channels=12))
+    codec = new_codec(tiny(codec_stride=2, latent_channels=12))
     codec.prepare(pixels)
     codec.settle(pixels)
     torch.testing.assert_close(codec.decode(codec.encode(pixels)), pixels, atol=1e-3, rtol=0)
@@ -140,7 +140,7 @@ def test_a_size_the_codec_cannot_take_is_refused_with_one_that_it_can():
 
 @pytest.mark.parametrize("codec", ["auto", "kl", "tiny", "pixels"])
 def test_a_saved_model_draws_the_same_picture(codec, tmp_path, pixels):
-    settings = tiny(codec=codec, text="none", denoiser="dit", patch=2)
+    settings = tiny(codec=codec, text_encoder="none", denoiser="dit", patch=2)
     made = new_codec(settings)
     if codec != "pixels":
         made.settle(pixels)
@@ -162,7 +162,7 @@ def test_a_fingerprint_sees_every_weight(pixels):
 
 
 def test_a_damaged_model_is_named(tmp_path):
-    settings = tiny(codec="pixels", text="none")
+    settings = tiny(codec="pixels", text_encoder="none")
     build(settings, new_codec(settings), new_conditioner(settings)).save(tmp_path / "model")
     file = tmp_path / "model" / "denoiser" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
@@ -171,7 +171,7 @@ def test_a_damaged_model_is_named(tmp_path):
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
-    settings = tiny(codec="pixels", text="none")
+    settings = tiny(codec="pixels", text_encoder="none")
     build(settings, new_codec(settings), new_conditioner(settings)).save(tmp_path / "model")
     described = tmp_path / "model" / "denoiser" / "stage.json"
     plain = json.loads(described.read_text())
@@ -192,14 +192,14 @@ def test_what_holds_no_model_is_refused_with_the_way_out(tmp_path):
 
 
 def test_an_unprompted_model_refuses_a_prompt():
-    settings = tiny(codec="pixels", text="none")
+    settings = tiny(codec="pixels", text_encoder="none")
     model = painting(build(settings, new_codec(settings), new_conditioner(settings)))
     with pytest.raises(Refused, match="trained without conditions"):
         model.generate("a red apple", steps=1, width=8, height=8)
 
 
 def test_lists_of_different_lengths_are_refused():
-    settings = tiny(codec="pixels", text="none")
+    settings = tiny(codec="pixels", text_encoder="none")
     model = painting(build(settings, new_codec(settings), new_conditioner(settings)))
     with pytest.raises(Refused, match="prompt: 2, seed: 3"):
         model.generate(["", ""], seed=[1, 2, 3])
@@ -224,7 +224,7 @@ class Average(Denoiser):
 
 def test_a_network_of_ones_own_is_built_saved_and_loaded(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
-    settings = tiny(codec="pixels", text="none", denoiser=f"{tmp_path / 'mine.py'}:Average")
+    settings = tiny(codec="pixels", text_encoder="none", denoiser=f"{tmp_path / 'mine.py'}:Average")
     model = painting(build(settings, new_codec(settings), new_conditioner(settings)))
     model.save(tmp_path / "model")
     again = load(tmp_path / "model")
@@ -233,7 +233,7 @@ def test_a_network_of_ones_own_is_built_saved_and_loaded(tmp_path):
 
 
 def test_saving_replaces_an_older_model_whole(tmp_path):
-    settings = tiny(codec="pixels", text="none")
+    settings = tiny(codec="pixels", text_encoder="none")
     model = build(settings, new_codec(settings), new_conditioner(settings))
     model.save(tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "codec")

@@ -70,7 +70,13 @@ def test_samples_heard_in_any_order_and_by_anyone_make_the_same_density():
     assert torch.equal(whole.shares(2 * PERIOD), other.shares(2 * PERIOD))
 
 
-SLOW = {"adaptive_times": True, "held_out_every": 0, "ema_snapshots": 0, "save_every": 1000, "log_every": 50}
+SLOW = {
+    "timestep_importance_sampling": True,
+    "validate_every": 0,
+    "ema_snapshot_every": 0,
+    "save_every": 1000,
+    "log_every": 50,
+}
 
 
 @pytest.fixture
@@ -85,18 +91,18 @@ def test_a_run_with_adaptive_times_goes_on_bit_for_bit(tmp_path, often):
     for steps in (11, 16, 21, 29):
         train(tmp_path / "parted", steps=steps, **SLOW)
     assert fingerprint(tmp_path / "parted") == fingerprint(tmp_path / "through")
-    train(tmp_path / "plain", steps=29, **{**SLOW, "adaptive_times": False})
+    train(tmp_path / "plain", steps=29, **{**SLOW, "timestep_importance_sampling": False})
     assert fingerprint(tmp_path / "plain") != fingerprint(tmp_path / "through")
 
 
 @pytest.mark.slow
 def test_processes_hear_what_one_hears(tmp_path, often):
-    changes = {**SLOW, "exact_elastic": True, "virtual_ranks": 2, "steps": 29}
+    changes = {**SLOW, "exact_elastic": True, "elastic_max_ranks": 2, "steps": 29}
     assert run_on(1, tmp_path / "one", **changes) == run_on(2, tmp_path / "two", **changes)
 
 
 def test_reading_ahead_draws_what_reading_now_draws():
-    objective, _, _ = make(adaptive_times=True)
+    objective, _, _ = make(timestep_importance_sampling=True)
     ready = objective.prepare(3, 0, 1)
     again = objective.draw(ready.batch.ids, ready.x_0, 3)
     assert torch.equal(ready.drawn.t, again.t) and ready.drawn.importance is not None

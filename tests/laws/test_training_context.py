@@ -26,8 +26,8 @@ CLIP, PICTURE = (2, 3, 4, 4), (2, 4, 6)
 WORLDS = {
     "clips": (CLIP, {"frames": 3, "direct": True}, {}),
     "factorised": (CLIP, {"frames": 3, "attention": "factorised"}, {}),
-    "frames apart": (CLIP, {"frames": 3}, {"frame_times": "independent", "known_first": 0.5}),
-    "as many frames": ((2, 4, 4, 4), {"frames": 4}, {"frame_times": "independent"}),
+    "frames apart": (CLIP, {"frames": 3}, {"frame_timesteps": "independent", "first_frame_share": 0.5}),
+    "as many frames": ((2, 4, 4, 4), {"frames": 4}, {"frame_timesteps": "independent"}),
     "pictures": (PICTURE, {}, {"weighting": "p2"}),
     "recomputed": (PICTURE, {}, {}),
 }
@@ -44,7 +44,7 @@ def objective(kind: str, settings: TrainSettings) -> DiffusionObjective:
 
 def gradients(kind: str, within: int) -> dict[str, Tensor]:
     """The loss and gradients of one step, summed over the processes as the loop sums them."""
-    settings = TrainSettings(batch=4, context=within, **WORLDS[kind][2])
+    settings = TrainSettings(batch=4, context_parallel=within, **WORLDS[kind][2])
     one, processes = objective(kind, settings), parallel.current()
     named = dict(one.model.denoiser.named_parameters())
     sums, division = Gradients(list(named.values()), processes, False), Division.of(settings, processes)
@@ -77,7 +77,7 @@ def test_losses_and_gradients_are_those_of_one_process(count, tmp_path):
 
 def _train(folder: Path, within: int, steps: int, changes: dict[str, object]) -> None:
     settings = TrainSettings(
-        steps=steps, batch=4, context=within, warmup=1, save_every=100, ema=0.9, held_out_every=4,
+        steps=steps, batch=4, context_parallel=within, warmup=1, save_every=100, ema=0.9, validate_every=4,
         learning_rate=1e-3, **changes,
     )  # fmt: skip
     one = objective("clips", settings)
@@ -91,7 +91,7 @@ def _train(folder: Path, within: int, steps: int, changes: dict[str, object]) ->
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_a_run_that_moves_between_shared_and_whole_samples_is_one_run(way, precision, tmp_path):
     """1 → 2 that share → 4 in two groups → 1 → 2, which measure together."""
-    changes = {"parallel": way, "adaptive_times": way == "ddp"}
+    changes = {"parallel": way, "timestep_importance_sampling": way == "ddp"}
     _train(tmp_path / "one", 1, 4, changes)
     _train(tmp_path / "moved", 1, 1, changes)
     spread(2, _train, tmp_path / "moved", 2, 2, changes)
@@ -113,15 +113,17 @@ def test_what_cannot_share_samples_is_refused_with_the_way_out():
     pair = Processes(0, 2)
     for changes, said in (
         ({"exact_elastic": True}, "train.exact_elastic"),
-        ({"pack": True}, "train.pack"),
+        ({"sequence_packing": True}, "train.sequence_packing"),
         ({"compile": True}, "train.compile"),
     ):
         with pytest.raises(Refused, match=rf"{said}.*Leave one out"):
-            context.check(TrainSettings(context=2, **changes), 2)
+            context.check(TrainSettings(context_parallel=2, **changes), 2)
     with pytest.raises(Refused, match=r"1 process was started.*torchrun --nproc-per-node 2"):
-        context.check(TrainSettings(context=2), 1)
+        context.check(TrainSettings(context_parallel=2), 1)
     with pytest.raises(Refused, match="3 processes were started"):
-        context.check(TrainSettings(context=2), 3)
-    assert Division.of(TrainSettings(context=2, batch=4, accumulate=2), Processes(3, 4)).mine == range(2, 4)
+        context.check(TrainSettings(context_parallel=2), 3)
+    assert Division.of(
+        TrainSettings(context_parallel=2, batch=4, gradient_accumulation=2), Processes(3, 4)
+    ).mine == range(2, 4)
     assert Processes(3, 4, 2).dealt(5) == [1, 3] and not Processes(3, 4, 2).speaks
     assert pair.groups == 2

@@ -38,7 +38,12 @@ def counted(batch: int) -> plan.Counted:
 
 
 def options(**changes: object) -> fitting.Options:
-    known = {"train.accumulate", "train.checkpointing", "train.optimizer", "train.weights"}
+    known = {
+        "train.gradient_accumulation",
+        "train.gradient_checkpointing",
+        "train.optimizer",
+        "train.weight_dtype",
+    }
     words = {"is_adapter": False, "on_gpu": False, "has_blocks": True, "has_8bit": True, "processes": 1}
     return fitting.Options(**{**words, "known": frozenset(known), **changes})
 
@@ -60,12 +65,14 @@ def test_the_choice_fits_and_nothing_faster_does():
 
 def test_a_frozen_base_is_narrowed_and_a_trained_one_is_not():
     settings = TrainSettings(batch=4)
-    known = frozenset({"train.accumulate", "model.base_dtype", "train.optimizer", "train.weights"})
+    known = frozenset(
+        {"train.gradient_accumulation", "model.base_quantization", "train.optimizer", "train.weight_dtype"}
+    )
     adapter = fitting.ways(counted, settings, options(is_adapter=True, known=known))
-    assert any("model.base_dtype" in way.keys for way in adapter)
+    assert any("model.base_quantization" in way.keys for way in adapter)
     assert not any("train.optimizer" in way.keys for way in adapter)
     whole = fitting.ways(counted, settings, options(known=known))
-    assert not any("model.base_dtype" in way.keys for way in whole)
+    assert not any("model.base_quantization" in way.keys for way in whole)
 
 
 def test_counting_copies_no_numbers():
@@ -88,22 +95,24 @@ def test_a_profile_names_every_part_of_a_step(tmp_path):
 
 def test_processes_divide_a_network_where_whole_copies_do_not_fit():
     settings = TrainSettings(batch=16)
-    many = options(processes=4, known=frozenset({"train.parallel", "train.accumulate"}))
+    many = options(processes=4, known=frozenset({"train.parallel", "train.gradient_accumulation"}))
     found = fitting.ways(counted, settings, many)
     assert found[0].keys == {"train.parallel": "ddp"}
     divided = next(way for way in found if way.keys == {"train.parallel": "fsdp"})
     assert divided.memory.peak < 0.7 * found[0].memory.peak
     chosen, _ = fitting.fit(found, divided.memory.peak / (1 - fitting.RESERVE) * 1.01)
     assert chosen.keys["train.parallel"] == "fsdp" and "divided" in " ".join(chosen.reasons)
-    assert all(way.keys.get("train.accumulate", 1) * 4 <= 16 for way in found)
+    assert all(way.keys.get("train.gradient_accumulation", 1) * 4 <= 16 for way in found)
     nodes = fitting.ways(counted, settings, options(processes=4, within=2, known=many.known))
     assert {way.keys["train.parallel"] for way in nodes} == {"ddp", "hsdp", "fsdp"}
 
 
 def test_what_would_be_refused_is_not_proposed():
-    known = frozenset({"train.parallel", "train.accumulate", "train.weights", "train.optimizer"})
+    known = frozenset(
+        {"train.parallel", "train.gradient_accumulation", "train.weight_dtype", "train.optimizer"}
+    )
     for way in fitting.ways(counted, TrainSettings(batch=16), options(processes=2, known=known)):
-        narrow = {"train.weights", "train.optimizer"} & way.keys.keys()
+        narrow = {"train.weight_dtype", "train.optimizer"} & way.keys.keys()
         assert not (narrow and way.keys["train.parallel"] == "fsdp")
     muon = fitting.ways(counted, TrainSettings(batch=16, optimizer="muon"), options(processes=2, known=known))
     assert {way.keys["train.parallel"] for way in muon} == {"ddp"}

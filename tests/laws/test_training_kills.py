@@ -14,7 +14,14 @@ from training_world import fingerprint
 from sfumato.record import RunFolder
 
 WORLD = Path(__file__).with_name("training_world.py")
-WORDS = ["steps=40", "save_every=4", "log_every=3", "held_out_every=10", "pause=0.03", "accumulate=2"]
+WORDS = [
+    "steps=40",
+    "save_every=4",
+    "log_every=3",
+    "validate_every=10",
+    "pause=0.03",
+    "gradient_accumulation=2",
+]
 
 
 def start(folder: Path) -> subprocess.Popen[str]:

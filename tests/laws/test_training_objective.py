@@ -53,8 +53,8 @@ def test_the_settings_offer_what_theory_knows():
 
 @pytest.mark.parametrize("weighting", settings.WEIGHTINGS)
 def test_a_weighting_multiplies_the_loss_of_each_sample(weighting: str):
-    plain, _, _ = make(stratified=False)
-    weighted, _, _ = make(stratified=False, weighting=weighting)
+    plain, _, _ = make(stratified_timesteps=False)
+    weighted, _, _ = make(stratified_timesteps=False, weighting=weighting)
     for objective in (plain, weighted):
         objective.model.denoiser.eval()
     drawn = plain.prepare(0, 0, 1).drawn
@@ -64,7 +64,7 @@ def test_a_weighting_multiplies_the_loss_of_each_sample(weighting: str):
 
 
 def test_draws_depend_on_the_sample_and_not_on_its_company():
-    objective, _, _ = make(stratified=False)
+    objective, _, _ = make(stratified_timesteps=False)
     x_0 = torch.zeros(3, *SHAPE)
     together = objective.draw([7, 8, 9], x_0, step=4)
     alone = objective.draw([8], x_0[:1], step=4)
@@ -74,7 +74,7 @@ def test_draws_depend_on_the_sample_and_not_on_its_company():
 
 
 def test_stratified_times_fill_every_stratum_of_the_batch_whatever_the_parts():
-    objective, _, _ = make(stratified=True)
+    objective, _, _ = make(stratified_timesteps=True)
     for step in range(4):
         for parts in (1, 2, 3):
             ids = objective.encoded.ids[:6]

@@ -36,7 +36,7 @@ def available(name: str) -> str:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.precisions("fp32", "bf16")
 def test_every_optimizer_learns_and_resumes_to_the_bit(tmp_path, name: str):
-    changes = {"optimizer": available(name), "learning_rate": RATES.get(name, 1e-2), "held_out_every": 0}
+    changes = {"optimizer": available(name), "learning_rate": RATES.get(name, 1e-2), "validate_every": 0}
     train(tmp_path / "through", steps=6, **changes)
     train(tmp_path / "resumed", steps=3, **changes)
     assert train(tmp_path / "resumed", steps=6, **changes).resumed == 3
@@ -75,15 +75,15 @@ def test_matrices_decay_and_vectors_do_not():
 
 
 def test_a_weight_learns_at_the_rate_of_the_first_pattern_it_matches():
-    _, network, settings = make(rates=("first.*=0.5", "*.bias=0"), learning_rate=1e-2)
+    _, network, settings = make(lr_multipliers=("first.*=0.5", "*.bias=0"), learning_rate=1e-2)
     optimiser = Optimiser(network, settings)
     names = optimiser.names
     rates = {names[id(w)]: group["lr"] for group in optimiser.parts[0].param_groups for w in group["params"]}
     assert rates == {"first.weight": 5e-3, "first.bias": 5e-3, "second.weight": 1e-2, "second.bias": 0.0}
     with pytest.raises(Refused, match=r"frist.*first"):
-        Optimiser(network, make(rates=("frist.*=0.5",))[2])
+        Optimiser(network, make(lr_multipliers=("frist.*=0.5",))[2])
     with pytest.raises(Refused, match="PATTERN=FACTOR"):
-        Optimiser(network, make(rates=("first.*",))[2])
+        Optimiser(network, make(lr_multipliers=("first.*",))[2])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -101,7 +101,13 @@ def test_weights_in_bfloat16_learn_steps_smaller_than_their_grain(weights: str, 
     network = torch.nn.Linear(64, 64, bias=False)
     torch.nn.init.ones_(network.weight)
     settings = TrainSettings(
-        weights=weights, optimizer=optimizer, learning_rate=1e-5, warmup=0, weight_decay=0, steps=500, ema=0
+        weight_dtype=weights,
+        optimizer=optimizer,
+        learning_rate=1e-5,
+        warmup=0,
+        weight_decay=0,
+        steps=500,
+        ema=0,
     )
     held = Held(network, settings)
     assert network.weight.dtype == torch.bfloat16
@@ -116,7 +122,7 @@ def test_weights_in_bfloat16_learn_steps_smaller_than_their_grain(weights: str, 
 
 @pytest.mark.parametrize("weights", ["bf16", "bf16-masters"])
 def test_weights_in_bfloat16_resume_to_the_bit(tmp_path, weights: str):
-    changes = {"weights": weights, "held_out_every": 0}
+    changes = {"weight_dtype": weights, "validate_every": 0}
     train(tmp_path / "through", steps=6, **changes)
     train(tmp_path / "resumed", steps=3, **changes)
     train(tmp_path / "resumed", steps=6, **changes)
@@ -187,7 +193,9 @@ def test_a_clipped_gradient_moves_the_weights_as_one_divided_before(tmp_path, op
 
     ends = []
     for scale in (1.0, 2.0**13):  # a power of two, which no precision rounds
-        objective, network, settings = make(optimizer=optimizer, steps=5, clip=1e-3, held_out_every=0)
+        objective, network, settings = make(
+            optimizer=optimizer, steps=5, max_grad_norm=1e-3, validate_every=0
+        )
         objective.weighting = lambda theory, t, s=scale: torch.full_like(t, s)
         fit(objective, network, settings, RunFolder.create(tmp_path / f"{scale}"), 3, say=lambda _: None)
         ends.append([weight.detach().clone() for weight in network.parameters()])

@@ -132,7 +132,7 @@ def test_a_mask_of_documents_sees_what_shapes_apart_see(kind, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"frame_times": "independent"}, {"known_first": 1.0}, {"weighting": "p2"}]
+    "changes", [{"frame_timesteps": "independent"}, {"first_frame_share": 1.0}, {"weighting": "p2"}]
 )
 def test_frames_with_times_of_their_own_are_packed_too(changes):
     expected, _ = alone("clips", 2, **changes)
@@ -178,9 +178,9 @@ def weights(folder: Path) -> Mapping[str, Tensor]:
 
 @pytest.mark.precisions("fp32", "bf16")
 def test_a_packed_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tmp_path):
-    train(tmp_path / "through", 5, {"accumulate": 2})
+    train(tmp_path / "through", 5, {"gradient_accumulation": 2})
     for steps in (2, 3, 5):
-        train(tmp_path / "stopped", steps, {"accumulate": 2})
+        train(tmp_path / "stopped", steps, {"gradient_accumulation": 2})
     through, stopped = weights(tmp_path / "through"), weights(tmp_path / "stopped")
     assert all(torch.equal(through[name], stopped[name]) for name in through)
 
@@ -244,7 +244,7 @@ def test_a_network_of_one_shape_at_a_time_is_refused():
 
 
 def test_strata_are_dealt_out_over_the_whole_packed_batch():
-    packed = objective("pictures", stratified=True)
+    packed = objective("pictures", stratified_timesteps=True)
     for parts in (1, 2):
         groups = [one for part in range(parts) for one in packed.pack(4, part, parts).groups]
         strata = torch.cat([one.drawn.t for one in groups]) * 7

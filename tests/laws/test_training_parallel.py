@@ -12,12 +12,12 @@ from sfumato.record import RunFolder
 from sfumato.training.parallel import Division, Gradients, Processes
 from sfumato.training.settings import TrainSettings
 
-EXACT = {"exact_elastic": True, "batch": 6, "virtual_ranks": 4}
+EXACT = {"exact_elastic": True, "batch": 6, "elastic_max_ranks": 4}
 
 
 @pytest.mark.precisions("fp32", "bf16")
 def test_exact_mode_ends_with_the_same_bits_on_1_2_and_4_processes(tmp_path):
-    changes = {**EXACT, "steps": 4, "held_out_every": 0}
+    changes = {**EXACT, "steps": 4, "validate_every": 0}
     assert len({run_on(count, tmp_path / str(count), **changes) for count in (1, 2, 4)}) == 1
 
 
@@ -32,8 +32,8 @@ def test_a_run_that_moves_between_numbers_of_processes_ends_with_the_same_bits(t
 
 @pytest.mark.precisions("fp32", "bf16", "fp16")
 def test_fast_mode_equals_one_process_up_to_rounding(precision, tmp_path):
-    run_on(1, tmp_path / "one", steps=3, accumulate=2, held_out_every=0)
-    run_on(2, tmp_path / "two", steps=3, held_out_every=0)
+    run_on(1, tmp_path / "one", steps=3, gradient_accumulation=2, validate_every=0)
+    run_on(2, tmp_path / "two", steps=3, validate_every=0)
     one, two = (
         load_file(RunFolder.open(tmp_path / name).checkpoint_folders()[-1] / "model.safetensors")
         for name in ("one", "two")
@@ -60,7 +60,7 @@ def test_gradients_are_added_in_one_tree_whoever_holds_which_part():
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_the_parts_do_not_depend_on_the_number_of_processes(count: int):
-    settings = TrainSettings(exact_elastic=True, virtual_ranks=8, accumulate=3)
+    settings = TrainSettings(exact_elastic=True, elastic_max_ranks=8, gradient_accumulation=3)
     divisions = [Division.of(settings, Processes(rank, count)) for rank in range(count)]
     assert {division.parts for division in divisions} == {8}
     assert [part for division in divisions for part in division.mine] == list(range(8))
@@ -70,4 +70,4 @@ def test_a_division_that_cannot_be_is_refused():
     with pytest.raises(Refused, match="power of two"):
         Division.of(TrainSettings(exact_elastic=True), Processes(0, 3))
     with pytest.raises(Refused, match=r"train\.batch"):
-        Division.of(TrainSettings(batch=2, accumulate=2), Processes(0, 2))
+        Division.of(TrainSettings(batch=2, gradient_accumulation=2), Processes(0, 2))

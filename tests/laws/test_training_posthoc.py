@@ -47,7 +47,7 @@ def test_a_reconstructed_average_is_the_one_that_would_have_been_kept(tmp_path, 
 
 
 def test_snapshots_resume_to_the_bit_and_damage_is_named(tmp_path):
-    changes = {"ema_snapshots": 4, "held_out_every": 0}
+    changes = {"ema_snapshot_every": 4, "validate_every": 0}
     train(tmp_path / "through", **changes)
     train(tmp_path / "resumed", steps=7, **changes)
     train(tmp_path / "resumed", **changes)
@@ -60,7 +60,7 @@ def test_snapshots_resume_to_the_bit_and_damage_is_named(tmp_path):
     file.write_bytes(data)
     with pytest.raises(Failed, match=r"power-0\.050"):
         posthoc.reconstruct(run, 0.1)
-    with pytest.raises(Refused, match="ema_snapshots"):
+    with pytest.raises(Refused, match="ema_snapshot_every"):
         posthoc.reconstruct(RunFolder.create(tmp_path / "none"), 0.1)
     with pytest.raises(Refused, match="length"):
         exponent(0.5)

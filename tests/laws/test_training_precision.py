@@ -59,7 +59,7 @@ def test_a_gradient_too_small_for_fp16_moves_the_weights(tmp_path):
 
     ends = {}
     for name in ("fp32", "fp16"):
-        objective, network, settings = make(precision=name, steps=4, held_out_every=0, clip=0.0)
+        objective, network, settings = make(precision=name, steps=4, validate_every=0, max_grad_norm=0.0)
         before = network.second.weight.detach().clone()
         objective.weighting = lambda theory, t: torch.full_like(t, 2.0**-20)
         fit(objective, network, settings, RunFolder.create(tmp_path / name), 3, say=lambda _: None)

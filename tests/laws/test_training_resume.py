@@ -26,13 +26,15 @@ def measured(folder: Path) -> list[object]:
 
 
 @pytest.mark.parametrize(
-    ("at", "number", "accumulate"),
+    ("at", "number", "gradient_accumulation"),
     [(1, signal.SIGINT, 1), (5, signal.SIGTERM, 3), (7, signal.SIGINT, 2), (12, signal.SIGTERM, 1)],
 )
 @pytest.mark.precisions("fp32", "bf16", "fp16")
-def test_interrupted_and_continued_equals_uninterrupted(tmp_path, at: int, number: int, accumulate: int):
+def test_interrupted_and_continued_equals_uninterrupted(
+    tmp_path, at: int, number: int, gradient_accumulation: int
+):
     """Law: weights, EMA, optimizer, losses and held-out losses are those of the run that ran through."""
-    train(tmp_path / "through", accumulate=accumulate)
+    train(tmp_path / "through", gradient_accumulation=gradient_accumulation)
 
     class Interrupting(Exception):
         pass
@@ -50,12 +52,12 @@ def test_interrupted_and_continued_equals_uninterrupted(tmp_path, at: int, numbe
     loop._Loop.advance = advance_and_signal  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with pytest.raises(Stopped) as stopped:
-            train(tmp_path / "stopped", accumulate=accumulate)
+            train(tmp_path / "stopped", gradient_accumulation=gradient_accumulation)
     finally:
         loop._Loop.advance = advance
     assert stopped.value.code == 128 + number
     assert RunFolder.open(tmp_path / "stopped").checkpoint_folders()[-1].name == f"step-{at:06d}"
-    outcome = train(tmp_path / "stopped", accumulate=accumulate)
+    outcome = train(tmp_path / "stopped", gradient_accumulation=gradient_accumulation)
     assert (outcome.resumed, outcome.step) == (at, 12)
     assert fingerprint(tmp_path / "stopped") == fingerprint(tmp_path / "through")
     assert losses(tmp_path / "stopped") == losses(tmp_path / "through")
@@ -65,7 +67,7 @@ def test_interrupted_and_continued_equals_uninterrupted(tmp_path, at: int, numbe
 @pytest.mark.precisions("fp32", "bf16")
 def test_a_run_lost_at_any_moment_goes_on_from_its_last_checkpoint(tmp_path):
     """Law: a crash in the middle of accumulation, of a preview or of a save costs steps, not bits."""
-    train(tmp_path / "through", accumulate=2)
+    train(tmp_path / "through", gradient_accumulation=2)
 
     class Crash(Exception):
         pass
@@ -82,10 +84,10 @@ def test_a_run_lost_at_any_moment_goes_on_from_its_last_checkpoint(tmp_path):
         type(objective).losses = losses_or_crash
         try:
             with pytest.raises(Crash):
-                train(tmp_path / "lost", accumulate=2)
+                train(tmp_path / "lost", gradient_accumulation=2)
         finally:
             type(objective).losses = original
-    train(tmp_path / "lost", accumulate=2)
+    train(tmp_path / "lost", gradient_accumulation=2)
     assert fingerprint(tmp_path / "lost") == fingerprint(tmp_path / "through")
     assert losses(tmp_path / "lost") == losses(tmp_path / "through")
 
@@ -154,23 +156,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
 
 
 def test_when_no_checkpoint_is_whole_nothing_is_overwritten(tmp_path):
-    train(tmp_path / "run", keep=1, keep_best=False)
+    train(tmp_path / "run", keep_checkpoints=1, keep_best=False)
     folder = RunFolder.open(tmp_path / "run").checkpoint_folders()[0]
     (folder / "model.safetensors").write_bytes(b"")
     for _ in range(2):
         with pytest.raises(Failed, match="no earlier checkpoint"):
-            train(tmp_path / "run", keep=1, keep_best=False)
+            train(tmp_path / "run", keep_checkpoints=1, keep_best=False)
 
 
 def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
-    train(tmp_path / "run", save_every=2, keep=2, keep_every=4, keep_best=False)
+    train(tmp_path / "run", save_every=2, keep_checkpoints=2, keep_every=4, keep_best=False)
     names = [folder.name for folder in RunFolder.open(tmp_path / "run").checkpoint_folders()]
     assert names == ["step-000004", "step-000008", "step-000010", "step-000012"]
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("gradient_accumulation", [1, 3])
 @pytest.mark.precisions("fp32", "bf16")
-def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, accumulate: int, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_weights_move(
+    tmp_path, gradient_accumulation: int, monkeypatch
+):
     original = Encoded.read
 
     def poisoned(self, indices, seed, epoch):
@@ -182,15 +186,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, accum
 
     monkeypatch.setattr(Encoded, "read", poisoned)
     with pytest.raises(Failed, match=r"cat_007\.png.*came out of first") as failed:
-        train(tmp_path / "run", accumulate=accumulate)
+        train(tmp_path / "run", gradient_accumulation=gradient_accumulation)
     assert "cat_006.png" not in str(failed.value)
     box = json.loads((tmp_path / "run" / "black_box.json").read_text())
     assert box["samples"] == ["cat_007.png"]
     step = box["step"]
     assert RunFolder.open(tmp_path / "run").checkpoint_folders()[-1].name == f"step-{step:06d}"
     monkeypatch.setattr(Encoded, "read", original)
-    train(tmp_path / "run", accumulate=accumulate)
-    train(tmp_path / "clean", accumulate=accumulate)
+    train(tmp_path / "run", gradient_accumulation=gradient_accumulation)
+    train(tmp_path / "clean", gradient_accumulation=gradient_accumulation)
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "clean")
 
 

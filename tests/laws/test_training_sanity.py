@@ -124,7 +124,7 @@ def test_memory_counted_on_meta_is_memory_saved_for_real(batch: int):
         torch.rand(batch),
         Condition.stack(rows),
     )
-    forecast = plan.predict(network, inputs, TrainSettings(ema_snapshots=5))
+    forecast = plan.predict(network, inputs, TrainSettings(ema_snapshot_every=5))
     real = plan.saved_bytes(lambda: network(*inputs), network)
     assert forecast.memory.activations == pytest.approx(real, rel=0.02)
     weights = sum(weight.numel() for weight in network.parameters()) * 4

@@ -17,7 +17,7 @@ from sfumato.training import checkpoint, posthoc, strategy
 from sfumato.training.parallel import Processes
 from sfumato.training.settings import TrainSettings
 
-QUIET = {"held_out_every": 0, "save_every": 100}
+QUIET = {"validate_every": 0, "save_every": 100}
 
 
 def groups(folder: Path) -> dict[str, Tensor]:
@@ -38,10 +38,10 @@ def distance(folder: Path, other: Path) -> float:
 @pytest.mark.precisions("fp32", "bf16", "fp16")
 def test_copies_and_divided_networks_are_the_run_of_one_process(tmp_path):
     """Also with a batch in parts, whose gradients are sent only once, and with a clipped norm."""
-    changes = {**QUIET, "steps": 4, "clip": 0.05}
-    run_on(1, tmp_path / "one", accumulate=4, **changes)
+    changes = {**QUIET, "steps": 4, "max_grad_norm": 0.05}
+    run_on(1, tmp_path / "one", gradient_accumulation=4, **changes)
     for name in ("ddp", "fsdp"):
-        run_on(2, tmp_path / name, parallel=name, accumulate=2, **changes)
+        run_on(2, tmp_path / name, parallel=name, gradient_accumulation=2, **changes)
         assert distance(tmp_path / "one", tmp_path / name) < 1e-6
     last = RunFolder.open(tmp_path / "fsdp").checkpoint_folders()[-1]
     assert checkpoint.damage(last) is None
@@ -53,8 +53,8 @@ def test_copies_and_divided_networks_are_the_run_of_one_process(tmp_path):
 @pytest.mark.slow
 @pytest.mark.precisions("fp32", "bf16")
 def test_hybrid_on_four_processes_is_the_run_of_one_process(tmp_path):
-    run_on(1, tmp_path / "one", accumulate=4, **QUIET)
-    run_on(4, tmp_path / "four", parallel="hsdp", shard_within=2, **QUIET)
+    run_on(1, tmp_path / "one", gradient_accumulation=4, **QUIET)
+    run_on(4, tmp_path / "four", parallel="hsdp", hsdp_shard_size=2, **QUIET)
     assert distance(tmp_path / "one", tmp_path / "four") < 1e-6
 
 
@@ -62,8 +62,8 @@ def test_hybrid_on_four_processes_is_the_run_of_one_process(tmp_path):
 @pytest.mark.precisions("fp32", "bf16")
 def test_a_run_moves_between_processes_and_strategies(tmp_path):
     """1 → 2 copies → 2 divided → 4 in two copies → 1, with measurements and snapshots on the way."""
-    changes = {"held_out_every": 3, "ema_snapshots": 4}
-    run_on(1, tmp_path / "through", accumulate=4, **changes)
+    changes = {"validate_every": 3, "ema_snapshot_every": 4}
+    run_on(1, tmp_path / "through", gradient_accumulation=4, **changes)
     ways = (
         (1, 3, "auto", 4),
         (2, 5, "ddp", 2),
@@ -73,7 +73,7 @@ def test_a_run_moves_between_processes_and_strategies(tmp_path):
         (1, 12, "fsdp", 4),
     )
     for count, steps, name, parts in ways:
-        more = {"parallel": name, "accumulate": parts, "shard_within": 2 if count == 4 else 0}
+        more = {"parallel": name, "gradient_accumulation": parts, "hsdp_shard_size": 2 if count == 4 else 0}
         run_on(count, tmp_path / "moved", steps=steps, **more, **changes)
     assert distance(tmp_path / "through", tmp_path / "moved") < 1e-6
     found = posthoc.snapshots(RunFolder.open(tmp_path / "moved"))
@@ -86,7 +86,7 @@ def test_a_run_moves_between_processes_and_strategies(tmp_path):
 @pytest.mark.precisions("fp32", "bf16")
 def test_every_elementwise_optimizer_moves_rows_as_it_moves_whole_weights(tmp_path, optimizer: str):
     changes = {**QUIET, "optimizer": optimizer, "steps": 4, "learning_rate": 1e-3}
-    run_on(1, tmp_path / "one", accumulate=2, **changes)
+    run_on(1, tmp_path / "one", gradient_accumulation=2, **changes)
     run_on(2, tmp_path / "two", parallel="fsdp", **changes)
     one, two = (
         checkpoint.read(RunFolder.open(tmp_path / n).checkpoint_folders()[-1], "model")
@@ -201,11 +201,11 @@ def test_auto_copies_what_is_small_and_divides_what_is_large(
     ("changes", "told"),
     [
         ({"exact_elastic": True}, "whole gradients"),
-        ({"weights": "bf16"}, r"train\.weights"),
+        ({"weight_dtype": "bf16"}, r"train\.weight_dtype"),
         ({"optimizer": "muon"}, "whole matrices"),
         ({"optimizer": "adamw-8bit"}, "whole matrices"),
         ({"offload": True}, r"train\.offload"),
-        ({"parallel": "hsdp", "shard_within": 3}, r"train\.shard_within"),
+        ({"parallel": "hsdp", "hsdp_shard_size": 3}, r"train\.hsdp_shard_size"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_in_a_sentence(changes: dict[str, object], told: str):

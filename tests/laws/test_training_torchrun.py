@@ -18,7 +18,7 @@ from sfumato.training import checkpoint
 RECIPE = """
 output = "{output}"
 [model]
-text = "none"
+text_encoder = "none"
 width = 32
 depth = 1
 heads = 2
@@ -30,13 +30,13 @@ codec_batch = 4
 train = "pictures"
 captions = "none"
 resolution = 16
-store = "store-{output}"
+cache_dir = "store-{output}"
 [train]
 steps = {steps}
 batch = 4
 warmup = 2
 save_every = 2
-held_out_every = 0
+validate_every = 0
 log_every = 1
 exact_elastic = true
 [sample]

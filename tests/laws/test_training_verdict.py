@@ -15,7 +15,7 @@ LOSSES = {2: 1.0, 4: 0.5, 6: 0.7, 8: 0.6, 10: 0.8, 12: 0.9}
 
 def train(folder, losses=LOSSES, **changes):
     """A run whose held-out loss is written in a table."""
-    words = {"save_every": 100, "held_out_every": 2, "keep": 1, **changes}
+    words = {"save_every": 100, "validate_every": 2, "keep_checkpoints": 1, **changes}
     objective, network, settings = make(**words)
     run = RunFolder.create(folder)
     measure = lambda step, weights: SimpleNamespace(loss=losses[step])  # noqa: E731
@@ -73,7 +73,7 @@ def test_the_gap_is_recorded_with_its_error(tmp_path):
 def test_saving_beside_the_steps_writes_the_bits_of_saving_between_them(tmp_path):
     losses = dict.fromkeys(range(2, 13, 2), 1.0)
     for name, beside in (("beside", True), ("between", False)):
-        train(tmp_path / name, losses, save_every=3, keep=9, save_async=beside)
+        train(tmp_path / name, losses, save_every=3, keep_checkpoints=9, save_async=beside)
     a, b = (RunFolder.open(tmp_path / name).checkpoint_folders() for name in ("beside", "between"))
     assert [one.name for one in a] == [one.name for one in b]
     for one, other in zip(a, b, strict=True):

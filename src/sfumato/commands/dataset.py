@@ -40,7 +40,7 @@ def is_store(folder: str, must: bool) -> bool:
     if must and not found:
         raise Refused(
             f"{folder} is no store of encodings, and --collect and --keep are about one. Give the folder "
-            "that data.store names, by default ~/.cache/sfumato."
+            "that data.cache_dir names, by default ~/.cache/sfumato."
         )
     return found
 
@@ -105,10 +105,10 @@ def _of_recipe(file: Path, overrides: list[str], asked: dict[str, Any]) -> Subje
     reading = (
         tokens.of_folder(asked["model"]) if "model" in asked else tokens.of_conditioner(gathered.conditioner)
     )
-    fewest = int(min([settings.frames or USUAL["frames"], *settings.shorter]))
+    fewest = int(min([settings.frames or USUAL["frames"], *settings.short_clip_frames]))
     return Subject(
         gathered.collection, settings.resolution, checks.grain_of(recipe, gathered.base), settings.buckets,
-        fewest, settings.rate, reading,
+        fewest, settings.fps, reading,
     )  # fmt: skip
 
 

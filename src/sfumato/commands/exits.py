@@ -57,7 +57,8 @@ def judged(problem: Exception) -> tuple[str, int] | None:
         )
     if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
         return (
-            "Memory is used up. Lower train.batch, or raise train.accumulate to compute it in parts.",
+            "Memory is used up. Lower train.batch, or raise train.gradient_accumulation to compute it in "
+            "parts.",
             FAILED,
         )
     return None

@@ -10,9 +10,9 @@ LARGE, CLIPS = 1024, 480
 FRAMES = 25
 """One and a multiple of the frames (4, 6 or 8) that share a latent in the video families."""
 OF_SCRATCH = """
-frames = 9                  # of a clip; one and a multiple of model.time_stride, which is 2
-rate = 8                    # frames a second, whatever rate a file has
-shorter = [1]               # lengths for clips too short for that; 1 makes them stills"""
+frames = 9                  # of a clip; one and a multiple of model.codec_time_stride, which is 2
+fps = 8                     # frames a second, whatever rate a file has
+short_clip_frames = [1]     # lengths for clips too short for that; 1 makes them stills"""
 """What a recipe from scratch says where there are videos."""
 OF_CLIPS = ("Wan", "LTX", "HunyuanVideo", "CogVideoX", "Mochi")
 

@@ -61,7 +61,7 @@ class AheadSet(StreamedSet):
         step_bytes = largest * each
         if self.limit < step_bytes:
             raise Refused(
-                f"data.store_limit allows {self.limit:,} bytes here, which cannot hold the encodings of one "
+                f"data.cache_limit allows {self.limit:,} bytes here, which cannot hold the encodings of one "
                 f"step: {largest} samples of {each:,} bytes are {step_bytes:,}. Allow more, or set "
                 "data.stream = true, which keeps none."
             )

@@ -66,7 +66,7 @@ def control(pixels: Tensor, kind: str) -> Tensor:
     except ImportError as missing:
         raise Refused(
             f'Making a "{kind}" needs scikit-image: pip install "sfumato[control]". Or name a column of '
-            "control pictures as data.control."
+            "control pictures as data.control_image."
         ) from missing
     found = []
     for picture in pixels.detach().float().cpu():

@@ -56,8 +56,8 @@ def masked(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
     named = next((sample.name for sample in samples if "mask" in sample.companions), "")
     if named:
         raise Refused(
-            f"data.masks = {count} draws masks, but {named} has one in the column mask. Leave one of them "
-            "out."
+            f"data.random_masks = {count} draws masks, but {named} has one in the column mask. Leave one of "
+            "them out."
         )
     return [
         replace(

@@ -60,7 +60,7 @@ def planned(plan: Plan, data: str, out: Path, minutes: float | None, device: str
         plan.recipe,
         output=str(out),
         model=replace(model, codec_steps=codec_steps),
-        data=DataSettings(train=data, resolution=plan.side, frames=plan.frames, store=str(out / "store")),
+        data=DataSettings(train=data, resolution=plan.side, frames=plan.frames, cache_dir=str(out / "store")),
         train=replace(plan.recipe.train, steps=steps, device=device),
         sample=replace(plan.recipe.sample, every=-(-steps // 4)),
     )
@@ -85,7 +85,7 @@ def time_steps(
         again, kl = codec.reconstruct(pixels, drawn)
         return (again - pixels).abs().mean() + kl.mean()
 
-    widths = TEXT_WIDTH, (1 + 2 * model.text_waves) * TEXT_WIDTH
+    widths = TEXT_WIDTH, (1 + 2 * model.pooled_fourier_terms) * TEXT_WIDTH
     words = {"tokens": torch.zeros(8, widths[0]), "pooled": torch.zeros(widths[1])}
     condition = Condition.stack([words] * settings.batch).to(where)
     theory = stages.new_theory(model.theory)

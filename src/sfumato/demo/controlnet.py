@@ -14,7 +14,7 @@ BESIDE = Beside(
     plan_of("controlnet", minutes=5.0, guidance=3.0, fewest=300),
     base_share=3.0,
     guide_cost=1.3,
-    data={"control": "sketch", "dropout": ("control=0.05",)},
+    data={"control_image": "sketch", "condition_dropout": ("control=0.05",)},
 )
 
 
@@ -33,7 +33,7 @@ def overlap(drawn: Image.Image, asked: Image.Image) -> float:
 def judge(seen: Seen) -> Verdict:
     """How well outlines of unseen combinations are followed, and whether words are, read from the pixels."""
     samples = unseen(seen)
-    settings = DataSettings(control="sketch", resolution=int(seen.model.info["resolution"]))
+    settings = DataSettings(control_image="sketch", resolution=int(seen.model.info["resolution"]))
     prompts = [sample.captions[0] for sample in samples]
     outlines = [picture_for(settings, "control", sample) for sample in samples]
     drawn = draw(seen, prompts, "judged_held_out", control=outlines)

@@ -10,7 +10,7 @@ BESIDE = Beside(
     base_share=2.5,
     guide_cost=1.8,
     base_data="shapes-alone",
-    data={"reference": "reference", "dropout": ("reference=0.1",)},
+    data={"reference_image": "reference", "condition_dropout": ("reference=0.1",)},
 )
 
 

@@ -16,10 +16,12 @@ from .budget import Plan, planned
 from .drawing import JUDGED, chosen, draw, picture_of
 from .way import Seen, Task, Verdict
 
-_MODEL = ModelSettings(width=192, depth=6, heads=3, patch=2, stride=8, latent_channels=24, codec_width=32)
+_MODEL = ModelSettings(
+    width=192, depth=6, heads=3, patch=2, codec_stride=8, latent_channels=24, codec_width=32
+)
 _TRAIN = TrainSettings(
-    batch=16, learning_rate=1.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500, keep=1,
-    held_out_every=0, ema_snapshots=0,
+    batch=16, learning_rate=1.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500,
+    keep_checkpoints=1, validate_every=0, ema_snapshot_every=0,
 )  # fmt: skip
 _SAMPLE = SampleSettings(steps=16, guidance=2.0)
 _PICTURES = Recipe(
@@ -29,7 +31,14 @@ _PICTURES = Recipe(
 )
 _SHAPES = Recipe(
     model=replace(
-        _MODEL, width=128, depth=5, heads=2, text_waves=6, stride=4, latent_channels=16, codec_batch=32
+        _MODEL,
+        width=128,
+        depth=5,
+        heads=2,
+        pooled_fourier_terms=6,
+        codec_stride=4,
+        latent_channels=16,
+        codec_batch=32,
     ),
     train=replace(_TRAIN, learning_rate=2.5e-3),
     sample=replace(_SAMPLE, guidance=4.0),

@@ -18,12 +18,12 @@ from .way import Seen, Task, Verdict
 
 _RECIPE = Recipe(
     model=ModelSettings(
-        width=128, depth=5, heads=2, patch=2, text_waves=6, stride=4, time_stride=2, latent_channels=32,
-        codec_width=24, codec_batch=8,
+        width=128, depth=5, heads=2, patch=2, pooled_fourier_terms=6, codec_stride=4, codec_time_stride=2,
+        latent_channels=32, codec_width=24, codec_batch=8,
     ),
     train=TrainSettings(
-        batch=16, learning_rate=2.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500, keep=1,
-        held_out_every=0,
+        batch=16, learning_rate=2.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500,
+        keep_checkpoints=1, validate_every=0,
     ),
     sample=SampleSettings(steps=16, guidance=1.7),
 )  # fmt: skip
@@ -37,7 +37,7 @@ PLANS = {
 def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
     """The recipe that fills the minutes on this machine."""
     made = planned(PLANS[data], data, out, minutes, device)
-    return replace(made, data=replace(made.data, rate=float(moving.RATE)))
+    return replace(made, data=replace(made.data, fps=float(moving.RATE)))
 
 
 def judge(seen: Seen) -> Verdict:

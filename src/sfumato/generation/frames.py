@@ -162,8 +162,9 @@ def taken(model: Model, options: dict[str, Any], count: int, shape: tuple[int, .
     for name in given:
         if KNOWN[name] not in model.info.get("known", ()):
             raise Refused(
-                f"{name}: this model was not trained with known frames. Train with train.known_first = 0.25"
-                f"{' and train.known_last = 0.5' if name == 'last_image' else ''}, or leave {name} out."
+                f"{name}: this model was not trained with known frames. Train with train.first_frame_share = "
+                "0.25"
+                f"{' and train.last_frame_share = 0.5' if name == 'last_image' else ''}, or leave {name} out."
             )
     if "image" not in given:
         raise Refused("last_image needs the first frame too: give image, or leave it out.")

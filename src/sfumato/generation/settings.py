@@ -25,8 +25,8 @@ class SampleSettings:
     guidance_interval: tuple[float, ...] = key(
         (), "guide only while noise/signal lies between these two; empty: always", numbers=True
     )
-    guidance_perturbed: float = key(0.0, "also lean away from the network with disturbed attention", least=0)
-    guidance_by: str = key("", "a weaker run or model to lean away from", path=True, hub=True)
+    pag_scale: float = key(0.0, "also lean away from the network with disturbed attention", least=0)
+    autoguidance_model: str = key("", "a weaker run or model to lean away from", path=True, hub=True)
     seed: int = key(0, "picture i is drawn from seed + i", least=0)
 
     @property
@@ -36,7 +36,7 @@ class SampleSettings:
             "form": self.guidance_form if self.guidance_form != "cfg" else None,
             "rescale": self.guidance_rescale,
             "interval": list(self.guidance_interval),
-            "perturbed": self.guidance_perturbed,
-            "by": self.guidance_by,
+            "perturbed": self.pag_scale,
+            "by": self.autoguidance_model,
         }
         return {name: value for name, value in said.items() if value}

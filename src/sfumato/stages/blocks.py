@@ -77,7 +77,9 @@ def recompute(network: nn.Module, every: int) -> int:
     """
     found = blocks_of(network)[::every] if every else []
     if every and not found:
-        raise Refused(f"train.checkpointing: {type(network).__name__} has no repeated blocks. Leave it at 0.")
+        raise Refused(
+            f"train.gradient_checkpointing: {type(network).__name__} has no repeated blocks. Leave it at 0."
+        )
     for block in found:
         kind = type(block)
         if not issubclass(kind, _Recomputed):

@@ -63,7 +63,7 @@ class ClipCodec(ResidualCodec):
 
     def __init__(self, stride: int = 8, latent_channels: int = 24, width: int = 32, time_stride: int = 2):
         if time_stride < 1:
-            raise Refused(f"model.time_stride = {time_stride}: a latent stands for at least one frame.")
+            raise Refused(f"model.codec_time_stride = {time_stride}: a latent stands for at least one frame.")
         super().__init__(stride, latent_channels, width, time_stride)
         self.time_stride = time_stride
         self._config = {**self._config, "time_stride": time_stride}

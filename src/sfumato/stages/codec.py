@@ -142,7 +142,7 @@ class ResidualCodec(NormalisedCodec):
             most = 3 * deep * stride**2
             raise Refused(
                 f"A codec of stride {stride} with {latent_channels} channels cannot be: the stride must be "
-                f"even, and a patch of {stride}×{stride} pixels holds {most}. Take model.stride 4 or 8."
+                f"even, and a patch of {stride}×{stride} pixels holds {most}. Take model.codec_stride 4 or 8."
             )
         super().__init__(stride, latent_channels)
         self._config = {"stride": stride, "latent_channels": latent_channels, "width": width}
@@ -255,7 +255,7 @@ class AutoencoderCodec(NormalisedCodec):
         levels = stride.bit_length()
         if stride != 2 ** (levels - 1):
             raise Refused(
-                f"model.stride = {stride} is no power of two, as {architecture} needs. Choose 4 or 8."
+                f"model.codec_stride = {stride} is no power of two, as {architecture} needs. Choose 4 or 8."
             )
         if architecture == "AutoencoderTiny":
             widths = [width] * levels

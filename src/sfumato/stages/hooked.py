@@ -31,13 +31,13 @@ def check(network: nn.Module, count: int) -> None:
     found, name = parts_of(network), type(network).__name__
     why = LACKING.get(name, "" if found else "diffusers has no plan (_cp_plan) for it")
     if why:
-        raise Refused(f"train.context: {name} cannot be shared by processes: {why}. Leave it at 1.")
+        raise Refused(f"train.context_parallel: {name} cannot be shared by processes: {why}. Leave it at 1.")
     for part in found:
         heads = part.config.num_attention_heads
         if heads % count:
             raise Refused(
-                f"train.context = {count} gives each process some of the attention heads, but {name} has "
-                f"{heads}. Choose a divisor of {heads}."
+                f"train.context_parallel = {count} gives each process some of the attention heads, but "
+                f"{name} has {heads}. Choose a divisor of {heads}."
             )
 
 
@@ -88,7 +88,7 @@ def _tell(network: Any, config: Any) -> None:
         ):
             raise Refused(
                 f'model.attention_backend = "{dispatch.AttentionBackendName(chosen).value}" cannot be shared '
-                "by processes (train.context). Leave it out: torch's own can."
+                "by processes (train.context_parallel). Leave it out: torch's own can."
             )
         processor._parallel_config = config
     network._parallel_config = config
@@ -106,7 +106,7 @@ def _evener(network: Any, count: int) -> Any:
         if "encoder_hidden_states_mask" not in named:
             raise Refused(
                 f"Prompts of {words.shape[1]} tokens cannot be shared evenly by {count} processes "
-                f"(train.context). Choose another model.text_options, a multiple of {count}."
+                f"(train.context_parallel). Choose another model.prompt_options, a multiple of {count}."
             )
         more, mask = -words.shape[1] % count, named["encoder_hidden_states_mask"]
         mask = torch.ones(words.shape[:2], dtype=torch.long, device=words.device) if mask is None else mask

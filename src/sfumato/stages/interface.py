@@ -144,8 +144,8 @@ class Conditioner(Stage):
 def unshareable(name: str) -> str:
     """The sentence about a network whose samples processes cannot share."""
     return (
-        "train.context shares the tokens of a sample among processes, which our own DiT and those networks "
-        f"of diffusers that have a plan for it can; {name} cannot. Leave it at 1."
+        "train.context_parallel shares the tokens of a sample among processes, which our own DiT and those "
+        f"networks of diffusers that have a plan for it can; {name} cannot. Leave it at 1."
     )
 
 

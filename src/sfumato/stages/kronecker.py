@@ -17,7 +17,7 @@ from . import adapters
 from .adapters import AdapterPlan
 from .lora_file import Change
 
-NO_WAY = "Name it as model.preset, which makes it part of the base."
+NO_WAY = "Name it as model.merge_loras, which makes it part of the base."
 
 
 def divided_as(file: Path, changes: Mapping[str, Change], plan: AdapterPlan) -> AdapterPlan:
@@ -40,8 +40,8 @@ def divided_as(file: Path, changes: Mapping[str, Change], plan: AdapterPlan) -> 
             both = any("lokr_w1_a" in change.factors for change in changes.values())
             return replace(plan, divisor=divisor, both=both)
     raise Refused(
-        f"model.start: {file} divides its layers by {', '.join(map(str, numbers[:4]))}, which peft's LoKr "
-        f"cannot all at once. {NO_WAY}"
+        f"model.init_adapter: {file} divides its layers by {', '.join(map(str, numbers[:4]))}, which peft's "
+        f"LoKr cannot all at once. {NO_WAY}"
     )
 
 
@@ -83,7 +83,9 @@ def pair(a: Tensor, b: Tensor, change: Change, which: str, scale: float) -> None
     factors, kernel = change.factors, which.replace("_w", "_t")
     if f"{which}_a" not in factors or kernel in factors:
         shape = "in Tucker form" if kernel in factors else "whole where this adapter has a rank"
-        raise Refused(f"model.start: a factor of the file is {shape}, which peft does not take. {NO_WAY}")
+        raise Refused(
+            f"model.init_adapter: a factor of the file is {shape}, which peft does not take. {NO_WAY}"
+        )
     rank = factors[f"{which}_b"].shape[0]
     a.zero_()
     a[:, :rank] = scale * factors[f"{which}_a"].to(a)

@@ -111,7 +111,9 @@ def store(network: nn.Module, form: str) -> torch.dtype | None:
                 weight.data = weight.data.bfloat16()
         return torch.bfloat16
     if form == "fp8" and not hasattr(torch, "float8_e4m3fn"):
-        raise Refused('model.base_dtype = "fp8": this torch has no 8 bit floats. Choose "int8" or "nf4".')
+        raise Refused(
+            'model.base_quantization = "fp8": this torch has no 8 bit floats. Choose "int8" or "nf4".'
+        )
     count = 0
     for block in blocks_of(network):
         for layer in [part for part in block.modules() if type(part) is nn.Linear]:
@@ -120,8 +122,8 @@ def store(network: nn.Module, form: str) -> torch.dtype | None:
                 count += 1
     if not count:
         raise Refused(
-            f'model.base_dtype = "{form}": {type(network).__name__} has no frozen linear layer in its '
-            "blocks. Leave model.base_dtype out."
+            f'model.base_quantization = "{form}": {type(network).__name__} has no frozen linear layer in its '
+            "blocks. Leave model.base_quantization out."
         )
     return None
 

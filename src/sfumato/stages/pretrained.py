@@ -266,7 +266,8 @@ class PretrainedDenoiser(Denoiser):
             size = "×".join(map(str, x.shape[2:]))
             raise Refused(
                 f"Latents of {size} become tokens that cannot be shared evenly by the processes of "
-                "train.context. Choose another data.resolution, data.frames or train.context."
+                "train.context_parallel. Choose another data.resolution, data.frames or "
+                "train.context_parallel."
             ) from problem
 
     def check_sharing(self, count: int) -> None:

@@ -54,14 +54,14 @@ def own_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
 
 
 def new_conditioner(settings: ModelSettings, classes: Sequence[str] = ()) -> Conditioner:
-    """The conditioner `model.text` names; for "labels", of these classes."""
-    if own.is_own(settings.text):
-        return own_stage(settings.text, Conditioner)
-    if settings.text == "none":
+    """The conditioner `model.text_encoder` names; for "labels", of these classes."""
+    if own.is_own(settings.text_encoder):
+        return own_stage(settings.text_encoder, Conditioner)
+    if settings.text_encoder == "none":
         return NoConditioner()
-    if settings.text == "labels":
+    if settings.text_encoder == "labels":
         return LabelConditioner({name: index for index, name in enumerate(classes)}, len(classes))
-    return TextConditioner(settings.text, waves=settings.text_waves)
+    return TextConditioner(settings.text_encoder, waves=settings.pooled_fourier_terms)
 
 
 def new_codec(settings: ModelSettings, seed: int = 0, clips: bool = False) -> Codec:
@@ -76,7 +76,12 @@ def new_codec(settings: ModelSettings, seed: int = 0, clips: bool = False) -> Co
     if not clips:
         return _new_codec(settings, seed)
     if settings.codec == "auto":
-        shape = settings.stride, settings.latent_channels, settings.codec_width, settings.time_stride
+        shape = (
+            settings.codec_stride,
+            settings.latent_channels,
+            settings.codec_width,
+            settings.codec_time_stride,
+        )
         return seeded(seed, lambda: ClipCodec(*shape))
     if settings.codec in ("kl", "tiny"):
         raise Refused(
@@ -88,7 +93,7 @@ def new_codec(settings: ModelSettings, seed: int = 0, clips: bool = False) -> Co
 
 
 def _new_codec(settings: ModelSettings, seed: int) -> Codec:
-    word, stride, channels = settings.codec, settings.stride, settings.latent_channels
+    word, stride, channels = settings.codec, settings.codec_stride, settings.latent_channels
     if own.is_own(word):
         return own_stage(word, Codec)
     if word == "pixels":

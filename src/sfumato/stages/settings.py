@@ -14,16 +14,16 @@ class ModelSettings:
     )
     train: str = key(
         "full",
-        "what is trained: full (the whole denoiser), an adapter of it (lora, lokr, loha), model.tokens alone "
-        "(tokens), or what lets pictures guide: controlnet, ip-adapter, edit",
+        "what is trained: full (the whole denoiser), an adapter of it (lora, lokr, loha), model.new_tokens "
+        "alone (tokens), or what lets pictures guide: controlnet, ip-adapter, edit",
         choices=("full", "lora", "lokr", "loha", "tokens", "controlnet", "ip-adapter", "edit"),
     )
-    train_text: str = key(
+    train_text_encoder: str = key(
         "none",
         "pretrained only: what of the text encoders is trained beside: none, lora",
         choices=("none", "lora"),
     )
-    tokens: tuple[str, ...] = key(
+    new_tokens: tuple[str, ...] = key(
         (),
         "pretrained only: new words whose embeddings are trained, as NAME=WORDS it begins with: <cat>=a cat, "
         "or NAME=FILE of an embedding",
@@ -46,15 +46,15 @@ class ModelSettings:
     dropout: float = key(0.0, "adapters only: share of their input left out in training", least=0, most=0.95)
     dora: bool = key(False, "lora only: learn magnitude and direction apart")
     rslora: bool = key(False, "lora only: scale by alpha/sqrt(rank)")
-    base_dtype: str = key(
+    base_quantization: str = key(
         "float32",
         "adapters only: how the frozen base is stored",
         choices=("float32", "bfloat16", "int8", "fp8", "nf4"),
     )
-    start: str = key(
+    init_adapter: str = key(
         "", "adapters only: a file of the same kind, whoever wrote it, that training goes on from", path=True
     )
-    preset: str | tuple[str, ...] = key(
+    merge_loras: str | tuple[str, ...] = key(
         "",
         "adapters only: LoRA files that become part of the base first, as FILE or FILE:WEIGHT",
         path=True,
@@ -63,7 +63,7 @@ class ModelSettings:
     attention_backend: str = key(
         "", "pretrained only: diffusers' attention backend; empty: torch's own choice"
     )
-    text_options: tuple[str, ...] = key(
+    prompt_options: tuple[str, ...] = key(
         (), "options of the base's prompts, as its pipeline names them: max_sequence_length=256"
     )
     theory: str = key("", "a theory's name, or file.py:name for your own; empty: the base's own")
@@ -73,13 +73,15 @@ class ModelSettings:
         path=True,
         words=("auto", "kl", "tiny", "pixels"),
     )
-    text: str = key(
+    text_encoder: str = key(
         "minilm",
         "scratch only: minilm, labels (classes), none (unconditional), or a text encoder's folder",
         path=True,
         words=("minilm", "labels", "none"),
     )
-    text_waves: int = key(0, "how finely the prompt's summary remembers the order of words", least=0)
+    pooled_fourier_terms: int = key(
+        0, "how finely the prompt's summary remembers the order of words", least=0
+    )
     denoiser: str = key("dit", "scratch only: the network", choices=("dit", "unet"))
     width: int = key(256, "scratch only: channels of the denoiser", least=8)
     depth: int = key(8, "scratch only: blocks of the denoiser", least=1)
@@ -90,8 +92,10 @@ class ModelSettings:
         "dit on clips: over all frames, or factorised: over space, then over time",
         choices=("full", "factorised"),
     )
-    stride: int = key(8, "codec auto: pixels a side that become one latent", least=1)
-    time_stride: int = key(2, "codec auto on clips: frames that become one latent, after the first", least=1)
+    codec_stride: int = key(8, "codec auto: pixels a side that become one latent", least=1)
+    codec_time_stride: int = key(
+        2, "codec auto on clips: frames that become one latent, after the first", least=1
+    )
     latent_channels: int = key(16, "codec auto: channels of a latent", least=1)
     codec_width: int = key(32, "codec auto: channels of its first level", least=4)
     codec_steps: int = key(1500, "codec auto: steps its training takes", least=1)

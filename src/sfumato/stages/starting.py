@@ -109,8 +109,8 @@ def check_kind(start: Start, plan: AdapterPlan) -> None:
     other = kinds != [plan.kind] and len(kinds) == 1 and kinds[0] in KINDS
     way = f'say model.train = "{kinds[0]}", or ' if other else ""
     raise Refused(
-        f'model.start: {start.file} holds {held}, which model.train = "{plan.kind}" cannot go on from: '
-        f"{way}name it as model.preset, which makes it part of the base."
+        f'model.init_adapter: {start.file} holds {held}, which model.train = "{plan.kind}" cannot go on '
+        f"from: {way}name it as model.merge_loras, which makes it part of the base."
     )
 
 

@@ -111,7 +111,7 @@ def lora_encoders(model: Model) -> dict[str, nn.Module]:
     """
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    pipe = pipe_of(model, "model.train_text")
+    pipe = pipe_of(model, "model.train_text_encoder")
     names = [one for one in getattr(pipe, "_lora_loadable_modules", ()) if one.startswith("text_encoder")]
     found = {name: getattr(pipe, name, None) for name in names}
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
@@ -119,7 +119,7 @@ def lora_encoders(model: Model) -> dict[str, nn.Module]:
     if not known:
         raise Refused(
             f"{type(pipe).__name__}: diffusers loads no LoRA of its text encoders, so nothing could read "
-            "what model.train_text would train. Leave it out: the denoiser learns what words mean."
+            "what model.train_text_encoder would train. Leave it out: the denoiser learns what words mean."
         )
     return known
 
@@ -131,17 +131,17 @@ def left_alone(model: Model, plan: TextPlan) -> list[str]:
     known = lora_encoders(model)
     others = {
         name: type(part).__name__
-        for name, part in pipe_of(model, "model.train_text").components.items()
+        for name, part in pipe_of(model, "model.train_text_encoder").components.items()
         if name.startswith("text_encoder") and isinstance(part, nn.Module) and name not in known
     }
     return [
-        f"model.train_text: {name} ({kind}) stays as it is, because diffusers loads no LoRA of it; "
+        f"model.train_text_encoder: {name} ({kind}) stays as it is, because diffusers loads no LoRA of it; "
         f"{' and '.join(known)} learn{'s' if len(known) == 1 else ''}."
         for name, kind in others.items()
     ]
 
 
-def readers(model: Model, key: str = "model.tokens") -> dict[str, tuple[Any, nn.Module]]:
+def readers(model: Model, key: str = "model.new_tokens") -> dict[str, tuple[Any, nn.Module]]:
     """(tokenizer, encoder) of every text encoder to which diffusers adds new words, by its name.
 
     Raises:
@@ -249,7 +249,7 @@ def add_rows(tokenizer: Any, encoder: Any, words: Mapping[str, Tensor]) -> None:
     encoder.set_input_embeddings(Taught(table, first, rows, counts).to(table.weight.device))
 
 
-def check_word(word: str, tokenizer: Any, key: str = "model.tokens") -> None:
+def check_word(word: str, tokenizer: Any, key: str = "model.new_tokens") -> None:
     """Raises Refused for a new word that is none."""
     if not word or word.split() != [word]:
         raise Refused(f'{key}: "{word}" is no single word. Write, for example, "<cat>=…".')
@@ -268,7 +268,7 @@ def beginning(tokenizer: Any, table: nn.Embedding, like: str, seed: int) -> Tens
     if like:
         numbers = tokenizer(like, add_special_tokens=False).input_ids
         if not numbers:
-            raise Refused(f'model.tokens: "{like}" holds no word to begin with.')
+            raise Refused(f'model.new_tokens: "{like}" holds no word to begin with.')
         return known[numbers].clone()
     drawn = seeded(seed, lambda: torch.randn(1, known.shape[1]))
     return known.mean(0, keepdim=True) + known.std(0, keepdim=True) * drawn.to(known)

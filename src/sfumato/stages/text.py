@@ -30,7 +30,7 @@ def minilm_folder() -> Path:
     except ImportError as problem:
         raise Refused(
             'The text encoder "minilm" comes with an extra: pip install "sfumato[demo]". '
-            "Or set model.text to a text encoder's folder, or to none."
+            "Or set model.text_encoder to a text encoder's folder, or to none."
         ) from problem
     assert package.__file__ is not None
     return Path(package.__file__).parent / "model"
@@ -57,8 +57,8 @@ class TextConditioner(Conditioner):
         folder = minilm_folder() if source == MINILM else Path(source).expanduser()
         if not (folder / "config.json").is_file():
             raise Refused(
-                f'model.text = "{source}": {folder} holds no config.json. Give the folder of a text encoder '
-                'as transformers saves it, with its tokenizer; or "minilm", or "none".'
+                f'model.text_encoder = "{source}": {folder} holds no config.json. Give the folder of a text '
+                'encoder as transformers saves it, with its tokenizer; or "minilm", or "none".'
             )
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if self.tokenizer.pad_token is None:
@@ -164,7 +164,7 @@ class NoConditioner(Conditioner):
         if asked or options:
             raise Refused(
                 f'"{asked[0] if asked else next(iter(options))}" cannot guide this model: it was trained '
-                "without conditions. Leave the prompt out, or train one with model.text."
+                "without conditions. Leave the prompt out, or train one with model.text_encoder."
             )
         return Condition({}, size=len(prompt))
 

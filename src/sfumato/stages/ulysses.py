@@ -53,8 +53,10 @@ class Ulysses:
 def uneven(tokens: int, count: int) -> str:
     """The sentence about a sequence that cannot be shared."""
     return (
-        f"A sample of {tokens:,} tokens cannot be shared evenly by {count} processes (train.context). Choose "
-        f"a size or number of frames whose tokens are a multiple of {count}, or another train.context."
+        f"A sample of {tokens:,} tokens cannot be shared evenly by {count} processes "
+        "(train.context_parallel). Choose "
+        f"a size or number of frames whose tokens are a multiple of {count}, or another "
+        "train.context_parallel."
     )
 
 
@@ -62,8 +64,8 @@ def check_heads(heads: int, count: int) -> None:
     """Raises Refused unless so many heads of our DiT can be shared evenly."""
     if heads % count:
         raise Refused(
-            f"train.context = {count} gives each process some of the attention heads, but this DiT has "
-            f"{heads}. Choose a divisor of {heads}, or another model.heads."
+            f"train.context_parallel = {count} gives each process some of the attention heads, but this DiT "
+            f"has {heads}. Choose a divisor of {heads}, or another model.heads."
         )
 
 

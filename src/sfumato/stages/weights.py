@@ -288,7 +288,7 @@ def recall(model: Any, info: Mapping[str, Any]) -> Any:
     if isinstance(model.conditioner, PretrainedConditioner):
         model.conditioner.usual = dict(info.get("text_options", {}))
     for file in info.get("presets", ()):
-        exchange.merge(model, *exchange.weighted(file, "model.preset"))
+        exchange.merge(model, *exchange.weighted(file, "model.merge_loras"))
     if info.get("continued_as"):
         model.continue_as(new_theory(info["continued_as"]))
     return model

@@ -53,7 +53,10 @@ def write(
     }
     replay = getattr(objective, "replay", None)
     if replay is not None:
-        box["parts"] = [replay(step, part, settings.accumulate) for part in range(settings.accumulate)]
+        box["parts"] = [
+            replay(step, part, settings.gradient_accumulation)
+            for part in range(settings.gradient_accumulation)
+        ]
     write_atomic(run.path / "black_box.json", json.dumps(box, indent=1, ensure_ascii=False))
     shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     where = f"; the first such value came out of {module}" if module else ""

@@ -142,8 +142,8 @@ def ask_for_room(place: Path, nbytes: int, what: str = "the next checkpoint") ->
     if free < need:
         raise Failed(
             f"{place}: {what} needs {need / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB. "
-            "The checkpoints written before are whole; make room or lower train.keep, and give the same "
-            "command again."
+            "The checkpoints written before are whole; make room or lower train.keep_checkpoints, and give "
+            "the same command again."
         )
 
 

@@ -21,21 +21,24 @@ from .settings import TrainSettings
 
 def check(settings: TrainSettings, count: int) -> None:
     """Raises Refused unless so many processes can share samples as the settings say."""
-    within = settings.context
+    within = settings.context_parallel
     if within == 1:
         return
     others = {
         "train.exact_elastic": (settings.exact_elastic, "adds whole gradients of parts in one tree"),
-        "train.pack": (settings.pack, "joins many samples in one sequence"),
+        "train.sequence_packing": (settings.sequence_packing, "joins many samples in one sequence"),
         "train.compile": (settings.compile, "cannot follow what processes send each other inside a block"),
         "train.offload": (settings.offload, "lends one process whole blocks while others wait for it"),
     }
     for name, (is_asked, why) in others.items():
         if is_asked:
-            raise Refused(f"train.context shares each sample among processes; {name} {why}. Leave one out.")
+            raise Refused(
+                f"train.context_parallel shares each sample among processes; {name} {why}. Leave one out."
+            )
     if count % within or count < within:
         raise Refused(
-            f"train.context = {within} lets {within} processes share each sample, but {_many(count)} "
+            f"train.context_parallel = {within} lets {within} processes share each sample, but "
+            f"{_many(count)} "
             f"started. Start a multiple of {within}: torchrun --nproc-per-node {within} -m sfumato train … "
             f"(to plan it: sfumato plan … --devices {within})."
         )
@@ -53,7 +56,7 @@ def shared(network: nn.Module, settings: TrainSettings, processes: Processes) ->
         Refused: the network cannot, or the processes are too few or many.
     """
     check(settings, processes.count)
-    with divided(network, settings.context, processes):
+    with divided(network, settings.context_parallel, processes):
         yield
 
 

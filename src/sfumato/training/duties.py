@@ -64,7 +64,7 @@ class Duties:
         ):
             with signals.at_once(), self.averaged():
                 self.aside(self.preview, self.held.network, step)
-        powers, every = self.held.powers, self.held.settings.ema_snapshots
+        powers, every = self.held.powers, self.held.settings.ema_snapshot_every
         writes = self.leads or self.held.shards is not None
         if powers is not None and writes and (is_last or _falls_on(step, every)):
             powers.write(self.run, step, every)
@@ -95,7 +95,7 @@ class Duties:
     def aside(self, work: Callable[Words, T], *args: Words.args, **words: Words.kwargs) -> T:
         """Do `work` without gradients, the network in evaluation mode; narrow weights compute narrowly."""
         network = self.held.network
-        narrow = self.held.settings.weights != "fp32"
+        narrow = self.held.settings.weight_dtype != "fp32"
         context = autocast("bf16", self.held.weights[0].device) if narrow else nullcontext()
         shards = self.held.shards
         network.eval()

@@ -127,7 +127,7 @@ def is_the_bases(objective: DiffusionObjective, without: Callable[[], AbstractCo
     detail = f"{mine:.4f}, without the adapter {base:.4f}"
     if not good and mine < MUCH * base:
         return Rung("the first loss is the base's own", True, f"{detail}: the adapter has begun to act")
-    advice = ": what the adapter starts from (model.start) was made for another base; leave it out"
+    advice = ": what the adapter starts from (model.init_adapter) was made for another base; leave it out"
     return Rung("the first loss is the base's own", good, detail if good else detail + advice)
 
 

@@ -25,11 +25,11 @@ BASE_TIME = {"float32": 1.0, "bfloat16": 1.01, "int8": 1.08, "fp8": 1.08, "nf4":
 PART_TIME, OFFLOAD_TIME, NARROW_STATE_TIME = 0.02, 1.6, 1.02
 NARROW_WEIGHTS_TIME = 1.05  # they compute no slower, but learn with noise: rather recompute a little
 REASONS = {
-    "train.accumulate": "a batch in {} parts keeps the activations of one part at a time",
-    "train.checkpointing": "every {}. block is computed again instead of kept",
+    "train.gradient_accumulation": "a batch in {} parts keeps the activations of one part at a time",
+    "train.gradient_checkpointing": "every {}. block is computed again instead of kept",
     "train.optimizer": "{} keeps its state in 8 bits",
-    "train.weights": "weights in {}, rounded stochastically, halve weights and gradients",
-    "model.base_dtype": "the frozen base is stored in {}",
+    "train.weight_dtype": "weights in {}, rounded stochastically, halve weights and gradients",
+    "model.base_quantization": "the frozen base is stored in {}",
     "train.offload": "frozen blocks wait in host memory",
 }
 SHARED = {
@@ -96,21 +96,21 @@ def ways(count: Callable[[int], Counted], settings: TrainSettings, options: Opti
         count: from the samples computed at once to the bytes that needs.
         settings: the recipe's own, from which the ways differ.
     """
-    parts = [settings.accumulate]
+    parts = [settings.gradient_accumulation]
     while parts[-1] * 2 * options.processes <= settings.batch:
         parts.append(parts[-1] * 2)
-    axes: dict[str, list[Any]] = {"train.accumulate": parts}
+    axes: dict[str, list[Any]] = {"train.gradient_accumulation": parts}
     if options.has_blocks:
-        axes["train.checkpointing"] = [0, 4, 2, 1]
+        axes["train.gradient_checkpointing"] = [0, 4, 2, 1]
     if options.is_adapter:
-        axes["model.base_dtype"] = ["", "bfloat16", "int8", "nf4"]
+        axes["model.base_quantization"] = ["", "bfloat16", "int8", "nf4"]
         if options.on_gpu:
             axes["train.offload"] = [False, True]
     else:
         if settings.optimizer == "adamw" and options.has_8bit:
             axes["train.optimizer"] = ["adamw", "adamw-8bit"]
-        if settings.weights == "fp32":
-            axes["train.weights"] = ["fp32", "bf16"]
+        if settings.weight_dtype == "fp32":
+            axes["train.weight_dtype"] = ["fp32", "bf16"]
     if options.processes > 1 and not settings.exact_elastic:
         axes["train.parallel"] = _parallel(settings, options)
     axes = {name: values for name, values in axes.items() if name in options.known}
@@ -119,14 +119,14 @@ def ways(count: Callable[[int], Counted], settings: TrainSettings, options: Opti
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         if not _clash(chosen):
-            found.append(_way(chosen, counted[chosen["train.accumulate"]], settings, options))
+            found.append(_way(chosen, counted[chosen["train.gradient_accumulation"]], settings, options))
     return sorted(found, key=lambda way: (way.time, way.memory.peak))
 
 
 def _clash(chosen: Mapping[str, Any]) -> bool:
     """Whether a combination would be refused: divided weights are float32 and move by elementwise rules."""
     is_divided = chosen.get("train.parallel") in ("fsdp", "hsdp")
-    narrow = chosen.get("train.weights", "fp32") != "fp32" or "8bit" in chosen.get("train.optimizer", "")
+    narrow = chosen.get("train.weight_dtype", "fp32") != "fp32" or "8bit" in chosen.get("train.optimizer", "")
     return is_divided and (narrow or chosen.get("train.offload", False))
 
 
@@ -139,34 +139,41 @@ def _parallel(settings: TrainSettings, options: Options) -> list[str]:
 
 
 def _way(chosen: dict[str, Any], counted: Counted, settings: TrainSettings, options: Options) -> Way:
-    time = 1 + PART_TIME * (chosen["train.accumulate"] // settings.accumulate).bit_length() - PART_TIME
-    every = chosen.get("train.checkpointing", 0)
+    time = (
+        1
+        + PART_TIME * (chosen["train.gradient_accumulation"] // settings.gradient_accumulation).bit_length()
+        - PART_TIME
+    )
+    every = chosen.get("train.gradient_checkpointing", 0)
     wanted = replace(
         settings,
         optimizer=chosen.get("train.optimizer", settings.optimizer),
-        weights=chosen.get("train.weights", settings.weights),
+        weights=chosen.get("train.weight_dtype", settings.weight_dtype),
     )
     memory = counted.memory(wanted, every)
     if every:
         time *= 1 + counted.recomputed_share(every) / 3
     if wanted.optimizer != settings.optimizer:
         time *= NARROW_STATE_TIME
-    if wanted.weights != settings.weights:
+    if wanted.weight_dtype != settings.weight_dtype:
         time *= NARROW_WEIGHTS_TIME
-    if dtype := chosen.get("model.base_dtype"):
+    if dtype := chosen.get("model.base_quantization"):
         time *= BASE_TIME[dtype]
         memory = replace(memory, weights=memory.weights - int(counted.frozen * (1 - BASE_BYTES[dtype] / 4)))
     if chosen.get("train.offload"):
         time *= OFFLOAD_TIME
-        dtype = chosen.get("model.base_dtype") or "float32"
+        dtype = chosen.get("model.base_quantization") or "float32"
         lent = int(counted.frozen_in_blocks * BASE_BYTES[dtype] / 4)
         memory = replace(memory, weights=memory.weights - lent)
     if shared := chosen.get("train.parallel"):
         time *= PARALLEL_TIME[shared]
         strategy = Strategy(shared, "", options.within if shared == "hsdp" else 0)
         memory = counted.shared(memory, strategy, wanted, options.processes)
-    plain = {"train.accumulate": settings.accumulate, "train.optimizer": settings.optimizer}
-    plain |= {"train.weights": settings.weights}
+    plain = {
+        "train.gradient_accumulation": settings.gradient_accumulation,
+        "train.optimizer": settings.optimizer,
+    }
+    plain |= {"train.weight_dtype": settings.weight_dtype}
     plain |= {"train.parallel": settings.parallel}
     keys = {name: value for name, value in chosen.items() if value and value != plain.get(name)}
     return Way(keys, memory, time)

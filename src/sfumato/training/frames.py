@@ -33,7 +33,9 @@ class FrameTimes:
     @classmethod
     def of(cls, settings: TrainSettings) -> "FrameTimes":
         """As a recipe says."""
-        return cls(settings.frame_times == "independent", settings.known_first, settings.known_last)
+        return cls(
+            settings.frame_timesteps == "independent", settings.first_frame_share, settings.last_frame_share
+        )
 
     @property
     def is_plain(self) -> bool:

@@ -1,7 +1,7 @@
 """Parameter groups: which weights decay, and which learn faster or slower than the rest.
 
-Matrices decay, vectors do not. `train.rates = ["blocks.*.modulation.*=0.1"]` multiplies the learning rate of
-the weights whose names match; the first pattern that matches counts.
+Matrices decay, vectors do not. `train.lr_multipliers = {"blocks.*.modulation.*" = 0.1}`
+multiplies the learning rate of the weights whose names match; the first pattern that matches counts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,27 +34,27 @@ def rates_of(words: Sequence[str]) -> list[Rate]:
             factor = -1.0
         if not equals or not pattern or not 0 <= factor < float("inf"):
             raise Refused(
-                f'train.rates has "{word}", which is not PATTERN=FACTOR with a factor of 0 or more. Write, '
-                'for example, train.rates = ["blocks.*=0.5"].'
+                f'train.lr_multipliers has "{word}", which is not PATTERN=FACTOR with a factor of 0 or more. '
+                'Write, for example, train.lr_multipliers = ["blocks.*=0.5"].'
             )
         found.append((pattern, factor))
     return found
 
 
 def check(named: Mapping[str, Any], words: Sequence[str]) -> None:
-    """Refuse a pattern of `train.rates` that matches no trained weight."""
+    """Refuse a pattern of `train.lr_multipliers` that matches no trained weight."""
     for pattern, _ in rates_of(words):
         if not any(fnmatchcase(name, pattern) for name in named):
             near = get_close_matches(pattern, named, 1, 0.0)
             raise Refused(
-                f'train.rates has the pattern "{pattern}", which matches no trained weight. '
+                f'train.lr_multipliers has the pattern "{pattern}", which matches no trained weight. '
                 f'One of them is called "{near[0] if near else next(iter(named))}"; * stands for any letters.'
             )
 
 
 def grouped(named: Mapping[str, Tensor], settings: TrainSettings) -> Groups:
     """The parameter groups of these weights: by whether they decay (two axes or more) and by their rate."""
-    rates = rates_of(settings.rates)
+    rates = rates_of(settings.lr_multipliers)
     found: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, weight in named.items():
         factor = next((factor for pattern, factor in rates if fnmatchcase(name, pattern)), 1.0)

@@ -19,8 +19,16 @@ from .settings import TrainSettings
 from .sharding import shards_of
 
 HARMLESS = {
-    *("log_every", "save_every", "keep", "keep_every", "keep_best", "save_async", "patience"),
-    *("held_out_every", "threads", "trackers", "ema_snapshots", "checkpointing", "offload", "sanity"),
+    *("log_every", "save_every", "keep_checkpoints", "keep_every", "keep_best", "save_async", "patience"),
+    *(
+        "validate_every",
+        "threads",
+        "trackers",
+        "ema_snapshot_every",
+        "gradient_checkpointing",
+        "offload",
+        "sanity",
+    ),
 }
 """Settings that do not change the weights."""
 
@@ -34,7 +42,7 @@ class Held:
 
     def __init__(self, network: nn.Module, settings: TrainSettings) -> None:
         self.network, self.settings = network, settings
-        if settings.weights != "fp32":
+        if settings.weight_dtype != "fp32":
             to_bfloat16(network)
         self.shards = shards_of(network)
         self.optimiser = Optimiser(network, settings)
@@ -43,7 +51,7 @@ class Held:
             self.average = OptimiserMean(network, self.optimiser.parts)
         elif settings.ema:
             self.average = Average(network, settings.ema)
-        self.powers = PowerAverages(network) if settings.ema_snapshots else None
+        self.powers = PowerAverages(network) if settings.ema_snapshot_every else None
         self.weights = list(trained(network).values())
 
     def update(self, step: int) -> None:

@@ -93,7 +93,7 @@ def fit(
         run: where checkpoints and events go; the caller holds its lock.
         seed: of torch's own generator, for networks that draw from it (dropout).
         preview: called every `preview_every` steps and at the end.
-        held_out: called every `settings.held_out_every` steps and at the end.
+        held_out: called every `settings.validate_every` steps and at the end.
         counts: written into the start event.
         profile: a folder for a trace and a table of a few steps.
     Raises:
@@ -105,7 +105,7 @@ def fit(
     if settings.threads or settings.exact_elastic:
         torch.set_num_threads(settings.threads or 1)
     loop = _Loop(objective, network, settings, run, seed, say)
-    loop.duties.measure, loop.duties.measure_every = held_out, settings.held_out_every
+    loop.duties.measure, loop.duties.measure_every = held_out, settings.validate_every
     loop.duties.preview, loop.duties.preview_every = preview, preview_every
     if loop.processes.leads:
         loop.progress, loop.phase = progress, phase
@@ -140,7 +140,7 @@ class _Loop:
         say: Callable[[str], None],
     ) -> None:
         self.objective, self.network, self.settings = objective, network, settings
-        self.processes = replace(parallel.current(), within=settings.context)
+        self.processes = replace(parallel.current(), within=settings.context_parallel)
         self.run = parallel.own_view(run)
         self.seed, self.say = seed, say if self.processes.leads else _nothing
         self.device = next(network.parameters()).device
@@ -230,7 +230,7 @@ class _Loop:
                 share = losses.per_sample.float().sum() / losses.of
             with part("backward"):
                 (share * self.scale.value if self.scale.is_needed else share).backward()
-            self.gradients.add(share.detach() / self.settings.context)
+            self.gradients.add(share.detach() / self.settings.context_parallel)
             self.seen.append(blackbox.Seen(self.step, losses.ids, losses.per_sample.detach(), losses.of))
         with part("gradients"):
             loss, wishes = self.gradients.total(self.signals.asked is not None)
@@ -297,7 +297,7 @@ class _Loop:
 
     def clip(self, gradients: list[Tensor]) -> Tensor | None:
         """Scale the gradient down to the largest norm allowed, or return what the optimizer divides it by."""
-        most = self.settings.clip
+        most = self.settings.max_grad_norm
         if not most or (self.asks_every_step and float(self.norm) <= most):
             return None
         if self.optimiser.skips_on_device:
@@ -360,7 +360,7 @@ class _Loop:
         settings = self.settings
         best = self.verdict.best if settings.keep_best else 0
         if self.processes.leads or self.held.shards is not None:
-            kept = Keep(settings.keep, settings.keep_every, best)
+            kept = Keep(settings.keep_checkpoints, settings.keep_every, best)
             self.saver.save(self.step, groups, state, kept, goes_on)
         self.saved = self.step, self.owes
         return self.run.checkpoint_folder(self.step)

@@ -140,7 +140,7 @@ class DiffusionObjective:
     Args:
         model: its theory says what is mixed and regressed, its `predict` answers.
         encoded: the samples; order: which of them a step takes.
-        settings: `times`, `stratified`, `weighting`.
+        settings: `timestep_sampling`, `stratified_timesteps`, `weighting`.
         seed: every draw follows from it.
         caption_dropout: share of samples whose caption's tensors are replaced by `encoded.null`.
         dropout: share of samples shown without a companion ("control", …), whose tensors are then 0.
@@ -171,10 +171,10 @@ class DiffusionObjective:
         self.caption_dropout = caption_dropout
         self.dropout = dict(dropout or {})
         self.read_text = read_text
-        self.stratified = settings.stratified
+        self.stratified = settings.stratified_timesteps
         self.frame_times = FrameTimes.of(settings)
-        self.density = densities.density(settings.times)
-        self.adaptive = Adaptive() if settings.adaptive_times else None
+        self.density = densities.density(settings.timestep_sampling)
+        self.adaptive = Adaptive() if settings.timestep_importance_sampling else None
         self.weighting = densities.weighting("unit" if settings.weighting == "none" else settings.weighting)
         self.error = loss or squared
         self._names: dict[int, str] = {}

@@ -37,15 +37,15 @@ class Optimiser:
         named = trained(network)
         if not named:
             raise Failed("The network has no parameter that may be trained: every requires_grad is off.")
-        check(named, settings.rates)
+        check(named, settings.lr_multipliers)
         self.rounding: Rounding | None = None
         if any(weight.dtype == torch.bfloat16 for weight in named.values()):
             if settings.optimizer in OF_ITS_OWN:
                 raise Refused(
                     f'train.optimizer = "{settings.optimizer}" needs weights in float32. Say '
-                    'train.weights = "fp32", or choose adamw, lion, muon or adafactor.'
+                    'train.weight_dtype = "fp32", or choose adamw, lion, muon or adafactor.'
                 )
-            self.rounding = Rounding(named, keeps=settings.weights != "bf16")
+            self.rounding = Rounding(named, keeps=settings.weight_dtype != "bf16")
             named = self.rounding.named
         self.names = {id(weight): name for name, weight in named.items()}
         chunks = [named] if self.rounding is None else self.rounding.chunks()

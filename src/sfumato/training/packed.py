@@ -86,7 +86,8 @@ class PackedObjective(DiffusionObjective):
 def unpackable(name: str) -> str:
     """The sentence about a network that cannot read several shapes as one sequence."""
     return (
-        f"train.pack joins samples of several shapes in one sequence, which our own DiT reads; {name} "
-        "answers samples of one shape at a time. Leave train.pack out; data.token_budget = true makes the "
-        "batches of all buckets cost alike."
+        "train.sequence_packing joins samples of several shapes in one sequence, which our own DiT reads; "
+        f"{name} "
+        "answers samples of one shape at a time. Leave train.sequence_packing out; data.token_budget = true "
+        "makes the batches of all buckets cost alike."
     )

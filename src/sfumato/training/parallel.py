@@ -174,21 +174,21 @@ class Division:
         Raises:
             Refused: the batch has fewer samples than parts, or exact parts cannot be shared evenly.
         """
-        among = replace(processes, within=settings.context)
+        among = replace(processes, within=settings.context_parallel)
         exact, count = settings.exact_elastic, max(1, among.groups)
-        parts = settings.accumulate * count
+        parts = settings.gradient_accumulation * count
         if exact:
-            parts = 1 << (max(settings.virtual_ranks, settings.accumulate) - 1).bit_length()
+            parts = 1 << (max(settings.elastic_max_ranks, settings.gradient_accumulation) - 1).bit_length()
         if parts > settings.batch:
-            also = "train.virtual_ranks, " if exact else ""
+            also = "train.elastic_max_ranks, " if exact else ""
             raise Refused(
                 f"A batch of {settings.batch} cannot be divided into {parts} parts. Raise train.batch, or "
-                f"lower {also}train.accumulate or the number of processes."
+                f"lower {also}train.gradient_accumulation or the number of processes."
             )
         if parts % count or (exact and count & (count - 1)):
             raise Refused(
                 f"With train.exact_elastic a batch has {parts} parts, which {count} processes cannot share "
-                f"in one tree. Start a power of two of them, at most {parts} (train.virtual_ranks)."
+                f"in one tree. Start a power of two of them, at most {parts} (train.elastic_max_ranks)."
             )
         each = parts // count
         return cls(parts, range(among.group * each, (among.group + 1) * each), exact)

@@ -108,20 +108,20 @@ class Counted:
 
         Of processes that share each sample (`context`) each keeps the activations of its tokens.
         """
-        wide = 4 * self.numbers - (2 * self.matrices if settings.weights != "fp32" else 0)
-        masters = 4 * self.matrices if settings.weights == "bf16-masters" else 0
+        wide = 4 * self.numbers - (2 * self.matrices if settings.weight_dtype != "fp32" else 0)
+        masters = 4 * self.matrices if settings.weight_dtype == "bf16-masters" else 0
         again = self.blocks[::recomputed_every] if recomputed_every else ()
         kept = self.kept - sum(max(0, saved - given) for saved, given in again)
         kept += max((saved for saved, _ in again), default=0)
-        kept = max(kept // settings.context, 4 * TEMPORARY.get(settings.optimizer, 0) * self.numbers)
-        averages = bool(settings.ema) + 2 * (bool(settings.ema_snapshots) and self.host)
+        kept = max(kept // settings.context_parallel, 4 * TEMPORARY.get(settings.optimizer, 0) * self.numbers)
+        averages = bool(settings.ema) + 2 * (bool(settings.ema_snapshot_every) and self.host)
         return Memory(
             weights=wide + self.frozen,
             gradients=wide,
             optimizer=int(STATES.get(settings.optimizer, 2) * 4 * self.numbers) + masters,
             average=4 * self.numbers * averages,
             activations=kept,
-            scratch=4 * self.scratch // settings.context,
+            scratch=4 * self.scratch // settings.context_parallel,
         )
 
     def shared(self, memory: Memory, strategy: Strategy, settings: TrainSettings, count: int) -> Memory:
@@ -135,7 +135,7 @@ class Counted:
             return replace(memory, activations=max(memory.activations, packed))
         share = strategy.share(count)
         gathered = min(self.root + 2 * self.block, memory.weights)
-        in_parts = settings.accumulate > 1
+        in_parts = settings.gradient_accumulation > 1
         return replace(
             memory,
             weights=memory.weights // share + gathered,

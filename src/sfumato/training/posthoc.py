@@ -196,8 +196,8 @@ def reconstruct(run: RunFolder, length: float, step: int | None = None) -> tuple
     taken = [one for one in snapshots(run) if step is None or one.step <= step]
     if not taken:
         raise Refused(
-            f"{run.path} has no averages to reconstruct from. Train with train.ema_snapshots = 500, say, "
-            "to write them every 500 steps."
+            f"{run.path} has no averages to reconstruct from. Train with train.ema_snapshot_every = 500, "
+            "say, to write them every 500 steps."
         )
     for folder in {one.folder for one in taken}:
         if reason := checkpoint.damage(folder):

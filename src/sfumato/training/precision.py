@@ -40,7 +40,9 @@ def effective_precision(precision: str, device: torch.device, weights: str = "fp
     """
     if weights != "fp32":
         if precision in ("fp32", "fp16"):
-            raise Refused(f'train.weights = "{weights}" computes in bf16. Leave train.precision at "auto".')
+            raise Refused(
+                f'train.weight_dtype = "{weights}" computes in bf16. Leave train.precision at "auto".'
+            )
         return "bf16"
     if one_of("precision", precision, PRECISIONS) != "auto":
         return precision
@@ -58,8 +60,8 @@ def precision_of(settings: TrainSettings, device: torch.device, run: RunFolder) 
     Raises:
         Refused: as `effective_precision`.
     """
-    found = effective_precision(settings.precision, device, settings.weights)
-    if settings.precision == "auto" and settings.weights == "fp32":
+    found = effective_precision(settings.precision, device, settings.weight_dtype)
+    if settings.precision == "auto" and settings.weight_dtype == "fp32":
         found = began_in(run) or found
     return PRECISIONS[parallel.current().agree(PRECISIONS.index(found))]
 

@@ -60,7 +60,7 @@ def probe(network: nn.Module, inputs: tuple[Any, ...], settings: TrainSettings) 
 def _seconds(held: Held, inputs: tuple[Any, ...], settings: TrainSettings, device: torch.device) -> float:
     division = Division.of(settings, Processes())
     gradients = Gradients(held.weights, Processes(), division.exact)
-    precision = effective_precision(settings.precision, device, settings.weights)
+    precision = effective_precision(settings.precision, device, settings.weight_dtype)
     middle, taken = settings.steps // 2, []
     while len(taken) < 2 or (len(taken) < MOST and sum(taken) < SECONDS):
         began = time.perf_counter()
@@ -90,8 +90,8 @@ def _clip(gradients: Gradients, settings: TrainSettings) -> None:
     """Measure the gradient, and scale it down as where it is too large."""
     found = [weight.grad for weight in gradients.weights if weight.grad is not None]
     norm = gradients.norm(found)
-    if settings.clip and float(norm) > settings.clip:
-        torch.nn.utils.clip_grads_with_norm_(gradients.weights, settings.clip, norm, foreach=True)
+    if settings.max_grad_norm and float(norm) > settings.max_grad_norm:
+        torch.nn.utils.clip_grads_with_norm_(gradients.weights, settings.max_grad_norm, norm, foreach=True)
 
 
 def tried(work: Callable[[], Any], device: torch.device) -> Probe:

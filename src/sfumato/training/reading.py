@@ -57,5 +57,5 @@ class Reader(Generic[Read]):
         except TimeoutError:
             raise Failed(
                 f"The data of step {place[0]} did not arrive within {self._patience:.0f} s: the disk of the "
-                "store (data.store) hangs. Check it, and give the same command again."
+                "store (data.cache_dir) hangs. Check it, and give the same command again."
             ) from None

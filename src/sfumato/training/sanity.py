@@ -243,7 +243,11 @@ def _overfits(
     learned already, or a narrow adapter, at least a little."""
     network.train()
     fast = TrainSettings(
-        steps=tries, warmup=min(5, tries - 1), learning_rate=max(1e-3, settings.learning_rate), ema=0, clip=1
+        steps=tries,
+        warmup=min(5, tries - 1),
+        learning_rate=max(1e-3, settings.learning_rate),
+        ema=0,
+        max_grad_norm=1,
     )
     held = Held(network, fast)
     batch, x_0, drawn, _ = expected.some(objective)

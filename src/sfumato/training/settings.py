@@ -18,8 +18,8 @@ class TrainSettings:
 
     steps: int = key(5000, "optimizer steps in all", least=1)
     batch: int = key(32, "samples in one step, over all processes and accumulation", least=1)
-    accumulate: int = key(1, "parts a batch is computed in, to need less memory", least=1)
-    pack: bool = key(
+    gradient_accumulation: int = key(1, "parts a batch is computed in, to need less memory", least=1)
+    sequence_packing: bool = key(
         False,
         "our DiT: samples of all buckets in one step, their tokens in one sequence",
     )
@@ -28,10 +28,12 @@ class TrainSettings:
         "how processes share the run: ddp, copies; fsdp, divided among all; hsdp, among a machine's",
         choices=("auto", "ddp", "fsdp", "hsdp"),
     )
-    shard_within: int = key(0, "hsdp: processes that share one copy; 0: those of a machine", least=0)
-    context: int = key(1, "so many processes share each sample's tokens: long clips, large pictures", least=1)
+    hsdp_shard_size: int = key(0, "hsdp: processes that share one copy; 0: those of a machine", least=0)
+    context_parallel: int = key(
+        1, "so many processes share each sample's tokens: long clips, large pictures", least=1
+    )
     exact_elastic: bool = key(False, "end with the same bits on 1, 2, 4, ... processes")
-    virtual_ranks: int = key(4, "exact_elastic only: most processes it may run on; a power of 2", least=1)
+    elastic_max_ranks: int = key(4, "exact_elastic only: most processes it may run on; a power of 2", least=1)
     optimizer: str = key("adamw", "what moves the weights", choices=OPTIMIZERS)
     learning_rate: float = key(1e-4, "the optimizer's learning rate after warm-up", least=0)
     text_learning_rate: float = key(
@@ -44,20 +46,24 @@ class TrainSettings:
         choices=("constant", "cosine", "linear", "wsd", "rex"),
     )
     weight_decay: float = key(0.01, "decay of matrices; vectors never decay", least=0)
-    rates: tuple[str, ...] = key((), "weights that learn at another rate, as PATTERN=FACTOR: blocks.*=0.5")
-    clip: float = key(1.0, "largest norm of the gradient; 0 leaves it alone", least=0)
+    lr_multipliers: tuple[str, ...] = key(
+        (), "weights that learn at another rate, as PATTERN=FACTOR: blocks.*=0.5"
+    )
+    max_grad_norm: float = key(1.0, "largest norm of the gradient; 0 leaves it alone", least=0)
     ema: float = key(0.999, "decay of the averaged weights; 0 keeps none", least=0, most=1)
-    ema_snapshots: int = key(500, "steps between averages kept for `sfumato ema`; 0 for none", least=0)
-    times: str = key("uniform", "how training times are drawn", choices=DENSITIES)
-    frame_times: str = key(
+    ema_snapshot_every: int = key(500, "steps between averages kept for `sfumato ema`; 0 for none", least=0)
+    timestep_sampling: str = key("uniform", "how training times are drawn", choices=DENSITIES)
+    frame_timesteps: str = key(
         "shared",
         "clips: frames have one time, or times of their own (diffusion forcing)",
         choices=("shared", "independent"),
     )
-    known_first: float = key(0.0, "clips: share shown with their first frame given", least=0, most=1)
-    known_last: float = key(0.0, "clips: of those, share with their last frame given too", least=0, most=1)
-    stratified: bool = key(True, "spread the times of a batch evenly over their density")
-    adaptive_times: bool = key(
+    first_frame_share: float = key(0.0, "clips: share shown with their first frame given", least=0, most=1)
+    last_frame_share: float = key(
+        0.0, "clips: of those, share with their last frame given too", least=0, most=1
+    )
+    stratified_timesteps: bool = key(True, "spread the times of a batch evenly over their density")
+    timestep_importance_sampling: bool = key(
         False, "draw times more often where losses are large and varied, and weigh them less"
     )
     weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
@@ -66,13 +72,13 @@ class TrainSettings:
         "auto, fp32, bf16, or fp16 for GPUs without bf16",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    weights: str = key(
+    weight_dtype: str = key(
         "fp32",
         "how trained weights are kept: fp32; bf16, rounded stochastically; bf16-masters, with fp32 copies",
         choices=("fp32", "bf16", "bf16-masters"),
     )
     sanity: bool = key(True, "climb the sanity ladder before the first step, in seconds")
-    checkpointing: int = key(
+    gradient_checkpointing: int = key(
         0, "every n-th block is computed again in the backward pass, to need less memory; 0: none", least=0
     )
     compile: bool = key(False, "compile the network's repeated blocks")
@@ -81,12 +87,12 @@ class TrainSettings:
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", least=0)
     log_every: int = key(10, "steps between loss records", least=1)
     save_every: int = key(500, "steps between checkpoints; the last step is always saved", least=1)
-    keep: int = key(3, "newest checkpoints kept", least=1)
+    keep_checkpoints: int = key(3, "newest checkpoints kept", least=1)
     keep_every: int = key(0, "checkpoints of every so many steps are kept as well; 0 for none", least=0)
     keep_best: bool = key(True, "the checkpoint with the lowest held-out loss is kept as well")
     save_async: bool = key(True, "write checkpoints beside the steps where memory allows a copy")
     patience: int = key(
         0, "stop after so many measurements without a lower held-out loss; 0 for never", least=0
     )
-    held_out_every: int = key(500, "steps between measurements of the held-out loss; 0 for never", least=0)
+    validate_every: int = key(500, "steps between measurements of the held-out loss; 0 for never", least=0)
     trackers: tuple[str, ...] = key((), "who else hears of the curves: tensorboard, wandb, trackio")

@@ -98,11 +98,11 @@ def _check(settings: TrainSettings) -> None:
             f"train.exact_elastic adds whole gradients in one fixed tree; train.parallel = "
             f'"{name}" has no whole gradients. Leave one of them out.'
         )
-    if settings.weights != "fp32":
+    if settings.weight_dtype != "fp32":
         raise Refused(
             f'train.parallel = "{name}" divides weights in float32 and computes in bfloat16 where '
-            f'train.precision says so; train.weights = "{settings.weights}" is not needed with it. '
-            'Say train.weights = "fp32", or train.parallel = "ddp".'
+            f'train.precision says so; train.weight_dtype = "{settings.weight_dtype}" is not needed with it. '
+            'Say train.weight_dtype = "fp32", or train.parallel = "ddp".'
         )
     if settings.optimizer not in ELEMENTWISE and not is_own(settings.optimizer):
         raise Refused(
@@ -123,11 +123,11 @@ def _within(settings: TrainSettings, count: int) -> int:
     Raises:
         Refused: the others cannot be divided into copies of as many.
     """
-    within = settings.shard_within or machine_size(count)
+    within = settings.hsdp_shard_size or machine_size(count)
     if within < 2 or count % within:
         raise Refused(
             f'train.parallel = "hsdp" with {count} processes: copies of {within} processes each cannot be '
-            "made of them. Say train.shard_within, a divisor of the number of processes above 1."
+            "made of them. Say train.hsdp_shard_size, a divisor of the number of processes above 1."
         )
     return within
 

@@ -21,26 +21,28 @@ def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
     train = recipe.train
     trackers.check(train.trackers)
     _check_optimizer(recipe, device)
-    if train.patience and not (train.held_out_every and held_out):
+    if train.patience and not (train.validate_every and held_out):
         missing = (
-            "no sample is held out (data.held_out)" if train.held_out_every else "train.held_out_every is 0"
+            "no sample is held out (data.held_out)" if train.validate_every else "train.validate_every is 0"
         )
         raise Refused(
             f"train.patience = {train.patience} waits for the held-out loss, but {missing}. "
             "Change that, or leave train.patience out."
         )
-    if _is_said(recipe, "virtual_ranks") and not train.exact_elastic:
+    if _is_said(recipe, "elastic_max_ranks") and not train.exact_elastic:
         raise Refused(
-            "train.virtual_ranks is about train.exact_elastic = true. Say that too, or leave it out."
+            "train.elastic_max_ranks is about train.exact_elastic = true. Say that too, or leave it out."
         )
-    if train.exact_elastic and train.virtual_ranks & (train.virtual_ranks - 1):
-        lower = 1 << (train.virtual_ranks.bit_length() - 1)
+    if train.exact_elastic and train.elastic_max_ranks & (train.elastic_max_ranks - 1):
+        lower = 1 << (train.elastic_max_ranks.bit_length() - 1)
         raise Refused(
-            f"train.virtual_ranks is {train.virtual_ranks}, but one tree of gradients needs a power of 2. "
-            f"Choose {lower} or {2 * lower}."
+            f"train.elastic_max_ranks is {train.elastic_max_ranks}, but one tree of gradients needs a power "
+            f"of 2. Choose {lower} or {2 * lower}."
         )
-    if train.shard_within and train.parallel != "hsdp":
-        raise Refused('train.shard_within is about train.parallel = "hsdp". Say that too, or leave it out.')
+    if train.hsdp_shard_size and train.parallel != "hsdp":
+        raise Refused(
+            'train.hsdp_shard_size is about train.parallel = "hsdp". Say that too, or leave it out.'
+        )
 
 
 def _is_said(recipe: Recipe, name: str) -> bool:
@@ -53,7 +55,7 @@ def _check_optimizer(recipe: Recipe, device: torch.device) -> None:
     if is_own(train.optimizer):
         load_own(train.optimizer)
         return
-    tried = Optimiser(torch.nn.Linear(2, 2, device=device), replace(train, rates=()))
+    tried = Optimiser(torch.nn.Linear(2, 2, device=device), replace(train, lr_multipliers=()))
     if tried.averages and train.ema and _is_said(recipe, "ema"):
         raise Refused(
             f'train.optimizer = "{train.optimizer}" keeps an average of its own, beside which train.ema does '

@@ -29,15 +29,15 @@ def limit_of(recipe: Recipe) -> float:
     Raises:
         Refused: it is no size, or the recipe streams already.
     """
-    said = recipe.data.store_limit
+    said = recipe.data.cache_limit
     if not said:
         return float("inf")
     if recipe.data.stream:
-        raise Refused("data.stream keeps no pictures, data.store_limit says how many: leave one of them out.")
+        raise Refused("data.stream keeps no pictures, data.cache_limit says how many: leave one of them out.")
     try:
         return bytes_of(said)
     except Refused:
-        raise Refused(f'data.store_limit = "{said}" is no size. Write, for example, "20GB".') from None
+        raise Refused(f'data.cache_limit = "{said}" is no size. Write, for example, "20GB".') from None
 
 
 def bounded(found: StreamedSet, recipe: Recipe) -> AheadSet | None:
@@ -61,7 +61,7 @@ def bounded(found: StreamedSet, recipe: Recipe) -> AheadSet | None:
 def home_of(recipe: Recipe) -> Path:
     """Where the rings of a run lie."""
     name = hashlib.sha256(recipe.output.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    return Path(recipe.data.store).expanduser() / FOLDER / name
+    return Path(recipe.data.cache_dir).expanduser() / FOLDER / name
 
 
 def look_ahead(train: EncodedSet, order: Order | Stages, recipe: Recipe) -> None:
@@ -73,7 +73,7 @@ def look_ahead(train: EncodedSet, order: Order | Stages, recipe: Recipe) -> None
     def asked(step: int) -> Sequence[tuple[Sequence[int], int]]:
         indices, epoch = order.at(step)
         read = [indices[share(len(indices), part, division.parts)] for part in division.mine]
-        if recipe.train.pack:
+        if recipe.train.sequence_packing:
             read = [[one[at] for at in places] for one in read for places in alike(one, train.buckets)]
         return [(some, epoch) for some in read]
 

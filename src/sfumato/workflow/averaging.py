@@ -44,7 +44,7 @@ def average(
         raise Refused(
             f"What {folder.path} kept up to step {last} misses this average by {missed:.0%}. Choose a later "
             f"step (kept: {', '.join(map(str, ends[-5:]))}), a length nearer to "
-            f"{' or '.join(map(str, posthoc.LENGTHS))}, or a lower train.ema_snapshots next time."
+            f"{' or '.join(map(str, posthoc.LENGTHS))}, or a lower train.ema_snapshot_every next time."
         )
     model = load(folder.path)
     own = {**dict(model.denoiser.named_parameters()), **dict(model.denoiser.named_buffers())}

@@ -59,12 +59,15 @@ def _check_frames(data: DataSettings, codec: stages.Codec) -> None:
     """Raises Refused unless clips of so many frames, and of so many fewer, become latents."""
     if not codec.of_clips:
         raise Refused(f"data.frames = {data.frames}, but this model draws pictures, not clips. Leave it out.")
-    named = [("data.frames", data.frames), *(("data.shorter", one) for one in data.shorter)]
+    named = [
+        ("data.frames", data.frames),
+        *(("data.short_clip_frames", one) for one in data.short_clip_frames),
+    ]
     for name, frames in named:
         if frames != int(frames) or not 1 <= frames <= data.frames:
             raise Refused(
-                f"data.shorter has {frames:g}; clips too short for data.frames = {data.frames} are taken "
-                f"with fewer: whole numbers from 1 to {data.frames - 1}."
+                f"data.short_clip_frames has {frames:g}; clips too short for data.frames = {data.frames} are "
+                f"taken with fewer: whole numbers from 1 to {data.frames - 1}."
             )
         try:
             codec.latent_frames(int(frames))
@@ -76,50 +79,61 @@ def check_known(recipe: Recipe, base: PaintingModel | None) -> None:
     """Raises Refused where frames are to have times of their own, and there are none or they cannot."""
     said = recipe.train
     asked = {
-        "frame_times": said.frame_times != "shared", "known_first": said.known_first,
-        "known_last": said.known_last,
+        "frame_timesteps": said.frame_timesteps != "shared", "first_frame_share": said.first_frame_share,
+        "last_frame_share": said.last_frame_share,
     }  # fmt: skip
     named = [name for name, is_asked in asked.items() if is_asked]
-    cut = {"data.segments": recipe.data.segments > 1, "data.shorter": recipe.data.shorter}
+    cut = {
+        "data.clips_per_video": recipe.data.clips_per_video > 1,
+        "data.short_clip_frames": recipe.data.short_clip_frames,
+    }
     if not recipe.data.frames and (idle := next((name for name, is_asked in cut.items() if is_asked), "")):
         raise Refused(f"{idle} is about clips: set data.frames, or leave it out.")
     if named and not recipe.data.frames:
         raise Refused(f"train.{named[0]} is about the frames of clips: set data.frames, or leave it out.")
     if named and base is not None and not base.denoiser.frames_apart:
         raise Refused(f"train.{named[0]}: {recipe.model.base} is told one time for all frames. Leave it out.")
-    if said.adaptive_times and (named or recipe.data.prior or recipe.data.prior_prompt):
-        other = f"train.{named[0]}" if named else "data.prior" if recipe.data.prior else "data.prior_prompt"
-        raise Refused(
-            f"train.adaptive_times follows one loss of one time a sample, which {other} has not. "
-            "Leave one of them out."
+    if said.timestep_importance_sampling and (named or recipe.data.class_images or recipe.data.class_prompt):
+        other = (
+            f"train.{named[0]}"
+            if named
+            else "data.class_images"
+            if recipe.data.class_images
+            else "data.class_prompt"
         )
-    if said.known_last and not said.known_first:
-        raise Refused("train.known_last is a share of train.known_first, which is 0. Set that too.")
+        raise Refused(
+            f"train.timestep_importance_sampling follows one loss of one time a sample, which {other} has "
+            "not. Leave one of them out."
+        )
+    if said.last_frame_share and not said.first_frame_share:
+        raise Refused(
+            "train.last_frame_share is a share of train.first_frame_share, which is 0. Set that too."
+        )
 
 
 def check_packed(recipe: Recipe, base: PaintingModel | None) -> None:
     """Raises Refused where samples of several shapes are to be joined, and cannot be or there are none."""
-    if not recipe.train.pack:
+    if not recipe.train.sequence_packing:
         return
     data, model = recipe.data, recipe.model
     packs = base.denoiser.packs if base else model.denoiser not in NETWORKS or NETWORKS[model.denoiser].packs
     if not packs:
         raise Refused(unpackable(model.base if base else f'model.denoiser = "{model.denoiser}"'))
-    if model.train in guides.KINDS or data.companions:
+    if model.train in guides.KINDS or data.condition_columns:
         raise Refused(
-            "train.pack joins samples of several shapes, but pictures that guide are read in batches of one. "
-            "Leave train.pack out, or do without the pictures that guide."
+            "train.sequence_packing joins samples of several shapes, but pictures that guide are read in "
+            "batches of one. Leave train.sequence_packing out, or do without the pictures that guide."
         )
     if recipe.train.compile:
         raise Refused(
-            "train.compile makes a program for each shape, and with train.pack every step has another. "
-            "Leave one of them out."
+            "train.compile makes a program for each shape, and with train.sequence_packing every step has "
+            "another. Leave one of them out."
         )
     embedded = set(named(data)) <= set(EMBEDDED)
     if (data.buckets == 1 or embedded) and not data.frames:
         why = "the embedded sets have one shape" if embedded else "data.buckets = 1 crops all of them square"
         raise Refused(
-            f"train.pack joins samples of several shapes, but {why}. "
+            f"train.sequence_packing joins samples of several shapes, but {why}. "
             + ("Leave it out." if embedded else "Say, for example, data.buckets = 16.")
         )
 
@@ -127,18 +141,18 @@ def check_packed(recipe: Recipe, base: PaintingModel | None) -> None:
 def check_context(recipe: Recipe, base: PaintingModel | None, count: int) -> None:
     """Raises Refused where samples are to be shared by some of `count` processes, and cannot be."""
     context.check(recipe.train, count)
-    model, within = recipe.model, recipe.train.context
+    model, within = recipe.model, recipe.train.context_parallel
     if within == 1:
         return
     if model.train in guides.KINDS:
         raise Refused(
-            "train.context shares the tokens of each sample among processes; pictures that guide are not "
-            "shared. Leave train.context at 1."
+            "train.context_parallel shares the tokens of each sample among processes; pictures that guide "
+            "are not shared. Leave train.context_parallel at 1."
         )
     if model.dropout:
         raise Refused(
-            "train.context: processes that share a sample would drop other inputs than one process does. "
-            "Leave model.dropout at 0, or train.context at 1."
+            "train.context_parallel: processes that share a sample would drop other inputs than one process "
+            "does. Leave model.dropout at 0, or train.context_parallel at 1."
         )
     if base is not None:
         base.denoiser.check_sharing(within)
@@ -152,7 +166,7 @@ def check_tokens(
     recipe: Recipe, codec: stages.Codec, base: PaintingModel | None, sizes: Iterable[Bucket]
 ) -> None:
     """Raises Refused unless samples of our DiT in these sizes can be shared evenly."""
-    within, frames = recipe.train.context, recipe.data.frames or 1
+    within, frames = recipe.train.context_parallel, recipe.data.frames or 1
     if within == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
         return
     patch = base.denoiser.grain if base else recipe.model.patch
@@ -196,8 +210,8 @@ def check_leaning(
     leans = base.denoiser.leans(guidance, asked) if base else guidance != 1
     options = {f"guidance_{name}": value for name, value in said.leaning.items()}
     try:
-        if said.guidance_by:
-            options["guidance_by"] = load(said.guidance_by)
+        if said.autoguidance_model:
+            options["guidance_by"] = load(said.autoguidance_model)
         how = Leaning.taken(options)
         how.fits(network, leans and conditioner.kind != "none", asked)
         how.suits(codec)

@@ -25,7 +25,9 @@ def clips_measured(
 ) -> tuple[dict[str, Measure], list[tuple[str, Any]]]:
     """Numbers about `count` clips of these samples' captions beside the samples themselves, and the clips."""
     data = recipe.data
-    how = Encoding("", frames=data.frames, rate=data.rate, segments=data.segments, shorter=data.shorter)
+    how = Encoding(
+        "", frames=data.frames, rate=data.fps, segments=data.clips_per_video, shorter=data.short_clip_frames
+    )
     found = Pictures(few(samples, bucket_of, data.frames)[: 2 * count], bucket_of, how)
     captions = {sample.name: sample.captions[0] if sample.captions else "" for sample in samples}
     chosen = [i for i, one in enumerate(found.pictures) if one.shape[1] > 1][:count]

@@ -44,7 +44,7 @@ def codec_key(
     model = recipe.model
     settings = [
         model.codec,
-        model.stride,
+        model.codec_stride,
         model.latent_channels,
         model.codec_width,
         model.codec_steps,
@@ -54,13 +54,20 @@ def codec_key(
     said = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
     if recipe.data.frames:
         data = recipe.data
-        said += [model.time_stride, data.frames, data.rate, data.segments, CLIPS, *data.shorter]
+        said += [
+            model.codec_time_stride,
+            data.frames,
+            data.fps,
+            data.clips_per_video,
+            CLIPS,
+            *data.short_clip_frames,
+        ]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
 def place(recipe: Recipe, key: str) -> Path:
     """Where the codec of a key is kept."""
-    return Path(recipe.data.store).expanduser() / "codecs" / key
+    return Path(recipe.data.cache_dir).expanduser() / "codecs" / key
 
 
 def ready_codec(
@@ -85,7 +92,9 @@ def ready_codec(
         return load_codec(home).to(device).eval()
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
     data = recipe.data
-    how = Encoding("", frames=data.frames, rate=data.rate, segments=data.segments, shorter=data.shorter)
+    how = Encoding(
+        "", frames=data.frames, rate=data.fps, segments=data.clips_per_video, shorter=data.short_clip_frames
+    )
     pictures = Pictures(few(samples, bucket_of, recipe.data.frames), bucket_of, how)
     train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
     if parallel.current().leads:
@@ -99,10 +108,10 @@ def settings_of(recipe: Recipe) -> TrainSettings:
     """How the recipe's codec is trained."""
     steps = recipe.model.codec_steps
     return replace(
-        recipe.train, steps=steps, batch=recipe.model.codec_batch, accumulate=1, learning_rate=1e-3,
-        optimizer="adamw", warmup=20, schedule="cosine", weight_decay=0.0, ema=0.0, ema_snapshots=0,
-        save_every=max(100, steps // 5), keep=1, keep_every=0, held_out_every=0,
-        parallel="ddp", context=1, pack=False,
+        recipe.train, steps=steps, batch=recipe.model.codec_batch, gradient_accumulation=1,
+        learning_rate=1e-3, optimizer="adamw", warmup=20, schedule="cosine", weight_decay=0.0, ema=0.0,
+        ema_snapshot_every=0, save_every=max(100, steps // 5), keep_checkpoints=1, keep_every=0,
+        validate_every=0, parallel="ddp", context_parallel=1, sequence_packing=False,
     )  # fmt: skip
 
 

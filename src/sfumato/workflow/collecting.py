@@ -108,7 +108,7 @@ def _codecs(folder: Path, encoders: set[str], days: float, remove: bool) -> list
 
 
 def _rings(folder: Path, busy: set[str], days: float, remove: bool) -> list[dict[str, Any]]:
-    """What runs have encoded ahead (`data.store_limit`): each ring with its run, and how large it is."""
+    """What runs have encoded ahead (`data.cache_limit`): each ring with its run, and how large it is."""
     found: list[dict[str, Any]] = []
     for file in sorted(folder.glob(f"*/{ahead.OWNER}")):
         owner = json.loads(file.read_bytes())["owner"]

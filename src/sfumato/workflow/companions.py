@@ -31,19 +31,20 @@ def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
         }
     if inpainting.repaints(model.denoiser):
         own |= _repainting(model)
-    elif settings.masks and "mask" not in {*own, *settings.companions}:
+    elif settings.random_masks and "mask" not in {*own, *settings.condition_columns}:
         raise Refused(
-            f"data.masks = {settings.masks}, but this model is shown no mask; it repaints without having "
-            "learned to. Take an inpainting checkpoint as model.base, or leave data.masks out."
+            f"data.random_masks = {settings.random_masks}, but this model is shown no mask; it repaints "
+            "without having "
+            "learned to. Take an inpainting checkpoint as model.base, or leave data.random_masks out."
         )
     own |= showing.companions(model, settings)
-    names = dict.fromkeys([*own, *settings.companions])
+    names = dict.fromkeys([*own, *settings.condition_columns])
     return {name: own.get(name) or _usual(model, name) for name in names}
 
 
 def _guiding(encoder: Encoder, name: str, settings: DataSettings) -> Companion:
     """How a guide's picture is made and encoded."""
-    of, kind = guided.column(settings, name), controls.kind_of(settings.control)
+    of, kind = guided.column(settings, name), controls.kind_of(settings.control_image)
     if not name.startswith("control") or kind not in controls.KINDS:
         return Companion(encoder.encode, encoder.fingerprint, encoder.size, of)
 
@@ -82,22 +83,24 @@ def _mask(model: Model) -> Companion:
 
 
 def shares(settings: DataSettings, names: Sequence[str]) -> dict[str, float]:
-    """`data.dropout` read: {companion: share of samples shown without it}.
+    """`data.condition_dropout` read: {companion: share of samples shown without it}.
 
     Raises:
         Refused: it is not written name=share, names no companion, or the share is none.
     """
     found: dict[str, float] = {}
-    for said in settings.dropout:
+    for said in settings.condition_dropout:
         name, _, text = said.partition("=")
         try:
             share = float(text)
         except ValueError:
             share = -1.0
         if not 0 <= share <= 1:
-            raise Refused(f'data.dropout has "{said}"; write a companion and a share, like "control=0.1".')
+            raise Refused(
+                f'data.condition_dropout has "{said}"; write a companion and a share, like "control=0.1".'
+            )
         if name.strip() not in names:
-            hint = nearest(name, names) if names else " Set data.companions first."
-            raise Refused(f'data.dropout names "{name}", which is no companion of this run.{hint}')
+            hint = nearest(name, names) if names else " Set data.condition_columns first."
+            raise Refused(f'data.condition_dropout names "{name}", which is no companion of this run.{hint}')
         found[name.strip()] = share
     return found

@@ -70,7 +70,7 @@ def inputs_of(
     data = recipe.data
     reads = model.conditioner.kind != "none"
     texts = [(captions[i % len(captions)] or ("",))[0] if reads else "" for i in range(count)]
-    if not recipe.train.pack or not sizes:
+    if not recipe.train.sequence_packing or not sizes:
         return _alike(recipe, model, texts, (data.resolution, data.resolution, data.frames or 1))
     rising = sorted(tuple(size) for size in sizes)
     spread = Counter(rising[(2 * i + 1) * len(rising) // (2 * count)] for i in range(count))
@@ -88,7 +88,7 @@ def _alike(recipe: Recipe, model: PaintingModel, texts: Sequence[str], size: Seq
 
 def together(recipe: Recipe, parts: int) -> int:
     """Samples whose activations are there at once: a part of the batch, and as much of a prior."""
-    has_prior = bool(recipe.data.prior or recipe.data.prior_prompt)
+    has_prior = bool(recipe.data.class_images or recipe.data.class_prompt)
     return -(-recipe.train.batch // parts) * (1 + has_prior)
 
 
@@ -112,15 +112,15 @@ def cost(
     told: dict[str, Any] = {}
     if devices > 1:
         told = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"}
-    if recipe.train.context > 1:
-        told["context"] = f"{recipe.train.context} processes share each sample"
+    if recipe.train.context_parallel > 1:
+        told["context"] = f"{recipe.train.context_parallel} processes share each sample"
     try:
         counted = planning.count(network, inputs)
     except planning.ASKS_NUMBERS:
         found = probing.probe(network, inputs, recipe.train)
         memory = planning.Memory(*[0] * 6).probed(found.peak)
         return Step(inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", told)
-    every, within = recipe.values().get("train.checkpointing", 0), recipe.train.context
+    every, within = recipe.values().get("train.gradient_checkpointing", 0), recipe.train.context_parallel
     alone = counted.memory(recipe.train, every)
     again = counted.recomputed_share(every) if every else 0
     forward = planning.BESIDE_PRODUCTS * counted.flops / speed / within
@@ -155,9 +155,9 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
         counted = planning.count(network, inputs)
     except planning.ASKS_NUMBERS:
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
-    alone = counted.memory(recipe.train, recipe.values().get("train.checkpointing", 0))
+    alone = counted.memory(recipe.train, recipe.values().get("train.gradient_checkpointing", 0))
     memory = counted.shared(alone, chosen, recipe.train, processes.count)
-    speed = probing.flops_per_second(0.05, device=model.device) * recipe.train.context
+    speed = probing.flops_per_second(0.05, device=model.device) * recipe.train.context_parallel
     forward = planning.BESIDE_PRODUCTS * counted.flops / speed
     if (
         forward < MOMENT and processes.count == 1
@@ -167,8 +167,8 @@ def said(recipe: Recipe, model: PaintingModel, network: nn.Module, train: Encode
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
     if processes.count > 1:
         words.append(f"{processes.count} processes, {chosen.name} ({chosen.why})")
-    if recipe.train.context > 1:
-        words.append(f"{recipe.train.context} of them share each sample")
+    if recipe.train.context_parallel > 1:
+        words.append(f"{recipe.train.context_parallel} of them share each sample")
     words += [
         f"{memory.peak / 1e9:.2f} GB of memory a step" + (f" ({sizes})" if sizes else ""),
         f"about {seconds:.2g} s a step, {duration(seconds * recipe.train.steps)} in all",
@@ -180,22 +180,22 @@ def store_bytes(recipe: Recipe, samples: int, codec: stages.Codec) -> float:
     """Bytes the encoded pictures take at most."""
     side, data = recipe.data.resolution, recipe.data
     numbers = math.prod(codec.latent_shape(side, side, data.frames or 1))
-    each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.segments if data.frames else 1)
+    each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.clips_per_video if data.frames else 1)
     return 0 if data.stream else min(samples * each, ahead.limit_of(recipe))
 
 
 def checkpoint_bytes(recipe: Recipe, trained: int) -> int:
     """Bytes that the run's checkpoints and averages take at most."""
     train = recipe.train
-    snapshots = 10 * 2 * 2 * trained if train.ema_snapshots else 0
-    return (train.keep + 1 + train.keep_best) * saved_bytes(recipe, trained) + snapshots
+    snapshots = 10 * 2 * 2 * trained if train.ema_snapshot_every else 0
+    return (train.keep_checkpoints + 1 + train.keep_best) * saved_bytes(recipe, trained) + snapshots
 
 
 def saved_bytes(recipe: Recipe, trained: int) -> int:
     """Bytes of one checkpoint."""
     train = recipe.train
     state = planning.STATES.get(train.optimizer, 2) or 2  # what a paged one keeps elsewhere is saved too
-    return int(trained * FLOAT * (1 + state + bool(train.ema) + 2 * bool(train.ema_snapshots)))
+    return int(trained * FLOAT * (1 + state + bool(train.ema) + 2 * bool(train.ema_snapshot_every)))
 
 
 def copies_bytes(recipe: Recipe, trained: int) -> int:

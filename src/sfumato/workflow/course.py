@@ -179,13 +179,13 @@ def _train(
     beside = showing.is_read_beside(model.conditioner)  # then the samples say which captions are left out
     dropout = recipe.data.caption_dropout if is_guided(model) and not beside else 0.0
     seen = companions.encoders(model, recipe.data)
-    objective = (PackedObjective if recipe.train.pack else DiffusionObjective)(
+    objective = (PackedObjective if recipe.train.sequence_packing else DiffusionObjective)(
         model, train, order, settings, recipe.seed, dropout,
         dropout=companions.shares(recipe.data, list(seen)),
         read_text=reader_of(model) if model.conditioner.learns else None,
     )  # fmt: skip
     measure = None
-    if recipe.train.held_out_every and len(prepared.held_out):
+    if recipe.train.validate_every and len(prepared.held_out):
         precision = precision_of(recipe.train, prepared.device, run)
         measure = HeldOut(objective, prepared.held_out, prepared.train, run, precision=precision)
     shown = groups(recipe, prepared.train, prepared.held_out, is_guided(model))
@@ -260,7 +260,7 @@ def gather(recipe: Recipe) -> Gathered:
     guided.check(recipe)
     prior.check(recipe)
     if guided.plan_of(recipe) is None:
-        companions.shares(recipe.data, recipe.data.companions)
+        companions.shares(recipe.data, recipe.data.condition_columns)
     earlier = curriculum(recipe)
     base = base_of(recipe)
     codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
@@ -268,11 +268,11 @@ def gather(recipe: Recipe) -> Gathered:
     check_packed(recipe, base)
     collection = material_of(recipe)
     guided.check_column(recipe, collection.samples)
-    classes = class_names(collection) if recipe.model.text == "labels" else ()
+    classes = class_names(collection) if recipe.model.text_encoder == "labels" else ()
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model, classes)
     showing.check(recipe, conditioner)
     check_leaning(recipe, codec, conditioner, base)
-    check_said(recipe.model.tokens, (text for one in collection.samples for text in one.captions))
+    check_said(recipe.model.new_tokens, (text for one in collection.samples for text in one.captions))
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
     shapes = sizes(recipe, collection.samples, codec, base)
@@ -329,9 +329,9 @@ def model_of(recipe: Recipe, gathered: Gathered, codec: stages.Codec) -> Paintin
     """The recipe's model around its codec, its frozen stages ready to encode."""
     base, frames = gathered.base, recipe.data.frames
     model = painting(base or stages.build(recipe.model, codec, gathered.conditioner, recipe.seed, frames))
-    model.info |= {"frames": frames, "fps": recipe.data.rate} if frames else {}
-    if frames and recipe.train.known_first:
-        model.info["known"] = ["first", *(["last"] if recipe.train.known_last else [])]
+    model.info |= {"frames": frames, "fps": recipe.data.fps} if frames else {}
+    if frames and recipe.train.first_frame_share:
+        model.info["known"] = ["first", *(["last"] if recipe.train.last_frame_share else [])]
     if base is None:
         model.info |= {"resolution": recipe.data.resolution}
         model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}

@@ -37,15 +37,15 @@ def _order(recipe: Recipe, shown: EncodedSet, typical: EncodedSet) -> Order:
     """The order of `shown`; with a token budget, a batch of it costs as one of `typical` samples."""
     settings = recipe.train
     size: int | Callable[[Any], int] = settings.batch
-    if settings.pack and recipe.data.token_budget:
+    if settings.sequence_packing and recipe.data.token_budget:
         least = Division.of(settings, parallel.current()).parts
         tokens = [math.prod(shape[1:]) for shape in shown.buckets]
         return Packed(tokens, _as_costly(settings.batch, shown, typical), recipe.seed, shown.repeats, least)
-    if settings.pack:
+    if settings.sequence_packing:
         return Order([0] * len(shown), size, recipe.seed, shown.repeats)
     if recipe.data.token_budget:
-        parts = settings.accumulate * settings.virtual_ranks
-        multiple = parts if settings.batch % parts == 0 else settings.accumulate
+        parts = settings.gradient_accumulation * settings.elastic_max_ranks
+        multiple = parts if settings.batch % parts == 0 else settings.gradient_accumulation
         size = buckets.token_budget(settings.batch, typical.buckets, multiple)
     return Order(shown.buckets, size, recipe.seed, shown.repeats)
 
@@ -104,7 +104,7 @@ def encoded_samples(
 
     guided = is_guided(model) and not tuning.text_plan_of(recipe)  # what learns is asked in every step
     how, data = encoding_of(recipe, model), recipe.data
-    store = Store(recipe.data.store)
+    store = Store(recipe.data.cache_dir)
     processes, texts = parallel.current(), None
     if guided:
         beside_it = showing.is_read_beside(model.conditioner)
@@ -120,14 +120,17 @@ def encoded_samples(
         )  # fmt: skip
 
     found = filled(how)
-    if isinstance(found, StreamedSet) and data.store_limit:
+    if isinstance(found, StreamedSet) and data.cache_limit:
         found = ahead.bounded(found, recipe) or filled(replace(how, keeps=True))
     if isinstance(found, StreamedSet):
         found.say = say
     found.labels = found.labels and not tuning.text_plan_of(recipe)
     found.caption_dropout = data.caption_dropout
     family = getattr(model.denoiser, "family", None)
-    found.samples_posterior, found.framed = data.latents == "sample", getattr(family, "hears_framing", False)
+    found.samples_posterior, found.framed = (
+        data.latent_sampling == "sample",
+        getattr(family, "hears_framing", False),
+    )
     return found
 
 
@@ -139,12 +142,12 @@ def encoding_of(recipe: Recipe, model: PaintingModel) -> Encoding:
         model.conditioner.fingerprint() if is_guided(model) else "",
         flip=data.flip,
         frames=data.frames,
-        rate=data.rate,
-        segments=data.segments,
-        shorter=data.shorter,
+        rate=data.fps,
+        segments=data.clips_per_video,
+        shorter=data.short_clip_frames,
         pixels_format=data.latent_format,
         texts_format=data.text_format,
-        keeps=not (data.stream or data.store_limit),
+        keeps=not (data.stream or data.cache_limit),
     )
 
 

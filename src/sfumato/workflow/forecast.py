@@ -73,7 +73,9 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         found["buckets"] = _buckets(recipe, train, gathered.bucket_of)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(gathered.device)
-    found["precision"] = effective_precision(recipe.train.precision, gathered.device, recipe.train.weights)
+    found["precision"] = effective_precision(
+        recipe.train.precision, gathered.device, recipe.train.weight_dtype
+    )
     model.to(gathered.device)
     captions = [sample.captions for sample in train]
     step = cost(
@@ -83,7 +85,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         recipe, step, phases.all_of(recipe, model, network, gathered, step, home), gathered.device
     )
     if prior.is_asked(recipe):
-        drawn = 0 if gathered.prior else recipe.data.prior_pictures
+        drawn = 0 if gathered.prior else recipe.data.num_class_images
         found["prior"] = f"{drawn} pictures, drawn once" if drawn else f"{len(gathered.prior)} pictures"
     store = store_bytes(recipe, len(collection.samples), codec)
     found["store_gb"] = round(store / 1e9, 3)
@@ -161,7 +163,7 @@ def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, A
             held.append(bucket_of(size))
             repeats.append(sample.repeat)
     batch: Any = recipe.train.batch
-    if recipe.train.pack:
+    if recipe.train.sequence_packing:
         shapes = {"×".join(map(str, shape)): held.count(shape) for shape in sorted(set(held))}
         return {"packed": {"samples": round(sum(repeats)), "batch": batch, "shapes": shapes}}
     if recipe.data.token_budget:
@@ -176,7 +178,7 @@ def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, A
 
 def _sizes(recipe: Recipe, train: list[Sample], bucket_of: Any) -> list[tuple[int, ...]]:
     """What samples are brought to, where a step packs several sizes: width, height, and frames of clips."""
-    if not recipe.train.pack:
+    if not recipe.train.sequence_packing:
         return []
     frames = (recipe.data.frames,) * bool(recipe.data.frames)
     fitted: Any = bucket_of if callable(bucket_of) else lambda size: bucket_of
@@ -218,10 +220,10 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
         has_8bit=find_spec("bitsandbytes") is not None,
         processes=processes,
         known=frozenset(recipe.values()),
-        within=recipe.train.shard_within or machine_size(processes),
+        within=recipe.train.hsdp_shard_size or machine_size(processes),
     )
     check_context(recipe, gathered.base, processes)
-    within = recipe.train.context
+    within = recipe.train.context_parallel
     found = fitting.ways(
         lambda count: planning.count(network, inputs_of(recipe, model, captions, count * within, sizes)),
         recipe.train,

@@ -23,7 +23,7 @@ from .preview import Group
 
 ITSELF = "picture"
 """The word for a sample's own picture."""
-CONTROL = "data.control"
+CONTROL = "data.control_image"
 
 
 def check(recipe: Recipe) -> None:
@@ -32,15 +32,15 @@ def check(recipe: Recipe) -> None:
     if kind == "controlnet" and base == "scratch":
         raise Refused(
             'model.train = "controlnet" guides a model that is there. Name one as model.base; or say '
-            'model.train = "full", and the new model reads data.control itself.'
+            'model.train = "full", and the new model reads data.control_image itself.'
         )
     if kind in ("controlnet", "ip-adapter") and base == "scratch":
         raise Refused(
             f'model.train = "{kind}" guides a model that is there. Name one as model.base: train one first.'
         )
     for name, wanted in (
-        ("model.control_layers", "controlnet"), ("data.control", "controlnet"),
-        ("model.image_encoder", "ip-adapter"), ("data.reference", "ip-adapter"),
+        ("model.control_layers", "controlnet"), ("data.control_image", "controlnet"),
+        ("model.image_encoder", "ip-adapter"), ("data.reference_image", "ip-adapter"),
     ):  # fmt: skip
         if recipe.origin(name) != DEFAULT and kind != wanted and not (name == CONTROL and kind == "full"):
             raise Refused(
@@ -50,7 +50,7 @@ def check(recipe: Recipe) -> None:
 
 
 def check_column(recipe: Recipe, samples: Sequence[Sample]) -> None:
-    """Raises Refused where what is said as data.control is neither a kind nor a column of the data."""
+    """Raises Refused where what is said as data.control_image is neither a kind nor a column of the data."""
     plan = plan_of(recipe)
     if plan is None or plan.kind not in CONTROLS:
         return
@@ -60,7 +60,7 @@ def check_column(recipe: Recipe, samples: Sequence[Sample]) -> None:
     known = {name for sample in samples for name in sample.companions}
     hint = nearest(place, [*controls.KINDS, *known])
     raise Refused(
-        f'data.control is "{place}", but no sample has such a column, and it is none of '
+        f'data.control_image is "{place}", but no sample has such a column, and it is none of '
         f"{', '.join(controls.KINDS)}, which are made of the picture itself.{hint}"
     )
 
@@ -71,7 +71,7 @@ def plan_of(recipe: Recipe) -> GuidePlan | None:
     kind = "control" if model.train == "full" and recipe.origin(CONTROL) != DEFAULT else model.train
     if kind not in guides.KINDS:
         return None
-    control = recipe.data.control if kind in CONTROLS else ""
+    control = recipe.data.control_image if kind in CONTROLS else ""
     return GuidePlan(kind, model.control_layers, model.image_encoder, control, recipe.seed)
 
 
@@ -110,14 +110,18 @@ def blank(model: PaintingModel, condition: Condition, side: int) -> Condition:
 def column(settings: DataSettings, name: str) -> str:
     """Which picture of a sample a guide's tensor is made from: a column, or ITSELF."""
     if name.startswith("control"):
-        return ITSELF if controls.kind_of(settings.control) in controls.KINDS else settings.control
-    return {"reference": settings.reference, "edit_source": settings.source or "edit_source"}.get(name, name)
+        return (
+            ITSELF if controls.kind_of(settings.control_image) in controls.KINDS else settings.control_image
+        )
+    return {"reference": settings.reference_image, "edit_source": settings.source_image or "edit_source"}.get(
+        name, name
+    )
 
 
 def columns(settings: DataSettings) -> tuple[str, ...]:
     """Columns of the user's own that name pictures."""
     asked = [column(settings, name) for name in ("control", "reference", "edit_source")]
-    return tuple(dict.fromkeys([*settings.companions, *(one for one in asked if one != ITSELF)]))
+    return tuple(dict.fromkeys([*settings.condition_columns, *(one for one in asked if one != ITSELF)]))
 
 
 def with_pictures(groups: Sequence[Group], model: PaintingModel, recipe: Recipe, data: Any) -> list[Group]:
@@ -161,7 +165,7 @@ def picture_for(settings: DataSettings, name: str, sample: Sample) -> Any:
     source: Any = sample.source() if place == ITSELF else other() if callable(other) else other
     pixels = to_pixels(_frames(settings, source, sample.name)[None])
     if name.startswith("control") and place == ITSELF:
-        pixels = controls.control(pixels, settings.control)
+        pixels = controls.control(pixels, settings.control_image)
     return to_pictures(pixels, bool(settings.frames))[0]
 
 
@@ -170,7 +174,7 @@ def _frames(settings: DataSettings, source: Any, name: str) -> Tensor:
     name = source.name if isinstance(source, Path) else name
     side = settings.resolution
     if settings.frames and clips.is_clip(name, source):
-        piece = clips.middle(name, source, settings.frames, settings.rate, settings.shorter)
+        piece = clips.middle(name, source, settings.frames, settings.fps, settings.short_clip_frames)
         return clips.read(name, source, piece, side, side)
     still = fit(read_picture(source), side, side)
     return still[:, None] if settings.frames else still

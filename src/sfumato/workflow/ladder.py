@@ -40,7 +40,7 @@ def rungs(recipe: Recipe, prepared: Ready, network: nn.Module, tries: int = TRIE
     model, settings = prepared.model, rated(recipe)
     read_text = reader_of(model) if model.conditioner.learns else None
     alone = replace(
-        recipe, train=replace(recipe.train, pack=False)
+        recipe, train=replace(recipe.train, sequence_packing=False)
     )  # a pack's losses are those of its samples
     objective = DiffusionObjective(
         model, prepared.train, order_of(alone, prepared.train), settings, recipe.seed, 0.0,
@@ -89,5 +89,5 @@ def memory(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) ->
     wanted = needed.memory.peak - kept
     detail = f"{wanted / 1e9:.2f} GB beside the weights, {there / 1e9:.2f} GB are free"
     good = wanted < there
-    advice = ": lower train.batch, or raise train.accumulate or train.checkpointing"
+    advice = ": lower train.batch, or raise train.gradient_accumulation or train.gradient_checkpointing"
     return Rung(claim, good, detail if good else detail + advice)

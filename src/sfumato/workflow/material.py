@@ -34,10 +34,10 @@ def collect(settings: DataSettings) -> Collection:
             "in the recipe or as data.train=DIR."
         )
     sets = named(settings)
-    weights = settings.weights or (1.0,) * len(sets)
+    weights = settings.set_repeats or (1.0,) * len(sets)
     if len(weights) != len(sets) or min(weights) <= 0:
         raise Refused(
-            f"data.weights has {len(weights)} numbers for the {len(sets)} sets of data.train; "
+            f"data.set_repeats has {len(weights)} numbers for the {len(sets)} sets of data.train; "
             "give one above 0 for each."
         )
     parts = [
@@ -54,30 +54,30 @@ def material_of(recipe: Recipe) -> Collection:
         Refused: as `collect`, or samples without a class.
     """
     data = recipe.data
-    if data.masks and data.frames:
-        raise Refused("data.masks draws masks of pictures, not of clips. Leave it out.")
-    if data.masks:
-        found = _material_of(replace(recipe, data=replace(data, masks=0)))
-        return replace(found, samples=masks.masked(found.samples, data.masks, recipe.seed))
+    if data.random_masks and data.frames:
+        raise Refused("data.random_masks draws masks of pictures, not of clips. Leave it out.")
+    if data.random_masks:
+        found = _material_of(replace(recipe, data=replace(data, random_masks=0)))
+        return replace(found, samples=masks.masked(found.samples, data.random_masks, recipe.seed))
     return _material_of(recipe)
 
 
 def _material_of(recipe: Recipe) -> Collection:
     """The samples as they are, or with the names of their classes."""
     data = recipe.data
-    if recipe.model.base != "scratch" or recipe.model.text != "labels":
+    if recipe.model.base != "scratch" or recipe.model.text_encoder != "labels":
         return collect(data)
     if len(named(data)) > 1:
         raise Refused(
-            'model.text = "labels" takes one set: the classes of several are numbered apart. Put them into '
-            "one folder, or let captions guide."
+            'model.text_encoder = "labels" takes one set: the classes of several are numbered apart. Put '
+            "them into one folder, or let captions guide."
         )
     found = collect(replace(data, captions="none") if data.captions == "files" else data)
     lacking = next((one for one in found.samples if one.label is None), None)
     if lacking is not None:
         raise Refused(
-            f'{lacking.name} has no class, but model.text is "labels". Classes come from a column label or '
-            'class, or with data.captions = "folder" from the names of folders.'
+            f'{lacking.name} has no class, but model.text_encoder is "labels". Classes come from a column '
+            'label or class, or with data.captions = "folder" from the names of folders.'
         )
     samples = [replace(one, captions=(class_name(found, one.label or 0),)) for one in found.samples]
     return replace(found, samples=samples)
@@ -106,7 +106,11 @@ def _repeated(found: Collection, weight: float) -> Collection:
 
 def _wording(settings: DataSettings) -> Wording:
     return Wording(
-        settings.template, settings.trigger, settings.tag_orders, settings.tags_kept, settings.tag_separator
+        settings.template,
+        settings.trigger_words,
+        settings.tag_shuffles,
+        settings.keep_tags,
+        settings.tag_separator,
     )
 
 

@@ -178,8 +178,8 @@ def _wanted(
     beside = companions.encoders(model, recipe.data)
     work = lay_out(samples, bucket_of, how, beside, guided, lambda *_: None, seen)
     keys = {"pixels": {one.keys[0] for one in work.pictures if how.keeps}, "text": set(work.texts.values())}
-    if Path(recipe.data.store).expanduser().is_dir():
-        store = Store(recipe.data.store)
+    if Path(recipe.data.cache_dir).expanduser().is_dir():
+        store = Store(recipe.data.cache_dir)
         keys = {kind: set(some) - store.has(kind, some) for kind, some in keys.items()}
     return work, {"pictures": len(keys["pixels"]), "texts": len(keys["text"])}
 
@@ -201,10 +201,10 @@ def evaluation(network: nn.Module, step: Step, machine: Machine) -> Cost:
 
 def measuring(recipe: Recipe, held_out: int, each: float) -> float:
     """Seconds of all measurements of the loss, an answer for one sample taking `each`."""
-    if not (recipe.train.held_out_every and held_out):
+    if not (recipe.train.validate_every and held_out):
         return 0.0
     asked = SPLITS * min(MEASURED, held_out) * LEVELS * (1 + bool(recipe.train.ema))
-    return -(-recipe.train.steps // recipe.train.held_out_every) * asked * each
+    return -(-recipe.train.steps // recipe.train.validate_every) * asked * each
 
 
 def drawing(recipe: Recipe, model: PaintingModel, has_held_out: bool, each: float, machine: Machine) -> Cost:

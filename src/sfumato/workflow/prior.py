@@ -27,45 +27,49 @@ AT_ONCE = 4
 
 def is_asked(recipe: Recipe) -> bool:
     """Whether the recipe names a prior."""
-    return bool(recipe.data.prior or recipe.data.prior_prompt)
+    return bool(recipe.data.class_images or recipe.data.class_prompt)
 
 
 def check(recipe: Recipe) -> None:
     """Raises Refused for a key about the prior that could not act."""
     data = recipe.data
     if not is_asked(recipe):
-        for name in ("prior_pictures", "prior_weight"):
+        for name in ("num_class_images", "prior_loss_weight"):
             if recipe.origin(f"data.{name}") != DEFAULT:
                 raise Refused(
                     f"data.{name} is about a prior, but none is named. Say what the subject is one of: "
-                    'data.prior_prompt = "a dog", or leave it out.'
+                    'data.class_prompt = "a dog", or leave it out.'
                 )
         return
-    if guided.plan_of(recipe) is not None or data.companions:
+    if guided.plan_of(recipe) is not None or data.condition_columns:
         raise Refused(
-            "data.prior is for a subject that words name; a model that pictures guide has no use for it. "
-            "Leave it out."
+            "data.class_images is for a subject that words name; a model that pictures guide has no use for "
+            "it. Leave it out."
         )
-    if data.prior:
-        if recipe.origin("data.prior_pictures") != DEFAULT:
-            raise Refused("data.prior_pictures: all of the folder data.prior are shown. Leave it out.")
+    if data.class_images:
+        if recipe.origin("data.num_class_images") != DEFAULT:
+            raise Refused(
+                "data.num_class_images: all of the folder data.class_images are shown. Leave it out."
+            )
         return
     if recipe.model.base == "scratch":
         raise Refused(
-            "data.prior_prompt lets the base draw its prior, but this model is from scratch. Name a folder "
-            "of pictures as data.prior, or a base."
+            "data.class_prompt lets the base draw its prior, but this model is from scratch. Name a folder "
+            "of pictures as data.class_images, or a base."
         )
     if data.frames:
-        raise Refused("data.prior_prompt draws pictures, not clips. Name a folder of clips as data.prior.")
+        raise Refused(
+            "data.class_prompt draws pictures, not clips. Name a folder of clips as data.class_images."
+        )
 
 
 def of_folder(recipe: Recipe) -> list[Sample]:
     """The samples of the folder that the recipe names, all for training; none where it names no folder."""
     data = recipe.data
-    if not data.prior:
+    if not data.class_images:
         return []
-    said = data.prior_prompt
-    found = sources.open(data.prior, "none" if said else data.captions, held_out=0.0).samples
+    said = data.class_prompt
+    found = sources.open(data.class_images, "none" if said else data.captions, held_out=0.0).samples
     return [
         replace(
             one, name=f"prior/{one.name}", split="train", captions=(said,) if said else one.captions,
@@ -88,7 +92,7 @@ def samples(
     place = home(recipe, model)
     with parallel.current().first():
         draw(recipe, model, place, progress)
-    prompt, count = recipe.data.prior_prompt, recipe.data.prior_pictures
+    prompt, count = recipe.data.class_prompt, recipe.data.num_class_images
     return [Sample(f"prior/{name(i)}", (prompt,), place / name(i)) for i in range(count)]
 
 
@@ -101,26 +105,26 @@ def home(recipe: Recipe, model: PaintingModel) -> Path:
     """Where the store keeps what this base draws of this prompt: its name follows from all it depends on."""
     data, parts = recipe.data, (model.denoiser, model.conditioner, model.codec)
     facts = {
-        "prompt": data.prior_prompt, "resolution": data.resolution, "seed": recipe.seed,
+        "prompt": data.class_prompt, "resolution": data.resolution, "seed": recipe.seed,
         "networks": [part.fingerprint() for part in parts], "theory": model.theory.name,
         "steps": model.info.get("steps"), "guidance": model.info.get("guidance"),
     }  # fmt: skip
     digest = sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    return Path(data.store).expanduser() / "priors" / digest
+    return Path(data.cache_dir).expanduser() / "priors" / digest
 
 
 def draw(recipe: Recipe, model: PaintingModel, place: Path, progress: Progress | None) -> None:
     """Draw the pictures that are not there; picture i depends on the recipe's seed and i alone."""
     data = recipe.data
-    missing = [i for i in range(data.prior_pictures) if not (place / name(i)).is_file()]
+    missing = [i for i in range(data.num_class_images) if not (place / name(i)).is_file()]
     for first in range(0, len(missing), AT_ONCE):
         group = missing[first : first + AT_ONCE]
         drawn = model.generate(
-            prompt=[data.prior_prompt] * len(group), seed=[recipe.seed + i for i in group],
+            prompt=[data.class_prompt] * len(group), seed=[recipe.seed + i for i in group],
             height=data.resolution, width=data.resolution,
         )  # fmt: skip
         for index, picture in zip(group, drawn, strict=True):
-            said = {"prompt": data.prior_prompt, "seed": recipe.seed + index}
+            said = {"prompt": data.class_prompt, "seed": recipe.seed + index}
             place.mkdir(parents=True, exist_ok=True)
             write_atomic(place / name(index), png(picture, said))
         if progress is not None:
@@ -138,4 +142,4 @@ def beside(
     prior = type(objective)(
         model, encoded, order, recipe.train, seed, objective.caption_dropout, read_text=objective.read_text
     )
-    return WithPrior(objective, prior, recipe.data.prior_weight)
+    return WithPrior(objective, prior, recipe.data.prior_loss_weight)

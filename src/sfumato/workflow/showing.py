@@ -1,6 +1,7 @@
 """Bases that are shown pictures: what training shows them, and how their words are read beside it.
 
-A picture to begin with comes from the data's column `data.source`; frames to go on from are the clip's own.
+A picture to begin with comes from the data's column `data.source_image`; frames to go on from are
+the clip's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ def lessons(conditioner: Conditioner, settings: DataSettings) -> dict[str, Lesso
     if not isinstance(conditioner, PretrainedConditioner):
         return {}
     found = conditioner.lessons()
-    asked = bool(conditioner.shows) or bool(settings.source)
+    asked = bool(conditioner.shows) or bool(settings.source_image)
     return {name: one for name, one in found.items() if one.own or asked}
 
 
@@ -44,7 +45,7 @@ def companions(model: Any, settings: DataSettings) -> dict[str, Companion]:
     if not found:
         return {}
     by = f"{model.codec.fingerprint()} {model.conditioner.fingerprint() if 'vision' in found else ''}"
-    column = settings.source or SOURCE
+    column = settings.source_image or SOURCE
     return {
         name: Companion(on(model, one), f"{name} {one.version} {by}", of="picture" if one.own else column)
         for name, one in found.items()
@@ -60,10 +61,10 @@ def check(recipe: Recipe, conditioner: Conditioner) -> None:
     """Raises Refused where the data cannot be shown as the base wants, or a source would not be shown."""
     data = recipe.data
     found = lessons(conditioner, data)
-    if data.source and recipe.model.train != "edit" and not any(not one.own for one in found.values()):
+    if data.source_image and recipe.model.train != "edit" and not any(not one.own for one in found.values()):
         raise Refused(
-            f'data.source belongs to model.train = "edit" and to bases that are shown a picture; '
-            f"{recipe.model.base} draws from words. Leave data.source out."
+            f'data.source_image belongs to model.train = "edit" and to bases that are shown a picture; '
+            f"{recipe.model.base} draws from words. Leave data.source_image out."
         )
     if any(one.own for one in found.values()) and data.frames < 2:
         raise Refused(
@@ -91,7 +92,7 @@ def is_shown_frames(conditioner: Conditioner) -> bool:
 
 def source_of(settings: DataSettings, sample: Sample) -> Any:
     """The picture a sample begins with: a path, or what draws or reads it gives."""
-    found = sample.companions[settings.source or SOURCE]
+    found = sample.companions[settings.source_image or SOURCE]
     return found() if callable(found) else found
 
 
@@ -109,7 +110,7 @@ def reader_beside(
     model: PaintingModel, settings: DataSettings, samples: Sequence[Sample]
 ) -> Callable[[Sequence[str]], Rows]:
     """Captions with their pictures (`work.asked`) → rows of what is read, without what is seen."""
-    column = settings.source or SOURCE
+    column = settings.source_image or SOURCE
     known = {content_of(settings, one): one for one in samples if column in one.companions}
     shown = lessons(model.conditioner, settings)
 
@@ -156,7 +157,7 @@ def ends_of(settings: DataSettings, sample: Sample) -> tuple[Image.Image, Image.
     """The first and the last frame of a sample's clip."""
     side, source = settings.resolution, sample.source()
     if clips.is_clip(sample.name, source):
-        piece = clips.middle(sample.name, source, settings.frames, settings.rate, settings.shorter)
+        piece = clips.middle(sample.name, source, settings.frames, settings.fps, settings.short_clip_frames)
         clip = clips.read(sample.name, source, piece, side, side)
     else:
         clip = fit(read_picture(source), side, side)[:, None]

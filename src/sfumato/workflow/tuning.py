@@ -27,7 +27,17 @@ from ..training.settings import TrainSettings
 
 OF_TEXT = ("rank", "alpha", "dropout", "dora", "rslora")
 """Those of ONLY_ADAPTERS that the text encoders' adapter has too."""
-ONLY_ADAPTERS = ("rank", "alpha", "targets", "dropout", "dora", "rslora", "base_dtype", "preset", "start")
+ONLY_ADAPTERS = (
+    "rank",
+    "alpha",
+    "targets",
+    "dropout",
+    "dora",
+    "rslora",
+    "base_quantization",
+    "merge_loras",
+    "init_adapter",
+)
 
 
 def base_of(recipe: Recipe) -> PaintingModel | None:
@@ -69,7 +79,7 @@ def check_keys(recipe: Recipe) -> None:
             "model.train out to train from scratch."
         )
     check_text_keys(recipe)
-    with_text = OF_TEXT if model.train_text == "lora" else ()
+    with_text = OF_TEXT if model.train_text_encoder == "lora" else ()
     idle = [name for name in ONLY_ADAPTERS if recipe.origin(f"model.{name}") != DEFAULT]
     idle = [name for name in idle if name not in with_text]
     if idle and not is_adapter:
@@ -77,9 +87,9 @@ def check_keys(recipe: Recipe) -> None:
             f'model.{idle[0]} belongs to adapters, but model.train is "{model.train}". Say '
             f'model.train = "lora", or leave model.{idle[0]} out.'
         )
-    if model.base == "scratch" and model.text_options:
+    if model.base == "scratch" and model.prompt_options:
         raise Refused(
-            "model.text_options is for a pretrained base; this model is from scratch. Leave it out."
+            "model.prompt_options is for a pretrained base; this model is from scratch. Leave it out."
         )
 
 
@@ -87,12 +97,17 @@ def check_text_keys(recipe: Recipe) -> None:
     """Raises Refused for a key about what the text encoders learn that could not act."""
     model, guides = recipe.model, ("controlnet", "ip-adapter", "edit")
     asked = [
-        name for name, said in (("train_text", model.train_text != "none"), ("tokens", model.tokens)) if said
+        name
+        for name, said in (
+            ("train_text_encoder", model.train_text_encoder != "none"),
+            ("new_tokens", model.new_tokens),
+        )
+        if said
     ]
-    if model.train == "tokens" and not model.tokens:
+    if model.train == "tokens" and not model.new_tokens:
         raise Refused(
-            'model.train = "tokens" trains new words, but model.tokens names none. Write '
-            'model.tokens = ["<cat>=a cat"].'
+            'model.train = "tokens" trains new words, but model.new_tokens names none. Write '
+            'model.new_tokens = ["<cat>=a cat"].'
         )
     if asked and model.base == "scratch":
         raise Refused(f"model.{asked[0]} is for a pretrained base; this model is from scratch. Leave it out.")
@@ -108,8 +123,8 @@ def check_text_keys(recipe: Recipe) -> None:
     rate = recipe.train.text_learning_rate
     if rate and not asked:
         raise Refused(
-            "train.text_learning_rate is for text encoders that are trained. Say model.train_text = "
-            '"lora" or name model.tokens, or leave it out.'
+            "train.text_learning_rate is for text encoders that are trained. Say model.train_text_encoder = "
+            '"lora" or name model.new_tokens, or leave it out.'
         )
     if rate and not recipe.train.learning_rate:
         raise Refused("train.text_learning_rate needs a train.learning_rate above 0 to stand beside.")
@@ -134,8 +149,8 @@ def check_said(tokens: tuple[str, ...], captions: Any) -> None:
         word = token.partition("=")[0].strip()
         if not any(word in one for one in said):
             raise Refused(
-                f'model.tokens: no caption says "{word}". Write it into the captions, or in front of all of '
-                f'them: data.trigger = "{word}".'
+                f'model.new_tokens: no caption says "{word}". Write it into the captions, or in front of all '
+                f'of them: data.trigger_words = "{word}".'
             )
 
 
@@ -151,13 +166,13 @@ def _asked(recipe: Recipe, base: PaintingModel) -> dict[str, Any]:
     for name in ("steps", "guidance"):
         if recipe.origin(f"sample.{name}") != DEFAULT or name not in base.info:
             asked[name] = getattr(recipe.sample, name)
-    if recipe.model.preset:
-        preset = recipe.model.preset
+    if recipe.model.merge_loras:
+        preset = recipe.model.merge_loras
         asked["presets"] = [preset] if isinstance(preset, str) else list(preset)
-    if recipe.model.text_options:
-        asked["text_options"] = text_options(recipe.model.text_options, base)
+    if recipe.model.prompt_options:
+        asked["text_options"] = text_options(recipe.model.prompt_options, base)
     family = getattr(base.conditioner, "family", None)
-    if recipe.data.source and family is not None and family.as_trained:
+    if recipe.data.source_image and family is not None and family.as_trained:
         asked["text_options"] = {**family.as_trained, **asked.get("text_options", {})}
     return asked
 
@@ -169,15 +184,15 @@ def text_options(words: tuple[str, ...], base: PaintingModel) -> dict[str, Any]:
         Refused: an option the base's prompts do not have, or a value that is none.
     """
     if not isinstance(base.conditioner, PretrainedConditioner):
-        raise Refused("model.text_options: the prompts of this base have no options. Leave it out.")
+        raise Refused("model.prompt_options: the prompts of this base have no options. Leave it out.")
     known = options_of(type(base.conditioner.pipe)) | dict.fromkeys(base.conditioner.family.telling)
     found: dict[str, Any] = {}
     for word in words:
         name, equals, value = (part.strip() for part in word.partition("="))
         if not equals:
-            raise Refused(f'model.text_options: "{word}" is no option. Write name=value.')
+            raise Refused(f'model.prompt_options: "{word}" is no option. Write name=value.')
         if name not in known:
-            raise Refused(f'model.text_options: there is no "{name}".{nearest(name, known)}')
+            raise Refused(f'model.prompt_options: there is no "{name}".{nearest(name, known)}')
         try:
             found[name] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
@@ -198,16 +213,16 @@ def plan_of(recipe: Recipe, base: PaintingModel) -> AdapterPlan | None:
         model.train, model.rank, model.alpha, model.targets, model.dropout, model.dora, model.rslora,
         recipe.seed,
     )  # fmt: skip
-    if not model.start:
+    if not model.init_adapter:
         return plan
     if known := reference.read_plan(Path(recipe.output) / "model"):
         return known  # a run that has begun has its own weights
-    start = starting.read(base, model.start)
+    start = starting.read(base, model.init_adapter)
     starting.check_kind(start, plan)
-    if start.encoders and model.train_text != "lora":
+    if start.encoders and model.train_text_encoder != "lora":
         raise Refused(
-            f"{model.start} also changes {' and '.join(start.encoders)}: to go on from that too, say "
-            'model.train_text = "lora".'
+            f"{model.init_adapter} also changes {' and '.join(start.encoders)}: to go on from that too, say "
+            'model.train_text_encoder = "lora".'
         )
     given = {name for name in SAID_BY_FILES if recipe.origin(f"model.{name}") != DEFAULT}
     plan = starting.planned(start, plan, given)
@@ -239,13 +254,13 @@ def text_plan_of(recipe: Recipe, plan: AdapterPlan | None = None) -> TextPlan:
     )
     if plan is not None and plan.kind == "lora":
         lora = replace(plan, targets=("auto",))
-    words = [token.partition("=") for token in model.tokens]
+    words = [token.partition("=") for token in model.new_tokens]
     tokens = tuple((word.strip(), like.strip()) for word, _, like in words)
     if any(like.endswith(SUFFIX) and not Path(like).is_file() for _, like in tokens):
         kept = text_plan.read_plan(Path(recipe.output) / "model")  # a run that has begun has its own copy
         tokens = tokens if kept is None else kept.tokens
     return TextPlan(
-        lora if model.train_text == "lora" else None, tokens, recipe.seed, model.train == "tokens"
+        lora if model.train_text_encoder == "lora" else None, tokens, recipe.seed, model.train == "tokens"
     )
 
 
@@ -257,7 +272,7 @@ def rated(recipe: Recipe) -> TrainSettings:
     if not settings.text_learning_rate:
         return settings
     factor = settings.text_learning_rate / settings.learning_rate
-    return replace(settings, rates=(*settings.rates, f"text_encoder*={factor!r}"))
+    return replace(settings, lr_multipliers=(*settings.lr_multipliers, f"text_encoder*={factor!r}"))
 
 
 def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
@@ -284,7 +299,11 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
         Refused: a rank or target that matches nothing.
     """
     network, plan = adapters.body(model.denoiser), plan_of(recipe, model)
-    begin = starting.read(model, recipe.model.start) if is_fresh(recipe) and recipe.model.start else None
+    begin = (
+        starting.read(model, recipe.model.init_adapter)
+        if is_fresh(recipe) and recipe.model.init_adapter
+        else None
+    )
     if isinstance(model.denoiser, GuidedDenoiser):
         model.denoiser.free()
     elif plan is None:
@@ -293,12 +312,12 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
         reference.attach(model.denoiser, plan)
         if begin is not None:
             starting.fill(network, begin.changes.get("", {}))
-    model.denoiser.narrow = narrow.store(network, recipe.model.base_dtype)
+    model.denoiser.narrow = narrow.store(network, recipe.model.base_quantization)
     if recipe.model.attention_backend:
         blocks.choose_attention(network, recipe.model.attention_backend)
     if recipe.train.offload:
         blocks.lend(network, model.device)
-    blocks.recompute(network, recipe.train.checkpointing)
+    blocks.recompute(network, recipe.train.gradient_checkpointing)
     if recipe.train.compile:
         blocks.compile_blocks(network, model.device)
     learning = teaching.teach(model, text_plan_of(recipe, plan))

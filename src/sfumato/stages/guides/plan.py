@@ -90,7 +90,8 @@ def made(model: Model, base: Denoiser, plan: GuidePlan, known: Sequence[Guide]) 
         return ControlInput(base, stride, built.get("name", name), deep)
     if plan.kind == "control":
         raise Refused(
-            f"data.control: a {type(base).__name__} reads no control picture itself; what guides it stands "
+            f"data.control_image: a {type(base).__name__} reads no control picture itself; what guides it "
+            "stands "
             'beside it. Say model.train = "controlnet".'
         )
     if alike:
