@@ -17,7 +17,7 @@ from sfumato.training import parallel
 
 def _join(rank: int, count: int, port: int, job: Callable[..., None], given: tuple[object, ...]) -> None:
     torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     with parallel.joined("cpu"):
