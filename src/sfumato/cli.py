@@ -4,8 +4,10 @@ Results go to stdout, messages to stderr. Exit codes: 0 done, 1 the run failed, 
 130 and 143 stopped by SIGINT and SIGTERM with the state saved.
 """
 
+import io
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -331,4 +333,6 @@ def main() -> None:
     for name in ("torchao", "torch.utils._pytree"):  # what these say of themselves while they are imported
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_DISABLE", "1")  # one kind of progress bar is enough
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a console that has no σ
     app(prog_name="sfumato")

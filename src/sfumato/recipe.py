@@ -288,7 +288,8 @@ def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
     if not (rules["path"] or is_own(value)):
         return value
     path = (folder / Path(value).expanduser()).absolute()
-    is_hub_id = value.count("/") == 1 and value[0] not in ".~/" and value[-1] != "/" and not path.exists()
+    is_relative = value[0] not in ".~/" and not Path(value).drive
+    is_hub_id = value.count("/") == 1 and is_relative and value[-1] != "/" and not path.exists()
     return value if rules["hub"] and is_hub_id else str(path)
 
 

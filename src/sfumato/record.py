@@ -5,25 +5,26 @@ the one process that may write. The studio and the report read nothing but this 
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from . import locks
 from .errors import Failed, Refused
 
 EVENT_KEY = ("kind", "step", "split", "weights", "group")
-FOREIGN_LOCK_SECONDS = 600.0
+PATIENCE_SECONDS = 2.0
+"""How long a rename waits for others who read what it replaces, where the system has them hold it."""
+IS_WINDOWS = os.name == "nt"
 _CHECKPOINT = re.compile(r"step-(\d+)")
 _OURS = {
     "recipe.toml", "effective.toml", "events.jsonl", "samples", "checkpoints", "report.html", ".lock",
@@ -57,11 +58,27 @@ def said_plainly(path: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Bring a file or a folder's entries to the disk; Windows has its journal for the latter."""
+    if IS_WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if IS_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _rename(beside: Path, path: Path) -> None:
+    """Put a file or folder into its place in one step, in place of a file that stands there."""
+    ends = time.monotonic() + PATIENCE_SECONDS * IS_WINDOWS
+    while True:
+        try:
+            beside.replace(path)
+            return
+        except PermissionError:  # Windows, while somebody reads the old one
+            if time.monotonic() >= ends:
+                raise
+            time.sleep(0.02)
 
 
 def write_atomic(path: Path | str, data: bytes | str) -> None:
@@ -78,7 +95,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
                 file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
-            beside.replace(path)
+            _rename(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
@@ -117,8 +134,8 @@ def take_place(beside: Path, path: Path) -> None:
     former = None
     if path.exists():
         former = path.with_name(f".{path.name}.{os.getpid()}.old.part")
-        path.rename(former)
-    beside.rename(path)
+        _rename(path, former)
+    _rename(beside, path)
     _sync(path.parent)
     if former is not None:
         shutil.rmtree(former, ignore_errors=True)
@@ -151,7 +168,7 @@ class RunFolder:
 
     path: Path
     listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list, repr=False)
-    _events: int | None = field(default=None, repr=False)
+    _events: BinaryIO | None = field(default=None, repr=False)
 
     @property
     def recipe(self) -> Path:
@@ -232,30 +249,28 @@ class RunFolder:
         Raises:
             Refused: another living process holds it (named by its pid), or the folder is read-only.
         """
-        file = self.path / ".lock"
-        with said_plainly(self.path), _claim(file) as handle:
-            holder = _read_holder(handle)
-            if holder and _is_alive(holder, file):
+        file, guard = self.path / ".lock", self.path / ".lock.guard"
+        with said_plainly(self.path), locks.alone(guard):
+            holder = locks.Holder.of(file)
+            if holder and holder.is_alive(file):
                 raise Refused(
-                    f"{self.path} is being written by process {holder['pid']} on {holder['host']}. "
+                    f"{self.path} is being written by process {holder.pid} on {holder.host}. "
                     "Wait for it or stop it, or choose another output."
                 )
-            mine = {"pid": os.getpid(), "started": _started(os.getpid()), "host": socket.gethostname()}
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps(mine).encode(), 0)
-            os.fsync(handle)
+            mine = locks.Holder.me()
+            write_atomic(file, mine.text())
         try:
             yield self
         finally:
             self.close()
-            with _claim(file) as handle:
-                if _read_holder(handle) == mine:
+            with locks.alone(guard):
+                if locks.Holder.of(file) == mine:
                     file.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Close the events file; the next event opens it again."""
         if self._events is not None:
-            os.close(self._events)
+            self._events.close()
             self._events = None
 
     # ------------------------------------------------------------------------- events
@@ -269,13 +284,13 @@ class RunFolder:
         line = _checked(json.dumps(event, ensure_ascii=False)) + "\n"
         with said_plainly(self.events_file):
             if self._events is None:
-                self._events = os.open(self.events_file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-                size = os.fstat(self._events).st_size
-                if size and os.pread(self._events, 1, size - 1) != b"\n":
-                    line = "\n" + line
-            os.write(self._events, line.encode())
+                self._events = self.events_file.open("ab+", buffering=0)
+                if size := self._events.seek(0, os.SEEK_END):
+                    self._events.seek(size - 1)
+                    line = line if self._events.read(1) == b"\n" else "\n" + line
+            self._events.write(line.encode())
             if sync:
-                os.fsync(self._events)
+                os.fsync(self._events.fileno())
         lock = self.path / ".lock"
         if lock.exists():
             os.utime(lock)
@@ -344,57 +359,3 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
         return None
     event.pop("check", None)
     return event
-
-
-# ----------------------------------------------------------------------------- processes
-
-
-@contextmanager
-def _claim(file: Path) -> Iterator[int]:
-    """A handle on the lock file that no other process has at this moment (it is not the lock itself)."""
-    while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            try:
-                is_current = os.fstat(handle).st_ino == file.stat().st_ino
-            except FileNotFoundError:
-                is_current = False
-            if is_current:
-                yield handle
-                return
-        finally:
-            os.close(handle)
-
-
-def _read_holder(handle: int) -> dict[str, Any] | None:
-    """Who wrote the lock; None if it is new or torn."""
-    try:
-        holder = json.loads(os.pread(handle, 4096, 0))
-        return {"pid": int(holder["pid"]), "started": holder["started"], "host": str(holder["host"])}
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _is_alive(holder: dict[str, Any], file: Path) -> bool:
-    """Whether the holder still runs: same pid and start time here, a recent sign of life elsewhere."""
-    if holder["host"] != socket.gethostname():
-        return time.time() - file.stat().st_mtime < FOREIGN_LOCK_SECONDS
-    return _started(holder["pid"]) == holder["started"] is not None
-
-
-def _started(pid: int) -> str | None:
-    """When process `pid` started (clock ticks since boot where /proc tells them); None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return None
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            return "unknown"
-        return "unknown"
-    return None if fields[0] in "ZX" else fields[19]

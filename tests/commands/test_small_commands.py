@@ -75,7 +75,7 @@ def test_every_theory_can_be_shown(name):
     answer = sfumato("theory", "show", name, "--out", "here", "--json")
     assert answer.code == 0, answer.err
     page = Path(answer.json()["page"])
-    assert page.parent == Path("here") and page.read_text().count("<svg") == 7
+    assert page.parent == Path("here") and page.read_text(encoding="utf-8").count("<svg") == 7
 
 
 OWN = """
@@ -89,7 +89,7 @@ mine = Theory(data=lambda t: (torch.cos(t), torch.sin(t)), model=lambda t: (-tor
 
 def test_ones_own_theory_is_checked_against_the_oracle(monkeypatch):
     monkeypatch.setattr(theory, "BUDGETS", (5, 10))
-    Path("mine.py").write_text(OWN)
+    Path("mine.py").write_text(OWN, encoding="utf-8")
     answer = sfumato("theory", "check", "mine.py:mine", "--json")
     assert answer.code == 0, answer.err
     found = answer.json()

@@ -10,11 +10,12 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 
-GROUND = {"errors", "settings", "own"}
+GROUND = {"errors", "settings", "own", "locks"}
 BELOW = {
     "errors": set(),
     "settings": set(),
     "own": {"errors"},
+    "locks": set(),
     "record": GROUND,
     "theory": GROUND,
     "stages": GROUND | {"record", "theory"},
@@ -35,6 +36,7 @@ OUTSIDE = {
     "errors": set(),
     "settings": set(),
     "own": set(),
+    "locks": {"filelock", "psutil"},
     "record": set(),
     "studio": set(),
     "theory": {"torch", "jaxtyping"},
@@ -55,7 +57,7 @@ def imports(file: Path) -> list[tuple[int, str]]:
     """Every (line, full module name) a file imports, also inside functions."""
     package = ("sfumato", *file.relative_to(SOURCE).parent.parts)
     found = []
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

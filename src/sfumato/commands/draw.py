@@ -1,6 +1,7 @@
 """The command that draws."""
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -326,8 +327,10 @@ def region(said: str) -> tuple[Any, str]:
     """
     from ..stages.seeing import picture
 
-    file, colon, prompt = said.partition(":")
-    if not colon or not file or not prompt.strip():
+    drive = 2 if re.match(r"[A-Za-z]:[\\/]", said) else 0
+    at = said.find(":", drive)
+    file, prompt = said[: max(at, 0)], said[at + 1 :]
+    if not file or not prompt.strip():
         raise Refused(
             f'--region "{said}" must be a mask\'s file and a prompt: --region "left.png:a red apple".'
         )

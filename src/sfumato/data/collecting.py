@@ -58,7 +58,7 @@ def collect(
     Raises:
         Refused: another process is collecting, or the store cannot be written.
     """
-    with uses.alone(store.root):
+    with uses.collecting(store.root):
         found = Found()
         needed = {kind: set((keep or {}).get(kind, ())) for kind in KINDS}
         busy: dict[str, set[str]] = {kind: set() for kind in KINDS}
@@ -107,6 +107,7 @@ def _one_shard(path: Path, needed: set[str], busy: set[str], young: float, share
     if len(unused) < len(entries):
         data = shard.view(path)
         kept = {key: shard.entry(data, one) for key, one in entries.items() if key not in unused}
+        del data  # no longer mapped: some systems do not remove what is
         after = shard.write(path.parent, kept).stat().st_size
     path.unlink()
     return before - after

@@ -7,6 +7,7 @@ bytes, so that whoever writes a shard, once or after a kill, writes the same fil
 import hashlib
 import json
 import mmap
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sfumato.record import write_atomic
+from sfumato.record import IS_WINDOWS, write_atomic
 
 FORMAT = "sfumato-shard-1"
 NAMES = {
@@ -121,7 +122,11 @@ def write(folder: Path, entries: Mapping[str, Mapping[str, Tensor]]) -> Path:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     path = folder / f"{hashlib.sha256(text).hexdigest()[:32]}.safetensors"
-    write_atomic(path, b"".join([struct.pack("<Q", len(text)), text, *parts]))
+    data = b"".join([struct.pack("<Q", len(text)), text, *parts])
+    if IS_WINDOWS and path.exists() and path.read_bytes() == data:
+        os.utime(path)  # what a reader has mapped cannot be replaced there
+    else:
+        write_atomic(path, data)
     return path
 
 

@@ -7,7 +7,6 @@ or it is not, so writers need no lock and a killed one leaves nothing half done.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Failed
+from sfumato.locks import Lease
 from sfumato.record import said_plainly
 
 from . import shard, uses
@@ -89,7 +89,7 @@ class Store:
         self._indices: dict[str, Index] = {}
         self._views: dict[str, np.ndarray] = {}
         self._numbers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._held: list[int] = []
+        self._held: list[Lease] = []
 
     def index(self, kind: str) -> Index:
         """The index of one kind, read when first asked for."""
@@ -109,10 +109,6 @@ class Store:
         """
         self._held.append(uses.hold(self.root, owner, keys, encoders))
         self.refresh()
-
-    def __del__(self) -> None:
-        for handle in self._held:
-            os.close(handle)
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: it maps and reads for itself, and holds nothing."""
@@ -210,9 +206,9 @@ class Store:
                 if sound:
                     data = shard.view(path)
                     shard.write(path.parent, {one: shard.entry(data, entries[one]) for one in sound})
+            self.release(str(path))
             with said_plainly(path):
                 path.unlink(missing_ok=True)
-            self.release(str(path))
         self._indices.pop(kind, None)
 
     def content_hash(self, kind: str, keys: Iterable[str] | None = None) -> str:

@@ -1,15 +1,14 @@
 """Uses: what each run needs of a store, written down beside the shards, so that the rest can be collected.
 
-A use lives as long as its owner (a run's folder) exists. A process that works with a use holds a lock on it,
+A use lives as long as its owner (a run's folder) exists. A process that works with a use has a lease on it,
 which ends with the process however it ends; collecting leaves the shards of such a use as they are.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sfumato.errors import Refused
+from sfumato.locks import Busy, Lease, alone, is_leased
 from sfumato.record import said_plainly, write_atomic
 
 FORMAT = "sfumato-use-1"
 FOLDER = "uses"
+GATE = ".gate"
+"""Who begins to use the store goes through it one by one, and who collects it keeps it shut."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Use:
     file: Path
 
 
-def hold(root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> int:
-    """Write down what `owner` needs, and hold it; returns the handle that holds it until it is closed.
+def hold(root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> Lease:
+    """Write down what `owner` needs, and hold it; returns what holds it until it is released.
 
     Waits while the store is being collected.
 
@@ -62,18 +64,18 @@ def hold(root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: 
     file = folder / f"{hashlib.sha256(whose.encode()).hexdigest()[:24]}.safetensors"
     told = {"format": FORMAT, "owner": whose, "encoders": json.dumps(sorted(encoders))}
     data = save({kind: _bytes(some) for kind, some in keys.items()}, told)
-    with _gate(root, fcntl.LOCK_SH), said_plainly(folder):
-        handle = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
-        fcntl.flock(handle, fcntl.LOCK_SH)
+    with said_plainly(folder), alone(root / GATE):
+        is_leased(file)  # removes what killed processes left
+        lease = Lease(file)
         if not file.exists() or file.read_bytes() != data:
             write_atomic(file, data)
         else:
             os.utime(file)
-    return handle
+    return lease
 
 
 def read(root: Path) -> list[Use]:
-    """All uses of a store; one that is damaged is left out (its run writes it again)."""
+    """All uses of a store; a damaged one is left out (its run writes it again). Ask inside `collecting`."""
     found = []
     for file in sorted((root / FOLDER).glob("*.safetensors")):
         try:
@@ -86,7 +88,7 @@ def read(root: Path) -> list[Use]:
             encoders = tuple(json.loads(told["encoders"]))
             written = file.stat().st_mtime
             found.append(
-                Use(Owner(*json.loads(told["owner"])), keys, encoders, written, _is_held(file), file)
+                Use(Owner(*json.loads(told["owner"])), keys, encoders, written, is_leased(file), file)
             )
     return found
 
@@ -94,49 +96,24 @@ def read(root: Path) -> list[Use]:
 def forget(use: Use) -> None:
     """Remove a use that nobody works with."""
     use.file.unlink(missing_ok=True)
-    use.file.with_suffix(".lock").unlink(missing_ok=True)
 
 
 @contextmanager
-def alone(root: Path) -> Iterator[None]:
+def collecting(root: Path) -> Iterator[None]:
     """Let nobody begin to use the store for the length of a block.
 
     Raises:
         Refused: somebody is collecting, or just beginning to use it; or it cannot be written.
     """
-    try:
-        with _gate(root, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            yield
-    except BlockingIOError:
-        raise Refused(
-            f"{root} is being collected, or a run is just beginning to use it. Give the command again."
-        ) from None
-
-
-@contextmanager
-def _gate(root: Path, how: int) -> Iterator[None]:
-    """The lock that users share while they write down what they need, and that collecting takes alone."""
-    with said_plainly(root):
-        handle = os.open(root / ".gate", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, how)
+    with ExitStack() as stack:
+        try:
+            with said_plainly(root):
+                stack.enter_context(alone(root / GATE, wait=False))
+        except Busy:
+            raise Refused(
+                f"{root} is being collected, or a run is just beginning to use it. Give the command again."
+            ) from None
         yield
-    finally:
-        os.close(handle)
-
-
-def _is_held(file: Path) -> bool:
-    try:
-        handle = os.open(file.with_suffix(".lock"), os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def _bytes(keys: Iterable[str]) -> torch.Tensor:

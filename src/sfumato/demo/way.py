@@ -4,7 +4,6 @@ What was chosen is the recipe in the run's folder; the same command goes on with
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from ..data.sample import Collection
@@ -127,5 +127,9 @@ def peak_memory_gb() -> float:
     """The most memory this process ever held, in GB; on a GPU, the GPU's."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return round(psutil.Process().memory_info()._asdict()["peak_wset"] / 1e9, 2)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)

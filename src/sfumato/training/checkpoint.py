@@ -86,7 +86,9 @@ def prepare(run: RunFolder, step: int, groups: Mapping[str, Tensors]) -> Path:
 
 def publish(run: RunFolder, step: int, keep: Keep) -> None:
     """Record a checkpoint that stands in its place, point at the best one, and let older ones go."""
-    run.event("checkpoint", step=step, path=str(run.checkpoint_folder(step).relative_to(run.path)), sync=True)
+    run.event(
+        "checkpoint", step=step, path=run.checkpoint_folder(step).relative_to(run.path).as_posix(), sync=True
+    )
     if keep.best and run.checkpoint_folder(keep.best).is_dir():
         _point(run.checkpoints / "best", run.checkpoint_folder(keep.best).name)
     for folder in run.checkpoint_folders()[: -keep.newest]:
@@ -239,7 +241,7 @@ def _set_aside(run: RunFolder, folder: Path, reason: str) -> None:
         place = folder.with_name(f"damaged-{folder.name}-{number}")
     with said_plainly(folder):
         folder.rename(place)
-    run.event("set_aside", file=str(place.relative_to(run.path)), reason=reason, sync=True)
+    run.event("set_aside", file=place.relative_to(run.path).as_posix(), reason=reason, sync=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -38,8 +39,8 @@ def kept_memory(device: torch.device) -> Iterator[None]:
     The C library gives large arrays back to the system, which clears the pages it lends anew: a tenth of a
     step of a transformer of 60 M weights. Where there is no glibc nothing is changed.
     """
-    library = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
-    if library is None or not hasattr(library, "mallopt"):
+    library = _c_library()
+    if device.type != "cpu" or not hasattr(library, "mallopt"):
         yield
         return
     library.mallopt(MMAP_MAX, 0)
@@ -53,5 +54,16 @@ def kept_memory(device: torch.device) -> Iterator[None]:
         library.mallopt(MMAP_THRESHOLD, 32 << 20)
         library.mallopt(TRIM_THRESHOLD, 64 << 20)
         library.mallopt(TOP_PAD, 128 << 10)
-        if hasattr(library, "malloc_trim"):
-            library.malloc_trim(0)
+        trim_memory()
+
+
+def trim_memory() -> None:
+    """Give memory that nothing uses back to the system, where the C library has been keeping it."""
+    library = _c_library()
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def _c_library() -> Any:
+    """The functions of the C library this process runs on; None but on Linux, where they are ours to set."""
+    return ctypes.CDLL(None) if sys.platform == "linux" else None

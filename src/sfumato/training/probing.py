@@ -6,8 +6,8 @@ what would fit, and what is probed says what will be held.
 """
 
 import copy
-import ctypes
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 
-from .device import kept_memory
+from .device import kept_memory, trim_memory
 from .held import Held
 from .parallel import Division, Gradients, Processes
 from .precision import autocast, effective_precision
@@ -129,41 +130,59 @@ def held_bytes(device: torch.device) -> int:
     """Bytes in use now: on a GPU by torch, else by the process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    if hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)  # give back what is free, or the rise would hide in it
-    return _status("VmRSS")
+    trim_memory()  # give back what is free, or the rise would hide in it
+    return psutil.Process().memory_info().rss
 
 
-def free_bytes(device: torch.device, unknown: int = 1 << 62) -> int:
-    """Bytes of memory that are free; `unknown` where the system does not tell."""
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that are free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    file = Path("/proc/meminfo")
-    if not file.is_file():
-        return unknown
-    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    return psutil.virtual_memory().available
 
 
 @contextmanager
 def watched(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yield a function that says the most bytes in use since the block began; 0 where nobody knows."""
+    """Yield a function that says the most bytes in use since the block began.
+
+    A GPU and Linux keep the highest number themselves; elsewhere a thread looks every few milliseconds.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
-    refs = Path("/proc/self/clear_refs")
+    refs, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
-        refs.write_text("5")  # the kernel's word for: forget the peak
+        refs.write_text("5", encoding="utf-8")  # the kernel's word for: forget the peak
     except OSError:
-        yield lambda: 0
+        with _looking() as peak:
+            yield peak
         return
-    yield lambda: _status("VmHWM")
+    yield lambda: next(
+        int(line.split()[1]) * 1024
+        for line in status.read_text(encoding="utf-8").splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
-def _status(name: str) -> int:
-    file = Path("/proc/self/status")
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    return 0
+@contextmanager
+def _looking(seconds: float = 0.005) -> Iterator[Callable[[], int]]:
+    """Yield a function that says the most bytes this process was seen with since the block began."""
+    process, ended = psutil.Process(), threading.Event()
+    highest = [process.memory_info().rss]
+
+    def peak() -> int:
+        highest[0] = max(highest[0], process.memory_info().rss)
+        return highest[0]
+
+    def look() -> None:
+        while not ended.wait(seconds):
+            peak()
+
+    thread = threading.Thread(target=look, name="memory", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()

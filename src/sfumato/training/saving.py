@@ -137,4 +137,4 @@ def has_memory(groups: Mapping[str, Tensors]) -> bool:
 
 def is_small(size: int) -> bool:
     """Whether so many bytes of host memory may be taken for a copy."""
-    return size < SHARE_OF_MEMORY * free_bytes(torch.device("cpu"), unknown=2_500_000_000)
+    return size < SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))

@@ -7,8 +7,8 @@ between machines.
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -146,8 +146,4 @@ def memory_of(device: torch.device) -> float:
     """Bytes that a device has."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 8e9
-    return float(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")))
+    return float(psutil.virtual_memory().total)

@@ -61,7 +61,7 @@ def write_shown(run: RunFolder, group: str, guides: Mapping[str, Any], fps: floa
             file = run.samples / f"shown-{group}-{what}-{index:02d}.{kind}"
             (content,) = contents(one, kind, {}, fps).values()
             write_atomic(file, content)
-            found.setdefault(what, []).append(str(file.relative_to(run.path)))
+            found.setdefault(what, []).append(file.relative_to(run.path).as_posix())
     return found
 
 
@@ -119,4 +119,4 @@ class Preview:
             said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
             (content,) = contents(picture, kind, said, self.fps).values()
             write_atomic(files[index], content)
-        return [str(file.relative_to(self.run.path)) for file in files]
+        return [file.relative_to(self.run.path).as_posix() for file in files]
