@@ -16,7 +16,7 @@ from ..stages import adapters, blocks, hub, narrow, reference, starting, teachin
 from ..stages.adapters import AdapterPlan
 from ..stages.embeddings import SUFFIX
 from ..stages.exchange import Change
-from ..stages.guides import GuidedDenoiser
+from ..stages.guides import ControlledDenoiser
 from ..stages.guides.plan import write_plans
 from ..stages.interface import Codec
 from ..stages.pipeline import INDEX
@@ -285,7 +285,7 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
     """
     network, plan = adapters.body(model.denoiser), plan_of(recipe, model)
     begin = starting.read(model, recipe.model.start) if is_fresh(recipe) and recipe.model.start else None
-    if isinstance(model.denoiser, GuidedDenoiser):
+    if isinstance(model.denoiser, ControlledDenoiser):
         model.denoiser.free()
     elif plan is None:
         model.denoiser.requires_grad_(recipe.model.train != "tokens")
@@ -293,7 +293,7 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
         reference.attach(model.denoiser, plan)
         if begin is not None:
             starting.fill(network, begin.changes.get("", {}))
-    model.denoiser.narrow = narrow.store(network, recipe.model.base_dtype)
+    model.denoiser.compute_dtype = narrow.store(network, recipe.model.base_dtype)
     if recipe.model.attention_backend:
         blocks.choose_attention(network, recipe.model.attention_backend)
     if recipe.train.offload:
@@ -305,7 +305,7 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
     if begin is not None:
         for name in begin.encoders:
             starting.fill(learning[name], within(begin.changes[name], learning[name]))
-    return teaching.Together(model.denoiser, learning) if learning else model.denoiser
+    return teaching.DenoiserWithTextEncoders(model.denoiser, learning) if learning else model.denoiser
 
 
 def check_latents(recipe: Recipe, codec: Codec, base: PaintingModel | None, width: int, height: int) -> None:
