@@ -136,7 +136,9 @@ def leaning() -> None:
     forms = {
         "guidance 1: as asked": strong,
         "guidance 3": guidance.classifier_free(strong, weak, 3.0),
-        "3, while 0.3 < s/a < 3": guidance.interval(strong, weak, 3.0, theory, 0.3, 3.0),
+        "3, while 0.3 < s/a < 3": guidance.only_in_interval(
+            strong, guidance.classifier_free(strong, weak, 3.0), theory, 0.3, 3.0
+        ),
         "3, projected (APG)": guidance.adaptive_projected(strong, weak, 3.0, theory),
     }
     data = every.sample(500)

@@ -147,6 +147,28 @@ def test_a_controlnet_draws_as_its_pipeline_does(name, folders, tmp_path, modal)
     assert (plain - expected).abs().max() > 10 * CLOSE
 
 
+@pytest.mark.parametrize("name", CONTROLLED)
+def test_what_a_family_refuses_of_guidance_it_refuses_beside_a_controlnet(name, folders):
+    """Law: a guide around a network changes nothing of how it is guided; Qwen-Image keeps its own form."""
+    model = sfumato.load(folders(name))
+    alone = model.denoiser.guidance
+    options = {"steps": 1, "width": 96, "height": 64, "guidance": 4.0, **ZOO[name].options}
+    options |= {"true_cfg_scale": 2.0} if "true_cfg_scale" in alone.options else {}
+
+    def said(form: str) -> str:
+        try:
+            model.generate([PROMPT], [NEGATIVE], guidance_form=form, **options)
+        except Refused as refusal:
+            return str(refusal)
+        return "drawn"
+
+    before = [said(form) for form in ("cfg", "apg", "cfg-zero-star")]
+    guide(model, [GuidePlan("controlnet")])
+    assert model.denoiser.guidance is alone
+    assert [said(form) for form in ("cfg", "apg", "cfg-zero-star")] == before
+    assert before[0] == "drawn" and ("leans by itself" in before[1]) == alone.has_own_form
+
+
 def test_several_controlnets_add_up_as_in_their_pipeline(folders, tmp_path):
     """Law: two ControlNets with weights of their own are the sum diffusers makes of them."""
     name = "stable-diffusion-1.5"
@@ -218,9 +240,9 @@ def looking(model: Any, width: int, rows: int) -> Any:
             return Encoder(lambda pixels: features, "fixed", (8, 8))
 
     adapter = ip_adapters.IPAdapter(model.denoiser, Fixed(), width)  # type: ignore[arg-type]
-    from sfumato.stages.guides import GuidedDenoiser
+    from sfumato.stages.guides import ControlledDenoiser
 
-    model.denoiser = GuidedDenoiser(model.denoiser, [adapter])
+    model.denoiser = ControlledDenoiser(model.denoiser, [adapter])
     return adapter, features
 
 

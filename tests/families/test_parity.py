@@ -167,7 +167,7 @@ def options_of(model: Any, drawn: Drawn, drawing: bool = False) -> dict[str, Any
     call, sees = drawn.case.call, model.conditioner.sees
     seen = {name: [call[name]] for name in sees if name in call}
     places = {name: call[name] for name in ("height", "width", "num_frames") if model.conditioner.placed}
-    knobs = {name: call[name] for name in model.denoiser.knobs if name in call}
+    knobs = {name: call[name] for name in model.denoiser.guidance.options if name in call}
     return drawn.case.options | seen | (knobs if drawing else places)
 
 
@@ -190,7 +190,7 @@ def shown(pixels: Tensor) -> Tensor:
 def test_the_network_answers_as_in_its_pipeline(drawn, model):
     """Law: the condition, the time and the layout reach the network as its pipeline sends them."""
     condition, network = told(model, drawn), model.denoiser.network
-    condition = model.denoiser.told(condition, drawn.guidance)
+    condition = model.denoiser.guidance.embed_guidance(condition, drawn.guidance)
     first = ours(model, start_of(model, drawn), drawn.times[0], condition, network)
     expected = drawn.answers[0]
     if len(expected) == 1:

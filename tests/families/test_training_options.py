@@ -79,7 +79,7 @@ def test_bfloat16_base_keeps_trained_weights_wide(pixart):
     """Law: the frozen weights have 16 bits, the trained ones 32."""
     model = copy.deepcopy(pixart)
     before = loss_of(model).item()
-    model.denoiser.narrow = narrow.store(adapters.body(model.denoiser), "bfloat16")
+    model.denoiser.compute_dtype = narrow.store(adapters.body(model.denoiser), "bfloat16")
     kinds = {weight.requires_grad: weight.dtype for weight in model.denoiser.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16} and model.dtype == torch.float32
     assert 0 < abs(loss_of(model).item() / before - 1) < 0.05
@@ -102,7 +102,7 @@ def test_checkpointing_of_a_narrow_base_changes_nothing(form, pixart):
     """Law: blocks whose frozen weights are stored narrow are computed again as they were."""
     model = copy.deepcopy(pixart)
     network = adapters.body(model.denoiser)
-    model.denoiser.narrow = narrow.store(network, form)
+    model.denoiser.compute_dtype = narrow.store(network, form)
     before, kept = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)
     blocks.recompute(network, 1)
     after, fewer = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)

@@ -7,13 +7,14 @@ import torch
 
 from sfumato.errors import Refused
 from sfumato.generation import PaintingModel
-from sfumato.generation.leaning import Leaning
+from sfumato.generation.leaning import GuidanceOptions
 from sfumato.recipe import Recipe
 from sfumato.stages import Condition, build, new_codec
+from sfumato.stages.guidance_policy import GuidancePolicy
 from sfumato.stages.interface import Conditioner
 from sfumato.stages.settings import ModelSettings
 from sfumato.theory import get, translate
-from sfumato.workflow.checks import check_leaning
+from sfumato.workflow.checks import check_guidance
 
 SETTINGS = ModelSettings(codec="pixels", text_encoder="none", width=32, depth=3, heads=4, patch=4)
 
@@ -139,12 +140,12 @@ def test_what_would_not_act_is_refused(said, words):
 
 def test_a_network_that_cannot_be_disturbed_says_so():
     model = painter()
-    model.denoiser.perturbs = False
+    model.denoiser.guidance = GuidancePolicy()
     with pytest.raises(Refused, match="our DiT does"):
         drawn(model, guidance_perturbed=1.0)
     with pytest.raises(Refused, match="how this model leans by itself"):
-        model.denoiser.leans_its_own_way = True
-        Leaning(form="apg").fits(model.denoiser, True, False)
+        model.denoiser.guidance = GuidancePolicy(has_own_form=True)
+        GuidanceOptions(form="apg").validate(model.denoiser, True, False)
 
 
 # ---------------------------------------------------------------- a model under another theory
@@ -222,12 +223,12 @@ def test_a_recipe_whose_guidance_would_not_act_is_refused(tmp_path, keys, words)
     file.write_text('[data]\ntrain = "shapes"\n')
     with pytest.raises(Refused, match=words):
         recipe = Recipe.read(file, keys)
-        check_leaning(recipe, new_codec(SETTINGS), Letters(), None)
+        check_guidance(recipe, new_codec(SETTINGS), Letters(), None)
 
 
 def test_a_recipe_whose_guidance_acts_is_taken(tmp_path):
     file = tmp_path / "recipe.toml"
     file.write_text("[sample]\nguidance_form = 'apg'\nguidance_interval = [0.2, 5]\nguidance_perturbed = 1\n")
     recipe = Recipe.read(file)
-    check_leaning(recipe, new_codec(SETTINGS), Letters(), None)
+    check_guidance(recipe, new_codec(SETTINGS), Letters(), None)
     assert recipe.sample.leaning == {"form": "apg", "interval": [0.2, 5.0], "perturbed": 1.0}

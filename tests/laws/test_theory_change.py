@@ -126,13 +126,17 @@ def answers(theory):
 
 
 FORMS = {
-    "rescaled": lambda s, w, scale, theory: guidance.rescaled(s, w, scale, theory, share=0.5),
-    "interval": lambda s, w, scale, theory: guidance.interval(s, w, scale, theory),
+    "rescaled": lambda s, w, scale, theory: guidance.rescale_std(
+        s, guidance.classifier_free(s, w, scale), theory, share=0.5
+    ),
+    "interval": lambda s, w, scale, theory: guidance.only_in_interval(
+        s, guidance.classifier_free(s, w, scale), theory
+    ),
     "zero-star": lambda s, w, scale, theory: guidance.zero_star(s, w, scale, theory),
     "projected": lambda s, w, scale, theory: guidance.adaptive_projected(
         s, w, scale, theory, most=0.5, momentum=-0.5
     ),
-    "plain": lambda s, w, scale, theory: guidance.autoguidance(s, w, scale),
+    "plain": lambda s, w, scale, theory: guidance.classifier_free(s, w, scale),
 }
 
 
@@ -159,22 +163,23 @@ def test_each_refinement_does_what_it_is_for():
     theory = get("flow-matching")
     strong, weak, x_t, t = answers(theory)
     plain = guidance.classifier_free(strong, weak, 6.0)(x_t, t)
-    outside = guidance.interval(strong, weak, 6.0, theory, low=0.5, high=2.0)(x_t, t)
+    six = guidance.classifier_free(strong, weak, 6.0)
+    outside = guidance.only_in_interval(strong, six, theory, low=0.5, high=2.0)(x_t, t)
     torch.testing.assert_close(outside[[0, 3]], strong(x_t, t)[[0, 3]])
     torch.testing.assert_close(outside[[1, 2]], plain[[1, 2]])
-    x_0 = theory.split(x_t, guidance.rescaled(strong, weak, 6.0, theory, share=1.0)(x_t, t), t)[0]
+    x_0 = theory.split(x_t, guidance.rescale_std(strong, six, theory, share=1.0)(x_t, t), t)[0]
     torch.testing.assert_close(x_0.std(1), theory.split(x_t, strong(x_t, t), t)[0].std(1))
     prompted = theory.split(x_t, strong(x_t, t), t)[0]
     x_0 = theory.split(x_t, guidance.adaptive_projected(strong, weak, 6.0, theory)(x_t, t), t)[0]
     torch.testing.assert_close(
         ((x_0 - prompted) * prompted).sum(1), torch.zeros(4, dtype=F64), atol=1e-8, rtol=0
     )
-    both = guidance.together(
+    both = guidance.batched_call(
         lambda x, t: torch.cat([strong(x[:4], t[:4]), weak(x[4:], t[4:])]),
-        lambda s, w: guidance.rescaled(s, w, 6.0, theory),
+        lambda s, w: guidance.rescale_std(s, guidance.classifier_free(s, w, 6.0), theory),
     )
-    torch.testing.assert_close(both(x_t, t), guidance.rescaled(strong, weak, 6.0, theory)(x_t, t))
+    torch.testing.assert_close(both(x_t, t), guidance.rescale_std(strong, six, theory)(x_t, t))
     torch.testing.assert_close(
-        guidance.perturbed_attention(strong, weak, 2.0)(x_t, t),
+        guidance.plus_perturbed(strong, strong, weak, 2.0)(x_t, t),
         guidance.classifier_free(strong, weak, 3.0)(x_t, t),
     )

@@ -253,7 +253,10 @@ def test_guidance_of_scale_one_is_the_prompted_network_and_batched_agrees():
     strong, weak = SMOOTH.denoiser(theory), oracle.ring().denoiser(theory)
     t = torch.full((64,), 0.7, dtype=F64)
     assert guidance.classifier_free(strong, weak, 1.0) is strong
-    both = guidance.batched(lambda x, t: torch.cat([strong(x[:64], t[:64]), weak(x[64:], t[64:])]), 3.0)
+    both = guidance.batched_call(
+        lambda x, t: torch.cat([strong(x[:64], t[:64]), weak(x[64:], t[64:])]),
+        lambda s, w: guidance.classifier_free(s, w, 3.0),
+    )
     torch.testing.assert_close(both(X_T, t), guidance.classifier_free(strong, weak, 3.0)(X_T, t))
 
 

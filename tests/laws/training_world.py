@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.record import RunFolder
-from sfumato.stages.interface import Condition, Model
+from sfumato.stages.interface import Condition, Denoiser, Model
 from sfumato.theory import get, noise
 from sfumato.training import loop, parallel
 from sfumato.training.held_out import HeldOut
@@ -63,7 +63,7 @@ class Order:
         return shuffled[step % each * self.batch :][: self.batch], step // each
 
 
-class Network(nn.Module):
+class Network(Denoiser):
     """Sees x, the clock and the mean token; draws from torch's generator through dropout."""
 
     def __init__(self, width: int = 16) -> None:
@@ -73,6 +73,9 @@ class Network(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.second = nn.Linear(width, size)
         self.register_buffer("scale", torch.tensor(0.5))
+
+    def config(self) -> dict[str, object]:
+        return {}
 
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         mask = condition["mask"][..., None]

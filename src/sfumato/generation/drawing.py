@@ -6,7 +6,7 @@ from typing import Any
 
 from .frames import Framed
 from .guiding import Guiding
-from .leaning import Leaning
+from .leaning import GuidanceOptions
 from .regions import Regions
 
 
@@ -37,9 +37,9 @@ class Drawing:
     course: Course
     shows: Guiding
     framed: Framed
-    how: Leaning
+    how: GuidanceOptions
     regions: Regions
-    knobs: Mapping[str, Any]
+    extra_guidance: Mapping[str, Any]
     options: dict[str, Any]
 
     def part(self, rows: slice) -> "Drawing":

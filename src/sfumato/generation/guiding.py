@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.stages import Condition, Model
-from sfumato.stages.guides import WEAK, GuidedDenoiser
+from sfumato.stages.guides import WEAK, ControlledDenoiser
 from sfumato.stages.image import Encoder
 from sfumato.stages.inpainting import HOLE, KEPT, hole_of, opening, repaints
 from sfumato.stages.seeing import picture
@@ -207,8 +207,8 @@ def taken(
     """
     said = {word: options.pop(word) for word in WORDS if options.get(word) is not None}
     denoiser = model.denoiser
-    guides = denoiser.encoders(model) if isinstance(denoiser, GuidedDenoiser) else {}
-    kinds = {g.name: g.kind for g in denoiser.listed} if isinstance(denoiser, GuidedDenoiser) else {}
+    guides = denoiser.encoders(model) if isinstance(denoiser, ControlledDenoiser) else {}
+    kinds = {g.name: g.kind for g in denoiser.listed} if isinstance(denoiser, ControlledDenoiser) else {}
     if kinds.get("edit_source") and "image" in options:
         said["edit_source"] = options.pop("image")
     refuse(said, kinds)

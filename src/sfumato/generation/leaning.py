@@ -1,10 +1,10 @@
 """How guidance leans: which form it takes, when it acts, and what the weaker answer is.
 
-`guidance` says how far. What is said here is put around it, each a denoiser around a denoiser; all answers of
-one network at one time come from one call.
+`guidance` says how far. What is said here picks among the forms of `theory.guidance`, where all formulas
+stand; all answers of one network at one time come from one call.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,19 @@ from torch import Tensor
 
 from sfumato.errors import Refused, one_of
 from sfumato.stages import Codec, Condition, Denoiser, Model
+from sfumato.stages.guidance_policy import GuidancePolicy
 from sfumato.theory import Theory, translate
-from sfumato.theory import guidance as guiding
+from sfumato.theory import guidance as forms
+from sfumato.theory.shapes import Denoise
 
 from .settings import FORMS
-
-Denoise = Callable[[Tensor, Tensor], Tensor]
-Form = Callable[[Denoise, Denoise, float], Denoise]
 
 MOMENTUM = -0.5
 """Of APG, as its paper has it for latent models."""
 
 
 @dataclass(frozen=True)
-class Leaning:
+class GuidanceOptions:
     """What a user may say about guidance beside its scale; every argument of `generate` is guidance_ + name.
 
     Args:
@@ -50,7 +49,7 @@ class Leaning:
     said: frozenset[str] = frozenset()
 
     @classmethod
-    def taken(cls, options: dict[str, Any], usual: Mapping[str, Any] | None = None) -> "Leaning":
+    def pop_from(cls, options: dict[str, Any], usual: Mapping[str, Any] | None = None) -> "GuidanceOptions":
         """Take the guidance_… arguments out of `options`; what is not among them is as `usual`.
 
         Raises:
@@ -75,19 +74,21 @@ class Leaning:
             )
         return how
 
-    def acting(self, leans: bool, asked: bool) -> "Leaning":
+    def effective(self, leans: bool, has_negative: bool) -> "GuidanceOptions":
         """Without those usual ways that have nothing to shape: no guidance, or a negative instead of `by`."""
         idle = set() if leans else {"form", "by"} if self.perturbed else {"form", "by", "rescale", "interval"}
-        if asked and "by" not in self.said:
+        if has_negative and "by" not in self.said:
             idle.add("by")
         return replace(self, **{name: getattr(AS_USUAL, name) for name in idle - self.said})
 
-    def fits(self, denoiser: Denoiser | type[Denoiser], leans: bool, asked: bool) -> None:
+    def validate(self, denoiser: Denoiser | type[Denoiser], leans: bool, has_negative: bool) -> None:
         """Refuse what would not act on this network at this guidance.
 
         Args:
-            leans: whether there is a weaker answer to lean away from; asked: whether a negative was given.
+            leans: whether there is a weaker answer to lean away from; has_negative: whether a negative was
+                given.
         """
+        policy = denoiser.guidance
         acts = {
             "guidance_form": self.form != "cfg",
             "guidance_rescale": self.rescale > 0,
@@ -97,7 +98,7 @@ class Leaning:
         idle = [name for name, said in acts.items() if said]
         if self.perturbed:
             idle = [name for name in idle if name in ("guidance_form", "guidance_by")]
-            if not denoiser.perturbs:
+            if not policy.supports_perturbed_attention:
                 raise Refused(
                     f"guidance_perturbed needs a network whose attention can be disturbed, and "
                     f'"{denoiser.kind}" does not offer that; our DiT does.'
@@ -107,29 +108,42 @@ class Leaning:
                 f"{idle[0]} shapes guidance, but this model does not lean here: "
                 "give it prompts and a guidance other than 1, or leave it out."
             )
-        if self.form != "cfg" and denoiser.leans_its_own_way:
+        if self.form != "cfg" and policy.has_own_form:
             raise Refused(
                 f'guidance_form "{self.form}" would replace how this model leans by itself; leave it out.'
             )
-        if self.by is not None and asked:
+        if self.by is not None and has_negative:
             raise Refused("guidance_by says what to lean away from, and so does negative; give one of them.")
 
-    def around(
-        self, theory: Theory, scale: float, usual: Form, strong: Denoise, weak: Denoise | None, third: Denoise
+    def apply(
+        self,
+        theory: Theory,
+        policy: GuidancePolicy,
+        scale: float,
+        extra: Mapping[str, Any],
+        strong: Denoise,
+        weak: Denoise | None,
+        perturbed: Denoise,
     ) -> Denoise:
-        """The guided network: `usual` or another form, pushed away from `third`, rescaled."""
+        """The guided network: as its policy combines answers or in another form, pushed away, rescaled.
+
+        Args:
+            scale: how far to lean; extra: the policy's further options.
+            weak: the weaker answer, None where nothing is leaned away from.
+            perturbed: the answer with disturbed attention.
+        """
         guided = strong
         if weak is not None and self.form == "cfg":
-            guided = usual(strong, weak, scale)
+            guided = forms.classifier_free(strong, weak, scale_of(policy, scale, extra), policy.combine)
         elif weak is not None and self.form == "cfg-zero-star":
-            guided = guiding.zero_star(strong, weak, scale, theory)
+            guided = forms.zero_star(strong, weak, scale, theory)
         elif weak is not None:
-            guided = guiding.adaptive_projected(strong, weak, scale, theory, momentum=MOMENTUM)
+            guided = forms.adaptive_projected(strong, weak, scale, theory, momentum=MOMENTUM)
         if self.perturbed:
-            guided = guiding.also(guided, strong, third, self.perturbed)
-        return guiding.deviating_as(strong, guided, theory, self.rescale) if self.rescale else guided
+            guided = forms.plus_perturbed(guided, strong, perturbed, self.perturbed)
+        return forms.rescale_std(strong, guided, theory, self.rescale) if self.rescale else guided
 
-    def suits(self, codec: Codec) -> None:
+    def check_latents(self, codec: Codec) -> None:
         """Refuse a weaker model whose latents are others."""
         if not isinstance(self.by, Model):
             return
@@ -141,9 +155,11 @@ class Leaning:
                 "both must have been trained on the same codec."
             )
 
-    def weaker(self, model: Model, prompts: Sequence[str], options: Mapping[str, Any]) -> Denoise | None:
+    def autoguidance_denoiser(
+        self, model: Model, prompts: Sequence[str], options: Mapping[str, Any]
+    ) -> Denoise | None:
         """The denoiser of `by` for these prompts, in the theory of `model`; None where there is no `by`."""
-        self.suits(model.codec)
+        self.check_latents(model.codec)
         by = self.by
         if not isinstance(by, Model):
             return None
@@ -155,10 +171,17 @@ class Leaning:
         return ask if by.theory is model.theory else translate(ask, by.theory, model.theory)
 
 
-AS_USUAL = Leaning()
+AS_USUAL = GuidanceOptions()
 
 
-def marked(condition: Condition, perturbed: bool) -> Condition:
+def scale_of(policy: GuidancePolicy, scale: float, extra: Mapping[str, Any]) -> forms.Scale:
+    """How far to lean, always or, where further options say so, at each time t [B]."""
+    if not policy.options:
+        return scale
+    return lambda t: policy.guidance_at(scale, float(t.flatten()[0]), extra)
+
+
+def mark_perturbed(condition: Condition, perturbed: bool) -> Condition:
     """The condition, whose samples are or are not to have their attention disturbed."""
     flags = torch.full((condition.size,), perturbed, dtype=torch.bool)
     return Condition({**condition, "perturbed": flags})

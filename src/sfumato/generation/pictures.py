@@ -3,7 +3,7 @@
 A picture depends on its prompt and its own seed, not on what is drawn beside it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -19,15 +19,16 @@ from sfumato import stages
 from sfumato.errors import Refused
 from sfumato.stages import Condition, Model
 from sfumato.theory import Theory, noise, solve
-from sfumato.theory import guidance as guiding
+from sfumato.theory import guidance as forms
 from sfumato.theory import times as sampling_times
+from sfumato.theory.shapes import Denoise
 
 from . import guiding as showing
 from .drawing import Course, Drawing
 from .frames import Framed
 from .frames import taken as frames_of
 from .guiding import Guiding
-from .leaning import Denoise, Form, Leaning, marked
+from .leaning import GuidanceOptions, mark_perturbed
 from .regions import taken as regions_of
 from .wishes import Wish, together, wishes
 
@@ -86,8 +87,8 @@ class PaintingModel(Model):
             watch: called with (pictures' steps done, in all).
             options: pictures that guide (`control`, `reference`, `init`, `mask`, `image`, …) as
                 `guiding.taken` explains; `regions` as in `regions.taken`; guidance_form, guidance_rescale, …
-                as `Leaning`; of clips `window`, `overlap`, `image`, `last_image` as `frames.taken`; further
-                arguments of the conditioner, by the pipeline's names.
+                as `GuidanceOptions`; of clips `window`, `overlap`, `image`, `last_image` as `frames.taken`;
+                further arguments of the conditioner, by the pipeline's names.
         Returns:
             PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
         Raises:
@@ -145,8 +146,8 @@ class PaintingModel(Model):
         options: dict[str, Any],
     ) -> Drawing:
         """Take what is said about guidance, pictures that guide and frames out of `options`."""
-        knobs = {name: options.pop(name, usual) for name, usual in self.denoiser.knobs.items()}
-        how = self.leaning_of(options)
+        extra = {name: options.pop(name, usual) for name, usual in self.denoiser.guidance.options.items()}
+        how = self.guidance_options(options)
         pixels = self.codec.pixel_size(shape)
         moving = 1 + (shape[1] - 1) * self.codec.time_stride if "frames" in self.info else 0
         shows = showing.taken(self, options, count, (pixels["width"], pixels["height"]), moving)
@@ -158,7 +159,7 @@ class PaintingModel(Model):
         framed = frames_of(self, options, count, shape)
         regions = regions_of(options, shape, (pixels["width"], pixels["height"]))
         guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
-        return Drawing(shape, guidance, course, shows, framed, how, regions, knobs, options)
+        return Drawing(shape, guidance, course, shows, framed, how, regions, extra, options)
 
     @torch.no_grad()
     def drawn(
@@ -194,7 +195,7 @@ class PaintingModel(Model):
             x = state
             if watch is not None:
                 watch(step)
-        x = asker.framed.finished(shows.kept(self.denoiser.finish(x, prompted)))
+        x = asker.framed.finished(shows.kept(self.denoiser.finalize_latents(x, prompted)))
         return shows.pasted(self.decode(x, tile, chunk))
 
     def path(self, todo: Sequence[Wish], start: Tensor, denoise: Denoise, course: Course) -> Iterator[Tensor]:
@@ -258,72 +259,56 @@ class PaintingModel(Model):
         Raises:
             Refused: a negative that this network would not hear, a form of guidance that would not act.
         """
-        guidance, how, shows, given = drawing.guidance, drawing.how, drawing.shows, drawing.options
+        guidance, shows, given = drawing.guidance, drawing.shows, drawing.options
+        policy, extra = self.denoiser.guidance, drawing.extra_guidance
         away = [wish.negative for wish in todo]
-        asked = any(text is not None for text in away)
-        most = self.denoiser.scale(guidance, self.theory.t_noise, drawing.knobs)
-        leans = bool(len(prompted)) and self.denoiser.leans(most, asked)
-        if asked and not leans and "true_cfg_scale" in drawing.knobs:
-            raise Refused(
-                "This model hears its guidance and does not lean away from a negative by itself: "
-                "leave the negative out, or give true_cfg_scale above 1 with it."
-            )
-        how = how.acting(leans, asked)
-        how.fits(self.denoiser, leans, asked)
+        has_negative = any(text is not None for text in away)
+        first = policy.guidance_at(guidance, self.theory.t_noise, extra)
+        leans = bool(len(prompted)) and policy.needs_negative(first, has_negative)
+        how = drawing.how.effective(leans, has_negative)
+        how.validate(self.denoiser, leans, has_negative)
         times = self.clocked(drawing.course)
 
         def asked_of(*conditions: Condition) -> Denoise:
             joined = conditions[0] if len(conditions) == 1 else Condition.join(*conditions)
-            told = self.denoiser.told(joined, guidance).to(self.device, self.dtype)
+            told = policy.embed_guidance(joined, guidance).to(self.device, self.dtype)
             return lambda x_t, t: self.predict(x_t, t, shows.now(told, t, times))
 
         answers = [shows.beside(prompted).to(self.device)]
         alone = asked_of(*answers)
         if not leans and not how.perturbed:
             return alone
-        other = how.weaker(self, [wish.prompt for wish in todo], given)
+        other = how.autoguidance_denoiser(self, [wish.prompt for wish in todo], given)
         if leans and other is None:
             with torch.no_grad():
                 weak = shows.beside(self.conditioner.away(away, **given), is_weak=True)
             answers.append(weak.to(self.device))
         if how.perturbed:
-            answers = [*(marked(one, False) for one in answers), marked(answers[0], True)]
-        usual = self.leaning(drawing.knobs)
+            answers = [*(mark_perturbed(one, False) for one in answers), mark_perturbed(answers[0], True)]
 
         def form(strong: Denoise, *others: Denoise) -> Denoise:
             weak = others[0] if leans and other is None else other
-            return how.around(self.theory, guidance, usual, strong, weak, others[-1] if others else strong)
+            perturbed = others[-1] if others else strong
+            return how.apply(self.theory, policy, guidance, extra, strong, weak, perturbed)
 
-        guided = guiding.together(asked_of(*answers), form, len(answers))
+        guided = forms.batched_call(asked_of(*answers), form, len(answers))
         if how.interval is None:
             return guided
-        return guiding.within(alone, guided, self.theory, *how.interval)
+        return forms.only_in_interval(alone, guided, self.theory, *how.interval)
 
-    def leaning_of(self, options: dict[str, Any]) -> Leaning:
+    def guidance_options(self, options: dict[str, Any]) -> GuidanceOptions:
         """Take what is said about guidance out of `options`; the rest is as the model's recipe had it.
 
         Raises:
             Refused: a value that cannot be meant, a weaker model that cannot be read.
         """
-        how = Leaning.taken(options, self.info.get("leaning"))
+        how = GuidanceOptions.pop_from(options, self.info.get("leaning"))
         if not isinstance(how.by, str | Path):
             return how
         place, known = str(how.by), self.__dict__.setdefault("_weaker", {})
         if place not in known:
             known[place] = load(place, device=str(self.device))
         return replace(how, by=known[place])
-
-    def leaning(self, knobs: Mapping[str, Any]) -> Form:
-        """How this network's two answers become one, as its pipeline does it."""
-
-        def usual(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
-            def answer(x_t: Tensor, t: Tensor) -> Tensor:
-                now = self.denoiser.scale(scale, float(t.flatten()[0]), knobs) if knobs else scale
-                return self.denoiser.lean(strong(x_t, t), weak(x_t, t), now)
-
-            return answer
-
-        return usual
 
     def clocked(self, course: Course) -> list[float]:
         """The times at which steps begin, and the end; without a grid, as if they were even in time."""

@@ -31,7 +31,7 @@ class SampleSettings:
 
     @property
     def leaning(self) -> dict[str, Any]:
-        """What is said about how guidance leans, by the names of `Leaning`; defaults are left out."""
+        """What is said about how guidance leans, by the names of `GuidanceOptions`; defaults are left out."""
         said = {
             "form": self.guidance_form if self.guidance_form != "cfg" else None,
             "rescale": self.guidance_rescale,

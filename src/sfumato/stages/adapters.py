@@ -79,8 +79,7 @@ class AdapterPlan:
 
 def body(denoiser: Denoiser) -> nn.Module:
     """The network whose layers adapters go to: diffusers' own, where there is one."""
-    network = getattr(denoiser, "network", None)
-    return network if isinstance(network, nn.Module) else denoiser
+    return denoiser.backbone
 
 
 def chosen(network: nn.Module, plan: AdapterPlan, usual: Sequence[str] = ()) -> list[str]:

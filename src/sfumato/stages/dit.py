@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 
+from .guidance_policy import GuidancePolicy
 from .interface import Condition, Denoiser
 from .positions import Angles, moments, places, rotary, rotary_in_time, sinusoids, turn
 from .ragged import Group, Ragged, along
@@ -208,8 +209,8 @@ class DiT(Denoiser):
 
     kind = "dit"
     lora_targets = ("qkv", "text_kv", "out", "up", "down")
-    perturbs = True
-    packs = True
+    supports_packing = True
+    guidance = GuidancePolicy(supports_perturbed_attention=True)
 
     def __init__(
         self,
@@ -321,13 +322,13 @@ class DiT(Denoiser):
         out = self.leave(modulate(tokens, *self.last_modulation(time).chunk(2, dim=-1)))
         return self.laid(out if self.shared is None else self.shared.whole(out, 1), x)
 
-    def check_sharing(self, count: int) -> None:
+    def check_context_parallel(self, count: int) -> None:
         """Raises Refused unless so many processes can have as many heads each."""
         check_heads(self.heads, count)
 
-    def share(self, mesh: Any) -> None:
+    def enable_context_parallel(self, mesh: Any) -> None:
         """Let the processes of a mesh share each sample; None: no longer."""
-        super().share(mesh)
+        super().enable_context_parallel(mesh)
         self.shared = None if mesh is None else Ulysses(mesh.get_group("ulysses"))
         for block in self.blocks:
             block.shared = self.shared  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]

@@ -11,12 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from sfumato.theory import Theory
 
 from . import schedules
+from .guidance_policy import GuidancePolicy, PipelineGuidance
 from .interface import Condition
 from .normalising import statistics
 from .seeing import Encode, Lesson, Pictures
@@ -61,8 +61,6 @@ class Family:
     """Whether training tells the network how each picture was cut, as `time_ids`."""
     fps: ClassVar[float] = 8.0
     """Frames a second of the clips it was trained on, where its pipeline's call does not say."""
-    knobs: ClassVar[Mapping[str, float | None]] = {}
-    """Further numbers of the pipeline's call that guide, with their defaults."""
     sees: ClassVar[tuple[str, ...]] = ()
     """Arguments of the pipeline's call that show pictures."""
     seeing: ClassVar[tuple[str, ...]] = ()
@@ -125,7 +123,7 @@ class Family:
     reads_pictures: ClassVar[bool] = False
     """Whether words are read beside the picture that is shown."""
 
-    def asked(self, error: Tensor, condition: Condition) -> Tensor:
+    def mask_error(self, error: Tensor, condition: Condition) -> Tensor:
         """The part of the error [B, C, …] that training asks for; what is given is not."""
         return error
 
@@ -137,7 +135,7 @@ class Family:
         """(height, width) in pixels of what is drawn beside these pictures; None for the usual."""
         return None
 
-    def finish(self, network: Any, x: Tensor, condition: Condition) -> Tensor:
+    def finalize_latents(self, network: Any, x: Tensor, condition: Condition) -> Tensor:
         """Latents as they are decoded, after the last step."""
         return x
 
@@ -185,21 +183,9 @@ class Family:
         """x [B, C, …], what the network is told about time [B], condition → its raw answer [B, C, …]."""
         raise TypeError(f"{type(self).__name__} does not say how its network is asked")
 
-    def told(self, network: Any, condition: Condition, guidance: float) -> Condition:
-        """The condition of a network that hears the guidance; by default it does not."""
-        return condition
-
-    def scale(self, network: Any, guidance: float, t: float, knobs: Mapping[str, Any]) -> float:
-        """How far to lean at this time, from what `generate` was told."""
-        return guidance
-
-    def leans(self, network: Any, guidance: float, asked: bool) -> bool:
-        """Whether a weaker answer is needed at this guidance; `asked` where a negative was given."""
-        return guidance > 1
-
-    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
-        """The guided answer, as the pipeline combines the two."""
-        return weak + guidance * (strong - weak)
+    def guidance_policy(self, network: Any) -> GuidancePolicy:
+        """How this network is guided, as its pipeline does it."""
+        return PipelineGuidance()
 
     # ---------------------------------------------------------------- sampling
 
@@ -244,8 +230,3 @@ class Family:
         if not self.video:
             return known
         return known | {"frames": self.frames(pipe), "fps": float(call.get("frame_rate") or self.fps)}
-
-
-def normed_like(answer: Tensor, strong: Tensor, axis: int = -1) -> Tensor:
-    """The answer, with the prompted one's norm along an axis."""
-    return answer * (torch.norm(strong, dim=axis, keepdim=True) / torch.norm(answer, dim=axis, keepdim=True))

@@ -19,7 +19,7 @@ HOLE, KEPT = "hole", "kept"
 
 def repaints(denoiser: Denoiser) -> bool:
     """Whether this is such a network: a UNet that reads 2·C + 1 channels and answers with C."""
-    network: Any = getattr(denoiser, "network", None)
+    network: Any = denoiser.backbone
     if type(network).__name__ != "UNet2DConditionModel":
         return False
     return network.config.in_channels == 2 * network.config.out_channels + 1

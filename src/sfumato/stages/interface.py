@@ -20,6 +20,7 @@ from sfumato.theory import Theory
 from sfumato.theory.change import question
 
 from .condition import Condition as Condition
+from .guidance_policy import GuidancePolicy
 
 
 class Stage(nn.Module, ABC):
@@ -141,7 +142,7 @@ class Conditioner(Stage):
         return self([text or "" for text in prompt], **options)
 
 
-def unshareable(name: str) -> str:
+def no_context_parallel(name: str) -> str:
     """The sentence about a network whose samples processes cannot share."""
     return (
         "train.context_parallel shares the tokens of a sample among processes, which our own DiT and those "
@@ -161,58 +162,93 @@ class Denoiser(Stage):
     """Ends of the names of the layers that adapters usually go to."""
     framing: str = ""
     """The condition's tensor [B, 6] that says how a picture was cut from its file, where that is heard."""
+    trains_framing: bool = False
+    """Whether training tells each picture's own cut, instead of the usual one."""
     grain: int = 1
     """Sides of latents must be multiples of this."""
-    frames_apart = False
+    frames_apart: bool = False
     """Whether each frame of a clip may be told a time of its own: clock [B, F]."""
-    narrow: torch.dtype | None = None
+    compute_dtype: torch.dtype | None = None
     """What the network computes in where its frozen weights are narrower than its inputs and answers."""
+    supports_packing: bool = False
+    """Whether `forward` also takes lists of batches of different shapes and computes them as one."""
+    family: Any = None
+    """The `Family` that asks the network, where it is a pipeline's."""
+    guidance: GuidancePolicy = GuidancePolicy()
+    """How its answers are guided; whatever stands around a denoiser hands this very object on."""
 
     @abstractmethod
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x [B, C, ...] scaled by the theory's input_scale, clock [B] → out [B, C, ...]."""
 
-    def asked(self, error: Tensor, condition: Condition) -> Tensor:
+    @property
+    def backbone(self) -> nn.Module:
+        """The network whose layers are adapted and looked into: the part called `network`, else all of it."""
+        network = self._modules.get("network")
+        return self if network is None else network
+
+    def companions(self, model: "Model") -> Mapping[str, Any]:
+        """How it wants pictures beside a sample encoded, by their names (`data.views.Companion`)."""
+        return {}
+
+    def mask_error(self, error: Tensor, condition: Condition) -> Tensor:
         """The part of the error [B, C, …] that training asks for; what the network is given is not."""
         return error
 
-    packs = False
-    """Whether `forward` also takes lists of batches of different shapes and computes them as one."""
-    perturbs = False
-    """Whether a condition's `perturbed` [B] (bool) disturbs the attention of these samples."""
-    leans_its_own_way = False
-    """Whether `lean` is more than classifier-free guidance."""
-    knobs: Mapping[str, float | None] = {}
-    """Further numbers that guide, with their defaults."""
-
-    def check_sharing(self, count: int) -> None:
-        """Raises Refused unless so many processes can share the tokens of a sample."""
-        raise Refused(unshareable(type(self).__name__))
-
-    def share(self, mesh: Any) -> None:
-        """Let processes share each sample: a mesh of torch with the dimensions ring and ulysses, or None."""
-        if mesh is not None:
-            self.check_sharing(mesh.size())
-
-    def told(self, condition: Condition, guidance: float) -> Condition:
-        """The condition of a network that hears the guidance; most do not."""
-        return condition
-
-    def scale(self, guidance: float, t: float, knobs: Mapping[str, Any]) -> float:
-        """How far to lean at this time, from what is asked for."""
-        return guidance
-
-    def leans(self, guidance: float, asked: bool) -> bool:
-        """Whether guidance needs a weaker answer; `asked` where a negative was given."""
-        return guidance != 1
-
-    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
-        """The guided answer."""
-        return torch.lerp(weak, strong, guidance)
-
-    def finish(self, x: Tensor, condition: Condition) -> Tensor:
+    def finalize_latents(self, x: Tensor, condition: Condition) -> Tensor:
         """Latents as they are decoded, after the last step."""
         return x
+
+    def check_context_parallel(self, count: int) -> None:
+        """Raises Refused unless so many processes can share the tokens of a sample."""
+        raise Refused(no_context_parallel(type(self).__name__))
+
+    def enable_context_parallel(self, mesh: Any) -> None:
+        """Let processes share each sample: a mesh of torch with the dimensions ring and ulysses, or None."""
+        if mesh is not None:
+            self.check_context_parallel(mesh.size())
+
+
+class DenoiserWrapper(Denoiser):
+    """A denoiser around a denoiser `base`: every public member of `Denoiser` is that of the base.
+
+    A wrapper that means something else by a member defines it, and says why. What `Denoiser` gains is handed
+    on without a line here.
+    """
+
+    base: Denoiser
+
+    def config(self) -> dict[str, Any]:
+        """The base's."""
+        return self.base.config()
+
+    def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """The base's answer."""
+        return self.base(x, clock, condition)
+
+
+def _handed_on(name: str) -> property:
+    """A member that is the base's: read there, and set there."""
+
+    def read(wrapper: DenoiserWrapper) -> Any:
+        return getattr(wrapper.base, name)
+
+    def write(wrapper: DenoiserWrapper, value: Any) -> None:
+        setattr(wrapper.base, name, value)
+
+    return property(read, write, doc=f"The base's `{name}`.")
+
+
+OWN_TO_A_WRAPPER = {"kind", "config", "forward", "fingerprint"}
+"""Of a stage as it is written down, which a wrapper with weights of its own is by itself."""
+HANDED_ON = tuple(
+    name
+    for name in dict.fromkeys([*vars(Stage), *vars(Denoiser)])
+    if not name.startswith("_") and name not in OWN_TO_A_WRAPPER
+)
+"""The public members of a denoiser."""
+for _name in HANDED_ON:
+    setattr(DenoiserWrapper, _name, _handed_on(_name))
 
 
 class Model:
@@ -258,8 +294,8 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of latents and answers: that of the denoiser's weights, unless they are stored narrow."""
-        narrow = getattr(self.denoiser, "narrow", None)
-        return torch.float32 if narrow is not None else next(self.denoiser.parameters()).dtype
+        narrow = self.denoiser.compute_dtype is not None
+        return torch.float32 if narrow else next(self.denoiser.parameters()).dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move all three stages; returns self."""
@@ -328,7 +364,7 @@ class Model:
 
     def _answer(self, x: Any, told: Any, condition: Any, dtype: torch.dtype) -> Any:
         """The network's own answer; as wide as its input where it computes narrower."""
-        narrow = getattr(self.denoiser, "narrow", None)
+        narrow = self.denoiser.compute_dtype
         if narrow is None:
             return self.denoiser(x, told, condition)
         with torch.autocast(self.device.type, narrow):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from . import schedules, single_file, teaching
 from .codec import PixelCodec
 from .families import pipelines
 from .family import Family
-from .interface import Codec, Conditioner, Model
+from .interface import Codec, Conditioner, Denoiser, Model
 from .labels import LabelConditioner
 from .pickles import PICKLES, must_be_safetensors
 from .pretrained import (
@@ -267,16 +267,16 @@ def load_pipeline(
     return model
 
 
-def save_pipeline(model: Model, folder: Path, denoiser: Any) -> None:
+def save_pipeline(model: Model, folder: Path, denoiser: Denoiser) -> None:
     """Write a model that came from a pipeline as such a pipeline again, with this denoiser's weights."""
     pipe: Any = model.origin
     family: Family = denoiser.family
-    family.put_back(pipe, denoiser.network)
+    family.put_back(pipe, denoiser.backbone)
     try:
         with quiet(), teaching.settled(pipe):
             pipe.save_pretrained(folder, safe_serialization=True)
     finally:
-        family.put_back(pipe, cast(Any, model.denoiser).network)
+        family.put_back(pipe, model.denoiser.backbone)
     for name, part in pipe.components.items():
         if hasattr(part, "written_as"):  # composed here, so diffusers does not know it
             part.save_pretrained(folder / name)

@@ -1,7 +1,7 @@
 """The three stages around a pretrained pipeline's own networks; what differs is asked of its family."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
 from typing import Any, Self
@@ -239,9 +239,9 @@ class PretrainedDenoiser(Denoiser):
 
     def __init__(self, family: Family, network: nn.Module):
         super().__init__()
-        self.family, self.network, self.knobs = family, network, family.knobs
+        self.family, self.network, self.guidance = family, network, family.guidance_policy(network)
         self.lora_targets, self.framing = family.lora_targets, family.framing
-        self.leans_its_own_way = type(family).lean is not Family.lean or bool(family.knobs)
+        self.trains_framing = family.hears_framing
 
     def train(self, mode: bool = True) -> Self:
         """As any network; but classes are dropped by whoever trains, so the network must not drop its own."""
@@ -270,37 +270,21 @@ class PretrainedDenoiser(Denoiser):
                 "train.context_parallel."
             ) from problem
 
-    def check_sharing(self, count: int) -> None:
+    def check_context_parallel(self, count: int) -> None:
         """Raises Refused unless so many processes can share a sample."""
         hooked.check(self.network, count)
 
-    def share(self, mesh: Any) -> None:
+    def enable_context_parallel(self, mesh: Any) -> None:
         """Let the processes of a mesh share each sample, through diffusers' hooks; None: no longer."""
         if mesh is None:
             hooked.unshare(self.network)
         else:
             hooked.share(self.network, mesh)
 
-    def asked(self, error: Tensor, condition: Condition) -> Tensor:
+    def mask_error(self, error: Tensor, condition: Condition) -> Tensor:
         """Without what the network is given."""
-        return self.family.asked(error, condition)
+        return self.family.mask_error(error, condition)
 
-    def told(self, condition: Condition, guidance: float) -> Condition:
-        """The condition, with the guidance where this network hears it."""
-        return self.family.told(self.network, condition, guidance)
-
-    def scale(self, guidance: float, t: float, knobs: Mapping[str, Any]) -> float:
-        """How far to lean at this time."""
-        return self.family.scale(self.network, guidance, t, knobs)
-
-    def finish(self, x: Tensor, condition: Condition) -> Tensor:
+    def finalize_latents(self, x: Tensor, condition: Condition) -> Tensor:
         """Latents as they are decoded."""
-        return self.family.finish(self.network, x, condition)
-
-    def leans(self, guidance: float, asked: bool) -> bool:
-        """Whether a weaker answer is needed."""
-        return self.family.leans(self.network, guidance, asked)
-
-    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
-        """The guided answer."""
-        return self.family.lean(strong, weak, guidance)
+        return self.family.finalize_latents(self.network, x, condition)

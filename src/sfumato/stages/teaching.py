@@ -19,7 +19,7 @@ from sfumato.errors import Failed, Refused
 
 from . import adapters, embeddings
 from .adapters import AdapterPlan
-from .interface import Condition, Denoiser, Model
+from .interface import Denoiser, DenoiserWrapper, Model
 from .pretrained import PretrainedConditioner
 from .scratch import seeded
 from .text_plan import TextPlan
@@ -58,35 +58,28 @@ class Taught(nn.Module):
         return torch.where((tokens >= self.first)[..., None], new.to(known.dtype), known)
 
 
-class Together(nn.Module):
+class DenoiserWithTextEncoders(DenoiserWrapper):
     """A denoiser and the text encoders that learn beside it, as one network; names are the parts' own."""
+
+    kind = "denoiser with text encoders"
 
     def __init__(self, denoiser: Denoiser, encoders: Mapping[str, nn.Module]):
         super().__init__()
-        self._denoiser = (denoiser,)  # a tuple hides it from torch, which has its children already
+        object.__setattr__(self, "base", denoiser)  # past torch: its children are taken by their own names
         self.encoders = dict(encoders)
         """Those that learn, by name."""
         for name, part in [*denoiser.named_children(), *encoders.items()]:
-            self.add_module(name, part)
+            self._modules[name] = part  # not add_module, which refuses the child `base` of a wrapper
 
     def train(self, mode: bool = True) -> Self:
         """The denoiser trains; encoders answer as they always do, but for the dropout of their adapters."""
         self.training = mode
-        self._denoiser[0].train(mode)
+        self.base.train(mode)
         for encoder in self.encoders.values():
             encoder.eval()
             for _, layer in adapters.adapted(encoder):
                 layer.lora_dropout.train(mode)
         return self
-
-    @property
-    def denoiser(self) -> Denoiser:
-        """The denoiser itself."""
-        return self._denoiser[0]
-
-    def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
-        """The denoiser's answer."""
-        return self._denoiser[0](x, clock, condition)
 
 
 # ---------------------------------------------------------------- who can be taught

@@ -24,7 +24,7 @@ from . import adapters, exchange, fitted, hub, reference, teaching, text_plan
 from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
 from .dit import DiT
-from .guides import GuidedDenoiser, guide
+from .guides import ControlledDenoiser, guide
 from .guides.elsewhere import WEIGHTS as GUIDES
 from .guides.plan import fill as fill_guides
 from .guides.plan import read_plans, write_plans
@@ -65,7 +65,7 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
     Args:
         text_by_name: the frozen text encoder is not copied, only where it came from.
     """
-    guided = model.denoiser if isinstance(model.denoiser, GuidedDenoiser) else None
+    guided = model.denoiser if isinstance(model.denoiser, ControlledDenoiser) else None
     denoiser = plain(model.denoiser if guided is None else guided.base)
     with atomic_folder(Path(folder)) as beside:
         if guided is not None:

@@ -19,49 +19,56 @@ from .shapes import Denoise
 
 Stacked = Callable[[Tensor, Tensor], Tensor]
 """(x_t [2B, …], t [2B]) → out [2B, …]: rows 0 … B − 1 prompted, B … 2B − 1 weaker, or more."""
-Form = Callable[[Denoise, Denoise, float], Denoise]
-"""(strong, weak, scale) → the guided network."""
+Combine = Callable[[Tensor, Tensor, float], Tensor]
+"""(strong, weak, scale) → the guided answer [B, …]."""
+Scale = float | Callable[[Tensor], float]
+"""How far to lean, always or at a time t [B]."""
+
+
+# ---------------------------------------------------------------- two answers become one
 
 
 def guide(strong: Tensor, weak: Tensor, scale: float) -> Tensor:
-    """weak + scale · (strong − weak); scale 1 gives strong back."""
+    """weak + scale · (strong − weak); scale 1 gives strong back, bit for bit."""
     return torch.lerp(weak, strong, scale)
 
 
-def classifier_free(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
-    """The guided network: two calls a time, one where scale is 1.
+def extrapolate(strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+    """weak + scale · (strong − weak), rounded as diffusers' pipelines round it."""
+    return weak + scale * (strong - weak)
 
-    Source: Ho & Salimans 2022, arXiv:2207.12598.
+
+def extrapolate_from_strong(strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+    """strong + scale · (strong − weak): the scale counts from 0, as Z-Image's pipeline has it."""
+    return strong + scale * (strong - weak)
+
+
+def keep_norm(guided: Tensor, strong: Tensor, axis: int = -1) -> Tensor:
+    """The guided answer with the prompted one's norm along an axis, as Qwen-Image and Lumina 2 have it."""
+    return guided * (torch.norm(strong, dim=axis, keepdim=True) / torch.norm(guided, dim=axis, keepdim=True))
+
+
+# ---------------------------------------------------------------- denoisers around denoisers
+
+
+def classifier_free(strong: Denoise, weak: Denoise, scale: Scale, combine: Combine = guide) -> Denoise:
+    """The guided network: two calls a time, one where `guide` has nothing to do (scale 1).
+
+    `weak` is the unprompted network (Ho & Salimans 2022, arXiv:2207.12598), or a smaller or less trained one,
+    prompted alike (autoguidance; Karras et al. 2024, arXiv:2406.02507); `translate` brings over one of
+    another theory.
     """
-    if scale == 1:
+    if combine is guide and scale == 1:
         return strong
-    return lambda x_t, t: guide(strong(x_t, t), weak(x_t, t), scale)
+
+    def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        return combine(strong(x_t, t), weak(x_t, t), scale(t) if callable(scale) else scale)
+
+    return denoise
 
 
-def autoguidance(strong: Denoise, weak: Denoise, scale: float) -> Denoise:
-    """Guidance by a smaller or less trained network, prompted alike.
-
-    A weak network of another theory is brought over by `translate`.
-    Source: Karras et al. 2024, arXiv:2406.02507.
-    """
-    return classifier_free(strong, weak, scale)
-
-
-def perturbed_attention(strong: Denoise, disturbed: Denoise, scale: float) -> Denoise:
-    """strong + scale · (strong − disturbed), the second with identity self-attention in some layers.
-
-    Source: Ahn et al. 2024, arXiv:2403.17377.
-    """
-    return classifier_free(strong, disturbed, 1 + scale)
-
-
-def batched(both: Stacked, scale: float) -> Denoise:
-    """Classifier-free guidance in one call of a doubled batch."""
-    return together(both, lambda strong, weak: classifier_free(strong, weak, scale))
-
-
-def together(every: Stacked, form: Callable[..., Denoise], answers: int = 2) -> Denoise:
-    """Any form with all its answers from one call: together(both, lambda s, w: rescaled(s, w, …)).
+def batched_call(every: Stacked, form: Callable[..., Denoise], answers: int = 2) -> Denoise:
+    """Any form with all its answers from one call: batched_call(both, lambda s, w: classifier_free(s, w, 3)).
 
     Raises (when called):
         Refused: unless every row of the stacked batch is answered.
@@ -85,59 +92,43 @@ def _heard(heard: list[Tensor], index: int) -> Denoise:
     return lambda x_t, t: heard[index]
 
 
-def also(leaning: Denoise, strong: Denoise, third: Denoise, scale: float) -> Denoise:
-    """leaning + scale · (strong − third): guidance of any form, pushed away from one more weaker answer."""
-    return lambda x_t, t: leaning(x_t, t) + scale * (strong(x_t, t) - third(x_t, t))
+def plus_perturbed(guided: Denoise, strong: Denoise, perturbed: Denoise, scale: float) -> Denoise:
+    """guided + scale · (strong − perturbed): any form, pushed away from the network with disturbed attention.
 
-
-def rescaled(
-    strong: Denoise,
-    weak: Denoise,
-    scale: float,
-    theory: Theory,
-    share: float = 0.7,
-    form: Form = classifier_free,
-) -> Denoise:
-    """Guidance whose x_0 is given the standard deviation of the prompted one, by `share`.
-
-    Strong guidance over-exposes; this takes the excess back, of any `form`.
-    Source: Lin et al. 2023, arXiv:2305.08891, section 3.4.
+    Without another form `guided` is `strong`. Source: Ahn et al. 2024, arXiv:2403.17377.
     """
-    return deviating_as(strong, form(strong, weak, scale), theory, share)
+    return lambda x_t, t: guided(x_t, t) + scale * (strong(x_t, t) - perturbed(x_t, t))
 
 
-def deviating_as(strong: Denoise, leaning: Denoise, theory: Theory, share: float = 0.7) -> Denoise:
-    """`leaning`, whose x_0 is given the standard deviation of `strong`'s by `share`: see `rescaled`.
+def rescale_std(strong: Denoise, guided: Denoise, theory: Theory, share: float = 0.7) -> Denoise:
+    """`guided` of any form, whose x_0 is given the standard deviation of `strong`'s, by `share`.
+
+    Strong guidance over-exposes; this takes the excess back.
 
     Raises:
         Refused: unless the share lies between 0 and 1.
+    Source: Lin et al. 2023, arXiv:2305.08891, section 3.4.
     """
     _share("share", share)
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        prompted, guided = (_data(theory, x_t, net(x_t, t), t) for net in (strong, leaning))
-        ratio = _deviation(prompted) / _deviation(guided).clamp(min=1e-12)
-        return _answer(theory, x_t, guided * (share * ratio + 1 - share), t)
+        prompted, leaning = (_data(theory, x_t, net(x_t, t), t) for net in (strong, guided))
+        ratio = _deviation(prompted) / _deviation(leaning).clamp(min=1e-12)
+        return _answer(theory, x_t, leaning * (share * ratio + 1 - share), t)
 
     return denoise
 
 
-def interval(
-    strong: Denoise, weak: Denoise, scale: float, theory: Theory, low: float = 0.2, high: float = 5.0
+def only_in_interval(
+    strong: Denoise, guided: Denoise, theory: Theory, low: float = 0.2, high: float = 5.0
 ) -> Denoise:
-    """Guidance only while the noise-to-signal ratio s/a lies between `low` and `high`.
+    """`guided` of any form while the noise-to-signal ratio s/a lies between `low` and `high`, else `strong`.
 
     Outside, a time shared by the whole batch costs one call.
-    Source: Kynkäänniemi et al. 2024, arXiv:2404.07724.
-    """
-    return within(strong, classifier_free(strong, weak, scale), theory, low, high)
-
-
-def within(strong: Denoise, leaning: Denoise, theory: Theory, low: float = 0.2, high: float = 5.0) -> Denoise:
-    """`leaning` where s/a lies between `low` and `high`, `strong` elsewhere: an interval of any form.
 
     Raises:
         Refused: unless 0 ≤ low < high.
+    Source: Kynkäänniemi et al. 2024, arXiv:2404.07724.
     """
     if not 0 <= low < high:
         raise Refused(f"low {low:g} and high {high:g} must satisfy 0 ≤ low < high.")
@@ -146,10 +137,10 @@ def within(strong: Denoise, leaning: Denoise, theory: Theory, low: float = 0.2, 
         a, s = theory.data(exact(t))
         inside = (s >= low * a) & (s <= high * a if math.isfinite(high) else s >= 0)
         if bool(inside.all()):
-            return leaning(x_t, t)
+            return guided(x_t, t)
         if not bool(inside.any()):
             return strong(x_t, t)
-        return torch.where(spread(inside, x_t).bool(), leaning(x_t, t), strong(x_t, t))
+        return torch.where(spread(inside, x_t).bool(), guided(x_t, t), strong(x_t, t))
 
     return denoise
 

@@ -8,11 +8,12 @@ without, so that copies and divided networks, checkpoints and restarts need know
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import cast
 
 from torch import nn
 
 from sfumato.errors import Refused
+from sfumato.stages.interface import Denoiser
 
 from . import parallel
 from .parallel import Processes
@@ -92,10 +93,10 @@ def divided(network: nn.Module, within: int, processes: Processes) -> Iterator[N
     names = ("groups", "ring", "ulysses")
     kind = next(network.parameters()).device.type
     mesh = init_device_mesh(kind, (processes.count // within, 1, within), mesh_dim_names=names)
-    denoiser: Any = getattr(network, "denoiser", network)
-    denoiser.share(mesh["ring", "ulysses"])
+    denoiser = cast(Denoiser, network)
+    denoiser.enable_context_parallel(mesh["ring", "ulysses"])
     try:
         with parallel.sharing(within):
             yield
     finally:
-        denoiser.share(None)
+        denoiser.enable_context_parallel(None)

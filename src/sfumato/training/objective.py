@@ -221,7 +221,7 @@ class DiffusionObjective:
         if self.read_text is not None:
             read = self.read_text(batch.captions)  # pyright: ignore[reportAttributeAccessIssue]
             conditions = [{**row, **words} for row, words in zip(conditions, read, strict=True)]
-        framing = getattr(self.model.denoiser, "framing", "")
+        framing = self.model.denoiser.framing
         if not framing:
             return conditions
         cuts = batch.framings.unbind()  # pyright: ignore[reportAttributeAccessIssue]
@@ -286,8 +286,8 @@ class DiffusionObjective:
         if drawn.known is not None:
             weight = self.weighting(theory, t.flatten()).unflatten(0, t.shape)
             return mean_of_unknown(error, weight, drawn.known)
-        asked = getattr(self.model.denoiser, "asked", lambda error, condition: error)
-        return asked(error, condition).flatten(1).mean(1) * self.weighting(theory, t).to(error.dtype)
+        error = self.model.denoiser.mask_error(error, condition)
+        return error.flatten(1).mean(1) * self.weighting(theory, t).to(error.dtype)
 
     def kept(self, rows: Sequence[Mapping[str, Tensor]], drawn: Drawn) -> list[dict[str, Tensor]]:
         """The condition rows with what was dropped replaced: captions by null, companions by zeros."""

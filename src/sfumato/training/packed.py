@@ -45,7 +45,7 @@ class PackedObjective(DiffusionObjective):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        if not getattr(self.model.denoiser, "packs", False):
+        if not self.model.denoiser.supports_packing:
             raise Refused(unpackable(type(self.model.denoiser).__name__))
         self._packs: Reader[Pack] = Reader(self.pack)
 

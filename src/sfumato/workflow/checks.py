@@ -9,11 +9,11 @@ from ..data.sample import Sample
 from ..data.settings import EMBEDDED, DataSettings
 from ..errors import Refused
 from ..generation import PaintingModel, load
-from ..generation.leaning import Leaning
+from ..generation.leaning import GuidanceOptions
 from ..recipe import DEFAULT, Recipe
 from ..stages import guides
 from ..stages.dit import DiT
-from ..stages.interface import unshareable
+from ..stages.interface import no_context_parallel
 from ..stages.ulysses import check_heads, uneven
 from ..stages.unet import UNet
 from ..training import context
@@ -116,7 +116,11 @@ def check_packed(recipe: Recipe, base: PaintingModel | None) -> None:
     if not recipe.train.sequence_packing:
         return
     data, model = recipe.data, recipe.model
-    packs = base.denoiser.packs if base else model.denoiser not in NETWORKS or NETWORKS[model.denoiser].packs
+    packs = (
+        base.denoiser.supports_packing
+        if base
+        else model.denoiser not in NETWORKS or NETWORKS[model.denoiser].supports_packing
+    )
     if not packs:
         raise Refused(unpackable(model.base if base else f'model.denoiser = "{model.denoiser}"'))
     if model.train in guides.KINDS or data.condition_columns:
@@ -155,9 +159,9 @@ def check_context(recipe: Recipe, base: PaintingModel | None, count: int) -> Non
             "does. Leave model.dropout at 0, or train.context_parallel at 1."
         )
     if base is not None:
-        base.denoiser.check_sharing(within)
+        base.denoiser.check_context_parallel(within)
     elif model.denoiser != "dit":
-        raise Refused(unshareable(f'model.denoiser = "{model.denoiser}"'))
+        raise Refused(no_context_parallel(f'model.denoiser = "{model.denoiser}"'))
     else:
         check_heads(model.heads, within)
 
@@ -196,24 +200,26 @@ def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> i
                 raise
 
 
-def check_leaning(
+def check_guidance(
     recipe: Recipe, codec: stages.Codec, conditioner: stages.Conditioner, base: PaintingModel | None
 ) -> None:
     """Raises Refused where [sample] says something about guidance that would not act on what is drawn."""
-    said, asked = recipe.sample, bool(recipe.sample.negative)
+    said, has_negative = recipe.sample, bool(recipe.sample.negative)
     network = base.denoiser if base else NETWORKS.get(recipe.model.denoiser)
     if not said.leaning or network is None:  # a network of one's own is asked when it draws
         return
     guidance = said.guidance
     if base is not None and recipe.origin("sample.guidance") == DEFAULT:
         guidance = float(base.info.get("guidance", guidance))
-    leans = base.denoiser.leans(guidance, asked) if base else guidance != 1
     options = {f"guidance_{name}": value for name, value in said.leaning.items()}
     try:
         if said.autoguidance_model:
             options["guidance_by"] = load(said.autoguidance_model)
-        how = Leaning.taken(options)
-        how.fits(network, leans and conditioner.kind != "none", asked)
-        how.suits(codec)
+        how = GuidanceOptions.pop_from(options)
+        policy = network.guidance
+        scale = policy.guidance_at(guidance, base.theory.t_noise if base else 1.0, policy.options)
+        leans = conditioner.kind != "none" and policy.needs_negative(scale, has_negative)
+        how.validate(network, leans, has_negative)
+        how.check_latents(codec)
     except Refused as refusal:
         raise Refused(f"[sample] {refusal}") from None

@@ -5,7 +5,6 @@ mask becomes one number per latent, and every other picture becomes latents by t
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +14,15 @@ from ..data.settings import DataSettings
 from ..data.views import Companion
 from ..errors import Refused, nearest
 from ..stages import Model, inpainting
-from ..stages.guides import GuidedDenoiser
+from ..stages.guides import ControlledDenoiser
 from ..stages.image import Encoder
 from . import guided, showing
 
 
 def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
     """How each companion the recipe names is encoded for this model; what it needs itself comes too."""
-    asks: Any = getattr(model.denoiser, "companions", None)
-    own: dict[str, Companion] = dict(asks(model)) if asks else {}
-    if isinstance(model.denoiser, GuidedDenoiser):
+    own: dict[str, Companion] = dict(model.denoiser.companions(model))
+    if isinstance(model.denoiser, ControlledDenoiser):
         own |= {
             name: _guiding(encoder, name, settings)
             for name, encoder in model.denoiser.encoders(model).items()

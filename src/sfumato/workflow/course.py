@@ -28,7 +28,7 @@ from ..training.precision import precision_of
 from . import ahead, companions, costs, guided, prior, showing
 from .acting import check_acts, warned
 from .agreement import agree, content_of
-from .checks import check_context, check_known, check_leaning, check_packed, sizes, theory_of
+from .checks import check_context, check_guidance, check_known, check_packed, sizes, theory_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided, reader_of
 from .material import Bucket, class_names, material_of
@@ -271,7 +271,7 @@ def gather(recipe: Recipe) -> Gathered:
     classes = class_names(collection) if recipe.model.text_encoder == "labels" else ()
     conditioner = base.conditioner if base else stages.new_conditioner(recipe.model, classes)
     showing.check(recipe, conditioner)
-    check_leaning(recipe, codec, conditioner, base)
+    check_guidance(recipe, codec, conditioner, base)
     check_said(recipe.model.new_tokens, (text for one in collection.samples for text in one.captions))
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)

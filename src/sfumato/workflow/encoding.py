@@ -126,11 +126,7 @@ def encoded_samples(
         found.say = say
     found.labels = found.labels and not tuning.text_plan_of(recipe)
     found.caption_dropout = data.caption_dropout
-    family = getattr(model.denoiser, "family", None)
-    found.samples_posterior, found.framed = (
-        data.latent_sampling == "sample",
-        getattr(family, "hears_framing", False),
-    )
+    found.samples_posterior, found.framed = data.latent_sampling == "sample", model.denoiser.trains_framing
     return found
 
 

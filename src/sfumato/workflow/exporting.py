@@ -21,7 +21,7 @@ from ..generation import PaintingModel, load
 from ..record import RunFolder, atomic_folder
 from ..stages import adapters, exchange, reference, text_plan
 from ..stages.adapters import AdapterPlan
-from ..stages.guides import GuidedDenoiser
+from ..stages.guides import ControlledDenoiser
 from ..stages.lora_names import names_of
 from ..stages.pipeline import INDEX, quiet
 from ..stages.pretrained import PretrainedConditioner
@@ -75,7 +75,7 @@ def export(
     plan = reference.read_plan(home) if home.is_dir() else None
     text = text_plan.read_plan(home) or TextPlan()
     info = metadata_of(run, model, plan, [*triggers, *(word for word, _ in text.tokens)])
-    if isinstance(model.denoiser, GuidedDenoiser):
+    if isinstance(model.denoiser, ControlledDenoiser):
         from .exporting_guides import export_guides
 
         return export_guides(model, reference.read_base(home)[0], to, out, info)

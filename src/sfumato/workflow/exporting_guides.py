@@ -11,7 +11,7 @@ from ..errors import Failed, Refused
 from ..generation import PaintingModel, load
 from ..record import atomic_folder
 from ..stages import Condition
-from ..stages.guides import Guide, GuidedDenoiser, attach, controlnets, ip_adapters
+from ..stages.guides import ControlledDenoiser, Guide, attach, controlnets, ip_adapters
 from .exporting import Exported, answers, asked, far, gate
 
 ADAPTER_FILE = "ip-adapter.safetensors"
@@ -27,7 +27,7 @@ def export_guides(
         Failed: what was written changes nothing, does not load, or answers otherwise.
     """
     guided = model.denoiser
-    assert isinstance(guided, GuidedDenoiser)
+    assert isinstance(guided, ControlledDenoiser)
     if to != "diffusers":
         raise Refused(f"{to} takes no guides from here: write ControlNets and IP-Adapters --to diffusers.")
     done: list[Exported] = []

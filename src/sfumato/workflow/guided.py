@@ -17,7 +17,7 @@ from ..generation import PaintingModel, to_pictures
 from ..generation.guiding import CONTROLS
 from ..recipe import DEFAULT, Recipe
 from ..stages import Condition, guides
-from ..stages.guides import GuidedDenoiser, GuidePlan
+from ..stages.guides import ControlledDenoiser, GuidePlan
 from . import showing
 from .preview import Group
 
@@ -82,7 +82,7 @@ def guide(model: PaintingModel, recipe: Recipe) -> None:
         Refused: a second guide that reads a control.
     """
     plan = plan_of(recipe)
-    known = model.denoiser.listed if isinstance(model.denoiser, GuidedDenoiser) else []
+    known = model.denoiser.listed if isinstance(model.denoiser, ControlledDenoiser) else []
     if plan is None or any(one.kind == plan.kind for one in known):
         return
     if plan.kind in CONTROLS and any(one.kind in CONTROLS for one in known):
@@ -96,7 +96,7 @@ def guide(model: PaintingModel, recipe: Recipe) -> None:
 @torch.no_grad()
 def blank(model: PaintingModel, condition: Condition, side: int) -> Condition:
     """The condition with what the model's guides read of grey pictures of this side."""
-    if not isinstance(model.denoiser, GuidedDenoiser):
+    if not isinstance(model.denoiser, ControlledDenoiser):
         return condition
     seen: dict[str, Tensor] = {}
     for name, how in model.denoiser.encoders(model).items():
@@ -127,7 +127,9 @@ def columns(settings: DataSettings) -> tuple[str, ...]:
 def with_pictures(groups: Sequence[Group], model: PaintingModel, recipe: Recipe, data: Any) -> list[Group]:
     """The groups with the pictures that guide their drawings: of the sample with that caption, of held-out
     ones in their group; else the first samples'."""
-    if not isinstance(model.denoiser, GuidedDenoiser) and not showing.lessons(model.conditioner, recipe.data):
+    if not isinstance(model.denoiser, ControlledDenoiser) and not showing.lessons(
+        model.conditioner, recipe.data
+    ):
         return list(groups)
 
     def guides_of(group: Group) -> dict[str, Any]:
@@ -142,7 +144,7 @@ def with_pictures(groups: Sequence[Group], model: PaintingModel, recipe: Recipe,
 
 def shown(model: PaintingModel, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, Any]:
     """The samples' pictures that guide, as arguments of `generate`; {} for a model without guides."""
-    if not isinstance(model.denoiser, GuidedDenoiser):
+    if not isinstance(model.denoiser, ControlledDenoiser):
         return showing.pictures(model, settings, samples)
     word = {"edit_source": "image"}
     return {

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..recipe import Recipe
 from ..stages import Condition, adapters
-from ..stages.teaching import Together
+from ..stages.teaching import DenoiserWithTextEncoders
 from ..training import plan as planning
 from ..training import probing
 from ..training.objective import DiffusionObjective
@@ -58,7 +58,7 @@ def rungs(recipe: Recipe, prepared: Ready, network: nn.Module, tries: int = TRIE
 
 def encoders_of(network: nn.Module) -> list[nn.Module]:
     """The text encoders that learn beside a denoiser."""
-    return list(network.encoders.values()) if isinstance(network, Together) else []
+    return list(network.encoders.values()) if isinstance(network, DenoiserWithTextEncoders) else []
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from ..stages import adapters, blocks, hub, narrow, reference, starting, teachin
 from ..stages.adapters import AdapterPlan
 from ..stages.embeddings import SUFFIX
 from ..stages.exchange import Change
-from ..stages.guides import GuidedDenoiser
+from ..stages.guides import ControlledDenoiser
 from ..stages.guides.plan import write_plans
 from ..stages.interface import Codec
 from ..stages.pipeline import INDEX
@@ -304,7 +304,7 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
         if is_fresh(recipe) and recipe.model.init_adapter
         else None
     )
-    if isinstance(model.denoiser, GuidedDenoiser):
+    if isinstance(model.denoiser, ControlledDenoiser):
         model.denoiser.free()
     elif plan is None:
         model.denoiser.requires_grad_(recipe.model.train != "tokens")
@@ -312,7 +312,7 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
         reference.attach(model.denoiser, plan)
         if begin is not None:
             starting.fill(network, begin.changes.get("", {}))
-    model.denoiser.narrow = narrow.store(network, recipe.model.base_quantization)
+    model.denoiser.compute_dtype = narrow.store(network, recipe.model.base_quantization)
     if recipe.model.attention_backend:
         blocks.choose_attention(network, recipe.model.attention_backend)
     if recipe.train.offload:
@@ -324,7 +324,7 @@ def tune(model: PaintingModel, recipe: Recipe) -> nn.Module:
     if begin is not None:
         for name in begin.encoders:
             starting.fill(learning[name], within(begin.changes[name], learning[name]))
-    return teaching.Together(model.denoiser, learning) if learning else model.denoiser
+    return teaching.DenoiserWithTextEncoders(model.denoiser, learning) if learning else model.denoiser
 
 
 def check_latents(recipe: Recipe, codec: Codec, base: PaintingModel | None, width: int, height: int) -> None:

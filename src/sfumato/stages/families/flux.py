@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from sfumato.stages.family import ATTENTION, called_with
-from sfumato.stages.hearing import HearsGuidance
+from sfumato.stages.hearing import GuidanceDistilled
 from sfumato.stages.interface import Condition
 from sfumato.stages.packing import grid_places, patches, unpatched
 from sfumato.stages.seeing import references
 
 
-class Flux(HearsGuidance):
+class Flux(GuidanceDistilled):
     """dev was distilled to hear its guidance (`guidance` [B] in the condition, by default 3.5)."""
 
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
@@ -41,7 +41,7 @@ class Flux(HearsGuidance):
         out = network(
             hidden_states=torch.cat([patches(x), *(patches(latents.to(x.dtype)) for latents in beside)], 1),
             timestep=clock,
-            guidance=self.heard(x, condition) if self.hears(network) else None,
+            guidance=self.guidance_values(x, condition) if self.has_guidance_embed(network) else None,
             pooled_projections=condition["pooled"],
             encoder_hidden_states=tokens,
             txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=x.dtype),

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sfumato.stages.family import ATTENTION
-from sfumato.stages.hearing import HearsGuidance
+from sfumato.stages.hearing import GuidanceDistilled
 from sfumato.stages.interface import Condition
 
 
-class HunyuanVideo(HearsGuidance):
+class HunyuanVideo(GuidanceDistilled):
     """Latents [B, 16, F, H, W]; `guidance` [B] in the condition, by default 6, is told in thousandths.
 
     A negative is leaned away from only by `true_cfg_scale`.
@@ -38,6 +38,8 @@ class HunyuanVideo(HearsGuidance):
             encoder_hidden_states=condition["tokens"],
             encoder_attention_mask=condition["mask"].to(x.dtype),
             pooled_projections=condition["pooled"],
-            guidance=1000 * self.heard(x, condition).to(x) if self.hears(network) else None,
+            guidance=1000 * self.guidance_values(x, condition).to(x)
+            if self.has_guidance_embed(network)
+            else None,
             return_dict=False,
         )[0]

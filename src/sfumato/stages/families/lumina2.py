@@ -8,8 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.stages.family import Family, normed_like
+from sfumato.stages.family import Family
+from sfumato.stages.guidance_policy import GuidancePolicy, PipelineGuidance
 from sfumato.stages.interface import Condition
+from sfumato.theory import guidance
+
+
+class Lumina2Guidance(PipelineGuidance):
+    """Each row of latents keeps the prompted answer's norm."""
+
+    def combine(self, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+        """weak + scale · (strong − weak), of the prompted norm."""
+        return guidance.keep_norm(super().combine(strong, weak, scale), strong)
 
 
 class Lumina2(Family):
@@ -36,9 +46,9 @@ class Lumina2(Family):
         """The pipeline counts the latents' channels (16) for tokens."""
         return super().shift(config, 16, steps)
 
-    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
-        """Each row of latents keeps the prompted answer's norm."""
-        return normed_like(super().lean(strong, weak, guidance), strong)
+    def guidance_policy(self, network: Any) -> GuidancePolicy:
+        """The pipeline's own form."""
+        return Lumina2Guidance(has_own_form=True)
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_0 − x_T [B, 16, H, W]."""

@@ -8,10 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.stages.family import Family, normed_like
+from sfumato.stages.family import Family
+from sfumato.stages.guidance_policy import GuidancePolicy, PipelineGuidance
 from sfumato.stages.interface import Condition
 from sfumato.stages.packing import patches, unpatched
 from sfumato.stages.seeing import references
+from sfumato.theory import guidance
+
+
+class QwenImageGuidance(PipelineGuidance):
+    """Only away from a negative that is given; each token keeps the prompted answer's norm."""
+
+    def needs_negative(self, scale: float, has_negative: bool) -> bool:
+        """Only where a negative is given."""
+        return has_negative and scale > 1
+
+    def combine(self, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+        """weak + scale · (strong − weak), each token of 2 × 2 latents of the prompted norm."""
+        height, width = strong.shape[-2:]
+        tokens = patches(strong.squeeze(2))
+        guided = patches(super().combine(strong, weak, scale).squeeze(2))
+        return unpatched(guidance.keep_norm(guided, tokens), height, width).unsqueeze(2)
 
 
 class QwenImage(Family):
@@ -24,16 +41,9 @@ class QwenImage(Family):
     guidance = "true_cfg_scale"
     answers = ("tokens", "mask")
 
-    def leans(self, network: Any, guidance: float, asked: bool) -> bool:
-        """Only where a negative is given."""
-        return asked and guidance > 1
-
-    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
-        """Each token keeps the prompted answer's norm."""
-        height, width = strong.shape[-2:]
-        tokens = patches(strong.squeeze(2))
-        guided = patches(super().lean(strong, weak, guidance).squeeze(2))
-        return unpatched(normed_like(guided, tokens), height, width).unsqueeze(2)
+    def guidance_policy(self, network: Any) -> GuidancePolicy:
+        """The pipeline's own form."""
+        return QwenImageGuidance(has_own_form=True)
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_T − x_0 [B, 16, 1, H, W]."""

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.stages.hearing import UNetThatMayHear
+from sfumato.stages.hearing import UNetFamily
 from sfumato.stages.inpainting import beside
 from sfumato.stages.interface import Condition
 
 
-class StableDiffusion(UNetThatMayHear):
+class StableDiffusion(UNetFamily):
     """Tokens [B, 77, D] of CLIP's last layer; steps are told as whole numbers."""
 
     pipelines = (

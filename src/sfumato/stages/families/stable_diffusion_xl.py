@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.stages.hearing import UNetThatMayHear
+from sfumato.stages.hearing import UNetFamily
 from sfumato.stages.inpainting import beside
 from sfumato.stages.interface import Condition
 
 
-class StableDiffusionXL(UNetThatMayHear):
+class StableDiffusionXL(UNetFamily):
     """Tokens are both CLIPs' last but one layers side by side, `pooled` is the larger one's summary.
 
     Sizes are those of the latents, uncropped, unless the condition holds `time_ids` [B, 6]: original height

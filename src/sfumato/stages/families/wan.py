@@ -5,12 +5,14 @@ Source: Wan Team 2025, arXiv:2503.20314.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.stages.family import Family
+from sfumato.stages.guidance_policy import GuidancePolicy, PipelineGuidance
 from sfumato.stages.interface import Condition
 
 
@@ -35,6 +37,18 @@ class Experts(nn.Module):
         return (out,)
 
 
+@dataclass(frozen=True)
+class WanGuidance(PipelineGuidance):
+    """`guidance_scale_2` is the quiet expert's scale, below the time `border` (in thousandths)."""
+
+    border: float | None = None
+
+    def guidance_at(self, scale: float, t: float, options: Mapping[str, Any]) -> float:
+        """`guidance_scale_2` where it is given and the quiet expert answers."""
+        quiet = self.border is not None and 1000 * t < self.border
+        return float(options["guidance_scale_2"]) if quiet and options["guidance_scale_2"] else scale
+
+
 class Wan(Family):
     """Latents [B, 16, F, H, W]; tokens of a fixed length, zero after the words."""
 
@@ -42,7 +56,6 @@ class Wan(Family):
     clock = "thousandths"
     normalises = ("factor", "channels")
     video, fps = True, 16.0
-    knobs: ClassVar[Mapping[str, float | None]] = {"guidance_scale_2": None}
 
     def whole(self, pipe: Any) -> nn.Module:
         """Both networks where there are two; the one there is otherwise."""
@@ -62,10 +75,10 @@ class Wan(Family):
             name = "transformer" if pipe.transformer is not None else "transformer_2"
             pipe.register_modules(**{name: network})
 
-    def scale(self, network: Any, guidance: float, t: float, knobs: Mapping[str, Any]) -> float:
-        """`guidance_scale_2` is the quiet expert's, where it is given."""
-        quiet = isinstance(network, Experts) and 1000 * t < network.border
-        return float(knobs["guidance_scale_2"]) if quiet and knobs["guidance_scale_2"] else guidance
+    def guidance_policy(self, network: Any) -> GuidancePolicy:
+        """With two experts, each may have a scale of its own."""
+        border = network.border if isinstance(network, Experts) else None
+        return WanGuidance(options={"guidance_scale_2": None}, has_own_form=True, border=border)
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_T − x_0 [B, 16, F, H, W]."""
@@ -77,12 +90,12 @@ class Wan(Family):
         if network.config.get("expand_timesteps") and not isinstance(network, Experts):
             asked = torch.ones_like(x[:, :1])
             if "first" in condition:
-                given["hidden_states"] = self.finish(network, x, condition)
+                given["hidden_states"] = self.finalize_latents(network, x, condition)
                 asked[:, :, 0] = 0
             clock = (asked[:, 0, :, ::2, ::2] * clock.view(-1, 1, 1, 1)).flatten(1)
         return network(timestep=clock, return_dict=False, **given)[0]
 
-    def finish(self, network: Any, x: Tensor, condition: Condition) -> Tensor:
+    def finalize_latents(self, network: Any, x: Tensor, condition: Condition) -> Tensor:
         """A first frame that is given stays as it is."""
         if "first" not in condition:
             return x

@@ -90,7 +90,7 @@ class WanFromPicture(WanFromText):
             lessons["vision"] = Lesson(True, seen, f"1, {between}")
         return lessons
 
-    def asked(self, error: Tensor, condition: Condition) -> Tensor:
+    def mask_error(self, error: Tensor, condition: Condition) -> Tensor:
         """5B is given its first frame."""
         return error[:, :, 1:] if "first" in condition else error
 

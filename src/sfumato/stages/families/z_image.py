@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 
 from sfumato.stages.family import Family
+from sfumato.stages.guidance_policy import GuidancePolicy, PipelineGuidance
 from sfumato.stages.interface import Condition
+from sfumato.theory import guidance
+
+
+class ZImageGuidance(PipelineGuidance):
+    """The scale counts from 0."""
+
+    def needs_negative(self, scale: float, has_negative: bool) -> bool:
+        """Guidance 0 is none."""
+        return scale > 0
+
+    def combine(self, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+        """strong + g·(strong − weak)."""
+        return guidance.extrapolate_from_strong(strong, weak, scale)
 
 
 class ZImage(Family):
@@ -29,13 +43,9 @@ class ZImage(Family):
         )
         return dict(Condition.stack([{"tokens": row} for row in rows]))
 
-    def leans(self, network: Any, guidance: float, asked: bool) -> bool:
-        """Guidance 0 is none."""
-        return guidance > 0
-
-    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
-        """strong + g·(strong − weak)."""
-        return strong + guidance * (strong - weak)
+    def guidance_policy(self, network: Any) -> GuidancePolicy:
+        """The pipeline's own form."""
+        return ZImageGuidance(has_own_form=True)
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_0 − x_T [B, 16, H, W]."""

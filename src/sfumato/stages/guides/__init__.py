@@ -6,15 +6,15 @@ anything, the answer is the base's own, bit for bit.
 """
 
 from .elsewhere import attach
-from .guide import WEAK, Guide, GuidedDenoiser, weight_of
+from .guide import WEAK, ControlledDenoiser, Guide, weight_of
 from .plan import KINDS, GuidePlan, guide, plans_of
 
 __all__ = [
     "KINDS",
     "WEAK",
+    "ControlledDenoiser",
     "Guide",
     "GuidePlan",
-    "GuidedDenoiser",
     "attach",
     "guide",
     "plans_of",

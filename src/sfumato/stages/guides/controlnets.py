@@ -270,7 +270,7 @@ class ControlNet(Guide):
         """layers: blocks, 0 for the usual number; folder: of a trained one, in diffusers' format; stride:
         pixels a side that a latent stands for."""
         super().__init__(name)
-        network: Any = getattr(base, "network", base)
+        network: Any = base.backbone
         self.dialect, self.layers, self.folder = dialect_of(network), layers, folder
         self.net: Any = (
             self.opened(Path(folder).expanduser(), network)
@@ -313,7 +313,7 @@ class ControlNet(Guide):
 
     def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One before the base's network."""
-        network: Any = getattr(base, "network", base)
+        network: Any = base.backbone
         weight, control = weight_of(condition, self.name), condition[self.name].to(x.dtype)
         control = control / 255 if self.dialect.pixels else control
         weak = condition.get(WEAK)

@@ -12,7 +12,7 @@ from sfumato.stages.interface import Denoiser, Model
 from sfumato.stages.run_weights import chosen_weights, weights_of
 from sfumato.stages.seal import read_tensors
 
-from .guide import GuidedDenoiser
+from .guide import ControlledDenoiser
 from .ip_adapters import features_of
 from .plan import FILE, GuidePlan, guide, read_plans
 
@@ -24,7 +24,7 @@ ENCODER = "image_encoder"
 """The folder beside an IP-Adapter's file in which its image encoder is looked for."""
 
 
-def attach(model: Model, place: str | Path, image_encoder: str | Path | None = None) -> GuidedDenoiser:
+def attach(model: Model, place: str | Path, image_encoder: str | Path | None = None) -> ControlledDenoiser:
     """Give a model a trained guide: a diffusers ControlNet's folder, an IP-Adapter's file, or a run (or a
     saved model) whose guides stand beside the same base.
 
@@ -54,9 +54,9 @@ def attach(model: Model, place: str | Path, image_encoder: str | Path | None = N
     )
 
 
-def _looking(model: Model, file: Path, image_encoder: str | Path | None) -> GuidedDenoiser:
+def _looking(model: Model, file: Path, image_encoder: str | Path | None) -> ControlledDenoiser:
     """An IP-Adapter's file, with its image encoder where there is one."""
-    base = model.denoiser.base if isinstance(model.denoiser, GuidedDenoiser) else model.denoiser
+    base = model.denoiser.base if isinstance(model.denoiser, ControlledDenoiser) else model.denoiser
     folder = file.parent / ENCODER if image_encoder is None else Path(image_encoder).expanduser().absolute()
     image = None
     if image_encoder is not None or folder.is_dir():
@@ -64,7 +64,7 @@ def _looking(model: Model, file: Path, image_encoder: str | Path | None) -> Guid
     return guide(model, [GuidePlan("ip-adapter", built={"file": str(file), "image": image})])
 
 
-def _of_run(model: Model, path: Path, home: Path, weights: Path) -> GuidedDenoiser:
+def _of_run(model: Model, path: Path, home: Path, weights: Path) -> ControlledDenoiser:
     """The guides of a run beside the model's own."""
     plans = read_plans(home)
     if changing := next((one.kind for one in plans if one.kind in ("edit", "control")), ""):
@@ -72,8 +72,8 @@ def _of_run(model: Model, path: Path, home: Path, weights: Path) -> GuidedDenois
             f"{path} cannot be added to a model: its base learned along ({changing}), so it draws by itself. "
             f"Say sfumato generate {path}."
         )
-    known = len(model.denoiser.listed) if isinstance(model.denoiser, GuidedDenoiser) else 0
-    base = model.denoiser.base if isinstance(model.denoiser, GuidedDenoiser) else model.denoiser
+    known = len(model.denoiser.listed) if isinstance(model.denoiser, ControlledDenoiser) else 0
+    base = model.denoiser.base if isinstance(model.denoiser, ControlledDenoiser) else model.denoiser
     if (own := home / "denoiser" / "weights.safetensors").is_file() and not _is_same(base, read_tensors(own)):
         raise Refused(f"{path} was trained beside another base than this model. Add it to the base it knows.")
     nameless = [{name: said for name, said in one.built.items() if name != "name"} for one in plans]
@@ -91,7 +91,7 @@ def _is_same(base: Denoiser, tensors: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(own[name], one.to(own[name])) for name, one in tensors.items())
 
 
-def _fill(guided: GuidedDenoiser, tensors: Mapping[str, Tensor], known: int, path: Path) -> None:
+def _fill(guided: ControlledDenoiser, tensors: Mapping[str, Tensor], known: int, path: Path) -> None:
     """Put the tensors of a run's guides into those after the first `known`."""
     moved: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

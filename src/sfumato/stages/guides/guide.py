@@ -1,16 +1,17 @@
 """A guide is a network beside a denoiser; a guided denoiser is its base with guides around it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from sfumato.errors import Refused
 from sfumato.stages.blocks import again_within
 from sfumato.stages.image import Encoder
-from sfumato.stages.interface import Condition, Denoiser, Model
+from sfumato.stages.interface import Condition, Denoiser, DenoiserWrapper, Model
 
 
 class Hook(NamedTuple):
@@ -88,8 +89,8 @@ class Guide(nn.Module, ABC):
         return self.always or (self.name in condition and bool(weight_of(condition, self.name)))
 
 
-class GuidedDenoiser(Denoiser):
-    """A denoiser and its guides.
+class ControlledDenoiser(DenoiserWrapper):
+    """A denoiser and its guides; all but what is said here is as the base has it.
 
     Args:
         base: the denoiser that is guided.
@@ -101,9 +102,6 @@ class GuidedDenoiser(Denoiser):
     def __init__(self, base: Denoiser, guides: Sequence[Guide]) -> None:
         super().__init__()
         self.base, self.guides = base, nn.ModuleList(guides)
-        for name in ("lora_targets", "framing", "grain", "own_name", "family", "knobs", "frames_apart"):
-            if hasattr(base, name):
-                setattr(self, name, getattr(base, name))
         self.free()
 
     def free(self) -> Self:
@@ -117,11 +115,6 @@ class GuidedDenoiser(Denoiser):
     def listed(self) -> list[Guide]:
         """The guides, in order."""
         return list(self.guides)  # type: ignore[arg-type]  # only guides are put in
-
-    @property
-    def network(self) -> nn.Module:
-        """The base's own network, for whoever looks inside."""
-        return getattr(self.base, "network", self.base)
 
     def config(self) -> dict[str, Any]:
         """The base's config, and each guide's."""
@@ -148,24 +141,27 @@ class GuidedDenoiser(Denoiser):
         with acting(hooks), again_within(lambda: acting(hooks)):
             return self.base(x, clock, self.without(condition))
 
-    def told(self, condition: Condition, guidance: float) -> Condition:
-        """As the base."""
-        return self.base.told(condition, guidance)
+    # ---------------------------------------------------------------- what is not as the base has it
 
-    def leans(self, guidance: float, asked: bool) -> bool:
-        """As the base."""
-        return self.base.leans(guidance, asked)
+    supports_packing = False
+    """Guides read pictures in batches of one shape."""
 
-    def lean(self, strong: Tensor, weak: Tensor, guidance: float) -> Tensor:
-        """As the base."""
-        return self.base.lean(strong, weak, guidance)
+    def finalize_latents(self, x: Tensor, condition: Condition) -> Tensor:
+        """As the base, which knows nothing of what guides read."""
+        return self.base.finalize_latents(x, self.without(condition))
 
-    def scale(self, guidance: float, t: float, knobs: Mapping[str, Any]) -> float:
-        """As the base."""
-        ask = getattr(self.base, "scale", None)
-        return guidance if ask is None else ask(guidance, t, knobs)
+    def mask_error(self, error: Tensor, condition: Condition) -> Tensor:
+        """As the base, which knows nothing of what guides read."""
+        return self.base.mask_error(error, self.without(condition))
 
-    def finish(self, x: Tensor, condition: Condition) -> Tensor:
-        """As the base."""
-        ask = getattr(self.base, "finish", None)
-        return x if ask is None else ask(x, self.without(condition))
+    def check_context_parallel(self, count: int) -> None:
+        """Raises Refused: what guides read is not shared among processes."""
+        raise Refused(
+            "train.context shares the tokens of each sample among processes; pictures that guide are not "
+            "shared. Leave train.context at 1."
+        )
+
+    def enable_context_parallel(self, mesh: Any) -> None:
+        """Nothing to end; to begin is refused."""
+        if mesh is not None:
+            self.check_context_parallel(mesh.size())

@@ -122,7 +122,7 @@ def features_of(base: Denoiser, file: str = "") -> dict[str, Any]:
     Raises:
         Refused: an adapter of faces, which no image encoder feeds.
     """
-    network = type(getattr(base, "network", base)).__name__
+    network = type(base.backbone).__name__
     if network.startswith("SD3"):
         return dict(WHOLE)
     head = read(Path(file)).get("image_proj", {}) if file else {}
@@ -154,7 +154,7 @@ class IPAdapter(Guide):
     ) -> None:
         """image: what sees the reference, or None where features are given; file: a trained adapter."""
         super().__init__(name)
-        network: Any = getattr(base, "network", base)
+        network: Any = base.backbone
         self.network_class, self.image, self.file = type(network).__name__, image, file
         if self.network_class not in KINDS:
             raise Refused(
@@ -179,7 +179,7 @@ class IPAdapter(Guide):
     @contextmanager
     def aside(self, base: Denoiser) -> Iterator[None]:
         """The network with its own processors."""
-        network: Any = getattr(base, "network", base)
+        network: Any = base.backbone
         now = dict(network.attn_processors)
         word = "image_proj" if self.network_class.startswith("SD3") else "encoder_hid_proj"
         head, kind = getattr(network, word), network.config.get("encoder_hid_dim_type")
@@ -223,12 +223,12 @@ class IPAdapter(Guide):
     def free(self, base: Denoiser) -> None:
         """Processors and projection, which lie in the base's network."""
         self.requires_grad_(False)
-        for part in self.parts(getattr(base, "network", base)):
+        for part in self.parts(base.backbone):
             part.requires_grad_(True)
 
     def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One before the base's network, which hands over the features."""
-        network: Any = getattr(base, "network", base)
+        network: Any = base.backbone
         weight = weight_of(condition, self.name) if self.name in condition else 0.0
         seen = condition.get(self.name, x.new_zeros(len(x), 1, self.width)).to(x.dtype)
         for processor in network.attn_processors.values():
@@ -304,4 +304,4 @@ def write(guide: IPAdapter, base: Denoiser, file: Path) -> None:
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors_of(guide, getattr(base, "network", base)), file)
+    save_file(tensors_of(guide, base.backbone), file)

@@ -17,7 +17,7 @@ from sfumato.stages.scratch import seeded
 from sfumato.stages.unet import UNet
 
 from .controlnets import ControlNet
-from .guide import Guide, GuidedDenoiser
+from .guide import ControlledDenoiser, Guide
 from .ip_adapters import IPAdapter, features_of
 from .ours import ControlBranch, ControlInput, Looks, Source
 
@@ -47,7 +47,7 @@ class GuidePlan:
     built: Mapping[str, Any] = field(default_factory=dict)
 
 
-def guide(model: Model, plans: Sequence[GuidePlan]) -> GuidedDenoiser:
+def guide(model: Model, plans: Sequence[GuidePlan]) -> ControlledDenoiser:
     """The model's denoiser with new guides around it; further ones where it has some. Sets `model.denoiser`.
 
     Raises:
@@ -55,11 +55,11 @@ def guide(model: Model, plans: Sequence[GuidePlan]) -> GuidedDenoiser:
     """
     base = model.denoiser
     known: list[Guide] = []
-    if isinstance(base, GuidedDenoiser):
+    if isinstance(base, ControlledDenoiser):
         base, known = base.base, base.listed
     for plan in plans:
         known.append(seeded(plan.seed, lambda plan=plan, base=base: made(model, base, plan, known)))
-    guided = GuidedDenoiser(base, known).to(model.device, model.dtype)
+    guided = ControlledDenoiser(base, known).to(model.device, model.dtype)
     model.denoiser = guided
     kept = model.info.get("guides", [])
     described = [
@@ -142,7 +142,7 @@ def read_plans(folder: Path) -> list[GuidePlan]:
     return plans
 
 
-def fill(guided: GuidedDenoiser, tensors: Mapping[str, Tensor], source: Path) -> None:
+def fill(guided: ControlledDenoiser, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Put trained tensors into their places.
 
     Raises:
