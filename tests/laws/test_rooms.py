@@ -10,11 +10,12 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 
-GROUND = {"errors", "settings", "own"}
+GROUND = {"errors", "settings", "own", "lazy"}
 BELOW = {
     "errors": set(),
     "settings": set(),
     "own": {"errors"},
+    "lazy": set(),
     "record": GROUND,
     "theory": GROUND,
     "stages": GROUND | {"record", "theory"},
@@ -35,6 +36,7 @@ OUTSIDE = {
     "errors": set(),
     "settings": set(),
     "own": set(),
+    "lazy": set(),
     "record": set(),
     "studio": set(),
     "theory": {"torch", "jaxtyping"},
