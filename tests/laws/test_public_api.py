@@ -2,7 +2,7 @@
 
 `public_api.txt` beside this file holds every name of an `__all__`, with its signature. To renew it:
 
-    python tests/laws/test_public_api.py
+    make api
 """
 
 import ast
@@ -23,9 +23,7 @@ ROOMS = [
     "sfumato",
     *(f"sfumato.{room.name}" for room in pkgutil.iter_modules(sfumato.__path__) if room.ispkg),
 ]
-RENEW = (
-    "If the change is meant, tell it in CHANGELOG.md and renew the file: python tests/laws/test_public_api.py"
-)
+RENEW = "If the change is meant, tell it in CHANGELOG.md and renew the file: make api"
 
 
 def public_api() -> str:
@@ -156,7 +154,7 @@ def test_the_version_stands_in_one_place():
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8")
     assert 'dynamic = ["version"]' in project
     assert 'path = "src/sfumato/__init__.py"' in project
-    assert f"## {sfumato.__version__}" in (Path(__file__).parents[2] / "CHANGELOG.md").read_text("utf-8")
+    assert f"## [{sfumato.__version__}]" in (Path(__file__).parents[2] / "CHANGELOG.md").read_text("utf-8")
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def effective_precision(precision: str, device: torch.device, weights: str = "fp32") -> str:
-    """ "fp32" or "bf16": what "auto" means on this device, for weights kept so.
+    """One of "fp32" and "bf16": what "auto" means on this device, for weights kept so.
 
     Raises:
         Refused: unknown precision, or one that these weights do not have.
