@@ -84,7 +84,7 @@ def train(recipe: Path, notes: Path) -> None:
         write(*given)
         board[32:] = b" " * 32
 
-    loop.part, checkpoint.write = part, noted  # pyright: ignore
+    loop.part, checkpoint.write = part, noted  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = ["sfumato", "train", str(recipe)]
     sys.stderr = sys.stdout = recipe.with_suffix(".said").open("a")
     command()

@@ -28,7 +28,7 @@ TOP = 52
 def panel(title: str, lines: list[Line], **how) -> tuple[str, int, int]:
     """A chart as a group of SVG with its title and legend, and its size."""
     drawn = chart(title, lines, **how)
-    found = re.search(r'<svg viewBox="0 0 (\d+) (\d+)"[^>]*>(.*?)</svg>', drawn, re.S)
+    found = re.search(r'<svg viewBox="0 0 (\d+) (\d+)"[^>]*>(.*?)</svg>', drawn, re.DOTALL)
     assert found is not None
     inside = re.sub(r'<line class="guide".*?</line>', "", found[3])
     keys, x = "", 54

@@ -3,24 +3,31 @@
 The public names load on first use, so that `import sfumato` is instant.
 """
 
-from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from .lazy import names_from
 
-_HOMES = {
-    "load": "sfumato.generation",
-    "encode": "sfumato.workflow",
-    "train": "sfumato.workflow",
-    "Theory": "sfumato.theory",
-    "Refused": "sfumato.errors",
-    "Failed": "sfumato.errors",
-}
+__version__ = "0.2.0"
 
-__all__ = ["Failed", "Refused", "Theory", "__version__", "encode", "load", "train"]
+if TYPE_CHECKING:
+    from .errors import Failed, Refused
+    from .generation import load
+    from .recipe import Recipe
+    from .theory import Theory
+    from .workflow import Run, encode, train
+else:
+    __getattr__, __dir__ = names_from(
+        __name__,
+        {
+            "Failed": ".errors",
+            "Recipe": ".recipe",
+            "Refused": ".errors",
+            "Run": ".workflow",
+            "Theory": ".theory",
+            "encode": ".workflow",
+            "load": ".generation",
+            "train": ".workflow",
+        },
+    )
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'sfumato' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+__all__ = ["Failed", "Recipe", "Refused", "Run", "Theory", "__version__", "encode", "load", "train"]

@@ -15,7 +15,7 @@ from .world import draw_pictures, one_sentence, sfumato, write_recipe
 
 
 def weights(run):
-    folder = sorted((run / "checkpoints").iterdir())[-1]
+    folder = max((run / "checkpoints").iterdir())
     return load_file(next(folder.glob("model*.safetensors")))
 
 

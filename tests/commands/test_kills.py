@@ -23,7 +23,7 @@ LONG = (
 
 def hashes(folder):
     """The checksum of every tensor file of the newest checkpoint."""
-    newest = sorted((folder / "run" / "checkpoints").glob("step-*"))[-1]
+    newest = max((folder / "run" / "checkpoints").glob("step-*"))
     files = sorted(newest.glob("*.safetensors"))
     assert newest.name == "step-000400" and len(files) == 3
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

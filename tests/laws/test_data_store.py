@@ -145,7 +145,7 @@ def test_an_answer_that_is_not_finite_is_set_aside(tmp_path):
 def test_damage_is_found_named_and_healed(kind, part, tmp_path):
     fill(tmp_path)
     before = hashes(tmp_path)
-    file = sorted((tmp_path / kind).glob("*.safetensors"))[0]
+    file = min((tmp_path / kind).glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     if part == "data":
         data[-3] ^= 4
@@ -166,7 +166,7 @@ def test_damage_is_found_named_and_healed(kind, part, tmp_path):
 
 def test_the_damaged_sample_is_named(tmp_path):
     fill(tmp_path)
-    file = sorted((tmp_path / "pixels").glob("*.safetensors"))[0]
+    file = min((tmp_path / "pixels").glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)

@@ -10,12 +10,13 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 
-GROUND = {"errors", "settings", "own", "locks"}
+GROUND = {"errors", "settings", "own", "locks", "lazy"}
 BELOW = {
     "errors": set(),
     "settings": set(),
     "own": {"errors"},
     "locks": set(),
+    "lazy": set(),
     "record": GROUND,
     "theory": GROUND,
     "stages": GROUND | {"record", "theory"},
@@ -37,6 +38,7 @@ OUTSIDE = {
     "settings": set(),
     "own": set(),
     "locks": {"filelock", "psutil"},
+    "lazy": set(),
     "record": set(),
     "studio": set(),
     "theory": {"torch", "jaxtyping"},

@@ -180,7 +180,7 @@ def test_a_long_average_that_sees_every_eighth_step_is_the_one_that_sees_them_al
 
 def follows_all(mean: Average, network: torch.nn.Module, step: int) -> float:
     """The average after a step of weights that drift by one a step."""
-    torch.nn.init.constant_(network.weight, float(step))  # pyright: ignore
+    torch.nn.init.constant_(network.weight, float(step))  # pyright: ignore[reportArgumentType]
     mean.update(step)
     return float(mean.state()["weight"][0, 0])
 

@@ -67,7 +67,7 @@ def test_snapshots_resume_to_the_bit_and_damage_is_named(tmp_path):
 
 
 def test_the_weights_of_a_snapshot_itself_are_one():
-    taken = [Snapshot(step, length, None) for step in (100, 200) for length in (0.05, 0.1)]  # type: ignore
+    taken = [Snapshot(step, length, None) for step in (100, 200) for length in (0.05, 0.1)]  # pyright: ignore[reportArgumentType]
     weights, missed = coefficients(taken, 200, 0.1)
     torch.testing.assert_close(weights, torch.tensor([0.0, 0, 0, 1], dtype=torch.float64), atol=1e-6, rtol=0)
     assert missed < 1e-5

@@ -1,1 +1,3 @@
-"""What each command does, apart from reading its arguments."""
+"""What each command does, apart from reading its arguments. Nothing here is for other code to use."""
+
+__all__: list[str] = []

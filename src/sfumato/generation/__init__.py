@@ -1,15 +1,23 @@
 """Drawing with a model. The names load on first use."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import names_from
 
 if TYPE_CHECKING:
     from .pictures import PaintingModel, load, painting, to_images, to_pictures
+    from .settings import SampleSettings
+else:
+    __getattr__, __dir__ = names_from(
+        __name__,
+        {
+            "PaintingModel": ".pictures",
+            "SampleSettings": ".settings",
+            "load": ".pictures",
+            "painting": ".pictures",
+            "to_images": ".pictures",
+            "to_pictures": ".pictures",
+        },
+    )
 
-__all__ = ["PaintingModel", "load", "painting", "to_images", "to_pictures"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module(f"{__name__}.pictures"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["PaintingModel", "SampleSettings", "load", "painting", "to_images", "to_pictures"]

@@ -116,7 +116,8 @@ class Guiding:
 
     def started(self, theory: Theory, noise: Tensor, grid: Any, otherwise: Tensor) -> Tensor:
         """The state at the grid's first time, of the picture to start from and this noise; `otherwise` where
-        that is the beginning."""
+        that is the beginning.
+        """
         assert self.init is not None
         t = torch.as_tensor(grid, dtype=torch.float64)[0].expand(len(noise))
         if float(t[0]) == theory.t_noise:

@@ -3,13 +3,37 @@
 The names load on first use, so that reading a recipe's settings does not load torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import names_from
 
 if TYPE_CHECKING:
     from .interface import Codec, Condition, Conditioner, Denoiser, Model, TrainableCodec
     from .scratch import build, check_latents, needs_training, new_codec, new_conditioner, new_theory
     from .weights import load, load_codec, load_stage, save, save_stage
+else:
+    __getattr__, __dir__ = names_from(
+        __name__,
+        {
+            "Codec": ".interface",
+            "Condition": ".interface",
+            "Conditioner": ".interface",
+            "Denoiser": ".interface",
+            "Model": ".interface",
+            "TrainableCodec": ".interface",
+            "build": ".scratch",
+            "check_latents": ".scratch",
+            "load": ".weights",
+            "load_codec": ".weights",
+            "load_stage": ".weights",
+            "needs_training": ".scratch",
+            "new_codec": ".scratch",
+            "new_conditioner": ".scratch",
+            "new_theory": ".scratch",
+            "save": ".weights",
+            "save_stage": ".weights",
+        },
+    )
 
 __all__ = [
     "Codec",
@@ -30,12 +54,3 @@ __all__ = [
     "save",
     "save_stage",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for home in ("interface", "scratch", "weights"):
-            module = import_module(f"{__name__}.{home}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -38,7 +38,8 @@ _AGAIN: ContextVar[Within | None] = ContextVar("again", default=None)
 @contextmanager
 def again_within(make: Within) -> Iterator[None]:
     """Blocks asked while this lasts are also computed again within what `make` gives: hooks that act now
-    must act then."""
+    must act then.
+    """
     token = _AGAIN.set(make)
     try:
         yield

@@ -161,8 +161,12 @@ def vision_network(folder: Path) -> tuple[Any, bool]:
             'saved (CLIP, SigLIP, DINO), or "codec".'
         )
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        options: dict[str, Any] = {
+            "local_files_only": True,
+            "use_safetensors": True,
+            "trust_remote_code": False,
+        }
         if config.model_type in ("clip", "clip_vision_model"):
             return CLIPVisionModelWithProjection.from_pretrained(folder, **options), True
         network = AutoModel.from_pretrained(folder, **options)

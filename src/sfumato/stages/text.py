@@ -60,10 +60,10 @@ class TextConditioner(Conditioner):
                 f'model.text_encoder = "{source}": {folder} holds no config.json. Give the folder of a text '
                 'encoder as transformers saves it, with its tokenizer; or "minilm", or "none".'
             )
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.network = text_encoder(folder).eval().requires_grad_(False)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.network = text_encoder(folder).eval().requires_grad_(False)
         self.width = int(self.network.config.hidden_size)
         self.pooled_width = (1 + 2 * waves) * self.width
         self._fingerprint = ""
@@ -130,8 +130,12 @@ def text_encoder(folder: Path) -> Any:
 
     disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True}
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        options: dict[str, Any] = {
+            "local_files_only": True,
+            "use_safetensors": True,
+            "trust_remote_code": False,
+        }
         if config.model_type in ("clip", "clip_text_model"):
             return CLIPTextModel.from_pretrained(folder, **options)
         if getattr(config, "is_encoder_decoder", False):

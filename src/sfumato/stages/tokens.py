@@ -67,7 +67,7 @@ def of_folder(model: str) -> Reading | None:
             f"{model} holds no tokenizer. Give --model the folder of a text encoder or of a diffusers "
             "pipeline, or minilm, or none."
         )
-    words: Any = AutoTokenizer.from_pretrained(kept[0], local_files_only=True)
+    words: Any = AutoTokenizer.from_pretrained(kept[0], local_files_only=True, trust_remote_code=False)
     return Reading(_counting(words), USUAL if model == MINILM else min(int(words.model_max_length), MOST))
 
 

@@ -92,7 +92,8 @@ def _exchanged(x: Tensor, among: Ulysses) -> Tensor:
 
 class _Joined(torch.autograd.Function):
     """All parts along a dimension. What follows is the same in every process, so that each takes back the
-    gradient of its own part."""
+    gradient of its own part.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, among: Ulysses) -> Tensor:

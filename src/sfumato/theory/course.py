@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Refused
-from .definition import Theory
+from .definition import Theory, exact
 from .shapes import Denoise, Grid, Samples
 
 Weight = float | Tensor
@@ -152,7 +152,7 @@ def start_of(x_T: Samples, theory: Theory, t: float | Sequence[float] | Tensor) 
     """
     moment = torch.as_tensor(t, dtype=torch.float64)
     if bool((moment == theory.t_noise).all()):
-        a, s = (float(level) for level in theory.data(theory.t_noise))
+        a, s = (float(level) for level in theory.data(exact(theory.t_noise)))
         r = math.hypot(a, s)
         told_as_state = r > 4 and float(x_T.double().square().mean()) > r
         return x_T if abs(r - 1) < 1e-9 else x_T / r if told_as_state else x_T * (s / r)

@@ -114,7 +114,7 @@ class Mixture:
         begin = theory.t_noise if t is None else float(exact(t))
         z = start_of(x_T.double(), theory, begin).reshape(len(x_T), -1)
         end = float(theory.angle(theory.t_data))
-        r = float(torch.hypot(*theory.data(theory.t_data)))
+        r = float(torch.hypot(*theory.data(exact(theory.t_data))))
         return r * self.endpoint(z, float(theory.angle(begin)), end).reshape(x_T.shape)
 
     def _extrapolate(self, z: Tensor, here: float, size: float) -> tuple[Tensor, float]:

@@ -18,7 +18,7 @@ Moment = Tensor | Sequence[float] | float | int
 """A time: a number, or one per sample."""
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """denoise(x_t [B, ...], t [B]) → out [B, ...], as the theory's model definition says."""
-Rows = Callable[..., tuple[Tensor, Tensor]]
+Rows = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A definition: t of any shape → two coefficients of that shape."""
 Renoise = Callable[[Tensor, int], Tensor]
 """noise(like [B, ...], step) → unit normal like it."""

@@ -89,9 +89,9 @@ def verify(theory: Theory, samples: int = 32) -> Verification:
 
 
 def _ends(theory: Theory) -> list[Finding]:
-    a, s = (float(level) for level in theory.data(theory.t_data))
+    a, s = (float(level) for level in theory.data(exact(theory.t_data)))
     left = s / math.hypot(a, s)
-    a, s = (float(level) for level in theory.data(theory.t_noise))
+    a, s = (float(level) for level in theory.data(exact(theory.t_noise)))
     kept = a / math.hypot(a, s)
     return [
         Finding("data end", left < 0.02, "no noise left, s/r < 0.02", f"s/r = {left:.2e}"),

@@ -156,8 +156,8 @@ class Lion(torch.optim.Optimizer):
                 self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in moving
             ]
             (now, later), rate = group["betas"], group["lr"]
-            ways = torch._foreach_lerp(gradients, momenta, now)  # pyright: ignore
-            torch._foreach_mul_(moving, 1 - rate * group["weight_decay"])  # pyright: ignore
-            torch._foreach_sign_(ways)  # pyright: ignore
-            torch._foreach_add_(moving, ways, alpha=-rate)  # pyright: ignore
-            torch._foreach_lerp_(momenta, gradients, 1 - later)  # pyright: ignore
+            ways = torch._foreach_lerp(gradients, momenta, now)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(moving, 1 - rate * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_sign_(ways)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_add_(moving, ways, alpha=-rate)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_lerp_(momenta, gradients, 1 - later)  # pyright: ignore[reportPrivateImportUsage]

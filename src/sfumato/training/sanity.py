@@ -190,7 +190,8 @@ def _losses(objective: DiffusionObjective, step: int, at: float | None) -> torch
 
 def _dependences(objective: DiffusionObjective) -> Iterator[Rung]:
     """After three steps the answer must move when one of its three inputs does; of one sample alone the time
-    and the condition are another one's."""
+    and the condition are another one's.
+    """
     model, theory = objective.model, objective.model.theory
     batch, x_0, drawn, _ = expected.some(objective)
     rows = [dict(row) for row in objective.rows(batch)]
@@ -240,7 +241,8 @@ def _overfits(
     is_pretrained: bool,
 ) -> Rung:
     """One batch with one noise, again and again: any network that can learn at all learns this; one that has
-    learned already, or a narrow adapter, at least a little."""
+    learned already, or a narrow adapter, at least a little.
+    """
     network.train()
     fast = TrainSettings(
         steps=tries,

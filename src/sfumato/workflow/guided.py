@@ -126,7 +126,8 @@ def columns(settings: DataSettings) -> tuple[str, ...]:
 
 def with_pictures(groups: Sequence[Group], model: PaintingModel, recipe: Recipe, data: Any) -> list[Group]:
     """The groups with the pictures that guide their drawings: of the sample with that caption, of held-out
-    ones in their group; else the first samples'."""
+    ones in their group; else the first samples'.
+    """
     if not isinstance(model.denoiser, ControlledDenoiser) and not showing.lessons(
         model.conditioner, recipe.data
     ):

@@ -69,7 +69,11 @@ class QwenImageEdit(Qwen):
         settings = said.get("image_processor", said)
         looks = Qwen2VLImageProcessor.from_dict(dict(settings))
         words = place if (place / "tokenizer_config.json").is_file() else folder / "tokenizer"
-        return {"processor": ReaderOfBoth(looks, AutoTokenizer.from_pretrained(words, local_files_only=True))}
+        return {
+            "processor": ReaderOfBoth(
+                looks, AutoTokenizer.from_pretrained(words, local_files_only=True, trust_remote_code=False)
+            )
+        }
 
     def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
         """Each prompt with its pictures; alone, since pictures differ in their number of tokens."""

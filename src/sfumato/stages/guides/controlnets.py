@@ -268,7 +268,8 @@ class ControlNet(Guide):
         self, base: Denoiser, layers: int = 0, name: str = "control", folder: str = "", stride: int = 8
     ) -> None:
         """layers: blocks, 0 for the usual number; folder: of a trained one, in diffusers' format; stride:
-        pixels a side that a latent stands for."""
+        pixels a side that a latent stands for.
+        """
         super().__init__(name)
         network: Any = base.backbone
         self.dialect, self.layers, self.folder = dialect_of(network), layers, folder

@@ -16,7 +16,8 @@ from sfumato.stages.interface import Condition, Denoiser, DenoiserWrapper, Model
 
 class Hook(NamedTuple):
     """What acts in a module: after it, act(module, args, answer) → answer; or before it, act(module, args,
-    named) → (args, named)."""
+    named) → (args, named).
+    """
 
     place: nn.Module
     act: Callable[..., Any]
