@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .codec_folder import load_codec
     from .interface import Codec, Condition, Conditioner, Denoiser, Model, TrainableCodec
     from .scratch import build, check_latents, needs_training, new_codec, new_conditioner, new_theory
-    from .weights import load, load_codec, load_stage, save, save_stage
+    from .stage_folder import load_stage, save_stage
+    from .weights import load, save
 
 __all__ = [
     "Codec",

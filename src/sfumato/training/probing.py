@@ -133,17 +133,6 @@ def held_bytes(device: torch.device) -> int:
     return _status("VmRSS")
 
 
-def free_bytes(device: torch.device, unknown: int = 1 << 62) -> int:
-    """Bytes of memory that are free; `unknown` where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    file = Path("/proc/meminfo")
-    if not file.is_file():
-        return unknown
-    lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
 @contextmanager
 def watched(device: torch.device) -> Iterator[Callable[[], int]]:
     """Yield a function that says the most bytes in use since the block began; 0 where nobody knows."""
