@@ -30,7 +30,7 @@ from sfumato.stages.families.stable_diffusion import StableDiffusion
 from sfumato.stages.interface import Model
 from sfumato.stages.pretrained import PretrainedDenoiser
 from sfumato.stages.text import NoConditioner
-from sfumato.training import probing
+from sfumato.training import device as devices
 from sfumato.training.loop import fit
 from sfumato.training.objective import DiffusionObjective
 from sfumato.training.settings import TrainSettings
@@ -127,7 +127,7 @@ def main() -> None:
         return
     rows = []
     for who in [asked.only] if asked.only else WHO:
-        free = probing.free_bytes(torch.device("cpu"))
+        free = devices.free_bytes(torch.device("cpu"))
         if free < NEEDED:
             raise SystemExit(f"{free / 1e9:.1f} GB are free, {NEEDED / 1e9:.0f} are needed.")
         command = [sys.executable, __file__, "--one", who, "--steps", str(asked.steps)]

@@ -8,7 +8,7 @@ import torch
 
 from sfumato.errors import Failed, Refused
 from sfumato.generation import load, painting
-from sfumato.stages import Condition, Model, build, load_codec, new_codec, new_conditioner
+from sfumato.stages import Condition, Model, build, load_codec, new_codec, new_conditioner, save
 from sfumato.stages.dit import DiT
 from sfumato.stages.settings import ModelSettings
 from sfumato.theory import names
@@ -163,7 +163,7 @@ def test_a_fingerprint_sees_every_weight(pixels):
 
 def test_a_damaged_model_is_named(tmp_path):
     settings = tiny(codec="pixels", text_encoder="none")
-    build(settings, new_codec(settings), new_conditioner(settings)).save(tmp_path / "model")
+    save(build(settings, new_codec(settings), new_conditioner(settings)), tmp_path / "model")
     file = tmp_path / "model" / "denoiser" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(Failed, match=r"weights\.safetensors is damaged"):
@@ -172,7 +172,7 @@ def test_a_damaged_model_is_named(tmp_path):
 
 def test_weights_of_another_shape_are_refused(tmp_path):
     settings = tiny(codec="pixels", text_encoder="none")
-    build(settings, new_codec(settings), new_conditioner(settings)).save(tmp_path / "model")
+    save(build(settings, new_codec(settings), new_conditioner(settings)), tmp_path / "model")
     described = tmp_path / "model" / "denoiser" / "stage.json"
     plain = json.loads(described.read_text())
     plain["config"]["width"] = 64

@@ -7,14 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-TASKS = {
-    "text": ("openmoji", "openmoji-all", "shapes"),
-    "controlnet": ("shapes",),
-    "ip-adapter": ("shapes-reference",),
-    "edit": ("shapes-edit",),
-    "video": ("moving-shapes",),
-}
-"""Task → the embedded sets it can be shown on, its own first. `demo/<task>.py` holds its `TASK`."""
+from .tasks import TASKS
 
 
 def run(

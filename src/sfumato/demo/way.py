@@ -24,7 +24,7 @@ from ..studio import report
 from ..training import device as devices
 from ..workflow import Run, train
 from ..workflow.material import collect
-from . import TASKS
+from .tasks import TASKS
 
 Progress = Callable[..., None]
 Verdict = tuple[dict[str, float], dict[str, str]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfumato import stages
 from sfumato.errors import Refused
-from sfumato.stages import Condition, Model
+from sfumato.stages import Condition, Model, exchange, pieces, teaching
 from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as forms
 from sfumato.theory import times as sampling_times
@@ -51,6 +51,37 @@ class PaintingModel(Model):
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
         times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
         return self.framed.ask(super().predict, self.theory)(x_t, times, condition)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, tile: int = 0, chunk: int = 0) -> Tensor:
+        """Latents → pixels, not clamped; to save memory, tiles of so many pixels, frames of a chunk."""
+        if not (cut := pieces.Pieces(tile, chunk)):
+            return super().decode(latents)
+        return pieces.decode(self.codec, latents.to(self.device, self.dtype), cut)
+
+    def add_lora(self, file: Path | str, weight: float = 1.0) -> list[str]:
+        """Add a LoRA's file (diffusers', ComfyUI's or kohya's names) to the weights; several stack.
+
+        Returns the layers it changed.
+
+        Raises:
+            Refused: no such file, or a LoRA of another base.
+        """
+        return exchange.merge(self, file, weight)
+
+    def add_embedding(self, file: Path | str, word: str = "") -> str:
+        """Teach the text encoders a word from the file of an embedding (textual inversion).
+
+        Returns the word: the one given, else the file's own, else the file's name.
+
+        Raises:
+            Refused: no such file, an embedding of another base, a word that is known already.
+        """
+        return teaching.add_embedding(self, file, word)
+
+    def save(self, folder: Path | str) -> None:
+        """Write everything into one folder of safetensors and JSON, all or nothing."""
+        stages.save(self, folder)
 
     def generate(
         self,

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 from ..lazy import names_from
 
 if TYPE_CHECKING:
+    from .codec_folder import load_codec
     from .interface import Codec, Condition, Conditioner, Denoiser, Model, TrainableCodec
     from .scratch import build, check_latents, needs_training, new_codec, new_conditioner, new_theory
-    from .weights import load, load_codec, load_stage, save, save_stage
+    from .stage_folder import load_stage, save_stage
+    from .weights import load, save
 else:
     __getattr__, __dir__ = names_from(
         __name__,
@@ -24,14 +26,14 @@ else:
             "build": ".scratch",
             "check_latents": ".scratch",
             "load": ".weights",
-            "load_codec": ".weights",
-            "load_stage": ".weights",
+            "load_codec": ".codec_folder",
+            "load_stage": ".stage_folder",
             "needs_training": ".scratch",
             "new_codec": ".scratch",
             "new_conditioner": ".scratch",
             "new_theory": ".scratch",
             "save": ".weights",
-            "save_stage": ".weights",
+            "save_stage": ".stage_folder",
         },
     )
 

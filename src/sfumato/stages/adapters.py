@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused, nearest
 
-from .interface import Denoiser
+from .interface import Denoiser, seeded
 from .narrow import NarrowLinear
-from .scratch import seeded
 
 KINDS = ("lora", "lokr", "loha")
 NAME = "default"

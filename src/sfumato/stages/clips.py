@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from sfumato.errors import Refused, one_of
 
 from .codec import ResidualCodec, zero
-from .interface import Codec
-from .normalising import statistics
-from .pretrained import PretrainedCodec
+from .interface import KINDS, Codec, registered
+from .pretrained_codec import PretrainedCodec, statistics
 
 VIDEO_AUTOENCODERS = (
     "AutoencoderKLWan", "AutoencoderKLLTXVideo", "AutoencoderKLHunyuanVideo", "AutoencoderKLCogVideoX",
@@ -46,6 +45,7 @@ class Recall(nn.Module):
         return x + self.second(F.silu(self.first(F.silu(torch.cat((x, before), 1)))))
 
 
+@registered
 class ClipCodec(ResidualCodec):
     """The residual codec of pictures on groups of frames, with a memory of the group before.
 
@@ -129,6 +129,7 @@ def through(layers: nn.Sequential, x: Tensor, count: int) -> Tensor:
     return x
 
 
+@registered
 class FramewiseCodec(Codec):
     """A codec of pictures on every frame by itself: nothing is saved in time, every frame stays exact.
 
@@ -141,8 +142,6 @@ class FramewiseCodec(Codec):
     def __init__(self, inner: Codec | dict[str, Any]):
         super().__init__()
         if not isinstance(inner, Codec):
-            from .weights import KINDS
-
             made = KINDS[inner["kind"]](**inner["config"])
             assert isinstance(made, Codec)
             inner = made
@@ -173,6 +172,7 @@ class FramewiseCodec(Codec):
         return pixels.unflatten(0, (len(latents), -1)).transpose(1, 2)
 
 
+@registered
 class VideoAutoencoderCodec(PretrainedCodec):
     """One of diffusers' video autoencoders, from its own config.
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 
-from .interface import Codec, TrainableCodec
+from .interface import Codec, TrainableCodec, registered
 
 
+@registered
 class PixelCodec(Codec):
     """The identity: latents are pixels, of three channels or of one (grey)."""
 
@@ -116,6 +117,7 @@ def zero(layer: nn.Conv2d) -> nn.Conv2d:
     return layer
 
 
+@registered
 class ResidualCodec(NormalisedCodec):
     """Principal components of patches as the shortcut, convolutions for what they miss.
 
@@ -211,6 +213,7 @@ class ResidualCodec(NormalisedCodec):
         self.scale.fill_(self.scale.square().mean().sqrt().item())
 
 
+@registered
 class AutoencoderCodec(NormalisedCodec):
     """diffusers' AutoencoderKL or AutoencoderTiny, new or from a folder.
 

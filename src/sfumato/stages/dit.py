@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from sfumato.errors import Refused
 
 from .guidance_policy import GuidancePolicy
-from .interface import Condition, Denoiser
+from .interface import Condition, Denoiser, registered
 from .positions import Angles, moments, places, rotary, rotary_in_time, sinusoids, turn
 from .ragged import Group, Ragged, along
 from .ulysses import Ulysses, check_heads
@@ -187,6 +187,7 @@ class Block(nn.Module):
         return of.rejoined([self.look(a, b, c, told, g.mask, g.frames) for a, b, c, told, g in parts])
 
 
+@registered
 class DiT(Denoiser):
     """Latents [B, C, H, W], or of clips [B, C, F, H, W] → an answer of the same shape, given time and text.
 

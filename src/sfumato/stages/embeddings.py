@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -93,25 +92,3 @@ def divided(pipe: Any, encoders: Mapping[str, nn.Module], file: Path | str) -> d
             )
         found[homes[0]] = one
     return found
-
-
-def add(model: Any, file: Path | str, word: str = "") -> str:
-    """Teach a model's text encoders a word from a file; returns the word.
-
-    Raises:
-        Refused: not an embedding, of another base, or a word that is known already.
-    """
-    from . import teaching
-
-    readers = teaching.readers(model, "an embedding")
-    word = word or read(file)[0]
-    rows = divided(model.origin, {name: encoder for name, (_, encoder) in readers.items()}, file)
-    for name in rows:
-        teaching.check_word(word, readers[name][0], f"{Path(file).name}")
-    with torch.no_grad():
-        for name, own in rows.items():
-            tokenizer, encoder = readers[name]
-            teaching.settle(encoder)
-            teaching.add_rows(tokenizer, encoder, {word: own})
-            teaching.settle(encoder)
-    return word

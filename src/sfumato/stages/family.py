@@ -18,7 +18,7 @@ from sfumato.theory import Theory
 from . import schedules
 from .guidance_policy import GuidancePolicy, PipelineGuidance
 from .interface import Condition
-from .normalising import statistics
+from .pretrained_codec import statistics
 from .seeing import Encode, Lesson, Pictures
 
 WORD_WIDTHS = ("joint_attention_dim", "caption_channels", "text_dim", "cap_feat_dim", "text_embed_dim")
@@ -142,7 +142,7 @@ class Family:
     # ---------------------------------------------------------------- the autoencoder
 
     def statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
-        """(shift, scale) that normalise latents, as `normalising.statistics` reads them."""
+        """(shift, scale) that normalise latents, as `pretrained_codec.statistics` reads them."""
         return statistics(vae, self.normalises)
 
     # ---------------------------------------------------------------- the network

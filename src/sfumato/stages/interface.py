@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from hashlib import sha256
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfumato.errors import Refused
@@ -23,12 +25,28 @@ from .condition import Condition as Condition
 from .guidance_policy import GuidancePolicy
 
 
+def seeded(seed: int, make: Callable[[], Any]) -> Any:
+    """What `make` builds with torch's generator at `seed`; the generator's own state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
 class Stage(nn.Module, ABC):
     """A part of a model that can be written down: a kind, a config of plain values, and weights."""
 
     kind = ""
     own_name = ""
     """`file.py:name` where a user wrote this stage."""
+
+    def write_weights(self, folder: Path, by_name: bool = False) -> dict[str, Any]:
+        """Write the weights into a folder; returns what the config says of them there, if anything.
+
+        by_name: of what others made only where it came from.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "weights.safetensors")
+        return {}
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -41,6 +59,17 @@ class Stage(nn.Module, ABC):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+Kind = TypeVar("Kind", bound=type[Stage])
+KINDS: dict[str, type[Stage]] = {}
+"""The stages that a folder can name, by their `kind`; whoever defines one registers it."""
+
+
+def registered(stage: Kind) -> Kind:
+    """A class of stages, known from now on by its `kind`."""
+    KINDS[stage.kind] = stage
+    return stage
 
 
 class Codec(Stage):
@@ -328,12 +357,9 @@ class Model:
         return self.codec.encode(pixels.to(self.device, self.dtype), noise)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, tile: int = 0, chunk: int = 0) -> Tensor:
-        """Latents → pixels, not clamped; to save memory, tiles of so many pixels, frames of a chunk."""
-        from .pieces import Pieces, decode
-
-        latents, pieces = latents.to(self.device, self.dtype), Pieces(tile, chunk)
-        return decode(self.codec, latents, pieces) if pieces else self.codec.decode(latents)
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents → pixels, not clamped."""
+        return self.codec.decode(latents.to(self.device, self.dtype))
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
@@ -389,33 +415,3 @@ class Model:
             raise Refused(f'"{theory.name}" cannot go on from "{base.name}": {found.problems[0]}')
         self.theory, self.trained = theory, base
         self.sampling = None
-
-    def add_lora(self, file: Any, weight: float = 1.0) -> list[str]:
-        """Add a LoRA's file (diffusers', ComfyUI's or kohya's names) to the weights; several stack.
-
-        Returns the layers it changed.
-
-        Raises:
-            Refused: no such file, or a LoRA of another base.
-        """
-        from .exchange import merge
-
-        return merge(self, file, weight)
-
-    def add_embedding(self, file: Any, word: str = "") -> str:
-        """Teach the text encoders a word from the file of an embedding (textual inversion).
-
-        Returns the word: the one given, else the file's own, else the file's name.
-
-        Raises:
-            Refused: no such file, an embedding of another base, a word that is known already.
-        """
-        from .embeddings import add
-
-        return add(self, file, word)
-
-    def save(self, folder: Any) -> None:
-        """Write everything into one folder of safetensors and JSON, all or nothing."""
-        from .weights import save
-
-        save(self, folder)

@@ -7,9 +7,10 @@ import torch
 
 from sfumato.errors import Refused, nearest
 
-from .interface import Condition, Conditioner
+from .interface import Condition, Conditioner, registered
 
 
+@registered
 class LabelConditioner(Conditioner):
     """Class numbers, or the names of classes, → `labels` [B]; one number beyond the last says nothing."""
 

@@ -23,10 +23,10 @@ from .interface import Codec, Conditioner, Denoiser, Model
 from .labels import LabelConditioner
 from .pickles import PICKLES, must_be_safetensors
 from .pretrained import (
-    PretrainedCodec,
     PretrainedConditioner,
     PretrainedDenoiser,
 )
+from .pretrained_codec import PretrainedCodec
 from .seeing import Pictures
 from .text import NoConditioner
 

@@ -7,14 +7,13 @@ from hashlib import sha256
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import Refused, nearest
 
 from . import hooked
 from .family import Family, called_with
-from .interface import Codec, Condition, Conditioner, Denoiser
+from .interface import Condition, Conditioner, Denoiser
 from .seeing import SHOWN, Encode, Lesson, pictures_of
 
 INTERNAL = {
@@ -22,106 +21,6 @@ INTERNAL = {
     "num_images_per_prompt", "num_videos_per_prompt", "do_classifier_free_guidance", "kwargs", "lora_scale",
 }  # fmt: skip
 """Arguments of encode_prompt that are not a user's to choose; tensors (…_embeds, …_mask) are not either."""
-
-
-class PretrainedCodec(Codec):
-    """A pipeline's autoencoder with its normalisation: latents = (raw − shift) / scale.
-
-    Args:
-        network: the autoencoder; shift, scale: [C, 1, …], as `normalising.statistics` reads them.
-        stride, time_stride: pixels and frames a latent stands for.
-        grain: sides must be multiples of this many latents.
-        video: latents are [B, C, F, H, W].
-        patch: raw latents are gathered patch × patch into channels before they are normalised.
-    """
-
-    kind = "pretrained codec"
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(
-        self,
-        network: nn.Module,
-        shift: Tensor,
-        scale: Tensor,
-        stride: int,
-        time_stride: int = 1,
-        grain: int = 1,
-        video: bool = False,
-        patch: int = 1,
-    ):
-        super().__init__()
-        self.network: Any = network
-        self.stride, self.time_stride, self.grain = stride, time_stride, grain
-        self.video, self.patch = video, patch
-        self.of_clips = video
-        self.latent_channels = len(shift)
-        self.register_buffer("shift", shift)
-        self.register_buffer("scale", scale)
-
-    def config(self) -> dict[str, Any]:
-        """The autoencoder's own config."""
-        return {"class": type(self.network).__name__, **dict(self.network.config)}
-
-    def raw(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
-        """The autoencoder's latents, gathered into patches: the mode, or with noise a sample."""
-        mode, deviation = self.moments(pixels)
-        return mode if noise is None or deviation is None else mode + deviation * noise.to(mode.dtype)
-
-    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mode and deviation (None where it has none) of the posterior, gathered into patches."""
-        answer = self.network.encode(pixels)
-        if not hasattr(answer, "latent_dist"):
-            plain = answer.latent if hasattr(answer, "latent") else answer.latents
-            return self.gathered(plain), None
-        return self.gathered(answer.latent_dist.mode()), self.gathered(answer.latent_dist.std)
-
-    def distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mode and deviation of the posterior, normalised."""
-        mode, deviation = self.moments(pixels.unsqueeze(2) if self.video and pixels.ndim == 4 else pixels)
-        return (mode - self.shift) / self.scale, None if deviation is None else deviation / self.scale
-
-    def gathered(self, raw: Tensor) -> Tensor:
-        """Raw latents with patches as channels."""
-        return F.pixel_unshuffle(raw, self.patch) if self.patch > 1 else raw
-
-    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pixels [B, 3, H, W] (for video also [B, 3, F, H, W]) in [-1, 1] → normalised latents."""
-        pixels = pixels.unsqueeze(2) if self.video and pixels.ndim == 4 else pixels
-        return (self.raw(pixels, noise) - self.shift) / self.scale
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, not clamped, with as many axes as the latents."""
-        flat = self.video and latents.ndim == 4
-        raw = (latents.unsqueeze(2) if flat else latents) * self.scale + self.shift
-        raw = F.pixel_shuffle(raw, self.patch) if self.patch > 1 else raw
-        options: dict[str, Any] = {}
-        if self.network.config.get("timestep_conditioning"):
-            options["temb"] = raw.new_zeros(len(raw))
-        pixels = self.network.decode(raw, **options).sample
-        return pixels.squeeze(2) if flat else pixels
-
-    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
-        """[C, (F,) h, w] of the latents of pictures or clips of this size."""
-        self.check_size(width, height)
-        flat = (height // self.stride, width // self.stride)
-        deep = ((frames - 1) // self.time_stride + 1,) if self.video else ()
-        return self.latent_channels, *deep, *flat
-
-    def pixel_size(self, shape: Sequence[int]) -> dict[str, int]:
-        """Also the frames of clips."""
-        frames = {"num_frames": (shape[1] - 1) * self.time_stride + 1} if len(shape) == 4 else {}
-        return super().pixel_size(shape) | frames
-
-    def check_size(self, width: int, height: int, name: str = "The picture") -> None:
-        """Raises Refused unless the network can be asked about pictures of this size."""
-        step = self.stride * self.grain
-        if width % step or height % step:
-            fit = [max(step, side // step * step) for side in (width, height)]
-            raise Refused(
-                f"{name} is {width}×{height}, but this model needs sides in multiples of {step}. "
-                f"Choose {fit[0]}×{fit[1]}."
-            )
 
 
 class PretrainedConditioner(Conditioner):

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
-from torch import nn
 
 from sfumato import own
 from sfumato.errors import Refused
@@ -14,22 +13,16 @@ from sfumato.theory import Theory, get
 
 from .clips import ClipCodec, FramewiseCodec
 from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
+from .codec_folder import load_codec
 from .dit import DiT
-from .interface import Codec, Conditioner, Denoiser, Model, Stage, TrainableCodec
+from .interface import Codec, Conditioner, Denoiser, Model, TrainableCodec, seeded
 from .labels import LabelConditioner
 from .settings import ModelSettings
+from .stage_folder import own_stage
 from .text import NoConditioner, TextConditioner
 from .unet import UNet
 
 DEFAULT_THEORY = "flow-matching"
-Kind = TypeVar("Kind", bound=Stage)
-
-
-def seeded(seed: int, make: Callable[[], Any]) -> Any:
-    """What `make` builds with torch's generator at `seed`; the generator's own state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
 
 
 def new_theory(word: str) -> Theory:
@@ -41,16 +34,6 @@ def new_theory(word: str) -> Theory:
     if not isinstance(theory, Theory):
         raise Refused(f"{word} is a {type(theory).__name__}, but a theory must be a sfumato.Theory.")
     return theory
-
-
-def own_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
-    """The stage `file.py:name` makes when called with the arguments it takes."""
-    made = own.load_own(word)
-    stage = made(**arguments) if callable(made) and not isinstance(made, nn.Module) else made
-    if not isinstance(stage, kind):
-        raise Refused(f"{word} gives a {type(stage).__name__}, but here a {kind.__name__} is needed.")
-    stage.own_name = word
-    return stage
 
 
 def new_conditioner(settings: ModelSettings, classes: Sequence[str] = ()) -> Conditioner:
@@ -103,8 +86,6 @@ def _new_codec(settings: ModelSettings, seed: int) -> Codec:
     if word in ("kl", "tiny"):
         name = "AutoencoderKL" if word == "kl" else "AutoencoderTiny"
         return seeded(seed, lambda: AutoencoderCodec.small(name, stride, channels, settings.codec_width))
-    from .weights import load_codec
-
     return load_codec(Path(word).expanduser())
 
 

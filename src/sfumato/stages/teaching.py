@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -19,9 +20,8 @@ from sfumato.errors import Failed, Refused
 
 from . import adapters, embeddings
 from .adapters import AdapterPlan
-from .interface import Denoiser, DenoiserWrapper, Model
+from .interface import Denoiser, DenoiserWrapper, Model, seeded
 from .pretrained import PretrainedConditioner
-from .scratch import seeded
 from .text_plan import TextPlan
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -329,3 +329,23 @@ def settled(pipe: Any) -> Iterator[None]:
         yield
     finally:
         pipe.register_modules(**own)
+
+
+def add_embedding(model: Any, file: Path | str, word: str = "") -> str:
+    """Teach a model's text encoders a word from a file; returns the word.
+
+    Raises:
+        Refused: not an embedding, of another base, or a word that is known already.
+    """
+    known = readers(model, "an embedding")
+    word = word or embeddings.read(file)[0]
+    rows = embeddings.divided(model.origin, {name: encoder for name, (_, encoder) in known.items()}, file)
+    for name in rows:
+        check_word(word, known[name][0], f"{Path(file).name}")
+    with torch.no_grad():
+        for name, own in rows.items():
+            tokenizer, encoder = known[name]
+            settle(encoder)
+            add_rows(tokenizer, encoder, {word: own})
+            settle(encoder)
+    return word

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato.errors import Refused, nearest
 
-from .interface import Condition, Conditioner
+from .interface import Condition, Conditioner, registered
 
 MINILM = "minilm"
 OPTIONS = ("max_sequence_length",)
@@ -36,6 +36,7 @@ def minilm_folder() -> Path:
     return Path(package.__file__).parent / "model"
 
 
+@registered
 class TextConditioner(Conditioner):
     """Prompts → `tokens` [B, L, D], `mask` [B, L], `pooled` [B, (1 + 2·waves)·D] (their summary).
 
@@ -71,6 +72,14 @@ class TextConditioner(Conditioner):
     def config(self) -> dict[str, Any]:
         """Where the encoder came from, and how much it reads."""
         return {"source": self.source, "max_tokens": self.max_tokens, "waves": self.waves}
+
+    def write_weights(self, folder: Path, by_name: bool = False) -> dict[str, Any]:
+        """As transformers saves them, unless by name."""
+        if by_name:
+            return {}
+        self.network.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        return {"source": "."}
 
     def fingerprint(self) -> str:
         """A hash of the weights; not of the place they were read from."""
@@ -148,6 +157,7 @@ def text_encoder(folder: Path) -> Any:
         ) from problem
 
 
+@registered
 class NoConditioner(Conditioner):
     """Nothing guides: conditions have a length and no tensors."""
 

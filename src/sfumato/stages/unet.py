@@ -6,9 +6,10 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 
-from .interface import Condition, Denoiser
+from .interface import Condition, Denoiser, registered
 
 
+@registered
 class UNet(Denoiser):
     """Latents [B, C, H, W] → an answer of the same shape.
 

@@ -15,47 +15,25 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
-from sfumato.errors import Refused, nearest
+from sfumato.errors import Refused
 from sfumato.record import atomic_folder
 
 from . import adapters, exchange, fitted, hub, reference, teaching, text_plan
-from .clips import VIDEO_AUTOENCODERS, ClipCodec, FramewiseCodec, VideoAutoencoderCodec
-from .codec import AutoencoderCodec, PixelCodec, ResidualCodec
-from .dit import DiT
 from .guides import ControlledDenoiser, guide
 from .guides.elsewhere import WEIGHTS as GUIDES
 from .guides.plan import fill as fill_guides
 from .guides.plan import read_plans, write_plans
-from .interface import Codec, Conditioner, Denoiser, Model, Stage
-from .labels import LabelConditioner
+from .interface import Codec, Conditioner, Denoiser, Model
 from .pickles import PICKLES, must_be_safetensors
 from .pipeline import INDEX, load_pipeline, save_pipeline
 from .pretrained import PretrainedConditioner
 from .run_weights import chosen_weights, weights_of
-from .scratch import new_theory, own_stage
+from .scratch import new_theory
 from .seal import check, read_json, read_tensors, seal
-from .text import NoConditioner, TextConditioner
-from .unet import UNet
+from .stage_folder import fill, load_stage, save_stage
 
 FORMAT = 1
-KINDS: dict[str, type[Stage]] = {
-    stage.kind: stage
-    for stage in (
-        PixelCodec,
-        ResidualCodec,
-        AutoencoderCodec,
-        ClipCodec,
-        FramewiseCodec,
-        VideoAutoencoderCodec,
-        TextConditioner,
-        NoConditioner,
-        LabelConditioner,
-        DiT,
-        UNet,
-    )
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,89 +81,6 @@ def plain(denoiser: Denoiser) -> Denoiser:
     merged = copy.deepcopy(denoiser)
     adapters.merge(adapters.body(merged))
     return merged
-
-
-def save_stage(stage: Stage, folder: Path, text_by_name: bool = False) -> None:
-    """Write one stage into a folder of its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    described: dict[str, Any] = {"kind": stage.kind, "config": stage.config()}
-    if stage.own_name:
-        described["own"] = stage.own_name
-    if isinstance(stage, TextConditioner):
-        if not text_by_name:
-            stage.network.save_pretrained(folder)
-            stage.tokenizer.save_pretrained(folder)
-            described["config"]["source"] = "."
-    else:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in stage.state_dict().items()}
-        save_file(tensors, folder / "weights.safetensors")
-    (folder / "stage.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-
-
-def load_stage(folder: Path) -> Stage:
-    """The stage in a folder that `save_stage` wrote."""
-    described = read_json(folder / "stage.json")
-    config = dict(described["config"])
-    if described.get("own"):
-        arguments = {} if described["kind"] == "text" else config
-        stage = own_stage(described["own"], Stage, **arguments)
-    elif described["kind"] not in KINDS:
-        raise Refused(
-            f'{folder} holds a stage of kind "{described["kind"]}".{nearest(described["kind"], KINDS)}'
-        )
-    else:
-        if config.get("source") == ".":
-            config["source"] = str(folder)
-        stage = KINDS[described["kind"]](**config)
-    if (folder / "weights.safetensors").exists():
-        fill(stage, read_tensors(folder / "weights.safetensors"), folder / "weights.safetensors")
-    return stage.eval()
-
-
-def fill(stage: Stage, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Put weights into a stage; every name and shape must match.
-
-    Raises:
-        Refused: naming the first that do not.
-    """
-    try:
-        stage.load_state_dict(dict(tensors))
-    except RuntimeError as problem:
-        lines = str(problem).splitlines()
-        raise Refused(
-            f"{source} does not fit a {stage.kind} of this config: {lines[-1].strip()}"
-        ) from problem
-
-
-def load_codec(folder: Path) -> Codec:
-    """A codec from a folder: a stage of ours, a model's, or diffusers' AutoencoderKL or AutoencoderTiny."""
-    check(folder)
-    for place in (folder, folder / "codec"):
-        if (place / "stage.json").is_file():
-            stage = load_stage(place)
-            if isinstance(stage, Codec):
-                return stage
-            raise Refused(f"{place} holds a {stage.kind}, not a codec.")
-    config = dict(read_json(folder / "config.json")) if (folder / "config.json").is_file() else {}
-    architecture = config.get("_class_name")
-    if architecture in VIDEO_AUTOENCODERS:
-        made = VideoAutoencoderCodec(architecture, **{k: v for k, v in config.items() if k[0] != "_"})
-        weights = made.network.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        made.network.load_state_dict(weights.state_dict())
-        made.measure()
-        return made.eval()
-    if architecture not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise Refused(
-            f'model.codec = "{folder}" is no codec: it needs stage.json (sfumato) or the config.json of '
-            "diffusers' AutoencoderKL or AutoencoderTiny, or of one of its video autoencoders "
-            f"({', '.join(VIDEO_AUTOENCODERS)}). Or say auto, kl, tiny or pixels."
-        )
-    codec = AutoencoderCodec(architecture, **{k: v for k, v in config.items() if not k.startswith("_")})
-    fill_network = codec.network.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    codec.network.load_state_dict(fill_network.state_dict())
-    codec.shift.fill_(config.get("shift_factor") or 0.0)
-    codec.scale.fill_(1.0 / (config.get("scaling_factor") or 1.0))
-    return codec.eval()
 
 
 def load(

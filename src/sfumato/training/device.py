@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import torch
 
 from sfumato.errors import Refused
@@ -67,3 +68,10 @@ def trim_memory() -> None:
 def _c_library() -> Any:
     """The functions of the C library this process runs on; None but on Linux, where they are ours to set."""
     return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that are free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

@@ -30,7 +30,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def effective_precision(precision: str, device: torch.device, weights: str = "fp32") -> str:
-    """ "fp32", "bf16" or "fp16": what "auto" means on this device, for weights kept so.
+    """One of "fp32", "bf16" and "fp16": what "auto" means on this device, for weights kept so.
 
     "auto" is bf16 where it is fast, unless the environment's SFUMATO_AUTO_PRECISION says otherwise: so that
     machines of several kinds compute alike.

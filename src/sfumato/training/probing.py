@@ -134,13 +134,6 @@ def held_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that are free."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
 @contextmanager
 def watched(device: torch.device) -> Iterator[Callable[[], int]]:
     """Yield a function that says the most bytes in use since the block began.

@@ -17,7 +17,7 @@ from sfumato.record import RunFolder
 
 from . import checkpoint, together
 from .checkpoint import Keep, Tensors
-from .probing import free_bytes
+from .device import free_bytes
 from .sharding import Shards
 
 SHARE_OF_MEMORY = 0.4

@@ -17,6 +17,7 @@ from ..recipe import Recipe
 from ..studio.page import duration
 from ..training import checkpoint, parallel, probing, saving, strategy
 from ..training import plan as planning
+from ..training.device import free_bytes
 from ..training.parallel import Division, Processes
 from . import ahead, guided, showing
 
@@ -125,7 +126,7 @@ def cost(
     again = counted.recomputed_share(every) if every else 0
     forward = planning.BESIDE_PRODUCTS * counted.flops / speed / within
     seconds, how = forward * (planning.FORWARD_AND_BACKWARD + again) * mine, "counted"
-    if within == 1 and seconds < PROBED_SECONDS and alone.peak < SAFE * probing.free_bytes(model.device):
+    if within == 1 and seconds < PROBED_SECONDS and alone.peak < SAFE * free_bytes(model.device):
         found = probing.probe(network, inputs, recipe.train)
         seconds, how = found.seconds, "probed"
         if not chosen.is_divided:

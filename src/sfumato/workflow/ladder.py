@@ -11,8 +11,8 @@ from torch import nn
 from ..recipe import Recipe
 from ..stages import Condition, adapters
 from ..stages.teaching import DenoiserWithTextEncoders
+from ..training import device as devices
 from ..training import plan as planning
-from ..training import probing
 from ..training.objective import DiffusionObjective
 from ..training.parallel import Division, Processes
 from ..training.sanity import TRIES, Rung, climb
@@ -85,7 +85,7 @@ def memory(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) ->
         )
     except planning.ASKS_NUMBERS as problem:
         return Rung(claim, True, f"not counted: the network asks for numbers ({type(problem).__name__})")
-    there, kept = probing.free_bytes(x.device), needed.memory.weights
+    there, kept = devices.free_bytes(x.device), needed.memory.weights
     wanted = needed.memory.peak - kept
     detail = f"{wanted / 1e9:.2f} GB beside the weights, {there / 1e9:.2f} GB are free"
     good = wanted < there

@@ -12,8 +12,7 @@ from sfumato.errors import Failed, Refused
 from sfumato.record import write_atomic
 from sfumato.stages.dit import DiT
 from sfumato.stages.image import image_encoder
-from sfumato.stages.interface import Denoiser, Model
-from sfumato.stages.scratch import seeded
+from sfumato.stages.interface import Denoiser, Model, seeded
 from sfumato.stages.unet import UNet
 
 from .controlnets import ControlNet
