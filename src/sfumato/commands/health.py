@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Failed
-from .console import result
+from .console import result, say
 
 NEEDED = (
     "torch",
@@ -43,7 +43,10 @@ def doctor(recipe: Path | None, overrides: list[str], as_json: bool) -> None:
         from ..recipe import Recipe
         from ..workflow import ladder
 
-        found["ladder"] = [vars(rung) for rung in ladder.examine(Recipe.read(recipe, overrides))]
+        read = Recipe.read(recipe, overrides)
+        for note in read.notes:
+            say(note)
+        found["ladder"] = [vars(rung) for rung in ladder.examine(read)]
         advice += [f"{rung['claim']}: no. {rung['detail']}" for rung in found["ladder"] if not rung["holds"]]
     found["advice"] = advice
     result(found, _told(found), as_json)
