@@ -1,9 +1,13 @@
-"""A recipe is one run as a typed tree: TOML in and out, every key explained, unknown keys refused."""
+"""A recipe is one run as a typed tree: TOML in and out, every key explained, unknown keys refused.
+
+Keys of format 1 (`RENAMED`) are read under the names they have today, with a note.
+"""
 
 import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +15,21 @@ from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
 from sfumato.generation.settings import SampleSettings
 from sfumato.own import is_own
-from sfumato.settings import key
+from sfumato.settings import RENAMED, Table, key, plain, rows_of, table_of
 from sfumato.stages.settings import ModelSettings
 from sfumato.training.settings import TrainSettings
 
-FORMAT = 1
+FORMAT = 2
 DEFAULT, COMMAND_LINE, PYTHON = "default", "command line", "python"
+EFFECTIVE = "effective.toml"
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything one run is made of. Paths in it are absolute once it has been read.
 
-    `origins` says where each value that is no default came from, by dotted key.
+    `origins` says where each value that is no default came from, by dotted key; `notes` what whoever
+    wrote it should know, for a command to say once.
     """
 
     output: str = key("runs/run", "the run's folder", path=True)
@@ -34,32 +40,38 @@ class Recipe:
     train: TrainSettings = field(default_factory=TrainSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def read(cls, path: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
         """The recipe in a TOML file, or in a run folder, with `key=value` overrides laid over it.
 
-        Paths in the file are relative to the file, paths in overrides to the current folder.
+        Paths in the file are relative to the file, paths in overrides to the current folder. Names of
+        format 1 are read and noted, those of a run's own effective.toml without a note.
 
         Raises:
             Refused: for a file that is missing or no TOML, an unknown key, a value that cannot be.
         """
         file = Path(path)
         if file.is_dir():
-            file = file / "effective.toml"
+            file = file / EFFECTIVE
             if not file.is_file():
-                raise Refused(
-                    f"{path} is a folder without effective.toml. Give a recipe file or a run folder."
-                )
-        said = {name: (value, file.name, file.parent) for name, value in flat(parse(file))}
-        if file.name == "effective.toml":
-            said = {name: entry for name, entry in said.items() if entry[0] != _plain(DEFAULTS.get(name))}
+                raise Refused(f"{path} is a folder without {EFFECTIVE}. Give a recipe file or a run folder.")
+        written, old = _renamed(flat(parse(file)), file.name)
+        said = {name: (value, file.name, file.parent) for name, value in written.items()}
+        if file.name == EFFECTIVE:
+            said = {name: entry for name, entry in said.items() if not _is_default(name, entry[0])}
+            old = []
+        words = []
         for override in overrides:
             name, equals, text = override.partition("=")
             if not equals:
                 raise Refused(f'"{override}" is no override. Write key=value, for example train.steps=100.')
-            said[name.strip()] = (_from_text(name.strip(), text.strip()), COMMAND_LINE, Path.cwd())
-        return _build(cls(), said)
+            words.append((name.strip(), text.strip()))
+        given, old_words = _renamed(words, "the command line")
+        for name, text in given.items():
+            said[name] = (_from_text(name, text), COMMAND_LINE, Path.cwd())
+        return replace(_build(cls(), said), notes=(*old, *old_words))
 
     def values(self) -> dict[str, Any]:
         """Every value by its dotted key, in the order of the tree."""
@@ -74,6 +86,7 @@ class Recipe:
         import tomlkit
 
         document, tables = tomlkit.document(), {}
+        below: list[tuple[str, str, Any]] = []  # what has a header of its own stands after its section's keys
         for name, value, rules in _leaves(self):
             origin = self.origin(name)
             if not every and origin == DEFAULT and name != "format":
@@ -83,9 +96,21 @@ class Recipe:
                 tables[section] = tomlkit.table()
                 document.add(tomlkit.nl())
                 document.add(section, tables[section])
-            item = tomlkit.item(list(value) if isinstance(value, tuple) else value)
-            item.comment(origin if every else rules["help"])
-            (tables[section] if section else document).add(leaf, item)
+            item: Any = tomlkit.item(plain(value))
+            comment = origin if every else rules["help"]
+            if rules["rows"] and value:
+                item[0].comment(comment)
+            elif rules["values"] and not value:
+                item = tomlkit.inline_table()
+            if not (rules["rows"] and value):
+                item.comment(comment)
+            if value and (rules["rows"] or rules["values"]):
+                below.append((section, leaf, item))
+            else:
+                (tables[section] if section else document).add(leaf, item)
+        for section, leaf, item in below:
+            tables[section].add(tomlkit.nl())
+            tables[section].add(leaf, item)
         return tomlkit.dumps(document)
 
     def checked(self) -> "Recipe":
@@ -98,7 +123,8 @@ class Recipe:
             name: (value, self.origins.get(name, PYTHON), Path.cwd()) for name, value in self.values().items()
         }
         defaults = {name for name, value in self.values().items() if value == DEFAULTS[name]}
-        return _build(Recipe(), {name: entry for name, entry in said.items() if name not in defaults})
+        built = _build(Recipe(), {name: entry for name, entry in said.items() if name not in defaults})
+        return replace(built, notes=self.notes)
 
     def overridden(self, words: Iterable[str], origin: str) -> "Recipe":
         """The recipe with `key=value` words laid over it, whose origin is said to be `origin`.
@@ -114,7 +140,7 @@ class Recipe:
         for word in words:
             name, _, text = word.partition("=")
             said[name] = (_from_text(name, text), origin, Path.cwd())
-        return _build(Recipe(), said)
+        return replace(_build(Recipe(), said), notes=self.notes)
 
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """The keys whose values differ, as {key: (mine, theirs)}."""
@@ -141,12 +167,34 @@ def parse(file: Path) -> dict[str, Any]:
 def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested tables as (dotted key, value)."""
     for name, value in tables.items():
-        if isinstance(value, Mapping):
-            if prefix + name not in SECTIONS:
-                raise Refused(_unknown(prefix + name, section=True))
+        full = prefix + name
+        if isinstance(value, Mapping) and RENAMED.get(full, full) not in RULES:
+            if full not in SECTIONS:
+                raise Refused(_unknown(full, section=not prefix))
             yield from flat(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield full, value
+
+
+def _renamed(said: Iterable[tuple[str, Any]], where: str) -> tuple[dict[str, Any], list[str]]:
+    """What was said, by the names of today, and the note about old names in it, if there are any.
+
+    Raises:
+        Refused: a key is given by its old name and by its new one.
+    """
+    found: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for given, value in said:
+        name = RENAMED.get(given, given)
+        if spelled.get(name, given) != given:
+            old, new = (given, name) if given != name else (spelled[name], name)
+            raise Refused(f"{where} gives {new} and {old}, which is its old name. Leave {old} out.")
+        found[name], spelled[name] = value, given
+    old = [f"{given} is now {name}" for name, given in spelled.items() if given != name]
+    if not old:
+        return found, []
+    names = "an old name" if len(old) == 1 else "old names"
+    return found, [f"{where} uses {names}, which still can be read: {', '.join(old)}."]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
@@ -159,14 +207,18 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str
             yield prefix + one.name, value, one.metadata
 
 
-def _plain(value: Any) -> Any:
-    """A value as TOML gives it back."""
-    return list(value) if isinstance(value, tuple) else value
-
-
 DEFAULTS: dict[str, Any] = {name: value for name, value, _ in _leaves(Recipe())}
 RULES: dict[str, Mapping[str, Any]] = {name: rules for name, _, rules in _leaves(Recipe())}
+
 SECTIONS = tuple(one.name for one in fields(Recipe) if is_dataclass(one.default_factory))
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Whether a value of a file is the key's default; a table that was written as an empty list is one."""
+    default, rules = DEFAULTS.get(name), RULES.get(name)
+    if rules and rules["values"] and not value:
+        return not default
+    return value == plain(default)
 
 
 def _build(defaults: Recipe, said: Mapping[str, tuple[Any, str, Path]]) -> Recipe:
@@ -186,23 +238,30 @@ def _build(defaults: Recipe, said: Mapping[str, tuple[Any, str, Path]]) -> Recip
             else f" (in {origin})"
         )
         section, _, leaf = name.rpartition(".")
-        trees[section][leaf] = _resolve(_fit(name, value, where), RULES[name], folder)
+        trees[section][leaf] = _resolve(_fit(name, value, where, folder), RULES[name], folder)
+    trees[""]["format"] = FORMAT  # whatever it was, these are the names of today
     if not said.get("output", ("runs/run",))[0]:
         raise Refused('output is empty, but a run needs a folder of its own: output = "runs/NAME".')
     if "output" not in trees[""]:
         trees[""]["output"] = str(Path(defaults.output).absolute())
     parts = {section: replace(getattr(defaults, section), **trees[section]) for section in SECTIONS}
     origins = {"output": DEFAULT, **{name: origin for name, (_, origin, _) in said.items()}}
+    if version != FORMAT:
+        del origins["format"]
     return replace(defaults, **trees[""], **parts, origins=origins)
 
 
-def _fit(name: str, value: Any, where: str) -> Any:
+def _fit(name: str, value: Any, where: str, folder: Path) -> Any:
     """`value` as the type of the key, within its bounds.
 
     Raises:
         Refused: naming the key, the value and what it may be.
     """
     wanted, rules = type(DEFAULTS[name]), RULES[name]
+    if rules["values"] and isinstance(value, Mapping | list | tuple | str):
+        return table_of(name + where, value, rules, lambda word: (folder / Path(word).expanduser()).exists())
+    if rules["rows"] and isinstance(value, list | tuple | str):
+        return rows_of(name + where, value, rules)
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is tuple and isinstance(value, str):
@@ -235,11 +294,14 @@ _KINDS = {
     float: "a number",
     bool: "true or false",
     tuple: "a list of texts",
+    Table: "a table",
 }
 
 
 def _kind(wanted: type, rules: Mapping[str, Any]) -> str:
     """What a key takes, in words."""
+    if rules["rows"]:
+        return "a list of tables"
     return "a list of numbers" if rules["numbers"] else _KINDS[wanted] + " or a list of texts" * rules["many"]
 
 
@@ -271,6 +333,10 @@ def _from_text(name: str, text: str) -> Any:
         value = text
     if wanted is str and not isinstance(value, str) and not (RULES[name]["many"] and isinstance(value, list)):
         value = text
+    if wanted is Table:
+        return value if isinstance(value, Mapping | list | str) else text
+    if RULES[name]["rows"] and isinstance(value, Mapping):
+        return (value,)
     if wanted is tuple and not isinstance(value, list):
         return (value if RULES[name]["numbers"] or isinstance(value, str) else text,)
     return value
@@ -278,13 +344,19 @@ def _from_text(name: str, text: str) -> Any:
 
 def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
     """A path made absolute; words that stand for themselves and hub ids stay as they are."""
-    if isinstance(value, tuple) and (rules["path"] or rules["file_after"]):
+    if isinstance(value, Table):
+        if not rules["path"]:
+            return value
+        if rules["values"] is float:
+            return Table({_resolve(file, rules, folder): weight for file, weight in value.items()})
+        files = {name for name, text in value.items() if text.endswith(".safetensors")}
+        return Table(
+            {name: _resolve(text, rules, folder) if name in files else text for name, text in value.items()}
+        )
+    if isinstance(value, tuple) and rules["path"]:
         return tuple(_resolve(one, rules, folder) for one in value)
     if not isinstance(value, str) or not value or value in rules["words"]:
         return value
-    if rules["file_after"] and value.endswith(".safetensors"):
-        name, sign, file = value.partition(rules["file_after"])
-        return f"{name}{sign}{(folder / Path(file.strip()).expanduser()).absolute()}"
     if not (rules["path"] or is_own(value)):
         return value
     path = (folder / Path(value).expanduser()).absolute()
@@ -299,9 +371,13 @@ def _unknown(name: str, section: bool = False) -> str:
         return f"[{name}] is no section of a recipe.{nearest(name, SECTIONS)}"
     if name in SECTIONS:
         return f"{name} is a section of the recipe; its keys are written {name}.key=value or under [{name}]."
+    keys = {**{known: known for known in RULES}, **RENAMED}
     leaf = name.rpartition(".")[2]
-    elsewhere = [known for known in RULES if known.rpartition(".")[2] == leaf]
+    elsewhere = [now for known, now in keys.items() if known.rpartition(".")[2] == leaf]
     if elsewhere:
         return f'{name} is no key of a recipe. Did you mean "{elsewhere[0]}"?'
-    siblings = [known for known in RULES if known.rpartition(".")[0] == name.rpartition(".")[0]]
-    return f"{name} is no key of a recipe.{nearest(name, siblings or RULES)}"
+    home = name.rpartition(".")[0]
+    siblings = {known: now for known, now in keys.items() if known.rpartition(".")[0] == home} or keys
+    close = get_close_matches(name.lower(), siblings, n=1, cutoff=0.5)
+    hint = f' Did you mean "{siblings[close[0]]}"?' if close else nearest(name, sorted({*siblings.values()}))
+    return f"{name} is no key of a recipe.{hint}"

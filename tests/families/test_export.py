@@ -72,7 +72,7 @@ def some(names: Any) -> list[Any]:
     return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-KLEIN = {"text_options": {"text_encoder_out_layers": (1, 2, 3)}}
+KLEIN = {"prompt_options": {"text_encoder_out_layers": (1, 2, 3)}}
 SIZES: dict[str, dict[str, Any]] = {"flux-2-klein": KLEIN, "flux-2-klein-edit": KLEIN}
 
 

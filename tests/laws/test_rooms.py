@@ -13,7 +13,7 @@ SOURCE = Path(sfumato.__file__).parent
 GROUND = {"errors", "settings", "own", "locks", "lazy"}
 BELOW = {
     "errors": set(),
-    "settings": set(),
+    "settings": {"errors"},
     "own": {"errors"},
     "locks": set(),
     "lazy": set(),

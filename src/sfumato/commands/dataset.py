@@ -7,8 +7,9 @@ from typing import Any
 from ..data.sample import Collection
 from ..errors import Refused
 from ..record import write_atomic
+from ..settings import RENAMED
 from ..stages import tokens
-from .console import progress, result
+from .console import progress, result, say
 
 USUAL = {"resolution": 256, "buckets": 5, "frames": 16, "rate": 8.0, "model": "minilm", "captions": "files"}
 """What the report plans with where neither the command nor a recipe says it."""
@@ -92,14 +93,15 @@ def _of_recipe(file: Path, overrides: list[str], asked: dict[str, Any]) -> Subje
     from ..workflow import checks, gather
 
     recipe = Recipe.read(file, overrides)
+    for note in recipe.notes:
+        say(note)
     kept = {
         name: asked[name] for name in ("resolution", "buckets", "frames", "rate", "captions") if name in asked
     }
     if kept:
         name = next(iter(kept))
-        raise Refused(
-            f"{file} is a recipe and says data.{name} itself: give data.{name}={kept[name]} instead."
-        )
+        key = RENAMED.get(f"data.{name}", f"data.{name}")
+        raise Refused(f"{file} is a recipe and says {key} itself: give {key}={kept[name]} instead.")
     gathered = gather(recipe)
     settings = recipe.data
     reading = (

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from ..errors import Failed
-from .console import result
+from .console import result, say
 
 NEEDED = (
     "torch",
@@ -47,7 +47,10 @@ def doctor(recipe: Path | None, overrides: list[str], as_json: bool) -> None:
         from ..recipe import Recipe
         from ..workflow import ladder
 
-        found["ladder"] = [vars(rung) for rung in ladder.examine(Recipe.read(recipe, overrides))]
+        read = Recipe.read(recipe, overrides)
+        for note in read.notes:
+            say(note)
+        found["ladder"] = [vars(rung) for rung in ladder.examine(read)]
         advice += [f"{rung['claim']}: no. {rung['detail']}" for rung in found["ladder"] if not rung["holds"]]
     found["advice"] = advice
     result(found, _told(found), as_json)

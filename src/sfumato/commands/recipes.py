@@ -94,13 +94,18 @@ def plan(recipe: Path, overrides: list[str], fit: str, devices: int, as_json: bo
     """Print what the recipe would do; nothing is trained, encoded or written."""
     from .. import workflow
     from ..recipe import Recipe
+    from ..settings import plain
 
     read = Recipe.read(recipe, overrides)
+    for note in read.notes:
+        say(note)
     fitted: dict[str, Any] = {}
     if fit:
         read, fitted = workflow.fitted(read, fit, devices)
     found = workflow.plan(read, devices)
-    values = {name: {"value": value, "origin": read.origin(name)} for name, value in read.values().items()}
+    values = {
+        name: {"value": plain(value), "origin": read.origin(name)} for name, value in read.values().items()
+    }
     if fitted:
         found["fit"] = fitted
     told = _told({name: value for name, value in found.items() if name != "fit"}, values)

@@ -1,8 +1,9 @@
 """What a recipe says about data: where the samples are, what a model sees of them, where encodings are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfumato.settings import key
+from sfumato.settings import Table, key
 
 FORMATS = ("same", "float32", "float16", "bfloat16", "float8", "int8")
 EMBEDDED = (
@@ -15,6 +16,14 @@ EMBEDDED = (
     "shapes-edit",
 )
 """Data sets that come with the package, by name."""
+
+
+@dataclass(frozen=True)
+class ResolutionStage:
+    """Of a curriculum: the resolution that is trained at until a step."""
+
+    resolution: int
+    until: int
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,12 @@ class DataSettings:
     token_budget: bool = key(
         False, "batches of large buckets are smaller, so that all cost alike; train.batch is the mean"
     )
-    curriculum: tuple[str, ...] = key(
-        (), "smaller resolutions to begin with, each until a step: 32:1000 is 32 until step 1000"
+    curriculum: tuple[ResolutionStage, ...] = key(
+        (),
+        "smaller resolutions to begin with, each until a step; 32:1000 is 32 until step 1000",
+        rows=ResolutionStage,
+        sign=":",
+        example="32:1000",
     )
     frames: int = key(0, "frames of a clip; 0 trains on pictures", least=0)
     fps: float = key(8.0, "frames only: so many a second, whatever rate a file has", least=0.01)
@@ -78,8 +91,13 @@ class DataSettings:
     condition_columns: tuple[str, ...] = key(
         (), "further pictures that guide the model, by column: control, reference, mask, edit_source, ..."
     )
-    condition_dropout: tuple[str, ...] = key(
-        (), "share of samples shown without one companion, each by itself: control=0.1"
+    condition_dropout: Mapping[str, float] = key(
+        Table(),
+        "share of samples shown without one companion, each by itself: control = 0.1",
+        values=float,
+        least=0,
+        most=1,
+        example="control=0.1",
     )
     control_image: str = key(
         "control",

@@ -5,6 +5,7 @@ from PIL import Image
 
 from ..data import shapes
 from ..data.settings import DataSettings
+from ..settings import Table
 from ..workflow.guided import picture_for
 from .drawing import draw, picture_of
 from .stages import Beside, plan_of, unseen
@@ -14,7 +15,7 @@ BESIDE = Beside(
     plan_of("controlnet", minutes=5.0, guidance=3.0, fewest=300),
     base_share=3.0,
     guide_cost=1.3,
-    data={"control_image": "sketch", "condition_dropout": ("control=0.05",)},
+    data={"control_image": "sketch", "condition_dropout": Table({"control": 0.05})},
 )
 
 

@@ -1,6 +1,7 @@
 """Demo: reference → picture. Words say which shape, how large, on what; the reference says in which color."""
 
 from ..data import shapes
+from ..settings import Table
 from .drawing import draw
 from .stages import Beside, companion, plan_of, unseen
 from .way import Seen, Task, Verdict
@@ -10,7 +11,7 @@ BESIDE = Beside(
     base_share=2.5,
     guide_cost=1.8,
     base_data="shapes-alone",
-    data={"reference_image": "reference", "condition_dropout": ("reference=0.1",)},
+    data={"reference_image": "reference", "condition_dropout": Table({"reference": 0.1})},
 )
 
 

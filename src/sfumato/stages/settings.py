@@ -1,8 +1,9 @@
 """What a recipe says about the model: where its three stages come from, and how large new ones are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfumato.settings import key
+from sfumato.settings import Table, key
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class ModelSettings:
         "pretrained only: what of the text encoders is trained beside: none, lora",
         choices=("none", "lora"),
     )
-    new_tokens: tuple[str, ...] = key(
-        (),
-        "pretrained only: new words whose embeddings are trained, as NAME=WORDS it begins with: <cat>=a cat, "
-        "or NAME=FILE of an embedding",
-        file_after="=",
+    new_tokens: Mapping[str, str] = key(
+        Table(),
+        'pretrained only: new words whose embeddings are trained, and the words each begins with: "<cat>" = '
+        '"a cat", or the file of an embedding; "" begins at random',
+        values=str,
+        path=True,
+        example="<cat>=a cat",
     )
     control_layers: int = key(0, "controlnet only: blocks it copies; 0 for the usual number", least=0)
     image_encoder: str = key(
@@ -54,17 +57,22 @@ class ModelSettings:
     init_adapter: str = key(
         "", "adapters only: a file of the same kind, whoever wrote it, that training goes on from", path=True
     )
-    merge_loras: str | tuple[str, ...] = key(
-        "",
-        "adapters only: LoRA files that become part of the base first, as FILE or FILE:WEIGHT",
+    merge_loras: Mapping[str, float] = key(
+        Table(),
+        "adapters only: LoRA files that become part of the base first, each with its weight",
+        values=float,
         path=True,
-        many=True,
+        sign=":",
+        example="style.safetensors:0.8",
     )
     attention_backend: str = key(
         "", "pretrained only: diffusers' attention backend; empty: torch's own choice"
     )
-    prompt_options: tuple[str, ...] = key(
-        (), "options of the base's prompts, as its pipeline names them: max_sequence_length=256"
+    prompt_options: Mapping[str, object] = key(
+        Table(),
+        "options of the base's prompts, as its pipeline names them: max_sequence_length = 256",
+        values=object,
+        example="max_sequence_length=256",
     )
     theory: str = key("", "a theory's name, or file.py:name for your own; empty: the base's own")
     codec: str = key(

@@ -177,13 +177,23 @@ def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Mod
     return recall(model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser), info)
 
 
+RENAMED_INFO = {"text_options": "prompt_options", "presets": "merge_loras"}
+"""{what a model's info was called before recipes of format 2: what it is called}."""
+
+
 def recall(model: Any, info: Mapping[str, Any]) -> Any:
     """Let a model remember `info`: its sizes and steps, and the options its prompts are read with."""
+    info = {RENAMED_INFO.get(name, name): value for name, value in info.items()}
     model.info = dict(info)
     if isinstance(model.conditioner, PretrainedConditioner):
-        model.conditioner.usual = dict(info.get("text_options", {}))
-    for file in info.get("presets", ()):
-        exchange.merge(model, *exchange.weighted(file, "model.merge_loras"))
+        model.conditioner.usual = dict(info.get("prompt_options", {}))
+    files = info.get("merge_loras", {})
+    if isinstance(files, Mapping):
+        merged = list(files.items())
+    else:  # as format 1 wrote them
+        merged = [exchange.weighted(one, "model.merge_loras") for one in files]
+    for file, weight in merged:
+        exchange.merge(model, file, weight)
     if info.get("continued_as"):
         model.continue_as(new_theory(info["continued_as"]))
     return model

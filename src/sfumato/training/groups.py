@@ -4,7 +4,7 @@ Matrices decay, vectors do not. `train.lr_multipliers = {"blocks.*.modulation.*"
 multiplies the learning rate of the weights whose names match; the first pattern that matches counts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,34 +16,11 @@ from sfumato.errors import Refused
 from .settings import TrainSettings
 
 Groups = list[dict[str, Any]]
-Rate = tuple[str, float]
 
 
-def rates_of(words: Sequence[str]) -> list[Rate]:
-    """The (pattern, factor) pairs of "pattern=factor" words.
-
-    Raises:
-        Refused: one is no such word.
-    """
-    found = []
-    for word in words:
-        pattern, equals, text = word.rpartition("=")
-        try:
-            factor = float(text)
-        except ValueError:
-            factor = -1.0
-        if not equals or not pattern or not 0 <= factor < float("inf"):
-            raise Refused(
-                f'train.lr_multipliers has "{word}", which is not PATTERN=FACTOR with a factor of 0 or more. '
-                'Write, for example, train.lr_multipliers = ["blocks.*=0.5"].'
-            )
-        found.append((pattern, factor))
-    return found
-
-
-def check(named: Mapping[str, Any], words: Sequence[str]) -> None:
+def check(named: Mapping[str, Any], multipliers: Mapping[str, float]) -> None:
     """Refuse a pattern of `train.lr_multipliers` that matches no trained weight."""
-    for pattern, _ in rates_of(words):
+    for pattern in multipliers:
         if not any(fnmatchcase(name, pattern) for name in named):
             near = get_close_matches(pattern, named, 1, 0.0)
             raise Refused(
@@ -54,10 +31,10 @@ def check(named: Mapping[str, Any], words: Sequence[str]) -> None:
 
 def grouped(named: Mapping[str, Tensor], settings: TrainSettings) -> Groups:
     """The parameter groups of these weights: by whether they decay (two axes or more) and by their rate."""
-    rates = rates_of(settings.lr_multipliers)
     found: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, weight in named.items():
-        factor = next((factor for pattern, factor in rates if fnmatchcase(name, pattern)), 1.0)
+        factors = (by for pattern, by in settings.lr_multipliers.items() if fnmatchcase(name, pattern))
+        factor = next(factors, 1.0)
         decays = weight.ndim >= 2
         group = found.setdefault(
             (decays, factor),

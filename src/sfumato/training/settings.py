@@ -1,8 +1,9 @@
 """What a recipe says about training: how long, in what steps, and what is kept."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sfumato.settings import key
+from sfumato.settings import Table, key
 
 DENSITIES = ("uniform", "logit-normal", "log-normal", "log-snr", "cosmap", "mode")
 WEIGHTINGS = ("none", "min-snr", "edm", "sigmoid", "p2", "debiased")
@@ -46,8 +47,13 @@ class TrainSettings:
         choices=("constant", "cosine", "linear", "wsd", "rex"),
     )
     weight_decay: float = key(0.01, "decay of matrices; vectors never decay", least=0)
-    lr_multipliers: tuple[str, ...] = key(
-        (), "weights that learn at another rate, as PATTERN=FACTOR: blocks.*=0.5"
+    lr_multipliers: Mapping[str, float] = key(
+        Table(),
+        "weights that learn at another rate, by patterns of their names; the first that matches counts: "
+        '"blocks.*" = 0.5',
+        values=float,
+        least=0,
+        example="blocks.*=0.5",
     )
     max_grad_norm: float = key(1.0, "largest norm of the gradient; 0 leaves it alone", least=0)
     ema: float = key(0.999, "decay of the averaged weights; 0 keeps none", least=0, most=1)

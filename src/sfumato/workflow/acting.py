@@ -8,6 +8,7 @@ import torch
 from ..errors import Refused
 from ..own import is_own, load_own
 from ..recipe import DEFAULT, Recipe
+from ..settings import Table
 from ..training import trackers
 from ..training.optimiser import Optimiser
 
@@ -55,7 +56,7 @@ def _check_optimizer(recipe: Recipe, device: torch.device) -> None:
     if is_own(train.optimizer):
         load_own(train.optimizer)
         return
-    tried = Optimiser(torch.nn.Linear(2, 2, device=device), replace(train, lr_multipliers=()))
+    tried = Optimiser(torch.nn.Linear(2, 2, device=device), replace(train, lr_multipliers=Table()))
     if tried.averages and train.ema and _is_said(recipe, "ema"):
         raise Refused(
             f'train.optimizer = "{train.optimizer}" keeps an average of its own, beside which train.ema does '

@@ -1,10 +1,11 @@
 """A run keeps the recipe it began with: what may change does, what may not is refused by name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 
 from ..data.sample import Sample
+from ..data.settings import ResolutionStage
 from ..errors import Refused
 from ..recipe import Recipe
 from ..record import RunFolder
@@ -77,6 +78,12 @@ def content_of(samples: Iterable[Sample]) -> str:
 
 
 def _said(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f'"{name}" = {_said(one)}' for name, one in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_said, value))}]"
+    if isinstance(value, ResolutionStage):
+        return _said(vars(value))
     return (
         f'"{value}"'
         if isinstance(value, str | Path)

@@ -81,24 +81,13 @@ def _mask(model: Model) -> Companion:
 
 
 def shares(settings: DataSettings, names: Sequence[str]) -> dict[str, float]:
-    """`data.condition_dropout` read: {companion: share of samples shown without it}.
+    """`data.condition_dropout`, checked: {companion: share of samples shown without it}.
 
     Raises:
-        Refused: it is not written name=share, names no companion, or the share is none.
+        Refused: it names no companion.
     """
-    found: dict[str, float] = {}
-    for said in settings.condition_dropout:
-        name, _, text = said.partition("=")
-        try:
-            share = float(text)
-        except ValueError:
-            share = -1.0
-        if not 0 <= share <= 1:
-            raise Refused(
-                f'data.condition_dropout has "{said}"; write a companion and a share, like "control=0.1".'
-            )
-        if name.strip() not in names:
+    for name in settings.condition_dropout:
+        if name not in names:
             hint = nearest(name, names) if names else " Set data.condition_columns first."
             raise Refused(f'data.condition_dropout names "{name}", which is no companion of this run.{hint}')
-        found[name.strip()] = share
-    return found
+    return dict(settings.condition_dropout)

@@ -81,6 +81,12 @@ def read(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
     return recipe.checked() if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
 
 
+def tell_notes(recipe: Recipe, say: Say) -> None:
+    """Say what whoever wrote the recipe should know."""
+    for note in recipe.notes:
+        say(note)
+
+
 def encode(
     recipe: RecipeLike, overrides: Iterable[str] = (), progress: Progress | None = None, say: Say = to_stderr
 ) -> Ready:
@@ -95,6 +101,7 @@ def encode(
     with parallel.joined(asked.train.device) as processes:
         if not processes.leads:
             progress, say = None, lambda sentence: None
+        tell_notes(asked, say)
         return ready(asked, gather(asked), progress, say)
 
 
@@ -113,6 +120,7 @@ def encode_on_cluster(
     from ..data.cluster import spread
 
     asked = read(recipe, overrides)
+    tell_notes(asked, say)
     gathered = gather(asked)
     if gathered.base is None:
         samples = gathered.collection.of("train") or gathered.collection.samples
@@ -146,6 +154,7 @@ def train(
     with parallel.joined(asked.train.device) as processes:
         if not processes.leads:
             progress, say = None, lambda sentence: None
+        tell_notes(asked, say)
         gathered = gather(asked)
         check_context(asked, gathered.base, processes.count)
         with processes.first():

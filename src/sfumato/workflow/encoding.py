@@ -73,16 +73,17 @@ def curriculum(recipe: Recipe) -> list[tuple[int, Recipe]]:
     """The stages before the last: (until which step, the recipe at its resolution).
 
     Raises:
-        Refused: a stage is not written resolution:step, or the steps do not rise.
+        Refused: the steps do not rise.
     """
     found: list[tuple[int, Recipe]] = []
-    for said in recipe.data.curriculum:
-        side, _, step = said.partition(":")
-        if not (side.strip().isdecimal() and step.strip().isdecimal() and int(side) > 0):
-            raise Refused(f'data.curriculum has "{said}"; write a resolution and a step, like "32:1000".')
-        if int(step) <= (found[-1][0] if found else 0):
-            raise Refused(f'data.curriculum: the steps must rise, but "{said}" ends before it begins.')
-        found.append((int(step), replace(recipe, data=replace(recipe.data, resolution=int(side)))))
+    for stage in recipe.data.curriculum:
+        if stage.until <= (found[-1][0] if found else 0):
+            raise Refused(
+                f"data.curriculum: the steps must rise, but resolution {stage.resolution} until "
+                f"{stage.until} ends before it begins."
+            )
+        smaller = replace(recipe, data=replace(recipe.data, resolution=stage.resolution))
+        found.append((stage.until, smaller))
     return found
 
 

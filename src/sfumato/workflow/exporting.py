@@ -236,7 +236,7 @@ def reading_alike(fresh: PaintingModel, model: PaintingModel) -> PaintingModel:
     if model.trained is not None:
         fresh.continue_as(model.theory)
     if isinstance(fresh.conditioner, PretrainedConditioner):
-        fresh.conditioner.usual = dict(model.info.get("text_options", {}))
+        fresh.conditioner.usual = dict(model.info.get("prompt_options", {}))
     return fresh
 
 

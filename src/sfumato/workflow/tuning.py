@@ -1,7 +1,6 @@
 """The model a run goes on from, and what of it is trained."""
 
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from .. import stages
 from ..errors import Refused, nearest
 from ..generation import PaintingModel, load
 from ..recipe import DEFAULT, Recipe
+from ..settings import Table, plain
 from ..stages import adapters, blocks, hub, narrow, reference, starting, teaching, text_plan
 from ..stages.adapters import AdapterPlan
 from ..stages.embeddings import SUFFIX
@@ -60,7 +60,7 @@ def base_of(recipe: Recipe) -> PaintingModel | None:
     teaching.settle_all(base)
     asked = _asked(recipe, base)
     if begun:
-        asked.pop("presets", None)  # the copy has them in its weights
+        asked.pop("merge_loras", None)  # the copy has them in its weights
     base = recall(base, {**base.info, **asked})
     plan = plan_of(recipe, base)
     if plan is not None:
@@ -107,7 +107,7 @@ def check_text_keys(recipe: Recipe) -> None:
     if model.train == "tokens" and not model.new_tokens:
         raise Refused(
             'model.train = "tokens" trains new words, but model.new_tokens names none. Write '
-            'model.new_tokens = ["<cat>=a cat"].'
+            'model.new_tokens = {"<cat>" = "a cat"}.'
         )
     if asked and model.base == "scratch":
         raise Refused(f"model.{asked[0]} is for a pretrained base; this model is from scratch. Leave it out.")
@@ -142,11 +142,10 @@ def check_text(base: PaintingModel, plan: TextPlan) -> None:
             teaching.beginnings(base, name, plan)
 
 
-def check_said(tokens: tuple[str, ...], captions: Any) -> None:
+def check_said(tokens: Iterable[str], captions: Any) -> None:
     """Raises Refused for a new word that no caption says, so that nothing would be learned of it."""
     said = {word for caption in captions for word in caption.split()}
-    for token in tokens:
-        word = token.partition("=")[0].strip()
+    for word in tokens:
         if not any(word in one for one in said):
             raise Refused(
                 f'model.new_tokens: no caption says "{word}". Write it into the captions, or in front of all '
@@ -167,37 +166,28 @@ def _asked(recipe: Recipe, base: PaintingModel) -> dict[str, Any]:
         if recipe.origin(f"sample.{name}") != DEFAULT or name not in base.info:
             asked[name] = getattr(recipe.sample, name)
     if recipe.model.merge_loras:
-        preset = recipe.model.merge_loras
-        asked["presets"] = [preset] if isinstance(preset, str) else list(preset)
+        asked["merge_loras"] = dict(recipe.model.merge_loras)
     if recipe.model.prompt_options:
-        asked["text_options"] = text_options(recipe.model.prompt_options, base)
+        asked["prompt_options"] = prompt_options(recipe.model.prompt_options, base)
     family = getattr(base.conditioner, "family", None)
     if recipe.data.source_image and family is not None and family.as_trained:
-        asked["text_options"] = {**family.as_trained, **asked.get("text_options", {})}
+        asked["prompt_options"] = {**family.as_trained, **asked.get("prompt_options", {})}
     return asked
 
 
-def text_options(words: tuple[str, ...], base: PaintingModel) -> dict[str, Any]:
-    """`name=value` each, values as in TOML.
+def prompt_options(said: Mapping[str, object], base: PaintingModel) -> dict[str, Any]:
+    """What the prompts of a base are to be read with, as plain values.
 
     Raises:
-        Refused: an option the base's prompts do not have, or a value that is none.
+        Refused: an option the base's prompts do not have.
     """
     if not isinstance(base.conditioner, PretrainedConditioner):
         raise Refused("model.prompt_options: the prompts of this base have no options. Leave it out.")
     known = options_of(type(base.conditioner.pipe)) | dict.fromkeys(base.conditioner.family.telling)
-    found: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = (part.strip() for part in word.partition("="))
-        if not equals:
-            raise Refused(f'model.prompt_options: "{word}" is no option. Write name=value.')
+    for name in said:
         if name not in known:
             raise Refused(f'model.prompt_options: there is no "{name}".{nearest(name, known)}')
-        try:
-            found[name] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            found[name] = value
-    return found
+    return plain(said)
 
 
 def plan_of(recipe: Recipe, base: PaintingModel) -> AdapterPlan | None:
@@ -254,8 +244,7 @@ def text_plan_of(recipe: Recipe, plan: AdapterPlan | None = None) -> TextPlan:
     )
     if plan is not None and plan.kind == "lora":
         lora = replace(plan, targets=("auto",))
-    words = [token.partition("=") for token in model.new_tokens]
-    tokens = tuple((word.strip(), like.strip()) for word, _, like in words)
+    tokens = tuple(model.new_tokens.items())
     if any(like.endswith(SUFFIX) and not Path(like).is_file() for _, like in tokens):
         kept = text_plan.read_plan(Path(recipe.output) / "model")  # a run that has begun has its own copy
         tokens = tokens if kept is None else kept.tokens
@@ -272,7 +261,9 @@ def rated(recipe: Recipe) -> TrainSettings:
     if not settings.text_learning_rate:
         return settings
     factor = settings.text_learning_rate / settings.learning_rate
-    return replace(settings, lr_multipliers=(*settings.lr_multipliers, f"text_encoder*={factor!r}"))
+    multipliers = dict(settings.lr_multipliers)
+    multipliers.setdefault("text_encoder*", factor)
+    return replace(settings, lr_multipliers=Table(multipliers))
 
 
 def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
@@ -283,7 +274,7 @@ def remember(model: PaintingModel, recipe: Recipe, folder: Path) -> None:
         reference.write_base(folder, base, {k: v for k, v in model.info.items() if k != "guides"})
         write_plans(folder, model)
     elif recipe.model.base == "scratch" or not is_begun:
-        model.info.pop("presets", None)
+        model.info.pop("merge_loras", None)
         stages.save(model, folder, text_by_name=True)
     plan = plan_of(recipe, model)
     if plan is not None:
