@@ -38,7 +38,7 @@ OUTSIDE = {
     "own": set(),
     "locks": {"filelock", "psutil"},
     "record": set(),
-    "studio": set(),
+    "studio": {"jinja2", "markupsafe"},
     "theory": {"torch", "jaxtyping"},
     "recipe": {"tomlkit"},
 }
