@@ -8,6 +8,7 @@ from sfumato.data.captions import Wording, worded
 from sfumato.data.order import Order
 from sfumato.data.sample import Sample
 from sfumato.errors import Refused
+from sfumato.studio import data_page
 
 ONE = Sample("a", ("fox, red, small, night, in the snow",), extra={"artist": "Anna"})
 
@@ -63,5 +64,7 @@ def test_the_report_counts_truncated_captions_and_kinds_not_read(two_sets):
     told = report.report(
         sources.open(two_sets / "photos"), tokens=lambda texts: [len(text) for text in texts], most_tokens=4
     )
-    assert len(told.summary["truncated"]) == 4 and "Longer than the model reads (4)" in told.page()
+    assert len(told.summary["truncated"]) == 4 and "Longer than the model reads (4)" in data_page.render(
+        told.summary, told.sheets, told.twins
+    )
     assert [one["file"] for one in told.summary["set_aside"]] == ["x.heic"]

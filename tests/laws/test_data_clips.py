@@ -14,6 +14,7 @@ from sfumato.data.clips import Piece
 from sfumato.data.encode import Encoding
 from sfumato.data.sample import Sample
 from sfumato.data.store import Store
+from sfumato.studio import data_page
 
 SIDE = 32
 HOW = Encoding(pixels="codec", batch=2, shard=4, frames=4, rate=4, threads=1)
@@ -163,4 +164,4 @@ def test_the_report_tells_how_long_clips_are(given, tmp_path):
     told = report.report(sources.open(tmp_path, captions="none"))
     assert told.summary["clips"]["count"] == 4 and told.summary["samples"] == 5
     assert [one["file"] for one in told.summary["set_aside"]] == ["noise.mp4"]
-    assert "4 of them move" in told.page()
+    assert "4 of them move" in data_page.render(told.summary, told.sheets, told.twins)

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from sfumato.data import media, metadata, report, sources, views
 from sfumato.data.encode import Encoding
 from sfumato.errors import Refused
+from sfumato.studio import data_page
 
 RED = (200, 30, 40)
 
@@ -222,7 +223,7 @@ def test_strange_names_are_kept_and_can_be_printed(folder):
     json.dumps(found.summary).encode()
     shown = [metadata.printable(name) for name in names]
     assert shown == ["ünïcode 🦊", "new\\nline", " space ", "\\u202eturned", "caf\\xe9"]
-    found.page().encode()
+    data_page.render(found.summary, found.sheets, found.twins).encode()
 
 
 def test_one_picture_without_caption_is_set_aside_but_all_are_refused(folder):
@@ -241,7 +242,7 @@ def test_a_report_is_made_even_if_every_file_was_set_aside(folder):
         sources.open(folder)
     told = report.report(sources.open(folder, empty=True))
     assert told.summary["samples"] == 0 and len(told.summary["set_aside"]) == 2
-    assert "its caption is empty" in told.page()
+    assert "its caption is empty" in data_page.render(told.summary, told.sheets, told.twins)
 
 
 def test_nothing_no_folder_no_pictures_no_column_are_refused(folder, tmp_path):
@@ -375,8 +376,8 @@ def test_the_report_counts_what_is_there_and_names_what_is_not(folder):
     assert {one["file"] for one in summary["set_aside"]} >= {name for name, data in BROKEN.items() if data}
     assert all(one["reason"] for one in summary["set_aside"])
     assert summary["equal_pictures"] == [["a.png", "b.png"]]
-    page = told.page()
-    assert "http" not in page and "<script" not in page and "<b>words" not in page
+    page = data_page.render(told.summary, told.sheets, told.twins)
+    assert "://" not in page and page.count("<script") == 1 and "<b>words" not in page
     assert "empty.png" in page
 
 

@@ -40,7 +40,7 @@ OUTSIDE = {
     "locks": {"filelock", "psutil"},
     "lazy": set(),
     "record": set(),
-    "studio": set(),
+    "studio": {"jinja2", "markupsafe"},
     "theory": {"torch", "jaxtyping"},
     "recipe": {"tomlkit"},
 }

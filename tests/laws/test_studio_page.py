@@ -1,15 +1,23 @@
 """A run's page stands alone, shows all that happened, and trusts nothing it is told."""
 
+import base64
+import hashlib
+import html
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from sfumato.commands import draw, matrix, measure
+from sfumato.data import report as data_report
+from sfumato.data import sources
 from sfumato.record import RunFolder
-from sfumato.studio import report
+from sfumato.studio import data_page, page, report
 from sfumato.studio.charts import Axis, Line, chart, smoothed, thinned
-from sfumato.studio.page import amount, duration
+from sfumato.studio.page import Picture, amount, document, duration, embedded, section, table, tiles
 
 NASTY = '<script>alert("x")</script> & "quotes"'
 
@@ -107,6 +115,137 @@ def test_what_it_is_told_stays_text(run):
     text = report.render(run)
     assert NASTY not in text and "&lt;script&gt;alert" in text
     assert text.count("<script") == len(re.findall(r"<figure class=\"chart\"", text)) + 1
+
+
+HOSTILE = (
+    "</title></style></script></h1><script>evil()</script><img src=x onerror=evil()>\"'><b onclick=evil()>"
+)
+"""Ends whatever it stands in, and begins what a browser would run."""
+
+
+def hostile(value):
+    """The same value with every text in it hostile, names of its entries kept."""
+    if isinstance(value, str):
+        return HOSTILE
+    if isinstance(value, dict):
+        return {key: hostile(one) for key, one in value.items()}
+    return [hostile(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def page_of_a_run(folder):
+    run = RunFolder.create(
+        folder / "run", "seed = 0\n", f"seed = 0 # {HOSTILE}\n[train]\n{HOSTILE} = {HOSTILE}\n"
+    )
+    Image.new("RGB", (8, 8)).save(run.samples / "a.png")
+    files = ["samples/a.png", "samples/a.png"]
+    summary = {HOSTILE: HOSTILE, "sizes": {HOSTILE: 1}, "set_aside": [{"file": HOSTILE, "reason": HOSTILE}]}
+    run.event("data", summary=summary)
+    run.event("start", step=0, device=HOSTILE, precision=HOSTILE, processes=2, parallel=HOSTILE)
+    for step in (1, 2):
+        run.event("step", step=step, loss=1.0)
+        told = {"files": files, "prompts": [HOSTILE] * 2, "seeds": [HOSTILE] * 2, "shown": {HOSTILE: files}}
+        for group in (None, HOSTILE, f"judged{HOSTILE}"):
+            run.event("pictures", step=step, group=group, **told)
+    run.event("phase", name=HOSTILE, seconds=1.0)
+    metrics = {HOSTILE: {"value": 1.0, "error": 0.1, "note": HOSTILE}}
+    run.event("evaluation", metrics=metrics)
+    run.event("judge", accuracy={HOSTILE: 0.5}, notes={HOSTILE: HOSTILE})
+    run.event("note", text=HOSTILE)
+    run.event("stop", step=HOSTILE, reason=HOSTILE)
+    return report.render(run)
+
+
+def page_of_data(folder):
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    Image.new("RGB", (32, 32)).save(folder / "b.png")
+    (folder / "a.txt").write_text("a")
+    (folder / "torn.png").write_text("no picture")
+    found = data_report.report(sources.open(folder))
+    summary = hostile(found.summary)
+    for name in ("labels", "sizes", "kinds", "companions"):
+        summary[name] = {HOSTILE: 1} if name != "labels" else [[HOSTILE, 1]]
+    clips = {
+        "frames": 9,
+        "rate": 8.0,
+        "count": 1,
+        "total_seconds": 1.0,
+        "dropped": [{"file": HOSTILE, "reason": HOSTILE}],
+    }
+    bars = {name: [[HOSTILE, 1]] for name in ("seconds", "rates", "long_enough")}
+    tokens = {"most": 4, "truncated": 1, "share": 1.0, "lengths": [[HOSTILE, 1]]}
+    summary |= {"clips": {**clips, **bars}, "tokens": tokens, "truncated": [[HOSTILE, 9]]}
+    summary |= {"leaks": [[HOSTILE] * 3], "near_duplicates": [[HOSTILE, HOSTILE, 0.1]]}
+    summary["caption_statistics"] |= {"most_repeated": [HOSTILE, 2], "frequent_words": [[HOSTILE, 1]]}
+    sheets = [(HOSTILE, [data_report.Thumbnail("", HOSTILE, 0.1)])]
+    return data_page.render(summary, sheets, [(HOSTILE, [("", HOSTILE)])])
+
+
+def page_of_drawings(folder):
+    asked = SimpleNamespace(folder=Path(HOSTILE), out=folder)
+    told = [{"prompt": HOSTILE, "seed": HOSTILE}]
+    return draw.overview(asked, [Image.new("RGB", (8, 8))], told, 8.0)[1].read_text(encoding="utf-8")
+
+
+def page_of_an_evaluation(folder):
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    found = SimpleNamespace(step=1, metrics={HOSTILE: SimpleNamespace(note=HOSTILE)}, by_level={})
+    pairs = [Picture(embedded(folder / "a.png"), HOSTILE, HOSTILE)]
+    return measure._page(Path(HOSTILE), found, [(folder / "a.png", HOSTILE)], pairs)
+
+
+def page_of_a_theory(folder):
+    refused = {"solver": HOSTILE, "grid": HOSTILE, "refused": HOSTILE}
+    drawn = {"solver": "euler", "grid": HOSTILE, "error": 0.1, "evaluations": HOSTILE}
+    parts = [
+        tiles([(HOSTILE, HOSTILE, HOSTILE)]),
+        section(HOSTILE, table([HOSTILE], [[HOSTILE]]), HOSTILE),
+        section(HOSTILE, matrix.as_table([refused, drawn])),
+        section(
+            HOSTILE, chart(HOSTILE, [Line(HOSTILE, [0, 1], [0, 1])] * 2, x=HOSTILE, y=HOSTILE, note=HOSTILE)
+        ),
+        HOSTILE,
+    ]
+    return document(HOSTILE, HOSTILE, parts, kicker=HOSTILE)
+
+
+PAGES = (page_of_a_run, page_of_data, page_of_drawings, page_of_an_evaluation, page_of_a_theory)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
+def test_hostile_words_stay_words_on_every_page(page, tmp_path):
+    """Law: captions, names of files and folders, and whatever else a page is told, begin and end no tag."""
+    text = page(tmp_path)
+    assert "evil()" in text
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    for tag, attributes in tags.seen:
+        assert tag != "b" or not attributes
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert tag != "img" or attributes.get("src", "data:").startswith("data:")
+    scripts = [attributes for tag, attributes in tags.seen if tag == "script"]
+    assert [one for one in scripts if one.get("type") != "application/json"] == [{}]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)
+def test_a_page_runs_its_own_script_and_no_other(page, tmp_path):
+    """Law: the policy a page carries names the hash of the one script it has, and lets nothing be fetched."""
+    text = page(tmp_path)
+    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = html.unescape(re.findall(r'Content-Security-Policy" content="([^"]*)"', text)[0])
+    assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'")
+
+
+def test_every_page_is_made_by_one_builder():
+    """Law: nothing but the templates begins a page."""
+    source = Path(page.__file__).parent.parent
+    begun = [
+        file
+        for file in source.rglob("*.*")
+        if file.suffix != ".pyc" and b"<!doctype" in file.read_bytes().lower()
+    ]
+    assert [file.name for file in begun] == ["page.html.jinja"]
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):

@@ -49,6 +49,7 @@ def is_store(folder: str, must: bool) -> bool:
 def data(what: str, overrides: list[str], asked: dict[str, Any], out: Path, as_json: bool) -> None:
     """Write a page about a data set, or a recipe's; files set aside are named, and are no failure."""
     from ..data.report import report
+    from ..studio import data_page
 
     place = Path(what).expanduser()
     is_recipe = place.suffix == ".toml" or (place / "effective.toml").is_file()
@@ -62,7 +63,7 @@ def data(what: str, overrides: list[str], asked: dict[str, Any], out: Path, as_j
         )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
-    write_atomic(page, found.page())
+    write_atomic(page, data_page.render(found.summary, found.sheets, found.twins))
     aside = found.summary["set_aside"]
     lines = [f"{name:<12} {found.summary[name]:,}" for name in ("samples", "captions", "train", "held_out")]
     if found.summary["tokens"]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import Refused, one_of
 from ..record import write_atomic
-from ..studio.page import document, embedded, gallery, section
+from ..studio.page import Picture, document, embedded, gallery, section
 from .console import progress, result
 
 AS_TRAINED = ("width", "height", "frames", "window", "tile", "chunk")
@@ -199,7 +199,7 @@ def overview(asked: Asked, drawn: list[Any], listed: list[dict[str, Any]], fps: 
     sheet, page = asked.out / "sheet.png", asked.out / "index.html"
     write_atomic(sheet, files.png(sheet_of(drawn, [row["prompt"] for row in listed]), {}))
     there = [
-        (embedded(*moving(one, fps)), row["prompt"], f"seed {row['seed']}")
+        Picture(embedded(*moving(one, fps)), row["prompt"], f"seed {row['seed']}")
         for one, row in zip(drawn, listed, strict=True)
     ]
     title = "Clips" if files.is_clip(drawn[0]) else "Pictures"

@@ -4,10 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..studio.page import escape
+from markupsafe import Markup
 
-INK = "47, 111, 159"
-DARKEST = 0.5
+from ..studio.page import part
 
 
 def laid_out(rows: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, dict[str, dict[str, Any]]]]:
@@ -34,29 +33,24 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in [*lines, *(f"—  {sentence}" for sentence in refused)])
 
 
-def as_table(rows: Sequence[dict[str, Any]]) -> str:
+def as_table(rows: Sequence[dict[str, Any]]) -> Markup:
     """The matrix for a page; a cell's number of evaluations, or why it was refused, shows when pointed at."""
     grids, solvers = laid_out(rows)
     errors = [math.log(row["error"]) for row in rows if row.get("error", 0) > 0]
-    low, high = (min(errors), max(errors)) if errors else (0.0, 0.0)
-    head = "".join(f"<th>{escape(name)}</th>" for name in ["solver", *grids])
-    lines = []
-    for solver, found in solvers.items():
-        cells = "".join(_cell(found.get(name), low, high) for name in grids)
-        lines.append(f"<tr><td>{escape(solver)}</td>{cells}</tr>")
-    return f'<div class="wide"><table><tr>{head}</tr>{"".join(lines)}</table></div>'
+    ends = (min(errors), max(errors)) if errors else (0.0, 0.0)
+    cells = [(solver, [_cell(found.get(name), *ends) for name in grids]) for solver, found in solvers.items()]
+    return part("matrix", grids, cells)
 
 
-def _cell(row: dict[str, Any] | None, low: float, high: float) -> str:
+def _cell(row: dict[str, Any] | None, low: float, high: float) -> dict[str, Any]:
+    """A cell's text and note; its ink between 0, the farthest, and 1, or None without an error."""
     if row is None:
-        return "<td></td>"
+        return {"text": "", "note": "", "ink": None}
     if "error" not in row:
-        return f'<td title="{escape(row["refused"])}">—</td>'
-    place = (high - math.log(max(row["error"], 1e-300))) / max(high - low, 1e-9)
-    ink = f"background: rgba({INK}, {DARKEST * place:.2f}); padding-left: 10px; padding-right: 12px"
-    words = f"{row['evaluations']} evaluations"
-    text = f"<b>{_error(row)}</b>" if place > 0.999 else _error(row)
-    return f'<td style="{ink}" title="{words}">{text}</td>'
+        return {"text": _error(row), "note": row["refused"], "ink": None}
+    ink = (high - math.log(max(row["error"], 1e-300))) / max(high - low, 1e-9)
+    note = f"{row['evaluations']} evaluations"
+    return {"text": _error(row), "note": note, "ink": ink, "best": ink > 0.999}
 
 
 def _error(row: dict[str, Any]) -> str:

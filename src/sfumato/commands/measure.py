@@ -6,7 +6,7 @@ from typing import Any
 
 from ..record import write_atomic
 from ..studio import curves
-from ..studio.page import document, embedded, escape, gallery, section, table
+from ..studio.page import Picture, charts, document, embedded, gallery, section, table
 from .console import progress, result, say
 
 BY_HEART = "Drawn, and beside it its nearest training picture; a small ratio: no other is nearly as near."
@@ -44,7 +44,7 @@ def evaluate(
         file = out / f"closest-{index}.png"
         pair = numpy.concatenate([one.permute(1, 2, 0).numpy() for one in (drawn, original)], 1)
         Image.fromarray(pair).save(file)
-        pairs.append((embedded(file), Path(name).name, f"ratio {ratio:.2f}"))
+        pairs.append(Picture(embedded(file), Path(name).name, f"ratio {ratio:.2f}"))
     metrics = {name: one.plain() for name, one in found.metrics.items()}
     value = {"run": str(folder), "step": found.step, "metrics": metrics, "by_level": found.by_level}
     write_atomic(out / "metrics.json", json.dumps(value, indent=1, ensure_ascii=False))
@@ -56,17 +56,17 @@ def evaluate(
     result({**value, "page": page}, "\n".join([*rows, str(page)]), as_json)
 
 
-def _page(folder: Path, found: Any, listed: list[tuple[Path, str]], pairs: list[tuple[str, str, str]]) -> str:
+def _page(folder: Path, found: Any, listed: list[tuple[Path, str]], pairs: list[Picture]) -> str:
     rows = [(name.replace("_", " "), str(one), one.note) for name, one in found.metrics.items()]
     events = [
         {"kind": "held_out", "step": found.step, "split": split, "loss": 0.0, "by_level": levels}
         for split, levels in found.by_level.items()
     ]
-    pictures = [(embedded(file), prompt, "") for file, prompt in listed]
+    pictures = [Picture(embedded(file), prompt) for file, prompt in listed]
     body = [
         section("Measured", table(("", "value", "how"), rows)),
-        section("Loss by noise level", f'<div class="charts">{curves.over_levels(events)}</div>'),
+        section("Loss by noise level", charts([curves.over_levels(events)])),
         section("Drawn", gallery(pictures), "Trained captions, drawn once more from noise."),
         section("Learned by heart?", gallery(pairs), BY_HEART),
     ]
-    return document(f"Evaluation of {folder.name}", f"After step {found.step:,} of {escape(folder)}.", body)
+    return document(f"Evaluation of {folder.name}", f"After step {found.step:,} of {folder}.", body)

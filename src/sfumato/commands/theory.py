@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from markupsafe import Markup
 
 from ..errors import Failed, Refused
 from ..own import is_own, load_own
 from ..record import write_atomic
 from ..studio.charts import Line, chart
-from ..studio.page import document, escape, section, table, tiles
+from ..studio.page import charts, document, section, table, tiles
 from ..theory import Theory, about, arguments, get, methods, names, times, verify
 from . import matrix, schedulers
 from .console import result
@@ -50,7 +51,7 @@ def show_list(as_json: bool) -> None:
 def show(name: str, out: Path, as_json: bool) -> None:
     """Write a page that shows the theory, and print its path."""
     theory = find(name)
-    lead = escape(about(name)) if not is_own(name) else escape(name)
+    lead = about(name) if not is_own(name) else name
     facts = [
         ("Noise at", f"t = {theory.t_noise:g}", ""),
         ("Data at", f"t = {theory.t_data:g}", ""),
@@ -65,13 +66,13 @@ def show(name: str, out: Path, as_json: bool) -> None:
     result(value, str(page), as_json)
 
 
-def _portrait(theory: Theory) -> list[str]:
+def _portrait(theory: Theory) -> list[Markup]:
     """The theory's coefficients and signal-to-noise, and the paths it leads along."""
     curves = sample(theory)
-    charts = "".join([*_definitions(curves), *_derived(theory, curves)])
+    figures = [*_definitions(curves), *_derived(theory, curves)]
     return [
-        section("Two definitions, and what follows", f'<div class="charts">{charts}</div>'),
-        section("Where it leads", _paths(theory) if theory.check().ok else ""),
+        section("Two definitions, and what follows", charts(figures)),
+        section("Where it leads", _paths(theory) if theory.check().ok else Markup("")),
     ]
 
 
@@ -101,7 +102,7 @@ def sample(theory: Theory) -> Curves:
     return Curves(*(one.double().tolist() for one in (t, a, s, p, q, clock(t))))
 
 
-def _definitions(curves: Curves) -> list[str]:
+def _definitions(curves: Curves) -> list[Markup]:
     wide = curves.t[-1] > 10 * max(curves.t[0], 1e-9) and curves.t[-1] > 5
     data = [
         Line("a, of the data", curves.t, curves.a, color=0),
@@ -117,7 +118,7 @@ def _definitions(curves: Curves) -> list[str]:
     ]
 
 
-def _derived(theory: Theory, curves: Curves) -> list[str]:
+def _derived(theory: Theory, curves: Curves) -> list[Markup]:
     """log-SNR, determinant, what the network is told, and the grids as angles."""
     wide = curves.t[-1] > 10 * max(curves.t[0], 1e-9) and curves.t[-1] > 5
     pairs = zip(curves.a, curves.s, strict=True)
@@ -188,7 +189,7 @@ def compare(name: str, budget: int, out: Path, as_json: bool) -> None:
     result({"theory": theory.name, "rows": rows, "page": page}, told, as_json)
 
 
-def _compared(errors: dict[str, list[float]]) -> str:
+def _compared(errors: dict[str, list[float]]) -> Markup:
     lines = [
         Line(name, BUDGETS, found, color=i, dashed=i > 5, points=True)
         for i, (name, found) in enumerate(errors.items())
@@ -197,7 +198,7 @@ def _compared(errors: dict[str, list[float]]) -> str:
     return chart("Distance from the exact answer", lines, width=1060, height=340, **axes)
 
 
-def _paths(theory: Theory) -> str:
+def _paths(theory: Theory) -> Markup:
     """Trajectories in one dimension, from noise to two modes, each drawn over its own progress."""
     found = verify.trajectories(theory)
     angles = (theory.angle(torch.tensor(found["t"], dtype=torch.float64)) / math.pi).tolist()

@@ -1,4 +1,4 @@
-"""The report of a data set: what is in it, before anyone trains on it, as a dictionary and as one page."""
+"""The report of a data set: what is in it, before anyone trains on it, as plain numbers and thumbnails."""
 
 import re
 from collections import Counter
@@ -11,7 +11,6 @@ from . import buckets, survey
 from .captions import truncated
 from .clips import is_short
 from .metadata import printable
-from .report_page import Shown, render
 from .sample import HELD_OUT, TRAIN, Collection
 
 PAIRS = 12  # equal or similar pictures that are shown
@@ -28,19 +27,25 @@ LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 @dataclass(frozen=True)
+class Thumbnail:
+    """A picture of a contact sheet: WebP in base64, its caption, shares of width and height cut off."""
+
+    thumbnail: str
+    caption: str
+    cut_wide: float = 0.0
+    cut_high: float = 0.0
+
+
+@dataclass(frozen=True)
 class Report:
-    """What was found; `summary` is plain JSON, `page` one HTML file that needs nothing else.
+    """What was found; `summary` is plain JSON.
 
     sheets: for each bucket some of its pictures; twins: (thumbnail, name) of some that are alike.
     """
 
     summary: dict[str, Any]
-    sheets: list[tuple[str, list[Shown]]] = field(default_factory=list)
+    sheets: list[tuple[str, list[Thumbnail]]] = field(default_factory=list)
     twins: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
-
-    def page(self) -> str:
-        """The page's HTML."""
-        return render(self.summary, self.sheets, self.twins)
 
 
 def report(
@@ -220,8 +225,8 @@ def _histogram(values: Sequence[float], edges: Sequence[float]) -> list[list[Any
     return [[labels[i], counts[i]] for i in range(filled[0], filled[-1] + 1)]
 
 
-def _sheets(seen: Sequence[survey.Look], plan: buckets.Buckets) -> list[tuple[str, list[Shown]]]:
-    sheets: dict[buckets.Size, list[Shown]] = {shape: [] for shape in plan.shapes}
+def _sheets(seen: Sequence[survey.Look], plan: buckets.Buckets) -> list[tuple[str, list[Thumbnail]]]:
+    sheets: dict[buckets.Size, list[Thumbnail]] = {shape: [] for shape in plan.shapes}
     for one in seen:
         if one.thumbnail:
             caption = one.sample.captions[0] if one.sample.captions else ""
@@ -229,6 +234,8 @@ def _sheets(seen: Sequence[survey.Look], plan: buckets.Buckets) -> list[tuple[st
             wide = one.size[0] * shape[1] > one.size[1] * shape[0]
             cut = buckets.crop_waste(one.size, shape)
             sheets[shape].append(
-                Shown(one.thumbnail, caption or printable(one.sample.name), *((cut, 0) if wide else (0, cut)))
+                Thumbnail(
+                    one.thumbnail, caption or printable(one.sample.name), *((cut, 0) if wide else (0, cut))
+                )
             )
     return [(f"{w} × {h}", held) for (w, h), held in sheets.items() if held]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .page import escape
+from markupsafe import Markup, escape
 
 LEFT, RIGHT, TOP, BOTTOM = 54, 16, 12, 38
 
@@ -93,7 +93,7 @@ def chart(
     width: int = 520,
     height: int = 280,
     note: str = "",
-) -> str:
+) -> Markup:
     """A figure with its lines, axes, legend and values under the pointer; empty without any points.
 
     Args:
@@ -103,7 +103,7 @@ def chart(
     """
     lines = [line for line in lines if len(line.x)]
     if not lines:
-        return ""
+        return Markup("")
     across = [value for line in lines for value in line.x]
     low, high = min(across), max(across)
     if log_x:
@@ -116,7 +116,7 @@ def chart(
     drawing = _frame(horizontal, vertical, x, y, width, height)
     drawing += "".join(_drawn(line, horizontal, vertical) for line in lines)
     drawing += f'<line class="guide" y1="{TOP}" y2="{height - BOTTOM}" hidden></line>'
-    return (
+    return Markup(
         f'<figure class="chart"><h3>{escape(title)}</h3>{_legend(lines)}'
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{drawing}</svg>'
         f'<script type="application/json">{_values(lines, horizontal, vertical, x)}</script>'

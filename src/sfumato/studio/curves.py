@@ -3,31 +3,26 @@
 from collections.abc import Iterable
 from typing import Any
 
+from markupsafe import Markup
+
 from .charts import Line, chart, smoothed, thinned
 
 Event = dict[str, Any]
 MOST_LEVELS = 6
 
 
-def losses(events: list[Event]) -> str:
-    """Every chart of a run, in a grid."""
+def losses(events: list[Event]) -> tuple[list[Markup], list[Markup]]:
+    """Every chart of a run that has something to show: (large ones, small ones)."""
     steps = [event for event in events if event.get("kind") == "step"]
     held_out = [event for event in events if event.get("kind") == "held_out"]
     gaps = [event for event in events if event.get("kind") == "gap"]
-    large = [
-        _over_steps(steps, held_out), over_levels(held_out), _levels_over_steps(held_out), _gap(gaps)
-    ]  # fmt: skip
+    large = [_over_steps(steps, held_out), over_levels(held_out), _levels_over_steps(held_out), _gap(gaps)]
     small = [
         _figure("Gradient norm", steps, "gradient_norm", 3, log=True),
         _figure("Learning rate", steps, "learning_rate", 4),
         _figure("Samples per second", steps, "samples_per_second", 2),
     ]
-    return _grid(large, "charts main") + _grid(small, "charts small")
-
-
-def _grid(figures: list[str], kind: str) -> str:
-    found = "".join(figures)
-    return f'<div class="{kind}">{found}</div>' if found else ""
+    return [one for one in large if one], [one for one in small if one]
 
 
 def _measured(held_out: Iterable[Event], split: str) -> list[Event]:
@@ -37,7 +32,7 @@ def _measured(held_out: Iterable[Event], split: str) -> list[Event]:
     return sorted(averaged or of_split, key=lambda event: event.get("step") or 0)
 
 
-def _over_steps(steps: list[Event], held_out: list[Event]) -> str:
+def _over_steps(steps: list[Event], held_out: list[Event]) -> Markup:
     finite = [event for event in steps if isinstance(event.get("loss"), int | float)]
     x, y = [event["step"] for event in finite], [event["loss"] for event in finite]
     lines = []
@@ -66,7 +61,7 @@ def _over_steps(steps: list[Event], held_out: list[Event]) -> str:
     )
 
 
-def _gap(gaps: list[Event]) -> str:
+def _gap(gaps: list[Event]) -> Markup:
     """Held-out loss minus that of trained pictures, over the run: what was learned by heart."""
     lines = []
     for weights, name, color in (("raw", "raw weights", 2), ("ema", "averaged weights", 1)):
@@ -79,14 +74,14 @@ def _gap(gaps: list[Event]) -> str:
             where, what = [event["step"] for event in found], [event["gap"] for event in found]
             lines.append(Line(name, where, what, error, color=color, points=True))
     if not lines:
-        return ""
+        return Markup("")
     note = "Held-out loss minus that of trained pictures: as it rises, they are learned by heart."
     return chart(
         "Generalisation gap", lines, x="step", y="loss", zero=True, width=1060, height=240, note=note
     )
 
 
-def over_levels(held_out: list[Event]) -> str:
+def over_levels(held_out: list[Event]) -> Markup:
     """The newest measurements by noise level, with error bars."""
     lines = []
     for split, name, color in (("train", "training pictures", 2), ("held_out", "held-out pictures", 1)):
@@ -100,11 +95,11 @@ def over_levels(held_out: list[Event]) -> str:
     return chart("Loss by noise level", lines, x="noise level", y="loss", log_y=True, note=note)
 
 
-def _levels_over_steps(held_out: list[Event]) -> str:
+def _levels_over_steps(held_out: list[Event]) -> Markup:
     """How the held-out loss fell at each noise level, as a share of the first measurement."""
     found = [event for event in _measured(held_out, "held_out") if event.get("by_level")]
     if len(found) < 3:
-        return ""
+        return Markup("")
     levels = [one["level"] for one in found[0]["by_level"]]
     chosen = levels if len(levels) <= MOST_LEVELS else _spread(levels, MOST_LEVELS)
     lines = []
@@ -133,7 +128,7 @@ def _spread(levels: list[float], most: int) -> list[float]:
     return [levels[round(index * (len(levels) - 1) / (most - 1))] for index in range(most)]
 
 
-def _figure(title: str, steps: list[Event], name: str, color: int, log: bool = False) -> str:
+def _figure(title: str, steps: list[Event], name: str, color: int, log: bool = False) -> Markup:
     found = [event for event in steps if isinstance(event.get(name), int | float)]
     x, y = [event["step"] for event in found], [event[name] for event in found]
     if not x or (log and min(y) <= 0):

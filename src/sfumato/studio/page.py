@@ -1,11 +1,20 @@
-"""A page is one file: style, script, charts and pictures inside it, light or dark as the reader likes."""
+"""A page is one file: style, script, charts and pictures inside it, light or dark as the reader likes.
+
+What pages say is filled into the templates beside this file by jinja2, which escapes every text it is given;
+only what a template or a chart has written itself, a `Markup`, stays as it is. A page runs no script but its
+own: it carries the hash of that one as its policy.
+"""
 
 import base64
-import html
+import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
 
 KINDS = {
     ".png": "image/png",
@@ -17,77 +26,98 @@ KINDS = {
 }
 
 
-def escape(text: object) -> str:
-    """Text as it may stand in HTML, also inside attributes."""
-    return html.escape(str(text))
+@dataclass(frozen=True)
+class Picture:
+    """A picture on a page.
+
+    address: see `embedded`; a picture without one is left out. words stand beneath it, note beneath them.
+    beside: what it was drawn from, (what it is, address) of each: it stands before the picture.
+    """
+
+    address: str
+    words: str
+    note: str = ""
+    beside: Sequence[tuple[str, str]] = ()
 
 
 @cache
-def _part(name: str) -> str:
-    return files("sfumato.studio").joinpath(name).read_text(encoding="utf-8")
+def _templates() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # not quick to import
+
+    found = Environment(
+        loader=PackageLoader("sfumato.studio"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"duration": duration, "grouped": lambda number: f"{number:,}"}
+    return found
 
 
-def document(title: str, lead: str, body: Iterable[str], kicker: str = "sfumato") -> str:
-    """The whole page.
+@cache
+def _static(name: str) -> Markup:
+    """A file that stands on pages as it is."""
+    return Markup(files("sfumato.studio").joinpath("templates", name).read_text(encoding="utf-8"))
+
+
+@cache
+def _policy() -> str:
+    """What a browser may do with a page: its own script and style, pictures inside it, nothing else."""
+    digest = hashlib.sha256(_static("page.js").encode()).digest()
+    script = f"script-src 'sha256-{base64.b64encode(digest).decode()}'"
+    return f"default-src 'none'; {script}; style-src 'unsafe-inline'; img-src data:"
+
+
+def render(template: str, title: str, lead: str, kicker: str = "sfumato", **values: Any) -> str:
+    """The whole page that a template makes of its values.
 
     Args:
-        title, lead: its heading, and a line of HTML under it.
-        body: sections, in order; empty ones are left out.
+        template: its name without .html.jinja; it extends `page`.
+        title, lead: the page's heading, and a line under it.
         kicker: the small words above the heading.
     """
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)}</title>
-<style>
-{_part("page.css")}</style>
-</head>
-<body>
-<header>
-<p class="kicker">{escape(kicker)}</p>
-<h1>{escape(title)}</h1>
-<p class="lead">{lead}</p>
-</header>
-<main>
-{"".join(one for one in body if one)}
-</main>
-<dialog id="lens"><img alt=""><p></p></dialog>
-<div id="tip" hidden></div>
-<script>
-{_part("page.js")}</script>
-</body>
-</html>
-"""
+    page = {"style": _static("page.css"), "script": _static("page.js"), "policy": _policy()}
+    found = _templates().get_template(f"{template}.html.jinja")
+    return found.render(title=title, lead=lead, kicker=kicker, **page, **values) + "\n"
 
 
-def section(title: str, content: str, lead: str = "") -> str:
+def part(name: str, *values: Any) -> Markup:
+    """A part of a page, by the name of its macro in parts.html.jinja."""
+    return getattr(_templates().get_template("parts.html.jinja").module, name)(*values)
+
+
+def document(title: str, lead: str, body: Iterable[Markup], kicker: str = "sfumato") -> str:
+    """A whole page of these sections, in order; empty ones are left out."""
+    return render("page", title, lead, kicker, body=[one for one in body if one])
+
+
+def section(title: str, content: Markup, lead: str = "") -> Markup:
     """A titled part of the page; nothing at all if it has no content."""
-    words = f'<p class="about">{lead}</p>' if lead else ""
-    return f"<section><h2>{escape(title)}</h2>{words}{content}</section>\n" if content else ""
+    return part("titled", title, content, lead) if content else Markup("")
 
 
-def tiles(facts: Iterable[tuple[str, str, str]]) -> str:
+def tiles(facts: Iterable[tuple[str, ...]]) -> Markup:
     """Big numbers in a row, each (name, value, note)."""
-    cells = [
-        f'<div class="tile"><span>{escape(name)}</span><b>{escape(value)}</b>'
-        f"<small>{escape(note)}</small></div>"
-        for name, value, note in facts
-        if value
-    ]
-    return f'<div class="tiles">{"".join(cells)}</div>' if cells else ""
+    return part("tiles", list(facts))
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], classes: Iterable[str] = ()) -> str:
-    """A table of plain texts; a row may carry a class."""
-    names, marks = "".join(f"<th>{escape(name)}</th>" for name in head), iter(classes)
-    lines = [
-        f'<tr class="{next(marks, "")}">' + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows
-    ]
-    return f'<div class="wide"><table><tr>{names}</tr>{"".join(lines)}</table></div>' if lines else ""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
+    """A table of plain texts; nothing without rows."""
+    listed = list(rows)
+    return part("table", head, listed) if listed else Markup("")
+
+
+def gallery(pictures: Iterable[Picture]) -> Markup:
+    """Pictures with their words beneath."""
+    there = [one for one in pictures if one.address]
+    return part("gallery", there) if there else Markup("")
+
+
+def charts(figures: Iterable[Markup]) -> Markup:
+    """Charts side by side."""
+    there = [one for one in figures if one]
+    return part("charts", there) if there else Markup("")
 
 
 def embedded(picture: Path | bytes, kind: str = "image/png") -> str:
@@ -97,47 +127,6 @@ def embedded(picture: Path | bytes, kind: str = "image/png") -> str:
             return ""
         kind, picture = KINDS.get(picture.suffix.lower(), kind), picture.read_bytes()
     return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
-
-
-def gallery(
-    pictures: Iterable[tuple[str, str, str]],
-    small: bool = False,
-    beside: Sequence[Sequence[tuple[str, str]]] = (),
-) -> str:
-    """Pictures with their words beneath, each (address, words, small note).
-
-    Args:
-        beside: what each was drawn from, (what it is, address): it stands before the picture.
-    """
-    cells = []
-    for index, (address, words, note) in enumerate(pictures):
-        if not address:
-            continue
-        before = beside[index] if index < len(beside) else ()
-        shown = [*before, (words, address)]
-        images = "".join(f'<img src="{one}" alt="{escape(what)}" loading="lazy">' for what, one in shown)
-        images = f'<div class="row">{images}</div>' if before else images
-        caption = f"{escape(words)}{f'<small>{escape(note)}</small>' if note else ''}"
-        cells.append(f'<figure class="picture">{images}<figcaption>{caption}</figcaption></figure>')
-    kinds = " small" * small + " pairs" * any(beside)
-    return f'<div class="gallery{kinds}">{"".join(cells)}</div>' if cells else ""
-
-
-def shares(parts: Sequence[tuple[str, float]]) -> str:
-    """A bar divided as the parts' seconds are, with a legend."""
-    total = sum(seconds for _, seconds in parts)
-    if total <= 0:
-        return ""
-    bar = "".join(
-        f'<i class="c{index % 6}" style="flex-grow:{max(seconds, total / 400):.3f}" '
-        f'data-tip="{escape(name)}: {duration(seconds)}"></i>'
-        for index, (name, seconds) in enumerate(parts)
-    )
-    legend = "".join(
-        f'<li><i class="c{index % 6}"></i>{escape(name)} <b>{duration(seconds)}</b></li>'
-        for index, (name, seconds) in enumerate(parts)
-    )
-    return f'<div class="shares">{bar}</div><ul class="legend">{legend}</ul>'
 
 
 def duration(seconds: float) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..record import RunFolder, write_atomic
-from . import curves
-from .page import amount, document, duration, embedded, escape, gallery, section, shares, table, tiles
+from . import curves, page
+from .page import Picture, amount, duration, embedded
 
 Event = dict[str, Any]
 GROUPS = {
@@ -56,23 +56,28 @@ def write(run: RunFolder | Path | str) -> Path:
 def render(run: RunFolder) -> str:
     """The page of a run, as HTML."""
     events = run.events()
-    body = [
-        tiles(_facts(events)),
-        section("What it draws", _latest(run, events, judged=False), _drawn_how(events)),
-        section(
-            "How it learned to",
-            _strips(run, events),
-            "The same noise at every step, from the first to the last.",
-        ),
-        section("What was judged", _latest(run, events, judged=True), _judged_how(events)),
-        section("Loss", curves.losses(events)),
-        section("Measured", _measured(events)),
-        section("The data", _data(events)),
-        section("Where the time went", shares(_phases(events))),
-        section("The recipe", _recipe(run), "Every value and where it came from; defaults are grey."),
-        section("Notes", _notes(events)),
-    ]
-    return document(run.path.name, _lead(events), body, kicker="sfumato · a run")
+    phases = _phases(events)
+    large, small = curves.losses(events)
+    return page.render(
+        "run",
+        run.path.name,
+        _lead(events),
+        kicker="sfumato · a run",
+        facts=[fact for fact in _facts(events) if fact[1]],
+        drawn=_latest(run, events, judged=False),
+        drawn_how=_drawn_how(events),
+        strips=_strips(run, events),
+        judged=_latest(run, events, judged=True),
+        judged_how=_judged_how(events),
+        large=large,
+        small=small,
+        measured=_measured(events),
+        data=_data(events),
+        set_aside=_set_aside(events),
+        phases=phases if sum(seconds for _, seconds in phases) > 0 else [],
+        recipe=_recipe(run),
+        notes=[event["text"] for event in of_kind(events, "note") if event.get("text")],
+    )
 
 
 def of_kind(events: Iterable[Event], kind: str) -> list[Event]:
@@ -98,7 +103,7 @@ def _lead(events: list[Event]) -> str:
         finished = stop.get("reason") in ("done", "finished", "complete", None)
         words = "Finished" if finished else f"Stopped ({stop['reason']})"
         parts.append(f"{words} at step {stop.get('step', '?')}.")
-    return escape(" ".join(parts))
+    return " ".join(parts)
 
 
 def _facts(events: list[Event]) -> list[tuple[str, str, str]]:
@@ -157,14 +162,12 @@ def _group(group: str | None) -> tuple[str, str]:
     return GROUPS.get(group, (_words(str(group)), ""))
 
 
-def _heading(group: str | None, shown: Iterable[str] = ()) -> str:
-    """A group's name, its note, and what stands before each drawing."""
+def _heading(group: str | None, shown: Iterable[str] = ()) -> dict[str, str]:
+    """A group's name, and as its note what it is and what stands before each drawing."""
     name, note = _group(group)
     name = name.replace("Captions", "Samples") if shown else name
-    before = "; ".join(
-        one for one in (note, ", ".join(map(_shown_name, shown)) + " → drawn" * bool(shown)) if one
-    )
-    return f'<h3 class="group">{escape(name)}<small>{escape(before)}</small></h3>'
+    before = ", ".join(map(_shown_name, shown)) + " → drawn" * bool(shown)
+    return {"name": name, "note": "; ".join(one for one in (note, before) if one)}
 
 
 def _shown_name(name: str) -> str:
@@ -189,7 +192,7 @@ def _drawn_how(events: list[Event]) -> str:
 
 def _judged_how(events: list[Event]) -> str:
     notes = _notes_of(_last(events, "judge"))
-    return escape(". ".join(f"{_words(name)}: {note}" for name, note in notes.items()))
+    return ". ".join(f"{_words(name)}: {note}" for name, note in notes.items())
 
 
 def _notes_of(event: Event) -> dict[str, str]:
@@ -198,57 +201,52 @@ def _notes_of(event: Event) -> dict[str, str]:
     return notes if isinstance(notes, dict) else {}
 
 
-def _latest(run: RunFolder, events: list[Event], judged: bool) -> str:
-    parts = []
+def _latest(run: RunFolder, events: list[Event], judged: bool) -> list[dict[str, Any]]:
+    """The groups drawn last, each its heading and its pictures."""
+    found = []
     for group, drawn in _drawn(events).items():
         if (group or "").startswith(JUDGED) != judged:
             continue
         last = drawn[-1]
         prompts, seeds = last.get("prompts") or [], last.get("seeds") or []
         pictures = [
-            (
+            Picture(
                 embedded(run.path / file),
                 prompts[index] if index < len(prompts) else "",
                 f"seed {seeds[index]}" if index < len(seeds) else "",
+                _guides(run, last, index),
             )
             for index, file in enumerate(last.get("files", ()))
         ]
-        guides = [_guides(run, last, index) for index in range(len(pictures))]
-        there = any(one[0] for one in pictures)
-        heading = _heading(group, last.get("shown") or ())
-        parts.append(heading + gallery(pictures, judged, guides) if there else "")
-    return "".join(parts)
+        if any(one.address for one in pictures):
+            found.append({**_heading(group, last.get("shown") or ()), "pictures": pictures})
+    return found
 
 
-def _strips(run: RunFolder, events: list[Event]) -> str:
+def _strips(run: RunFolder, events: list[Event]) -> list[dict[str, Any]]:
     """For each group a table: a row for each prompt, a column for each step."""
-    parts = []
+    found = []
     for group, drawn in _drawn(events).items():
         if len(drawn) < 2:
             continue
         chosen = _spread(drawn, MOST_STEPS)
-        prompts = chosen[-1].get("prompts") or []
+        prompts, shown = chosen[-1].get("prompts") or [], chosen[-1].get("shown") or ()
         rows = []
         for row in range(min(len(chosen[-1].get("files", ())), MOST_ROWS)):
             words = prompts[row] if row < len(prompts) else ""
-            guides = _guides(run, chosen[-1], row)
-            cells = "".join(f'<td><img src="{one}" alt="{escape(what)}"></td>' for what, one in guides)
-            cells += "".join(_cell(run, event, row, words) for event in chosen)
-            rows.append(f"<tr><td>{escape(words)}</td>{cells}</tr>")
-        before = [*(_shown_name(what) for what in chosen[-1].get("shown") or ())]
-        names = [*before, *(f"{event.get('step') or 0:,}" for event in chosen)]
-        head = "".join(f"<th>{escape(name)}</th>" for name in names)
-        strip = f'<table class="strip"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
-        heading = _heading(group, chosen[-1].get("shown") or ())
-        parts.append(f'<div>{heading}<div class="wide">{strip}</div></div>')
-    return f'<div class="strips">{"".join(parts)}</div>' if parts else ""
+            cells = [
+                {"address": address, "words": what} for what, address in _guides(run, chosen[-1], row)
+            ] + [_cell(run, event, row, words) for event in chosen]
+            rows.append({"words": words, "cells": cells})
+        columns = [*map(_shown_name, shown), *(f"{event.get('step') or 0:,}" for event in chosen)]
+        found.append({**_heading(group, shown), "columns": columns, "rows": rows})
+    return found
 
 
-def _cell(run: RunFolder, event: Event, row: int, words: str) -> str:
+def _cell(run: RunFolder, event: Event, row: int, words: str) -> dict[str, str]:
     files = event.get("files", ())
     address = embedded(run.path / files[row]) if row < len(files) else ""
-    step = event.get("step") or 0
-    return f'<td><img src="{address}" alt="{escape(words)} (step {step:,})"></td>' if address else "<td></td>"
+    return {"address": address, "words": f"{words} (step {event.get('step') or 0:,})"}
 
 
 def _spread(items: list[Event], most: int) -> list[Event]:
@@ -258,7 +256,7 @@ def _spread(items: list[Event], most: int) -> list[Event]:
     return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
-def _measured(events: list[Event]) -> str:
+def _measured(events: list[Event]) -> list[tuple[str, str, str]]:
     """Metrics of judge and evaluation events; a value may carry an error."""
     rows = []
     for event in of_kind(events, "evaluation") + of_kind(events, "judge"):
@@ -269,10 +267,11 @@ def _measured(events: list[Event]) -> str:
                 rows.append((_words(name), f"{value['value']:.4g}{error}", value.get("note", "")))
             elif isinstance(value, int | float):
                 rows.append((_words(name), f"{value:.4g}", notes.get(name, "")))
-    return table(("", "value", "how"), rows)
+    return rows
 
 
-def _data(events: list[Event]) -> str:
+def _data(events: list[Event]) -> list[tuple[str, str]]:
+    """What is said of the data, each (name, value)."""
     data = _last(events, "data").get("summary", {})
     words = []
     for name, value in data.items():
@@ -281,13 +280,14 @@ def _data(events: list[Event]) -> str:
     sizes = data.get("sizes") or {}
     if isinstance(sizes, dict):
         words += [(f"sized {size}", amount(count)) for size, count in list(sizes.items())[:12]]
+    return words
+
+
+def _set_aside(events: list[Event]) -> list[tuple[str, str]]:
+    """Files that were not trained on, and why."""
+    data = _last(events, "data").get("summary", {})
     aside = data.get("set_aside") if isinstance(data.get("set_aside"), list) else of_kind(events, "set_aside")
-    lost = table(
-        ("file set aside", "why"), [(one.get("file", ""), one.get("reason", "")) for one in aside or []]
-    )
-    return table(("", ""), words) + (
-        f"<details><summary>{len(aside)} set aside</summary>{lost}</details>" if aside else ""
-    )
+    return [(one.get("file", ""), one.get("reason", "")) for one in aside or []]
 
 
 def _phases(events: list[Event]) -> list[tuple[str, float]]:
@@ -298,10 +298,10 @@ def _phases(events: list[Event]) -> list[tuple[str, float]]:
     return list(found.items())
 
 
-def _recipe(run: RunFolder) -> str:
-    """The effective recipe, a table for each section."""
+def _recipe(run: RunFolder) -> list[tuple[str, list[tuple[str, str, str]], list[str]]]:
+    """The effective recipe: each section's name, its rows (key, value, origin), and their classes."""
     if not run.effective.is_file():
-        return ""
+        return []
     sections: dict[str, list[tuple[str, str, str]]] = {"": []}
     name = ""
     for line in run.effective.read_text(encoding="utf-8").splitlines():
@@ -311,17 +311,11 @@ def _recipe(run: RunFolder) -> str:
             key, _, rest = line.partition(" = ")
             value, mark, origin = rest.rpartition(" # ")
             sections.setdefault(name, []).append((key, value if mark else rest, origin if mark else ""))
-    parts = []
-    for title, rows in sections.items():
-        if rows:
-            dim = ["dim" if origin == "default" else "" for _, _, origin in rows]
-            parts.append(f"<div><h3>{escape(title or 'run')}</h3>{table(('', '', ''), rows, dim)}</div>")
-    return f'<div class="recipe">{"".join(parts)}</div>' if parts else ""
-
-
-def _notes(events: list[Event]) -> str:
-    texts = [event["text"] for event in of_kind(events, "note") if event.get("text")]
-    return "".join(f"<p>{escape(text)}</p>" for text in texts)
+    return [
+        (title or "run", rows, ["dim" if origin == "default" else "" for _, _, origin in rows])
+        for title, rows in sections.items()
+        if rows
+    ]
 
 
 def _words(name: str) -> str:
