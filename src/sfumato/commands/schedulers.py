@@ -56,7 +56,7 @@ def _schedulers(space: str, theory: Theory) -> Iterator[tuple[str, str, Callable
     kit = importlib.import_module("diffusers")
     kit.utils.logging.set_verbosity_error()
     if space == "flow":
-        s = float(theory.data((theory.t_noise + theory.t_data) / 2)[1])
+        s = float(theory.data(torch.tensor((theory.t_noise + theory.t_data) / 2, dtype=torch.float64))[1])
         shift = s / (1 - s)
         flow = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
         yield "FlowMatchEuler", "its own", lambda n: kit.FlowMatchEulerDiscreteScheduler(shift=shift)

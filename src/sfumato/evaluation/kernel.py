@@ -31,7 +31,7 @@ def kernel_distance(
     size = min(subset, len(real), len(drawn))
     if size < 2:
         raise ValueError("the kernel distance needs two pictures of each set")
-    values = []
+    values: list[float] = []
     for index in range(subsets):
         ours = real[noise.permutation(len(real), seed, "kid-real", index)[:size]]
         theirs = drawn[noise.permutation(len(drawn), seed, "kid-drawn", index)[:size]]

@@ -42,7 +42,7 @@ def ratios(pictures: Tensor, train: Tensor) -> tuple[list[int], list[float]]:
     count = min(OTHERS + 1, len(train))
     found = torch.cdist(averaged(pictures), averaged(train)).topk(count, largest=False)
     ratio = found.values[:, 0] / found.values[:, 1:].mean(1).clamp_min(1e-12)
-    return found.indices[:, 0].tolist(), ratio.tolist()
+    return [int(index) for index in found.indices[:, 0]], [float(one) for one in ratio]
 
 
 def memory(drawn: Tensor, train: Tensor, held_out: Tensor | None = None) -> Memory:

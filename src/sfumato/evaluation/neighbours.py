@@ -43,7 +43,7 @@ class Neighbours:
     def nearest(self, pictures: Tensor) -> list[int]:
         """Which of the set's pictures each of these [B, 3, H, W] is most like."""
         asked = averaged(pictures)
-        return (self.squares - 2 * asked @ self.points.T).argmin(1).tolist()
+        return [int(index) for index in (self.squares - 2 * asked @ self.points.T).argmin(1)]
 
     def judge(self, pictures: Tensor, prompts: Sequence[str]) -> list[bool]:
         """Whether each picture's nearest neighbour is what its prompt asks for."""

@@ -8,6 +8,7 @@ import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,12 +49,13 @@ def _fits(word: str, value: object, default: object) -> None:
     """Refuse a value that is not of its default's kind; betas speak for themselves."""
     if word == "betas" or (value is None and default is None):
         return
-    kind, name = {
-        bool: (bool, "true or false"),
-        int: (int, "a whole number"),
-    }.get(type(default), (numbers.Real, "a number"))
-    fits = isinstance(value, kind) and (kind is bool) == isinstance(value, bool)
-    if not fits or not math.isfinite(float(value)):  # pyright: ignore[reportArgumentType]
+    number = isinstance(value, numbers.Real) and math.isfinite(float(value))
+    fits, name = number and not isinstance(value, bool), "a number"
+    if isinstance(default, bool):
+        fits, name = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        fits, name = fits and isinstance(value, int), "a whole number"
+    if not fits:
         raise Refused(f"{word} is {value!r}; it must be {name}.")
 
 
@@ -256,7 +258,8 @@ def beta_table(
 
 
 def _own_table(betas: Sequence[float] | Tensor, steps: int, ends: tuple[object, object]) -> Tensor:
-    if not isinstance(betas, Tensor | Sequence) or any(isinstance(beta, str) for beta in betas):
+    given = cast(object, betas)  # a user's
+    if not isinstance(given, Tensor | Sequence) or any(isinstance(beta, str) for beta in betas):
         raise Refused(f"betas is {betas!r}; name a schedule, or give a list of numbers.")
     table = exact(betas)
     good = table.ndim == 1 and len(table) and bool(((table > 0) & (table <= 1)).all())
@@ -334,7 +337,10 @@ def ddpm_epsilon(
 
     Source: Ho et al. 2020, arXiv:2006.11239.
     """
-    answer = lambda a, s: (torch.zeros_like(a), torch.ones_like(s))  # noqa: E731
+
+    def answer(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(a), torch.ones_like(s)
+
     return _ddpm("ddpm-epsilon", answer, betas, steps, beta_start, beta_end, zero_terminal_snr)
 
 
@@ -350,7 +356,10 @@ def ddpm_x0(
 
     Source: Salimans & Ho 2022, arXiv:2202.00512, section 4.
     """
-    answer = lambda a, s: (torch.ones_like(a), torch.zeros_like(s))  # noqa: E731
+
+    def answer(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(a), torch.zeros_like(s)
+
     return _ddpm("ddpm-x0", answer, betas, steps, beta_start, beta_end, zero_terminal_snr)
 
 
@@ -366,7 +375,10 @@ def ddpm_velocity(
 
     Source: Salimans & Ho 2022, arXiv:2202.00512, section 4.
     """
-    answer = lambda a, s: (-s, a)  # noqa: E731
+
+    def answer(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return -s, a
+
     return _ddpm("ddpm-velocity", answer, betas, steps, beta_start, beta_end, zero_terminal_snr)
 
 
@@ -382,5 +394,8 @@ def score(
 
     Source: Song et al. 2021, arXiv:2011.13456.
     """
-    answer = lambda a, s: (torch.zeros_like(a), -1 / s)  # noqa: E731
+
+    def answer(a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(a), -1 / s
+
     return _ddpm("score", answer, betas, steps, beta_start, beta_end, zero_terminal_snr)

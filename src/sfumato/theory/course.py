@@ -9,12 +9,13 @@ asked time, and all its coefficients are known before the first step.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..errors import Refused
-from .definition import Theory, exact
+from .definition import Theory, exact, listed
 from .shapes import Denoise, Grid, Samples
 
 Weight = float | Tensor
@@ -63,7 +64,7 @@ class Course:
         """[steps, 1 or B, terms] → weights per step and term; 1 but for rounding is 1, and costs nothing."""
         table = torch.where((table - 1).abs() < 1e-14, 1.0, table)
         if table.shape[1] == 1:
-            return table[:, 0].tolist()
+            return listed(table[:, 0])
         return [[self.weight(column) for column in row.T] for row in table]
 
     def readers(self) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,7 @@ class Course:
         Raises:
             Refused: unless it is one tensor of the state's shape.
         """
-        out = self.denoise(x, t)
+        out = cast(object, self.denoise(x, t))  # a user's
         if not isinstance(out, Tensor) or out.shape != x.shape:
             seen = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise Refused(

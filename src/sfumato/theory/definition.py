@@ -10,6 +10,7 @@ exists while det = a·q − s·p ≠ 0.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,6 +44,18 @@ def spread(coefficient: Tensor, like: Tensor) -> Tensor:
     return placed if placed.ndim == 0 else placed.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [..., D] and eigenvectors [..., D, D] of symmetric matrices."""
+    linalg: Any = torch.linalg  # its functions have no types
+    values, vectors = linalg.eigh(matrices)
+    return values, vectors
+
+
+def listed(values: Tensor) -> list[Any]:
+    """The values as Python's numbers, in lists of lists where there are several axes."""
+    return cast(Any, values).tolist()
+
+
 class Definition:
     """A user's pair of coefficients; what it returns is checked and brought to the shape of t."""
 
@@ -57,15 +70,17 @@ class Definition:
         """
         t = t if isinstance(t, Tensor) and t.is_floating_point() else exact(t)
         try:
-            pair = self.rows(t)
+            pair = cast(object, self.rows(t))
         except Exception as error:
             raise Refused(
                 f"{self.title} failed on t of shape {tuple(t.shape)}: {error}. Write it with torch functions "
                 f"that take a float tensor of any shape."
             ) from error
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            seen = f"{len(pair)}" if isinstance(pair, tuple | list) else f"a {type(pair).__name__}"
-            raise Refused(f"{self.title} must return two coefficients, not {seen}.")
+        if not isinstance(pair, tuple | list):
+            raise Refused(f"{self.title} must return two coefficients, not a {type(pair).__name__}.")
+        pair = cast("tuple[object, ...] | list[object]", pair)
+        if len(pair) != 2:
+            raise Refused(f"{self.title} must return two coefficients, not {len(pair)}.")
         return self._fit(pair[0], t), self._fit(pair[1], t)
 
     def _fit(self, value: object, t: Tensor) -> Tensor:
@@ -146,7 +161,11 @@ class Theory:
         put(self, "data", Definition(self.data, f'Theory "{self.name}": data(t)'))
         put(self, "model", Definition(self.model, f'Theory "{self.name}": model(t)'))
         if self.clock is by_the_way:
-            put(self, "clock", lambda t: (t - t_data) * (1000 / (t_noise - t_data)))
+
+            def on_the_way(t: Tensor) -> Tensor:
+                return (t - t_data) * (1000 / (t_noise - t_data))
+
+            put(self, "clock", on_the_way)
 
     # ---------------------------------------------------------------- the four forms of one solve
 
@@ -335,7 +354,7 @@ class Theory:
         return t.clamp(low, high)
 
     def _same(self, one: Tensor, other: Tensor, name: str, other_name: str) -> None:
-        for x, called in ((one, name), (other, other_name)):
+        for x, called in ((cast(object, one), name), (cast(object, other), other_name)):
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
                 raise Refused(f"{called} is {kind}; it must be a floating-point tensor [B, …].")

@@ -284,11 +284,12 @@ def weighting(name: str, **args: float) -> Weighting:
 
 def _known(title: str, make: Callable[..., object], args: dict[str, float]) -> dict[str, float]:
     known = list(inspect.signature(make).parameters)
-    for word in args:
+    given: dict[str, object] = {**args}
+    for word, value in given.items():
         if word not in known:
             raise Refused(f'{title} takes no argument "{word}".{nearest(word, known) if known else ""}')
-        if isinstance(args[word], bool) or not isinstance(args[word], int | float):
-            raise Refused(f"{title}: {word} is {args[word]!r}; it must be a number.")
-        if title.startswith("Weighting") and word != "bias" and not args[word] > 0:
-            raise Refused(f"{title}: {word} is {args[word]:g}; it must be above 0.")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise Refused(f"{title}: {word} is {value!r}; it must be a number.")
+        if title.startswith("Weighting") and word != "bias" and not value > 0:
+            raise Refused(f"{title}: {word} is {value:g}; it must be above 0.")
     return args

@@ -9,13 +9,13 @@ counted too.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..errors import Refused
-from .definition import Theory
+from .definition import Theory, listed
 from .grids import angle_at, custom, interpolate, places, progress, two_sided
 from .shapes import Anything, Denoise
 from .solver import integrate
@@ -51,7 +51,7 @@ class Pilot:
         angles, shares = (torch.tensor(v, dtype=torch.float64) for v in (self.angles, self.shares))
         way = progress(angles)
         ends = progress(torch.stack([theory.angle(end) for end in (theory.t_noise, theory.t_data)]))
-        high, low = interpolate(ends, way, shares).tolist()
+        high, low = (float(end) for end in interpolate(ends, way, shares))
         inner = interpolate(high + (low - high) * places(steps)[1:-1], shares, way)
         middle = theory.time_of(angle_at(inner))
         first, last = (middle.new_tensor([end]) for end in (theory.t_noise, theory.t_data))
@@ -68,15 +68,10 @@ class Pilot:
         Raises:
             Refused: for anything else.
         """
-        angles, shares = stored.get("angles"), stored.get("shares")
-        if (
-            not isinstance(angles, Sequence)
-            or not isinstance(shares, Sequence)
-            or len(angles) != len(shares)
-            or len(angles) < 2
-        ):
+        angles, shares = _numbers(stored.get("angles")), _numbers(stored.get("shares"))
+        if len(angles) != len(shares) or len(angles) < 2:
             raise Refused("Stored times must hold as many angles as shares. Fit them again.")
-        return Pilot(tuple(map(float, angles)), tuple(map(float, shares)))
+        return Pilot(angles, shares)
 
     @staticmethod
     def bent(bend: Sequence[float]) -> "Pilot":
@@ -85,7 +80,7 @@ class Pilot:
         knots = torch.linspace(0, 1, len(bend), dtype=torch.float64)
         density = interpolate(way, knots, torch.tensor(bend, dtype=torch.float64)).exp()
         share = torch.cat([density.new_zeros(1), ((density[1:] + density[:-1]) / 2).cumsum(0)])
-        return Pilot(tuple(angle_at(way).tolist()), tuple((share / share[-1]).tolist()))
+        return Pilot(tuple(listed(angle_at(way))), tuple(listed(share / share[-1])))
 
 
 def fit(
@@ -134,12 +129,18 @@ def cost(budgets: Sequence[int]) -> int:
     return FINE + (1 + 3 * KNOTS * len(STRIDES)) * sum(budgets)
 
 
+def _numbers(values: object) -> tuple[float, ...]:
+    """A stored list as numbers; nothing, where it is no list."""
+    return tuple(map(float, cast("Sequence[Any]", values))) if isinstance(values, Sequence) else ()
+
+
 def _least(error: Callable[[Sequence[float]], float], bend: list[float]) -> list[float]:
     """Knot by knot, up, down, and where the parabola through the three has its floor."""
     best = error(bend)
     for stride in STRIDES:
         for k in range(len(bend)):
-            here, tried = bend[k], {}
+            here = bend[k]
+            tried: dict[float, float] = {}
             for way in (stride, -stride):
                 tried[way] = error([*bend[:k], here + way, *bend[k + 1 :]])
             curve = tried[stride] + tried[-stride] - 2 * best
@@ -149,7 +150,7 @@ def _least(error: Callable[[Sequence[float]], float], bend: list[float]) -> list
                 )
                 if abs(floor) > 0.1 * stride and abs(abs(floor) - stride) > 0.1 * stride:
                     tried[floor] = error([*bend[:k], here + floor, *bend[k + 1 :]])
-            way = min(tried, key=lambda move: tried[move])
+            way = min(tried, key=tried.__getitem__)
             if tried[way] < best:
                 bend, best = [*bend[:k], here + way, *bend[k + 1 :]], tried[way]
     return bend

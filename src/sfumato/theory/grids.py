@@ -124,7 +124,7 @@ def two_sided(theory: Theory, steps: int, data: float = NEAR_DATA, noise: float 
     if not (0 < data < 1 and 0 < noise < 1):
         raise Refused(f"data {data:g} and noise {noise:g} must lie between 0 and 1.")
     ends = torch.stack([theory.angle(end) for end in (theory.t_noise, theory.t_data)])
-    high, low = progress(ends, data, noise).tolist()
+    high, low = (float(end) for end in progress(ends, data, noise))
     return _at_angles(theory, angle_at(high + (low - high) * places(_count(steps)), data, noise))
 
 
@@ -229,7 +229,7 @@ def interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return y[i - 1] + part * (y[i] - y[i - 1])
 
 
-def _count(steps: int) -> int:
+def _count(steps: object) -> int:
     if not isinstance(steps, int) or steps < 1:
         raise Refused(f"steps is {steps}; a grid needs a whole number of steps, at least 1.")
     return steps

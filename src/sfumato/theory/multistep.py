@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .course import Course, Weight, combine
+from .definition import eigh
 from .renoise import renoised, renoising
 from .shapes import Renoise
 
@@ -32,9 +33,9 @@ class Leg:
     """
 
     keep: Weight = 1.0
-    past: list[Weight] = field(default_factory=list)
+    past: list[Weight] = field(default_factory=list[Weight])
     redo_keep: Weight = 1.0
-    redo: list[Weight] = field(default_factory=list)
+    redo: list[Weight] = field(default_factory=list[Weight])
     from_start: bool = False
 
 
@@ -43,7 +44,7 @@ def gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights on [−1, 1], exact for polynomials up to degree 2·count − 1 (Golub & Welsch 1969)."""
     k = torch.arange(1, count, dtype=torch.float64)
     off = k / (4 * k * k - 1).sqrt()
-    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    nodes, vectors = eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return nodes, 2 * vectors[0].square()
 
 
@@ -99,7 +100,7 @@ def _measure(kind: str, at: Tensor, back: bool = False) -> Tensor:
 def lagrange(at: Tensor, nodes: Tensor) -> Tensor:
     """Polynomials, 1 at one node and 0 at the others: at [..., m], nodes [..., k] → [..., k, m]."""
     count = nodes.shape[-1]
-    rows = []
+    rows: list[Tensor] = []
     for j in range(count):
         row = torch.ones_like(at)
         for m in range(count):

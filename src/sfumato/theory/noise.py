@@ -115,7 +115,8 @@ def _words(
     table = torch.tensor(rows, dtype=torch.int64, device=place).reshape(count, 4)
     block = torch.arange(blocks, dtype=torch.int64, device=place)
     counter = (block.expand(count, blocks), torch.full_like(block, step & WORD), table[:, 2:3], table[:, 3:4])
-    return torch.stack(torch.broadcast_tensors(*philox(counter, (table[:, 0:1], table[:, 1:2]))), -1)
+    words = philox(counter, (table[:, 0:1], table[:, 1:2]))
+    return torch.stack([word.expand(count, blocks) for word in words], -1)
 
 
 def philox(

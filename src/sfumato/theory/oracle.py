@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import Refused
 from . import noise
 from .course import start_of
-from .definition import Theory, exact
+from .definition import Theory, eigh, exact
 from .shapes import Anything, Denoise, Moment
 
 Numbers = Anything | Sequence[float] | Sequence[Sequence[float]]
@@ -153,7 +153,7 @@ def mixture(means: Numbers, covariances: Numbers | float, weights: Numbers | Non
     modes, size = centre.shape
     cover = torch.as_tensor(covariances, dtype=torch.float64)
     if cover.shape == (modes, size, size):
-        spectra, bases = torch.linalg.eigh(cover)
+        spectra, bases = eigh(cover)
     elif cover.shape in ((), (modes,), (modes, size)):
         spectra = (cover.reshape(-1, 1) if cover.ndim < 2 else cover).expand(modes, size)
         bases = torch.eye(size, dtype=torch.float64).expand(modes, size, size)
@@ -162,8 +162,7 @@ def mixture(means: Numbers, covariances: Numbers | float, weights: Numbers | Non
             f"covariances has shape {tuple(cover.shape)}; for {modes} modes in {size} dimensions it must be "
             f"[{modes}, {size}, {size}], [{modes}, {size}] or [{modes}]."
         )
-    share = torch.ones(modes) if weights is None else torch.as_tensor(weights)
-    share = cast(Tensor, share).double()
+    share = (torch.ones(modes) if weights is None else torch.as_tensor(weights)).double()
     if share.shape != (modes,) or not bool((share > 0).all()):
         raise Refused(f"weights must be {modes} positive numbers, one per mode.")
     if not bool((spectra > 0).all()):
@@ -184,7 +183,8 @@ def random_mixture(
     rows = range(modes)
     means = spread * noise.normal((dimensions,), seed, rows, purpose="means").double()
     frame = noise.normal((dimensions, dimensions), seed, rows, purpose="frames").double()
-    bases = torch.linalg.qr(frame)[0]
+    linalg: Any = torch.linalg  # its functions have no types
+    bases: Tensor = linalg.qr(frame)[0]
     level = noise.normal((dimensions,), seed, rows, purpose="spectra").double()
     chance = 0.5 * (1 + torch.erf(level / math.sqrt(2)))
     spectra = (math.log(least) + (math.log(0.5) - math.log(least)) * chance).exp()

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import cast
 
 from torch import Tensor
 
@@ -22,6 +23,18 @@ from .shapes import Anything, Denoise, Renoise
 from .trusted import trusted
 
 __all__ = ["Method", "evaluations", "integrate", "methods", "solve", "start_of", "widest"]
+
+
+def _asked(each: int, less: int = 0) -> Callable[[int, int], int]:
+    """n steps ask the network each·n − less times, at any order."""
+
+    def cost(n: int, order: int) -> int:
+        return each * n - less
+
+    return cost
+
+
+_once = _asked(1)
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Method:
     """
 
     walk: Callable[..., Iterator[Tensor]]
-    cost: Callable[..., int] = lambda n, order: n
+    cost: Callable[..., int] = _once
     promise: Callable[[int], int] = lambda order: order
     orders: tuple[int, ...] = ()
     usual: int = 1
@@ -66,9 +79,9 @@ _METHODS: dict[str, Method] = {
     "auto": Method(trusted, usual=3),
     "euler": Method(steps.euler, eta=0.0, plain=True),
     "ancestral": Method(steps.euler, eta=1.0, plain=True),
-    "heun": Method(steps.heun, lambda n, order: 2 * n - 1, usual=2, eta=0.0),
-    "midpoint": Method(steps.midpoint, lambda n, order: 2 * n, usual=2, eta=0.0),
-    "rk4": Method(steps.rk4, lambda n, order: 4 * n - 1, usual=4, eta=0.0),
+    "heun": Method(steps.heun, _asked(2, 1), usual=2, eta=0.0),
+    "midpoint": Method(steps.midpoint, _asked(2), usual=2, eta=0.0),
+    "rk4": Method(steps.rk4, _asked(4, 1), usual=4, eta=0.0),
     "multistep": Method(multistep.adams, _once_more, orders=(1, 2, 3, 4), usual=2, plain=True),
     "dpm++": Method(multistep.dpm, orders=(1, 2, 3), usual=2, eta=0.0, plain=True, carries="data"),
     "deis": Method(
@@ -76,11 +89,11 @@ _METHODS: dict[str, Method] = {
     ),
     "unipc": Method(multistep.unipc, _once_more, orders=(1, 2, 3, 4), usual=2, plain=True, carries="data"),
     "sde-multistep": Method(
-        multistep.dpm, lambda n, order: n, lambda order: 1, (1, 2, 3), 2, eta=1.0, plain=True, carries="data"
+        multistep.dpm, _once, lambda order: 1, (1, 2, 3), 2, eta=1.0, plain=True, carries="data"
     ),
-    "churn": Method(steps.churn, lambda n, order: 2 * n - 1, lambda order: 1, draws=True),
+    "churn": Method(steps.churn, _asked(2, 1), lambda order: 1, draws=True),
     "restart": Method(steps.restart, _restarted, lambda order: 1, draws=True),
-    "adaptive": Method(adaptive, lambda n, order: 3 * n, usual=3, free=True),
+    "adaptive": Method(adaptive, _asked(3), usual=3, free=True),
 }
 
 
@@ -135,7 +148,8 @@ def solve(
             and an unknown solver.
     """
     method = _METHODS[one_of("Solver", solver, _METHODS)]
-    if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or x_T.ndim < 1:
+    given = cast(object, x_T)  # a user's
+    if not isinstance(given, Tensor) or not given.is_floating_point() or given.ndim < 1:
         raise Refused("x_T must be a floating-point tensor [B, …].")
     settings = _settings(solver, method, order, eta, noise, options)
     counted = inspect.signature(method.cost).parameters

@@ -43,7 +43,7 @@ def _everywhere(theory: Theory) -> Tensor:
 
 def _shapes(theory: Theory, t: Tensor) -> list[str]:
     """A definition answers each time by itself, whatever the shape it is asked in."""
-    problems = []
+    problems: list[str] = []
     some = t[:: max(1, len(t) // 6)]
     for role, definition in (("data", theory.data), ("model", theory.model)):
         flat = torch.stack(definition(some))
@@ -75,9 +75,8 @@ def _levels(theory: Theory, t: Tensor) -> list[str]:
 
 
 def _order(theory: Theory, t: Tensor) -> list[str]:
-    towards_noise = t.unique()
-    if theory.t_noise < theory.t_data:
-        towards_noise = towards_noise.flip(0)
+    towards_noise = t.sort(descending=theory.t_noise < theory.t_data)[0]
+    towards_noise = torch.cat([towards_noise[:1], towards_noise[1:][towards_noise.diff() != 0]])
     angle = theory.angle(towards_noise)
     flat = angle.diff() <= 0
     if not bool(flat.any()):
@@ -93,7 +92,7 @@ def _order(theory: Theory, t: Tensor) -> list[str]:
 def _split(theory: Theory, asked: Tensor) -> list[str]:
     """Singular times one by one, then the step against C_s on the times that are left."""
     singular = theory.singular(asked)
-    problems = []
+    problems: list[str] = []
     for t in asked[singular][:3]:
         try:
             theory.rows(t)
@@ -146,7 +145,7 @@ def _between(theory: Theory, t: Tensor) -> list[str]:
     return [
         f'Theory "{theory.name}" is singular near t = {where:g}: there x_t and out are the same mixture of '
         f"x_0 and x_T (det = a·q − s·p is 0). Change the model definition there."
-        for where in bottom[deep][:1].tolist()
+        for where in map(float, bottom[deep][:1])
     ]
 
 
@@ -158,7 +157,7 @@ def _jump(theory: Theory, t: Tensor) -> list[str]:
         ladder = low + (high - low) * torch.linspace(0, 1, 17, dtype=torch.float64)
         widest = int(theory.angle(ladder).diff().abs().argmax())
         low, high = ladder[widest], ladder[widest + 1]
-    ends = theory.angle(torch.stack([low, high])).sort()[0].tolist()
+    ends = [float(angle) for angle in theory.angle(torch.stack([low, high])).sort()[0]]
     if ends[1] - ends[0] < 1e-4:
         return []
     return [
@@ -168,7 +167,7 @@ def _jump(theory: Theory, t: Tensor) -> list[str]:
 
 
 def _told(theory: Theory, asked: Tensor) -> list[str]:
-    problems = []
+    problems: list[str] = []
     for name in ("clock", "input_scale"):
         try:
             told = getattr(theory, name)(asked)

@@ -6,6 +6,7 @@ high-order parts are shrunk, sample by sample, by how large they are beside the 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,9 @@ def lean(base: Tensor, move: Tensor, unit: Tensor, share: Weight, least: Weight)
     axes = tuple(range(1, base.ndim))
     count = base[0].numel() ** 0.5
     exact = torch.promote_types(base.dtype, torch.float32)
-    size = torch.linalg.vector_norm(unit, dim=axes, keepdim=True, dtype=exact)
+    linalg: Any = torch.linalg  # its functions have no types
+    size: Tensor = linalg.vector_norm(unit, dim=axes, keepdim=True, dtype=exact)
     floor = abs(least) * count
-    room = share * (size.clamp(min=floor) if isinstance(floor, float) else torch.maximum(size, floor))
-    part = room / (room + torch.linalg.vector_norm(move, dim=axes, keepdim=True, dtype=exact))
+    room: Tensor = share * (size.clamp(min=floor) if isinstance(floor, float) else torch.maximum(size, floor))
+    part: Tensor = room / (room + linalg.vector_norm(move, dim=axes, keepdim=True, dtype=exact))
     return torch.addcmul(base, move, part.to(base.dtype))

@@ -16,7 +16,7 @@ from ..errors import Refused
 from . import noise, oracle
 from .catalogue import get
 from .change import translate
-from .definition import Theory, exact
+from .definition import Theory, exact, listed
 from .fitting import fit
 from .grids import grid, grids
 from .shapes import Denoise
@@ -41,7 +41,7 @@ class Verification:
     """Everything `verify` tried on a theory."""
 
     theory: str
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list[Finding])
 
     @property
     def ok(self) -> bool:
@@ -144,7 +144,7 @@ def trajectories(theory: Theory, samples: int = 24, steps: int = 60, seed: int =
     times = grid("cosine", theory, steps)
     states = [theory.mix(torch.zeros_like(x_T), x_T, theory.t_noise)]
     states += list(solve(data.denoiser(theory), x_T, theory, times, "auto"))
-    return {"t": times.tolist(), "x": torch.stack(states, 1)[..., 0].tolist()}
+    return {"t": listed(times), "x": listed(torch.stack(states, 1)[..., 0])}
 
 
 def errors(
@@ -201,4 +201,4 @@ def compare(
 
 
 def _plain(curve: Tensor) -> list[float]:
-    return [value if math.isfinite(value) else math.nan for value in exact(curve).tolist()]
+    return [value if math.isfinite(value) else math.nan for value in listed(exact(curve))]
