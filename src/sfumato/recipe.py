@@ -5,11 +5,11 @@ Keys of format 1 (`RENAMED`) are read under the names they have today, with a no
 
 import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any
 
 from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
@@ -197,10 +197,6 @@ def _renamed(said: Iterable[tuple[str, Any]], where: str) -> tuple[dict[str, Any
     return found, [f"{where} uses {names}, which still can be read: {', '.join(old)}."]
 
 
-def _is_table(value: Any) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(value, Mapping)
-
-
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
     """Every (dotted key, value, rules) of a tree of settings."""
     for one in fields(tree):
@@ -270,7 +266,7 @@ def _fit(name: str, value: Any, where: str, folder: Path) -> Any:
         value = float(value)
     if wanted is tuple and isinstance(value, str):
         value = (value,)
-    if _is_list(value) and (wanted is tuple or (rules["many"] and value)):
+    if isinstance(value, list | tuple) and (wanted is tuple or (rules["many"] and value)):
         of = (int, float) if rules["numbers"] else (str,)
         if all(type(one) in of for one in value):
             value = tuple(map(float, value) if rules["numbers"] else value)
@@ -330,12 +326,12 @@ def _from_text(name: str, text: str) -> Any:
     """The value a command line's `name=text` means: TOML, where bare words are texts."""
     if name not in DEFAULTS:
         raise Refused(_unknown(name))
-    wanted = cast("type[object]", type(DEFAULTS[name]))
+    wanted = type(DEFAULTS[name])
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if wanted is str and not isinstance(value, str) and not (RULES[name]["many"] and _is_list(value)):
+    if wanted is str and not isinstance(value, str) and not (RULES[name]["many"] and isinstance(value, list)):
         value = text
     if wanted is Table:
         return value if isinstance(value, Mapping | list | str) else text

@@ -9,7 +9,6 @@ write the result back.
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
