@@ -383,10 +383,9 @@ torch.set_num_threads(1)
 from pathlib import Path
 import sfumato
 from upgrade import test_0_1 as law
-from upgrade.material import canary, HOME, make_base
+from upgrade.material import canary, HOME
 place, name = Path(sys.argv[1]), "mine"
-make_base(place / "base")
-os.chdir(law.moved(place / "at", place / "base"))
+os.chdir(law.moved(place / "at", Path(sys.argv[2])))
 house = law.House()
 run = house.finished(name)
 law.same_weights(run / "checkpoints" / "step-000008", name, False)
@@ -395,14 +394,14 @@ print(canary())
 """
 
 
-def test_on_another_processor_the_numbers_hold(here, tmp_path):
+def test_on_another_processor_the_numbers_hold(here, base, tmp_path):
     """Law: where torch rounds otherwise, the canary says so, and the numbers agree to the tolerance.
 
     torch is told to use no vector instructions, as on a processor that has none.
     """
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     known = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path)]
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), str(base)]
     done = subprocess.run(command, env=known, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     recorded = json.loads((HOME / "canary.json").read_text())["canary"]
