@@ -9,8 +9,10 @@ among the fixtures.
 
 Bits depend on the processor and on torch's version. Where the canary (a hash of torch's own operations, no
 part of sfumato) is the recorded one, what comes out must be the recorded bits; elsewhere weights may be off
-by 1e-4 of their norm and pixels by 2 of 255. The last test makes torch compute as an older processor does, so
-that this branch is walked wherever the tests run.
+by 1e-4 of their norm, the optimizer's state by 1e-3, and pixels by 2 of 255; the weights and state of `lokr`,
+whose base is kept in bfloat16, by fifty times as much. (Measured without vector instructions: at most 3.5e-5
+and 2.5e-4; for `lokr` 8.8e-4 and 1.9e-2.) The last test makes torch compute so for one run, so that this branch
+is walked wherever the tests run.
 
 Only public behaviour is asked: commands, `sfumato.load`, `Recipe.read`, and files.
 """
@@ -43,8 +45,10 @@ RUNS = ("scratch", "moving", "mine", "lora", "tokens", "lokr", "control")
 PRETRAINED = ("lora", "tokens", "lokr")
 MODELS = {"own": "scratch", "averaged": "moving", "merged": "lora", "guided": "control"}
 LORAS = ("diffusers", "comfyui", "kohya")
-NUMBERS, LEVELS = 1e-4, 2
-"""How far another machine's weights may be, as a share of their norm, and its pixels, of 255."""
+NUMBERS, STATE, LEVELS = 1e-4, 1e-3, 2
+"""How far weights and optimizer may be on another machine, as shares of their norms; and pixels, of 255."""
+COARSE = {"lokr": 50}
+"""How many times as far where a run computes in few bits."""
 
 RENAMED = {
     "train.clip": "train.max_grad_norm", "train.weights": "train.weight_dtype",
@@ -208,7 +212,8 @@ def same_weights(folder: Path, name: str, exact: bool) -> None:
     found, then = groups_of(folder), golden(name)
     assert {"model", "optimizer"} <= found.keys() == then["bits"].keys()
     off = {group: far(summary(tensors), then["numbers"][group]) for group, tensors in found.items()}
-    assert max(off.values()) <= NUMBERS, off
+    most = {group: COARSE.get(name, 1) * (STATE if group == "optimizer" else NUMBERS) for group in off}
+    assert all(off[group] <= most[group] for group in off), (off, most)
     if exact:
         assert {group: bits(tensors) for group, tensors in found.items()} == then["bits"], off
 
