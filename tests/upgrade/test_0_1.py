@@ -9,8 +9,10 @@ among the fixtures.
 
 Bits depend on the processor and on torch's version. Where the canary (a hash of torch's own operations, no
 part of sfumato) is the recorded one, what comes out must be the recorded bits; elsewhere weights may be off
-by 1e-4 of their norm and pixels by 2 of 255. The last test makes torch compute as an older processor does, so
-that this branch is walked wherever the tests run.
+by 1e-4 of their norm, the optimizer's state by 1e-3, and pixels by 2 of 255; the weights and state of `lokr`,
+whose base is kept in bfloat16, by fifty times as much. Measured without vector instructions, as (weights,
+state): `lora` (3.5e-5, 2.5e-4), `lokr` (8.8e-4, 1.9e-2), the other runs below 1e-4 in both. The last test
+makes torch compute so for one run, so that this branch is walked wherever the tests run.
 
 Only public behaviour is asked: commands, `sfumato.load`, `Recipe.read`, and files.
 """
@@ -43,8 +45,10 @@ RUNS = ("scratch", "moving", "mine", "lora", "tokens", "lokr", "control")
 PRETRAINED = ("lora", "tokens", "lokr")
 MODELS = {"own": "scratch", "averaged": "moving", "merged": "lora", "guided": "control"}
 LORAS = ("diffusers", "comfyui", "kohya")
-NUMBERS, LEVELS = 1e-4, 2
-"""How far another machine's weights may be, as a share of their norm, and its pixels, of 255."""
+NUMBERS, STATE, LEVELS = 1e-4, 1e-3, 2
+"""How far weights and optimizer may be on another machine, as shares of their norms; and pixels, of 255."""
+COARSE = {"lokr": 50}
+"""How many times as far where a run computes in few bits."""
 
 RENAMED = {
     "train.clip": "train.max_grad_norm", "train.weights": "train.weight_dtype",
@@ -208,7 +212,8 @@ def same_weights(folder: Path, name: str, exact: bool) -> None:
     found, then = groups_of(folder), golden(name)
     assert {"model", "optimizer"} <= found.keys() == then["bits"].keys()
     off = {group: far(summary(tensors), then["numbers"][group]) for group, tensors in found.items()}
-    assert max(off.values()) <= NUMBERS, off
+    most = {group: COARSE.get(name, 1) * (STATE if group == "optimizer" else NUMBERS) for group in off}
+    assert all(off[group] <= most[group] for group in off), (off, most)
     if exact:
         assert {group: bits(tensors) for group, tensors in found.items()} == then["bits"], off
 
@@ -383,10 +388,9 @@ torch.set_num_threads(1)
 from pathlib import Path
 import sfumato
 from upgrade import test_0_1 as law
-from upgrade.material import canary, HOME, make_base
+from upgrade.material import canary, HOME
 place, name = Path(sys.argv[1]), "mine"
-make_base(place / "base")
-os.chdir(law.moved(place / "at", place / "base"))
+os.chdir(law.moved(place / "at", Path(sys.argv[2])))
 house = law.House()
 run = house.finished(name)
 law.same_weights(run / "checkpoints" / "step-000008", name, False)
@@ -395,14 +399,14 @@ print(canary())
 """
 
 
-def test_on_another_processor_the_numbers_hold(here, tmp_path):
+def test_on_another_processor_the_numbers_hold(here, base, tmp_path):
     """Law: where torch rounds otherwise, the canary says so, and the numbers agree to the tolerance.
 
     torch is told to use no vector instructions, as on a processor that has none.
     """
     paths = [str(Path(__file__).parents[1]), *filter(None, sys.path)]
     known = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path)]
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path), str(base)]
     done = subprocess.run(command, env=known, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     recorded = json.loads((HOME / "canary.json").read_text())["canary"]
