@@ -103,7 +103,8 @@ def test_a_run_that_moves_between_shared_and_whole_samples_is_one_run(way, tmp_p
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
     losses, others = (
-        [event["loss"] for event in run.events() if event["kind"] == "held_out"][-4:] for run in (one, moved)
+        [event["loss"] for event in run.events() if event["kind"] == "validation"][-4:]
+        for run in (one, moved)
     )
     assert others == pytest.approx(losses, rel=1e-4)
 

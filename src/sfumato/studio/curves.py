@@ -12,8 +12,8 @@ MOST_LEVELS = 6
 def losses(events: list[Event]) -> str:
     """Every chart of a run, in a grid."""
     steps = [event for event in events if event.get("kind") == "step"]
-    held_out = [event for event in events if event.get("kind") == "held_out"]
-    gaps = [event for event in events if event.get("kind") == "gap"]
+    held_out = [event for event in events if event.get("kind") == "validation"]
+    gaps = [event for event in events if event.get("kind") == "generalization_gap"]
     large = [
         _over_steps(steps, held_out), over_levels(held_out), _levels_over_steps(held_out), _gap(gaps)
     ]  # fmt: skip
