@@ -227,7 +227,7 @@ def evaluate(
 ) -> None:
     """Measure a run, with error bars.
 
-    Held-out loss by noise level, nearest neighbours among the training pictures, KID.
+    Held-out loss by noise level, nearest neighbours among the training pictures, kernel distance.
     """
     from .commands import measure
 

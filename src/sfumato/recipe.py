@@ -68,7 +68,7 @@ class Recipe:
             if not equals:
                 raise Refused(f'"{override}" is no override. Write key=value, for example train.steps=100.')
             words.append((name.strip(), text.strip()))
-        given, old_words = _renamed(words, "the command line")
+        given, old_words = _renamed(words, "The command line")
         for name, text in given.items():
             said[name] = (_from_text(name, text), COMMAND_LINE, Path.cwd())
         return replace(_build(cls(), said), notes=(*old, *old_words))

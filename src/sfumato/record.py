@@ -20,11 +20,20 @@ from typing import Any, BinaryIO
 
 from . import locks
 from .errors import Failed, Refused
+from .settings import RENAMED
 
 EVENT_KEY = ("kind", "step", "split", "weights", "group")
 PATIENCE_SECONDS = 2.0
 """How long a rename waits for others who read what it replaces, where the system has them hold it."""
 IS_WINDOWS = os.name == "nt"
+RENAMED_KINDS = {"held_out": "validation", "gap": "generalization_gap", "judge": "demo_evaluation"}
+RENAMED_METRICS = {
+    "kid": "latent_kernel_distance",
+    "kid_of_held_out_data": "latent_kernel_distance_floor",
+    "nearest_neighbour": "nearest_neighbor_accuracy",
+    "copied": "memorized",
+}
+"""What events and their metrics were called before recipes of format 2: what they are called."""
 _CHECKPOINT = re.compile(r"step-(\d+)")
 _OURS = {
     "recipe.toml", "effective.toml", "events.jsonl", "samples", "checkpoints", "report.html", ".lock",
@@ -302,6 +311,7 @@ class RunFolder:
 
         Lines torn by a kill, and lines whose bytes changed since (see `damaged_events`), are skipped. Two
         events are the same when kind, step, split, weights and group agree; events without a step never are.
+        What older versions wrote has the names of today (`RENAMED_KINDS`, `RENAMED_METRICS`).
         """
         found: dict[Any, dict[str, Any]] = {}
         for number, event in self._lines():
@@ -358,4 +368,17 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
     if not isinstance(event, dict) or "kind" not in event:
         return None
     event.pop("check", None)
+    return _of_today(event)
+
+
+def _of_today(event: dict[str, Any]) -> dict[str, Any]:
+    """An event under the names that are written now, whoever wrote it."""
+    event["kind"] = RENAMED_KINDS.get(event["kind"], event["kind"])
+    if isinstance(metrics := event.get("metrics"), dict):
+        event["metrics"] = {RENAMED_METRICS.get(name, name): value for name, value in metrics.items()}
+    if isinstance(settings := event.get("settings"), dict):
+        event["settings"] = {
+            RENAMED.get(f"train.{name}", str(name)).removeprefix("train."): value
+            for name, value in settings.items()
+        }
     return event

@@ -40,7 +40,7 @@ def test_a_packed_run_goes_on_with_the_same_bits_whether_stored_or_encoded_ahead
     through, again = weights(tmp_path / "run"), weights(tmp_path / "again")
     assert all(torch.equal(through[name], again[name]) for name in through)
     events = RunFolder.open(tmp_path / "run").events()
-    assert {one["weights"] for one in events if one["kind"] == "held_out"} == {"ema", "raw"}
+    assert {one["weights"] for one in events if one["kind"] == "validation"} == {"ema", "raw"}
     ring = ["data.cache_limit=30KB", "output=ring"]
     assert sfumato("train", recipe, *words, *ring).code == 0
     for name, weight in weights(tmp_path / "ring").items():

@@ -1,5 +1,6 @@
 """The same few commands, from a folder of pictures to new pictures and numbers about them."""
 
+import json
 import os
 import shutil
 import signal
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from sfumato.commands import console
+from sfumato.recipe import RENAMED
 from sfumato.record import RunFolder
+from sfumato.training.checkpoint import write_papers
 
 from .world import RECIPE, sfumato, write_recipe
 
@@ -29,7 +32,7 @@ def test_train_writes_a_run_that_says_everything(trained):
     run = RunFolder.open(trained / "run")
     events = run.events()
     kinds = {event["kind"] for event in events}
-    assert {"start", "step", "held_out", "pictures", "checkpoint", "phase", "data", "stop"} <= kinds
+    assert {"start", "step", "validation", "pictures", "checkpoint", "phase", "data", "stop"} <= kinds
     assert [event["step"] for event in events if event["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
     assert run.checkpoint_folders()[-1].name == "step-000006"
     assert "# recipe.toml" in run.effective.read_text() and "# default" in run.effective.read_text()
@@ -63,12 +66,16 @@ def test_eval_measures_with_error_bars(trained):
     answer = sfumato("eval", trained / "run", "--samples", 4, "--seeds", 2, "--json")
     assert answer.code == 0, answer.err
     found = answer.json()
-    assert {"loss_train", "loss_held_out", "kid", "nearest_neighbour", "codec_psnr"} <= found[
-        "metrics"
-    ].keys()
+    assert {
+        "loss_train",
+        "loss_held_out",
+        "latent_kernel_distance",
+        "nearest_neighbor_accuracy",
+        "codec_psnr",
+    } <= found["metrics"].keys()
     assert all("error" in one for one in found["metrics"].values())
     assert {"level", "loss", "error"} <= found["by_level"]["held_out"][0].keys()
-    assert "pixels averaged 2×2" in found["metrics"]["nearest_neighbour"]["note"]
+    assert "pixels averaged 2×2" in found["metrics"]["nearest_neighbor_accuracy"]["note"]
 
 
 def test_plan_says_where_each_value_came_from_and_writes_nothing(tmp_path):
@@ -109,6 +116,65 @@ def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, numb
     monkeypatch.chdir(tmp_path)
     answer = sfumato("train", recipe, "--json")
     assert answer.code == 0 and answer.json()["step"] == 6
+
+
+OLDER = (
+    'text = "labels"\nstride = 4\n[data]\ncaptions = "folder"',
+    'accumulate = 2\nclip = 0.5\nrates = ["*.bias=0.5"]\nkeep = 5\n',
+)
+"""What a recipe of format 1 may say of [model] and [data], and of [train]."""
+
+
+def of_format_1(text: str) -> str:
+    """A recipe's text with the names of format 1."""
+    lines, section = [], ""
+    for line in text.splitlines():
+        section = line.strip("[]") if line.startswith("[") else section
+        key, is_one, rest = line.partition(" = ")
+        was = {RENAMED[old]: old for old in RENAMED}.get(f"{section}.{key}", key) if is_one else key
+        lines.append(f"{was.rpartition('.')[2]}{is_one}{rest}")
+    return "format = 1\n" + "\n".join(lines).replace("format = 2", "")
+
+
+def test_a_run_of_format_1_goes_on_with_the_same_command(tmp_path, monkeypatch):
+    """Law: its recipe, its record and its checkpoint say the old names; it ends as the run that knew none."""
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path)
+    for index in range(8):
+        folder = tmp_path / "pictures" / f"kind{index % 2}"
+        folder.mkdir(exist_ok=True)
+        (tmp_path / "pictures" / f"{index}.png").rename(folder / f"{index}.png")
+    (tmp_path / "pictures" / "metadata.jsonl").unlink()
+    text = of_format_1(RECIPE.replace("[data]", OLDER[0]).replace("[train]\n", f"[train]\n{OLDER[1]}"))
+    recipe.write_text(text)
+    assert "held_out_every = 3" in text and "store = " in text
+    assert sfumato("train", recipe, "output=through").code == 0
+    answer = sfumato("train", recipe, "train.steps=4")
+    assert answer.code == 0 and answer.err.count("old name") == 1
+    assert "train.max_grad_norm is now train.max_grad_norm" in answer.err
+    run = RunFolder.open(tmp_path / "run")
+    lines = run.effective.read_text().splitlines()
+    assert "max_grad_norm = 0.5 # recipe.toml" in lines and "[train.lr_multipliers] # recipe.toml" in lines
+    told = run.effective.read_text().replace('[train.lr_multipliers] # recipe.toml\n"*.bias" = 0.5', "")
+    run.effective.write_text(of_format_1(told.replace("[train]\n", '[train]\nrates = ["*.bias=0.5"]\n')))
+    folder = run.checkpoint_folders()[-1]
+    state, manifest = (json.loads((folder / f"{name}.json").read_text()) for name in ("state", "manifest"))
+    old = {new: name.removeprefix("train.") for name, new in RENAMED.items()}
+    saved = {old.get(f"train.{name}", name): value for name, value in state["settings"].items()}
+    files = {name: proof for name, proof in manifest["files"].items() if name != "state.json"}
+    write_papers(folder, {**state, "settings": {**saved, "rates": ["*.bias=0.5"]}}, files)
+    answer = sfumato("train", recipe)
+    assert answer.code == 0 and "bit for bit" not in answer.err, answer.err
+    assert [line for line in answer.err.splitlines() if "from here on" in line] == [
+        "train.steps was 4 and is 6 from here on."
+    ]
+    assert run.checkpoint_folders()[-1].name == "step-000006"
+    assert [event["resumed"] for event in run.events() if event["kind"] == "start"][-1] is True
+    ends = [
+        (tmp_path / name / "checkpoints" / "step-000006" / "model.safetensors").read_bytes()
+        for name in ("through", "run")
+    ]
+    assert ends[0] == ends[1]
 
 
 def test_control_c_of_the_real_command_ends_with_130(tmp_path):

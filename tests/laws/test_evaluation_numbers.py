@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sfumato.evaluation import Neighbours, is_right, kernel_distance, over
-from sfumato.evaluation.kernel import latent_features
+from sfumato.evaluation.latent_kernel_distance import latent_features
 from sfumato.evaluation.measure import share
 from sfumato.theory import noise
 

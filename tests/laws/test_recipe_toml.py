@@ -52,6 +52,11 @@ def test_every_key_explains_itself_here_and_in_the_docs(name):
     assert f"| `{name}` |" in DOCS.read_text(encoding="utf-8"), f"docs/recipe.md does not list {name}"
 
 
+def test_the_docs_name_every_old_name():
+    text = DOCS.read_text(encoding="utf-8")
+    assert all(f"| `{old}` | `{new}` |" in text for old, new in RENAMED.items())
+
+
 @pytest.mark.parametrize("name", CHANGEABLE)
 def test_a_key_means_the_same_in_a_file_and_on_the_command_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -148,7 +153,7 @@ def test_an_old_name_means_its_new_one_wherever_it_stands(old, version, tmp_path
     file.write_text(version + file.read_text())
     for found, where in (
         (Recipe.read(file), "mine.toml"),
-        (Recipe.read("empty.toml", [f"{old}={value}"]), "the command line"),
+        (Recipe.read("empty.toml", [f"{old}={value}"]), "The command line"),
     ):
         assert found == wanted and found.format == FORMAT
         assert found.notes == (f"{where} uses an old name, which still can be read: {old} is now {new}.",)
@@ -169,7 +174,7 @@ def test_a_key_by_both_its_names_is_refused_by_both(old, tmp_path):
     with pytest.raises(Refused, match=rf"mine\.toml gives {new} and {old}, which is its old name"):
         Recipe.read(file)
     write(file, old, value)
-    with pytest.raises(Refused, match=rf"the command line gives {new} and {old}"):
+    with pytest.raises(Refused, match=rf"The command line gives {new} and {old}"):
         Recipe.read(file, [f"{new}={value}", f"{old}={value}"])
     assert Recipe.read(file, [f"{new}={value}"]).origin(new) == "command line"  # it goes before the file
 
@@ -177,13 +182,13 @@ def test_a_key_by_both_its_names_is_refused_by_both(old, tmp_path):
 def test_old_names_are_noted_once_for_each_place(tmp_path):
     file = tmp_path / "old.toml"
     file.write_text("[train]\nclip = 0.5\nkeep = 2\n[data]\nrate = 4\n")
-    noted = Recipe.read(file, ["train.clip=0.25", "train.weights=bf16"])
+    noted = Recipe.read(file, ["train.max_grad_norm=0.25", "train.weight_dtype=bf16"])
     assert noted.train.max_grad_norm == 0.25
     assert noted.notes == (
-        "old.toml uses old names, which still can be read: train.clip is now train.max_grad_norm, "
-        "train.keep is now train.keep_checkpoints, data.rate is now data.fps.",
-        "the command line uses old names, which still can be read: train.clip is now train.max_grad_norm, "
-        "train.weights is now train.weight_dtype.",
+        "old.toml uses old names, which still can be read: train.max_grad_norm is now train.max_grad_norm, "
+        "train.keep_checkpoints is now train.keep_checkpoints, data.fps is now data.fps.",
+        "The command line uses old names, which still can be read: train.max_grad_norm is now train.max_grad_norm, "
+        "train.weight_dtype is now train.weight_dtype.",
     )
 
 

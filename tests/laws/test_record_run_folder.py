@@ -60,8 +60,8 @@ def test_of_an_event_repeated_after_a_resume_the_last_wins(tmp_path: Path):
     run = RunFolder.create(tmp_path / "run")
     for step in (1, 2, 3):
         run.event("step", step=step, loss=1.0)
-    run.event("held_out", step=3, split="train", weights="raw", loss=5.0)
-    run.event("held_out", step=3, split="held_out", weights="raw", loss=6.0)
+    run.event("validation", step=3, split="train", weights="raw", loss=5.0)
+    run.event("validation", step=3, split="held_out", weights="raw", loss=6.0)
     run.close()
     with run.events_file.open("ab") as file:
         file.write(b'{"kind": "step", "step": 4, "lo')
@@ -71,8 +71,24 @@ def test_of_an_event_repeated_after_a_resume_the_last_wins(tmp_path: Path):
     events = run.events()
     assert [event["loss"] for event in events if event["kind"] == "step"] == [1.0, 1.0, 2.0]
     assert [event["step"] for event in events if event["kind"] == "step"] == [1, 2, 3]
-    assert sum(event["kind"] == "held_out" for event in events) == 2
+    assert sum(event["kind"] == "validation" for event in events) == 2
     assert sum(event["kind"] == "note" for event in events) == 2
+
+
+def test_events_of_older_versions_are_read_by_the_names_of_today(tmp_path: Path):
+    """Law: kinds, metrics and settings; what was written before and after an update is one event."""
+    run = RunFolder.create(tmp_path / "run")
+    run.event("start", step=0, settings={"clip": 0.5, "steps": 3})
+    run.event("held_out", step=3, split="held_out", weights="ema", loss=5.0)
+    run.event("validation", step=3, split="held_out", weights="ema", loss=6.0)
+    run.event("gap", step=3, weights="ema", gap=0.5)
+    run.event("judge", step=3, accuracy={"trained": 0.75})
+    run.event("evaluation", step=3, metrics={"kid": {"value": 0.1}, "copied": {"value": 0.0}})
+    start, validation, gap, judged, evaluation = run.events()
+    assert start["settings"] == {"max_grad_norm": 0.5, "steps": 3}
+    assert (validation["kind"], validation["loss"]) == ("validation", 6.0)
+    assert (gap["kind"], judged["kind"]) == ("generalization_gap", "demo_evaluation")
+    assert set(evaluation["metrics"]) == {"latent_kernel_distance", "memorized"}
 
 
 HOLD = """

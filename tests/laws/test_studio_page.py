@@ -42,14 +42,14 @@ def run(tmp_path):
         ]
         for split in ("train", "held_out"):
             told = {"loss": 1.0, "error": 0.1, "by_level": levels}
-            run.event("held_out", step=step, split=split, weights="ema", **told)
+            run.event("validation", step=step, split=split, weights="ema", **told)
         for group in ("trained", "held_out"):
             file = run.samples / f"{group}-{step}.png"
             Image.new("RGB", (8, 8), (step * 40, 0, 0)).save(file)
             told = {"files": [str(file.relative_to(run.path))], "prompts": [NASTY], "seeds": [3]}
             run.event("pictures", step=step, group=group, **told)
     run.event("phase", name="train", seconds=75.0)
-    run.event("judge", accuracy={"trained": 0.75}, notes={"trained": "by eye"})
+    run.event("demo_evaluation", accuracy={"trained": 0.75}, notes={"trained": "by eye"})
     run.event("stop", step=4, reason="done")
     return run
 
@@ -309,6 +309,6 @@ def test_the_gap_between_held_out_and_trained_is_charted_with_its_error(tmp_path
     run.event("start", step=0, device="cpu", processes=2, parallel="fsdp")
     for step in (10, 20, 30):
         for weights in ("raw", "ema"):
-            run.event("gap", step=step, weights=weights, gap=0.001 * step, error=0.01)
+            run.event("generalization_gap", step=step, weights=weights, gap=0.001 * step, error=0.01)
     page = report.render(run)
     assert "Generalisation gap" in page and "averaged weights" in page and "2 processes (fsdp)" in page

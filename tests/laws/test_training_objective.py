@@ -106,7 +106,7 @@ def test_held_out_loss_is_the_same_twice_and_tells_levels_apart(tmp_path):
     measure = HeldOut(objective, Encoded(5, first=40), objective.encoded, run, samples=4, levels=4, batch=3)
     measure(0, "raw")
     measure(1, "raw")
-    first, _, again, _ = (event for event in run.events() if event["kind"] == "held_out")
+    first, _, again, _ = (event for event in run.events() if event["kind"] == "validation")
     assert first["split"] == again["split"] == "held_out"
     assert first["by_level"] == again["by_level"] and first["error"] > 0
     levels = [level["level"] for level in first["by_level"]]

@@ -22,7 +22,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 def measured(folder: Path) -> list[object]:
     names = ("step", "split", "weights", "loss", "error", "by_level")
     events = RunFolder.open(folder).events()
-    return [[event[name] for name in names] for event in events if event["kind"] == "held_out"]
+    return [[event[name] for name in names] for event in events if event["kind"] == "validation"]
 
 
 @pytest.mark.parametrize(

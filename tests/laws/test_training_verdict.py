@@ -65,7 +65,7 @@ def test_the_gap_is_recorded_with_its_error(tmp_path):
     run = RunFolder.create(tmp_path)
     HeldOut(objective, Encoded(5, first=40), objective.encoded, run, samples=5, levels=2)(7, "ema")
     events = {event["kind"]: event for event in run.events()}
-    by_split = {event["split"]: event for event in run.events() if event["kind"] == "held_out"}
+    by_split = {event["split"]: event for event in run.events() if event["kind"] == "validation"}
     assert events["gap"]["gap"] == by_split["held_out"]["loss"] - by_split["train"]["loss"]
     assert events["gap"]["error"] > 0
 

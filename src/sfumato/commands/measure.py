@@ -59,7 +59,7 @@ def evaluate(
 def _page(folder: Path, found: Any, listed: list[tuple[Path, str]], pairs: list[Picture]) -> str:
     rows = [(name.replace("_", " "), str(one), one.note) for name, one in found.metrics.items()]
     events = [
-        {"kind": "held_out", "step": found.step, "split": split, "loss": 0.0, "by_level": levels}
+        {"kind": "validation", "step": found.step, "split": split, "loss": 0.0, "by_level": levels}
         for split, levels in found.by_level.items()
     ]
     pictures = [Picture(embedded(file), prompt) for file, prompt in listed]

@@ -87,7 +87,7 @@ def walk(
         peak = peak_memory_gb()
         folder.event("phase", name="generate", seconds=seconds["generate"])
         told = {"accuracy": accuracy, "notes": notes, "seconds": seconds, "peak_memory_gb": peak}
-        folder.event("judge", step=trained.step, **told)
+        folder.event("demo_evaluation", step=trained.step, **told)
         report.write(folder)
     found = {"data": data, "seconds": seconds, "accuracy": accuracy, "peak_memory_gb": peak}
     return {**found, "report": str(folder.report)}

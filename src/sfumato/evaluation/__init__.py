@@ -1,6 +1,6 @@
 """Evaluation: how good the pictures are, as numbers with error bars."""
 
-from .kernel import kernel_distance
+from .latent_kernel_distance import kernel_distance
 from .measure import Measure, over
 from .memory import Memory, memory
 from .neighbours import Neighbours, is_right

@@ -14,8 +14,8 @@ MOST_LEVELS = 6
 def losses(events: list[Event]) -> tuple[list[Markup], list[Markup]]:
     """Every chart of a run that has something to show: (large ones, small ones)."""
     steps = [event for event in events if event.get("kind") == "step"]
-    held_out = [event for event in events if event.get("kind") == "held_out"]
-    gaps = [event for event in events if event.get("kind") == "gap"]
+    held_out = [event for event in events if event.get("kind") == "validation"]
+    gaps = [event for event in events if event.get("kind") == "generalization_gap"]
     large = [_over_steps(steps, held_out), over_levels(held_out), _levels_over_steps(held_out), _gap(gaps)]
     small = [
         _figure("Gradient norm", steps, "gradient_norm", 3, log=True),

@@ -108,7 +108,7 @@ def _lead(events: list[Event]) -> str:
 
 def _facts(events: list[Event]) -> list[tuple[str, str, str]]:
     steps, start = of_kind(events, "step"), _last(events, "start")
-    held_out = [event for event in of_kind(events, "held_out") if event.get("split") == "held_out"]
+    held_out = [event for event in of_kind(events, "validation") if event.get("split") == "held_out"]
     parameters, data = start.get("parameters"), _last(events, "data").get("summary", {})
     seconds = sum(value for _, value in _phases(events))
     facts = [
@@ -118,7 +118,7 @@ def _facts(events: list[Event]) -> list[tuple[str, str, str]]:
         ("Held-out loss", f"{held_out[-1]['loss']:.4f}" if held_out else "", _error(held_out)),
         ("Time", duration(seconds) if seconds else "", "all phases"),
     ]
-    judged = _last(events, "judge")
+    judged = _last(events, "demo_evaluation")
     for name, value in (judged.get("accuracy") or {}).items():
         if isinstance(value, int | float):
             words, note = SHARES.get(name, (_words(name), "judged right"))
@@ -191,7 +191,7 @@ def _drawn_how(events: list[Event]) -> str:
 
 
 def _judged_how(events: list[Event]) -> str:
-    notes = _notes_of(_last(events, "judge"))
+    notes = _notes_of(_last(events, "demo_evaluation"))
     return ". ".join(f"{_words(name)}: {note}" for name, note in notes.items())
 
 
@@ -257,9 +257,9 @@ def _spread(items: list[Event], most: int) -> list[Event]:
 
 
 def _measured(events: list[Event]) -> list[tuple[str, str, str]]:
-    """Metrics of judge and evaluation events; a value may carry an error."""
+    """Metrics of evaluation events; a value may carry an error."""
     rows = []
-    for event in of_kind(events, "evaluation") + of_kind(events, "judge"):
+    for event in of_kind(events, "evaluation") + of_kind(events, "demo_evaluation"):
         metrics, notes = {**event.get("metrics", {}), **(event.get("accuracy") or {})}, _notes_of(event)
         for name, value in metrics.items():
             if isinstance(value, dict) and "value" in value:

@@ -82,10 +82,10 @@ class HeldOut:
         for split, one in found.items():
             by_level = [vars(level) for level in one.by_level]
             told = {"step": step, "split": split, "weights": weights, "by_level": by_level}
-            self.run.event("held_out", loss=one.loss, error=one.error, **told)
+            self.run.event("validation", loss=one.loss, error=one.error, **told)
         if len(found) == 2:
             gap, error = gap_of(found["held_out"], found["train"])
-            self.run.event("gap", step=step, weights=weights, gap=gap, error=error)
+            self.run.event("generalization_gap", step=step, weights=weights, gap=gap, error=error)
         return found.get("held_out")
 
     @torch.no_grad()

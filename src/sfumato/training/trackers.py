@@ -47,7 +47,7 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
     if event["kind"] == "step":
         names = ("loss", "learning_rate", "gradient_norm", "samples_per_second")
         return {f"train/{name}": float(event[name]) for name in names if event.get(name) is not None}
-    if event["kind"] == "held_out":
+    if event["kind"] == "validation":
         place = f"{event['split']}/{event['weights']}"
         levels = {f"{place}/level {level['level']:.2f}": float(level["loss"]) for level in event["by_level"]}
         return {f"{place}/loss": float(event["loss"]), **levels}

@@ -12,7 +12,7 @@ from .. import stages
 from ..data.media import fit
 from ..data.sample import Sample
 from ..evaluation import Measure, Neighbours, kernel_distance, memory, over
-from ..evaluation.kernel import latent_features
+from ..evaluation.latent_kernel_distance import latent_features
 from ..evaluation.measure import share
 from ..generation import PaintingModel
 from ..recipe import Recipe
@@ -100,9 +100,9 @@ def pictures_measured(
             shown = _draw(model, asked, 7919 + seed, drawing, progress, f"unseen {seed + 1} of {seeds}")
             for name, value in _judged(shown, asked).items():
                 judged.setdefault(name, []).append(value)
-    metrics = {"kid": over(distances, CODEC)} | _floor(model, features, unseen, seeds)
+    metrics = {"latent_kernel_distance": over(distances, CODEC)} | _floor(model, features, unseen, seeds)
     if captions != [""]:
-        metrics["nearest_neighbour"] = _merged(right, samples, neighbours.how)
+        metrics["nearest_neighbor_accuracy"] = _merged(right, samples, neighbours.how)
     metrics |= {
         name: _merged(values, samples, "unseen captions, read from pixels") for name, values in judged.items()
     }
@@ -116,7 +116,8 @@ def _floor(model: PaintingModel, features: Tensor, unseen: Real, seeds: int) -> 
     if len(unseen.squares) < 2:
         return {}
     clean = [kernel_distance(features, _features(model, unseen.squares), seed=s).value for s in range(seeds)]
-    return {"kid_of_held_out_data": over(clean, "the floor: held-out pictures against training pictures")}
+    note = "the floor: held-out pictures against training pictures"
+    return {"latent_kernel_distance_floor": over(clean, note)}
 
 
 def _copies(shown: Tensor, real: Real, unseen: Real) -> tuple[dict[str, Measure], list[Close]]:
@@ -134,7 +135,7 @@ def _copies(shown: Tensor, real: Real, unseen: Real) -> tuple[dict[str, Measure]
         )
         for at in learned.closest(CLOSEST)
     ]
-    return {"copied": learned.copied}, closest
+    return {"memorized": learned.copied}, closest
 
 
 def _merged(rates: list[float], samples: int, note: str) -> Measure:

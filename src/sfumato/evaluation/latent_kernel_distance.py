@@ -1,9 +1,10 @@
-"""The kernel distance between two sets of pictures: zero, within its error, if they look alike.
+"""The kernel distance (squared MMD) between two sets of pictures: zero, within its error, if they look alike.
 
-    KID = E k(x, x') + E k(y, y') − 2 E k(x, y),  k(x, y) = (x·y/d + 1)³
+    MMD² = E k(x, x') + E k(y, y') − 2 E k(x, y),  k(x, y) = (x·y/d + 1)³
 
-unbiased at any size (the Fréchet distance is not), on features of a named extractor. Source: Bińkowski
-et al. 2018, arXiv:1801.01401. Values compare only between equal extractors and data.
+unbiased at any size (the Fréchet distance is not). It is the estimator of the Kernel Inception Distance
+(Bińkowski et al. 2018, arXiv:1801.01401) on latents of the run's own codec, no Inception's features: values
+compare between runs that share codec and data, never with a KID that was published.
 """
 
 import torch
@@ -18,7 +19,7 @@ from .measure import Measure, over
 def kernel_distance(
     real: Tensor, drawn: Tensor, subset: int = 100, subsets: int = 50, seed: int = 0, note: str = ""
 ) -> Measure:
-    """KID of features [N, D] and [M, D], averaged over random subsets; its error is that of their mean.
+    """The distance of features [N, D] and [M, D], averaged over random subsets, with the mean's error.
 
     Features are standardised by the real ones' mean and deviation, so that no channel counts by its scale;
     one that hardly varies among the real ones counts by a tenth of the usual deviation, or it would drown
