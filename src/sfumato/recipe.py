@@ -11,7 +11,7 @@ from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
 from sfumato.generation.settings import SampleSettings
 from sfumato.own import is_own
-from sfumato.settings import key
+from sfumato.settings import as_written, key
 from sfumato.stages.settings import ModelSettings
 from sfumato.training.settings import TrainSettings
 
@@ -53,7 +53,7 @@ class Recipe:
                 )
         said = {name: (value, file.name, file.parent) for name, value in flat(parse(file))}
         if file.name == "effective.toml":
-            said = {name: entry for name, entry in said.items() if entry[0] != _plain(DEFAULTS.get(name))}
+            said = {name: entry for name, entry in said.items() if entry[0] != as_written(DEFAULTS.get(name))}
         for override in overrides:
             name, equals, text = override.partition("=")
             if not equals:
@@ -157,11 +157,6 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str
             yield from _leaves(value, f"{prefix}{one.name}.")
         elif "help" in one.metadata:
             yield prefix + one.name, value, one.metadata
-
-
-def _plain(value: Any) -> Any:
-    """A value as TOML gives it back."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 DEFAULTS: dict[str, Any] = {name: value for name, value, _ in _leaves(Recipe())}

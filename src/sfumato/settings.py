@@ -5,6 +5,11 @@ from dataclasses import field
 from typing import Any
 
 
+def as_written(value: Any) -> Any:
+    """A setting's value as TOML or JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def key(
     default: Any,
     help: str,

@@ -4,16 +4,19 @@ Matrices decay, vectors do not. `train.rates = ["blocks.*.modulation.*=0.1"]` mu
 the weights whose names match; the first pattern that matches counts.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import Refused
 
-from .settings import TrainSettings
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .settings import TrainSettings
 
 Groups = list[dict[str, Any]]
 Rate = tuple[str, float]

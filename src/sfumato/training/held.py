@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Refused
+from sfumato.settings import as_written
 
 from . import checkpoint
 from .average import Average, OptimiserMean, trained
@@ -94,16 +95,11 @@ class Held:
         changed = [
             f"train.{name} was {was} and is {now[name]}"
             for name, was in state["settings"].items()
-            if name in now and _plain(now[name]) != was and name not in harmless
+            if name in now and as_written(now[name]) != was and name not in harmless
         ]
         if state["threads"] != torch.get_num_threads():
             changed.append(f"threads were {state['threads']} and are {torch.get_num_threads()}")
         return changed
-
-
-def _plain(value: Any) -> Any:
-    """A setting as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _buffers(network: nn.Module) -> dict[str, Tensor]:
