@@ -23,12 +23,13 @@ import lmdb
 import numpy as np
 import torch
 import webdataset
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sfumato.data import encoded, media
+from sfumato.data import encoded
 from sfumato.data.encode import Encoding, fill
 from sfumato.data.sample import Sample
 from sfumato.data.store import Store
@@ -40,7 +41,7 @@ Read = Callable[[int], tuple[Tensor, Tensor]]
 def made(count: int, folder: Path, entry: str) -> encoded.EncodedSet:
     """A store of `count` random entries."""
     latent, tokens = ENTRIES[entry]
-    blank = media.to_picture(torch.zeros(3, 8, 8))
+    blank = Image.new("RGB", (8, 8))
     samples = [
         Sample(f"{i:06d}", (f"caption {i}",), content=str(i), picture=lambda: blank) for i in range(count)
     ]

@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import typer
 
 import sfumato as package
+from sfumato.cli import app
 from sfumato.commands import schedulers, theory
 from sfumato.theory import get, methods, names
 
@@ -80,7 +83,6 @@ def test_every_theory_can_be_shown(name):
 
 OWN = """
 import math, torch
-from sfumato.commands import schedulers, theory
 from sfumato.theory import Theory
 mine = Theory(data=lambda t: (torch.cos(t), torch.sin(t)), model=lambda t: (-torch.sin(t), torch.cos(t)),
               t_noise=math.pi / 2, name="mine")
@@ -145,3 +147,26 @@ def test_a_new_recipe_has_the_size_its_base_draws(
     assert sfumato("new", "mine", "--data", "data", "--base", "base", "--train", "lora").code == 0
     text = (tmp_path / "mine.toml").read_text()
     assert f"resolution = {resolution} " in text and ("frames = 25" in text) == frames
+
+
+def _commands(group=None, path=()):
+    """Every command with its name: (words, command)."""
+    group = group or typer.main.get_command(app)
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, (*path, name))
+        else:
+            yield " ".join((*path, name)), command
+
+
+EVERY_COMMAND = dict(_commands())
+
+
+@pytest.mark.parametrize("name", EVERY_COMMAND)
+def test_every_option_says_something_of_its_own(name):
+    """Law: no option is without help, and no two of a command have the same."""
+    options = [one for one in EVERY_COMMAND[name].params if one.param_type_name == "option"]
+    said = {one.name: (one.help or "").strip() for one in options}
+    assert all(said.values()), [option for option, words in said.items() if not words]
+    twice = [words for words, times in Counter(said.values()).items() if times > 1]
+    assert not twice, {option: words for option, words in said.items() if words in twice}

@@ -32,6 +32,11 @@ def pixart(tmp_path_factory):
     return model
 
 
+def stored_bytes(network) -> int:
+    """Bytes that weights and codes take."""
+    return sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+
+
 def loss_of(model) -> torch.Tensor:
     """The loss of one fixed batch, as a number that has a gradient."""
     draw = torch.Generator().manual_seed(0)
@@ -54,9 +59,9 @@ def test_a_narrow_base_is_smaller_and_nearly_the_same(form, share, error, pixart
     """Law: stored in 8 or 4 bits the base answers nearly as before, and the adapter learns beside it."""
     model = copy.deepcopy(pixart)
     network = adapters.body(model.denoiser)
-    wide, before = narrow.stored_bytes(network), loss_of(model).item()
+    wide, before = stored_bytes(network), loss_of(model).item()
     narrow.store(network, form)
-    assert narrow.stored_bytes(network) < (1 - share * 0.5) * wide
+    assert stored_bytes(network) < (1 - share * 0.5) * wide
     assert 0 < abs(loss_of(model).item() / before - 1) < error
     found = gradients(model)
     assert len(found) == sum(weight.requires_grad for weight in network.parameters())

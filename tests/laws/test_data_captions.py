@@ -51,7 +51,10 @@ def two_sets(tmp_path):
 
 
 def test_sets_are_joined_with_their_weights(two_sets):
-    whole = sources.several({two_sets / "photos": 1, two_sets / "drawings": 3}, held_out=0)
+    sets = [
+        (sources.open(two_sets / name, held_out=0), times) for name, times in (("photos", 1), ("drawings", 3))
+    ]
+    whole = sources.joined(sets)
     assert len({sample.id for sample in whole.samples}) == 6
     repeats = [sample.repeat for sample in whole.samples]
     order = Order([(1,)] * 6, 5, seed=0, repeats=repeats)

@@ -182,13 +182,13 @@ def test_a_key_by_both_its_names_is_refused_by_both(old, tmp_path):
 def test_old_names_are_noted_once_for_each_place(tmp_path):
     file = tmp_path / "old.toml"
     file.write_text("[train]\nclip = 0.5\nkeep = 2\n[data]\nrate = 4\n")
-    noted = Recipe.read(file, ["train.max_grad_norm=0.25", "train.weight_dtype=bf16"])
+    noted = Recipe.read(file, ["train.clip=0.25", "train.weights=bf16"])
     assert noted.train.max_grad_norm == 0.25
     assert noted.notes == (
-        "old.toml uses old names, which still can be read: train.max_grad_norm is now train.max_grad_norm, "
-        "train.keep_checkpoints is now train.keep_checkpoints, data.fps is now data.fps.",
-        "The command line uses old names, which still can be read: train.max_grad_norm is now train.max_grad_norm, "
-        "train.weight_dtype is now train.weight_dtype.",
+        "old.toml uses old names, which still can be read: train.clip is now train.max_grad_norm, "
+        "train.keep is now train.keep_checkpoints, data.rate is now data.fps.",
+        "The command line uses old names, which still can be read: train.clip is now train.max_grad_norm, "
+        "train.weights is now train.weight_dtype.",
     )
 
 

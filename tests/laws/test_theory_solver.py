@@ -293,7 +293,6 @@ def test_noise_is_normal_uniform_and_even():
     u = noise.uniform(0, range(20000))
     assert u.dtype == F64 and float(u.min()) > 0 and float(u.max()) < 1
     assert abs(float(u.mean()) - 0.5) < 0.01
-    assert noise.integers(5, 0, range(5000)).bincount().min() > 900
     for count in (1, 2, 7, 1000):
         assert torch.equal(noise.permutation(count, 0).sort()[0], torch.arange(count))
     assert not torch.equal(noise.permutation(1000, 0, epoch=1), noise.permutation(1000, 0))

@@ -14,22 +14,20 @@ from sfumato.training import average
 from sfumato.training.average import Average, decay_at
 from sfumato.training.held import Held
 from sfumato.training.optimiser import Optimiser
+from sfumato.training.optimisers import OPTIMIZERS, spec_of
 from sfumato.training.rounding import round_stochastically
 from sfumato.training.schedule import SCHEDULES, factor
-from sfumato.training.settings import OPTIMIZERS, TrainSettings
+from sfumato.training.settings import TrainSettings
 
 HAS_PACKAGE = importlib.util.find_spec("pytorch_optimizer") is not None
 RATES = {"lion": 1e-3, "lion-8bit": 1e-3, "prodigy": 1.0, "muon": 3e-3}
 
 
-PACKAGES = {"prodigy": "pytorch_optimizer", "schedule-free": "pytorch_optimizer", "came": "pytorch_optimizer"}
-PACKAGES |= {"ademamix": "pytorch_optimizer", "adamw-8bit": "bitsandbytes", "lion-8bit": "bitsandbytes"}
-
-
 def available(name: str) -> str:
-    if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-        pytest.skip(f"{PACKAGES[name]} is not installed")
-    if "paged" in name and not torch.cuda.is_available():
+    spec = OPTIMIZERS[name]
+    if spec.package and importlib.util.find_spec(spec.package) is None:
+        pytest.skip(f"{spec.package} is not installed")
+    if spec.is_paged and not torch.cuda.is_available():
         pytest.skip("paged optimizers need a GPU")
     return name
 
@@ -59,6 +57,55 @@ def test_every_optimizer_goes_down(name: str):
             weight.grad = None
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def stepped(name: str, weight: torch.Tensor, gradients: list[torch.Tensor]) -> Optimiser:
+    """The optimizer after as many steps of one matrix as there are gradients."""
+    network = torch.nn.Linear(*weight.T.shape, bias=False)
+    network.weight.data.copy_(weight)
+    rate = RATES.get(name, 1e-2)
+    settings = TrainSettings(optimizer=name, learning_rate=rate, warmup=0, steps=100, ema=0)
+    optimiser = Optimiser(network, settings)
+    for step, gradient in enumerate(gradients):
+        network.weight.grad = gradient.clone()
+        optimiser.step(step)
+    return optimiser
+
+
+def drawn(count: int, *shape: int) -> list[torch.Tensor]:
+    return list(torch.randn(count, *shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_keeps_as_many_numbers_as_is_said_of_it(name: str):
+    """Law: what memory and checkpoints are counted by is what the optimizer holds after a step."""
+    weight, *gradients = drawn(3, 512, 512)
+    held, _ = stepped(available(name), weight, gradients).state()
+    states = sum(tensor.nbytes for tensor in held.values()) / weight.nbytes
+    assert states == pytest.approx(OPTIMIZERS[name].states, abs=0.03)
+
+
+@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if spec.is_elementwise])
+def test_an_elementwise_optimizer_moves_rows_alone_as_it_moves_the_matrix(name: str):
+    """Law: what may be divided among processes does not notice it."""
+    weight, *gradients = drawn(4, 6, 5)
+
+    def end(rows: slice) -> torch.Tensor:
+        optimiser = stepped(available(name), weight[rows], [one[rows] for one in gradients])
+        return optimiser.parts[0].param_groups[0]["params"][0].detach()
+
+    torch.testing.assert_close(torch.cat([end(slice(0, 2)), end(slice(2, 6))]), end(slice(0, 6)))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_averages_by_itself_if_it_is_said_to(name: str):
+    assert stepped(available(name), *drawn(1, 4, 4), []).averages == OPTIMIZERS[name].keeps_average
+
+
+def test_of_ones_own_optimizer_is_known_what_most_have_in_common():
+    assert spec_of("mine.py:make").states == 2 and spec_of("mine.py:make").bytes_per_weight == 20
+    with pytest.raises(Refused, match="adamw"):
+        spec_of("adamv")
 
 
 @pytest.mark.skipif(HAS_PACKAGE, reason="pytorch-optimizer is installed")

@@ -26,7 +26,12 @@ Regions = Annotated[
 Negative = Annotated[str, typer.Option(metavar="TEXT", help="What to lean away from.")]
 Count = Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")]
 Seed = Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")]
-Side = Annotated[int, typer.Option(metavar="N", min=0, help="Pixels; 0 is what it was trained at.")]
+Width = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Pixels in a row; 0 is what the model was trained at.")
+]
+Height = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Rows of pixels; 0 is what the model was trained at.")
+]
 Formats = Annotated[
     Optional[list[str]],
     typer.Option(metavar="KIND", help="png, webp; of clips mp4, webp, frames; repeat it for several."),
@@ -84,9 +89,21 @@ Controls = Annotated[
 ControlFrom = Annotated[
     str, typer.Option(metavar="KIND", help="Make it of the file first: sketch, canny or soft-edge.")
 ]
-Numbers = Annotated[
+ControlWeights = Annotated[
     Optional[list[float]],
-    typer.Option(metavar="X", help="Of the control; repeat it, one for each ControlNet."),
+    typer.Option(metavar="X", help="How strongly a control acts; default 1; repeat it, one for each."),
+]
+ControlStarts = Annotated[
+    Optional[list[float]],
+    typer.Option(
+        metavar="X", help="Share of the steps before a control begins; default 0; repeat it, one for each."
+    ),
+]
+ControlEnds = Annotated[
+    Optional[list[float]],
+    typer.Option(
+        metavar="X", help="Share of the steps after which a control ends; default 1; repeat it, one for each."
+    ),
 ]
 References = Annotated[
     Optional[list[Path]],
@@ -95,7 +112,14 @@ References = Annotated[
 ReferenceScale = Annotated[
     Optional[float], typer.Option(metavar="X", help="How strongly the reference acts; default 1.")
 ]
-Share = Annotated[Optional[float], typer.Option(metavar="X", help="Of the steps in which it acts, 0 to 1.")]
+ReferenceStart = Annotated[
+    Optional[float],
+    typer.Option(metavar="X", help="Share of the steps before the reference begins to act; default 0."),
+]
+ReferenceEnd = Annotated[
+    Optional[float],
+    typer.Option(metavar="X", help="Share of the steps after which the reference has acted; default 1."),
+]
 Init = Annotated[
     Optional[Path],
     typer.Option(metavar="FILE", help="The picture to start from; for models of clips also a clip."),

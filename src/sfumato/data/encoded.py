@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 import xxhash
@@ -25,16 +25,6 @@ T = TypeVar("T")
 NO_LABEL = -1
 NO_CAPTION = ("", "")
 REMEMBERED = 4096  # captions whose tensors stay in memory
-
-
-class Reader(Protocol):
-    """What training needs of data: length, shapes, batches."""
-
-    buckets: list[tuple[int, ...]]
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int], seed: int, epoch: int) -> "Batch": ...
 
 
 @dataclass(frozen=True)

@@ -183,9 +183,3 @@ def fit(image: Image.Image, width: int, height: int) -> Tensor:
 def to_pixels(picture: Tensor) -> Tensor:
     """uint8 0 … 255 → float32 −1 … 1, any shape."""
     return picture.float() / 127.5 - 1
-
-
-def to_picture(pixels: Tensor) -> Image.Image:
-    """Pixels [3, H, W] in [−1, 1], clamped → a PIL picture."""
-    levels = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).numpy())

@@ -19,7 +19,8 @@ from sfumato.errors import Refused
 
 from .sample import HELD_OUT, TRAIN, Collection, Sample
 
-LICENCE = "Pictures: OpenMoji, https://openmoji.org, CC BY-SA 4.0."
+LICENSE = "Pictures: OpenMoji, https://openmoji.org, CC BY-SA 4.0."
+"""What a page that shows them has to say."""
 SKIN_TONE = re.compile("[\U0001f3fb-\U0001f3ff]")
 
 _UNSEEN = """

@@ -62,20 +62,6 @@ def open(
     return replace(found, samples=split(found.samples, held_out))
 
 
-def several(
-    parts: Mapping[str | Path, float],
-    captions: str = "files",
-    held_out: float = 0.05,
-    companions: Sequence[str] = (),
-) -> Collection:
-    """Several data sets as one; each sample is shown so many times an epoch as its set's number says.
-
-    A number need not be whole: 0.5 shows half of a set in one epoch, the other half in the next. Give
-    `EncodedSet.repeats` to `Order`. Names begin with the set's own, so that none is lost.
-    """
-    return joined([(open(path, captions, held_out, companions=companions), n) for path, n in parts.items()])
-
-
 def joined(parts: Sequence[tuple[Collection, float]]) -> Collection:
     """Collections as one, each with its number of repeats."""
     whole = Collection(" + ".join(found.name for found, _ in parts), [])

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from ..data.openmoji import LICENSE
 from ..data.sample import Collection
 from ..errors import Refused, one_of
 from ..generation import PaintingModel
@@ -88,6 +89,8 @@ def walk(
         folder.event("phase", name="generate", seconds=seconds["generate"])
         told = {"accuracy": accuracy, "notes": notes, "seconds": seconds, "peak_memory_gb": peak}
         folder.event("demo_evaluation", step=trained.step, **told)
+        if data.startswith("openmoji") and LICENSE not in [one.get("text") for one in folder.events()]:
+            folder.event("note", text=LICENSE)
         report.write(folder)
     found = {"data": data, "seconds": seconds, "accuracy": accuracy, "peak_memory_gb": peak}
     return {**found, "report": str(folder.report)}

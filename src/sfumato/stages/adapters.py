@@ -184,27 +184,6 @@ def state(network: nn.Module, name: str = NAME) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False))
 
 
-def fill(
-    network: nn.Module, tensors: Mapping[str, Tensor], name: str = NAME, source: Any = "the file"
-) -> None:
-    """Put tensors under peft's names into an adapter that is attached; every name and shape must match.
-
-    Raises:
-        Refused: naming the first that do not.
-    """
-    from peft import set_peft_model_state_dict
-
-    own = state(network, name)
-    strange = sorted(own.keys() ^ tensors.keys())
-    strange = strange or sorted(key for key, tensor in tensors.items() if own[key].shape != tensor.shape)
-    if strange:
-        raise Refused(
-            f'{source} is the adapter of another network or another plan: "{strange[0]}" differs '
-            f"({len(strange)} of {len(own)})."
-        )
-    set_peft_model_state_dict(network, dict(tensors), adapter_name=name)
-
-
 def scale(network: nn.Module, factor: float, name: str = NAME) -> None:
     """Give the adapter `factor` times its trained strength; 0 is the base itself, bit for bit."""
     for _, layer in adapted(network):

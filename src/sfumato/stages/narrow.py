@@ -126,8 +126,3 @@ def store(network: nn.Module, form: str) -> torch.dtype | None:
             "blocks. Leave model.base_quantization out."
         )
     return None
-
-
-def stored_bytes(network: nn.Module) -> int:
-    """Bytes that weights and codes take."""
-    return sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])

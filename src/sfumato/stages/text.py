@@ -110,10 +110,6 @@ class TextConditioner(Conditioner):
         """What the encoder makes of the empty prompt."""
         return self([""] * count)
 
-    def count_tokens(self, prompt: str) -> int:
-        """How many tokens the prompt has before anything is cut off."""
-        return len(self.tokenizer(prompt)["input_ids"])
-
 
 def summary(tokens: Tensor, mask: Tensor, waves: int) -> Tensor:
     """The mean of the tokens, and their means weighted by waves over the prompt: [B, (1 + 2·waves)·D].

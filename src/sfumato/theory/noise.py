@@ -52,18 +52,6 @@ def uniform(
     return (((words[:, 0] >> 5 << 26) + (words[:, 1] >> 6)).double() + 0.5) * 2.0**-53
 
 
-def integers(
-    high: int,
-    seed: Seed,
-    samples: Sequence[int],
-    step: int = 0,
-    purpose: str = "choice",
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """One integer in [0, high) per sample, [B] int64."""
-    return (uniform(seed, samples, step, purpose, device) * high).long().clamp_(max=high - 1)
-
-
 def permutation(count: int, seed: int, purpose: str = "order", epoch: int = 0) -> Tensor:
     """The numbers 0 … count − 1 in a random order, [count] int64."""
     words = _words((count + 1) // 2, seed, [0], epoch, purpose, None)[0]

@@ -9,8 +9,6 @@ Samples = Float[Tensor, "batch *rest"]
 """A batch of states, pictures or noise."""
 Anything = Float[Tensor, "..."]
 """Floating point, of any shape; a function that takes it speaks for itself about shapes."""
-Times = Float[Tensor, " batch"]
-"""One time per sample."""
 Grid = Float[Tensor, "*batch nodes"]
 """Times to sample at, from noise to data: [steps + 1], or [B, steps + 1] with a row per sample."""
 

@@ -126,17 +126,6 @@ def _miss(
 # ---------------------------------------------------------------- curves
 
 
-def coefficients(theory: Theory, count: int = 101) -> dict[str, list[float]]:
-    """t, a, s, p, q, det, log_snr, angle and clock, [count] each; values that are not finite are nan."""
-    t = torch.linspace(theory.t_data, theory.t_noise, count, dtype=torch.float64)
-    (a, s), (p, q) = theory.data(t), theory.model(t)
-    curves = {
-        "t": t, "a": a, "s": s, "p": p, "q": q, "det": a * q - s * p,
-        "log_snr": theory.log_snr(t), "angle": theory.angle(t), "clock": theory.clock(t),
-    }  # fmt: skip
-    return {name: _plain(curve) for name, curve in curves.items()}
-
-
 def trajectories(theory: Theory, samples: int = 24, steps: int = 60, seed: int = 0) -> dict[str, Any]:
     """Paths in one dimension, from noise to two modes: {"t": [steps + 1], "x": [samples][steps + 1]}."""
     data = oracle.mixture([[-1.0], [0.8]], 0.01, [0.4, 0.6])

@@ -13,9 +13,10 @@ from typing import Any
 
 from sfumato.errors import Refused
 
+from .optimisers import spec_of
 from .plan import Counted, Memory
 from .settings import TrainSettings
-from .strategy import ELEMENTWISE, Strategy
+from .strategy import Strategy
 
 RESERVE = 0.06
 """Of the memory, what is left to the allocator's gaps and the driver."""
@@ -126,8 +127,9 @@ def ways(count: Callable[[int], Counted], settings: TrainSettings, options: Opti
 def _clash(chosen: Mapping[str, Any]) -> bool:
     """Whether a combination would be refused: divided weights are float32 and move by elementwise rules."""
     is_divided = chosen.get("train.parallel") in ("fsdp", "hsdp")
-    narrow = chosen.get("train.weight_dtype", "fp32") != "fp32" or "8bit" in chosen.get("train.optimizer", "")
-    return is_divided and (narrow or chosen.get("train.offload", False))
+    narrow = chosen.get("train.weight_dtype", "fp32") != "fp32"
+    whole = not spec_of(chosen.get("train.optimizer", "adamw")).is_elementwise
+    return is_divided and (narrow or whole or chosen.get("train.offload", False))
 
 
 def _parallel(settings: TrainSettings, options: Options) -> list[str]:
@@ -135,7 +137,7 @@ def _parallel(settings: TrainSettings, options: Options) -> list[str]:
     if settings.parallel != "auto":
         return [settings.parallel]
     divided = ["hsdp", "fsdp"] if 1 < options.within < options.processes else ["fsdp"]
-    return ["ddp", *(divided if settings.optimizer in ELEMENTWISE else [])]
+    return ["ddp", *(divided if spec_of(settings.optimizer).is_elementwise else [])]
 
 
 def _way(chosen: dict[str, Any], counted: Counted, settings: TrainSettings, options: Options) -> Way:

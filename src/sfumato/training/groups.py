@@ -4,16 +4,19 @@ Matrices decay, vectors do not. `train.lr_multipliers = {"blocks.*.modulation.*"
 multiplies the learning rate of the weights whose names match; the first pattern that matches counts.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import Refused
 
-from .settings import TrainSettings
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .settings import TrainSettings
 
 Groups = list[dict[str, Any]]
 

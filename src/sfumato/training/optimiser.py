@@ -14,15 +14,13 @@ from sfumato.errors import Failed, Refused
 
 from .average import trained
 from .groups import check
-from .optimisers import build
+from .optimisers import build, spec_of
 from .rounding import Rounding
 from .schedule import factor
 from .settings import TrainSettings
 
 FROM_SETTINGS = {"params", "lr", "weight_decay", "initial_lr"}
 """Entries of a parameter group that the recipe decides, on a resumed run too."""
-OF_ITS_OWN = ("prodigy", "schedule-free")
-"""Optimizers that must see all weights at once, or that keep an average in them."""
 
 
 class Optimiser:
@@ -40,7 +38,7 @@ class Optimiser:
         check(named, settings.lr_multipliers)
         self.rounding: Rounding | None = None
         if any(weight.dtype == torch.bfloat16 for weight in named.values()):
-            if settings.optimizer in OF_ITS_OWN:
+            if spec_of(settings.optimizer).needs_float32:
                 raise Refused(
                     f'train.optimizer = "{settings.optimizer}" needs weights in float32. Say '
                     'train.weight_dtype = "fp32", or choose adamw, lion, muon or adafactor.'

@@ -1,43 +1,57 @@
-"""The optimizers there are, each a short recipe of how it treats matrices and the rest.
+"""The optimizers there are: a short recipe of how each treats matrices and the rest, and a table of facts.
 
 A recipe takes the weights by name and the settings, and gives the list of optimizers that together step
 all of them. PyTorch's own where it has one, else pytorch-optimizer's, bitsandbytes' for states of 8 bits
-and states that move to host memory.
+and states that move to host memory. The table is all that settings, memory and processes ask of an optimizer;
+torch is imported by the recipes alone, so that a run's recipe is read without it.
 """
 
-from collections.abc import Callable, Mapping
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from sfumato.errors import Refused, one_of
 from sfumato.own import is_own, load_own
 
-from .groups import Groups, grouped
-from .settings import TrainSettings
+from .groups import grouped
 
-Named = Mapping[str, Tensor]
-Optimizers = list[torch.optim.Optimizer]
+if TYPE_CHECKING:
+    import torch
+
+    from .settings import TrainSettings
+
+Named: TypeAlias = "Mapping[str, torch.Tensor]"
+Optimizers: TypeAlias = "list[torch.optim.Optimizer]"
 BETAS = (0.9, 0.99)
 
 
 def adamw(named: Named, settings: TrainSettings) -> Optimizers:
     """AdamW in one fused kernel (arXiv:1711.05101)."""
+    import torch
+
     return [torch.optim.AdamW(grouped(named, settings), lr=settings.learning_rate, betas=BETAS, fused=True)]
 
 
 def adafactor(named: Named, settings: TrainSettings) -> Optimizers:
     """Adafactor: the second moment of a matrix as a row and a column (arXiv:1804.04235)."""
+    import torch
+
     return [torch.optim.Adafactor(grouped(named, settings), lr=settings.learning_rate)]
 
 
 def lion(named: Named, settings: TrainSettings) -> Optimizers:
     """Lion; it wants a learning rate three to ten times below AdamW's."""
+    from .lion import Lion
+
     return [Lion(grouped(named, settings), lr=settings.learning_rate)]
 
 
 def muon(named: Named, settings: TrainSettings) -> Optimizers:
     """Muon for matrices, scaled to AdamW's learning rates (arXiv:2502.16982); AdamW for the rest."""
+    import torch
+
     parts: Optimizers = []
     matrices = {name: weight for name, weight in named.items() if weight.ndim == 2}
     others = {name: weight for name, weight in named.items() if weight.ndim != 2}
@@ -72,12 +86,12 @@ def ademamix(named: Named, settings: TrainSettings) -> Optimizers:
     return [_from("pytorch_optimizer", "AdEMAMix")(grouped(named, settings), lr=settings.learning_rate)]
 
 
-def _bits_and_bytes(kind: str, paged: bool) -> Callable[[Named, TrainSettings], Optimizers]:
+def _bits_and_bytes(kind: str) -> Callable[[Named, TrainSettings], Optimizers]:
     """A recipe for one of bitsandbytes' optimizers (arXiv:2110.02861)."""
 
     def recipe(named: Named, settings: TrainSettings) -> Optimizers:
         device = next(iter(named.values())).device
-        if paged and device.type != "cuda":
+        if kind.startswith("Paged") and device.type != "cuda":
             raise Refused(
                 f"A paged optimizer moves its state between GPU and host memory; this run is on {device}. "
                 "Choose train.optimizer = adamw or adamw-8bit, or a machine with a GPU."
@@ -104,60 +118,82 @@ def _from(module: str, name: str) -> Callable[..., torch.optim.Optimizer]:
     return getattr(made, name)
 
 
-OPTIMIZERS: dict[str, Callable[[Named, TrainSettings], Optimizers]] = {
-    "adamw": adamw,
-    "adafactor": adafactor,
-    "lion": lion,
-    "muon": muon,
-    "prodigy": prodigy,
-    "schedule-free": schedule_free,
-    "came": came,
-    "ademamix": ademamix,
-    "adamw-8bit": _bits_and_bytes("AdamW8bit", paged=False),
-    "lion-8bit": _bits_and_bytes("Lion8bit", paged=False),
-    "adamw-paged": _bits_and_bytes("PagedAdamW32bit", paged=True),
-    "adamw-8bit-paged": _bits_and_bytes("PagedAdamW8bit", paged=True),
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """All that is known of an optimizer outside of it.
+
+    Args:
+        build: the optimizers that together step the weights given by name.
+        states: float32 numbers it keeps for each weight.
+        temporary: those it needs for each weight while it steps, when the activations are gone.
+        is_elementwise: it moves each number by its own history alone, so that rows can be moved apart.
+        is_paged: its numbers lie in host memory.
+        keeps_average: it holds the average that is drawn with, and no other is kept beside it.
+        needs_float32: it must see all weights at once, or keeps an average in them.
+        package: where it comes from, if not from torch or from here.
+    """
+
+    build: Callable[[Named, TrainSettings], Optimizers]
+    states: float = 2
+    temporary: float = 0
+    is_elementwise: bool = False
+    is_paged: bool = False
+    keeps_average: bool = False
+    needs_float32: bool = False
+    package: str = ""
+
+    @property
+    def states_on_device(self) -> float:
+        """Of `states`, those that take the device's memory."""
+        return 0 if self.is_paged else self.states
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Bytes of a trained number in float32: the weight, its gradient, the states, and the average."""
+        return 4 * (2 + self.states_on_device + (not self.keeps_average))
+
+
+TORCH, BNB = "pytorch_optimizer", "bitsandbytes"
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adamw": OptimizerSpec(adamw, is_elementwise=True),
+    "adafactor": OptimizerSpec(adafactor, states=0.01),
+    "lion": OptimizerSpec(lion, states=1, temporary=1, is_elementwise=True),
+    "muon": OptimizerSpec(muon, states=1),
+    "prodigy": OptimizerSpec(prodigy, states=4, needs_float32=True, package=TORCH),
+    "schedule-free": OptimizerSpec(
+        schedule_free, is_elementwise=True, keeps_average=True, needs_float32=True, package=TORCH
+    ),
+    "came": OptimizerSpec(came, states=1.01, package=TORCH),
+    "ademamix": OptimizerSpec(ademamix, states=3, is_elementwise=True, package=TORCH),
+    "adamw-8bit": OptimizerSpec(_bits_and_bytes("AdamW8bit"), states=0.52, package=BNB),
+    "lion-8bit": OptimizerSpec(_bits_and_bytes("Lion8bit"), states=0.26, package=BNB),
+    "adamw-paged": OptimizerSpec(_bits_and_bytes("PagedAdamW32bit"), is_paged=True, package=BNB),
+    "adamw-8bit-paged": OptimizerSpec(
+        _bits_and_bytes("PagedAdamW8bit"), states=0.52, is_paged=True, package=BNB
+    ),
 }
 
 
+def spec_of(name: str) -> OptimizerSpec:
+    """What is known of an optimizer; of `file.py:name` what most have in common.
+
+    Raises:
+        Refused: unknown.
+    """
+    if is_own(name):
+        return OptimizerSpec(_own, is_elementwise=True)
+    return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)]
+
+
+def _own(named: Named, settings: TrainSettings) -> Optimizers:
+    """A user's own, which is called with (parameter groups, lr=…)."""
+    return [load_own(settings.optimizer)(grouped(named, settings), lr=settings.learning_rate)]
+
+
 def build(named: Named, settings: TrainSettings) -> Optimizers:
-    """The optimizers the settings name; `file.py:name` is called with (parameter groups, lr=…).
+    """The optimizers the settings name.
 
     Raises:
         Refused: unknown, its package is missing, or the machine cannot.
     """
-    name = settings.optimizer
-    if is_own(name):
-        made = load_own(name)
-        return [made(grouped(named, settings), lr=settings.learning_rate)]
-    return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)](named, settings)
-
-
-class Lion(torch.optim.Optimizer):
-    """w ← (1 − η·decay)·w − η·sign(β₁·m + (1 − β₁)·g),  m ← β₂·m + (1 − β₂)·g.
-
-    Source: Chen et al. 2023, arXiv:2302.06675, algorithm 2.
-    """
-
-    def __init__(
-        self, params: Groups, lr: float, betas: tuple[float, float] = BETAS, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Move all weights that have a gradient."""
-        for group in self.param_groups:
-            moving = [weight for weight in group["params"] if weight.grad is not None]
-            if not moving:
-                continue
-            gradients = [weight.grad for weight in moving]
-            momenta = [
-                self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in moving
-            ]
-            (now, later), rate = group["betas"], group["lr"]
-            ways = torch._foreach_lerp(gradients, momenta, now)  # pyright: ignore[reportPrivateImportUsage]
-            torch._foreach_mul_(moving, 1 - rate * group["weight_decay"])  # pyright: ignore[reportPrivateImportUsage]
-            torch._foreach_sign_(ways)  # pyright: ignore[reportPrivateImportUsage]
-            torch._foreach_add_(moving, ways, alpha=-rate)  # pyright: ignore[reportPrivateImportUsage]
-            torch._foreach_lerp_(momenta, gradients, 1 - later)  # pyright: ignore[reportPrivateImportUsage]
+    return spec_of(settings.optimizer).build(named, settings)

@@ -17,27 +17,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .average import trained
+from .optimisers import spec_of
 from .parallel import Division, Processes
 from .settings import TrainSettings
 from .strategy import Strategy
 
-STATES = {
-    "adamw": 2,
-    "lion": 1,
-    "muon": 1,
-    "adafactor": 0.01,
-    "prodigy": 4,
-    "schedule-free": 2,
-    "came": 1.01,
-    "ademamix": 3,
-    "adamw-8bit": 0.52,
-    "lion-8bit": 0.26,
-    "adamw-paged": 0,
-    "adamw-8bit-paged": 0,
-}
-"""float32 numbers an optimizer keeps for each weight on the device."""
-TEMPORARY = {"lion": 1}
-"""float32 numbers an optimizer needs for each weight while it steps, when the activations are gone."""
 FORWARD_AND_BACKWARD = 3
 BESIDE_PRODUCTS = 1.35
 """A step's time over that of its matrix products, as measured on CPUs."""
@@ -108,17 +92,18 @@ class Counted:
 
         Of processes that share each sample (`context`) each keeps the activations of its tokens.
         """
+        optimizer = spec_of(settings.optimizer)
         wide = 4 * self.numbers - (2 * self.matrices if settings.weight_dtype != "fp32" else 0)
         masters = 4 * self.matrices if settings.weight_dtype == "bf16-masters" else 0
         again = self.blocks[::recomputed_every] if recomputed_every else ()
         kept = self.kept - sum(max(0, saved - given) for saved, given in again)
         kept += max((saved for saved, _ in again), default=0)
-        kept = max(kept // settings.context_parallel, 4 * TEMPORARY.get(settings.optimizer, 0) * self.numbers)
+        kept = max(kept // settings.context_parallel, int(4 * optimizer.temporary * self.numbers))
         averages = bool(settings.ema) + 2 * (bool(settings.ema_snapshot_every) and self.host)
         return Memory(
             weights=wide + self.frozen,
             gradients=wide,
-            optimizer=int(STATES.get(settings.optimizer, 2) * 4 * self.numbers) + masters,
+            optimizer=int(optimizer.states_on_device * 4 * self.numbers) + masters,
             average=4 * self.numbers * averages,
             activations=kept,
             scratch=4 * self.scratch // settings.context_parallel,

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 from sfumato.settings import Table, key
 
+from .optimisers import OPTIMIZERS
+
 DENSITIES = ("uniform", "logit-normal", "log-normal", "log-snr", "cosmap", "mode")
 WEIGHTINGS = ("none", "min-snr", "edm", "sigmoid", "p2", "debiased")
-OPTIMIZERS = (
-    *("adamw", "adafactor", "lion", "muon", "prodigy", "schedule-free", "came", "ademamix"),
-    *("adamw-8bit", "lion-8bit", "adamw-paged", "adamw-8bit-paged"),
-)
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,13 @@ import torch
 from torch import nn
 
 from sfumato.errors import Refused
-from sfumato.own import is_own
 
+from .optimisers import OPTIMIZERS, spec_of
 from .parallel import Processes
 from .settings import TrainSettings
 
-ELEMENTWISE = ("adamw", "lion", "ademamix", "schedule-free")
-"""Optimizers that move each number by its own history alone, so that rows can be moved apart."""
 ROOM = 0.3
 """The share of a device's memory that weights, gradients, moments and averages may take in whole copies."""
-BYTES = {"adamw": 20, "lion": 16, "ademamix": 24, "schedule-free": 16}
-"""Of a trained number: the weight, its gradient, the optimizer's state and the average, in float32."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ def _suitable(settings: TrainSettings, network: nn.Module, count: int) -> Strate
     everything = sum(weight.numel() for weight in network.parameters())
     if trained < everything / 10:
         return Strategy("ddp", f"an adapter: {trained / max(1, everything):.1%} of the weights are trained")
-    need = trained * BYTES.get(settings.optimizer, 20)
+    need = trained * spec_of(settings.optimizer).bytes_per_weight
     memory = memory_of(next(network.parameters()).device) / processes_here(count, network)
     said = f"weights, gradients and moments are {need / 1e9:.2g} GB of a device's {memory / 1e9:.2g} GB"
     if need <= ROOM * memory:
@@ -104,10 +100,11 @@ def _check(settings: TrainSettings) -> None:
             f'train.precision says so; train.weight_dtype = "{settings.weight_dtype}" is not needed with it. '
             'Say train.weight_dtype = "fp32", or train.parallel = "ddp".'
         )
-    if settings.optimizer not in ELEMENTWISE and not is_own(settings.optimizer):
+    if not spec_of(settings.optimizer).is_elementwise:
+        possible = ", ".join(name for name, one in OPTIMIZERS.items() if one.is_elementwise)
         raise Refused(
             f'train.optimizer = "{settings.optimizer}" looks at whole matrices, of which each process of '
-            f'train.parallel = "{name}" has some rows. Choose {", ".join(ELEMENTWISE)}, or '
+            f'train.parallel = "{name}" has some rows. Choose {possible}, or '
             'train.parallel = "ddp".'
         )
     if settings.offload:

@@ -18,6 +18,7 @@ from ..studio.page import duration
 from ..training import checkpoint, parallel, probing, saving, strategy
 from ..training import plan as planning
 from ..training.device import free_bytes
+from ..training.optimisers import spec_of
 from ..training.parallel import Division, Processes
 from . import ahead, guided, showing
 
@@ -195,7 +196,7 @@ def checkpoint_bytes(recipe: Recipe, trained: int) -> int:
 def saved_bytes(recipe: Recipe, trained: int) -> int:
     """Bytes of one checkpoint."""
     train = recipe.train
-    state = planning.STATES.get(train.optimizer, 2) or 2  # what a paged one keeps elsewhere is saved too
+    state = spec_of(train.optimizer).states  # what a paged one keeps elsewhere is saved too
     return int(trained * FLOAT * (1 + state + bool(train.ema) + 2 * bool(train.ema_snapshot_every)))
 
 
