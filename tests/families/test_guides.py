@@ -131,7 +131,7 @@ def test_a_new_controlnet_leaves_the_picture_as_it_is(name, folders):
 def test_a_controlnet_draws_as_its_pipeline_does(name, folders, tmp_path, modal):
     """Law: what we train and export, diffusers' pipeline loads, and draws the same."""
     model = sfumato.load(folders(name))
-    whole = hasattr(model.denoiser.network, "down_blocks")
+    whole = hasattr(model.denoiser.backbone, "down_blocks")
     guided = guide(model, [GuidePlan("controlnet", layers=0 if whole else 2)])
     net: Any = guided.listed[0].net
     net.load_state_dict({k: v * 0.3 for k, v in seeded(net, name).state_dict().items()})
@@ -175,7 +175,7 @@ def test_several_controlnets_add_up_as_in_their_pipeline(folders, tmp_path):
     model = sfumato.load(folders(name))
     nets = []
     for number in range(2):
-        net = seeded(diffusers.ControlNetModel.from_unet(model.denoiser.network), f"net {number}")
+        net = seeded(diffusers.ControlNetModel.from_unet(model.denoiser.backbone), f"net {number}")
         net.save_pretrained(tmp_path / str(number))
         nets.append(net)
     for number in range(2):
@@ -195,7 +195,7 @@ def test_a_controlnet_of_the_whole_picture_speaks_beside_the_prompt_alone(folder
     """Law: one that pools its answers (shuffle) adds nothing beside the negative, as in its pipeline."""
     name = "stable-diffusion-1.5"
     model = sfumato.load(folders(name))
-    net = diffusers.ControlNetModel.from_unet(model.denoiser.network)
+    net = diffusers.ControlNetModel.from_unet(model.denoiser.backbone)
     net.register_to_config(global_pool_conditions=True)
     seeded(net, name).save_pretrained(tmp_path / "shuffle")
     attach(model, tmp_path / "shuffle")
@@ -268,7 +268,7 @@ def test_an_ip_adapter_draws_as_its_pipeline_does(name, folders, tmp_path):
     adapter, features = looking(model, 24, rows)
     gentle = {"reference_scale": 0.0} if name.startswith("stable-diffusion-3") else {}
     assert model.generate([PROMPT], reference=drawing(), **gentle, **options)[0].tobytes() == before
-    network = model.denoiser.network
+    network = model.denoiser.backbone
     for number, part in enumerate(adapter.parts(network)):
         seeded(part, f"{name} {number}")
     ip_adapters.write(adapter, model.denoiser.base, tmp_path / "ip-adapter.safetensors")
@@ -326,13 +326,13 @@ def test_an_added_ip_adapter_sees_as_its_pipeline_does(name, folders, tmp_path):
     looks.save_pretrained(tmp_path / "image_encoder")
     model = sfumato.load(folders(name))
     adapter, _ = looking(model, 24, 1)
-    for number, part in enumerate(adapter.parts(model.denoiser.network)):
+    for number, part in enumerate(adapter.parts(model.denoiser.backbone)):
         seeded(part, f"{name} {number}")
     file = tmp_path / "ip-adapter.safetensors"
     ip_adapters.write(adapter, model.denoiser.base, file)
     if plus:
         kept = {n: one for n, one in load_file(file).items() if not n.startswith("image_proj")}
-        save_file(kept | resampler(16, model.denoiser.network.config.cross_attention_dim), file)
+        save_file(kept | resampler(16, model.denoiser.backbone.config.cross_attention_dim), file)
     pipe = opened(folders(name), image_encoder=eye, feature_extractor=looks)
     word = (
         "image_encoder_pretrained_model_name_or_path" if name.startswith("flux") else "image_encoder_folder"
