@@ -1,13 +1,58 @@
-"""Every test runs on one thread, offline, with tensor shapes checked on each call."""
+"""Every test runs on one thread, offline, with tensor shapes checked on each call, in a precision it states.
+
+What `precision = "auto"` means depends on the processor; here it does not. It is float32, or what a test's
+marker says: `@pytest.mark.precisions("fp32", "bf16")` runs it in each. `--precision bf16` is for looking at
+all others in bf16. Processes that a test starts inherit it.
+"""
 
 import os
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("sfumato.theory", "beartype.beartype")
 
 import torch  # noqa: E402
 
+from sfumato.training.precision import AUTO_PRECISION, PRECISIONS  # noqa: E402
+
 torch.set_num_threads(1)
+
+MOST_WORKERS = 8
+"""Tests at once, whatever the machine has: each worker holds torch and half a gigabyte."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--precision",
+        choices=PRECISIONS[1:],
+        default="fp32",
+        help='what precision = "auto" means in tests that do not state theirs',
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ[AUTO_PRECISION] = config.getoption("--precision")  # for fixtures that many tests share
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("precisions")
+    if marker is not None:
+        metafunc.parametrize("precision", marker.args, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What "auto" means in this test and in the processes it starts; torch's own draws begin anew."""
+    torch.manual_seed(0)
+    found = getattr(request, "param", request.config.getoption("--precision"))
+    monkeypatch.setenv(AUTO_PRECISION, found)
+    return found
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One for each core this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)

@@ -155,14 +155,14 @@ def test_what_cannot_be_trained_on_clips_is_refused(recipe, change, words):
 def test_killed_among_clips_and_stills_a_run_ends_with_the_same_bits(recipe, tmp_path):
     """Law: SIGKILL costs no bit, with frames' own times, known frames and pictures between clips."""
     keys = ("train.steps=12", "train.save_every=3")
-    killed = subprocess.Popen(
-        [sys.executable, "-m", "sfumato", "train", str(recipe), *keys, "output=killed"],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "sfumato", "train", str(recipe), *keys, "output=killed"]
+    said = tmp_path / "said.txt"
+    with said.open("w") as words:
+        killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=words)
     while killed.poll() is None and not list((tmp_path / "killed" / "checkpoints").glob("step-*")):
         time.sleep(0.01)
     killed.kill()
-    assert killed.wait() == -signal.SIGKILL
+    assert killed.wait() == -signal.SIGKILL, said.read_text()
     assert sfumato("train", recipe, *keys, "output=killed").code == 0
     events = [json.loads(line) for line in (tmp_path / "killed" / "events.jsonl").read_text().splitlines()]
     assert [one["resumed"] for one in events if one["kind"] == "start"] == [False, True]

@@ -1,8 +1,5 @@
 """Laws: a family is trained alike by one process, by two that divide it and by two that share its samples."""
 
-import multiprocessing
-import os
-import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -10,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch._dynamo
-import torch.distributed.fsdp
 
 import sfumato
 from sfumato.errors import Refused
 from sfumato.record import RunFolder
 from sfumato.training import checkpoint, parallel
+from workers import spread
 
 from .test_training import SHOWN, write_recipe
 from .zoo import ZOO
@@ -25,26 +20,12 @@ from .zoo import ZOO
 LORA = ('train = "lora"', "rank = 2")
 
 
-def work(rank: int, port: int, recipe: Path, overrides: list[str]) -> None:
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with parallel.joined("cpu"):
-        sfumato.train(recipe, overrides, say=lambda sentence: None)
+def work(recipe: Path, overrides: list[str]) -> None:
+    sfumato.train(recipe, overrides, say=lambda sentence: None)
 
 
 def train_on_two(recipe: Path, *overrides: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=work, args=(rank, port, recipe, list(overrides))) for rank in (0, 1)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(300)
-        assert worker.exitcode == 0
+    spread(2, work, recipe, list(overrides))
 
 
 def distance(recipe: Path, folder: Path, *many: str) -> float:

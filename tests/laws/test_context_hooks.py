@@ -16,11 +16,11 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from training_processes import spread
 
 from sfumato.errors import Refused
 from sfumato.stages import blocks, hooked
 from sfumato.training import parallel
+from workers import spread
 
 
 def noise(*shape: int) -> Tensor:

@@ -235,7 +235,7 @@ def test_a_network_of_ones_own_is_built_saved_and_loaded(tmp_path):
 def test_saving_replaces_an_older_model_whole(tmp_path):
     settings = tiny(codec="pixels", text="none")
     model = build(settings, new_codec(settings), new_conditioner(settings))
-    model.save(tmp_path / "model")
+    save(model, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "codec")
-    model.save(tmp_path / "model")
+    save(model, tmp_path / "model")
     assert isinstance(load(tmp_path / "model"), Model)

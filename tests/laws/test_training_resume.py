@@ -29,6 +29,7 @@ def measured(folder: Path) -> list[object]:
     ("at", "number", "accumulate"),
     [(1, signal.SIGINT, 1), (5, signal.SIGTERM, 3), (7, signal.SIGINT, 2), (12, signal.SIGTERM, 1)],
 )
+@pytest.mark.precisions("fp32", "bf16", "fp16")
 def test_interrupted_and_continued_equals_uninterrupted(tmp_path, at: int, number: int, accumulate: int):
     """Law: weights, EMA, optimizer, losses and held-out losses are those of the run that ran through."""
     train(tmp_path / "through", accumulate=accumulate)
@@ -61,6 +62,7 @@ def test_interrupted_and_continued_equals_uninterrupted(tmp_path, at: int, numbe
     assert measured(tmp_path / "stopped") == measured(tmp_path / "through")
 
 
+@pytest.mark.precisions("fp32", "bf16")
 def test_a_run_lost_at_any_moment_goes_on_from_its_last_checkpoint(tmp_path):
     """Law: a crash in the middle of accumulation, of a preview or of a save costs steps, not bits."""
     train(tmp_path / "through", accumulate=2)
@@ -108,6 +110,7 @@ def test_a_signal_during_a_preview_stops_it_and_the_picture_is_drawn_later(tmp_p
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "through")
 
 
+@pytest.mark.precisions("fp32", "bf16")
 def test_more_steps_of_a_finished_run_equal_a_longer_run(tmp_path):
     train(tmp_path / "short", steps=7)
     train(tmp_path / "short", steps=12)
@@ -116,6 +119,7 @@ def test_more_steps_of_a_finished_run_equal_a_longer_run(tmp_path):
     assert train(tmp_path / "long", steps=12).resumed == 12
 
 
+@pytest.mark.precisions("fp32", "bf16")
 def test_parts_of_a_batch_add_up_to_the_batch():
     """Law: a sample's loss does not depend on the part it is computed in."""
     objective, network, _ = make()
@@ -165,6 +169,7 @@ def test_old_checkpoints_go_and_chosen_ones_stay(tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.precisions("fp32", "bf16")
 def test_a_loss_that_is_not_finite_stops_before_the_weights_move(tmp_path, accumulate: int, monkeypatch):
     original = Encoded.read
 

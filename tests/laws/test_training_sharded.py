@@ -35,6 +35,7 @@ def distance(folder: Path, other: Path) -> float:
     return (far / sum(float(tensor.double().square().sum()) for tensor in one.values())) ** 0.5
 
 
+@pytest.mark.precisions("fp32", "bf16", "fp16")
 def test_copies_and_divided_networks_are_the_run_of_one_process(tmp_path):
     """Also with a batch in parts, whose gradients are sent only once, and with a clipped norm."""
     changes = {**QUIET, "steps": 4, "clip": 0.05}
@@ -50,6 +51,7 @@ def test_copies_and_divided_networks_are_the_run_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.precisions("fp32", "bf16")
 def test_hybrid_on_four_processes_is_the_run_of_one_process(tmp_path):
     run_on(1, tmp_path / "one", accumulate=4, **QUIET)
     run_on(4, tmp_path / "four", parallel="hsdp", shard_within=2, **QUIET)
@@ -57,6 +59,7 @@ def test_hybrid_on_four_processes_is_the_run_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.precisions("fp32", "bf16")
 def test_a_run_moves_between_processes_and_strategies(tmp_path):
     """1 → 2 copies → 2 divided → 4 in two copies → 1, with measurements and snapshots on the way."""
     changes = {"held_out_every": 3, "ema_snapshots": 4}
@@ -80,6 +83,7 @@ def test_a_run_moves_between_processes_and_strategies(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["lion", "ademamix", "schedule-free"])
 @pytest.mark.slow
+@pytest.mark.precisions("fp32", "bf16")
 def test_every_elementwise_optimizer_moves_rows_as_it_moves_whole_weights(tmp_path, optimizer: str):
     changes = {**QUIET, "optimizer": optimizer, "steps": 4, "learning_rate": 1e-3}
     run_on(1, tmp_path / "one", accumulate=2, **changes)
@@ -92,6 +96,7 @@ def test_every_elementwise_optimizer_moves_rows_as_it_moves_whole_weights(tmp_pa
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.precisions("fp32", "bf16")
 def test_a_divided_run_goes_on_bit_for_bit(tmp_path):
     changes = {**QUIET, "parallel": "fsdp"}
     through = run_on(2, tmp_path / "through", steps=4, **changes)

@@ -19,6 +19,7 @@ from ..stages.scratch import new_denoiser
 from ..stages.settings import ModelSettings
 from ..theory import noise
 from ..training import device as devices
+from ..training.precision import autocast, effective_precision
 from ..training.settings import TrainSettings
 
 TEXT_WIDTH = 384
@@ -91,7 +92,7 @@ def time_steps(
     denoiser = new_denoiser(model, theory, codec, widths, frames=codec.latent_frames(frames) if frames else 0)
     x = noise.normal(shape, 0, range(settings.batch)).to(where)
     clock = torch.full((settings.batch,), 500.0, device=where)
-    cast = devices.autocast(devices.effective_precision(settings.precision, where), where)
+    cast = autocast(effective_precision(settings.precision, where), where)
 
     def loss() -> Tensor:
         with cast:

@@ -36,6 +36,17 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(along(shift, x), F.layer_norm(x, x.shape[-1:]), 1 + along(scale, x))
 
 
+class HeadNorm(nn.RMSNorm):
+    """Root-mean-square norm of queries and keys, in the precision they come in.
+
+    Under autocast they are narrower than the learned scale, which torch's fused kernel does not take.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., head] → the same, of mean square 1 times the scale."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Block(nn.Module):
     """Attention and a two-layer network, both gated by the time; the gates start at zero.
 
@@ -49,7 +60,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.text_kv = nn.Linear(width, 2 * width) if text else None
-        self.q_norm, self.k_norm = nn.RMSNorm(width // heads, eps=1e-6), nn.RMSNorm(width // heads, eps=1e-6)
+        self.q_norm, self.k_norm = (HeadNorm(width // heads, eps=1e-6) for _ in range(2))
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         nn.init.zeros_(self.modulation.weight)

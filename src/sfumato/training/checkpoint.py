@@ -255,3 +255,11 @@ def read_state(folder: Path) -> dict[str, Any]:
             "Use the version that wrote it, or a newer one."
         )
     return state
+
+
+def began_in(run: RunFolder) -> str | None:
+    """The precision of the newest checkpoint that tells it; None before the first."""
+    for folder in reversed(run.checkpoint_folders()):
+        with suppress(OSError, ValueError, KeyError):  # a damaged one is named when the run goes on
+            return str(read_state(folder)["precision"])
+    return None

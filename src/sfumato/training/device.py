@@ -1,18 +1,17 @@
-"""Where and how precisely a run computes: device, threads, autocast."""
+"""Where a run computes: its device, and the memory it keeps there."""
 
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from sfumato.errors import Refused, one_of
+from sfumato.errors import Refused
 
 MMAP_MAX, MMAP_THRESHOLD, TOP_PAD, TRIM_THRESHOLD = -4, -3, -2, -1
 """The numbers by which glibc's mallopt knows them."""
-PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def resolve(device: str) -> torch.device:
@@ -57,38 +56,6 @@ def kept_memory(device: torch.device) -> Iterator[None]:
         library.mallopt(TOP_PAD, 128 << 10)
         if hasattr(library, "malloc_trim"):
             library.malloc_trim(0)
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32 there: GPUs, and CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, ask)() for ask in asks if hasattr(torch.cpu, ask))
-
-
-def effective_precision(precision: str, device: torch.device, weights: str = "fp32") -> str:
-    """ "fp32" or "bf16": what "auto" means on this device, for weights kept so.
-
-    Raises:
-        Refused: unknown precision, or one that these weights do not have.
-    """
-    if weights != "fp32":
-        if precision == "fp32":
-            raise Refused(f'train.weights = "{weights}" computes in bf16. Leave train.precision at "auto".')
-        return "bf16"
-    if one_of("precision", precision, PRECISIONS) != "auto":
-        return precision
-    return "bf16" if has_fast_bf16(device) else "fp32"
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """The context the network's forward pass runs in; weights and loss stay float32."""
-    if precision == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def free_bytes(device: torch.device, unknown: int = 1 << 62) -> int:

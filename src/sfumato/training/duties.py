@@ -13,8 +13,8 @@ from torch import nn
 
 from sfumato.record import RunFolder
 
-from .device import autocast
 from .held import Held
+from .precision import autocast
 from .signals import Signals
 from .verdict import Verdict
 

@@ -16,8 +16,8 @@ from sfumato.record import RunFolder
 from sfumato.theory import noise
 
 from . import parallel
-from .device import autocast, effective_precision
 from .objective import DiffusionObjective, Drawn, Encoded
+from .precision import autocast, effective_precision
 
 MEASURE_SEED = 7_177
 

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from sfumato.errors import Failed
 from sfumato.record import RunFolder
 
-from . import blackbox, checkpoint, context, device, parallel, profiling, sharding, strategy, trackers
+from . import (
+    blackbox,
+    checkpoint,
+    context,
+    device,
+    parallel,
+    precision,
+    profiling,
+    sharding,
+    strategy,
+    trackers,
+)
 from .adaptive import Adaptive
 from .average import Average, OptimiserMean
 from .checkpoint import Keep
@@ -133,13 +144,16 @@ class _Loop:
         self.run = parallel.own_view(run)
         self.seed, self.say = seed, say if self.processes.leads else _nothing
         self.device = next(network.parameters()).device
-        self.precision = device.effective_precision(settings.precision, self.device, settings.weights)
+        self.precision = precision.precision_of(settings, self.device, self.run)
         self.strategy = strategy.choose(settings, network, self.processes)
         if self.strategy.is_divided:
             sharding.shard(network, self.processes, self.precision, self.strategy.within)
         self.held = Held(network, settings)
         self.optimiser, self.average, self.weights = self.held.optimiser, self.held.average, self.held.weights
-        self.asks_every_step = self.device.type == "cpu" or not self.optimiser.skips_on_device
+        self.scale = precision.LossScale(self.precision)
+        self.asks_every_step = (
+            self.device.type == "cpu" or not self.optimiser.skips_on_device or self.scale.is_needed
+        )
         self.bad = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)
         self.norm = torch.zeros((), device=self.device)
@@ -211,11 +225,11 @@ class _Loop:
         for number in self.division.mine:
             self.gradients.begin(number == self.division.mine[-1])
             torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1_009 + number) & (2**63 - 1))
-            with part("forward"), device.autocast(self.precision, self.device):
+            with part("forward"), precision.autocast(self.precision, self.device):
                 losses = self.objective.losses(self.step, number, parts)
                 share = losses.per_sample.float().sum() / losses.of
             with part("backward"):
-                share.backward()
+                (share * self.scale.value if self.scale.is_needed else share).backward()
             self.gradients.add(share.detach() / self.settings.context)
             self.seen.append(blackbox.Seen(self.step, losses.ids, losses.per_sample.detach(), losses.of))
         with part("gradients"):
@@ -224,10 +238,13 @@ class _Loop:
                 self.stops = bool(wishes)
             gradients = [weight.grad for weight in self.weights if weight.grad is not None]
             self.norm = self.gradients.norm(gradients)
-            self.judge(loss)
-            excess = self.clip(gradients)
+            moves = not self.scale.is_needed or self.unscale(gradients, loss)
+            if moves:
+                self.judge(loss)
+            excess = self.clip(gradients) if moves else None
         with part("optimizer"):
-            rate = self.optimiser.step(self.step, None if self.asks_every_step else self.bad, excess)
+            skips = None if self.asks_every_step else self.bad
+            rate = self.optimiser.step(self.step, skips, excess) if moves else 0.0
             self.gradients.clear()
         self.step += 1
         if self.adaptive is not None:
@@ -242,6 +259,19 @@ class _Loop:
                 self.step, self.settings.steps, self.phase, **figures, samples_per_second=self.speed
             )
         return rate
+
+    def unscale(self, gradients: list[Tensor], loss: Tensor) -> bool:
+        """Undo the loss's scale; whether the weights move: not where the scaled gradient overflowed."""
+        scale = self.scale.value
+        torch._foreach_mul_(gradients, 1 / scale)
+        self.norm = self.norm / scale
+        is_finite = bool(torch.isfinite(self.norm))
+        self.scale.update(is_finite)
+        if is_finite or not torch.isfinite(loss) or self.scale.is_exhausted:
+            return True  # and where it is not finite, `judge` says so
+        self.seen.clear()
+        self.run.event("note", text=f"step {self.step + 1} overflowed in fp16 and moved nothing")
+        return False
 
     def judge(self, loss: Tensor) -> None:
         """Stop before the weights move if the loss or its gradient is not finite.
@@ -322,6 +352,7 @@ class _Loop:
             "loss": [float(self.loss_sum), self.loss_count],
             "owes": self.owes,
             "precision": self.precision,
+            "loss_scale": self.scale.state(),
             "verdict": self.verdict.state(),
         }
         if self.adaptive is not None:
@@ -361,6 +392,8 @@ class _Loop:
         self.loss_sum.fill_(state["loss"][0])
         self.loss_count = int(state["loss"][1])
         self.owes = bool(state["owes"])
+        if "loss_scale" in state and self.scale.is_needed:
+            self.scale.load(state["loss_scale"])
         if "verdict" in state:
             self.verdict.load(state["verdict"])
         if self.adaptive is not None and "adaptive" in state:

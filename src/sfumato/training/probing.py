@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .device import autocast, effective_precision, kept_memory
+from .device import kept_memory
 from .held import Held
 from .parallel import Division, Gradients, Processes
+from .precision import autocast, effective_precision
 from .settings import TrainSettings
 
 MOST, SECONDS = 8, 3.0

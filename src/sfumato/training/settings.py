@@ -61,7 +61,11 @@ class TrainSettings:
         False, "draw times more often where losses are large and varied, and weigh them less"
     )
     weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
-    precision: str = key("auto", "auto, fp32 or bf16", choices=("auto", "fp32", "bf16"))
+    precision: str = key(
+        "auto",
+        "auto, fp32, bf16, or fp16 for GPUs without bf16",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
     weights: str = key(
         "fp32",
         "how trained weights are kept: fp32; bf16, rounded stochastically; bf16-masters, with fp32 copies",

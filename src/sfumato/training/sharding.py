@@ -19,13 +19,14 @@ from sfumato.stages.blocks import blocks_of
 from sfumato.stages.tensors import Rows
 
 from .parallel import Processes
+from .precision import NARROW
 
 
 @dataclass(frozen=True)
 class Piece:
     """The rows of a weight that this process holds; shape is the whole weight's.
 
-    is_divided: false for single numbers, which all processes hold.
+    is_divided: false for what all processes hold whole.
     """
 
     shape: tuple[int, ...]
@@ -76,11 +77,11 @@ class Shards:
         return [module for module in self.network.modules() if hasattr(module, "set_reshard_after_forward")]
 
     def take_gradients(self) -> None:
-        """Give the rows their gradients; those of weights that are not divided are summed here."""
+        """Give the rows their gradients; those of weights that are not divided are summed here, at once."""
+        kept = [weight.grad for weight in self.whole.values() if not hasattr(weight, "placements")]
+        _sum_over_processes([gradient for gradient in kept if gradient is not None])
         for name, weight in self.whole.items():
             gradient = weight.grad
-            if gradient is not None and not hasattr(weight, "placements"):
-                dist.all_reduce(gradient)
             self.held[name].grad = None if gradient is None else _local(gradient)
             weight.grad = None
 
@@ -120,7 +121,7 @@ def shard(network: nn.Module, processes: Processes, precision: str, within: int 
     """Divide a network among the processes, block by block; all begin with the leading one's weights.
 
     Args:
-        precision: "fp32" or "bf16": what weights are gathered and computed in; sums are float32.
+        precision: "fp32", "bf16" or "fp16": what weights are gathered and computed in; sums are float32.
         within: hybrid: so many processes share one copy of the network; 0: all of them.
     """
     # Importing it takes a while, which runs that need none of it should not wait for.
@@ -129,20 +130,46 @@ def shard(network: nn.Module, processes: Processes, precision: str, within: int 
     processes.equalise(network)
     device = next(network.parameters()).device
     mesh, copies = _mesh(device.type, processes.count, within)
-    narrow = torch.bfloat16 if precision == "bf16" else None
+    narrow = NARROW.get(precision)
     policy = MixedPrecisionPolicy(
         param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
     )
-    single = {weight for weight in network.parameters() if weight.ndim == 0}
+    undivided = set(_undivided(network))
     for block in dict.fromkeys([*blocks_of(network), network]):
-        if any(weight not in single for weight in block.parameters()):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=single)
+        if any(weight not in undivided for weight in block.parameters()):
+            fully_shard(
+                block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=undivided
+            )
     shards = Shards(network, processes, copies)
     for module in shards.divided:
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
     _SHARDED[network] = shards
     return shards
+
+
+def _undivided(network: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights every process holds whole, in float32: single numbers, and what autocast computes wide.
+
+    Gathered in bf16 the scales of norms and small tables would be rounded, which autocast leaves as they are,
+    and a norm of float32 samples refuses narrow scales on a CPU. They are a thousandth of a network.
+    """
+    for module in network.modules():
+        is_narrow = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding))
+        for weight in module.parameters(recurse=False):
+            if weight.ndim == 0 or not is_narrow:
+                yield weight
+
+
+def _sum_over_processes(gradients: Sequence[Tensor]) -> None:
+    """Replace each by the sum of what the processes have, in one message."""
+    if not gradients:
+        return
+    message = torch.cat([gradient.float().flatten() for gradient in gradients])
+    dist.all_reduce(message)
+    parts = message.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def _mesh(kind: str, count: int, within: int) -> tuple[Any, int]:

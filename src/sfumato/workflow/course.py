@@ -24,6 +24,7 @@ from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
 from ..training.packed import PackedObjective
+from ..training.precision import precision_of
 from . import ahead, companions, costs, guided, prior, showing
 from .acting import check_acts, warned
 from .agreement import agree, content_of
@@ -185,7 +186,7 @@ def _train(
     )  # fmt: skip
     measure = None
     if recipe.train.held_out_every and len(prepared.held_out):
-        precision = devices.effective_precision(recipe.train.precision, prepared.device, recipe.train.weights)
+        precision = precision_of(recipe.train, prepared.device, run)
         measure = HeldOut(objective, prepared.held_out, prepared.train, run, precision=precision)
     shown = groups(recipe, prepared.train, prepared.held_out, is_guided(model))
     preview = Preview(

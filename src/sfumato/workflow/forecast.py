@@ -16,9 +16,9 @@ from ..generation import painting
 from ..recipe import Recipe
 from ..record import RunFolder
 from ..stages import tokens
-from ..training import device as devices
 from ..training import fitting, probing
 from ..training import plan as planning
+from ..training.precision import effective_precision
 from ..training.strategy import machine_size
 from . import guided, phases, prior
 from .agreement import agree, content_of
@@ -73,9 +73,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         found["buckets"] = _buckets(recipe, train, gathered.bucket_of)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(gathered.device)
-    found["precision"] = devices.effective_precision(
-        recipe.train.precision, gathered.device, recipe.train.weights
-    )
+    found["precision"] = effective_precision(recipe.train.precision, gathered.device, recipe.train.weights)
     model.to(gathered.device)
     captions = [sample.captions for sample in train]
     step = cost(
