@@ -263,7 +263,7 @@ class _Loop:
     def unscale(self, gradients: list[Tensor], loss: Tensor) -> bool:
         """Undo the loss's scale; whether the weights move: not where the scaled gradient overflowed."""
         scale = self.scale.value
-        torch._foreach_mul_(gradients, 1 / scale)
+        torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
         self.norm = self.norm / scale
         is_finite = bool(torch.isfinite(self.norm))
         self.scale.update(is_finite)
