@@ -151,7 +151,7 @@ def test_a_run_of_format_1_goes_on_with_the_same_command(tmp_path, monkeypatch):
     assert sfumato("train", recipe, "output=through").code == 0
     answer = sfumato("train", recipe, "train.steps=4")
     assert answer.code == 0 and answer.err.count("old name") == 1
-    assert "train.max_grad_norm is now train.max_grad_norm" in answer.err
+    assert "train.clip is now train.max_grad_norm" in answer.err
     run = RunFolder.open(tmp_path / "run")
     lines = run.effective.read_text().splitlines()
     assert "max_grad_norm = 0.5 # recipe.toml" in lines and "[train.lr_multipliers] # recipe.toml" in lines

@@ -67,7 +67,7 @@ import torch
 torch.set_num_threads(1)
 from test_data_store import Encoder, HOW, samples
 from sfumato.data import encode
-from sfumato.data.cache_dir import Store
+from sfumato.data.store import Store
 encoder = Encoder()
 given = samples(50)
 given[7] = type(given[7])("007", ("x",), picture=lambda: b"broken")
