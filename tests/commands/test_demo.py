@@ -53,6 +53,7 @@ def test_the_demo_goes_the_whole_way(data, judged, tiny, tmp_path):
     assert found["seconds"]["total"] > 0 and found["peak_memory_gb"] > 0
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "judged" in page.lower() and "data:image" in page
+    assert ("CC BY-SA" in page) == (data == "openmoji"), "whose pictures they are is said"
     json.dumps(found)
 
 
