@@ -1,5 +1,6 @@
 """A model from scratch: each stage as the recipe's [model] section describes it."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,13 +45,33 @@ def new_theory(word: str) -> Theory:
 
 
 def own_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
-    """The stage `file.py:name` makes when called with the arguments it takes."""
+    """The stage `file.py:name` makes when called with the arguments it takes; an object is that stage itself.
+
+    Of a denoiser that is an object a copy is taken, because it is trained.
+
+    Raises:
+        Refused: it makes no such stage, or cannot be called so.
+    """
     made = own.load_own(word)
-    stage = made(**arguments) if callable(made) and not isinstance(made, nn.Module) else made
+    if callable(made) and not isinstance(made, nn.Module):
+        try:
+            stage = made(**arguments)
+        except TypeError as problem:
+            raise Refused(
+                f"{own.problem_in(word, problem)}. A {kind.__name__} is made by calling it with "
+                f"{', '.join(arguments) or 'nothing'}."
+            ) from problem
+    else:
+        stage = copy.deepcopy(made) if isinstance(made, Denoiser) else made
     if not isinstance(stage, kind):
         raise Refused(f"{word} gives a {type(stage).__name__}, but here a {kind.__name__} is needed.")
-    stage.own_name = word
+    stage.own_name = "" if is_ours(type(stage)) else own.class_word(word)
     return stage
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class comes with sfumato."""
+    return kind.__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def new_conditioner(settings: ModelSettings, classes: Sequence[str] = ()) -> Conditioner:

@@ -21,6 +21,7 @@ from .sharding import shards_of
 HARMLESS = {
     *("log_every", "save_every", "keep", "keep_every", "keep_best", "save_async", "patience"),
     *("held_out_every", "threads", "trackers", "ema_snapshots", "checkpointing", "offload", "sanity"),
+    "callbacks",
 }
 """Settings that do not change the weights."""
 

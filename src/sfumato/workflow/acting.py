@@ -8,7 +8,7 @@ import torch
 from ..errors import Refused
 from ..own import is_own, load_own
 from ..recipe import DEFAULT, Recipe
-from ..training import trackers
+from ..training import callbacks, trackers, user_loss
 from ..training.optimiser import Optimiser
 
 
@@ -21,6 +21,10 @@ def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
     train = recipe.train
     trackers.check(train.trackers)
     _check_optimizer(recipe, device)
+    if train.loss:
+        user_loss.check(train.loss)
+    for word in train.callbacks:
+        callbacks.check(word)
     if train.patience and not (train.held_out_every and held_out):
         missing = (
             "no sample is held out (data.held_out)" if train.held_out_every else "train.held_out_every is 0"
