@@ -32,7 +32,8 @@ class DataSettings:
 
     train: str | tuple[str, ...] = key(
         "",
-        "folder of captioned pictures or clips, or openmoji, openmoji-all, shapes, moving-shapes; or several",
+        "folder of captioned pictures or clips, openmoji, openmoji-all, shapes, moving-shapes, or a data set "
+        "of your own as file.py:name; or several",
         path=True,
         words=EMBEDDED,
         many=True,

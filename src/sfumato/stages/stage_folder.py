@@ -1,5 +1,6 @@
 """One stage on disk: a folder of stage.json (its kind and config) and weights.safetensors."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,20 +11,40 @@ from torch import Tensor, nn
 from sfumato import own
 from sfumato.errors import Refused, nearest
 
-from .interface import KINDS, Stage
+from .interface import KINDS, Denoiser, Stage
 from .seal import read_json, read_tensors
 
 Kind = TypeVar("Kind", bound=Stage)
 
 
 def own_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
-    """The stage `file.py:name` makes when called with the arguments it takes."""
+    """The stage `file.py:name` makes when called with the arguments it takes; an object is that stage itself.
+
+    Of a denoiser that is an object a copy is taken, because it is trained.
+
+    Raises:
+        Refused: it makes no such stage, or cannot be called so.
+    """
     made = own.load_own(word)
-    stage = made(**arguments) if callable(made) and not isinstance(made, nn.Module) else made
+    if callable(made) and not isinstance(made, nn.Module):
+        try:
+            stage = made(**arguments)
+        except TypeError as problem:
+            raise Refused(
+                f"{own.problem_in(word, problem)}. A {kind.__name__} is made by calling it with "
+                f"{', '.join(arguments) or 'nothing'}."
+            ) from problem
+    else:
+        stage = copy.deepcopy(made) if isinstance(made, Denoiser) else made
     if not isinstance(stage, kind):
         raise Refused(f"{word} gives a {type(stage).__name__}, but here a {kind.__name__} is needed.")
-    stage.own_name = word
+    stage.own_name = "" if is_ours(type(stage)) else own.class_word(word)
     return stage
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class comes with sfumato."""
+    return kind.__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def save_stage(stage: Stage, folder: Path, text_by_name: bool = False) -> None:

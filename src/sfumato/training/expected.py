@@ -53,11 +53,12 @@ def some(objective: DiffusionObjective) -> Prepared:
 def knows(objective: DiffusionObjective) -> Rung:
     """A base asked rightly answers better than the guess; random weights do not know what is asked."""
     batch, x_0, drawn, _ = some(objective)
-    loss = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
+    rows = objective.rows(batch)
+    loss = float(objective.measure(x_0, drawn, rows).mean())
     guess = guessed(objective, x_0, drawn.t, drawn.of(objective.model.theory.mix, x_0))
-    target = drawn.of(objective.model.theory.target, x_0)
     weight = objective.weighting(objective.model.theory, drawn.t)
-    error = objective.error(guess, target).flatten(1).mean(1)
+    error = objective.error(guess, x_0, drawn, objective.question(x_0, drawn, rows)[1])
+    error = error.flatten(1).mean(1) if error.ndim > 1 else error
     weight = weight.flatten(1).mean(1) if weight.ndim > 1 else weight
     bound = float((error * weight.to(error)).mean())
     good = math.isfinite(loss) and loss < MUCH * bound

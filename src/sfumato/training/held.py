@@ -30,6 +30,7 @@ HARMLESS = {
         "offload",
         "sanity",
     ),
+    "callbacks",
 }
 """Settings that do not change the weights."""
 

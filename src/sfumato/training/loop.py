@@ -7,7 +7,7 @@ run that goes on from a checkpoint ends with the bits of one that was never inte
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from signal import SIGTERM
@@ -32,12 +32,14 @@ from . import (
 )
 from .adaptive import Adaptive
 from .average import Average, OptimiserMean
+from .callbacks import Callback, Callbacks, told
 from .checkpoint import Keep
 from .duties import Duties, Measure, Preview
 from .held import Held
 from .objective import Objective
 from .parallel import Division, Gradients
 from .profiling import part
+from .run_precision import precision_of
 from .saving import Saver
 from .settings import TrainSettings
 from .sharding import ShardedGradients
@@ -84,6 +86,7 @@ def fit(
     say: Callable[[str], None] = to_stderr,
     counts: Mapping[str, int] | None = None,
     profile: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Outcome:
     """Train `network` on `objective`, from the run's newest good checkpoint on if it has one.
 
@@ -96,9 +99,10 @@ def fit(
         held_out: called every `settings.validate_every` steps and at the end.
         counts: written into the start event.
         profile: a folder for a trace and a table of a few steps.
+        callbacks: are told of steps, measurements, pictures and checkpoints.
     Raises:
         Failed: a loss or gradient is not finite (the weights are those before it), no checkpoint is
-            whole, the disk is full.
+            whole, the disk is full, a callback fails.
         Refused: the checkpoint is of another network.
         Stopped: by SIGINT or SIGTERM, after saving; it ends the process with 130 or 143.
     """
@@ -109,11 +113,13 @@ def fit(
     loop.duties.preview, loop.duties.preview_every = preview, preview_every
     if loop.processes.leads:
         loop.progress, loop.phase = progress, phase
+    loop.callbacks = Callbacks(callbacks, loop.run, network)
     loop.resume()
     loop.announce(counts or {})
     end = trackers.follow(loop.run, settings.trackers if loop.processes.leads else ())
     try:
         with (
+            told(loop.callbacks),
             device.kept_memory(loop.device),
             context.shared(network, settings, loop.processes),
             profiling.watched(profile if loop.processes.leads else None, loop.say) as loop.watched,
@@ -144,7 +150,7 @@ class _Loop:
         self.run = parallel.own_view(run)
         self.seed, self.say = seed, say if self.processes.leads else _nothing
         self.device = next(network.parameters()).device
-        self.precision = precision.precision_of(settings, self.device, self.run)
+        self.precision = precision_of(settings, self.device, self.run)
         self.strategy = strategy.choose(settings, network, self.processes)
         if self.strategy.is_divided:
             sharding.shard(network, self.processes, self.precision, self.strategy.within)
@@ -169,6 +175,7 @@ class _Loop:
         self.verdict = Verdict(settings.patience)
         self.duties = Duties(self.held, self.run, self.verdict, leads=self.processes.leads)
         self.saver = Saver(self.run, settings.save_async, self.held.shards)
+        self.callbacks = Callbacks((), self.run, network)
         self.progress: Progress | None = None
         self.phase = "train"
         self.signals = Signals()
@@ -253,6 +260,7 @@ class _Loop:
         self.loss_count += 1
         with part("averages"):
             self.held.update(self.step)
+        self.callbacks.step(self.step, loss)
         if self.progress is not None:
             figures = {} if self.last_loss != self.last_loss else {"loss": self.last_loss}
             self.progress(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from sfumato.errors import Refused
 from sfumato.stages.interface import Condition, Model
 from sfumato.theory import densities, noise
 
@@ -21,6 +22,7 @@ from .adaptive import Adaptive
 from .frames import FrameTimes, by_frame, mean_of_unknown
 from .reading import Reader
 from .settings import TrainSettings
+from .user_loss import UserLoss
 
 
 class Losses(NamedTuple):
@@ -144,7 +146,7 @@ class DiffusionObjective:
         seed: every draw follows from it.
         caption_dropout: share of samples whose caption's tensors are replaced by `encoded.null`.
         dropout: share of samples shown without a companion ("control", …), whose tensors are then 0.
-        loss: (answer, target) → elementwise error like them; default (answer − target)².
+        loss: one's own in place of (answer − target)².
         read_text: reads the captions of each step, where the text encoders are trained too.
     Raises:
         Refused: unknown density or weighting.
@@ -160,7 +162,7 @@ class DiffusionObjective:
         settings: TrainSettings,
         seed: int,
         caption_dropout: float = 0.1,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: UserLoss | None = None,
         dropout: Mapping[str, float] | None = None,
         read_text: ReadText | None = None,
     ) -> None:
@@ -176,7 +178,7 @@ class DiffusionObjective:
         self.density = densities.density(settings.timestep_sampling)
         self.adaptive = Adaptive() if settings.timestep_importance_sampling else None
         self.weighting = densities.weighting("unit" if settings.weighting == "none" else settings.weighting)
-        self.error = loss or squared
+        self.loss = loss
         self._names: dict[int, str] = {}
         self._reader: Reader[Prepared] = Reader(self.prepare)
 
@@ -282,12 +284,38 @@ class DiffusionObjective:
     def judged(self, answer: Tensor, x_0: Tensor, drawn: Drawn, condition: Condition) -> Tensor:
         """The weighted losses [b] of an answer; known frames are not asked for."""
         theory, t = self.model.theory, drawn.t
-        error = self.error(answer.float(), drawn.of(theory.target, x_0))
+        error = self.error(answer.float(), x_0, drawn, condition)
+        if error.ndim == 1:
+            return error * self.weighting(theory, t).to(error.dtype)
         if drawn.known is not None:
             weight = self.weighting(theory, t.flatten()).unflatten(0, t.shape)
             return mean_of_unknown(error, weight, drawn.known)
         error = self.model.denoiser.mask_error(error, condition)
         return error.flatten(1).mean(1) * self.weighting(theory, t).to(error.dtype)
+
+    def error(self, answer: Tensor, x_0: Tensor, drawn: Drawn, condition: Condition) -> Tensor:
+        """(answer − target)² elementwise, or what one's own loss makes of both: shaped so, or [b].
+
+        Raises:
+            Refused: one loss a sample, where parts of a sample are not asked for.
+        """
+        target = drawn.of(self.model.theory.target, x_0)
+        if self.loss is None:
+            return squared(answer, target)
+        known: dict[str, Any] = {"t": drawn.t, "x_0": x_0, "condition": condition}
+        if "x_t" in self.loss.asked:
+            known["x_t"] = drawn.of(self.model.theory.mix, x_0)
+        error = self.loss(answer, target, known | {"theory": self.model.theory})
+        if error.ndim == 1 and (drawn.known is not None or self.masks(answer, condition)):
+            raise Refused(
+                f"train.loss: {self.loss.word} gives one loss a sample, but frames that are given here are "
+                "not asked for and have to be left out. Let it give errors shaped like the answer."
+            )
+        return error
+
+    def masks(self, answer: Tensor, condition: Condition) -> bool:
+        """Whether the denoiser leaves out parts of an error of this shape."""
+        return self.model.denoiser.mask_error(answer, condition).shape != answer.shape
 
     def kept(self, rows: Sequence[Mapping[str, Tensor]], drawn: Drawn) -> list[dict[str, Tensor]]:
         """The condition rows with what was dropped replaced: captions by null, companions by zeros."""

@@ -144,14 +144,16 @@ def _own_device() -> torch.device:
 
 def own_view(run: RunFolder) -> RunFolder:
     """The run folder as this process may use it: all of it if it leads, else without writing."""
-    return run if current().leads else Quiet(run.path)
+    return run if current().leads or isinstance(run, Quiet) else Quiet(run.path)
 
 
 class Quiet(RunFolder):
     """A run folder as the processes that do not lead see it: read, never written."""
 
     def event(self, kind: str, *, sync: bool = False, **fields: object) -> None:
-        """Leave it to the leading process."""
+        """Leave the writing to the leading process; who listens here hears it."""
+        for listener in self.listeners:
+            listener({"kind": kind, **fields})
 
     @contextmanager
     def lock(self) -> Iterator[RunFolder]:

@@ -1,4 +1,4 @@
-"""How precisely a run computes: what "auto" means, what a run began in, autocast, the scale of a loss."""
+"""How precisely a run computes: what "auto" means, autocast, the scale of a loss."""
 
 import os
 from collections.abc import Sequence
@@ -7,11 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from sfumato.errors import Refused, one_of
-from sfumato.record import RunFolder
-
-from . import parallel
-from .checkpoint import began_in
-from .settings import TrainSettings
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,21 +44,6 @@ def effective_precision(precision: str, device: torch.device, weights: str = "fp
     if told := os.environ.get(AUTO_PRECISION):
         return one_of(AUTO_PRECISION, told, PRECISIONS[1:])
     return "bf16" if has_fast_bf16(device) else "fp32"
-
-
-def precision_of(settings: TrainSettings, device: torch.device, run: RunFolder) -> str:
-    """What a run computes in, the same for all its processes.
-
-    "auto" goes on as the run's checkpoints began, so that a run that moves to a machine of another kind is
-    still the same run; without a checkpoint the leading process's machine decides.
-
-    Raises:
-        Refused: as `effective_precision`.
-    """
-    found = effective_precision(settings.precision, device, settings.weight_dtype)
-    if settings.precision == "auto" and settings.weight_dtype == "fp32":
-        found = began_in(run) or found
-    return PRECISIONS[parallel.current().agree(PRECISIONS.index(found))]
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

@@ -126,9 +126,9 @@ def _first_loss(objective: DiffusionObjective) -> Rung:
     with torch.no_grad():
         parts = expected.parts_of(objective)
         losses = objective.losses(0, 0, parts).per_sample
-        _, x_0, drawn, _ = objective.prepare(0, 0, parts)
-        target = drawn.of(objective.model.theory.target, x_0)
-        nothing = float(objective.error(torch.zeros_like(target), target).mean())
+        batch, x_0, drawn, _ = objective.prepare(0, 0, parts)
+        _, condition = objective.question(x_0, drawn, objective.rows(batch))
+        nothing = float(objective.error(torch.zeros_like(x_0), x_0, drawn, condition).mean())
     loss = float(losses.mean())
     good = math.isfinite(loss) and loss < 5 * nothing
     detail = f"{loss:.3f}, that of answering 0 is {nothing:.3f}"

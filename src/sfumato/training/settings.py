@@ -70,6 +70,11 @@ class TrainSettings:
     timestep_importance_sampling: bool = key(
         False, "draw times more often where losses are large and varied, and weigh them less"
     )
+    loss: str = key(
+        "",
+        "file.py:name of a loss of your own, of (answer, target); empty: their squared difference",
+        path=True,
+    )
     weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
     precision: str = key(
         "auto",
@@ -89,6 +94,9 @@ class TrainSettings:
     offload: bool = key(False, "adapters on a GPU: keep the frozen blocks in the CPU's memory")
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", least=0)
+    callbacks: tuple[str, ...] = key(
+        (), "file.py:name of what is told of steps, pictures, measurements and checkpoints", path=True
+    )
     log_every: int = key(10, "steps between loss records", least=1)
     save_every: int = key(500, "steps between checkpoints; the last step is always saved", least=1)
     keep_checkpoints: int = key(3, "newest checkpoints kept", least=1)

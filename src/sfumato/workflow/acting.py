@@ -9,7 +9,7 @@ from ..errors import Refused
 from ..own import is_own, load_own
 from ..recipe import DEFAULT, Recipe
 from ..settings import Table
-from ..training import trackers
+from ..training import callbacks, trackers, user_loss
 from ..training.optimiser import Optimiser
 
 
@@ -22,6 +22,10 @@ def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
     train = recipe.train
     trackers.check(train.trackers)
     _check_optimizer(recipe, device)
+    if train.loss:
+        user_loss.check(train.loss)
+    for word in train.callbacks:
+        callbacks.check(word)
     if train.patience and not (train.validate_every and held_out):
         missing = (
             "no sample is held out (data.held_out)" if train.validate_every else "train.validate_every is 0"

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..data.sample import Sample
 from ..data.settings import ResolutionStage
 from ..errors import Refused
+from ..own import code_hash, is_own
 from ..recipe import Recipe
 from ..record import RunFolder
 
@@ -35,6 +36,7 @@ FREE_PARTS = (
     "train.gradient_checkpointing",
     "train.offload",
     "train.sanity",
+    "train.callbacks",
 )
 
 
@@ -64,9 +66,30 @@ def agree(run: RunFolder, recipe: Recipe, content: str = "") -> list[str]:
             )
         if name not in ("output", "format"):
             notes.append(f"{name} was {_said(was)} and is {_said(now)} from here on.")
+    notes += [
+        f"{name}: {word} was changed since the run began; it goes on, but not as it would have."
+        for name, codes in code_of(recipe).items()
+        for word, code in codes.items()
+        if code != _code_before(run, name).get(word, code)
+    ]
     if not same_data:
         notes.append("The data changed since the run began; it goes on, but not as it would have.")
     return notes
+
+
+def code_of(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Hashes of the files in which the user's own code stands: {key: {file.py:name: hash}}."""
+    found: dict[str, dict[str, str]] = {}
+    for name, value in recipe.values().items():
+        words = [one for one in (value if isinstance(value, tuple) else [value]) if is_own(str(one))]
+        if words:
+            found[name] = {word: code_hash(word) for word in words}
+    return found
+
+
+def _code_before(run: RunFolder, name: str) -> dict[str, str]:
+    """What `code_of` said when the run last began."""
+    return next((one["own"].get(name, {}) for one in reversed(run.events()) if one["kind"] == "code"), {})
 
 
 def content_of(samples: Iterable[Sample]) -> str:

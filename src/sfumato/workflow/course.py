@@ -1,7 +1,7 @@
 """Encode and train: what a recipe asks for, in order, each part kept as soon as it is done."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,20 +20,23 @@ from ..stages.teaching import left_alone
 from ..studio import report
 from ..training import device as devices
 from ..training import parallel, probing
+from ..training.callbacks import Callback
 from ..training.held_out import HeldOut
 from ..training.loop import fit, to_stderr
 from ..training.objective import DiffusionObjective
 from ..training.packed import PackedObjective
-from ..training.precision import precision_of
+from ..training.run_precision import precision_of
+from ..training.user_loss import UserLoss
 from . import ahead, companions, costs, guided, prior, showing
 from .acting import check_acts, warned
-from .agreement import agree, content_of
+from .agreement import agree, code_of, content_of
 from .checks import check_context, check_guidance, check_known, check_packed, sizes, theory_of
 from .codecs import Progress, ready_codec
 from .encoding import course_of, curriculum, encoded_samples, is_guided, reader_of
 from .material import Bucket, class_names, material_of
 from .preview import Preview, groups
 from .tuning import base_of, check_latents, check_said, rated, remember, text_plan_of, tune
+from .user_objects import handed_over
 
 RecipeLike = Recipe | str | Path
 Say = Callable[[str], None]
@@ -88,17 +91,30 @@ def tell_notes(recipe: Recipe, say: Say) -> None:
 
 
 def encode(
-    recipe: RecipeLike, overrides: Iterable[str] = (), progress: Progress | None = None, say: Say = to_stderr
+    recipe: RecipeLike,
+    overrides: Iterable[str] = (),
+    progress: Progress | None = None,
+    say: Say = to_stderr,
+    *,
+    dataset: Any = None,
+    codec: Any = None,
+    conditioner: Any = None,
 ) -> Ready:
     """Train a missing codec, then encode what the store lacks; nothing that is there is done again.
 
     Under torchrun each process encodes its share of the shards.
 
+    Args:
+        dataset, codec, conditioner: one's own, in place of what the recipe names.
+
     Raises:
         Refused: the recipe or its data cannot be used. Failed: the disk is full.
     """
-    asked = read(recipe, overrides)
-    with parallel.joined(asked.train.device) as processes:
+    objects = {"dataset": dataset, "codec": codec, "conditioner": conditioner}
+    with (
+        handed_over(read(recipe, overrides), objects) as asked,
+        parallel.joined(asked.train.device) as processes,
+    ):
         if not processes.leads:
             progress, say = None, lambda sentence: None
         tell_notes(asked, say)
@@ -140,18 +156,34 @@ def train(
     progress: Progress | None = None,
     say: Say = to_stderr,
     profile: bool = False,
+    *,
+    theory: Any = None,
+    denoiser: Any = None,
+    codec: Any = None,
+    conditioner: Any = None,
+    dataset: Any = None,
+    loss: Any = None,
+    callbacks: Sequence[Any] | None = None,
 ) -> Run:
     """Train a recipe, going on from where its run folder stands.
 
     Args:
         profile: write a trace and a table of a few early steps into the run's folder `profile`.
+        theory, denoiser, codec, conditioner, dataset, loss, callbacks: one's own, objects or classes, in
+            place of what the recipe names as `file.py:name`; docs/own-code.md says what each has to be.
 
     Raises:
         Refused: the recipe cannot be used, or is not the one the run began with.
         Failed: the run could not go on. Stopped: it was asked to stop, and saved.
     """
-    asked = read(recipe, overrides)
-    with parallel.joined(asked.train.device) as processes:
+    objects = {
+        "theory": theory, "denoiser": denoiser, "codec": codec, "conditioner": conditioner,
+        "dataset": dataset, "loss": loss, "callbacks": callbacks,
+    }  # fmt: skip
+    with (
+        handed_over(read(recipe, overrides), objects) as asked,
+        parallel.joined(asked.train.device) as processes,
+    ):
         if not processes.leads:
             progress, say = None, lambda sentence: None
         tell_notes(asked, say)
@@ -165,6 +197,8 @@ def train(
                     say(note)
                 if processes.leads:
                     RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
+                    if codes := code_of(asked):
+                        run.event("code", own=codes)
             prepared = ready(asked, gathered, progress, say, run)
             return Run(run.path, _train(asked, run, prepared, progress, say, profile))
 
@@ -190,6 +224,7 @@ def _train(
     seen = companions.encoders(model, recipe.data)
     objective = (PackedObjective if recipe.train.sequence_packing else DiffusionObjective)(
         model, train, order, settings, recipe.seed, dropout,
+        loss=UserLoss(recipe.train.loss, prepared.device) if recipe.train.loss else None,
         dropout=companions.shares(recipe.data, list(seen)),
         read_text=reader_of(model) if model.conditioner.learns else None,
     )  # fmt: skip
@@ -214,7 +249,7 @@ def _train(
             outcome = fit(
                 prior.beside(objective, prepared.prior, recipe), network, settings, run, recipe.seed,
                 preview=preview, held_out=measure, preview_every=recipe.sample.every, progress=progress,
-                say=say, counts=counts,
+                say=say, counts=counts, callbacks=[Callback.load(word) for word in recipe.train.callbacks],
                 profile=run.path / "profile" if profile else None,
             )  # fmt: skip
         run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)

@@ -8,12 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..data import clips, masks, media, sources, views
+from ..data import clips, masks, media, sources, user_dataset, views
 from ..data.captions import Wording, worded
 from ..data.sample import Collection, Sample
 from ..data.settings import EMBEDDED, DataSettings
 from ..data.views import Encoding
 from ..errors import Refused
+from ..own import is_own
 from ..recipe import Recipe
 from . import guided
 
@@ -116,6 +117,11 @@ def _wording(settings: DataSettings) -> Wording:
 
 def _source(settings: DataSettings) -> Collection:
     assert isinstance(settings.train, str)
+    if is_own(settings.train):
+        found = user_dataset.collection(
+            settings.train, guided.columns(settings), captioned=settings.captions != "none"
+        )
+        return replace(found, samples=sources.split(found.samples, settings.held_out))
     if settings.train in ("shapes-alone", "shapes-reference", "shapes-edit"):
         from ..data import guided_shapes
 

@@ -140,6 +140,13 @@ def beside(
     model, seed = objective.model, recipe.seed
     order = order_of(replace(recipe, seed=seed + 1), encoded)
     prior = type(objective)(
-        model, encoded, order, recipe.train, seed, objective.caption_dropout, read_text=objective.read_text
+        model,
+        encoded,
+        order,
+        recipe.train,
+        seed,
+        objective.caption_dropout,
+        loss=objective.loss,
+        read_text=objective.read_text,
     )
     return WithPrior(objective, prior, recipe.data.prior_loss_weight)

@@ -1,0 +1,25 @@
+"""The precision of a run: what it began in, it goes on in."""
+
+import torch
+
+from sfumato.record import RunFolder
+
+from . import parallel
+from .checkpoint import began_in
+from .precision import PRECISIONS, effective_precision
+from .settings import TrainSettings
+
+
+def precision_of(settings: TrainSettings, device: torch.device, run: RunFolder) -> str:
+    """What a run computes in, the same for all its processes.
+
+    "auto" goes on as the run's checkpoints began, so that a run that moves to a machine of another kind is
+    still the same run; without a checkpoint the leading process's machine decides.
+
+    Raises:
+        Refused: as `effective_precision`.
+    """
+    found = effective_precision(settings.precision, device, settings.weight_dtype)
+    if settings.precision == "auto" and settings.weight_dtype == "fp32":
+        found = began_in(run) or found
+    return PRECISIONS[parallel.current().agree(PRECISIONS.index(found))]

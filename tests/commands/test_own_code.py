@@ -1,0 +1,323 @@
+"""Laws of one's own code: a recipe and Python train the same bits, and a broken contract is named."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import sfumato
+from sfumato import own
+from sfumato.errors import Failed, Refused
+from sfumato.record import RunFolder
+from sfumato.theory import get
+from sfumato.training import callbacks, parallel
+
+DOCS = Path(__file__).parents[2] / "docs" / "own-code.md"
+EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL))
+RECIPE = """
+output = "{output}"
+[model]
+codec = "pixels"
+text = "none"
+width = 32
+depth = 1
+heads = 2
+patch = 4
+[data]
+train = "colors.py:Colors"
+resolution = 16
+held_out = 0.25
+store = "store"
+[train]
+steps = 4
+batch = 4
+warmup = 2
+save_every = 2
+validate_every = 2
+log_every = 1
+threads = 1
+sanity = false
+[sample]
+every = 4
+steps = 2
+"""
+LETTERS = "model.text_encoder=letters.py:Letters"
+WORDS = {
+    "theory": ("model.theory", "circle.py:circle"),
+    "denoiser": ("model.denoiser", "net.py:Net"),
+    "codec": ("model.codec", "halves.py:Halves"),
+    "conditioner": ("model.text_encoder", "letters.py:Letters"),
+    "dataset": ("data.train", "colors.py:Colors"),
+    "loss": ("train.loss", "loss.py:huber"),
+    "loss of a sample": ("train.loss", "loss.py:LateCounts"),
+    "callbacks": ("train.callbacks", "progress.py:Progress"),
+}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with the examples of the docs and a recipe of squares."""
+    for name, text in EXAMPLES.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def train(world: Path, output: str, *overrides: str, **objects: Any) -> Any:
+    (world / "recipe.toml").write_text(RECIPE.format(output=output))
+    return sfumato.train("recipe.toml", overrides, say=lambda sentence: None, **objects)
+
+
+def picture(run: Any) -> bytes:
+    """What a run draws, loaded again."""
+    model = run.model()
+    prompt = None if model.conditioner.kind == "none" else ["a red square"]
+    return model.generate(prompt, seed=1, steps=2)[0].tobytes()
+
+
+def weights(run: Any, step: int = 4) -> bytes:
+    return (run.path / "checkpoints" / f"step-{step:06d}" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_recipe_and_python_train_the_same_bits_with_ones_own(kind, world):
+    """Law: file.py:name and the object of that name are one run; both act, are recorded and load again."""
+    key, word = WORDS[kind]
+    needs = [LETTERS] if kind == "denoiser" else []
+    plain, said = train(world, "plain", *needs), train(world, "said", *needs, f"{key}={word}")
+    found = own.load_own(word)
+    handed = train(world, "handed", *needs, **{kind.split()[0]: [found] if kind == "callbacks" else found})
+    assert weights(said) == weights(handed)
+    assert (weights(said) == weights(plain)) == (kind in ("callbacks", "dataset"))
+    codes = [event["own"] for event in said.events() if event["kind"] == "code"]
+    assert codes[-1][key] == {str(world / word): own.code_hash(str(world / word))}
+    assert picture(said) == picture(handed)
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "codec", "conditioner"])
+def test_an_object_of_ones_own_class_loads_again(kind, world):
+    """Law: what was handed over as an object is loaded by its class, and draws what it drew."""
+    cls = own.load_own(WORDS[kind][1])
+    made = cls(channels=3, width=8, text_width=26) if kind == "denoiser" else cls()
+    before = {name: weight.clone() for name, weight in made.state_dict().items()}
+    run = train(world, "run", *([LETTERS] if kind == "denoiser" else []), **{kind: made})
+    assert all(torch.equal(made.state_dict()[name], weight) for name, weight in before.items())
+    loaded = run.model()
+    assert type(getattr(loaded, kind)).__name__ == cls.__name__
+    assert picture(run) == picture(run)
+
+
+def test_a_network_of_ours_may_be_handed_over(world):
+    from sfumato.stages.dit import DiT
+
+    run = train(world, "run", denoiser=DiT(3, width=32, depth=1, heads=2, patch=4, text_width=0))
+    assert type(run.model().denoiser) is DiT
+
+
+def test_callbacks_hear_everything_and_change_nothing(world):
+    """Law: each hook hears of its events, in order; a run that is stopped and goes on keeps its bits."""
+    heard: list[tuple[Any, ...]] = []
+
+    class Hearing:
+        def on_step(self, step, loss, network, run):
+            torch.randn(3)
+            network.eval()
+            heard.append(("step", step, float(loss) > 0, torch.is_grad_enabled()))
+
+        def on_validation(self, step, split, weights, loss, **rest):
+            heard.append(("validation", step, split, weights, loss > 0, set(rest)))
+
+        def on_preview(self, step, files):
+            heard.append(("preview", step, all(Image.open(file).size == (16, 16) for file in files)))
+
+        def on_checkpoint(self, folder):
+            heard.append(("checkpoint", (folder / "model.safetensors").is_file()))
+
+    plain = train(world, "plain")
+    run = train(world, "run", "train.steps=2", callbacks=[Hearing()])
+    run = train(world, "run", callbacks=[Hearing()])
+    assert weights(run) == weights(plain)
+    assert [one for one in heard if one[0] == "step"] == [("step", n, True, False) for n in (1, 2, 3, 4)]
+    rest = {"error", "run", "network"}
+    for step in (2, 4):
+        for which in ("raw", "ema"):
+            assert ("validation", step, "held_out", which, True, rest) in heard
+    assert ("preview", 4, True) in heard and ("checkpoint", True) in heard
+
+
+def test_other_processes_tell_those_callbacks_that_ask_for_it(world, monkeypatch):
+    """Law: rank zero tells all; on the others one that has every_process is told the same."""
+    heard: list[str] = []
+
+    class Quietly:
+        def on_validation(self, step):
+            heard.append(f"{type(self).__name__} {step}")
+
+    class Everywhere(Quietly):
+        every_process = True
+
+    def told_on(rank: int) -> list[str]:
+        heard.clear()
+        monkeypatch.setattr(parallel, "current", lambda: parallel.Processes(rank, 2))
+        monkeypatch.setattr(callbacks, "current", parallel.current)
+        run = parallel.own_view(RunFolder.create(world / f"run-{rank}"))
+        some = [callbacks.Callback(one.__name__, one()) for one in (Quietly, Everywhere)]
+        with callbacks.told(callbacks.Callbacks(some, run, torch.nn.Linear(1, 1))):
+            run.event("held_out", step=7, split="train", weights="raw", loss=1.0, error=0.0)
+        run.event("held_out", step=8, split="train", weights="raw", loss=1.0, error=0.0)
+        return list(heard)
+
+    assert told_on(0) == ["Quietly 7", "Everywhere 7"]
+    assert told_on(1) == ["Everywhere 7"]
+    assert not (world / "run-1" / "events.jsonl").exists()
+
+
+def test_a_hook_that_fails_ends_the_run_by_name_and_the_run_goes_on_without_it(world):
+    (world / "bad.py").write_text(
+        "class Bad:\n    def on_step(self, step):\n"
+        "        if step == 3:\n            raise ValueError('no room')\n"
+    )
+    with pytest.raises(
+        Failed, match=r"on_step fails at step 3 in .*bad\.py:Bad, line 4: ValueError: no room"
+    ):
+        train(world, "run", "train.callbacks=bad.py:Bad")
+    assert weights(train(world, "run")) == weights(train(world, "plain"))
+
+
+def test_several_callbacks_of_one_class_are_each_told(world):
+    class Counting:
+        def __init__(self):
+            self.count = 0
+
+        def on_step(self):
+            self.count += 1
+
+    several = [Counting(), Counting()]
+    train(world, "run", callbacks=several)
+    assert [one.count for one in several] == [4, 4]
+
+
+def test_code_that_changed_is_said_when_a_run_goes_on(world):
+    train(world, "run", "train.loss=loss.py:huber", "train.steps=2")
+    (world / "loss.py").write_text(EXAMPLES["loss.py"] + "\n# changed\n")
+    said: list[str] = []
+    sfumato.train("recipe.toml", ["train.loss=loss.py:huber"], say=said.append)
+    assert any("train.loss" in one and "changed since the run began" in one for one in said)
+    with pytest.raises(Refused, match=r"begun with train\.loss"):
+        train(world, "run", "train.loss=loss.py:LateCounts")
+
+
+def test_a_data_set_is_encoded_once_and_asked_no_more_than_it_must(world):
+    """Law: with a fingerprint, pictures that are in the store are not asked for again."""
+    data = own.load_own("colors.py:Colors")()
+    asked: list[int] = []
+
+    class Watched(type(data)):
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return {**item, "picture": lambda: asked.append(index) or item["picture"]()}
+
+    first = sfumato.encode(recipe(world), dataset=Watched(), say=lambda sentence: None)
+    assert sorted(asked) == list(range(16)) and len(first.train) + len(first.held_out) == 16
+    asked.clear()
+    sfumato.encode(recipe(world), dataset=Watched(), say=lambda sentence: None)
+    assert asked == []
+
+
+def recipe(world: Path) -> Path:
+    (world / "recipe.toml").write_text(RECIPE.format(output="run"))
+    return world / "recipe.toml"
+
+
+FORMS = {
+    "path": lambda image, folder: image.save(folder / "p.png") or folder / "p.png",
+    "text": lambda image, folder: image.save(folder / "p.png") or str(folder / "p.png"),
+    "image": lambda image, folder: image,
+    "array": lambda image, folder: __import__("numpy").asarray(image),
+    "function": lambda image, folder: lambda: image,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_picture_gives_the_same_latents(form, world):
+    image = Image.effect_noise((16, 16), 80).convert("RGB")
+    items = [{"picture": FORMS[form](image, world), "caption": ["one", "two"], "split": "train"}]
+    found = sfumato.encode(recipe(world), dataset=items, say=lambda sentence: None)
+    latents = found.train.read([0], 0, 0).latents
+    expected = sfumato.encode(
+        recipe(world), dataset=[{"picture": image, "split": "train"}], say=lambda sentence: None
+    )
+    assert torch.equal(latents, expected.train.read([0], 0, 0).latents)
+
+
+BROKEN = {
+    "a loss that is none": ({"train.loss": "x = 3"}, r"train\.loss: .* is a int\. A loss is called as"),
+    "a loss of three": ({"train.loss": "def x(a, b, weight): return a"}, r"cannot be called so .*weight"),
+    "a loss that is one number": (
+        {"train.loss": "def x(a, b): return (a - b).mean()"},
+        r"gives shape \[\] for an answer of \[4, 3, 16, 16\]\. A loss is called as",
+    ),
+    "a loss without a gradient": (
+        {"train.loss": "def x(a, b): return (a - b).detach()"},
+        "without a gradient",
+    ),
+    "callbacks without hooks": (
+        {"train.callbacks": "class x: pass"},
+        r"is a x without a hook\. A callback is",
+    ),
+    "a hook of something else": (
+        {"train.callbacks": "class x:\n    def on_step(self, when): pass"},
+        "on_step: missing a required argument: 'when'. A callback is",
+    ),
+    "data without a length": ({"data.train": "x = iter([])"}, r"is a list_iterator\. A data set has len"),
+    "no data": ({"data.train": "x = []"}, "has no items"),
+    "items that are pairs": ({"data.train": "x = [(1, 2)]"}, "item 0 of .* is a tuple .*A data set has len"),
+    "items without a picture": ({"data.train": "x = [{'image': 1}]"}, "without `picture` .it has image"),
+    "a strange picture": ({"data.train": "x = [{'picture': 1.5}]"}, r"picture of item 0 .* is a float"),
+    "a strange caption": ({"data.train": "x = [{'picture': 'a.png', 'caption': 3}]"}, "caption of item 0"),
+    "a strange split": ({"data.train": "x = [{'picture': 'a', 'split': 'all'}]"}, "say train or held_out"),
+    "two of one name": ({"data.train": "x = [{'picture': 'a.png', 'name': 'n'}] * 2"}, 'have the name "n"'),
+    "an item that fails": (
+        {
+            "data.train": "class x:\n"
+            "    def __len__(self): return 1\n"
+            "    def __getitem__(self, i): return 1 / i"
+        },
+        r"item 0 fails in .*own\.py:x, line 3: ZeroDivisionError",
+    ),
+    "a codec that is none": ({"model.codec": "x = dict"}, "here a Codec is needed"),
+    "a denoiser of other arguments": (
+        {"model.denoiser": "def x(size): pass"},
+        "A Denoiser is made by calling it with channels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_contract_is_refused_and_named(name, world):
+    (keys, words) = BROKEN[name]
+    ((key, code),) = keys.items()
+    (world / "own.py").write_text(code + "\n")
+    with pytest.raises(Refused, match=words):
+        train(world, "run", f"{key}=own.py:x")
+
+
+def test_what_a_run_could_not_load_again_is_refused(world):
+    class Local(own.load_own("halves.py:Halves")):
+        pass
+
+    for given in ({"codec": Local()}, {"codec": Local}, {"theory": get("flow-matching")}):
+        with pytest.raises(Refused, match="no Python file names this"):
+            train(world, "run", **given)
+    train(world, "run", "train.steps=2", loss=lambda answer, target: (answer - target).abs())
+    assert "test_own_code.py:<" in (RunFolder.open(world / "run").effective).read_text()
+    with pytest.raises(Refused, match="hand it over again"):
+        sfumato.train(world / "run", say=lambda sentence: None)
+
+
+def test_stages_of_ones_own_beside_a_base_are_refused(world):
+    with pytest.raises(Refused, match="for a model from scratch"):
+        train(world, "run", "model.base=somewhere", codec=own.load_own("halves.py:Halves"))
