@@ -158,8 +158,8 @@ class ControlledDenoiser(DenoiserWrapper):
     def check_context_parallel(self, count: int) -> None:
         """Raises Refused: what guides read is not shared among processes."""
         raise Refused(
-            "train.context_parallel shares the tokens of each sample among processes; pictures that guide are "
-            "not shared. Leave train.context_parallel at 1."
+            "train.context_parallel shares the tokens of each sample among processes; pictures that guide "
+            "are not shared. Leave train.context_parallel at 1."
         )
 
     def enable_context_parallel(self, mesh: Any) -> None:
