@@ -21,6 +21,11 @@ def picture(width: int = 96, height: int = 64, seed: int = 0) -> Image.Image:
     return Image.fromarray((colours * 255).astype(np.uint8))
 
 
+def processor(name: str) -> Any:
+    """A processor of transformers that needs no torchvision: older versions have it under the plain name."""
+    return getattr(T, f"{name}Pil", None) or getattr(T, name)
+
+
 @contextmanager
 def small():
     """Qwen-Image-Edit looks at fewer pixels than a million; Wan from pictures needs no ftfy."""
@@ -53,7 +58,7 @@ class ByHand:
     """Qwen2-VL's processor without torchvision: every picture's mark is repeated for its tokens."""
 
     def __init__(self, tokenizer: Any):
-        self.tokenizer, self.looks = tokenizer, T.Qwen2VLImageProcessorPil()
+        self.tokenizer, self.looks = tokenizer, processor("Qwen2VLImageProcessor")()
 
     def __call__(self, text: Any, images: Any = None, padding: Any = None, return_tensors: Any = None) -> Any:
         seen = self.looks(images=images, return_tensors="pt")
@@ -124,7 +129,7 @@ def wan_21_i2v(key: str):
         patch_size=8, projection_dim=24,
     )  # fmt: skip
     network = wan_network(in_channels=36, image_dim=32)
-    looks = T.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    looks = processor("CLIPImageProcessor")(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     eye = seeded(T.CLIPVisionModel(sees), key + "/eye")
     return wan_i2v(key, network, wan_coder(), image_encoder=eye, image_processor=looks)
 
@@ -140,7 +145,7 @@ def wan_21_flf(key: str):
         patch_size=8, projection_dim=24,
     )  # fmt: skip
     network = wan_network(in_channels=36, image_dim=32, pos_embed_seq_len=2 * 17)
-    looks = T.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    looks = processor("CLIPImageProcessor")(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     eye = seeded(T.CLIPVisionModel(sees), key + "/eye")
     return wan_i2v(key, network, wan_coder(), image_encoder=eye, image_processor=looks)
 

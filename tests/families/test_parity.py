@@ -231,12 +231,10 @@ def test_a_family_draws_what_its_pipeline_draws(drawn, model, monkeypatch):
     """Law: the same noise, times and guidance give the same pixels."""
     if not drawn.pixels.numel():
         with torch.no_grad():
-            drawn.pixels = torch.as_tensor(
-                drawn.pipe(
-                    num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7), output_type="pt"
-                ).images
-            )
-            drawn.pixels = drawn.pixels * 2 - 1
+            images = drawn.pipe(
+                num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7), output_type="np"
+            ).images
+            drawn.pixels = torch.as_tensor(images).permute(0, 3, 1, 2) * 2 - 1
     seen: list[Tensor] = []
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda x, *pieces: seen.append(decode(x, *pieces)) or seen[-1])
