@@ -19,9 +19,11 @@ import torch
 import torch._dynamo  # here, so that no forked process imports it
 import torch.distributed as dist
 
-from sfumato.stages.condition import Condition
-from sfumato.stages.dit import DiT
-from sfumato.training import context, parallel, probing
+from sfumato.models.condition import Condition
+from sfumato.models.networks.dit import DiT
+from sfumato.training.distributed import context_parallel
+from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.estimate import probe
 from sfumato.training.settings import TrainSettings
 
 
@@ -40,13 +42,13 @@ def work(
     told = Condition({"tokens": torch.randn(1, 8, 384), "pooled": torch.randn(1, 384)})
     device = torch.device("cpu")
     with (
-        parallel.joined("cpu") as processes,
-        context.shared(dit, TrainSettings(context_parallel=count), processes),
+        distributed_processes.joined("cpu") as processes,
+        context_parallel.shared(dit, TrainSettings(context_parallel=count), processes),
     ):
         for _ in range(2):
             dit.zero_grad()
-            before, began = probing.held_bytes(device), time.process_time()
-            with probing.watched(device) as peak:
+            before, began = probe.held_bytes(device), time.process_time()
+            with probe.watched(device) as peak:
                 loss = dit(clip, torch.tensor([500.0]), told).square().mean()
                 loss.backward()
                 for weight in dit.parameters() if count > 1 else ():

@@ -26,10 +26,10 @@ from PIL import Image
 
 from sfumato.generation import load
 from sfumato.recipe import Recipe
-from sfumato.training.objective import DiffusionObjective
-from sfumato.workflow.course import gather, ready
-from sfumato.workflow.encoding import course_of
-from sfumato.workflow.tuning import tune
+from sfumato.training.objective.diffusion import DiffusionObjective
+from sfumato.workflow.encode_samples import course_of
+from sfumato.workflow.finetune import prepare_trainable
+from sfumato.workflow.prepare import prepare_run, resolve_recipe
 
 SIDE, BATCH, COUNT = 128, 4, 16
 WORDS = ["<|startoftext|>", "<|endoftext|>", *(f"{letter}</w>" for letter in "abcdefghij")]
@@ -159,8 +159,8 @@ def our_loop(folder: Path) -> Callable[[int], None]:
         """
     (folder / "r.toml").write_text(said)
     recipe = Recipe.read(folder / "r.toml")
-    prepared = ready(recipe, gather(recipe), say=lambda sentence: None)
-    network = tune(prepared.model, recipe)
+    prepared = prepare_run(recipe, resolve_recipe(recipe), say=lambda sentence: None)
+    network = prepare_trainable(prepared.model, recipe)
     train, order = course_of(recipe, prepared.train, [])
     objective = DiffusionObjective(prepared.model, train, order, recipe.train, recipe.seed, 0.1)
     take = optimised(network.parameters())

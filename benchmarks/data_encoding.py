@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sfumato.data import media, sources, views
-from sfumato.data.encode import Encoding, fill
-from sfumato.data.store import Store
-from sfumato.data.work import lay_out
-from sfumato.stages import new_codec
-from sfumato.stages.settings import ModelSettings
+from sfumato.data.encoding import views
+from sfumato.data.encoding.encode import fill
+from sfumato.data.encoding.encode_plan import lay_out
+from sfumato.data.encoding.views import Encoding
+from sfumato.data.sources import folder, media
+from sfumato.data.store.store import Store
+from sfumato.models import new_codec
+from sfumato.models.settings import ModelSettings
 
 BATCH = 16
 FRAMES, RATE = 9, 8.0
@@ -71,7 +73,7 @@ def spent(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(data: str, encoder: str, side: int, count: int, pairs: int) -> dict[str, Any]:
-    collection = sources.open(data, captions="none", empty=True)
+    collection = folder.open(data, captions="none", empty=True)
     samples = collection.samples[:: max(1, len(collection.samples) // count)][:count]
     encode = ENCODERS[encoder]()
     frames = FRAMES if encoder == "clip" else 0

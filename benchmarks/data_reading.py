@@ -29,16 +29,17 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sfumato.data import encoded
-from sfumato.data.encode import Encoding, fill
-from sfumato.data.sample import Sample
-from sfumato.data.store import Store
+from sfumato.data.encoding import encoded_dataset
+from sfumato.data.encoding.encode import fill
+from sfumato.data.encoding.views import Encoding
+from sfumato.data.sources.sample import Sample
+from sfumato.data.store.store import Store
 
 ENTRIES = {"small": ((4, 16, 16), (16, 384)), "large": ((16, 32, 32), (77, 384))}
 Read = Callable[[int], tuple[Tensor, Tensor]]
 
 
-def made(count: int, folder: Path, entry: str) -> encoded.EncodedSet:
+def made(count: int, folder: Path, entry: str) -> encoded_dataset.EncodedDataset:
     """A store of `count` random entries."""
     latent, tokens = ENTRIES[entry]
     blank = Image.new("RGB", (8, 8))
@@ -55,7 +56,7 @@ def made(count: int, folder: Path, entry: str) -> encoded.EncodedSet:
     return fill(Store(folder), samples, (8, 8), pixels, texts, Encoding("p", "t", batch=64))
 
 
-def ways(data: encoded.EncodedSet, folder: Path, count: int) -> dict[str, Read]:
+def ways(data: encoded_dataset.EncodedDataset, folder: Path, count: int) -> dict[str, Read]:
     """The same entries kept in each way, and what reads one of them."""
     rows = [data.read([index]) for index in range(count)]
     both = [
@@ -154,7 +155,7 @@ def measure(entry: str, count: int) -> None:
         data = made(count, folder / "store", entry)
         order = np.random.default_rng(0).permutation(count).tolist()
         where = {"store": "store", "LMDB": "lmdb", "one safetensors file": "one", "file per sample": "files"}
-        encoded.REMEMBERED = 0
+        encoded_dataset.REMEMBERED = 0
         data._texts.clear()
         for way, read in ways(data, folder, count).items():
 

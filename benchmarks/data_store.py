@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sfumato.data import buckets, media, sources
-from sfumato.data.index import COLUMNS, Index
-from sfumato.data.shard import Field
+from sfumato.data import buckets
+from sfumato.data.sources import folder, media
+from sfumato.data.store.index import COLUMNS, Index
+from sfumato.data.store.shard import Field
 
 LATENT = (16, 32, 32)
 
@@ -71,7 +72,7 @@ def measure_index(count: int) -> None:
 
 def measure_buckets(data: str) -> None:
     """What is cut off the pictures of a folder with 1, 3, 5 and 9 shapes."""
-    sizes = [media.size_of(sample.source()) for sample in sources.open(data, captions="none").samples]
+    sizes = [media.size_of(sample.source()) for sample in folder.open(data, captions="none").samples]
     for count in (1, 3, 5, 9):
         plan = buckets.choose(sizes, 256, 16, count)
         tell(measure="buckets", data=Path(data).name, shapes=len(plan.shapes), cut_off=plan.waste(sizes))

@@ -19,8 +19,9 @@ from PIL import Image
 from scipy.ndimage import binary_dilation, binary_fill_holes
 
 import sfumato
-from sfumato.data import controls, sources
-from sfumato.data.media import fit, read_picture, to_pixels
+from sfumato.data import condition_images
+from sfumato.data.sources import folder
+from sfumato.data.sources.media import fit, read_picture, to_pixels
 from sfumato.generation import to_pictures
 
 WHITE = 24
@@ -48,7 +49,7 @@ def overlap(one: np.ndarray, other: np.ndarray) -> float:
 
 def edges_of(pixels: torch.Tensor) -> np.ndarray:
     """Canny edges of pixels [B, 3, H, W], [B, H, W] bool."""
-    return controls.control(pixels, "canny")[:, 0].numpy() > 0
+    return condition_images.control_image(pixels, "canny")[:, 0].numpy() > 0
 
 
 def pixels_of(pictures: list[Image.Image], side: int) -> torch.Tensor:
@@ -81,10 +82,13 @@ def main() -> None:
     asked = parser.parse_args()
     model = sfumato.load(asked.run)
     side = int(model.info["resolution"])
-    held_out = sources.open(asked.data).of("held_out")
+    held_out = folder.open(asked.data).of("held_out")
     chosen = held_out[:: max(1, len(held_out) // asked.count)][: asked.count]
     pixels = pixels_of([one.source() for one in chosen], side)
-    originals, given = to_pictures(pixels, False), to_pictures(controls.control(pixels, "canny"), False)
+    originals, given = (
+        to_pictures(pixels, False),
+        to_pictures(condition_images.control_image(pixels, "canny"), False),
+    )
     captions, seeds = [one.captions[0] for one in chosen], list(range(len(chosen)))
     drawn = model.generate(captions, seed=seeds, control=given, guidance=asked.guidance)
     asked_edges, drawn_edges = edges_of(pixels), edges_of(pixels_of(drawn, side))

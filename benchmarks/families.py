@@ -32,8 +32,8 @@ from tests.families.zoo import NEGATIVE, PROMPT, ZOO
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.workflow.exporting import export
+from sfumato.run_folder import RunFolder
+from sfumato.workflow.export.export import export
 
 assert clips
 EDITS = ("qwen-image-edit", "qwen-image-edit-plus", "flux-kontext", "flux-2-klein-edit")

@@ -28,7 +28,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 
 RECIPE = """
 output = "{output}"
@@ -64,7 +64,8 @@ SERVER.set_forkserver_preload(["sfumato.workflow", "transformers.models.clip.mod
 def train(recipe: Path, notes: Path) -> None:
     """The train command, noting what it does where its killer can read it."""
     from sfumato.cli import main as command
-    from sfumato.training import checkpoint, loop
+    from sfumato.training.loop import profiling
+    from sfumato.training.state import checkpoint
 
     board = mmap.mmap(os.open(notes, os.O_RDWR), 64)
     asked = [0]
@@ -84,7 +85,7 @@ def train(recipe: Path, notes: Path) -> None:
         write(*given)
         board[32:] = b" " * 32
 
-    loop.part, checkpoint.write = part, noted  # pyright: ignore[reportAttributeAccessIssue]
+    profiling.part, checkpoint.write = part, noted  # pyright: ignore[reportAttributeAccessIssue]
     sys.argv = ["sfumato", "train", str(recipe)]
     sys.stderr = sys.stdout = recipe.with_suffix(".said").open("a")
     command()

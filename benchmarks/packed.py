@@ -19,15 +19,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfumato.data import buckets, sources
-from sfumato.data.order import Order, Packed
-from sfumato.stages.dit import DiT
-from sfumato.stages.interface import Model
+from sfumato.data import buckets
+from sfumato.data.encoding.batch_sampler import BatchSampler, PackedSampler
+from sfumato.data.sources import folder
+from sfumato.models.interface import Model
+from sfumato.models.networks.dit import DiT
 from sfumato.theory import get, noise
-from sfumato.training.objective import DiffusionObjective
-from sfumato.training.packed import PackedObjective, alike
+from sfumato.training.objective.diffusion import DiffusionObjective
+from sfumato.training.objective.packed_batches import PackedObjective, alike
 from sfumato.training.settings import TrainSettings
-from sfumato.workflow.material import known_sizes
+from sfumato.workflow.dataset import known_sizes
 
 STRIDE, CHANNELS, TEXT = 8, 16, 384
 
@@ -56,13 +57,15 @@ def shapes_of(sizes: list[tuple[int, int]], resolution: int, count: int) -> tupl
     return [(CHANNELS, height // STRIDE, width // STRIDE) for width, height in pixels], chosen.waste(sizes)
 
 
-def waiting(order: Order, count: int) -> float:
+def waiting(order: BatchSampler, count: int) -> float:
     """Share of the samples that the first epoch does not show."""
     shown = {index for step in range(order.steps_before(1)) for index in order.at(step)[0]}
     return 1 - len(shown) / count
 
 
-def made(kind: type[DiffusionObjective], samples: Samples, order: Order, batch: int) -> DiffusionObjective:
+def made(
+    kind: type[DiffusionObjective], samples: Samples, order: BatchSampler, batch: int
+) -> DiffusionObjective:
     """An objective on a fresh DiT."""
     torch.manual_seed(0)
     dit = DiT(CHANNELS, width=192, depth=6, heads=4, text_width=TEXT)
@@ -82,10 +85,10 @@ def stepper(objective: DiffusionObjective, apart: bool = False) -> Callable[[int
 
     def one_by_one(step: int) -> int:
         indices, epoch = objective.order.at(step)
-        told = objective.moments(indices, step)
+        told = objective.draw_times(indices, step)
         for places in alike(indices, objective.encoded.buckets):
             batch = objective.encoded.read([indices[place] for place in places], 0, epoch)
-            drawn = objective.noised(told.rows(places), batch.ids, batch.latents, step)
+            drawn = objective.draw_noise(told.rows(places), batch.ids, batch.latents, step)
             loss = objective.measure(batch.latents, drawn, objective.rows(batch))
             (loss.sum() / len(indices)).backward()
         return len(indices)
@@ -120,15 +123,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a line of JSON is appended")
     said = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = known_sizes(sources.open(said.folder).samples)
+    sizes = known_sizes(folder.open(said.folder).samples)
     found: dict[str, Any] = {"folder": Path(said.folder).name, "pictures": len(sizes), **vars(said)}
     ways: dict[str, Callable[[int], int]] = {}
     for count in (1, 5, 64):
         shapes, cut = shapes_of(sizes, said.resolution, count)
         samples, kinds = Samples(shapes), len(set(shapes))
         tokens = [shape[1] * shape[2] for shape in shapes]
-        like, mixed = Order(shapes, said.batch), Order([0] * len(shapes), said.batch)
-        budget = Packed(tokens, said.batch)
+        like, mixed = BatchSampler(shapes, said.batch), BatchSampler([0] * len(shapes), said.batch)
+        budget = PackedSampler(tokens, said.batch)
         waits = {"bucketed": like, "packed": mixed, "packed by tokens": budget}
         found[f"{count} buckets"] = {
             "shapes": kinds, "cut off": round(cut, 4),

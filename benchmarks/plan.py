@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 
 SCRATCH = """
 text_encoder = "minilm"

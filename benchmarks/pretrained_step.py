@@ -28,15 +28,15 @@ import torch
 import training_loop
 from torch import Tensor, nn
 
-from sfumato.stages import reference
-from sfumato.stages.adapters import AdapterPlan
-from sfumato.stages.codec import PixelCodec
-from sfumato.stages.families.stable_diffusion import StableDiffusion
-from sfumato.stages.families.stable_diffusion_3 import StableDiffusion3
-from sfumato.stages.interface import Model
-from sfumato.stages.pretrained import PretrainedDenoiser
-from sfumato.stages.text import NoConditioner
-from sfumato.training import average
+from sfumato.models.codecs.image import PixelCodec
+from sfumato.models.interface import Model
+from sfumato.models.io import adapter_run
+from sfumato.models.lora.adapter import AdapterPlan
+from sfumato.models.pretrained.families.stable_diffusion import StableDiffusion
+from sfumato.models.pretrained.families.stable_diffusion_3 import StableDiffusion3
+from sfumato.models.pretrained.stages import PretrainedDenoiser
+from sfumato.models.text.encoder import NoConditioner
+from sfumato.training.optim import ema
 
 BATCH, SIDE, WORDS, WIDTH, RANK = 4, 32, 77, 768, 16
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -87,7 +87,7 @@ def ours(name: str, lora: bool, steps: int, bf16: bool, ema: bool = False) -> li
     family = StableDiffusion() if name == "unet" else StableDiffusion3()
     denoiser = PretrainedDenoiser(family, network_of(name))
     if lora:
-        reference.attach(denoiser, AdapterPlan(rank=RANK))
+        adapter_run.attach(denoiser, AdapterPlan(rank=RANK))
     theory = family.theory(DDPMScheduler(**BETAS))  # type: ignore[arg-type]
     model = Model(theory, Latents(), NoConditioner(), denoiser)
     how = {
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--case", default="", help="one row, in this process")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    average.stride = lambda *_: average.STRIDE
+    ema.stride = lambda *_: ema.STRIDE
     if asked.case:
         print(json.dumps(row(json.loads(asked.case), asked.steps)))
         return

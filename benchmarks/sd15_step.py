@@ -25,14 +25,14 @@ import pretrained_step
 import torch
 from torch import nn
 
-from sfumato.record import RunFolder
-from sfumato.stages.families.stable_diffusion import StableDiffusion
-from sfumato.stages.interface import Model
-from sfumato.stages.pretrained import PretrainedDenoiser
-from sfumato.stages.text import NoConditioner
+from sfumato.models.interface import Model
+from sfumato.models.pretrained.families.stable_diffusion import StableDiffusion
+from sfumato.models.pretrained.stages import PretrainedDenoiser
+from sfumato.models.text.encoder import NoConditioner
+from sfumato.run_folder import RunFolder
 from sfumato.training import device as devices
-from sfumato.training.loop import fit
-from sfumato.training.objective import DiffusionObjective
+from sfumato.training.loop.loop import fit
+from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.settings import TrainSettings
 
 NEEDED, WARM = 18e9, 2

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.theory import Theory, get, integrate, methods, names, noise, times, widest
-from sfumato.theory.multistep import coordinate
-from sfumato.theory.shapes import Denoise
+from sfumato.theory.solvers.multistep import coordinate
+from sfumato.theory.types import Denoise
 from sfumato.theory.verify import SMOOTH
 
 torch.set_num_threads(1)

@@ -23,18 +23,18 @@ from typing import Any
 
 import torch
 
-from sfumato.data import shapes
 from sfumato.data.settings import DataSettings
+from sfumato.data.sources import shape_reader
 from sfumato.demo.drawing import chosen
 from sfumato.demo.text import PLANS
-from sfumato.generation import PaintingModel
+from sfumato.generation import Pipeline
+from sfumato.models import Condition
 from sfumato.recipe import Recipe
-from sfumato.stages import Condition
 from sfumato.theory import noise
 from sfumato.workflow import train
-from sfumato.workflow.codecs import codec_key, place, ready_codec
-from sfumato.workflow.encoding import encoded_samples
-from sfumato.workflow.material import collect
+from sfumato.workflow.dataset import collect
+from sfumato.workflow.encode_samples import encoded_samples
+from sfumato.workflow.train_codec import codec_key, place, ready_codec
 
 ANGLES = [
     math.pi / 2 * share
@@ -60,7 +60,7 @@ def recipe_of(theory: str, times: str, seed: int, steps: int, out: Path, codec: 
 
 
 @torch.no_grad()
-def by_angle(model: PaintingModel, recipe: Recipe, most: int = 131) -> list[float]:
+def by_angle(model: Pipeline, recipe: Recipe, most: int = 131) -> list[float]:
     """Mean squared error of v on held-out pictures at each of ANGLES."""
     collection = collect(recipe.data)
     bucket = (recipe.data.resolution, recipe.data.resolution)
@@ -78,11 +78,11 @@ def by_angle(model: PaintingModel, recipe: Recipe, most: int = 131) -> list[floa
     return found
 
 
-def accuracy(model: PaintingModel, recipe: Recipe, count: int) -> dict[str, float]:
+def accuracy(model: Pipeline, recipe: Recipe, count: int) -> dict[str, float]:
     """Shares of pictures of unseen combinations that show what was asked."""
     prompts = chosen([one.captions[0] for one in collect(recipe.data).of("held_out")], count)
     drawn = model.generate(prompts, seed=[1_000_003 + i for i in range(len(prompts))])
-    verdicts = [shapes.judge(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
+    verdicts = [shape_reader.judge(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
     return {name: sum(v[name] for v in verdicts) / len(verdicts) for name in ("shape_and_color", "position")}
 
 
@@ -187,7 +187,7 @@ def main() -> None:
         for word in asked.theories:
             theory, _, times = word.partition("/") if ".py:" not in word else (word, "", "")
             theory, times = (theory, times or "uniform")
-            row = one(theory, times, seed, asked.steps, asked.out.absolute(), codec, asked.judged)
+            row = one(theory, times, seed, asked.steps, asked.out.absolute(), codec, asked.weighted_loss)
             print(json.dumps(row), flush=True)
 
 

@@ -22,19 +22,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfumato.record import RunFolder
-from sfumato.stages.blocks import compile_blocks
-from sfumato.stages.codec import PixelCodec
-from sfumato.stages.interface import Condition, Model
-from sfumato.stages.scratch import new_denoiser
-from sfumato.stages.settings import ModelSettings
-from sfumato.stages.text import NoConditioner
+from sfumato.models.build import new_denoiser
+from sfumato.models.codecs.image import PixelCodec
+from sfumato.models.condition import Condition
+from sfumato.models.interface import Model
+from sfumato.models.networks.blocks import compile_blocks
+from sfumato.models.settings import ModelSettings
+from sfumato.models.text.encoder import NoConditioner
+from sfumato.run_folder import RunFolder
 from sfumato.theory import get, noise
-from sfumato.training import average, device
-from sfumato.training.held import Held
-from sfumato.training.loop import fit
-from sfumato.training.objective import DiffusionObjective
+from sfumato.training import device
+from sfumato.training.loop.loop import fit
+from sfumato.training.objective.diffusion import DiffusionObjective
+from sfumato.training.optim import ema
 from sfumato.training.settings import TrainSettings
+from sfumato.training.state.train_state import TrainState
 
 SIDE, TEXT = 8, 384
 
@@ -174,7 +176,7 @@ def diffusers_like(
 def bare(network: nn.Module, samples: Samples, batch: int, steps: int) -> float:
     """Forward, backward and our optimizer on one prepared batch: what cannot be left out."""
     settings = TrainSettings(steps=steps + 3, batch=batch)
-    held = Held(network, settings)
+    held = TrainState(network, settings)
     data = samples.read(list(range(batch)), 0, 0)
     clock, condition = torch.linspace(0, 1000, batch), Condition.stack(data.conditions)
 
@@ -262,7 +264,7 @@ def main() -> None:
     parser.add_argument("--out", default="")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    average.stride = lambda *_: average.STRIDE
+    ema.stride = lambda *_: ema.STRIDE
     rows = []
     for name in CASES:
         if asked.only in name:

@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sfumato.data.encode import Encoding
+from sfumato.data.encoding.views import Encoding
 from sfumato.generation import load
-from sfumato.generation.films import still
+from sfumato.generation.video import still
+from sfumato.models.codecs.tiling import Tiling, decode_tiled
+from sfumato.models.codecs.video import ClipCodec
 from sfumato.recipe import Recipe
-from sfumato.stages.clips import ClipCodec
-from sfumato.stages.pieces import Pieces, decode
 from sfumato.theory import noise
-from sfumato.workflow.material import Pictures, collect
+from sfumato.workflow.dataset import Pictures, collect
 
 SIZE = (33, 480, 832)
 
@@ -124,8 +124,8 @@ def decode_once(tile: int, chunk: int) -> None:
     with torch.no_grad():
         codec.decode(latents[:, :, :1, :8, :8])
         before, began = peak(), time.process_time()
-        pieces = Pieces(tile, chunk)
-        pixels = decode(codec, latents, pieces) if pieces else codec.decode(latents)
+        pieces = Tiling(tile, chunk)
+        pixels = decode_tiled(codec, latents, pieces) if pieces else codec.decode(latents)
     print(json.dumps({
         "tile": tile, "chunk": chunk, "peak_mb": peak() - before,
         "cpu_seconds": time.process_time() - began, "output_mb": pixels.numel() * 4 / 2**20,

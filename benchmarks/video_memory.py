@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from video import peak
 
-from sfumato.stages.clips import ClipCodec, VideoAutoencoderCodec
-from sfumato.stages.pieces import Pieces, decode
+from sfumato.models.codecs.tiling import Tiling, decode_tiled
+from sfumato.models.codecs.video import ClipCodec, VideoAutoencoderCodec
 from sfumato.theory import noise
 
 SIZE, OURS = (9, 128, 256), (17, 256, 512)
@@ -38,7 +38,7 @@ NARROW: dict[str, dict[str, Any]] = {
 
 
 def measured(
-    name: str, config: dict[str, Any], size: tuple[int, int, int], pieces: Pieces, answer: Any
+    name: str, config: dict[str, Any], size: tuple[int, int, int], pieces: Tiling, answer: Any
 ) -> None:
     """Decode a clip of noise and put the numbers into the pipe."""
     torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def measured(
     with torch.no_grad():
         codec.decode(latents[:, :, :1, :2, :2])  # what the first call of any size needs
         before, began = peak(), time.process_time()
-        pixels = decode(codec, latents, pieces) if pieces else codec.decode(latents)
+        pixels = decode_tiled(codec, latents, pieces) if pieces else codec.decode(latents)
         spent = time.process_time() - began
     answer.send(
         {
@@ -77,12 +77,12 @@ def apart(*asked: Any) -> dict[str, Any]:
     return found
 
 
-def ways(name: str) -> tuple[Pieces, ...]:
+def ways(name: str) -> tuple[Tiling, ...]:
     """Whole, in tiles, in tiles and chunks; LTX's latents stand for 32 pixels a side."""
     if name == "ClipCodec":
-        return Pieces(), Pieces(128), Pieces(128, 4)
+        return Tiling(), Tiling(128), Tiling(128, 4)
     tile = 128 if "LTX" in name else 64
-    return Pieces(), Pieces(tile), Pieces(tile, 8)
+    return Tiling(), Tiling(tile), Tiling(tile, 8)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def compared(name: str, folder: Path) -> dict[str, float | str]:
     """The three differences of one family."""
     drawn = parity.drawing(ZOO[name], name, folder / name)
     model, call = sfumato.load(drawn.folder), ZOO[name].call
-    condition = model.denoiser.guidance.embed_guidance(parity.told(model, drawn), drawn.guidance)
+    condition = model.denoiser.guidance.embed_guidance(parity.embed_guidance(model, drawn), drawn.guidance)
     start = parity.start_of(model, drawn)
     answer = parity.ours(model, start, drawn.times[0], condition, model.denoiser.network)[0]
     pixels = torch.rand(1, 3, call["num_frames"], 64, 96, generator=torch.Generator().manual_seed(1)) * 2 - 1

@@ -24,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from families import clips  # noqa: F401 - puts them into the zoo
 from families.zoo import ZOO
 from sfumato import load
-from sfumato.data import moving
+from sfumato.data.sources import moving_shapes
 from sfumato.demo.video import PLANS
-from sfumato.generation import painting
-from sfumato.stages import adapters, build, new_codec, new_conditioner
+from sfumato.generation import as_pipeline
+from sfumato.models import new_codec, new_conditioner, new_model
+from sfumato.models.lora import adapter
 from sfumato.theory import noise
 
 BATCH, DEMO = 2, 16
@@ -35,9 +36,9 @@ BATCH, DEMO = 2, 16
 
 def of_demo() -> tuple[Any, dict[str, int]]:
     """The demo's model with weights of no matter, and the size of its clips."""
-    settings, frames = PLANS["moving-shapes"].recipe.model, moving.FRAMES
-    made = painting(
-        build(settings, new_codec(settings, clips=True), new_conditioner(settings), frames=frames)
+    settings, frames = PLANS["moving-shapes"].recipe.model, moving_shapes.FRAMES
+    made = as_pipeline(
+        new_model(settings, new_codec(settings, clips=True), new_conditioner(settings), frames=frames)
     )
     return made, {"frames": frames, "height": 32, "width": 32}
 
@@ -87,8 +88,10 @@ def measured(model: Any, size: dict[str, int], batch: int) -> dict[str, float]:
     found = {name: round(cpu(work) * each, 3) for name, work in works.items()}
     narrow = copy.deepcopy(model)
     narrow.denoiser.requires_grad_(False)
-    adapters.attach(
-        adapters.body(narrow.denoiser), adapters.AdapterPlan("lora", rank=4), narrow.denoiser.lora_targets
+    adapter.attach(
+        adapter.peft_target(narrow.denoiser),
+        adapter.AdapterPlan("lora", rank=4),
+        narrow.denoiser.lora_targets,
     )
     return {**found, "lora_step": round(cpu(step_of(narrow, x, t, condition)) * each, 3)}
 

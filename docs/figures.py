@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.studio.charts import Line, chart
+from sfumato.report.charts import Line, chart
 from sfumato.theory import get, guidance, integrate, noise, oracle, verify
 
 HERE = Path(__file__).parent

@@ -11,15 +11,15 @@ from typing import assert_type
 from torch import Tensor
 
 import sfumato
-from sfumato.generation import PaintingModel
-from sfumato.stages import Condition
+from sfumato.generation import Pipeline
+from sfumato.models import Condition
 from sfumato.theory import Report, Theory, get, integrate, names, noise, oracle, solve, times
 
 
 def models(pixels: Tensor) -> None:
     """A folder is loaded, asked, drawn with and saved."""
     model = sfumato.load("a-folder", dtype="float32", device="cpu")
-    assert_type(model, PaintingModel)
+    assert_type(model, Pipeline)
     assert_type(model.theory, Theory)
     condition = model.condition(prompt=["a red apple"])
     assert_type(condition, Condition)
@@ -39,7 +39,7 @@ def runs() -> None:
     run = sfumato.train("recipe.toml")
     assert_type(run, sfumato.Run)
     assert_type(run.path, Path)
-    assert_type(run.model(), PaintingModel)
+    assert_type(run.model(), Pipeline)
 
 
 def theories(x_0: Tensor, x_T: Tensor, t: Tensor) -> None:

@@ -5,28 +5,28 @@ The public names load on first use, so that `import sfumato` is instant.
 
 from typing import TYPE_CHECKING
 
-from .lazy import names_from
+from sfumato.lazy import names_from
 
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from .errors import Failed, Refused
-    from .generation import load
-    from .recipe import Recipe
-    from .theory import Theory
-    from .workflow import Run, encode, train
+    from sfumato.errors import Failed, Refused
+    from sfumato.generation import load
+    from sfumato.recipe import Recipe
+    from sfumato.theory import Theory
+    from sfumato.workflow import Run, encode, train
 else:
     __getattr__, __dir__ = names_from(
         __name__,
         {
-            "Failed": ".errors",
-            "Recipe": ".recipe",
-            "Refused": ".errors",
-            "Run": ".workflow",
-            "Theory": ".theory",
-            "encode": ".workflow",
-            "load": ".generation",
-            "train": ".workflow",
+            "Failed": "sfumato.errors",
+            "Recipe": "sfumato.recipe",
+            "Refused": "sfumato.errors",
+            "Run": "sfumato.workflow",
+            "Theory": "sfumato.theory",
+            "encode": "sfumato.workflow",
+            "load": "sfumato.generation",
+            "train": "sfumato.workflow",
         },
     )
 

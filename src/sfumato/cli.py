@@ -13,11 +13,11 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import data_options as about
-from .commands import drawing_options as options
-from .commands.exits import answers
-from .commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
-from .commands.theories import theories
+from sfumato.commands import data_options as about
+from sfumato.commands import generate_options as options
+from sfumato.commands.exits import answers
+from sfumato.commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
+from sfumato.commands.theory import theories
 
 app = typer.Typer(
     name="sfumato",
@@ -53,9 +53,9 @@ def demo(
 
     The whole way on this machine: encode, train, draw, judge, and a page to look at.
     """
-    from .commands import demonstrate
+    from sfumato.commands import demo
 
-    demonstrate.demo(task, data, out, minutes, device, json)
+    demo.demo(task, data, out, minutes, device, json)
 
 
 @app.command()
@@ -69,7 +69,7 @@ def new(
     train: Annotated[str, typer.Option(metavar="HOW", help="What is trained: full, lora, …")] = "full",
 ) -> None:
     """Write a short commented recipe."""
-    from .commands import recipes
+    from sfumato.commands import recipes
 
     recipes.new(name, data, base, train)
 
@@ -91,7 +91,7 @@ def plan(
 
     Every value and where it came from, counts, memory, disk.
     """
-    from .commands import recipes
+    from sfumato.commands import recipes
 
     recipes.plan(recipe, overrides or [], fit, devices, json)
 
@@ -107,7 +107,7 @@ def encode(
     json: Json = False,
 ) -> None:
     """Encode pictures and captions, once."""
-    from .commands import runs
+    from sfumato.commands import runs
 
     runs.encode(recipe, overrides or [], cluster, json)
 
@@ -123,7 +123,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train a recipe; the same command resumes."""
-    from .commands import runs
+    from sfumato.commands import runs
 
     runs.train(recipe, overrides or [], profile, json)
 
@@ -184,9 +184,9 @@ def generate(
     A picture depends on its own seed, not on the batch it is drawn in. Each file says what it shows.
     """
     said = locals()
-    from .commands import draw
+    from sfumato.commands import generate
 
-    draw.generate(draw.Asked.of(said), json)
+    generate.generate(generate.GenerateRequest.of(said), json)
 
 
 @app.command()
@@ -208,7 +208,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write files that load elsewhere, verified."""
-    from .commands import export as exporting
+    from sfumato.commands import export as exporting
 
     exporting.export(run, to, out, trigger or [], dtype, json)
 
@@ -229,9 +229,9 @@ def evaluate(
 
     Held-out loss by noise level, nearest neighbours among the training pictures, kernel distance.
     """
-    from .commands import measure
+    from sfumato.commands import eval as commands_eval
 
-    measure.evaluate(model, samples, seeds, steps, guidance, out, device, json)
+    commands_eval.evaluate(model, samples, seeds, steps, guidance, out, device, json)
 
 
 @app.command()
@@ -258,18 +258,22 @@ def data(
     Counts, sizes, captions, and every file that was set aside with its reason. A recipe's data are planned
     for as it says. Of a store of encodings: what is in it, who needs it, and what --collect would free.
     """
-    from .commands import dataset
+    from sfumato.commands import data
 
-    if dataset.is_store(what, collect or bool(keep)):
-        from .commands import storage
+    if data.is_store(what, collect or bool(keep)):
+        from sfumato.commands import store
 
-        return storage.store(Path(what).expanduser(), keep or [], days, collect, json)
+        return store.store(Path(what).expanduser(), keep or [], days, collect, json)
     said = {
-        "captions": captions, "resolution": resolution, "buckets": buckets,
-        "frames": frames, "rate": rate, "model": model,
-    }  # fmt: skip
+        "captions": captions,
+        "resolution": resolution,
+        "buckets": buckets,
+        "frames": frames,
+        "rate": rate,
+        "model": model,
+    }
     asked = {name: value for name, value in said.items() if value is not None}
-    dataset.data(what, overrides or [], asked, out, json)
+    data.data(what, overrides or [], asked, out, json)
 
 
 @app.command()
@@ -278,7 +282,7 @@ def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
 ) -> None:
     """Write a run's page again."""
-    from .commands import runs
+    from sfumato.commands import runs
 
     runs.report(run)
 
@@ -304,7 +308,7 @@ def ema(
 
     Writes a model that generate and eval take.
     """
-    from .commands import runs
+    from sfumato.commands import runs
 
     runs.ema(run, length, step, out, json)
 
@@ -320,9 +324,9 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Say what this machine has and lacks."""
-    from .commands import health
+    from sfumato.commands import doctor
 
-    health.doctor(recipe, overrides or [], json)
+    doctor.doctor(recipe, overrides or [], json)
 
 
 app.add_typer(theories, name="theory")

@@ -14,10 +14,10 @@ from typing import Any
 from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
 from sfumato.generation.settings import SampleSettings
-from sfumato.own import is_own
+from sfumato.models.settings import ModelSettings
 from sfumato.settings import RENAMED, Table, key, plain, rows_of, table_of
-from sfumato.stages.settings import ModelSettings
 from sfumato.training.settings import TrainSettings
+from sfumato.user_code import is_user_code
 
 FORMAT = 2
 DEFAULT, COMMAND_LINE, PYTHON = "default", "command line", "python"
@@ -276,7 +276,7 @@ def _fit(name: str, value: Any, where: str, folder: Path) -> Any:
             f"{name} is {value!r}{where}, but it must be {_kind(wanted, rules)}, "
             f"like {_shown(DEFAULTS[name])}."
         )
-    if rules["choices"] and value not in rules["choices"] and not is_own(str(value)):
+    if rules["choices"] and value not in rules["choices"] and not is_user_code(str(value)):
         raise Refused(
             f'{name} is "{value}"{where}, which is not known.{nearest(str(value), rules["choices"])}'
         )
@@ -357,7 +357,7 @@ def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
         return tuple(_resolve(one, rules, folder) for one in value)
     if not isinstance(value, str) or not value or value in rules["words"]:
         return value
-    if not (rules["path"] or is_own(value)):
+    if not (rules["path"] or is_user_code(value)):
         return value
     path = (folder / Path(value).expanduser()).absolute()
     is_relative = value[0] not in ".~/" and not Path(value).drive

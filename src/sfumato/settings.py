@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .errors import Refused
+from sfumato.errors import Refused
 
 Value = TypeVar("Value")
 

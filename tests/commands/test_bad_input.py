@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from sfumato import record
-from sfumato.record import RunFolder
+from sfumato import run_folder
+from sfumato.run_folder import RunFolder
 
 from .world import RECIPE, draw_pictures, one_sentence, sfumato, write_recipe
 
@@ -197,20 +197,20 @@ def test_a_read_only_place_is_refused(tmp_path):
 
 def test_a_full_disk_fails_in_a_sentence_and_keeps_what_was_saved(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path)
-    plain = record._sync
+    plain = run_folder._sync
 
     def full(path):
         if "step-000004" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         plain(path)
 
-    monkeypatch.setattr(record, "_sync", full)
+    monkeypatch.setattr(run_folder, "_sync", full)
     answer = sfumato("train", recipe)
     assert answer.code == 1
     one_sentence(answer, "space", "same command")
     kept = [one.name for one in RunFolder.open(tmp_path / "run").checkpoint_folders()]
     assert kept == ["step-000002", "step-000003"]  # the one after two steps, and the best held-out loss
-    monkeypatch.setattr(record, "_sync", plain)
+    monkeypatch.setattr(run_folder, "_sync", plain)
     answer = sfumato("train", recipe)
     assert answer.code == 0 and "step-000003" in answer.err
 

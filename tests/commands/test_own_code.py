@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato import own
+from sfumato import user_code
 from sfumato.errors import Failed, Refused
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 from sfumato.theory import get
-from sfumato.training import callbacks, parallel
+from sfumato.training.distributed import processes
+from sfumato.training.loop import callbacks
 
 DOCS = Path(__file__).parents[2] / "docs" / "own-code.md"
 EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL))
@@ -88,19 +89,19 @@ def test_a_recipe_and_python_train_the_same_bits_with_ones_own(kind, world):
     key, word = WORDS[kind]
     needs = [LETTERS] if kind == "denoiser" else []
     plain, said = train(world, "plain", *needs), train(world, "said", *needs, f"{key}={word}")
-    found = own.load_own(word)
+    found = user_code.load_user_object(word)
     handed = train(world, "handed", *needs, **{kind.split()[0]: [found] if kind == "callbacks" else found})
     assert weights(said) == weights(handed)
     assert (weights(said) == weights(plain)) == (kind in ("callbacks", "dataset"))
     codes = [event["own"] for event in said.events() if event["kind"] == "code"]
-    assert codes[-1][key] == {str(world / word): own.code_hash(str(world / word))}
+    assert codes[-1][key] == {str(world / word): user_code.code_hash(str(world / word))}
     assert picture(said) == picture(handed)
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "codec", "conditioner"])
 def test_an_object_of_ones_own_class_loads_again(kind, world):
     """Law: what was handed over as an object is loaded by its class, and draws what it drew."""
-    cls = own.load_own(WORDS[kind][1])
+    cls = user_code.load_user_object(WORDS[kind][1])
     made = cls(channels=3, width=8, text_width=26) if kind == "denoiser" else cls()
     before = {name: weight.clone() for name, weight in made.state_dict().items()}
     run = train(world, "run", *([LETTERS] if kind == "denoiser" else []), **{kind: made})
@@ -111,7 +112,7 @@ def test_an_object_of_ones_own_class_loads_again(kind, world):
 
 
 def test_a_network_of_ours_may_be_handed_over(world):
-    from sfumato.stages.dit import DiT
+    from sfumato.models.networks.dit import DiT
 
     run = train(world, "run", denoiser=DiT(3, width=32, depth=1, heads=2, patch=4, text_width=0))
     assert type(run.model().denoiser) is DiT
@@ -161,9 +162,9 @@ def test_other_processes_tell_those_callbacks_that_ask_for_it(world, monkeypatch
 
     def told_on(rank: int) -> list[str]:
         heard.clear()
-        monkeypatch.setattr(parallel, "current", lambda: parallel.Processes(rank, 2))
-        monkeypatch.setattr(callbacks, "current", parallel.current)
-        run = parallel.own_view(RunFolder.create(world / f"run-{rank}"))
+        monkeypatch.setattr(processes, "current", lambda: processes.Processes(rank, 2))
+        monkeypatch.setattr(callbacks, "current", processes.current)
+        run = processes.own_view(RunFolder.create(world / f"run-{rank}"))
         some = [callbacks.Callback(one.__name__, one()) for one in (Quietly, Everywhere)]
         with callbacks.told(callbacks.Callbacks(some, run, torch.nn.Linear(1, 1))):
             run.event("held_out", step=7, split="train", weights="raw", loss=1.0, error=0.0)
@@ -212,7 +213,7 @@ def test_code_that_changed_is_said_when_a_run_goes_on(world):
 
 def test_a_data_set_is_encoded_once_and_asked_no_more_than_it_must(world):
     """Law: with a fingerprint, pictures that are in the store are not asked for again."""
-    data = own.load_own("colors.py:Colors")()
+    data = user_code.load_user_object("colors.py:Colors")()
     asked: list[int] = []
 
     class Watched(type(data)):
@@ -306,7 +307,7 @@ def test_a_broken_contract_is_refused_and_named(name, world):
 
 
 def test_what_a_run_could_not_load_again_is_refused(world):
-    class Local(own.load_own("halves.py:Halves")):
+    class Local(user_code.load_user_object("halves.py:Halves")):
         pass
 
     for given in ({"codec": Local()}, {"codec": Local}, {"theory": get("flow-matching")}):
@@ -320,4 +321,4 @@ def test_what_a_run_could_not_load_again_is_refused(world):
 
 def test_stages_of_ones_own_beside_a_base_are_refused(world):
     with pytest.raises(Refused, match="for a model from scratch"):
-        train(world, "run", "model.base=somewhere", codec=own.load_own("halves.py:Halves"))
+        train(world, "run", "model.base=somewhere", codec=user_code.load_user_object("halves.py:Halves"))

@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 from PIL import Image, ImageSequence
 
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 
 from .test_clips import CLIPS, film
 from .test_data_keys import weights

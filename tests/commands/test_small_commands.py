@@ -11,7 +11,7 @@ import typer
 
 import sfumato as package
 from sfumato.cli import app
-from sfumato.commands import schedulers, theory
+from sfumato.commands import diffusers_errors, theory_reports
 from sfumato.theory import get, methods, names
 
 from .world import draw_pictures, sfumato
@@ -90,7 +90,7 @@ mine = Theory(data=lambda t: (torch.cos(t), torch.sin(t)), model=lambda t: (-tor
 
 
 def test_ones_own_theory_is_checked_against_the_oracle(monkeypatch):
-    monkeypatch.setattr(theory, "BUDGETS", (5, 10))
+    monkeypatch.setattr(theory_reports, "BUDGETS", (5, 10))
     Path("mine.py").write_text(OWN, encoding="utf-8")
     answer = sfumato("theory", "check", "mine.py:mine", "--json")
     assert answer.code == 0, answer.err
@@ -116,7 +116,7 @@ def test_the_readme_shows_the_two_commands_and_real_ones_only():
 
 @pytest.mark.parametrize("name", ["flow-matching", "edm", "ddpm-velocity", "gvp"])
 def test_the_schedulers_of_diffusers_stand_beside_ours_where_it_has_some(name):
-    rows = schedulers.rows(get(name), 6, samples=8)
+    rows = diffusers_errors.rows(get(name), 6, samples=8)
     assert bool(rows) == (name != "gvp")
     for row in rows:
         assert row["solver"].startswith("diffusers ") and row["evaluations"] <= 6

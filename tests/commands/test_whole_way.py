@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from sfumato.commands import console
-from sfumato.recipe import RENAMED
-from sfumato.record import RunFolder
-from sfumato.training.checkpoint import write_papers
+from sfumato.run_folder import RunFolder
+from sfumato.settings import RENAMED
+from sfumato.training.state.checkpoint import write_papers
 
 from .world import RECIPE, sfumato, write_recipe
 

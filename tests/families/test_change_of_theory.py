@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import sfumato
-from sfumato.stages.scratch import seeded
+from sfumato.models.interface import seeded
 from sfumato.theory import get, integrate, noise, times, translate
-from sfumato.workflow.exporting import export
+from sfumato.workflow.export.export import export
 
 from . import pictures
 from .test_training import write_recipe
@@ -59,14 +59,14 @@ def grids(model, theory):
 def test_a_pipeline_draws_its_own_picture_under_another_theory(loaded, monkeypatch, name, other):
     """Law: equal signal-to-noise, equal start, equal solver: equal pixels, guided, in float32."""
     model, theory = loaded(name), get(other)
-    moved = model.under(theory)
+    moved = model.with_theory(theory)
     own, mapped = grids(model, theory)
     z = noise.normal(model.latent_shape(32, 32), 5, [0])
     starts = [
         z * float(torch.hypot(*one.data(t[0])) / one.data(t[0])[1])
         for one, t in ((model.theory, own), (theory, mapped))
     ]
-    wanted = pixels(model.under(model.theory), monkeypatch, latents=starts[0], times=own, solver="heun")
+    wanted = pixels(model.with_theory(model.theory), monkeypatch, latents=starts[0], times=own, solver="heun")
     found = pixels(moved, monkeypatch, latents=starts[1], times=mapped, solver="heun")
     assert float(wanted.std()) > 0.01
     assert float((found - wanted).abs().max()) < 1e-4
@@ -82,7 +82,9 @@ def test_gradients_of_a_whole_draw_are_the_same_under_another_theory(loaded, nam
     told = model.condition([PROMPT], **({"max_sequence_length": 32} if "3.5" in name else {}))
     weight = next(p for p in model.denoiser.parameters() if p.ndim > 1).requires_grad_()
     z, found = noise.normal(model.latent_shape(32, 32), 5, [0]), []
-    for one, grid in zip((model.under(model.theory), model.under(theory)), grids(model, theory), strict=True):
+    for one, grid in zip(
+        (model.with_theory(model.theory), model.with_theory(theory)), grids(model, theory), strict=True
+    ):
         x = z * float(torch.hypot(*one.theory.data(grid[0])))
         state = integrate(
             lambda x, t, one=one: one.predict(x, t, told), x, one.theory, grid[[0, 2, 4, 5]], "euler"

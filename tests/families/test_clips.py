@@ -8,7 +8,7 @@ from PIL import Image
 
 import sfumato
 from commands.world import sfumato as command
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 
 from . import clips  # noqa: F401 - puts them into the zoo
 from .test_training import RECIPE, make_base

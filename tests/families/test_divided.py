@@ -10,8 +10,9 @@ import pytest
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.training import checkpoint, parallel
+from sfumato.models import files
+from sfumato.run_folder import RunFolder
+from sfumato.training.distributed import processes
 from workers import spread
 
 from .test_training import SHOWN, write_recipe
@@ -40,7 +41,7 @@ def distance(recipe: Path, folder: Path, *many: str) -> float:
     sfumato.train(recipe, [*quiet, f"output={folder / 'one'}", *alone], say=lambda sentence: None)
     train_on_two(recipe, *quiet, f"output={folder / 'two'}", *many)
     one, two = (
-        checkpoint.read(RunFolder.open(place).checkpoint_folders()[-1], "model")
+        files.read(RunFolder.open(place).checkpoint_folders()[-1], "model")
         for place in (folder / "one", folder / "two")
     )
     return apart(one, two)
@@ -75,7 +76,7 @@ def test_text_encoders_learn_under_torchrun_as_in_one_process(tmp_path, train: s
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = (
-        checkpoint.read(RunFolder.open(tmp_path / place).checkpoint_folders()[-1], "model")
+        files.read(RunFolder.open(tmp_path / place).checkpoint_folders()[-1], "model")
         for place in ("one", "two")
     )
     assert any(key.startswith("text_encoder_2") for key in one)
@@ -107,7 +108,7 @@ def test_two_processes_that_share_samples_train_a_family_as_one_does(
 
 
 def test_a_family_that_cannot_be_shared_is_refused_with_the_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "joined", lambda device: nullcontext(parallel.Processes(0, 2)))
+    monkeypatch.setattr(processes, "joined", lambda device: nullcontext(processes.Processes(0, 2)))
     for name, why in (("ltx-video", "mask for all heads"), ("stable-diffusion-3.5", "no plan")):
         recipe = write_recipe(name, tmp_path / name)
         with pytest.raises(Refused, match=why):

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato.errors import Failed, Refused
-from sfumato.record import checksum
-from sfumato.stages import adapters, exchange, reference
-from sfumato.stages.adapters import AdapterPlan
-from sfumato.workflow.exporting import export
+from sfumato.models.io import adapter_run
+from sfumato.models.lora import adapter, lora_file
+from sfumato.models.lora.adapter import AdapterPlan
+from sfumato.run_folder import checksum
+from sfumato.workflow.export.export import export
 
 from . import pictures
 from .test_training import write_recipe
@@ -46,9 +47,9 @@ def runs(tmp_path_factory):
             with pictures.small():
                 ZOO[name].make(name).save_pretrained(base)
         model, plan = sfumato.load(base), AdapterPlan(**{"rank": 2, "alpha": 3.0, **known})
-        reference.write_base(place / "model", base, {**model.info, **SIZES.get(name, {})})
-        reference.write_plan(place / "model", plan)
-        reference.attach(model.denoiser, plan)
+        adapter_run.write_base(place / "model", base, {**model.info, **SIZES.get(name, {})})
+        adapter_run.write_plan(place / "model", plan)
+        adapter_run.attach(model.denoiser, plan)
         draw = torch.Generator().manual_seed(5)
         free = {k: p for k, p in model.denoiser.named_parameters() if p.requires_grad}
         tensors = {k: p.detach() + 0.3 * torch.randn(p.shape, generator=draw) for k, p in free.items()}
@@ -88,9 +89,9 @@ def write_checkpoint(run: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def raw(model: Any) -> torch.Tensor:
     """One answer."""
-    from sfumato.workflow.exporting import answers, asked
+    from sfumato.workflow.export.compare import answers, example_inputs
 
-    return answers(model, *asked(model))[0]
+    return answers(model, *example_inputs(model))[0]
 
 
 @pytest.mark.parametrize("name", some(ZOO))
@@ -122,7 +123,7 @@ def test_a_lora_goes_to_kohya_and_diffusers_reads_it_alike(name, runs, tmp_path)
     run = runs(name, **CONVERTED.get(name, {}))
     done = export(run, "kohya", tmp_path / "out")
     assert done.difference < 1e-4
-    fresh, mine = sfumato.load(reference.read_base(run / "model")[0]), sfumato.load(run)
+    fresh, mine = sfumato.load(adapter_run.read_base(run / "model")[0]), sfumato.load(run)
     fresh.info = mine.info
     fresh.origin.load_lora_weights(done.files[0])
     assert torch.allclose(raw(fresh), raw(mine), atol=1e-4)
@@ -139,7 +140,7 @@ def test_loras_stack_with_weights(runs, tmp_path):
     """Law: added twice by halves is added once; by 1 it is the run; by 0 it is the base."""
     run = runs("stable-diffusion-xl")
     file = export(run, "comfyui", tmp_path / "out").files[0]
-    base, twice = (sfumato.load(reference.read_base(run / "model")[0]) for _ in range(2))
+    base, twice = (sfumato.load(adapter_run.read_base(run / "model")[0]) for _ in range(2))
     before = raw(base)
     twice.add_lora(file, 0.5)
     twice.add_lora(file, 0.5)
@@ -154,7 +155,7 @@ def test_stacked_files_draw_what_diffusers_draws_with_its_adapters(runs, tmp_pat
     files = [
         export(run, "diffusers", tmp_path / name).files[0] for run, name in ((first, "a"), (second, "b"))
     ]
-    base = reference.read_base(first / "model")[0]
+    base = adapter_run.read_base(first / "model")[0]
     mine, theirs = sfumato.load(base), sfumato.load(base)
     before = raw(mine)
     for name, file, weight in zip("ab", files, (0.7, -0.4), strict=True):
@@ -166,16 +167,16 @@ def test_stacked_files_draw_what_diffusers_draws_with_its_adapters(runs, tmp_pat
 
 def test_a_file_that_does_not_match_is_not_declared_written(runs, tmp_path, monkeypatch):
     """Law: a layer that finds no place, there or here, is named, and nothing is left behind."""
-    from sfumato.workflow import exporting
+    from sfumato.models.lora import key_conversion
 
-    written = exporting.exchange.written
+    written = key_conversion.to_target_keys
 
     def without_one(*given: Any) -> dict[str, torch.Tensor]:
         keyed = written(*given)
         lost = next(iter(keyed)).partition(".")[0]
         return {key: tensor for key, tensor in keyed.items() if not key.startswith(f"{lost}.")}
 
-    monkeypatch.setattr(exporting.exchange, "written", without_one)
+    monkeypatch.setattr(key_conversion, "to_target_keys", without_one)
     with pytest.raises(Failed, match=r"1 layers were not matched.*attn"):
         export(runs("stable-diffusion-1.5"), "kohya", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -213,7 +214,7 @@ def test_an_adapter_without_effect_is_not_written(runs, tmp_path):
 def test_a_lora_of_another_base_is_refused_by_name(runs, tmp_path):
     """Law: layers that are not there, or of another size, are named."""
     file = export(runs("flux-dev"), "comfyui", tmp_path / "out").files[0]
-    other = sfumato.load(reference.read_base(runs("stable-diffusion-1.5") / "model")[0])
+    other = sfumato.load(adapter_run.read_base(runs("stable-diffusion-1.5") / "model")[0])
     with pytest.raises(Refused, match=r'another base.*"transformer\.'):
         other.add_lora(file)
 
@@ -222,7 +223,7 @@ def test_a_pickle_is_no_lora(tmp_path):
     """Law: only safetensors are read."""
     (tmp_path / "lora.pt").write_bytes(b"x")
     with pytest.raises(Refused, match="Convert it"):
-        exchange.read(tmp_path / "lora.pt")
+        lora_file.read(tmp_path / "lora.pt")
 
 
 def test_a_whole_model_goes_to_diffusers(runs, tmp_path):
@@ -231,7 +232,7 @@ def test_a_whole_model_goes_to_diffusers(runs, tmp_path):
     sfumato.load(run).save(tmp_path / "merged")
     done = export(tmp_path / "merged", "diffusers", tmp_path / "out")
     pipe: Any = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "out")
-    network = adapters.body(sfumato.load(tmp_path / "merged").denoiser)
+    network = adapter.peft_target(sfumato.load(tmp_path / "merged").denoiser)
     assert done.difference < 1e-5
     assert all(torch.equal(a, b) for a, b in zip(pipe.unet.parameters(), network.parameters(), strict=True))
     assert export(tmp_path / "merged", "comfyui", tmp_path / "comfy").files[0].exists()

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.stages.guides import GuidePlan, attach, controlnets, guide, ip_adapters
-from sfumato.stages.image import Encoder
+from sfumato.models.control import ControlPlan, add_control_modules, attach, controlnet, ip_adapter
+from sfumato.models.control.image_encoders import ImageConditionEncoder
 
 from .parts import seeded
 from .test_parity import grid_of
@@ -121,7 +121,7 @@ def test_a_new_controlnet_leaves_the_picture_as_it_is(name, folders):
     model = sfumato.load(folders(name))
     options = {"steps": 2, "width": 96, "height": 64, **ZOO[name].options}
     before = model.generate([PROMPT], **options)[0].tobytes()
-    guide(model, [GuidePlan("controlnet")])
+    add_control_modules(model, [ControlPlan("controlnet")])
     assert model.generate([PROMPT], control=drawing(), **options)[0].tobytes() == before
     learned = model.denoiser.learned()
     assert learned and all(name.startswith("guides.") for name in learned)
@@ -132,10 +132,10 @@ def test_a_controlnet_draws_as_its_pipeline_does(name, folders, tmp_path, modal)
     """Law: what we train and export, diffusers' pipeline loads, and draws the same."""
     model = sfumato.load(folders(name))
     whole = hasattr(model.denoiser.backbone, "down_blocks")
-    guided = guide(model, [GuidePlan("controlnet", layers=0 if whole else 2)])
+    guided = add_control_modules(model, [ControlPlan("controlnet", layers=0 if whole else 2)])
     net: Any = guided.listed[0].net
     net.load_state_dict({k: v * 0.3 for k, v in seeded(net, name).state_dict().items()})
-    controlnets.write(guided.listed[0], tmp_path / "controlnet")
+    controlnet.write(guided.listed[0], tmp_path / "controlnet")
     trained: Any = type(net).from_pretrained(tmp_path / "controlnet")
     pipe = opened(folders(name), CONTROLLED[name], controlnet=trained)
     image = "image" if type(net).__name__ == "ControlNetModel" else "control_image"
@@ -163,7 +163,7 @@ def test_what_a_family_refuses_of_guidance_it_refuses_beside_a_controlnet(name, 
         return "drawn"
 
     before = [said(form) for form in ("cfg", "apg", "cfg-zero-star")]
-    guide(model, [GuidePlan("controlnet")])
+    add_control_modules(model, [ControlPlan("controlnet")])
     assert model.denoiser.guidance is alone
     assert [said(form) for form in ("cfg", "apg", "cfg-zero-star")] == before
     assert before[0] == "drawn" and ("leans by itself" in before[1]) == alone.has_own_form
@@ -221,7 +221,7 @@ def test_a_controlnet_that_does_not_fit_is_refused_when_it_is_added(which, folde
     """Law: one of another base, or that reads more than a picture, is named with what differs."""
     name, kind, changed = STRANGE[which]
     model = sfumato.load(folders(name))
-    fresh = guide(model, [GuidePlan("controlnet")]).listed[0]
+    fresh = add_control_modules(model, [ControlPlan("controlnet")]).listed[0]
     config = {**fresh.net.config, **changed, "_use_default_values": []}  # type: ignore[union-attr]
     getattr(diffusers, kind).from_config(config).save_pretrained(tmp_path / "net")
     with pytest.raises(Refused, match=next(iter(changed))):
@@ -237,10 +237,10 @@ def looking(model: Any, width: int, rows: int) -> Any:
             return {"source": "fixed"}
 
         def encoder(self, model):
-            return Encoder(lambda pixels: features, "fixed", (8, 8))
+            return ImageConditionEncoder(lambda pixels: features, "fixed", (8, 8))
 
-    adapter = ip_adapters.IPAdapter(model.denoiser, Fixed(), width)  # type: ignore[arg-type]
-    from sfumato.stages.guides import ControlledDenoiser
+    adapter = ip_adapter.IPAdapter(model.denoiser, Fixed(), width)  # type: ignore[arg-type]
+    from sfumato.models.control import ControlledDenoiser
 
     model.denoiser = ControlledDenoiser(model.denoiser, [adapter])
     return adapter, features
@@ -271,7 +271,7 @@ def test_an_ip_adapter_draws_as_its_pipeline_does(name, folders, tmp_path):
     network = model.denoiser.backbone
     for number, part in enumerate(adapter.parts(network)):
         seeded(part, f"{name} {number}")
-    ip_adapters.write(adapter, model.denoiser.base, tmp_path / "ip-adapter.safetensors")
+    ip_adapter.write(adapter, model.denoiser.base, tmp_path / "ip-adapter.safetensors")
     pipe = opened(folders(name))
     word = (
         "image_encoder_pretrained_model_name_or_path" if name.startswith("flux") else "image_encoder_folder"
@@ -329,7 +329,7 @@ def test_an_added_ip_adapter_sees_as_its_pipeline_does(name, folders, tmp_path):
     for number, part in enumerate(adapter.parts(model.denoiser.backbone)):
         seeded(part, f"{name} {number}")
     file = tmp_path / "ip-adapter.safetensors"
-    ip_adapters.write(adapter, model.denoiser.base, file)
+    ip_adapter.write(adapter, model.denoiser.base, file)
     if plus:
         kept = {n: one for n, one in load_file(file).items() if not n.startswith("image_proj")}
         save_file(kept | resampler(16, model.denoiser.backbone.config.cross_attention_dim), file)

@@ -12,8 +12,8 @@ from transformers import CLIPImageProcessor
 import sfumato
 from sfumato.errors import Refused
 from sfumato.generation import load
-from sfumato.stages.guides import attach
-from sfumato.workflow.exporting import export
+from sfumato.models.control import attach
+from sfumato.workflow.export.export import export
 
 from .test_guides import CONTROLLED, LOOKING, folders, seer  # noqa: F401
 from .zoo import PROMPT, ZOO

@@ -7,7 +7,7 @@ from huggingface_hub import constants
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.stages import reference
+from sfumato.models.io import adapter_run
 
 from .test_training import make_base, write_recipe
 
@@ -48,7 +48,7 @@ def test_a_run_goes_on_from_a_hub_id_and_remembers_where_it_lay(cache, tmp_path)
     recipe.write_text(recipe.read_text().replace('base = "base"', 'base = "acme/tiny"'))
     shutil.rmtree(tmp_path / "base")
     run = sfumato.train(recipe, ["train.sanity=false"])
-    assert reference.read_base(run.path / "model")[0] == cache / "snapshots" / COMMIT
+    assert adapter_run.read_base(run.path / "model")[0] == cache / "snapshots" / COMMIT
     assert run.model().info["family"] == "ClassDiT"
 
 

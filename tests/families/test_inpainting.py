@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato.data import masks
+from sfumato.data import condition_images
 from sfumato.errors import Refused
-from sfumato.stages import inpainting
-from sfumato.stages.interface import Condition
+from sfumato.models.condition import Condition
+from sfumato.models.pretrained import inpainting
 
 from .parts import seeded
 from .test_guides import CLOSE, modal, opened, our_pixels, pipeline_pixels  # noqa: F401
@@ -178,6 +178,12 @@ def test_masks_are_drawn_where_there_is_no_column(folders, tmp_path):
 
 def test_masks_repaint_some_of_a_picture():
     """Law: of a hundred masks most keep a part and repaint a part; a tenth repaints all."""
-    shares = [np.asarray(masks.drawn((48, 32), 0, "a.png", number)).mean() / 255 for number in range(100)]
+    shares = [
+        np.asarray(condition_images.random_mask((48, 32), 0, "a.png", number)).mean() / 255
+        for number in range(100)
+    ]
     assert 80 <= sum(0.01 < share < 0.99 for share in shares) < 100
-    assert masks.drawn((48, 32), 0, "a.png", 3).tobytes() == masks.drawn((48, 32), 0, "a.png", 3).tobytes()
+    assert (
+        condition_images.random_mask((48, 32), 0, "a.png", 3).tobytes()
+        == condition_images.random_mask((48, 32), 0, "a.png", 3).tobytes()
+    )

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.stages import adapters, exchange
-from sfumato.workflow.exporting import export
+from sfumato.models.lora import adapter, lora_file
+from sfumato.workflow.export.export import export
 
 from .test_export import raw, runs
 from .test_starts import begun
@@ -19,9 +19,9 @@ NAMED = {"lycoris": "lycoris_", "kohya": "lora_unet_", "comfyui": "diffusion_mod
 
 def written(run, file, style):
     """A run's LoHa or LoKr under the keys that LyCORIS writes, with its alphas."""
-    network, alpha = adapters.body(sfumato.load(run).denoiser), 3.0
+    network, alpha = adapter.peft_target(sfumato.load(run).denoiser), 3.0
     tensors = {}
-    for key, tensor in adapters.state(network).items():
+    for key, tensor in adapter.state(network).items():
         layer, _, part = key.rpartition(".")
         name = NAMED[style] + (layer if style == "comfyui" else layer.replace(".", "_"))
         tensors[f"{name}.{part}"] = tensor.contiguous()
@@ -46,7 +46,7 @@ def test_files_of_lycoris_answer_as_peft_and_training_goes_on_there(name, kind, 
     run = runs(name, kind=kind, **({"both": True, "divisor": 4} if name == "flux-dev" else {}))
     file, there = written(run, tmp_path / "style.safetensors", style), sfumato.load(run)
     there.info |= {"resolution": 16, "height": 16, "width": 16}
-    fresh = sfumato.load(sfumato.stages.reference.read_base(run / "model")[0])
+    fresh = sfumato.load(sfumato.models.io.adapter_run.read_base(run / "model")[0])
     fresh.info = there.info
     assert fresh.add_lora(file)
     torch.testing.assert_close(raw(fresh), raw(there), atol=1e-4, rtol=1e-3)
@@ -84,7 +84,7 @@ def test_tucker_kernels_columns_and_whole_differences_are_read(tmp_path):
             "e.dora_scale": torch.arange(1.0, 5)[None],
     }  # fmt: skip
     save_file({key: one.clone() for key, one in tensors.items()}, file)
-    changes, _ = exchange.read(file)
+    changes, _ = lora_file.read(file)
     tucker = torch.einsum("or,rskl,si->oikl", up[..., 0, 0], mid, down[..., 0, 0])
     torch.testing.assert_close(changes["a"].delta(torch.Size([6, 8, 3, 3])), 2 * tucker)
     small = torch.einsum("ijkl,ip,jr->prkl", kernel, a, b)
@@ -105,7 +105,7 @@ def test_ranks_and_alphas_by_pattern_are_read_as_peft_means_them(how, tmp_path):
 
     ZOO["stable-diffusion-1.5"].make("patterns").save_pretrained(tmp_path / "base")
     model, fresh = sfumato.load(tmp_path / "base"), sfumato.load(tmp_path / "base")
-    network = adapters.body(model.denoiser)
+    network = adapter.peft_target(model.denoiser)
     network.add_adapter(
         LoraConfig(
             r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_out.0", "conv1"],
@@ -130,4 +130,4 @@ def test_adapters_of_other_kinds_are_refused_by_name(tmp_path):
     """Law: OFT, GLoRA and IA³ are told from damage, and the way out is said."""
     save_file({"lora_unet_a.oft_blocks": torch.ones(2, 2, 2)}, tmp_path / "oft.safetensors")
     with pytest.raises(Refused, match=r"holds OFT .*Merge it into its base"):
-        exchange.read(tmp_path / "oft.safetensors")
+        lora_file.read(tmp_path / "oft.safetensors")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.stages.families import families
+from sfumato.models.pretrained.families import families
 from sfumato.theory import noise
 
 from . import clips, pictures, zoo

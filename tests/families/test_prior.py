@@ -5,8 +5,9 @@ import torch
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.workflow import course
+from sfumato.run_folder import RunFolder
+from sfumato.training.objective import diffusion
+from sfumato.workflow import class_images, encode_samples, prepare, train_run
 
 from .test_training import losses, write_recipe
 
@@ -44,21 +45,21 @@ def test_the_loss_is_the_subjects_and_the_weighted_priors(tmp_path):
     (tmp_path / "class").mkdir()
     for file in sorted((tmp_path / "pictures").rglob("*.png"))[:3]:
         (tmp_path / "class" / file.name).write_bytes(file.read_bytes())
-    asked = course.read(
+    asked = train_run.read_recipe(
         recipe,
         [f"data.class_images={tmp_path}/class", "data.class_prompt=a circle", "data.prior_loss_weight=0.3"],
     )
-    ready = course.ready(asked, course.gather(asked))
+    ready = prepare.prepare_run(asked, prepare.resolve_recipe(asked))
     assert ready.prior is not None and set(ready.prior.captions) == {"a circle"}
-    subject = course.DiffusionObjective(
+    subject = diffusion.DiffusionObjective(
         ready.model,
         ready.train,
-        course.course_of(asked, ready.train, [])[0:2][1],
+        encode_samples.course_of(asked, ready.train, [])[0:2][1],
         asked.train,
         asked.seed,
         0.0,
     )
-    both = course.prior.beside(subject, ready.prior, asked)
+    both = class_images.with_prior_preservation(subject, ready.prior, asked)
     with torch.no_grad():
         whole = both.losses(0, 0, 1)
         parts = [both.losses(0, part, 2) for part in range(2)]

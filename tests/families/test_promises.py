@@ -9,12 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 import sfumato
-from sfumato.record import RunFolder
-from sfumato.stages import adapters, blocks
-from sfumato.training.loop import fit
-from sfumato.training.objective import DiffusionObjective
-from sfumato.workflow import course, tuning
-from sfumato.workflow.encoding import course_of, is_guided
+from sfumato.models.lora import adapter
+from sfumato.models.networks import blocks
+from sfumato.run_folder import RunFolder
+from sfumato.training.loop.loop import fit
+from sfumato.training.objective.diffusion import DiffusionObjective
+from sfumato.workflow import finetune, prepare, train_run
+from sfumato.workflow.encode_samples import course_of, is_guided
 
 from . import pictures
 from .test_shown_training import beside
@@ -46,10 +47,10 @@ class Trained:
     """A run's parts, as `train` puts them together."""
 
     def __init__(self, recipe: Path, keys: list[str]) -> None:
-        self.recipe = course.read(recipe, [*keys, "train.sanity=false"])
-        self.ready = course.ready(self.recipe, course.gather(self.recipe))
+        self.recipe = train_run.read_recipe(recipe, [*keys, "train.sanity=false"])
+        self.ready = prepare.prepare_run(self.recipe, prepare.resolve_recipe(self.recipe))
         self.model = self.ready.model
-        self.network = tuning.tune(self.model, self.recipe)
+        self.network = finetune.prepare_trainable(self.model, self.recipe)
         train, order = course_of(self.recipe, self.ready.train, [])
         dropout = 0.1 if is_guided(self.model) else 0.0
         self.objective = DiffusionObjective(self.model, train, order, self.recipe.train, 0, dropout)
@@ -114,7 +115,7 @@ def test_a_step_moves_what_is_promised_and_resumes_to_the_bit(name, tmp_path):
             assert all(torch.equal(one, after[key]) for key, one in again.weights().items())
             plain = Trained(recipe, [*keys, f"output={tmp_path}/plain"])
             usual = plain.gradients()
-            body = adapters.body(plain.model.denoiser)
+            body = adapter.peft_target(plain.model.denoiser)
             if blocks.blocks_of(body):
                 blocks.recompute(body, 1)
                 found = plain.gradients()

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.workflow import course, showing
+from sfumato.run_folder import RunFolder
+from sfumato.workflow import base_images, prepare, train_run
 
 from . import pictures
 from .test_training import losses, write_recipe
@@ -63,10 +63,14 @@ def test_an_editing_family_is_shown_the_source_of_each_sample(name, tmp_path):
         keys = ["data.captions=files", "data.source_image=edit_source", "data.caption_dropout=0.5", *QUICK]
         run = sfumato.train(recipe, keys)
         assert len(losses(run.path)) == 2
-        ready = course.ready(course.read(recipe, keys), course.gather(course.read(recipe, keys)))
+        ready = prepare.prepare_run(
+            train_run.read_recipe(recipe, keys), prepare.resolve_recipe(train_run.read_recipe(recipe, keys))
+        )
         row = ready.train.read([0], 0, 0).conditions[0]
         assert "reference" in row
-        source = showing.fitted(course.read(recipe, keys).data, tmp_path / "pictures" / "before0.png")
+        source = base_images.fitted(
+            train_run.read_recipe(recipe, keys).data, tmp_path / "pictures" / "before0.png"
+        )
         if name == "flux-kontext":
             shown = ready.model.condition(["make it 0"], image=[source])
             torch.testing.assert_close(row["reference"], shown["reference"][0], atol=1e-5, rtol=1e-4)
@@ -88,10 +92,10 @@ def test_a_clip_is_learned_from_its_own_frames(name, tmp_path):
         side = "data.resolution=64" if name == "wan-2.2-ti2v" else "data.resolution=32"
         keys = ["data.frames=5", side, *QUICK]
         once = sfumato.train(recipe, keys)
-        asked = course.read(recipe, keys)
-        ready = course.ready(asked, course.gather(asked))
+        asked = train_run.read_recipe(recipe, keys)
+        ready = prepare.prepare_run(asked, prepare.resolve_recipe(asked))
         row, model = ready.train.read([0], 0, 0).conditions[0], ready.model
-        shown = showing.pictures(model, asked.data, [ready.train.items[0].sample])
+        shown = base_images.pictures(model, asked.data, [ready.train.items[0].sample])
         size = model.codec.pixel_size(ready.train.items[0].shape)
         told = model.condition(["a red circle"], **shown, **size)
         for tensor in {"known", "first", "vision"} & set(told):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.workflow.exporting import answers, asked
+from sfumato.workflow.export.compare import answers, example_inputs
 
 from . import original
 from .test_training import losses, write_recipe
@@ -58,7 +58,7 @@ def test_a_file_in_its_makers_layout_answers_as_the_folder(wan, tmp_path):
     for weights in (bare / "transformer").glob("*.safetensors"):
         weights.unlink()
     one, other = sfumato.load(file, config=bare), sfumato.load(folder)
-    x, condition = asked(other)
+    x, condition = example_inputs(other)
     for mine, theirs in zip(answers(one, x, condition), answers(other, x, condition), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
 
@@ -90,8 +90,8 @@ def test_the_layouts_of_other_makers_are_read_too(name, tmp_path):
     """Law: what the file holds is laid into the networks of a folder that has none of it."""
     file, _, whole = one_file(name, tmp_path)
     one, other = sfumato.load(file), sfumato.load(whole)
-    x, condition = asked(other)
-    again = asked(one)[1]
+    x, condition = example_inputs(other)
+    again = example_inputs(one)[1]
     assert all(torch.allclose(again[word], condition[word], atol=1e-5) for word in condition)
     for mine, theirs in zip(answers(one, x, again), answers(other, x, condition), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-5)
@@ -107,7 +107,7 @@ def test_a_file_is_drawn_with_and_trained_from(tmp_path):
     recipe = write_recipe("stable-diffusion-1.5", tmp_path, 'train = "lora"', "rank = 2")
     run = sfumato.train(recipe, [f"model.base={file}", "train.steps=1", "train.ema=0"])
     assert len(losses(run.path)) == 1
-    x, condition = asked(run.model())
+    x, condition = example_inputs(run.model())
     base = sfumato.load(file)
     before, after = (answers(one, x, condition)[0] for one in (base, run.model()))
     assert not torch.equal(before, after)

@@ -6,8 +6,9 @@ from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.stages import adapters, reference
-from sfumato.workflow.exporting import export
+from sfumato.models.io import adapter_run
+from sfumato.models.lora import adapter
+from sfumato.workflow.export.export import export
 
 from .test_export import CONVERTED, raw, runs
 from .test_training import write_recipe
@@ -19,7 +20,7 @@ STILL = ["train.learning_rate=0", "train.steps=1", "train.sanity=false", "train.
 def begun(name, folder, run, keys):
     """A run on the base of another one that has not moved from where it began."""
     recipe = write_recipe(name, folder, 'train = "lora"')
-    base = reference.read_base(run / "model")[0]
+    base = adapter_run.read_base(run / "model")[0]
     return sfumato.train(recipe, [*STILL, f"model.base={base}", *keys])
 
 
@@ -43,7 +44,7 @@ def test_training_goes_on_where_a_file_ends(name, to, keys, runs, tmp_path):
     there = sfumato.load(run)
     there.info = model.info
     torch.testing.assert_close(raw(model), raw(there), atol=1e-4, rtol=1e-3)
-    parts = adapters.state(adapters.body(model.denoiser))
+    parts = adapter.state(adapter.peft_target(model.denoiser))
     ranks = {len(one) for key, one in parts.items() if "lora_A" in key}
     assert ranks == {7} if "model.rank=7" in keys else max(ranks) >= 2
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.stages import adapters
-from sfumato.workflow.exporting import export
+from sfumato.models.lora import adapter
+from sfumato.run_folder import RunFolder
+from sfumato.workflow.export.export import export
 
 from . import pictures
 from .test_training import losses, write_recipe
@@ -72,7 +72,7 @@ def test_text_encoders_learn_beside_the_denoiser_and_leave_with_it(name, tmp_pat
         base.info = model.info
         assert tuple(moved(model, base, "a red circle")) == tensors
         for part in encoders:
-            adapters.scale(getattr(model.origin, part), 0.0)
+            adapter.scale(getattr(model.origin, part), 0.0)
         assert moved(model, base, "a red circle") == []
         for to in ("diffusers", "kohya", "comfyui"):
             done = export(run.path, to, tmp_path / to)

@@ -10,9 +10,9 @@ from PIL import Image
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.stages import adapters
-from sfumato.training.objective import DiffusionObjective
+from sfumato.models.lora import adapter
+from sfumato.run_folder import RunFolder
+from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.settings import TrainSettings
 
 from .zoo import ZOO
@@ -108,12 +108,12 @@ def test_a_family_learns_through_an_adapter_and_whole(name, tmp_path):
     assert kept and all("lora_" in key for key in kept)
     model, base = run.model(), sfumato.load(tmp_path / "base")
     base.info, base.conditioner = model.info, model.conditioner
-    network = adapters.body(model.denoiser)
+    network = adapter.peft_target(model.denoiser)
     before, after = asked(base, name), asked(model, name)
     assert not torch.equal(before, after)
-    adapters.scale(network, 0.0)
+    adapter.scale(network, 0.0)
     assert torch.equal(asked(model, name), before)
-    adapters.scale(network, 1.0)
+    adapter.scale(network, 1.0)
     assert torch.equal(asked(model, name), after)
 
     recipe = write_recipe(name, tmp_path)
@@ -154,12 +154,12 @@ def test_every_kind_of_adapter_trains_and_merges_into_its_base(keys, tmp_path):
     base.info = model.info
     after = asked(model, "pixart-sigma")
     assert not torch.equal(after, asked(base, "pixart-sigma"))
-    places = [name for name, _ in adapters.adapted(model.denoiser.network)]
+    places = [name for name, _ in adapter.adapted(model.denoiser.network)]
     assert len(places) == (4 if any("targets" in key for key in keys) else 16)
     model.save(tmp_path / "merged")
     merged = sfumato.load(tmp_path / "merged")
     merged.info = model.info
-    assert not adapters.names(merged.denoiser.network)
+    assert not adapter.names(merged.denoiser.network)
     torch.testing.assert_close(asked(merged, "pixart-sigma"), after, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(asked(model, "pixart-sigma"), after, atol=0, rtol=0)
 

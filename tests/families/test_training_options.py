@@ -9,12 +9,13 @@ from safetensors.torch import save_file
 
 import sfumato
 from sfumato.errors import Refused
+from sfumato.models.condition import Condition
+from sfumato.models.lora import adapter
+from sfumato.models.lora.adapter import AdapterPlan
+from sfumato.models.networks import blocks, quantized
 from sfumato.recipe import Recipe
-from sfumato.stages import adapters, blocks, narrow
-from sfumato.stages.adapters import AdapterPlan
-from sfumato.stages.interface import Condition
-from sfumato.theory import change, get
-from sfumato.training.plan import saved_bytes
+from sfumato.theory import convert, get
+from sfumato.training.estimate.memory import saved_bytes
 
 from .test_training import asked, losses, make_base, write_recipe
 
@@ -25,9 +26,9 @@ PLAN = AdapterPlan(rank=2)
 def pixart(tmp_path_factory):
     """A tiny PixArt with a LoRA that says something."""
     model = sfumato.load(make_base("pixart-sigma", tmp_path_factory.mktemp("base")))
-    network = adapters.body(model.denoiser)
-    adapters.attach(network, PLAN, model.denoiser.lora_targets)
-    for _, layer in adapters.adapted(network):
+    network = adapter.peft_target(model.denoiser)
+    adapter.attach(network, PLAN, model.denoiser.lora_targets)
+    for _, layer in adapter.adapted(network):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
     return model
 
@@ -58,9 +59,9 @@ def gradients(model) -> list[torch.Tensor]:
 def test_a_narrow_base_is_smaller_and_nearly_the_same(form, share, error, pixart):
     """Law: stored in 8 or 4 bits the base answers nearly as before, and the adapter learns beside it."""
     model = copy.deepcopy(pixart)
-    network = adapters.body(model.denoiser)
+    network = adapter.peft_target(model.denoiser)
     wide, before = stored_bytes(network), loss_of(model).item()
-    narrow.store(network, form)
+    quantized.store(network, form)
     assert stored_bytes(network) < (1 - share * 0.5) * wide
     assert 0 < abs(loss_of(model).item() / before - 1) < error
     found = gradients(model)
@@ -72,11 +73,11 @@ def test_a_narrow_base_is_smaller_and_nearly_the_same(form, share, error, pixart
 def test_codes_stand_for_the_nearest_numbers(form):
     """Law: what was shrunk is off by less than a step; shrinking it again changes nothing."""
     weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
-    codes, scales = narrow.shrink(weight, form)
-    wide = narrow.widen(codes, scales, (24, 40), torch.float32)
+    codes, scales = quantized.shrink(weight, form)
+    wide = quantized.widen(codes, scales, (24, 40), torch.float32)
     largest = weight.abs().max()
     assert (wide - weight).abs().max() < {"int8": 0.005, "fp8": 0.07, "nf4": 0.16}[form] * largest
-    again = narrow.widen(*narrow.shrink(wide, form), (24, 40), torch.float32)
+    again = quantized.widen(*quantized.shrink(wide, form), (24, 40), torch.float32)
     torch.testing.assert_close(again, wide, rtol=1e-5, atol=1e-6)
 
 
@@ -84,7 +85,7 @@ def test_bfloat16_base_keeps_trained_weights_wide(pixart):
     """Law: the frozen weights have 16 bits, the trained ones 32."""
     model = copy.deepcopy(pixart)
     before = loss_of(model).item()
-    model.denoiser.compute_dtype = narrow.store(adapters.body(model.denoiser), "bfloat16")
+    model.denoiser.compute_dtype = quantized.store(adapter.peft_target(model.denoiser), "bfloat16")
     kinds = {weight.requires_grad: weight.dtype for weight in model.denoiser.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16} and model.dtype == torch.float32
     assert 0 < abs(loss_of(model).item() / before - 1) < 0.05
@@ -96,7 +97,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(every, pixart):
     """Law: what is computed again has the gradients it had, and less is saved."""
     model = copy.deepcopy(pixart)
     before, kept = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)
-    assert blocks.recompute(adapters.body(model.denoiser), every) == 2 // every
+    assert blocks.recompute(adapter.peft_target(model.denoiser), every) == 2 // every
     after, fewer = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert fewer < kept * (0.4 if every == 1 else 0.75)
@@ -106,8 +107,8 @@ def test_checkpointing_keeps_less_and_changes_nothing(every, pixart):
 def test_checkpointing_of_a_narrow_base_changes_nothing(form, pixart):
     """Law: blocks whose frozen weights are stored narrow are computed again as they were."""
     model = copy.deepcopy(pixart)
-    network = adapters.body(model.denoiser)
-    model.denoiser.compute_dtype = narrow.store(network, form)
+    network = adapter.peft_target(model.denoiser)
+    model.denoiser.compute_dtype = quantized.store(network, form)
     before, kept = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)
     blocks.recompute(network, 1)
     after, fewer = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)
@@ -119,7 +120,7 @@ def test_lent_weights_give_the_same_gradients(pixart):
     """Law: blocks whose weights come and go answer as before; two blocks are there at most."""
     model = copy.deepcopy(pixart)
     before = gradients(model)
-    lent = blocks.Lent(blocks.blocks_of(adapters.body(model.denoiser)), torch.device("cpu"))
+    lent = blocks.Lent(blocks.blocks_of(adapter.peft_target(model.denoiser)), torch.device("cpu"))
     after = gradients(model)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert lent.copies >= 3
@@ -144,7 +145,7 @@ def test_compiled_blocks_answer_as_before(pixart):
     model = copy.deepcopy(pixart)
     before = gradients(model)
     counters.clear()
-    assert blocks.compile_blocks(adapters.body(model.denoiser), torch.device("cpu")) == 2
+    assert blocks.compile_blocks(adapter.peft_target(model.denoiser), torch.device("cpu")) == 2
     torch.testing.assert_close(gradients(model), before, atol=1e-5, rtol=1e-3)
     assert counters["stats"]["unique_graphs"] >= 1
 
@@ -180,9 +181,9 @@ def test_under_another_theory_the_first_loss_is_the_base_s_converted(theory, tmp
     to, objective = ready.model.theory, _objective(Recipe.read(recipe), ready)
     _, x_0, drawn, _ = objective.prepare(0, 0, 1)
     condition = Condition.stack(
-        objective.kept(objective.rows(ready.train.read(objective.order.at(0)[0])), drawn)
+        objective.apply_dropout(objective.rows(ready.train.read(objective.order.at(0)[0])), drawn)
     )
-    answer = change.translate(lambda x, t: base.predict(x, t, condition), base.theory, to)
+    answer = convert.translate(lambda x, t: base.predict(x, t, condition), base.theory, to)
     x_t = to.mix(x_0, drawn.x_T, drawn.t)
     with torch.no_grad():
         error = (answer(x_t, drawn.t) - to.target(x_0, drawn.x_T, drawn.t)).square().mean()
@@ -196,8 +197,8 @@ def test_under_another_theory_the_first_loss_is_the_base_s_converted(theory, tmp
 
 
 def _objective(recipe, ready):
-    from sfumato.training.objective import DiffusionObjective
-    from sfumato.workflow.encoding import order_of
+    from sfumato.training.objective.diffusion import DiffusionObjective
+    from sfumato.workflow.encode_samples import order_of
 
     return DiffusionObjective(
         ready.model, ready.train, order_of(recipe, ready.train), recipe.train, recipe.seed, 0.1
@@ -207,15 +208,15 @@ def _objective(recipe, ready):
 def test_a_theory_without_common_times_is_refused(tmp_path):
     """Law: a theory that is singular where it would be asked is refused before training."""
     model = sfumato.load(make_base("stable-diffusion-1.5", tmp_path))
-    model.continue_as(get("flow-matching"))
+    model.retarget(get("flow-matching"))
     assert model.theory.check().ok and model.theory.t_noise < 1
 
 
 def test_what_is_trained_against_a_preset_is_the_difference_to_it(tmp_path, pixart):
     """Law: a LoRA file becomes part of the base, and a run that began with it loads with it."""
     recipe = write_recipe("pixart-sigma", tmp_path, 'train = "lora"', "rank = 2")
-    network = adapters.body(pixart.denoiser)
-    tensors = {f"transformer.{name}": tensor for name, tensor in adapters.state(network).items()}
+    network = adapter.peft_target(pixart.denoiser)
+    tensors = {f"transformer.{name}": tensor for name, tensor in adapter.state(network).items()}
     told = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "transformer.lora_alpha": 2})}
     save_file(tensors, tmp_path / "style.safetensors", metadata=told)
     run = sfumato.train(recipe, [f"model.merge_loras={tmp_path}/style.safetensors", "train.learning_rate=0"])

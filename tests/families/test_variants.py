@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.stages.families.stable_diffusion_xl import StableDiffusionXL
+from sfumato.models.pretrained.families.stable_diffusion_xl import StableDiffusionXL
 
 from . import clips, pictures
 from .parts import clip, seeded, t5, vae

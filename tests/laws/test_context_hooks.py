@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from sfumato.errors import Refused
-from sfumato.stages import blocks, hooked
-from sfumato.training import parallel
+from sfumato.models.networks import blocks
+from sfumato.models.pretrained import context_parallel
+from sfumato.training.distributed import processes
 from workers import spread
 
 
@@ -83,15 +84,15 @@ def _keep(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("ring", "ulysses"))
     for kind in NETWORKS:
         net, asked = made(kind)
-        hooked.share(net, mesh)
+        context_parallel.share(net, mesh)
         found = answered(net, asked)
         for name, tensor in found.items():
             if name != "answer":
                 dist.all_reduce(tensor)
-        hooked.unshare(net)
+        context_parallel.unshare(net)
         with torch.no_grad():
             found["alone again"] = net(**asked)[0]
-        if parallel.current().leads:
+        if processes.current().is_rank_zero:
             save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / kind)
 
 
@@ -108,8 +109,10 @@ def test_two_processes_that_share_a_sample_answer_and_learn_as_one(tmp_path):
 def test_networks_that_cannot_be_shared_are_named_with_the_reason():
     small = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4}
     with pytest.raises(Refused, match=r"SD3Transformer2DModel.*no plan"):
-        hooked.check(SD3Transformer2DModel(**small, sample_size=8, joint_attention_dim=8), 2)
+        context_parallel.check(SD3Transformer2DModel(**small, sample_size=8, joint_attention_dim=8), 2)
     with pytest.raises(Refused, match=r"LTXVideoTransformer3DModel.*mask for all heads"):
-        hooked.check(LTXVideoTransformer3DModel(**small, cross_attention_dim=16, caption_channels=8), 2)
+        context_parallel.check(
+            LTXVideoTransformer3DModel(**small, cross_attention_dim=16, caption_channels=8), 2
+        )
     with pytest.raises(Refused, match=r"has 2\. Choose a divisor of 2"):
-        hooked.check(wan()[0], 3)
+        context_parallel.check(wan()[0], 3)

@@ -18,17 +18,19 @@ import torch
 from training_world import fingerprint, train
 
 import sfumato
-from sfumato import stages
-from sfumato.data import sources
-from sfumato.data.store import Store, key
+from sfumato import models
+from sfumato.data.sources import folder as sources_folder
+from sfumato.data.store.store import Store, key
 from sfumato.errors import Failed, Refused
+from sfumato.models import files, locate
+from sfumato.models.files import read_tensors, save_sealed
+from sfumato.models.io import fitted_times
+from sfumato.models.lora import lora_file
+from sfumato.models.settings import ModelSettings
 from sfumato.recipe import Recipe
-from sfumato.record import RunFolder
-from sfumato.stages import exchange, fitted, run_weights
-from sfumato.stages.seal import read_tensors, save_sealed
-from sfumato.stages.settings import ModelSettings
-from sfumato.theory.times import Pilot
-from sfumato.training import checkpoint, posthoc
+from sfumato.run_folder import RunFolder
+from sfumato.theory.times import FittedGrid
+from sfumato.training.state import checkpoint, posthoc_ema
 
 
 class Bomb:
@@ -81,23 +83,23 @@ def read_checkpoint(folder: Path) -> str:
     whole = checkpoint.newest_good(RunFolder(folder / "run"), said.append)
     assert whole is not None and (whole.name == "step-000002" or "step-000002" in said[0]), said
     checkpoint.read_state(whole)
-    return told(checkpoint.read(whole, "model"))
+    return told(files.read(whole, "model"))
 
 
 def read_drawn(folder: Path) -> str:
-    return told(read_tensors(run_weights.newest_weights(RunFolder(folder / "run"))))
+    return told(read_tensors(locate.newest_weights(RunFolder(folder / "run"))))
 
 
 def make_snapshot(folder: Path) -> Path:
     run = RunFolder.create(folder / "run")
     for step in (4, 8):
-        groups = {f"power-{length:.3f}": tensors() for length in posthoc.LENGTHS}
+        groups = {f"power-{length:.3f}": tensors() for length in posthoc_ema.LENGTHS}
         checkpoint.write(run.path / "averages" / f"step-{step:06d}", groups, {"step": step})
     return run.path / "averages" / "step-000008" / "power-0.050.safetensors"
 
 
 def read_snapshot(folder: Path) -> str:
-    return told(posthoc.reconstruct(RunFolder(folder / "run"), 0.07)[0])
+    return told(posthoc_ema.reconstruct(RunFolder(folder / "run"), 0.07)[0])
 
 
 KEYS = [key(str(number), "", "", "") for number in range(6)]
@@ -128,8 +130,8 @@ def make_index(folder: Path) -> Path:
 
 def make_model(folder: Path) -> Path:
     settings = ModelSettings(text_encoder="none", width=32, depth=1, heads=2, codec="pixels")
-    model = stages.build(settings, stages.new_codec(settings), stages.new_conditioner(settings))
-    stages.save(model, folder / "model")
+    model = models.new_model(settings, models.new_codec(settings), models.new_conditioner(settings))
+    models.save(model, folder / "model")
     return folder / "model" / "denoiser" / "weights.safetensors"
 
 
@@ -145,16 +147,16 @@ def make_lora(folder: Path) -> Path:
 
 
 def read_lora(folder: Path) -> str:
-    changes, _ = exchange.read(folder / "lora.safetensors")
+    changes, _ = lora_file.read(folder / "lora.safetensors")
     return told({name: [told(one.down), told(one.up)] for name, one in changes.items()})
 
 
 def make_times(folder: Path) -> Path:
-    return fitted.write_times(folder, Pilot((1.5, 0.7, 0.0), (0.0, 0.4, 1.0)))
+    return fitted_times.write_times(folder, FittedGrid((1.5, 0.7, 0.0), (0.0, 0.4, 1.0)))
 
 
 def read_times(folder: Path) -> str:
-    found = fitted.read_times(folder)
+    found = fitted_times.read_times(folder)
     assert found is not None
     return told(found.to_dict())
 
@@ -184,7 +186,7 @@ def make_npz(folder: Path) -> Path:
 
 
 def read_npz(folder: Path) -> str:
-    found = sources.open(folder / "set.npz", held_out=0)
+    found = sources_folder.open(folder / "set.npz", held_out=0)
     return told({one.name: [one.captions, told(np.asarray(one.source()))] for one in found.samples})
 
 

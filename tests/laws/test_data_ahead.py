@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import encode
-from sfumato.data.ahead import AheadSet
-from sfumato.data.encode import Encoding
-from sfumato.data.order import Order
-from sfumato.data.sample import Sample
-from sfumato.data.store import Store
-from sfumato.data.streamed import StreamedSet
+from sfumato.data.encoding import encode
+from sfumato.data.encoding.batch_sampler import BatchSampler
+from sfumato.data.encoding.ring_dataset import RingDataset
+from sfumato.data.encoding.streaming_dataset import StreamingDataset
+from sfumato.data.encoding.views import Encoding
+from sfumato.data.sources.sample import Sample
+from sfumato.data.store.store import Store
 from sfumato.errors import Failed, Refused
 
 HOW = Encoding("codec", batch=4, keeps=False, flip=True)
@@ -41,9 +41,9 @@ def streamed(root, count=24):
 
 
 def ringed(plain, root, limit):
-    named = {one.name: getattr(plain, one.name) for one in fields(StreamedSet)}
-    found = AheadSet(**named, ring=root / "ring", limit=limit)
-    order = Order(found.buckets, 4, seed=5)
+    named = {one.name: getattr(plain, one.name) for one in fields(StreamingDataset)}
+    found = RingDataset(**named, ring=root / "ring", limit=limit)
+    order = BatchSampler(found.buckets, 4, seed=5)
 
     def asked(step):
         indices, epoch = order.at(step)
@@ -58,7 +58,7 @@ def walk(data, order, steps, size=lambda: None):
     seen = []
     for step in steps:
         indices, epoch = order.at(step)
-        if isinstance(data, AheadSet):
+        if isinstance(data, RingDataset):
             data.coming(step)
         seen += [data.read(indices[:2], 5, epoch).latents, data.read(indices[2:], 5, epoch).latents]
         size()
@@ -124,7 +124,9 @@ def test_a_limit_below_one_step_is_refused_and_a_flipped_byte_is_found(tmp_path)
 def test_what_stops_the_thread_stops_the_run(tmp_path, monkeypatch):
     plain = streamed(tmp_path)
     found, order = ringed(plain, tmp_path, 2 * 4 * BYTES)
-    monkeypatch.setattr("sfumato.data.shard.write", lambda *_: (_ for _ in ()).throw(Failed("no space")))
+    monkeypatch.setattr(
+        "sfumato.data.store.shard.write", lambda *_: (_ for _ in ()).throw(Failed("no space"))
+    )
     with pytest.raises(Failed, match="no space"):
         walk(found, order, range(40))
     found.close()

@@ -9,12 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from sfumato.data import clips, encode, media, report, sources
-from sfumato.data.clips import Piece
-from sfumato.data.encode import Encoding
-from sfumato.data.sample import Sample
-from sfumato.data.store import Store
-from sfumato.studio import data_page
+from sfumato.data import dataset_report
+from sfumato.data.encoding import encode
+from sfumato.data.encoding.views import Encoding
+from sfumato.data.sources import clips, folder, media
+from sfumato.data.sources.clips import ClipSpan
+from sfumato.data.sources.sample import Sample
+from sfumato.data.store.store import Store
+from sfumato.report import data_page
 
 SIDE = 32
 HOW = Encoding(pixels="codec", batch=2, shard=4, frames=4, rate=4, threads=1)
@@ -63,7 +65,7 @@ def test_a_clip_is_resampled_by_time(name, tmp_path):
     assert clips.is_clip(name, file)
     found = clips.facts(name, file)
     assert found.size == (SIDE, SIDE) and abs(found.seconds - 2) < 0.13
-    clip = clips.read(name, file, Piece(frames=4, rate=4), 16, 16)
+    clip = clips.read(name, file, ClipSpan(frames=4, rate=4), 16, 16)
     assert clip.shape == (3, 4, 16, 16)
     expected = torch.tensor([50, 75, 100, 125.0])  # the middle second of two
     assert (levels(clip) - expected).abs().max() <= 17
@@ -72,13 +74,13 @@ def test_a_clip_is_resampled_by_time(name, tmp_path):
 def test_a_variable_rate_is_no_special_case(tmp_path):
     moments = [0, 0.04, 0.08, 0.5, 0.54, 1.0, 1.5, 1.9, 1.95]
     file = movie(tmp_path / "uneven.mp4", moments)
-    clip = clips.read(file.name, file, Piece(frames=4, rate=2), 16, 16)
+    clip = clips.read(file.name, file, ClipSpan(frames=4, rate=2), 16, 16)
     assert (levels(clip) - torch.tensor([0, 50, 100, 150.0])).abs().max() <= 6
 
 
 def test_segments_are_spread_from_beginning_to_end(tmp_path):
     file = animation(tmp_path / "clip.webp")
-    means = [float(levels(clips.read(file.name, file, Piece(4, 8, i, 3), 8, 8)).mean()) for i in range(3)]
+    means = [float(levels(clips.read(file.name, file, ClipSpan(4, 8, i, 3), 8, 8)).mean()) for i in range(3)]
     assert means == sorted(means) and means[0] < 30 and means[2] > 150
 
 
@@ -106,7 +108,7 @@ BROKEN = {
 def test_what_is_no_usable_clip_has_a_reason(name, tmp_path):
     BROKEN[name](tmp_path / name)
     with pytest.raises(media.Unreadable) as told:
-        clips.read(name, tmp_path / name, Piece(frames=4, rate=4), 16, 16)
+        clips.read(name, tmp_path / name, ClipSpan(frames=4, rate=4), 16, 16)
     assert 5 < len(str(told.value)) < 200
 
 
@@ -161,7 +163,7 @@ def test_a_model_of_pictures_sets_videos_aside_and_takes_first_frames_of_animati
 
 def test_the_report_tells_how_long_clips_are(given, tmp_path):
     (tmp_path / "noise.mp4").write_bytes(b"no video")
-    told = report.report(sources.open(tmp_path, captions="none"))
+    told = dataset_report.report(folder.open(tmp_path, captions="none"))
     assert told.summary["clips"]["count"] == 4 and told.summary["samples"] == 5
     assert [one["file"] for one in told.summary["set_aside"]] == ["noise.mp4"]
     assert "4 of them move" in data_page.render(told.summary, told.sheets, told.twins)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from test_data_store import HOW, Encoder, fill, hashes, samples
 
-from sfumato.data import encode
-from sfumato.data.cluster import spread
-from sfumato.data.store import Store
+from sfumato.data.encoding import encode
+from sfumato.data.encoding.ray_cluster import spread
+from sfumato.data.store.store import Store
 from sfumato.errors import Refused
 
 

@@ -12,17 +12,18 @@ import torch
 from PIL import Image
 from test_data_store import HOW, Encoder
 
-from sfumato.data import encode, sources
-from sfumato.data.encode import Companion
-from sfumato.data.sample import Sample
+from sfumato.data.encoding import encode
+from sfumato.data.encoding.views import Companion
 from sfumato.data.settings import DataSettings
-from sfumato.data.store import Store
+from sfumato.data.sources import folder
+from sfumato.data.sources.sample import Sample
+from sfumato.data.store.store import Store
 from sfumato.errors import Refused
 from sfumato.theory import get
-from sfumato.training.objective import DiffusionObjective
+from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.settings import TrainSettings
-from sfumato.workflow import companions
-from sfumato.workflow.material import collect
+from sfumato.workflow import condition_encoders
+from sfumato.workflow.dataset import collect
 
 SIDE = 16
 
@@ -111,7 +112,7 @@ def encoded(samples, root, **given):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_source_gives_companions(form, tmp_path):
     (tmp_path / "data").mkdir()
-    found = sources.open(FORMS[form](tmp_path / "data"), held_out=0)
+    found = folder.open(FORMS[form](tmp_path / "data"), held_out=0)
     assert len(found.samples) == 3 and not found.set_aside
     assert [one.captions for one in found.samples] == [(f"number {i}",) for i in range(3)]
     batch = encoded(found.samples, tmp_path / "store").read(range(3))
@@ -124,7 +125,7 @@ def test_a_column_of_ones_own_is_a_companion_when_it_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "b.png").write_bytes(png(2))
     (tmp_path / "metadata.csv").write_text("file_name,caption,scribble\na.png,words,b.png\n")
-    (sample,) = sources.open(tmp_path, held_out=0, companions=["scribble"]).samples
+    (sample,) = folder.open(tmp_path, held_out=0, companions=["scribble"]).samples
     assert sample.companions == {"scribble": tmp_path / "b.png"}
 
 
@@ -132,7 +133,7 @@ def test_classes_in_words_are_numbered(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(png(1))
     (tmp_path / "metadata.csv").write_text("file_name,caption,class\na.png,x,dog\nb.png,y,cat\nc.png,z,dog\n")
-    found = sources.open(tmp_path, held_out=0)
+    found = folder.open(tmp_path, held_out=0)
     assert found.classes == ["cat", "dog"] and [one.label for one in found.samples] == [1, 0, 1]
 
 
@@ -193,7 +194,7 @@ def test_each_conditioner_is_dropped_by_itself():
     )
     rows = [{"tokens": torch.ones(3, 2), "control": torch.ones(4)} for _ in range(4000)]
     drawn = objective.draw(range(4000), torch.zeros(4000, 1), 0)
-    kept = objective.kept(rows, drawn)
+    kept = objective.apply_dropout(rows, drawn)
     words = torch.tensor([float(row["tokens"].sum()) > 0 for row in kept])
     edges = torch.tensor([float(row["control"].sum()) > 0 for row in kept])
     assert abs(float(words.float().mean()) - 0.5) < 0.03 and abs(float(edges.float().mean()) - 0.75) < 0.03
@@ -203,11 +204,11 @@ def test_each_conditioner_is_dropped_by_itself():
 
 
 def test_shares_name_companions_that_are_there():
-    assert companions.shares(DataSettings(condition_dropout={"control": 0.25}), ["control"]) == {
+    assert condition_encoders.shares(DataSettings(condition_dropout={"control": 0.25}), ["control"]) == {
         "control": 0.25
     }
     with pytest.raises(Refused, match="control"):
-        companions.shares(DataSettings(condition_dropout={"contrl": 0.1}), ["control"])
+        condition_encoders.shares(DataSettings(condition_dropout={"contrl": 0.1}), ["control"])
 
 
 def test_a_recipe_words_its_captions(tmp_path):

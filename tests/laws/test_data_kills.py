@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from test_data_store import HOW, Encoder, fill, hashes, samples
 
-from sfumato.data import encode
-from sfumato.data.store import Store
+from sfumato.data.encoding import encode
+from sfumato.data.store.store import Store
 
 SCRIPT = """
 import sys, time
@@ -66,8 +66,8 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_data_store import Encoder, HOW, samples
-from sfumato.data import encode
-from sfumato.data.store import Store
+from sfumato.data.encoding import encode
+from sfumato.data.store.store import Store
 encoder = Encoder()
 given = samples(50)
 given[7] = type(given[7])("007", ("x",), picture=lambda: b"broken")

@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 
-from sfumato.data import media
 from sfumato.data.buckets import candidates, choose, crop_waste, token_budget
-from sfumato.data.order import Order, Stage, Stages, share
+from sfumato.data.encoding.batch_sampler import BatchSampler, Curriculum, CurriculumStage, share
+from sfumato.data.sources import media
 from sfumato.errors import Refused
 
 BUCKETS = {
@@ -21,7 +21,7 @@ BUCKETS = {
 @pytest.mark.parametrize("name", BUCKETS)
 def test_every_sample_is_seen_equally_often(name, batch):
     buckets = BUCKETS[name]
-    order = Order(buckets, batch, seed=3)
+    order = BatchSampler(buckets, batch, seed=3)
     seen = Counter()
     for step in range(order.steps_before(batch)):
         indices, _ = order.at(step)
@@ -33,14 +33,14 @@ def test_every_sample_is_seen_equally_often(name, batch):
 
 @pytest.mark.parametrize("name", BUCKETS)
 def test_a_step_is_the_same_whoever_asks_and_in_whatever_order(name):
-    forward = [Order(BUCKETS[name], 4, seed=1).at(step) for step in range(60)]
-    order = Order(BUCKETS[name], 4, seed=1)
+    forward = [BatchSampler(BUCKETS[name], 4, seed=1).at(step) for step in range(60)]
+    order = BatchSampler(BUCKETS[name], 4, seed=1)
     assert [order.at(step) for step in reversed(range(60))] == forward[::-1]
-    assert [Order(BUCKETS[name], 4, seed=2).at(step) for step in range(60)] != forward
+    assert [BatchSampler(BUCKETS[name], 4, seed=2).at(step) for step in range(60)] != forward
 
 
 def test_epochs_never_fall_and_differ_in_order():
-    order = Order(BUCKETS["several"], 4, seed=0)
+    order = BatchSampler(BUCKETS["several"], 4, seed=0)
     epochs = [order.at(step)[1] for step in range(100)]
     assert epochs == sorted(epochs) and epochs[0] == 0
     first = [order.at(step)[0] for step in range(order.steps_before(1))]
@@ -50,7 +50,7 @@ def test_epochs_never_fall_and_differ_in_order():
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_share_the_same_global_batch(world):
-    indices, _ = Order(BUCKETS["one"], 8, seed=0).at(5)
+    indices, _ = BatchSampler(BUCKETS["one"], 8, seed=0).at(5)
     assert [index for rank in range(world) for index in share(indices, rank, world)] == indices
 
 
@@ -60,14 +60,14 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 
 def test_repeats_are_seen_so_much_more_often():
-    order = Order([(1,)] * 4, 4, seed=0, repeats=[1, 1, 1, 5])
+    order = BatchSampler([(1,)] * 4, 4, seed=0, repeats=[1, 1, 1, 5])
     seen = Counter(index for step in range(order.steps_before(1)) for index in order.at(step)[0])
     assert seen == {0: 1, 1: 1, 2: 1, 3: 5}
 
 
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(Refused, match="no sample"):
-        Order([], 4, 0)
+        BatchSampler([], 4, 0)
 
 
 SIZES = [(100 + 13 * i % 90, 80 + 29 * i % 120) for i in range(200)]
@@ -101,21 +101,21 @@ def test_a_resolution_off_the_stride_is_refused_with_the_nearest():
 
 def test_a_token_budget_makes_batches_cost_alike():
     shapes = [(4, 8, 8)] * 10 + [(4, 16, 16)] * 10
-    order = Order(shapes, token_budget(16, shapes), seed=0)
+    order = BatchSampler(shapes, token_budget(16, shapes), seed=0)
     costs = {len(order.at(step)[0]) * shapes[order.at(step)[0][0]][1] ** 2 for step in range(20)}
     assert max(costs) <= 1.1 * min(costs)
 
 
 def test_a_weight_that_is_not_whole_is_exact_over_epochs():
-    order = Order(["a"] * 10, 5, seed=1, repeats=[1.0] * 4 + [2.5] * 6)
+    order = BatchSampler(["a"] * 10, 5, seed=1, repeats=[1.0] * 4 + [2.5] * 6)
     assert order.steps_before(4) == 4 * (4 + 12 + 3) // 5
     seen = Counter(index for step in range(order.steps_before(20)) for index in order.at(step)[0])
     assert all(abs(seen[i] - 20) <= 1 for i in range(4)) and all(abs(seen[i] - 50) <= 1 for i in range(4, 10))
 
 
 def test_a_curriculum_shows_each_stage_its_own_samples():
-    first, last = Order(["s"] * 6, 3), Order(["l"] * 6, 2)
-    course = Stages([Stage(first, 4, 0), Stage(last, None, 6)])
+    first, last = BatchSampler(["s"] * 6, 3), BatchSampler(["l"] * 6, 2)
+    course = Curriculum([CurriculumStage(first, 4, 0), CurriculumStage(last, None, 6)])
     assert [course.at(step)[0] for step in range(4)] == [first.at(step)[0] for step in range(4)]
     assert course.at(7) == ([index + 6 for index in last.at(3)[0]], last.at(3)[1])
 

@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from sfumato.data import encode, formats, shard
-from sfumato.data.collecting import collect
-from sfumato.data.encode import Companion, Encoding
-from sfumato.data.encoded import NO_LABEL
-from sfumato.data.index import Index
-from sfumato.data.sample import Sample
-from sfumato.data.store import Store, key
+from sfumato.data.encoding import encode
+from sfumato.data.encoding.encoded_dataset import NO_LABEL
+from sfumato.data.encoding.views import Companion, Encoding
+from sfumato.data.sources.sample import Sample
+from sfumato.data.store import formats, shard
+from sfumato.data.store.gc import collect
+from sfumato.data.store.index import Index
+from sfumato.data.store.store import Store, key
 from sfumato.errors import Failed, Refused
 
 HOW = Encoding(pixels="codec-1", texts="text-1", batch=4, shard=8, threads=2)

@@ -9,13 +9,14 @@ import torch
 from test_generation_guidance import Letters, drawn, painter
 from torch import nn
 
-import sfumato.stages
+import sfumato
 from sfumato.errors import Refused
-from sfumato.stages.dit import DiT
-from sfumato.stages.guidance_policy import GuidancePolicy, PipelineGuidance
-from sfumato.stages.guides import ControlledDenoiser, GuidePlan, guide
-from sfumato.stages.interface import OWN_TO_A_WRAPPER, Condition, Denoiser, DenoiserWrapper, Stage
-from sfumato.stages.teaching import DenoiserWithTextEncoders
+from sfumato.models.condition import Condition
+from sfumato.models.control import ControlledDenoiser, ControlPlan, add_control_modules
+from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
+from sfumato.models.interface import OWN_TO_A_WRAPPER, Denoiser, DenoiserWrapper, Stage
+from sfumato.models.networks.dit import DiT
+from sfumato.models.pretrained.train_text_encoders import DenoiserWithTextEncoders
 
 MEMBERS = sorted(
     name
@@ -85,7 +86,7 @@ def wrapped(kind: type[DenoiserWrapper], base: Denoiser) -> DenoiserWrapper:
 
 def every_wrapper() -> set[type]:
     """Every class of the stages that stands around a denoiser."""
-    for found in pkgutil.walk_packages(sfumato.stages.__path__, "sfumato.stages."):
+    for found in pkgutil.walk_packages(sfumato.models.__path__, "sfumato.models."):
         import_module(found.name)
     known, todo = set(), [DenoiserWrapper]
     while todo:
@@ -135,7 +136,7 @@ def test_our_dit_beside_a_guide_draws_with_perturbed_attention():
     """Law: what it draws alone it draws beside a guide that says nothing yet, bit for bit."""
     model = painter(conditioner=Letters())
     alone = drawn(model, guidance_perturbed=1.5)
-    guide(model, [GuidePlan("controlnet")])
+    add_control_modules(model, [ControlPlan("controlnet")])
     assert torch.equal(drawn(model, guidance_perturbed=1.5), alone)
     assert not torch.equal(drawn(model), alone)
 

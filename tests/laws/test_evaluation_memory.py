@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sfumato.evaluation import memory
+from sfumato.evaluation import measure_memorization
 
 
 def pictures(count: int, seed: int) -> torch.Tensor:
@@ -14,12 +14,12 @@ def pictures(count: int, seed: int) -> torch.Tensor:
 def test_copies_are_found_and_named_and_new_pictures_are_not(held_out):
     train = pictures(100, 1)
     copies = (train[[7, 70]].float() + 3).clamp(0, 255).byte()
-    found = memory(torch.cat([pictures(18, 2), copies]), train, held_out)
+    found = measure_memorization(torch.cat([pictures(18, 2), copies]), train, held_out)
     assert found.nearest[-2:] == [7, 70] and set(found.closest(2)) == {18, 19}
     assert 0.1 <= found.copied.value <= 0.3
-    assert memory(pictures(40, 4), train, held_out).copied.value <= 0.15
+    assert measure_memorization(pictures(40, 4), train, held_out).copied.value <= 0.15
 
 
 def test_too_little_data_is_said():
     with pytest.raises(ValueError, match="three"):
-        memory(pictures(2, 0), pictures(2, 1))
+        measure_memorization(pictures(2, 0), pictures(2, 1))

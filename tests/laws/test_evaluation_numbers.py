@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sfumato.evaluation import Neighbours, is_right, kernel_distance, over
+from sfumato.evaluation import Neighbors, is_right, kernel_distance, over
 from sfumato.evaluation.latent_kernel_distance import latent_features
 from sfumato.evaluation.measure import share
 from sfumato.theory import noise
@@ -17,7 +17,7 @@ def pictures(count: int, seed: int = 0) -> torch.Tensor:
 
 def test_a_picture_is_its_own_nearest_neighbour_whatever_its_dtype():
     known = pictures(40)
-    neighbours = Neighbours(known, [(f"thing {i}",) for i in range(40)])
+    neighbours = Neighbors(known, [(f"thing {i}",) for i in range(40)])
     assert neighbours.nearest(known) == list(range(40))
     bytes_ = ((known + 1) * 127.5).round().to(torch.uint8)
     assert neighbours.nearest(bytes_) == list(range(40))
@@ -29,7 +29,7 @@ def test_a_prompt_and_a_picture_agree_by_caption_or_by_last_word():
     assert is_right("woman’s hat", ["hat", "woman’s sandal"])
     assert not is_right("red apple", ["red heart"])
     assert not is_right("", ["red heart"])
-    neighbours = Neighbours(pictures(3), [("a",), ("b",), ("c",)])
+    neighbours = Neighbors(pictures(3), [("a",), ("b",), ("c",)])
     assert neighbours.judge(pictures(3), ["a", "c", "c"]) == [True, False, True]
 
 

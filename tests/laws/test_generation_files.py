@@ -9,7 +9,7 @@ from PIL import Image
 
 from sfumato.errors import Refused
 from sfumato.generation import files
-from sfumato.generation.sheet import film_sheet, strip
+from sfumato.generation.contact_sheet import film_sheet, strip
 
 SAID = {"prompt": "ein roter Kreis – 円", "seed": 3, "guidance": 2.0}
 
@@ -55,7 +55,7 @@ def test_a_clip_is_read_back_as_it_was_written(kind, tmp_path):
     assert again.shape == clip.shape
     off = np.abs(again.astype(float) - clip)
     assert off.mean() < (0.01 if kind == "frames" else 4)
-    assert all(files.told(path) == SAID for path in paths)
+    assert all(files.read_metadata(path) == SAID for path in paths)
 
 
 def test_an_mp4_is_h264_at_its_rate(tmp_path):
@@ -78,7 +78,7 @@ def test_odd_sides_are_completed_for_h264(tmp_path):
 def test_a_picture_says_what_it_shows(kind, tmp_path):
     ((ending, content),) = files.contents(Image.new("RGB", (8, 8), "red"), kind, SAID).items()
     (tmp_path / f"p{ending}").write_bytes(content)
-    assert files.told(tmp_path / f"p{ending}") == SAID
+    assert files.read_metadata(tmp_path / f"p{ending}") == SAID
     assert Image.open(io.BytesIO(content)).convert("RGB").getpixel((4, 4))[0] > 240
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from sfumato.errors import Refused
-from sfumato.generation import load, painting
-from sfumato.generation.fitting import fit_times
-from sfumato.stages import build, new_codec, new_conditioner
-from sfumato.stages.fitted import TIMES, home_of, read_times, write_times
-from sfumato.stages.settings import ModelSettings
+from sfumato.generation import as_pipeline, load
+from sfumato.generation.fit_times import fit_times
+from sfumato.models import new_codec, new_conditioner, new_model
+from sfumato.models.io.fitted_times import TIMES, home_of, read_times, write_times
+from sfumato.models.settings import ModelSettings
 from sfumato.theory import times
 
 
@@ -19,7 +19,7 @@ def model():
     settings = ModelSettings(
         width=16, depth=1, heads=2, patch=2, codec="pixels", text_encoder="none", denoiser="dit"
     )
-    made = painting(build(settings, new_codec(settings), new_conditioner(settings)))
+    made = as_pipeline(new_model(settings, new_codec(settings), new_conditioner(settings)))
     generator = torch.Generator().manual_seed(2)
     for weight in made.denoiser.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.1
@@ -32,7 +32,7 @@ def test_a_model_draws_at_the_times_it_was_fitted(model, tmp_path):
     model.save(folder)
     plain = load(folder).generate(seed=3, steps=4)[0]
     assert read_times(folder) is None
-    pilot = times.Pilot.bent([0.0, 1.5, 0.0, -1.5, 0.0, 0.0, 0.0])
+    pilot = times.FittedGrid.bent([0.0, 1.5, 0.0, -1.5, 0.0, 0.0, 0.0])
     write_times(home_of(folder), pilot)
     again = load(folder)
     assert again.fitted == pilot

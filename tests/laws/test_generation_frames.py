@@ -7,14 +7,13 @@ import torch
 from PIL import Image
 
 from sfumato.errors import Refused
-from sfumato.generation import painting
+from sfumato.generation import as_pipeline
 from sfumato.generation.files import webp
-from sfumato.generation.films import film, still
-from sfumato.generation.frames import Windows
-from sfumato.stages import Condition, build, new_codec, new_conditioner
-from sfumato.stages.settings import ModelSettings
+from sfumato.generation.video import Windows, film, still
+from sfumato.models import Condition, new_codec, new_conditioner, new_model
+from sfumato.models.settings import ModelSettings
 from sfumato.theory import get, names, noise
-from sfumato.training.frames import FrameTimes, by_frame, mean_of_unknown
+from sfumato.training.objective.frame_timesteps import FrameTimes, by_frame, mean_of_unknown
 
 TINY = {"width": 32, "depth": 2, "heads": 2, "latent_channels": 4, "codec_width": 8, "codec_stride": 4}
 DRAWN = {"width": 16, "height": 16, "steps": 3, "guidance": 1}
@@ -23,8 +22,8 @@ DRAWN = {"width": 16, "height": 16, "steps": 3, "guidance": 1}
 def model(theory="flow-matching", frames=5):
     settings = ModelSettings(**TINY, text_encoder="none", theory=theory)
     codec = new_codec(settings, clips=True)
-    codec.settle(noise.normal((3, frames, 16, 16), 0, range(4)))
-    made = painting(build(settings, codec, new_conditioner(settings), frames=frames))
+    codec.fit_normalization(noise.normal((3, frames, 16, 16), 0, range(4)))
+    made = as_pipeline(new_model(settings, codec, new_conditioner(settings), frames=frames))
     for index, weight in enumerate(made.denoiser.parameters()):
         weight.data = 0.1 * noise.normal(tuple(weight.shape), 1, [index])[0]
     made.info |= {"frames": frames, "fps": 8.0, "known": ["first", "last"], "guidance": 1.0}

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from sfumato.errors import Refused
-from sfumato.generation import PaintingModel
-from sfumato.generation.leaning import GuidanceOptions
+from sfumato.generation import Pipeline
+from sfumato.generation.guidance import GuidanceOptions
+from sfumato.models import Condition, new_codec, new_model
+from sfumato.models.guidance_policy import GuidancePolicy
+from sfumato.models.interface import Conditioner
+from sfumato.models.settings import ModelSettings
 from sfumato.recipe import Recipe
-from sfumato.stages import Condition, build, new_codec
-from sfumato.stages.guidance_policy import GuidancePolicy
-from sfumato.stages.interface import Conditioner
-from sfumato.stages.settings import ModelSettings
 from sfumato.theory import get, translate
 from sfumato.workflow.checks import check_guidance
 
@@ -29,7 +29,7 @@ class Letters(Conditioner):
         codes = [[float(ord(letter)) / 50 for letter in f"{text:<8}"[:8]] for text in prompt]
         return Condition({"tokens": torch.tensor(codes)[:, None], "pooled": torch.tensor(codes)})
 
-    def null(self, count):
+    def encode_empty(self, count):
         return self([""] * count)
 
     def config(self):
@@ -39,14 +39,14 @@ class Letters(Conditioner):
 def painter(seed: int = 0, theory: str = "flow-matching", conditioner: Conditioner | None = None):
     """A model of lively random weights."""
     codec = new_codec(SETTINGS)
-    model = build(
+    model = new_model(
         ModelSettings(**{**vars(SETTINGS), "theory": theory}), codec, conditioner or Letters(), seed
     )
     generator = torch.Generator().manual_seed(seed)
     for weight in model.denoiser.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.15
     model.info |= {"resolution": 16, "steps": 6}
-    return PaintingModel(model.theory, codec, model.conditioner, model.denoiser.eval(), model.info)
+    return Pipeline(model.theory, codec, model.conditioner, model.denoiser.eval(), model.info)
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def test_a_network_that_cannot_be_disturbed_says_so():
 def test_a_model_under_another_theory_is_its_translation_with_gradients(name):
     """Law: predict of model.under(B) = translate(predict, A → B), down to the gradient of the weights."""
     model, theory = painter(), get(name)
-    under, told = model.under(theory), Letters()(["cat", "dog"])
+    under, told = model.with_theory(theory), Letters()(["cat", "dog"])
     x_t, t = torch.randn(2, 3, 16, 16), theory.time_at(torch.tensor([1.0, -2.0])).float()
     wanted = translate(lambda x, s: model.predict(x, s, told), model.theory, theory)(x_t, t)
     found = under.predict(x_t, t, told)
@@ -171,9 +171,9 @@ def test_a_model_draws_the_same_picture_under_every_theory_of_the_same_ends():
     plain = drawn(model)
     for name in ("trigflow", "gvp", "ddpm-velocity"):
         theory = get(name, zero_terminal_snr=True) if name.startswith("ddpm") else get(name)
-        moved = drawn(model.under(theory))
+        moved = drawn(model.with_theory(theory))
         assert float((moved - plain).abs().max()) < 2e-3 * float(plain.abs().max())
-    back = model.under(get("trigflow")).under(model.theory)
+    back = model.with_theory(get("trigflow")).with_theory(model.theory)
     torch.testing.assert_close(drawn(back), plain, rtol=1e-3, atol=1e-3)
 
 
@@ -197,7 +197,7 @@ def test_a_model_draws_as_its_recipe_said_unless_told_otherwise():
 def test_a_weaker_model_may_be_named_by_its_folder_and_is_read_once(monkeypatch):
     model, weaker, read = painter(), painter(1), []
     monkeypatch.setattr(
-        "sfumato.generation.pictures.load", lambda place, device: read.append(place) or weaker
+        "sfumato.generation.pipeline.load", lambda place, device: read.append(place) or weaker
     )
     wanted = drawn(model, guidance_by=weaker)
     torch.testing.assert_close(drawn(model, guidance_by="runs/weak"), wanted)

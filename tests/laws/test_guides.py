@@ -9,19 +9,21 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato.data import controls, guided_shapes, shapes
-from sfumato.data.sample import HELD_OUT
+from sfumato.data import condition_images
+from sfumato.data.sources import guided_shapes, shape_reader, shapes
+from sfumato.data.sources.sample import HELD_OUT
 from sfumato.errors import Refused
-from sfumato.generation import PaintingModel, load
+from sfumato.generation import Pipeline, load
+from sfumato.models import Condition, new_theory
+from sfumato.models.codecs.image import PixelCodec, ResidualCodec
+from sfumato.models.control import ControlPlan, add_control_modules, attach
+from sfumato.models.networks import blocks
+from sfumato.models.networks.dit import DiT
+from sfumato.models.networks.unet import UNet
+from sfumato.models.text.encoder import NoConditioner
 from sfumato.recipe import Recipe
-from sfumato.record import RunFolder
-from sfumato.stages import Condition, blocks, new_theory
-from sfumato.stages.codec import PixelCodec, ResidualCodec
-from sfumato.stages.dit import DiT
-from sfumato.stages.guides import GuidePlan, attach, guide
-from sfumato.stages.text import NoConditioner
-from sfumato.stages.unet import UNet
-from sfumato.workflow.forecast import plan
+from sfumato.run_folder import RunFolder
+from sfumato.workflow.planning.plan import plan
 
 KINDS = {"controlnet": "control", "ip-adapter": "reference", "edit": "edit_source", "control": "control"}
 
@@ -34,13 +36,13 @@ def square(size: int = 16) -> Image.Image:
 
 
 @pytest.fixture
-def model() -> PaintingModel:
+def model() -> Pipeline:
     """A tiny unconditional DiT on pixels, none of its weights zero."""
     torch.manual_seed(0)
     dit = DiT(3, width=32, depth=2, heads=2, patch=2, text_width=0)
     for weight in dit.parameters():
         torch.nn.init.normal_(weight, std=0.1)
-    return PaintingModel(new_theory(""), PixelCodec(), NoConditioner(), dit, {"resolution": 16, "steps": 4})
+    return Pipeline(new_theory(""), PixelCodec(), NoConditioner(), dit, {"resolution": 16, "steps": 4})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +50,7 @@ def test_a_new_guide_leaves_its_base_as_it_is(kind, model, tmp_path):
     """Law: bit for bit before training; afterwards the picture acts; saved, the guide returns."""
     x, t = torch.randn(2, 3, 16, 16), 0.5
     before = model.predict(x, t, Condition({}, size=2))
-    guided = guide(model, [GuidePlan(kind)])
+    guided = add_control_modules(model, [ControlPlan(kind)])
     encoder = guided.encoders(model)[KINDS[kind]]
     pictures = torch.rand(2, 3, 16, 16) * 2 - 1
     shown = Condition({KINDS[kind]: encoder.encode(pictures)})
@@ -74,10 +76,8 @@ def test_blocks_that_are_computed_again_give_the_same_gradients(kind):
     def gradients(every: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         dit = DiT(3, width=32, depth=3, heads=2, patch=2, canvas=2, text_width=8)
-        painter = PaintingModel(
-            new_theory(""), PixelCodec(), NoConditioner(), dit, {"resolution": 16, "steps": 4}
-        )
-        guided = guide(painter, [GuidePlan(kind)])
+        painter = Pipeline(new_theory(""), PixelCodec(), NoConditioner(), dit, {"resolution": 16, "steps": 4})
+        guided = add_control_modules(painter, [ControlPlan(kind)])
         for weight in guided.parameters():
             weight.data.normal_(0, 0.1)
         blocks.recompute(dit, every)
@@ -98,10 +98,8 @@ def test_a_unet_reads_a_control_itself():
     """Law: of our own networks the UNet too."""
     torch.manual_seed(0)
     unet = UNet(3, width=16, depth=1, heads=2, text_width=0)
-    painter = PaintingModel(
-        new_theory(""), PixelCodec(), NoConditioner(), unet, {"resolution": 16, "steps": 2}
-    )
-    guided = guide(painter, [GuidePlan("control")])
+    painter = Pipeline(new_theory(""), PixelCodec(), NoConditioner(), unet, {"resolution": 16, "steps": 2})
+    guided = add_control_modules(painter, [ControlPlan("control")])
     assert any(name.startswith("base.") for name in guided.learned())
     torch.nn.init.normal_(guided.listed[0].read[-1].weight)
     once, other = (painter.generate(control=one, seed=3)[0].tobytes() for one in (square(), square(12)))
@@ -114,9 +112,9 @@ def test_a_unet_of_our_own_takes_a_controlnet_whatever_its_latents_stand_for():
     for codec in (PixelCodec(), ResidualCodec(4, 3, 8)):
         unet = UNet(3, width=16, depth=1, heads=2, text_width=0)
         info = {"resolution": 16, "steps": 2}
-        painter = PaintingModel(new_theory(""), codec, NoConditioner(), unet, info)
+        painter = Pipeline(new_theory(""), codec, NoConditioner(), unet, info)
         before = painter.generate(seed=3)[0].tobytes()
-        guided = guide(painter, [GuidePlan("controlnet")])
+        guided = add_control_modules(painter, [ControlPlan("controlnet")])
         assert painter.generate(control=square(), seed=3)[0].tobytes() == before
         for weight in guided.guides.parameters():
             weight.data.normal_(0, 0.1)
@@ -125,7 +123,7 @@ def test_a_unet_of_our_own_takes_a_controlnet_whatever_its_latents_stand_for():
 
 def test_two_controlnets_act_apart(model):
     """Law: each has its picture and weight."""
-    guided = guide(model, [GuidePlan("controlnet"), GuidePlan("controlnet")])
+    guided = add_control_modules(model, [ControlPlan("controlnet"), ControlPlan("controlnet")])
     with torch.no_grad():
         for weight in guided.guides.parameters():
             weight.add_(0.1 * torch.randn(weight.shape))
@@ -144,7 +142,7 @@ def test_a_runs_guide_joins_another_beside_the_same_base(model, tmp_path):
     model.save(tmp_path / "base")
     for number, kind in enumerate(("controlnet", "controlnet", "control")):
         own = load(tmp_path / "base")
-        guided = guide(own, [GuidePlan(kind)])
+        guided = add_control_modules(own, [ControlPlan(kind)])
         torch.manual_seed(number)
         for weight in guided.guides.parameters():
             weight.data.normal_(0, 0.1)
@@ -163,7 +161,7 @@ def test_a_runs_guide_joins_another_beside_the_same_base(model, tmp_path):
 
 def test_several_references_are_looked_at_together(model):
     """Law: two references are neither of them alone; a window of steps lets them act only there."""
-    guided = guide(model, [GuidePlan("ip-adapter")])
+    guided = add_control_modules(model, [ControlPlan("ip-adapter")])
     with torch.no_grad():
         for weight in guided.guides.parameters():
             weight.add_(0.1 * torch.randn(weight.shape))
@@ -217,13 +215,13 @@ def test_what_a_model_cannot_be_shown_is_refused(word, model):
         model.generate(**{word: 0.5 if word == "strength" else square()})
 
 
-@pytest.mark.parametrize("kind", controls.KINDS)
+@pytest.mark.parametrize("kind", condition_images.KINDS)
 def test_a_control_is_white_where_the_picture_has_edges(kind):
     """Law: black says nothing; a square's outline is drawn, its inside is not."""
     pytest.importorskip("skimage")
     pixels = torch.full((1, 3, 64, 64), -1.0)
     pixels[:, :, 16:48, 16:48] = 1
-    drawn = controls.control(pixels, kind)[0, 0]
+    drawn = condition_images.control_image(pixels, kind)[0, 0]
     assert drawn[28:36, 28:36].max() < -0.9 and drawn[:8].max() < -0.9
     assert drawn[24:40, 13:19].max() > 0.5
 
@@ -241,16 +239,16 @@ def test_a_reference_says_what_the_words_leave_out():
     beside = guided_shapes.reference(count=60, held_out=20, size=32)
     for sample in beside.samples:
         draw = sample.companions["reference"]
-        assert callable(draw) and not set(guided_shapes.COLORS) & set(sample.captions[0].split())
-        (target,), (other,) = shapes.read(sample.source()), shapes.read(draw())
+        assert callable(draw) and not set(shapes.COLORS) & set(sample.captions[0].split())
+        (target,), (other,) = shape_reader.read(sample.source()), shape_reader.read(draw())
         assert target.color == other.color and target.shape in sample.captions[0].split()
         pairs = guided_shapes.UNSEEN if sample.split == HELD_OUT else guided_shapes.SEEN
         assert (target.shape, target.color) in pairs
     said = {
         caption for sample in guided_shapes.lone(count=60, size=32).samples for caption in sample.captions
     }
-    assert any(set(guided_shapes.COLORS) & set(caption.split()) for caption in said)
-    assert any(not set(guided_shapes.COLORS) & set(caption.split()) for caption in said)
+    assert any(set(shapes.COLORS) & set(caption.split()) for caption in said)
+    assert any(not set(shapes.COLORS) & set(caption.split()) for caption in said)
 
 
 RECIPE = """output = "{name}"

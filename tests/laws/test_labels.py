@@ -7,11 +7,11 @@ from PIL import Image
 
 import sfumato
 from sfumato.errors import Refused
+from sfumato.models import Condition
+from sfumato.models.networks.dit import DiT
+from sfumato.models.networks.unet import UNet
+from sfumato.models.text.labels import LabelConditioner
 from sfumato.recipe import Recipe
-from sfumato.stages import Condition
-from sfumato.stages.dit import DiT
-from sfumato.stages.labels import LabelConditioner
-from sfumato.stages.unet import UNet
 
 NETWORKS = {
     "dit": lambda: DiT(3, width=16, depth=1, heads=2, patch=2, canvas=2, text_width=0, classes=3),

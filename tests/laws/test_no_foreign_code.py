@@ -8,8 +8,8 @@ import pytest
 
 import sfumato
 from sfumato.errors import Refused
-from sfumato.stages.image import vision_network
-from sfumato.stages.text import TextConditioner
+from sfumato.models.control.image_encoders import vision_network
+from sfumato.models.text.encoder import TextConditioner
 
 SOURCE = Path(sfumato.__file__).parent
 

@@ -12,8 +12,8 @@ from training_processes import run_on
 from training_world import fingerprint, train
 
 from sfumato.errors import Failed
-from sfumato.record import RunFolder
-from sfumato.training import checkpoint
+from sfumato.run_folder import RunFolder
+from sfumato.training.state import checkpoint
 
 DISK_BYTES = 2_000_000
 LEFT_BYTES = 24_000

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import sfumato
-from sfumato import locks, record
-from sfumato.data import uses
-from sfumato.data.store import Store
+from sfumato import locks, run_folder
+from sfumato.data.store import leases
+from sfumato.data.store.store import Store
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 
 SOURCE = Path(sfumato.__file__).parent
 POSIX_MODULES = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog", "crypt"}
@@ -46,7 +46,7 @@ import sfumato
 for module in pkgutil.walk_packages(sfumato.__path__, "sfumato."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
-from sfumato.demo.way import peak_memory_gb  # asks for `resource` and must do without
+from sfumato.demo.runner import peak_memory_gb  # asks for `resource` and must do without
 print(len([name for name in sys.modules if name.startswith("sfumato.")]))
 """
 
@@ -88,7 +88,7 @@ SYSTEMS = {"as-it-is": "", "without-fcntl": "import sys\nsys.modules['fcntl'] = 
 
 HOLD_RUN = """
 import sys
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 with RunFolder.open(sys.argv[1]).lock():
     print("held", flush=True)
     sys.stdin.read()
@@ -96,7 +96,7 @@ with RunFolder.open(sys.argv[1]).lock():
 TRY_RUN = """
 import os, sys
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 try:
     with RunFolder.open(sys.argv[1]).lock():
         print("held", flush=True)
@@ -186,7 +186,7 @@ def test_a_lock_is_held_until_the_run_ends_and_by_one_of_many(tmp_path):
 import sys
 from pathlib import Path
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 run, got = RunFolder.open(sys.argv[1]), 0
 while got < 5:
     try:
@@ -257,19 +257,19 @@ def test_who_does_not_wait_is_told_that_another_is_inside(start, tmp_path):
 
 def test_a_store_is_collected_by_one_at_a_time(tmp_path):
     store = Store(tmp_path / "store").root
-    with uses.collecting(store), pytest.raises(Refused, match="being collected"), uses.collecting(store):
+    with leases.collecting(store), pytest.raises(Refused, match="being collected"), leases.collecting(store):
         pass
 
 
 def test_locks_that_an_older_version_left_hinder_nobody(tmp_path):
     store = Store(tmp_path / "store")
-    store.hold(uses.Owner("run"), {"pixels": ["0" * 32]}, [])
-    (use,) = (store.root / uses.FOLDER).glob("*.safetensors")
+    store.hold(leases.Owner("run"), {"pixels": ["0" * 32]}, [])
+    (use,) = (store.root / leases.FOLDER).glob("*.safetensors")
     use.with_suffix(".lock").touch()
     (store.root / ".gate").touch()
     for is_busy in (True, False):
-        with uses.collecting(store.root):
-            assert [one.busy for one in uses.read(store.root)] == [is_busy]
+        with leases.collecting(store.root):
+            assert [one.busy for one in leases.read(store.root)] == [is_busy]
         store._held.clear()
     assert not use.with_suffix(".lock").exists()
 
@@ -303,7 +303,7 @@ def test_a_rename_waits_for_a_reader_where_readers_hold_files(tmp_path, monkeypa
 
     monkeypatch.setattr(Path, "replace", held)
     with pytest.raises(Refused):
-        record.write_atomic(tmp_path / "file", "text")
-    monkeypatch.setattr(record, "IS_WINDOWS", True)
-    record.write_atomic(tmp_path / "file", "text")
+        run_folder.write_atomic(tmp_path / "file", "text")
+    monkeypatch.setattr(run_folder, "IS_WINDOWS", True)
+    run_folder.write_atomic(tmp_path / "file", "text")
     assert len(refused) == 3 and (tmp_path / "file").read_text() == "text"

@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sfumato.data import buckets, metadata
+from sfumato.data import buckets
+from sfumato.data.sources import metadata
 from sfumato.errors import Refused
+from sfumato.models.lora import key_conversion, lora_file
+from sfumato.models.lora.layer_names import NAMES
 from sfumato.recipe import DEFAULTS, RULES, Recipe, quoted
-from sfumato.stages import exchange, lora_file
-from sfumato.stages.lora_names import NAMES
 
 few = settings(
     derandomize=True, max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -75,12 +76,12 @@ def test_a_lora_s_names_come_back_from_every_convention(family, to):
     @given(adapters(names.rules), st.floats(0.1, 4))
     def law(adapter, scale):
         network, tensors = adapter
-        file = exchange.written(tensors, scale, names, to, network)
+        file = key_conversion.to_target_keys(tensors, scale, names, to, network)
         changes, strange = lora_file.sorted_by_layer(file)
         assert not strange
-        known, found = exchange.spellings(network, names), {}
+        known, found = key_conversion.spellings(network, names), {}
         for name, change in changes.items():
-            home, rest = exchange.home_of(name, {"": network})
+            home, rest = key_conversion.home_of(name, {"": network})
             assert home == "" and rest in known, f"{name} is not found again"
             for layer, rows in known[rest]:
                 assert layer not in found, f"{layer} is named twice"
@@ -93,7 +94,7 @@ def test_a_lora_s_names_come_back_from_every_convention(family, to):
 
     if not getattr(names, to):
         with pytest.raises(Refused, match="no published names"):
-            exchange.written({}, 1.0, names, to, nn.Module())
+            key_conversion.to_target_keys({}, 1.0, names, to, nn.Module())
         return
     law()
 

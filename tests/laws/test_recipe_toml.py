@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sfumato.errors import Refused
-from sfumato.recipe import DEFAULTS, FORMAT, RENAMED, RULES, Recipe
-from sfumato.settings import Table, saved_settings
+from sfumato.recipe import DEFAULTS, FORMAT, RULES, Recipe
+from sfumato.settings import RENAMED, Table, saved_settings
 from sfumato.training.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]

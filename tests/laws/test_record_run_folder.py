@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sfumato.errors import Refused
-from sfumato.record import RunFolder, atomic_folder, checksum, write_atomic
+from sfumato.run_folder import RunFolder, atomic_folder, checksum, write_atomic
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path):
@@ -93,7 +93,7 @@ def test_events_of_older_versions_are_read_by_the_names_of_today(tmp_path: Path)
 
 HOLD = """
 import sys, time
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 with RunFolder.open(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from sfumato.errors import Refused
-from sfumato.generation import PaintingModel
-from sfumato.stages import Condition, Denoiser
-from sfumato.stages.codec import PixelCodec
-from sfumato.stages.labels import LabelConditioner
+from sfumato.generation import Pipeline
+from sfumato.models import Condition, Denoiser
+from sfumato.models.codecs.image import PixelCodec
+from sfumato.models.text.labels import LabelConditioner
 from sfumato.theory import get
 
 COLORS = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [0, 0, 0]])
@@ -34,7 +34,7 @@ class Flat(Denoiser):
 @pytest.fixture
 def model():
     names = LabelConditioner({"red": 0, "green": 1, "blue": 2}, 3)
-    return PaintingModel(get("flow-matching"), PixelCodec(), names, Flat(), {"resolution": 16})
+    return Pipeline(get("flow-matching"), PixelCodec(), names, Flat(), {"resolution": 16})
 
 
 def half(left: bool) -> Image.Image:

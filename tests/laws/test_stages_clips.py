@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from sfumato.errors import Refused
-from sfumato.stages import Condition, load_codec, load_stage, save_stage
-from sfumato.stages.clips import ClipCodec, FramewiseCodec
-from sfumato.stages.codec import ResidualCodec
-from sfumato.stages.dit import DiT
-from sfumato.stages.positions import places, rotary, turn
+from sfumato.models import Condition, load_codec, load_stage, save_stage
+from sfumato.models.codecs.image import ResidualCodec
+from sfumato.models.codecs.video import ClipCodec, FramewiseCodec
+from sfumato.models.networks.dit import DiT
+from sfumato.models.networks.tokens import places, rotary, turn
 
 
 def drawn(*shape, seed=0):
@@ -111,7 +111,7 @@ def test_a_network_of_pictures_refuses_clips():
 
 def codec(time_stride=2):
     made = lively(ClipCodec(4, 6, 8, time_stride))
-    made.settle(drawn(2, 3, 1 + 2 * time_stride, 16, 16))
+    made.fit_normalization(drawn(2, 3, 1 + 2 * time_stride, 16, 16))
     return made.double()
 
 

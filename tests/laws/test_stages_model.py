@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sfumato.errors import Failed, Refused
-from sfumato.generation import load, painting
-from sfumato.stages import Condition, Model, build, load_codec, new_codec, new_conditioner, save
-from sfumato.stages.dit import DiT
-from sfumato.stages.settings import ModelSettings
+from sfumato.generation import as_pipeline, load
+from sfumato.models import Condition, Model, load_codec, new_codec, new_conditioner, new_model, save
+from sfumato.models.networks.dit import DiT
+from sfumato.models.settings import ModelSettings
 from sfumato.theory import names
 
 TINY = {"width": 32, "depth": 2, "heads": 4, "latent_channels": 4, "codec_width": 8}
@@ -94,8 +94,8 @@ def test_a_new_dit_answers_zero():
 def test_every_network_draws_under_every_theory(denoiser, theory, pixels):
     settings = tiny(denoiser=denoiser, theory=theory, text_encoder="none", **DENOISERS[denoiser])
     codec = new_codec(settings)
-    codec.settle(pixels)
-    model = painting(build(settings, codec, new_conditioner(settings)))
+    codec.fit_normalization(pixels)
+    model = as_pipeline(new_model(settings, codec, new_conditioner(settings)))
     lively(model.denoiser)
     try:
         (picture,) = model.generate(steps=2, width=32, height=32)
@@ -109,7 +109,7 @@ def test_every_network_draws_under_every_theory(denoiser, theory, pixels):
 def test_latents_of_a_settled_codec_are_normalised(codec, pixels):
     made = new_codec(tiny(codec=codec))
     made.prepare(pixels)
-    made.settle(pixels)
+    made.fit_normalization(pixels)
     latents = made.encode(pixels)
     assert latents.shape == (6, 4, 4, 4)
     assert abs(latents.mean()) < 1e-4 and abs(latents.std() - 1) < 0.15
@@ -120,7 +120,7 @@ def test_the_residual_codec_starts_at_the_principal_components(pixels):
     """With as many channels as a patch has numbers, nothing is lost before any training."""
     codec = new_codec(tiny(codec_stride=2, latent_channels=12))
     codec.prepare(pixels)
-    codec.settle(pixels)
+    codec.fit_normalization(pixels)
     torch.testing.assert_close(codec.decode(codec.encode(pixels)), pixels, atol=1e-3, rtol=0)
 
 
@@ -143,8 +143,8 @@ def test_a_saved_model_draws_the_same_picture(codec, tmp_path, pixels):
     settings = tiny(codec=codec, text_encoder="none", denoiser="dit", patch=2)
     made = new_codec(settings)
     if codec != "pixels":
-        made.settle(pixels)
-    model = painting(build(settings, made, new_conditioner(settings)))
+        made.fit_normalization(pixels)
+    model = as_pipeline(new_model(settings, made, new_conditioner(settings)))
     lively(model.denoiser)
     model.info["resolution"] = 16
     model.save(tmp_path / "model")
@@ -163,7 +163,7 @@ def test_a_fingerprint_sees_every_weight(pixels):
 
 def test_a_damaged_model_is_named(tmp_path):
     settings = tiny(codec="pixels", text_encoder="none")
-    save(build(settings, new_codec(settings), new_conditioner(settings)), tmp_path / "model")
+    save(new_model(settings, new_codec(settings), new_conditioner(settings)), tmp_path / "model")
     file = tmp_path / "model" / "denoiser" / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(Failed, match=r"weights\.safetensors is damaged"):
@@ -172,7 +172,7 @@ def test_a_damaged_model_is_named(tmp_path):
 
 def test_weights_of_another_shape_are_refused(tmp_path):
     settings = tiny(codec="pixels", text_encoder="none")
-    save(build(settings, new_codec(settings), new_conditioner(settings)), tmp_path / "model")
+    save(new_model(settings, new_codec(settings), new_conditioner(settings)), tmp_path / "model")
     described = tmp_path / "model" / "denoiser" / "stage.json"
     plain = json.loads(described.read_text())
     plain["config"]["width"] = 64
@@ -193,21 +193,21 @@ def test_what_holds_no_model_is_refused_with_the_way_out(tmp_path):
 
 def test_an_unprompted_model_refuses_a_prompt():
     settings = tiny(codec="pixels", text_encoder="none")
-    model = painting(build(settings, new_codec(settings), new_conditioner(settings)))
+    model = as_pipeline(new_model(settings, new_codec(settings), new_conditioner(settings)))
     with pytest.raises(Refused, match="trained without conditions"):
         model.generate("a red apple", steps=1, width=8, height=8)
 
 
 def test_lists_of_different_lengths_are_refused():
     settings = tiny(codec="pixels", text_encoder="none")
-    model = painting(build(settings, new_codec(settings), new_conditioner(settings)))
+    model = as_pipeline(new_model(settings, new_codec(settings), new_conditioner(settings)))
     with pytest.raises(Refused, match="prompt: 2, seed: 3"):
         model.generate(["", ""], seed=[1, 2, 3])
 
 
 OWN = """
 import torch
-from sfumato.stages import Condition, Conditioner, Denoiser
+from sfumato.models import Condition, Conditioner, Denoiser
 
 class Average(Denoiser):
     kind = "average"
@@ -225,7 +225,7 @@ class Average(Denoiser):
 def test_a_network_of_ones_own_is_built_saved_and_loaded(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     settings = tiny(codec="pixels", text_encoder="none", denoiser=f"{tmp_path / 'mine.py'}:Average")
-    model = painting(build(settings, new_codec(settings), new_conditioner(settings)))
+    model = as_pipeline(new_model(settings, new_codec(settings), new_conditioner(settings)))
     model.save(tmp_path / "model")
     again = load(tmp_path / "model")
     arguments = {"seed": 1, "steps": 2, "width": 8, "height": 8}
@@ -234,7 +234,7 @@ def test_a_network_of_ones_own_is_built_saved_and_loaded(tmp_path):
 
 def test_saving_replaces_an_older_model_whole(tmp_path):
     settings = tiny(codec="pixels", text_encoder="none")
-    model = build(settings, new_codec(settings), new_conditioner(settings))
+    model = new_model(settings, new_codec(settings), new_conditioner(settings))
     save(model, tmp_path / "model")
     shutil.rmtree(tmp_path / "model" / "codec")
     save(model, tmp_path / "model")

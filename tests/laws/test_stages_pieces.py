@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from sfumato.errors import Refused
-from sfumato.stages import load_codec, load_stage, save_stage
-from sfumato.stages.clips import ClipCodec, FramewiseCodec
-from sfumato.stages.codec import PixelCodec, ResidualCodec
-from sfumato.stages.pieces import Pieces, decode
+from sfumato.models import load_codec, load_stage, save_stage
+from sfumato.models.codecs.image import PixelCodec, ResidualCodec
+from sfumato.models.codecs.tiling import Tiling, decode_tiled
+from sfumato.models.codecs.video import ClipCodec, FramewiseCodec
 from sfumato.theory import noise
 
 
@@ -28,13 +28,13 @@ OURS = {
 }
 
 
-@pytest.mark.parametrize("pieces", [Pieces(24, 1), Pieces(0, 4)], ids=str)
+@pytest.mark.parametrize("pieces", [Tiling(24, 1), Tiling(0, 4)], ids=str)
 @pytest.mark.parametrize("name", OURS)
 def test_pieces_of_our_codecs_are_the_whole(name, pieces):
     make, shape = OURS[name]
     made, latents = lively(make()), noise.normal(shape, 0, range(2)).double()
     with torch.no_grad():
-        torch.testing.assert_close(decode(made, latents, pieces), made.decode(latents))
+        torch.testing.assert_close(decode_tiled(made, latents, pieces), made.decode(latents))
 
 
 def test_pieces_need_less_memory_at_once():
@@ -43,7 +43,7 @@ def test_pieces_need_less_memory_at_once():
     made.paint = lambda raw: seen.append(raw[0, 0].numel()) or paint(raw)
     latents = noise.normal((6, 16, 24, 24), 0, [0]).double()
     with torch.no_grad():
-        decode(made, latents, Pieces(20, 4))
+        decode_tiled(made, latents, Tiling(20, 4))
     assert max(seen) <= 4 * 19 * 19
 
 
@@ -102,8 +102,8 @@ def test_diffusers_video_autoencoders_decode_in_tiles(autoencoder):
     pixels = clip_for(codec, 4)
     latents = codec.encode(pixels)
     plain = codec.decode(latents)
-    tiled = decode(codec, latents, Pieces(tile=4 * codec.stride, frames=2 * codec.time_stride))
+    tiled = decode_tiled(codec, latents, Tiling(tile=4 * codec.stride, frames=2 * codec.time_stride))
     assert tiled.shape == plain.shape and torch.isfinite(tiled).all() and (tiled != plain).any()
     torch.testing.assert_close(codec.decode(latents), plain)  # the switches are back
     with pytest.raises(Refused, match="multiples"):
-        decode(codec, latents, Pieces(tile=3))
+        decode_tiled(codec, latents, Tiling(tile=3))

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from sfumato.commands import draw, matrix, measure
-from sfumato.data import report as data_report
-from sfumato.data import sources
-from sfumato.record import RunFolder
-from sfumato.studio import data_page, page, report
-from sfumato.studio.charts import Axis, Line, chart, smoothed, thinned
-from sfumato.studio.page import Picture, amount, document, duration, embedded, section, table, tiles
+from sfumato.commands import error_matrix, generate
+from sfumato.commands import eval as commands_eval
+from sfumato.data import dataset_report as data_report
+from sfumato.data.sources import folder as sources_folder
+from sfumato.report import data_page, page, run_page
+from sfumato.report.charts import Axis, Line, chart, smoothed, thinned
+from sfumato.report.page import Picture, amount, document, duration, embedded, section, table, tiles
+from sfumato.run_folder import RunFolder
 
 NASTY = '<script>alert("x")</script> & "quotes"'
 
@@ -78,7 +79,7 @@ class Tags(HTMLParser):
 
 
 def test_the_page_is_whole_and_needs_nothing_else(run):
-    text = report.write(run).read_text(encoding="utf-8")
+    text = run_page.write(run).read_text(encoding="utf-8")
     tags = Tags()
     tags.feed(text)
     assert tags.open == []
@@ -89,7 +90,7 @@ def test_the_page_is_whole_and_needs_nothing_else(run):
 
 
 def test_the_page_shows_what_happened(run):
-    text = report.render(run)
+    text = run_page.render(run)
     assert text.count("data:image/png;base64,") == 2 + 4
     for words in (
         "Captions it was trained on",
@@ -112,7 +113,7 @@ def test_the_page_shows_what_happened(run):
 
 
 def test_what_it_is_told_stays_text(run):
-    text = report.render(run)
+    text = run_page.render(run)
     assert NASTY not in text and "&lt;script&gt;alert" in text
     assert text.count("<script") == len(re.findall(r"<figure class=\"chart\"", text)) + 1
 
@@ -152,7 +153,7 @@ def page_of_a_run(folder):
     run.event("judge", accuracy={HOSTILE: 0.5}, notes={HOSTILE: HOSTILE})
     run.event("note", text=HOSTILE)
     run.event("stop", step=HOSTILE, reason=HOSTILE)
-    return report.render(run)
+    return run_page.render(run)
 
 
 def page_of_data(folder):
@@ -160,7 +161,7 @@ def page_of_data(folder):
     Image.new("RGB", (32, 32)).save(folder / "b.png")
     (folder / "a.txt").write_text("a")
     (folder / "torn.png").write_text("no picture")
-    found = data_report.report(sources.open(folder))
+    found = data_report.report(sources_folder.open(folder))
     summary = hostile(found.summary)
     for name in ("labels", "sizes", "kinds", "companions"):
         summary[name] = {HOSTILE: 1} if name != "labels" else [[HOSTILE, 1]]
@@ -183,14 +184,14 @@ def page_of_data(folder):
 def page_of_drawings(folder):
     asked = SimpleNamespace(folder=Path(HOSTILE), out=folder)
     told = [{"prompt": HOSTILE, "seed": HOSTILE}]
-    return draw.overview(asked, [Image.new("RGB", (8, 8))], told, 8.0)[1].read_text(encoding="utf-8")
+    return generate.overview(asked, [Image.new("RGB", (8, 8))], told, 8.0)[1].read_text(encoding="utf-8")
 
 
 def page_of_an_evaluation(folder):
     Image.new("RGB", (8, 8)).save(folder / "a.png")
     found = SimpleNamespace(step=1, metrics={HOSTILE: SimpleNamespace(note=HOSTILE)}, by_level={})
     pairs = [Picture(embedded(folder / "a.png"), HOSTILE, HOSTILE)]
-    return measure._page(Path(HOSTILE), found, [(folder / "a.png", HOSTILE)], pairs)
+    return commands_eval._page(Path(HOSTILE), found, [(folder / "a.png", HOSTILE)], pairs)
 
 
 def page_of_a_theory(folder):
@@ -199,7 +200,7 @@ def page_of_a_theory(folder):
     parts = [
         tiles([(HOSTILE, HOSTILE, HOSTILE)]),
         section(HOSTILE, table([HOSTILE], [[HOSTILE]]), HOSTILE),
-        section(HOSTILE, matrix.as_table([refused, drawn])),
+        section(HOSTILE, error_matrix.as_table([refused, drawn])),
         section(
             HOSTILE, chart(HOSTILE, [Line(HOSTILE, [0, 1], [0, 1])] * 2, x=HOSTILE, y=HOSTILE, note=HOSTILE)
         ),
@@ -250,12 +251,12 @@ def test_every_page_is_made_by_one_builder():
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
     run = RunFolder.create(tmp_path / "new", "seed = 0\n")
-    assert "<h1>new</h1>" in report.render(run)
+    assert "<h1>new</h1>" in run_page.render(run)
     run.event("step", step=1, loss=float("nan"))
     run.event("step", step=2, loss=2.0)
     run.event("pictures", step=2, files=["samples/lost.png"], prompts=["gone"], seeds=[0], group=None)
     run.event("something-new", step=2, shape=[1])
-    assert "Loss" in report.render(run)
+    assert "Loss" in run_page.render(run)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -310,5 +311,5 @@ def test_the_gap_between_held_out_and_trained_is_charted_with_its_error(tmp_path
     for step in (10, 20, 30):
         for weights in ("raw", "ema"):
             run.event("generalization_gap", step=step, weights=weights, gap=0.001 * step, error=0.01)
-    page = report.render(run)
+    page = run_page.render(run)
     assert "Generalisation gap" in page and "averaged weights" in page and "2 processes (fsdp)" in page

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sfumato.errors import Refused
-from sfumato.theory import fitting, get, integrate, methods, names, noise, oracle, solve, times
+from sfumato.theory import get, integrate, methods, names, noise, oracle, schedule_search, solve, times
 
 FLOW = get("flow-matching")
 SMOOTH = oracle.mixture([[0.9, -0.3], [-0.6, 0.8], [-0.2, -0.9]], 0.3)
@@ -103,27 +103,27 @@ def test_fitted_times_err_less_on_noise_they_have_not_seen():
 
 @pytest.mark.parametrize("name", names())
 def test_fitted_times_serve_every_theory_and_any_number(name):
-    theory, pilot = get(name), times.Pilot.from_dict(fitted()[1].to_dict())
+    theory, pilot = get(name), times.FittedGrid.from_dict(fitted()[1].to_dict())
     for steps in (1, 2, 13, 50):
         grid = pilot.grid(theory, steps)
         assert grid.shape == (steps + 1,) and bool((grid.diff() < 0).all())
         assert float(grid[0]) == theory.t_noise and float(grid[-1]) == theory.t_data
-    assert times.Pilot.from_dict(pilot.to_dict()) == pilot
+    assert times.FittedGrid.from_dict(pilot.to_dict()) == pilot
 
 
 def test_an_unbent_pilot_is_the_default_grid():
-    flat = times.Pilot.bent([0.0] * 7)
+    flat = times.FittedGrid.bent([0.0] * 7)
     torch.testing.assert_close(flat.grid(FLOW, 12), times.two_sided(FLOW, 12), rtol=0, atol=1e-12)
 
 
 def test_fitting_asks_no_more_than_it_says():
     count = []
     times.fit(lambda x, t: count.append(1) or DENOISE(x, t), X_T[:8], FLOW, (3,))
-    assert len(count) <= fitting.cost((3,))
+    assert len(count) <= schedule_search.cost((3,))
     with pytest.raises(Refused, match="at least 3"):
         times.fit(DENOISE, X_T, FLOW, (2,))
     with pytest.raises(Refused, match="Fit them again"):
-        times.Pilot.from_dict({"angles": [1.0, 0.0], "shares": [0.0]})
+        times.FittedGrid.from_dict({"angles": [1.0, 0.0], "shares": [0.0]})
 
 
 def test_states_before_the_last_stand_on_the_grid():

@@ -5,8 +5,8 @@ import torch
 from training_processes import run_on
 from training_world import fingerprint, make, train
 
-from sfumato.training import adaptive
-from sfumato.training.adaptive import BINS, PERIOD, Adaptive
+from sfumato.training.objective import timestep_importance
+from sfumato.training.objective.timestep_importance import BINS, PERIOD, Adaptive
 
 EVENLY = (torch.arange(64_000, dtype=torch.float64) + 0.5) / 64_000
 
@@ -22,8 +22,8 @@ def learned(loss=peaked) -> Adaptive:
     for step in range(4 * PERIOD):
         u = torch.rand(32, generator=torch.Generator().manual_seed(step))
         quantiles, _ = found(u, step)
-        found.hear(quantiles, loss(quantiles).float())
-        found.turn(step + 1, lambda tensor: tensor)
+        found.record(quantiles, loss(quantiles).float())
+        found.refresh(step + 1, lambda tensor: tensor)
     return found
 
 
@@ -61,12 +61,12 @@ def test_samples_heard_in_any_order_and_by_anyone_make_the_same_density():
     draw = torch.Generator().manual_seed(0)
     quantiles, losses = torch.rand(512, generator=draw), torch.rand(512, generator=draw) * 3
     whole, other, part = Adaptive(), Adaptive(), Adaptive()
-    whole.hear(quantiles, losses)
+    whole.record(quantiles, losses)
     order = torch.randperm(512, generator=draw)
-    other.hear(quantiles[order[:200]], losses[order[:200]])
-    part.hear(quantiles[order[200:]], losses[order[200:]])
-    whole.turn(PERIOD, lambda tensor: tensor)
-    other.turn(PERIOD, lambda tensor: tensor + part.heard)
+    other.record(quantiles[order[:200]], losses[order[:200]])
+    part.record(quantiles[order[200:]], losses[order[200:]])
+    whole.refresh(PERIOD, lambda tensor: tensor)
+    other.refresh(PERIOD, lambda tensor: tensor + part.heard)
     assert torch.equal(whole.shares(2 * PERIOD), other.shares(2 * PERIOD))
 
 
@@ -82,7 +82,7 @@ SLOW = {
 @pytest.fixture
 def often(monkeypatch) -> None:
     """Periods of eight steps."""
-    monkeypatch.setattr(adaptive, "PERIOD", 8)
+    monkeypatch.setattr(timestep_importance, "PERIOD", 8)
 
 
 def test_a_run_with_adaptive_times_goes_on_bit_for_bit(tmp_path, often):

@@ -8,17 +8,19 @@ from test_training_packed import Encoded, network
 from torch import Tensor, nn
 
 from closeness import APART, apart
-from sfumato.data.order import Order
+from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.stages import blocks
-from sfumato.stages.interface import Model
+from sfumato.models import files
+from sfumato.models.interface import Model
+from sfumato.models.networks import blocks
+from sfumato.run_folder import RunFolder
 from sfumato.theory import get
-from sfumato.training import checkpoint, context, parallel
-from sfumato.training.held_out import HeldOut
-from sfumato.training.loop import fit
-from sfumato.training.objective import DiffusionObjective
-from sfumato.training.parallel import Division, Gradients, Processes
+from sfumato.training.distributed import context_parallel
+from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.distributed.processes import BatchSplit, Gradients, Processes
+from sfumato.training.loop.loop import fit
+from sfumato.training.loop.validation import ValidationLoss
+from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.settings import TrainSettings
 from workers import spread
 
@@ -39,16 +41,16 @@ def objective(kind: str, settings: TrainSettings) -> DiffusionObjective:
     model = Model(get("flow-matching"), nn.Identity(), nn.Identity(), network(**how))
     if kind == "recomputed":
         blocks.recompute(model.denoiser, 1)
-    return DiffusionObjective(model, Encoded([shape] * 6), Order([0] * 6, 4, 1), settings, 3, 0.3)
+    return DiffusionObjective(model, Encoded([shape] * 6), BatchSampler([0] * 6, 4, 1), settings, 3, 0.3)
 
 
 def gradients(kind: str, within: int) -> dict[str, Tensor]:
     """The loss and gradients of one step, summed over the processes as the loop sums them."""
     settings = TrainSettings(batch=4, context_parallel=within, **WORLDS[kind][2])
-    one, processes = objective(kind, settings), parallel.current()
+    one, processes = objective(kind, settings), distributed_processes.current()
     named = dict(one.model.denoiser.named_parameters())
-    sums, division = Gradients(list(named.values()), processes, False), Division.of(settings, processes)
-    with context.shared(one.model.denoiser, settings, processes):
+    sums, division = Gradients(list(named.values()), processes, False), BatchSplit.of(settings, processes)
+    with context_parallel.shared(one.model.denoiser, settings, processes):
         for part in division.mine:
             losses = one.losses(1, part, division.parts)
             share = losses.per_sample.sum() / losses.of
@@ -61,7 +63,7 @@ def gradients(kind: str, within: int) -> dict[str, Tensor]:
 def _keep(folder: Path, within: int) -> None:
     for kind in WORLDS:
         found = gradients(kind, within)
-        if parallel.current().leads:
+        if distributed_processes.current().is_rank_zero:
             save_file(found, folder / f"{kind}.safetensors")
 
 
@@ -81,9 +83,9 @@ def _train(folder: Path, within: int, steps: int, changes: dict[str, object]) ->
         learning_rate=1e-3, **changes,
     )  # fmt: skip
     one = objective("clips", settings)
-    with parallel.current().first():
-        run = parallel.own_view(RunFolder.create(folder))
-    measure = HeldOut(one, Encoded([CLIP] * 3), one.encoded, run, samples=3, levels=2, batch=2)
+    with distributed_processes.current().first():
+        run = distributed_processes.own_view(RunFolder.create(folder))
+    measure = ValidationLoss(one, Encoded([CLIP] * 3), one.encoded, run, samples=3, levels=2, batch=2)
     fit(one, one.model.denoiser, settings, run, 3, held_out=measure, say=lambda _: None)
 
 
@@ -100,7 +102,7 @@ def test_a_run_that_moves_between_shared_and_whole_samples_is_one_run(way, preci
     _train(tmp_path / "one", 1, 5, changes)
     spread(2, _train, tmp_path / "moved", 2, 5, changes)
     one, moved = (RunFolder.open(tmp_path / name) for name in ("one", "moved"))
-    wanted, found = (checkpoint.read(run.checkpoint_folders()[-1], "model") for run in (one, moved))
+    wanted, found = (files.read(run.checkpoint_folders()[-1], "model") for run in (one, moved))
     start = objective("clips", TrainSettings(batch=4)).model.denoiser.state_dict()
     assert apart(found, wanted, start) <= APART[precision]
     losses, others = (
@@ -118,13 +120,13 @@ def test_what_cannot_share_samples_is_refused_with_the_way_out():
         ({"compile": True}, "train.compile"),
     ):
         with pytest.raises(Refused, match=rf"{said}.*Leave one out"):
-            context.check(TrainSettings(context_parallel=2, **changes), 2)
+            context_parallel.check(TrainSettings(context_parallel=2, **changes), 2)
     with pytest.raises(Refused, match=r"1 process was started.*torchrun --nproc-per-node 2"):
-        context.check(TrainSettings(context_parallel=2), 1)
+        context_parallel.check(TrainSettings(context_parallel=2), 1)
     with pytest.raises(Refused, match="3 processes were started"):
-        context.check(TrainSettings(context_parallel=2), 3)
-    assert Division.of(
+        context_parallel.check(TrainSettings(context_parallel=2), 3)
+    assert BatchSplit.of(
         TrainSettings(context_parallel=2, batch=4, gradient_accumulation=2), Processes(3, 4)
     ).mine == range(2, 4)
-    assert Processes(3, 4, 2).dealt(5) == [1, 3] and not Processes(3, 4, 2).speaks
+    assert Processes(3, 4, 2).indices_of_rank(5) == [1, 3] and not Processes(3, 4, 2).is_group_leader
     assert pair.groups == 2

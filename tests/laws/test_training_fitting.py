@@ -5,13 +5,15 @@ import torch
 from training_world import make
 
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.stages.codec import PixelCodec
-from sfumato.stages.interface import Condition
-from sfumato.stages.scratch import new_denoiser
-from sfumato.stages.settings import ModelSettings
+from sfumato.models.build import new_denoiser
+from sfumato.models.codecs.image import PixelCodec
+from sfumato.models.condition import Condition
+from sfumato.models.settings import ModelSettings
+from sfumato.run_folder import RunFolder
 from sfumato.theory import get
-from sfumato.training import fitting, loop, plan
+from sfumato.training.estimate import fit_memory
+from sfumato.training.estimate import memory as memory_estimate
+from sfumato.training.loop import loop as training_loop
 from sfumato.training.settings import TrainSettings
 
 
@@ -19,25 +21,25 @@ from sfumato.training.settings import TrainSettings
     ("text", "wanted"), [("24GB", 24e9), ("24", 24e9), ("1.5 gb", 1.5e9), ("512MiB", 512 * 2**20)]
 )
 def test_sizes_are_read_as_people_write_them(text: str, wanted: float):
-    assert fitting.bytes_of(text) == wanted
+    assert fit_memory.bytes_of(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["much", "24XB", "-3GB", "0", "1.2.3GB"])
 def test_what_is_no_size_is_refused(text: str):
     with pytest.raises(Refused, match="24GB"):
-        fitting.bytes_of(text)
+        fit_memory.bytes_of(text)
 
 
-def counted(batch: int) -> plan.Counted:
+def counted(batch: int) -> memory_estimate.MemoryCount:
     codec = PixelCodec()
     words = ModelSettings(width=64, depth=4, heads=2, patch=2)
     network = new_denoiser(words, get("flow-matching"), codec, (8, 8))
     rows = [{"tokens": torch.ones(3, 8), "pooled": torch.ones(8)}] * batch
     inputs = torch.zeros(batch, codec.latent_channels, 16, 16), torch.ones(batch), Condition.stack(rows)
-    return plan.count(network, inputs)
+    return memory_estimate.count(network, inputs)
 
 
-def options(**changes: object) -> fitting.Options:
+def options(**changes: object) -> fit_memory.Options:
     known = {
         "train.gradient_accumulation",
         "train.gradient_checkpointing",
@@ -45,22 +47,22 @@ def options(**changes: object) -> fitting.Options:
         "train.weight_dtype",
     }
     words = {"is_adapter": False, "on_gpu": False, "has_blocks": True, "has_8bit": True, "processes": 1}
-    return fitting.Options(**{**words, "known": frozenset(known), **changes})
+    return fit_memory.Options(**{**words, "known": frozenset(known), **changes})
 
 
 def test_the_choice_fits_and_nothing_faster_does():
     settings = TrainSettings(batch=16)
-    found = fitting.ways(counted, settings, options())
+    found = fit_memory.ways(counted, settings, options())
     assert found[0].keys == {} and found[0].time == 1
     least = min(way.memory.peak for way in found)
     for share in (1.02, 0.9, 0.7):
-        room = share * found[0].memory.peak / (1 - fitting.RESERVE)
-        way, faster = fitting.fit(found, room)
+        room = share * found[0].memory.peak / (1 - fit_memory.RESERVE)
+        way, faster = fit_memory.fit(found, room)
         assert way.memory.peak <= room
-        assert all(one.memory.peak > room * (1 - fitting.RESERVE) for one in faster)
+        assert all(one.memory.peak > room * (1 - fit_memory.RESERVE) for one in faster)
         assert len(way.reasons) == len(way.keys)
     with pytest.raises(Refused, match="Nothing fits"):
-        fitting.fit(found, 0.5 * least)
+        fit_memory.fit(found, 0.5 * least)
 
 
 def test_a_frozen_base_is_narrowed_and_a_trained_one_is_not():
@@ -68,25 +70,25 @@ def test_a_frozen_base_is_narrowed_and_a_trained_one_is_not():
     known = frozenset(
         {"train.gradient_accumulation", "model.base_quantization", "train.optimizer", "train.weight_dtype"}
     )
-    adapter = fitting.ways(counted, settings, options(is_adapter=True, known=known))
+    adapter = fit_memory.ways(counted, settings, options(is_adapter=True, known=known))
     assert any("model.base_quantization" in way.keys for way in adapter)
     assert not any("train.optimizer" in way.keys for way in adapter)
-    whole = fitting.ways(counted, settings, options(known=known))
+    whole = fit_memory.ways(counted, settings, options(known=known))
     assert not any("model.base_quantization" in way.keys for way in whole)
 
 
 def test_counting_copies_no_numbers():
     with torch.device("meta"):
         network = torch.nn.Sequential(torch.nn.Linear(1 << 17, 1 << 17, bias=False))
-    assert plan.meta_copy(network)[0].weight.is_meta
+    assert memory_estimate.meta_copy(network)[0].weight.is_meta
     real = torch.nn.Linear(4, 4)
-    assert plan.meta_copy(real).weight.is_meta and not real.weight.is_meta
+    assert memory_estimate.meta_copy(real).weight.is_meta and not real.weight.is_meta
 
 
 def test_a_profile_names_every_part_of_a_step(tmp_path):
     objective, network, settings = make(steps=10)
     run = RunFolder.create(tmp_path / "run")
-    loop.fit(objective, network, settings, run, 3, say=lambda _: None, profile=tmp_path / "profile")
+    training_loop.fit(objective, network, settings, run, 3, say=lambda _: None, profile=tmp_path / "profile")
     table = (tmp_path / "profile" / "table.txt").read_text()
     for name in ("data", "forward", "backward", "gradients", "optimizer", "averages", "the rest"):
         assert any(line.startswith(name) for line in table.splitlines()[:9]), table
@@ -96,14 +98,14 @@ def test_a_profile_names_every_part_of_a_step(tmp_path):
 def test_processes_divide_a_network_where_whole_copies_do_not_fit():
     settings = TrainSettings(batch=16)
     many = options(processes=4, known=frozenset({"train.parallel", "train.gradient_accumulation"}))
-    found = fitting.ways(counted, settings, many)
+    found = fit_memory.ways(counted, settings, many)
     assert found[0].keys == {"train.parallel": "ddp"}
     divided = next(way for way in found if way.keys == {"train.parallel": "fsdp"})
     assert divided.memory.peak < 0.7 * found[0].memory.peak
-    chosen, _ = fitting.fit(found, divided.memory.peak / (1 - fitting.RESERVE) * 1.01)
+    chosen, _ = fit_memory.fit(found, divided.memory.peak / (1 - fit_memory.RESERVE) * 1.01)
     assert chosen.keys["train.parallel"] == "fsdp" and "divided" in " ".join(chosen.reasons)
     assert all(way.keys.get("train.gradient_accumulation", 1) * 4 <= 16 for way in found)
-    nodes = fitting.ways(counted, settings, options(processes=4, within=2, known=many.known))
+    nodes = fit_memory.ways(counted, settings, options(processes=4, within=2, known=many.known))
     assert {way.keys["train.parallel"] for way in nodes} == {"ddp", "hsdp", "fsdp"}
 
 
@@ -111,8 +113,10 @@ def test_what_would_be_refused_is_not_proposed():
     known = frozenset(
         {"train.parallel", "train.gradient_accumulation", "train.weight_dtype", "train.optimizer"}
     )
-    for way in fitting.ways(counted, TrainSettings(batch=16), options(processes=2, known=known)):
+    for way in fit_memory.ways(counted, TrainSettings(batch=16), options(processes=2, known=known)):
         narrow = {"train.weight_dtype", "train.optimizer"} & way.keys.keys()
         assert not (narrow and way.keys["train.parallel"] == "fsdp")
-    muon = fitting.ways(counted, TrainSettings(batch=16, optimizer="muon"), options(processes=2, known=known))
+    muon = fit_memory.ways(
+        counted, TrainSettings(batch=16, optimizer="muon"), options(processes=2, known=known)
+    )
     assert {way.keys["train.parallel"] for way in muon} == {"ddp"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from training_world import fingerprint
 
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 
 WORLD = Path(__file__).with_name("training_world.py")
 WORDS = [

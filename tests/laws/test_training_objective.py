@@ -7,14 +7,14 @@ import torch
 from training_world import SHAPE, Encoded, Order, make
 
 from sfumato.errors import Failed
-from sfumato.stages.codec import ResidualCodec
-from sfumato.stages.interface import Condition
+from sfumato.models.codecs.image import ResidualCodec
+from sfumato.models.condition import Condition
 from sfumato.theory import Theory, densities, get, names, oracle
 from sfumato.training import settings
-from sfumato.training.held_out import HeldOut, chosen
-from sfumato.training.objective import DiffusionObjective
-from sfumato.training.reading import Reader
-from sfumato.training.reconstruction import ReconstructionObjective, reconstruction_error
+from sfumato.training.loop.validation import ValidationLoss, chosen
+from sfumato.training.objective.diffusion import DiffusionObjective
+from sfumato.training.objective.prefetch import Reader
+from sfumato.training.objective.reconstruction import ReconstructionObjective, reconstruction_error
 from sfumato.training.settings import TrainSettings
 
 
@@ -100,12 +100,14 @@ def test_a_dropped_caption_is_the_null_condition(dropout: float, expected: bool)
 
 
 def test_held_out_loss_is_the_same_twice_and_tells_levels_apart(tmp_path):
-    from sfumato.record import RunFolder
+    from sfumato.run_folder import RunFolder
 
     objective, network, _ = make()
     network.eval()
     run = RunFolder.create(tmp_path / "run")
-    measure = HeldOut(objective, Encoded(5, first=40), objective.encoded, run, samples=4, levels=4, batch=3)
+    measure = ValidationLoss(
+        objective, Encoded(5, first=40), objective.encoded, run, samples=4, levels=4, batch=3
+    )
     measure(0, "raw")
     measure(1, "raw")
     first, _, again, _ = (event for event in run.events() if event["kind"] == "validation")
@@ -143,8 +145,8 @@ class Pixels:
 
 
 def test_a_codec_learns_to_give_pictures_back(tmp_path):
-    from sfumato.record import RunFolder
-    from sfumato.training.loop import fit
+    from sfumato.run_folder import RunFolder
+    from sfumato.training.loop.loop import fit
 
     torch.manual_seed(0)
     codec = ResidualCodec(stride=4, latent_channels=8, width=8)

@@ -8,16 +8,16 @@ import torch
 from training_world import fingerprint, make, train
 
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 from sfumato.settings import Table
-from sfumato.training import average
-from sfumato.training.average import Average, decay_at
-from sfumato.training.held import Held
-from sfumato.training.optimiser import Optimiser
-from sfumato.training.optimisers import OPTIMIZERS, spec_of
-from sfumato.training.rounding import round_stochastically
-from sfumato.training.schedule import SCHEDULES, factor
+from sfumato.training.optim import ema
+from sfumato.training.optim.bf16_weights import round_stochastically
+from sfumato.training.optim.ema import EMA, decay_at
+from sfumato.training.optim.lr_schedule import SCHEDULES, factor
+from sfumato.training.optim.run_optimizer import RunOptimizer
+from sfumato.training.optimizers import OPTIMIZERS, spec_of
 from sfumato.training.settings import TrainSettings
+from sfumato.training.state.train_state import TrainState
 
 HAS_PACKAGE = importlib.util.find_spec("pytorch_optimizer") is not None
 RATES = {"lion": 1e-3, "lion-8bit": 1e-3, "prodigy": 1.0, "muon": 3e-3}
@@ -45,7 +45,7 @@ def test_every_optimizer_learns_and_resumes_to_the_bit(tmp_path, name: str):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_goes_down(name: str):
     _, network, settings = make(optimizer=available(name), learning_rate=RATES.get(name, 1e-2), steps=40)
-    optimiser = Optimiser(network, settings)
+    optimiser = RunOptimizer(network, settings)
     goal = {name: weight.detach().clone() + 0.3 for name, weight in network.state_dict().items()}
     losses = []
     for step in range(40):
@@ -59,13 +59,13 @@ def test_every_optimizer_goes_down(name: str):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def stepped(name: str, weight: torch.Tensor, gradients: list[torch.Tensor]) -> Optimiser:
+def stepped(name: str, weight: torch.Tensor, gradients: list[torch.Tensor]) -> RunOptimizer:
     """The optimizer after as many steps of one matrix as there are gradients."""
     network = torch.nn.Linear(*weight.T.shape, bias=False)
     network.weight.data.copy_(weight)
     rate = RATES.get(name, 1e-2)
     settings = TrainSettings(optimizer=name, learning_rate=rate, warmup=0, steps=100, ema=0)
-    optimiser = Optimiser(network, settings)
+    optimiser = RunOptimizer(network, settings)
     for step, gradient in enumerate(gradients):
         network.weight.grad = gradient.clone()
         optimiser.step(step)
@@ -112,24 +112,24 @@ def test_of_ones_own_optimizer_is_known_what_most_have_in_common():
 def test_a_missing_package_is_named():
     _, network, settings = make(optimizer="prodigy")
     with pytest.raises(Refused, match="pip install pytorch-optimizer"):
-        Optimiser(network, settings)
+        RunOptimizer(network, settings)
 
 
 def test_matrices_decay_and_vectors_do_not():
     _, network, settings = make(weight_decay=0.5)
-    groups = Optimiser(network, settings).parts[0].param_groups
+    groups = RunOptimizer(network, settings).parts[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert {weight.ndim for weight in groups[1]["params"]} == {1}
 
 
 def test_a_weight_learns_at_the_rate_of_the_first_pattern_it_matches():
     _, network, settings = make(lr_multipliers=Table({"first.*": 0.5, "*.bias": 0.0}), learning_rate=1e-2)
-    optimiser = Optimiser(network, settings)
+    optimiser = RunOptimizer(network, settings)
     names = optimiser.names
     rates = {names[id(w)]: group["lr"] for group in optimiser.parts[0].param_groups for w in group["params"]}
     assert rates == {"first.weight": 5e-3, "first.bias": 5e-3, "second.weight": 1e-2, "second.bias": 0.0}
     with pytest.raises(Refused, match=r"frist.*first"):
-        Optimiser(network, make(lr_multipliers=Table({"frist.*": 0.5}))[2])
+        RunOptimizer(network, make(lr_multipliers=Table({"frist.*": 0.5}))[2])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -137,7 +137,7 @@ def test_a_weight_learns_at_the_rate_of_the_first_pattern_it_matches():
 def test_a_paged_optimizer_is_refused_where_there_is_no_gpu(name: str):
     _, network, settings = make(optimizer=name)
     with pytest.raises(Refused, match="GPU"):
-        Optimiser(network, settings)
+        RunOptimizer(network, settings)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "bf16-masters"])
@@ -155,7 +155,7 @@ def test_weights_in_bfloat16_learn_steps_smaller_than_their_grain(weights: str, 
         steps=500,
         ema=0,
     )
-    held = Held(network, settings)
+    held = TrainState(network, settings)
     assert network.weight.dtype == torch.bfloat16
     for step in range(500):
         network.weight.grad = torch.ones_like(network.weight)
@@ -195,7 +195,7 @@ def test_schedules_warm_up_stay_within_one_and_never_rise_again(name: str):
 
 def test_the_average_is_the_weighted_sum_of_what_it_saw():
     network = torch.nn.Linear(2, 1, bias=False)
-    mean = Average(network, 0.8)
+    mean = EMA(network, 0.8)
     expected = network.weight.detach().clone()
     for step in range(1, 30):
         with torch.no_grad():
@@ -213,18 +213,18 @@ def test_the_average_is_the_weighted_sum_of_what_it_saw():
 def test_a_long_average_that_sees_every_eighth_step_is_the_one_that_sees_them_all(monkeypatch):
     network = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.constant_(network.weight, 0.0)
-    often = Average(network, 0.999)
-    monkeypatch.setattr(average, "stride", lambda step, decay=1.0: 1)
+    often = EMA(network, 0.999)
+    monkeypatch.setattr(ema, "stride", lambda step, decay=1.0: 1)
     whole = [follows_all(often, network, step) for step in range(1, 3001)]
     monkeypatch.undo()
     torch.nn.init.constant_(network.weight, 0.0)
-    seldom = Average(network, 0.999)
+    seldom = EMA(network, 0.999)
     parted = [follows_all(seldom, network, step) for step in range(1, 3001)]
-    assert average.stride(3000, 0.999) == 8 and average.stride(3000, 0.9) == 1
+    assert ema.stride(3000, 0.999) == 8 and ema.stride(3000, 0.9) == 1
     assert max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(whole, parted, strict=True)) < 0.01
 
 
-def follows_all(mean: Average, network: torch.nn.Module, step: int) -> float:
+def follows_all(mean: EMA, network: torch.nn.Module, step: int) -> float:
     """The average after a step of weights that drift by one a step."""
     torch.nn.init.constant_(network.weight, float(step))  # pyright: ignore[reportArgumentType]
     mean.update(step)
@@ -235,7 +235,7 @@ def follows_all(mean: Average, network: torch.nn.Module, step: int) -> float:
 @pytest.mark.precisions("fp32", "bf16")
 def test_a_clipped_gradient_moves_the_weights_as_one_divided_before(tmp_path, optimizer: str):
     """The fused optimizer divides on its way; others are given what was divided."""
-    from sfumato.training.loop import fit
+    from sfumato.training.loop.loop import fit
 
     ends = []
     for scale in (1.0, 2.0**13):  # a power of two, which no precision rounds

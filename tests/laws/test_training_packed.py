@@ -9,20 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from closeness import APART, apart
-from sfumato.data.order import Order, Packed
+from sfumato.data.encoding.batch_sampler import BatchSampler, PackedSampler
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.stages import blocks
-from sfumato.stages.condition import Condition
-from sfumato.stages.dit import DiT
-from sfumato.stages.interface import Denoiser, Model
-from sfumato.stages.ragged import Ragged
+from sfumato.models import files
+from sfumato.models.condition import Condition
+from sfumato.models.interface import Denoiser, Model
+from sfumato.models.networks import blocks
+from sfumato.models.networks.dit import DiT
+from sfumato.models.networks.packed_sequence import PackedSequence
+from sfumato.run_folder import RunFolder
 from sfumato.theory import get, noise
-from sfumato.training import checkpoint, parallel, probing
-from sfumato.training import plan as planning
-from sfumato.training.loop import fit
-from sfumato.training.objective import DiffusionObjective
-from sfumato.training.packed import PackedObjective
+from sfumato.training.distributed import processes
+from sfumato.training.estimate import memory as planning
+from sfumato.training.estimate import probe
+from sfumato.training.loop.loop import fit
+from sfumato.training.objective.diffusion import DiffusionObjective
+from sfumato.training.objective.packed_batches import PackedObjective
 from sfumato.training.settings import TrainSettings
 from workers import spread
 
@@ -84,7 +86,7 @@ def objective(kind: str, packed: bool = True, **changes: object) -> DiffusionObj
     model = Model(get("flow-matching"), nn.Identity(), nn.Identity(), network(**how))
     said = {"classes": "classes", "unconditional": "none"}.get(kind, "text")
     settings = TrainSettings(batch=len(shapes), **changes)
-    order = Order([0] * len(shapes), len(shapes), 1)
+    order = BatchSampler([0] * len(shapes), len(shapes), 1)
     make = PackedObjective if packed else DiffusionObjective
     return make(model, Encoded(shapes, said), order, settings, seed=3, caption_dropout=0.3)
 
@@ -99,10 +101,10 @@ def alone(kind: str, step: int, **changes: object) -> tuple[dict[int, Tensor], n
     """The losses of a step's samples, each computed by itself; their mean is differentiated."""
     plain, found = objective(kind, packed=False, **changes), {}
     indices, epoch = plain.order.at(step)
-    told = plain.moments([plain.encoded.ids[index] for index in indices], step)
+    told = plain.draw_times([plain.encoded.ids[index] for index in indices], step)
     for place, index in enumerate(indices):
         batch = plain.encoded.read([index], 3, epoch)
-        drawn = plain.noised(told.rows([place]), batch.ids, batch.latents, step)
+        drawn = plain.draw_noise(told.rows([place]), batch.ids, batch.latents, step)
         loss = plain.measure(batch.latents, drawn, plain.rows(batch))
         (loss.sum() / len(indices)).backward()
         found[batch.ids[0]] = loss.detach()[0]
@@ -126,8 +128,8 @@ def test_a_packed_step_has_the_losses_and_gradients_of_its_samples_apart(kind):
 @pytest.mark.parametrize("kind", WORLDS)
 def test_a_mask_of_documents_sees_what_shapes_apart_see(kind, monkeypatch):
     by_shape = objective(kind).losses(1, 0, 1).per_sample
-    made = Ragged.__init__
-    monkeypatch.setattr(Ragged, "__init__", lambda self, groups: made(self, groups, flex=True))
+    made = PackedSequence.__init__
+    monkeypatch.setattr(PackedSequence, "__init__", lambda self, groups: made(self, groups, flex=True))
     torch.testing.assert_close(objective(kind).losses(1, 0, 1).per_sample, by_shape)
 
 
@@ -156,7 +158,7 @@ def test_blocks_that_are_computed_again_and_another_theory_change_no_packed_grad
     plain, again = objective("pictures"), objective("pictures")
     assert blocks.recompute(again.model.denoiser, 1) == 2
     for one in (plain, again):
-        one.model = one.model.under(get("ddpm-velocity"))
+        one.model = one.model.with_theory(get("ddpm-velocity"))
         one.losses(0, 0, 1).per_sample.mean().backward()
     wanted = gradients(plain.model.denoiser)
     for name, gradient in gradients(again.model.denoiser).items():
@@ -167,13 +169,13 @@ def train(folder: Path, steps: int, changes: dict[str, object]) -> None:
     """Go on with a packed run until so many steps."""
     one = objective("clips")
     settings = TrainSettings(steps=steps, batch=5, save_every=2, warmup=1, ema=0.9, **changes)
-    with parallel.current().first():
-        run = parallel.own_view(RunFolder.create(folder))
+    with processes.current().first():
+        run = processes.own_view(RunFolder.create(folder))
     fit(one, one.model.denoiser, settings, run, 3, say=lambda _: None)
 
 
 def weights(folder: Path) -> Mapping[str, Tensor]:
-    return checkpoint.read(RunFolder.open(folder).checkpoint_folders()[-1], "model")
+    return files.read(RunFolder.open(folder).checkpoint_folders()[-1], "model")
 
 
 @pytest.mark.precisions("fp32", "bf16")
@@ -206,13 +208,13 @@ def test_what_is_counted_for_a_packed_step_is_what_it_saves():
     counted = planning.count(dit, inputs)
     real = planning.saved_bytes(lambda: dit(*inputs), dit)
     assert counted.kept == pytest.approx(real, rel=0.02)  # attention keeps a little less of its own
-    assert probing.probe(dit, inputs, TrainSettings(batch=5)).seconds > 0
+    assert probe.probe(dit, inputs, TrainSettings(batch=5)).seconds > 0
 
 
 @pytest.mark.parametrize("repeats", [None, [1.5] * 40 + [1.0] * 57])
 def test_batches_of_a_token_budget_show_every_sample_once_an_epoch_and_cost_alike(repeats):
     tokens = [int(16 + 48 * u) for u in noise.uniform(0, range(97))]
-    order = Packed(tokens, 12, seed=4, repeats=repeats)
+    order = PackedSampler(tokens, 12, seed=4, repeats=repeats)
     for epoch in range(2):
         steps = range(order.steps_before(epoch), order.steps_before(epoch + 1))
         batches = [order.at(step) for step in steps]
@@ -223,9 +225,9 @@ def test_batches_of_a_token_budget_show_every_sample_once_an_epoch_and_cost_alik
         costs = [sum(tokens[index] for index in rows) for rows, _ in batches]
         assert max(costs) - min(costs) <= 2 * max(tokens)
         assert max(len(rows) for rows, _ in batches) <= order.largest
-    assert order.at(3) == Packed(tokens, 12, seed=4, repeats=repeats).at(3)
+    assert order.at(3) == PackedSampler(tokens, 12, seed=4, repeats=repeats).at(3)
     with pytest.raises(Refused, match="fewer than 40 samples"):
-        Packed(tokens, 12, least=40)
+        PackedSampler(tokens, 12, least=40)
 
 
 def test_a_network_of_one_shape_at_a_time_is_refused():
@@ -240,7 +242,7 @@ def test_a_network_of_one_shape_at_a_time_is_refused():
 
     model = Model(get("flow-matching"), nn.Identity(), nn.Identity(), Plain())
     with pytest.raises(Refused, match=r"Plain answers samples of one shape.*data\.token_budget"):
-        PackedObjective(model, Encoded(PICTURES), Order([0] * 7, 7), TrainSettings(), 0)
+        PackedObjective(model, Encoded(PICTURES), BatchSampler([0] * 7, 7), TrainSettings(), 0)
 
 
 def test_strata_are_dealt_out_over_the_whole_packed_batch():

@@ -8,8 +8,8 @@ from training_world import make
 
 from closeness import APART, apart
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
-from sfumato.training.parallel import Division, Gradients, Processes
+from sfumato.run_folder import RunFolder
+from sfumato.training.distributed.processes import BatchSplit, Gradients, Processes
 from sfumato.training.settings import TrainSettings
 
 EXACT = {"exact_elastic": True, "batch": 6, "elastic_max_ranks": 4}
@@ -61,13 +61,13 @@ def test_gradients_are_added_in_one_tree_whoever_holds_which_part():
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_the_parts_do_not_depend_on_the_number_of_processes(count: int):
     settings = TrainSettings(exact_elastic=True, elastic_max_ranks=8, gradient_accumulation=3)
-    divisions = [Division.of(settings, Processes(rank, count)) for rank in range(count)]
+    divisions = [BatchSplit.of(settings, Processes(rank, count)) for rank in range(count)]
     assert {division.parts for division in divisions} == {8}
     assert [part for division in divisions for part in division.mine] == list(range(8))
 
 
 def test_a_division_that_cannot_be_is_refused():
     with pytest.raises(Refused, match="power of two"):
-        Division.of(TrainSettings(exact_elastic=True), Processes(0, 3))
+        BatchSplit.of(TrainSettings(exact_elastic=True), Processes(0, 3))
     with pytest.raises(Refused, match=r"train\.batch"):
-        Division.of(TrainSettings(batch=2, gradient_accumulation=2), Processes(0, 2))
+        BatchSplit.of(TrainSettings(batch=2, gradient_accumulation=2), Processes(0, 2))

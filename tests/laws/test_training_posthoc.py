@@ -5,9 +5,15 @@ import torch
 from training_world import fingerprint, train
 
 from sfumato.errors import Failed, Refused
-from sfumato.record import RunFolder
-from sfumato.training import posthoc
-from sfumato.training.posthoc import PowerAverages, Snapshot, coefficients, exponent, relative_length
+from sfumato.run_folder import RunFolder
+from sfumato.training.state import posthoc_ema
+from sfumato.training.state.posthoc_ema import (
+    PowerAverages,
+    Snapshot,
+    coefficients,
+    exponent,
+    relative_length,
+)
 
 
 @pytest.mark.parametrize("length", [0.01, 0.05, 0.1, 0.2])
@@ -36,7 +42,7 @@ def test_a_reconstructed_average_is_the_one_that_would_have_been_kept(tmp_path, 
         direct.update(step)
         if step % 25 == 0:
             kept.write(run, step)
-    found, missed = posthoc.reconstruct(run, length)
+    found, missed = posthoc_ema.reconstruct(run, length)
     wanted = next(iter(direct.groups().values()))
     apart = sum(float(((found[name] - wanted[name]) ** 2).sum()) for name in wanted) ** 0.5
     walked = (
@@ -53,15 +59,15 @@ def test_snapshots_resume_to_the_bit_and_damage_is_named(tmp_path):
     train(tmp_path / "resumed", **changes)
     assert fingerprint(tmp_path / "resumed") == fingerprint(tmp_path / "through")
     run = RunFolder.open(tmp_path / "through")
-    assert [one.step for one in posthoc.snapshots(run)] == [4, 4, 8, 8, 12, 12]
+    assert [one.step for one in posthoc_ema.snapshots(run)] == [4, 4, 8, 8, 12, 12]
     file = run.path / "averages" / "step-000008" / "power-0.050.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     with pytest.raises(Failed, match=r"power-0\.050"):
-        posthoc.reconstruct(run, 0.1)
+        posthoc_ema.reconstruct(run, 0.1)
     with pytest.raises(Refused, match="ema_snapshot_every"):
-        posthoc.reconstruct(RunFolder.create(tmp_path / "none"), 0.1)
+        posthoc_ema.reconstruct(RunFolder.create(tmp_path / "none"), 0.1)
     with pytest.raises(Refused, match="length"):
         exponent(0.5)
 
@@ -80,7 +86,7 @@ def test_few_snapshots_stay_evenly_spread(tmp_path):
         averages.update(step)
         if step % 5 == 0:
             averages.write(run, step, 5)
-    kept = sorted({one.step for one in posthoc.snapshots(run)})
+    kept = sorted({one.step for one in posthoc_ema.snapshots(run)})
     assert kept == [20, 40, 60, 80, 100, 120, 130]
     assert not list((run.path / "averages").glob(".*"))
 

@@ -5,10 +5,10 @@ import torch
 from training_world import fingerprint, make, train
 
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 from sfumato.training import precision as precisions
-from sfumato.training.checkpoint import read_state
 from sfumato.training.precision import AUTO_PRECISION, LossScale, effective_precision
+from sfumato.training.state.checkpoint import read_state
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_bf16_and_fp16_learn_what_fp32_learns(tmp_path):
 
 def test_a_gradient_too_small_for_fp16_moves_the_weights(tmp_path):
     """2^-26 of a gradient is nothing in fp16; scaled by 2^16 it is kept, and adamw asks only for its sign."""
-    from sfumato.training.loop import fit
+    from sfumato.training.loop.loop import fit
 
     ends = {}
     for name in ("fp32", "fp16"):

@@ -10,8 +10,8 @@ import torch
 from training_world import Encoded, fingerprint, make, train
 
 from sfumato.errors import Failed, Refused
-from sfumato.record import RunFolder
-from sfumato.training.loop import Stopped
+from sfumato.run_folder import RunFolder
+from sfumato.training.loop.signals import Stopped
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -39,22 +39,22 @@ def test_interrupted_and_continued_equals_uninterrupted(
     class Interrupting(Exception):
         pass
 
-    from sfumato.training import loop
+    from sfumato.training.loop import loop as training_loop
 
-    advance = loop._Loop.advance
+    advance = training_loop._Loop.advance
 
-    def advance_and_signal(self: loop._Loop) -> float:
+    def advance_and_signal(self: training_loop._Loop) -> float:
         rate = advance(self)
         if self.step == at:
             os.kill(os.getpid(), number)
         return rate
 
-    loop._Loop.advance = advance_and_signal  # pyright: ignore[reportAttributeAccessIssue]
+    training_loop._Loop.advance = advance_and_signal  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with pytest.raises(Stopped) as stopped:
             train(tmp_path / "stopped", gradient_accumulation=gradient_accumulation)
     finally:
-        loop._Loop.advance = advance
+        training_loop._Loop.advance = advance
     assert stopped.value.code == 128 + number
     assert RunFolder.open(tmp_path / "stopped").checkpoint_folders()[-1].name == f"step-{at:06d}"
     outcome = train(tmp_path / "stopped", gradient_accumulation=gradient_accumulation)
@@ -202,7 +202,7 @@ def test_another_network_is_refused_by_name(tmp_path):
     train(tmp_path / "run", steps=2)
     objective, network, settings = make(steps=4)
     network.second = torch.nn.Linear(16, 33)
-    from sfumato.training.loop import fit
+    from sfumato.training.loop.loop import fit
 
     with pytest.raises(Refused, match=r"second\.bias"):
         fit(objective, network, settings, RunFolder.open(tmp_path / "run"))

@@ -4,12 +4,13 @@ import pytest
 import torch
 from training_world import Network, make
 
-from sfumato.stages import interface
-from sfumato.stages.interface import Condition
+from sfumato.models import interface
+from sfumato.models.condition import Condition
 from sfumato.theory import get
-from sfumato.theory.change import question
-from sfumato.training import expected, plan, probing
-from sfumato.training.sanity import climb
+from sfumato.theory.convert import question
+from sfumato.training.estimate import memory as memory_estimate
+from sfumato.training.estimate import probe, sanity
+from sfumato.training.estimate.sanity import climb
 from sfumato.training.settings import TrainSettings
 
 FAST = TrainSettings(learning_rate=2e-2)
@@ -85,10 +86,10 @@ def test_a_base_must_answer_better_than_a_guess(theory, size, good):
     objective, _, _ = make(theory)
 
     def ask(x_t, t, condition):
-        return size * expected.guessed(objective, objective.encoded.latents, t, x_t)
+        return size * sanity.guessed(objective, objective.encoded.latents, t, x_t)
 
     objective.model.predict = ask
-    assert expected.knows(objective).holds == good
+    assert sanity.beats_baseline(objective).holds == good
 
 
 def test_a_base_of_random_weights_is_told_from_one_that_is_asked_wrongly():
@@ -96,7 +97,7 @@ def test_a_base_of_random_weights_is_told_from_one_that_is_asked_wrongly():
     objective, _, _ = make("flow-matching")
     draw = torch.Generator().manual_seed(9)
     objective.model.predict = lambda x_t, t, condition: torch.randn(x_t.shape, generator=draw)
-    rung = expected.knows(objective)
+    rung = sanity.beats_baseline(objective)
     assert rung.holds and rung.remark and "random weights" in rung.detail
 
 
@@ -104,15 +105,15 @@ def test_a_base_of_random_weights_is_told_from_one_that_is_asked_wrongly():
 def test_a_change_of_theory_is_seen_to_lose_nothing(other, monkeypatch):
     """Law: translated exactly, a base means what it meant; translated wrongly, it falls."""
     objective, _, _ = make("ddpm-velocity" if other != "ddpm-velocity" else "flow-matching")
-    objective.model.continue_as(get(other))
-    assert expected.survives_conversion(objective).holds
+    objective.model.retarget(get(other))
+    assert sanity.survives_conversion(objective).holds
 
     def wrongly(*of):
         x_t, t, read = question(*of)
         return x_t, t, lambda out: 0.5 * read(out)
 
     monkeypatch.setattr(interface, "question", wrongly)
-    assert not expected.survives_conversion(objective).holds
+    assert not sanity.survives_conversion(objective).holds
 
 
 @pytest.mark.parametrize("batch", [1, 7])
@@ -124,8 +125,8 @@ def test_memory_counted_on_meta_is_memory_saved_for_real(batch: int):
         torch.rand(batch),
         Condition.stack(rows),
     )
-    forecast = plan.predict(network, inputs, TrainSettings(ema_snapshot_every=5))
-    real = plan.saved_bytes(lambda: network(*inputs), network)
+    forecast = memory_estimate.predict(network, inputs, TrainSettings(ema_snapshot_every=5))
+    real = memory_estimate.saved_bytes(lambda: network(*inputs), network)
     assert forecast.memory.activations == pytest.approx(real, rel=0.02)
     weights = sum(weight.numel() for weight in network.parameters()) * 4
     memory = forecast.memory
@@ -137,14 +138,16 @@ def test_memory_counted_on_meta_is_memory_saved_for_real(batch: int):
 def test_a_probe_measures_and_changes_nothing():
     network = torch.nn.Sequential(torch.nn.Linear(512, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 512))
     before = network[0].weight.clone()
-    found = probing.probe(network, (torch.randn(256, 512),), TrainSettings())
+    found = probe.probe(network, (torch.randn(256, 512),), TrainSettings())
     assert found.seconds > 0 and found.peak > 4 * sum(weight.nbytes for weight in network.parameters())
     assert torch.equal(network[0].weight, before)
 
 
 def test_probed_memory_is_the_peak_that_was_measured():
     """Law: whatever was counted, the parts of a probed memory add up to what real steps needed."""
-    counted = plan.Memory(weights=4, gradients=4, optimizer=8, average=4, activations=10, scratch=2)
+    counted = memory_estimate.MemoryBreakdown(
+        weights=4, gradients=4, optimizer=8, average=4, activations=10, scratch=2
+    )
     for peak in (25, 32, 60):
         assert counted.probed(peak).peak == peak
     assert counted.probed(60).activations == 10 and counted.probed(25).scratch == 0

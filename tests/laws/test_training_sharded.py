@@ -10,12 +10,13 @@ from training_processes import run_on
 from training_world import fingerprint
 
 from sfumato.errors import Failed, Refused
-from sfumato.record import RunFolder
-from sfumato.stages import tensors
-from sfumato.stages.tensors import Rows
-from sfumato.training import checkpoint, posthoc, strategy
-from sfumato.training.parallel import Processes
+from sfumato.models import files
+from sfumato.models.files import Rows
+from sfumato.run_folder import RunFolder
+from sfumato.training.distributed import strategy
+from sfumato.training.distributed.processes import Processes
 from sfumato.training.settings import TrainSettings
+from sfumato.training.state import checkpoint, posthoc_ema
 
 QUIET = {"validate_every": 0, "save_every": 100}
 
@@ -24,7 +25,7 @@ def groups(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the last checkpoint."""
     last = RunFolder.open(folder).checkpoint_folders()[-1]
     names = ("model", "ema", "optimizer", "power-0.050")
-    return {f"{group} {name}": one for group in names for name, one in checkpoint.read(last, group).items()}
+    return {f"{group} {name}": one for group in names for name, one in files.read(last, group).items()}
 
 
 def distance(folder: Path, other: Path) -> float:
@@ -76,9 +77,9 @@ def test_a_run_moves_between_processes_and_strategies(tmp_path):
         more = {"parallel": name, "gradient_accumulation": parts, "hsdp_shard_size": 2 if count == 4 else 0}
         run_on(count, tmp_path / "moved", steps=steps, **more, **changes)
     assert distance(tmp_path / "through", tmp_path / "moved") < 1e-6
-    found = posthoc.snapshots(RunFolder.open(tmp_path / "moved"))
+    found = posthoc_ema.snapshots(RunFolder.open(tmp_path / "moved"))
     assert {(one.step, one.length) for one in found} >= {(8, 0.05), (8, 0.10), (12, 0.05), (12, 0.10)}
-    posthoc.reconstruct(RunFolder.open(tmp_path / "moved"), 0.07)
+    posthoc_ema.reconstruct(RunFolder.open(tmp_path / "moved"), 0.07)
 
 
 @pytest.mark.parametrize("optimizer", ["lion", "ademamix", "schedule-free"])
@@ -89,8 +90,7 @@ def test_every_elementwise_optimizer_moves_rows_as_it_moves_whole_weights(tmp_pa
     run_on(1, tmp_path / "one", gradient_accumulation=2, **changes)
     run_on(2, tmp_path / "two", parallel="fsdp", **changes)
     one, two = (
-        checkpoint.read(RunFolder.open(tmp_path / n).checkpoint_folders()[-1], "model")
-        for n in ("one", "two")
+        files.read(RunFolder.open(tmp_path / n).checkpoint_folders()[-1], "model") for n in ("one", "two")
     )
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5)
@@ -126,7 +126,7 @@ def test_any_rows_are_read_from_whichever_pieces_have_them(tmp_path):
     for first in range(8):
         for count in range(8 - first):
             wanted = {"a": Rows(first, count)}
-            found = tensors.read(tmp_path, "model", lambda name, shape, w=wanted: w.get(name))
+            found = files.read(tmp_path, "model", lambda name, shape, w=wanted: w.get(name))
             assert torch.equal(found["a"], whole["a"][first : first + count])
             assert torch.equal(found["b"], whole["b"]) and torch.equal(found["step"], whole["step"])
 
@@ -135,7 +135,7 @@ def test_a_missing_piece_is_seen(tmp_path):
     written(tmp_path)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match='rows 4 to 7 of "a"'):
-        tensors.read(tmp_path, "model")
+        files.read(tmp_path, "model")
 
 
 def test_torch_reads_the_pieces_too(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from training_world import fingerprint
 
-from sfumato.record import RunFolder
-from sfumato.training import checkpoint
+from sfumato.models import files
+from sfumato.run_folder import RunFolder
 
 RECIPE = """
 output = "{output}"
@@ -103,8 +103,7 @@ def distance(folder: Path, other: Path) -> float:
     far = size = 0.0
     for group in ("model", "ema", "optimizer"):
         one, two = (
-            checkpoint.read(RunFolder.open(place).checkpoint_folders()[-1], group)
-            for place in (folder, other)
+            files.read(RunFolder.open(place).checkpoint_folders()[-1], group) for place in (folder, other)
         )
         assert one.keys() == two.keys() and one
         far += sum(float((one[name].double() - two[name].double()).square().sum()) for name in one)

@@ -8,7 +8,7 @@ import pytest
 from training_world import fingerprint, train
 
 from sfumato.errors import Refused
-from sfumato.record import RunFolder
+from sfumato.run_folder import RunFolder
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

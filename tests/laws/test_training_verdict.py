@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 from training_world import Encoded, fingerprint, make
 
-from sfumato.record import RunFolder
-from sfumato.stages.run_weights import newest_weights, weights_of
-from sfumato.training import loop
-from sfumato.training.held_out import HeldOut
-from sfumato.training.verdict import Verdict
+from sfumato.models.locate import newest_weights, weights_of
+from sfumato.run_folder import RunFolder
+from sfumato.training.loop import loop as training_loop
+from sfumato.training.loop.early_stopping import EarlyStopping
+from sfumato.training.loop.validation import ValidationLoss
 
 LOSSES = {2: 1.0, 4: 0.5, 6: 0.7, 8: 0.6, 10: 0.8, 12: 0.9}
 
@@ -19,7 +19,7 @@ def train(folder, losses=LOSSES, **changes):
     objective, network, settings = make(**words)
     run = RunFolder.create(folder)
     measure = lambda step, weights: SimpleNamespace(loss=losses[step])  # noqa: E731
-    return loop.fit(objective, network, settings, run, 3, held_out=measure, say=lambda _: None)
+    return training_loop.fit(objective, network, settings, run, 3, held_out=measure, say=lambda _: None)
 
 
 def test_the_best_checkpoint_stays_and_has_a_name(tmp_path):
@@ -51,11 +51,11 @@ def test_patience_ends_the_run_and_interruptions_do_not_change_when(tmp_path):
 
 
 def test_a_measurement_heard_twice_counts_once():
-    verdict = Verdict(patience=2)
-    assert verdict.hear(10, 1.0)
-    assert not verdict.hear(20, 1.0) and not verdict.hear(20, 1.0)
+    verdict = EarlyStopping(patience=2)
+    assert verdict.update(10, 1.0)
+    assert not verdict.update(20, 1.0) and not verdict.update(20, 1.0)
     assert verdict.since == 1 and not verdict.is_over
-    again = Verdict(patience=2)
+    again = EarlyStopping(patience=2)
     again.load(verdict.state())
     assert again == verdict
 
@@ -63,7 +63,7 @@ def test_a_measurement_heard_twice_counts_once():
 def test_the_gap_is_recorded_with_its_error(tmp_path):
     objective, _, _ = make()
     run = RunFolder.create(tmp_path)
-    HeldOut(objective, Encoded(5, first=40), objective.encoded, run, samples=5, levels=2)(7, "ema")
+    ValidationLoss(objective, Encoded(5, first=40), objective.encoded, run, samples=5, levels=2)(7, "ema")
     events = {event["kind"]: event for event in run.events()}
     by_split = {event["split"]: event for event in run.events() if event["kind"] == "validation"}
     assert events["gap"]["gap"] == by_split["held_out"]["loss"] - by_split["train"]["loss"]

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from sfumato.workflow.sizes import in_sizes, square
+from sfumato.workflow.draw_sizes import draw_in_sizes, square
 
 
 class Drawer:
@@ -21,7 +21,7 @@ class Drawer:
 def test_each_prompt_is_drawn_at_its_size_with_its_seed_in_its_place():
     sizes = [(16, 8), None, (8, 16), (16, 8)]
     drawer, heard = Drawer(), []
-    drawn = in_sizes(drawer, list("abcd"), [1, 2, 3, 4], sizes, lambda *told: heard.append(told))
+    drawn = draw_in_sizes(drawer, list("abcd"), [1, 2, 3, 4], sizes, lambda *told: heard.append(told))
     assert [picture.size for picture in drawn] == [(16, 8), (8, 8), (8, 16), (16, 8)]
     assert [picture.getpixel((0, 0))[0] for picture in drawn] == [1, 2, 3, 4]
     assert drawer.calls == 3 and heard == [(10, 20), (15, 20), (20, 20)]

@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sfumato.record import RunFolder
-from sfumato.stages.interface import Condition, Denoiser, Model
+from sfumato.models.condition import Condition
+from sfumato.models.interface import Denoiser, Model
+from sfumato.run_folder import RunFolder
 from sfumato.theory import get, noise
-from sfumato.training import loop, parallel
-from sfumato.training.held_out import HeldOut
-from sfumato.training.objective import DiffusionObjective
+from sfumato.training.distributed import processes
+from sfumato.training.loop import loop as training_loop
+from sfumato.training.loop import periodic_tasks
+from sfumato.training.loop.validation import ValidationLoss
+from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.settings import TrainSettings
 
 SHAPE = (2, 4, 4)
@@ -101,16 +104,16 @@ def make(
 
 
 def train(
-    folder: Path | str, preview: loop.Preview | None = None, pause: float = 0.0, **changes: object
-) -> loop.Outcome:
+    folder: Path | str, preview: periodic_tasks.Preview | None = None, pause: float = 0.0, **changes: object
+) -> training_loop.Outcome:
     """Train in `folder` until settings.steps; `pause` seconds a step make it easier to hit with a signal."""
     objective, network, settings = make(**changes)
-    with parallel.current().first():
+    with processes.current().first():
         run = RunFolder.create(folder)
-    measure = HeldOut(objective, Encoded(4, first=50), objective.encoded, run, samples=4, levels=2)
+    measure = ValidationLoss(objective, Encoded(4, first=50), objective.encoded, run, samples=4, levels=2)
     slow = (lambda *_, **__: time.sleep(pause)) if pause else None
-    with run.lock() if parallel.current().leads else nullcontext():
-        return loop.fit(
+    with run.lock() if processes.current().is_rank_zero else nullcontext():
+        return training_loop.fit(
             objective,
             network,
             settings,
@@ -146,5 +149,5 @@ if __name__ == "__main__":
     changes = {
         name: truth(word) if kinds[name] is bool else kinds[name](word) for name, word in words.items()
     }
-    with parallel.joined("cpu"):
+    with processes.joined("cpu"):
         train(sys.argv[1], pause=pause, **changes)

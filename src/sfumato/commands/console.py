@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..studio.page import duration
+from sfumato.report.page import duration
 
 
 def say(text: str) -> None:

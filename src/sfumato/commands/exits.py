@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import ParamSpec
 
-from ..errors import Failed, Refused
+from sfumato.errors import Failed, Refused
 
 FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 

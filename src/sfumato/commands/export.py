@@ -4,15 +4,15 @@ from pathlib import Path
 
 import torch
 
-from ..errors import one_of
-from .console import result
+from sfumato.commands.console import result
+from sfumato.errors import one_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export(run: Path, to: str, out: Path | None, triggers: list[str], dtype: str, as_json: bool) -> None:
     """Write a run for diffusers, ComfyUI or kohya, and say how near the loaded file answers to the run."""
-    from ..workflow.exporting import export as write
+    from sfumato.workflow.export.export import export as write
 
     number = DTYPES[one_of("--dtype", dtype, DTYPES)]
     done = write(run, to, out or Path("runs/export") / f"{run.name}-{to}", triggers, number)

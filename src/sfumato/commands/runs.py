@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from .console import progress, result, say
+from sfumato.commands.console import progress, result, say
 
 
 def encode(recipe: Path, overrides: list[str], workers: int, as_json: bool) -> None:
     """Encode what the store lacks, and print counts; workers > 0 are started by Ray."""
-    from .. import workflow
-    from ..workflow.course import encode_on_cluster
+    from sfumato import workflow
+    from sfumato.workflow.train_run import encode_on_cluster
 
     with progress() as shown:
         if workers:
@@ -23,7 +23,7 @@ def encode(recipe: Path, overrides: list[str], workers: int, as_json: bool) -> N
 
 def train(recipe: Path, overrides: list[str], profile: bool, as_json: bool) -> None:
     """Train, and print the run's folder and page."""
-    from .. import workflow
+    from sfumato import workflow
 
     with progress() as shown:
         run = workflow.train(recipe, overrides, shown, say, profile)
@@ -33,14 +33,14 @@ def train(recipe: Path, overrides: list[str], profile: bool, as_json: bool) -> N
 
 def report(run: Path) -> None:
     """Write the run's page, and print its path."""
-    from ..studio import report as pages
+    from sfumato.report import run_page as pages
 
     print(pages.write(run))
 
 
 def ema(run: Path, length: float, step: int | None, out: Path | None, as_json: bool) -> None:
     """Write the model averaged over `length` of the run, and print its folder."""
-    from ..workflow.averaging import average
+    from sfumato.workflow.averaging import average
 
     made = average(run, length, step, out)
     told = f"Averaged over {length:g} of the run, as it was at step {made.step:,}"

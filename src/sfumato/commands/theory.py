@@ -1,225 +1,105 @@
-"""The commands about theories: list them, show one, verify one, compare its solvers."""
+"""The commands below `sfumato theory`."""
 
-import math
-import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Optional
 
-import torch
-from markupsafe import Markup
+import typer
 
-from ..errors import Failed, Refused
-from ..own import is_own, load_own
-from ..record import write_atomic
-from ..studio.charts import Line, chart
-from ..studio.page import charts, document, section, table, tiles
-from ..theory import Theory, about, arguments, get, methods, names, times, verify
-from . import matrix, schedulers
-from .console import result
+from sfumato.commands.exits import answers
+from sfumato.commands.options import Device, Guidance, Json, out_option
 
-POINTS = 121
-BUDGETS = (5, 10, 20, 40)
-COMPARED = ("auto", "euler", "heun", "dpm++", "unipc", "multistep")
-KICKER = "sfumato · a theory"
+theories = typer.Typer(
+    help="Theories: list, show, check, compare, fit.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 
 
-def find(name: str) -> Theory:
-    """The theory of a name, or of FILE.py:NAME.
+@theories.command("list")
+@answers
+def list_theories(json: Json = False) -> None:
+    """Name the theories and the solvers."""
+    from sfumato.commands import theory_reports
 
-    Raises:
-        Refused: if there is none.
+    theory_reports.show_list(json)
+
+
+TheoryName = Annotated[str, typer.Argument(metavar="THEORY", help="A name of the list, or FILE.py:NAME.")]
+
+
+@theories.command("show")
+@answers
+def show_theory(
+    name: TheoryName,
+    out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
+    json: Json = False,
+) -> None:
+    """Plot a theory, as a page.
+
+    Its two definitions, and what follows from them.
     """
-    if not is_own(name):
-        return get(name)
-    found = load_own(name)
-    theory = found() if callable(found) and not isinstance(found, Theory) else found
-    if not isinstance(theory, Theory):
-        raise Refused(f"{name} is a {type(theory).__name__}, but a Theory(data=..., model=...) is needed.")
-    return theory
+    from sfumato.commands import theory_reports
+
+    theory_reports.show(name, out, json)
 
 
-def show_list(as_json: bool) -> None:
-    """Print every theory and solver."""
-    theories = {name: {"about": about(name), "arguments": arguments(name)} for name in names()}
-    solvers = {name: {"orders": list(one.orders), "eta": one.eta} for name, one in methods().items()}
-    found = {"theories": theories, "solvers": solvers, "grids": times.grids()}
-    lines = [f"{name:<32} {entry['about']}" for name, entry in theories.items()]
-    lines += ["", f"solvers  {', '.join(solvers)}", f"grids    {', '.join(found['grids'])}"]
-    result(found, "\n".join(lines), as_json)
+@theories.command("check")
+@answers
+def check_theory(
+    name: TheoryName,
+    out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
+    json: Json = False,
+) -> None:
+    """Verify a theory.
 
-
-def show(name: str, out: Path, as_json: bool) -> None:
-    """Write a page that shows the theory, and print its path."""
-    theory = find(name)
-    lead = about(name) if not is_own(name) else name
-    facts = [
-        ("Noise at", f"t = {theory.t_noise:g}", ""),
-        ("Data at", f"t = {theory.t_data:g}", ""),
-        ("Highest angle", f"{float(theory.angle(theory.t_noise)) / math.pi:.3g} π", "φ = atan2(s, a)"),
-    ]
-    body = [
-        tiles(facts),
-        *_portrait(theory),
-    ]
-    page = _write(out, theory, document(theory.name, lead, body, kicker=KICKER), "show")
-    value = {"theory": theory.name, "t_noise": theory.t_noise, "t_data": theory.t_data, "page": page}
-    result(value, str(page), as_json)
-
-
-def _portrait(theory: Theory) -> list[Markup]:
-    """The theory's coefficients and signal-to-noise, and the paths it leads along."""
-    curves = sample(theory)
-    figures = [*_definitions(curves), *_derived(theory, curves)]
-    return [
-        section("Two definitions, and what follows", charts(figures)),
-        section("Where it leads", _paths(theory) if theory.check().ok else Markup("")),
-    ]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """A theory's coefficients at POINTS times between its ends, as plain numbers."""
-
-    t: list[float]
-    a: list[float]
-    s: list[float]
-    p: list[float]
-    q: list[float]
-    told: list[float]
-
-
-def sample(theory: Theory) -> Curves:
-    """The theory's coefficients, as the network meets them: the end at the data is left out."""
-    share = torch.linspace(0, 1, POINTS, dtype=torch.float64)
-    if theory.t_noise / max(abs(theory.t_data), 1e-3) > 10:
-        angles = share[1:] * float(theory.angle(theory.t_noise))
-        t = theory.time_of(angles)
-    else:
-        t = theory.t_data + share[1:] * (theory.t_noise - theory.t_data)
-    a, s = theory.data(t)
-    p, q = theory.model(t)
-    clock = theory.clock or torch.ones_like
-    return Curves(*(one.double().tolist() for one in (t, a, s, p, q, clock(t))))
-
-
-def _definitions(curves: Curves) -> list[Markup]:
-    wide = curves.t[-1] > 10 * max(curves.t[0], 1e-9) and curves.t[-1] > 5
-    data = [
-        Line("a, of the data", curves.t, curves.a, color=0),
-        Line("s, of the noise", curves.t, curves.s, color=1),
-    ]
-    model = [
-        Line("p, of the data", curves.t, curves.p, color=0),
-        Line("q, of the noise", curves.t, curves.q, color=1),
-    ]
-    return [
-        chart("What is seen: x_t = a·x_0 + s·x_T", data, x="t", y="", log_x=wide, zero=True),
-        chart("What is answered: p·x_0 + q·x_T", model, x="t", y="", log_x=wide, zero=True),
-    ]
-
-
-def _derived(theory: Theory, curves: Curves) -> list[Markup]:
-    """log-SNR, determinant, what the network is told, and the grids as angles."""
-    wide = curves.t[-1] > 10 * max(curves.t[0], 1e-9) and curves.t[-1] > 5
-    pairs = zip(curves.a, curves.s, strict=True)
-    snr = [2 * math.log(a / s) if a > 0 and s > 0 else math.nan for a, s in pairs]
-    rows = zip(curves.a, curves.s, curves.p, curves.q, strict=True)
-    determinant = [a * q - s * p for a, s, p, q in rows]
-    lines = []
-    for index, grid in enumerate(("linear", "shifted", "karras", "log-snr", "beta")):
-        angles = theory.angle(times.grid(grid, theory, 20)) / math.pi
-        lines.append(Line(grid, list(range(21)), angles.tolist(), color=index))
-    return [
-        chart("Signal to noise", [Line("log a²/s²", curves.t, snr)], x="t", y="log SNR", log_x=wide),
-        chart("det = a·q − s·p", [Line("det", curves.t, determinant)], x="t", y="det", log_x=wide, zero=True,
-              note="Where it is 0, the answer does not say what the picture is."),
-        chart("What the network is told", [Line("clock", curves.t, curves.told)], x="t", y="", log_x=wide),
-        chart("Grids of 20 steps", lines, x="step", y="φ / π", zero=True, note="0 is data, ½ is noise."),
-    ]  # fmt: skip
-
-
-def check(name: str, out: Path, as_json: bool) -> None:
-    """Verify the theory, write the page, print the verdict.
-
-    Raises:
-        Failed: if something is wrong with it.
+    Against its own algebra and an exact oracle; exit code 1 if it fails.
     """
-    theory = find(name)
-    torch.set_num_threads(1)  # a plane and a few points: threads would only wait for each other
-    began = time.perf_counter()
-    verdict = verify.verify(theory)
-    sound = theory.check().ok
-    errors = verify.errors(theory, budgets=BUDGETS, data=verify.SMOOTH, samples=32) if sound else {}
-    wrong = [finding for finding in verdict.findings if not finding.ok]
-    words = "It holds." if verdict.ok else f"{len(wrong)} of {len(verdict.findings)} findings are wrong."
-    rows = [("yes" if one.ok else "no", one.name, one.found, one.promised) for one in verdict.findings]
-    body = [
-        section("What was tried", table(("holds", "", "found", "promised"), rows)),
-        section("Against an exact denoiser", _compared(errors)),
-        *(_portrait(theory) if sound else ()),
-    ]
-    page = _write(out, theory, document(theory.name, words, body, kicker=KICKER), "check")
-    seconds = round(time.perf_counter() - began, 2)
-    problems = [f"{one.name}: {one.found}" for one in wrong]
-    value = {**verdict.to_dict(), "problems": problems, "evaluations": BUDGETS, "errors": errors}
-    result({**value, "seconds": seconds, "page": page}, f"{verdict}\n{page}", as_json)
-    if wrong:
-        raise Failed(f"{theory.name}: {problems[0]} ({wrong[0].promised})")
+    from sfumato.commands import theory_reports
+
+    theory_reports.check(name, out, json)
 
 
-def compare(name: str, budget: int, out: Path, as_json: bool) -> None:
-    """Every solver on every grid at about one budget of evaluations, the best first."""
-    theory = find(name)
-    torch.set_num_threads(1)
-    rows = verify.compare(theory, budget) + schedulers.rows(theory, budget)
-    rows.sort(key=lambda row: row.get("error", math.inf))
-    first = next((row for row in rows if "error" in row), None)
-    lead = f"Distance from the exact answer after about {budget} network evaluations."
-    best = f" The nearest: {first['solver']} on {first['grid']} times, {first['error']:.1e}." if first else ""
-    lines = verify.errors(theory, COMPARED, BUDGETS, samples=64)
-    about_matrix = (
-        "Eight modes in the plane; root mean square over the best 98 % of 128 draws. The darker, the nearer."
-    )
-    body = [
-        section(f"Solvers and grids at {budget} evaluations", matrix.as_table(rows), about_matrix),
-        section("Each solver at its own times", _compared(lines)),
-    ]
-    page = _write(out, theory, document(theory.name, lead + best, body, kicker=KICKER), "compare")
-    told = f"{matrix.as_text(rows)}\n{(lead + best).strip()}\n{page}"
-    result({"theory": theory.name, "rows": rows, "page": page}, told, as_json)
+@theories.command("compare")
+@answers
+def compare_solvers(
+    name: TheoryName,
+    budget: Annotated[int, typer.Option(metavar="N", min=2, help="Network evaluations.")] = 20,
+    out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
+    json: Json = False,
+) -> None:
+    """Compare solvers and grids.
+
+    On a problem whose exact answer is known, at one budget of network evaluations.
+    """
+    from sfumato.commands import theory_reports
+
+    theory_reports.compare(name, budget, out, json)
 
 
-def _compared(errors: dict[str, list[float]]) -> Markup:
-    lines = [
-        Line(name, BUDGETS, found, color=i, dashed=i > 5, points=True)
-        for i, (name, found) in enumerate(errors.items())
-    ]
-    axes = {"x": "network evaluations", "y": "error", "log_x": True, "log_y": True}
-    return chart("Distance from the exact answer", lines, width=1060, height=340, **axes)
+@theories.command("fit")
+@answers
+def fit_times(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a model or of a run.")],
+    prompt: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="What the pilot draws; repeat it. Default: the run's own prompts."),
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=4, help="Pictures of the pilot.")] = 32,
+    steps: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(metavar="N", min=3, help="Evaluations to fit to; repeat it. Default: 5, 8 and 16."),
+    ] = None,
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the pilot's noise.")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Fit sampling times to a model.
 
+    A pilot of a few dozen pictures places the times where this model needs them. They are kept beside its
+    weights, for any number of steps, and generate uses them.
+    """
+    from sfumato.commands import theory_fit
 
-def _paths(theory: Theory) -> Markup:
-    """Trajectories in one dimension, from noise to two modes, each drawn over its own progress."""
-    found = verify.trajectories(theory)
-    angles = (theory.angle(torch.tensor(found["t"], dtype=torch.float64)) / math.pi).tolist()
-    radii = torch.hypot(*theory.data(torch.tensor(found["t"], dtype=torch.float64))).tolist()
-    lines = [
-        Line(
-            "",
-            angles,
-            [x / r for x, r in zip(path, radii, strict=True)],
-            color=index % 6,
-            faint=index % 3 > 0,
-        )
-        for index, path in enumerate(found["x"])
-    ]
-    note = "Exact paths of 24 draws between noise (½) and data of two modes (0), scaled to unit size."
-    return chart("From noise to data", lines, x="φ / π", y="x / r", width=1060, height=340, note=note)
-
-
-def _write(out: Path, theory: Theory, page: str, what: str) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
-    word = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in theory.name)
-    file = out / f"{word}-{what}.html"
-    write_atomic(file, page)
-    return file
+    theory_fit.fit(model, prompt or [], samples, steps or [], guidance, seed, device, json)

@@ -5,21 +5,21 @@ The names load on first use, so that reading a recipe's settings does not load t
 
 from typing import TYPE_CHECKING
 
-from ..lazy import names_from
+from sfumato.lazy import names_from
 
 if TYPE_CHECKING:
-    from .sample import Collection, Sample, SetAside
-    from .settings import DataSettings
-    from .store import Store
+    from sfumato.data.settings import DataSettings
+    from sfumato.data.sources.sample import Collection, Sample, SetAside
+    from sfumato.data.store.store import Store
 else:
     __getattr__, __dir__ = names_from(
         __name__,
         {
-            "Collection": ".sample",
-            "DataSettings": ".settings",
-            "Sample": ".sample",
-            "SetAside": ".sample",
-            "Store": ".store",
+            "Collection": "sfumato.data.sources.sample",
+            "DataSettings": "sfumato.data.settings",
+            "Sample": "sfumato.data.sources.sample",
+            "SetAside": "sfumato.data.sources.sample",
+            "Store": "sfumato.data.store.store",
         },
     )
 

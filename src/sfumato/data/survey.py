@@ -10,8 +10,8 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from . import clips, media
-from .sample import Sample, SetAside
+from sfumato.data.sources import clips, media
+from sfumato.data.sources.sample import Sample, SetAside
 
 SIDE = 8  # pictures are compared as SIDE × SIDE × 3 numbers
 NEAR = (
@@ -23,7 +23,7 @@ MOST_PAIRS = 10_000
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageInfo:
     """What one picture is like: size in pixels, hash of its content, descriptor [192] in [0, 1]."""
 
     sample: Sample
@@ -31,19 +31,19 @@ class Look:
     content: str
     descriptor: np.ndarray = field(repr=False, compare=False)
     thumbnail: str = field(default="", repr=False)
-    clip: clips.Facts | None = None
+    clip: clips.VideoInfo | None = None
 
 
 def look(
     samples: Sequence[Sample], thumbnails: set[int], progress: Callable[[int, int, str], None]
-) -> tuple[list[Look], list[SetAside]]:
+) -> tuple[list[ImageInfo], list[SetAside]]:
     """Open every picture; those numbered in `thumbnails` also give a small WebP for the contact sheet.
 
     Returns:
         What was seen, and the pictures that cannot be read, with reasons.
     """
 
-    def one(numbered: tuple[int, Sample]) -> Look | SetAside:
+    def one(numbered: tuple[int, Sample]) -> ImageInfo | SetAside:
         number, sample = numbered
         try:
             content, source = sample.content_hash(), sample.source()
@@ -56,13 +56,13 @@ def look(
             np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=2.0), np.float32) / 255
         )
         shown = _thumbnail(picture) if number in thumbnails else ""
-        return Look(sample, picture.size, content, small.reshape(-1), shown, clip)
+        return ImageInfo(sample, picture.size, content, small.reshape(-1), shown, clip)
 
-    seen: list[Look] = []
+    seen: list[ImageInfo] = []
     broken: list[SetAside] = []
     with ThreadPoolExecutor(2) as pool:
         for done, found in enumerate(pool.map(one, enumerate(samples), chunksize=1)):
-            if isinstance(found, Look):
+            if isinstance(found, ImageInfo):
                 seen.append(found)
             else:
                 broken.append(found)
@@ -78,7 +78,7 @@ def _thumbnail(picture: Image.Image) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def again(one: Look) -> str:
+def thumbnail_of(one: ImageInfo) -> str:
     """The thumbnail of a picture that was looked at before."""
     if one.thumbnail:
         return one.thumbnail
@@ -89,7 +89,7 @@ def again(one: Look) -> str:
     )
 
 
-def equal_groups(seen: Sequence[Look]) -> list[list[str]]:
+def equal_groups(seen: Sequence[ImageInfo]) -> list[list[str]]:
     """Names of pictures whose bytes are the same."""
     by_content: dict[str, list[str]] = {}
     for one in seen:
@@ -97,7 +97,7 @@ def equal_groups(seen: Sequence[Look]) -> list[list[str]]:
     return [names for names in by_content.values() if len(names) > 1]
 
 
-def near_pairs(seen: Sequence[Look]) -> list[tuple[int, int, float]]:
+def near_pairs(seen: Sequence[ImageInfo]) -> list[tuple[int, int, float]]:
     """(i, j, difference) of pictures that look alike though their bytes differ, the likest first.
 
     At most MOST_PAIRS. All pairs are compared; of more than MOST_COMPARED pictures, so many, evenly spread.
@@ -124,10 +124,10 @@ def near_pairs(seen: Sequence[Look]) -> list[tuple[int, int, float]]:
     return sorted(found, key=lambda pair: pair[2])
 
 
-def leaks(seen: Sequence[Look], near: Sequence[tuple[int, int, float]]) -> list[tuple[str, str, str]]:
+def leaks(seen: Sequence[ImageInfo], near: Sequence[tuple[int, int, float]]) -> list[tuple[str, str, str]]:
     """(train name, held-out name, why) of samples that stand on both sides of the split."""
     found = []
-    by_content: dict[str, list[Look]] = {}
+    by_content: dict[str, list[ImageInfo]] = {}
     for one in seen:
         by_content.setdefault(one.content, []).append(one)
     for group in by_content.values():
@@ -136,11 +136,11 @@ def leaks(seen: Sequence[Look], near: Sequence[tuple[int, int, float]]) -> list[
     return found
 
 
-def _crosses(a: Look, b: Look) -> bool:
+def _crosses(a: ImageInfo, b: ImageInfo) -> bool:
     return a.sample.split != b.sample.split
 
 
-def _sides(a: Look, b: Look, why: str) -> tuple[str, str, str]:
+def _sides(a: ImageInfo, b: ImageInfo, why: str) -> tuple[str, str, str]:
     first, second = (a, b) if a.sample.split == "train" else (b, a)
     return first.sample.name, second.sample.name, why
 

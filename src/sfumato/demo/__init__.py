@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .tasks import TASKS
+from sfumato.demo.tasks import TASKS
 
 
 def run(
@@ -28,9 +28,9 @@ def run(
     Returns:
         data, seconds of each phase, accuracy as fractions, peak_memory_gb, report (a path).
     """
-    from .way import walk
+    from sfumato.demo.runner import run_task
 
-    return walk(task, data, Path(out), minutes, device, progress)
+    return run_task(task, data, Path(out), minutes, device, progress)
 
 
 __all__ = ["TASKS", "run"]

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import stages
-from ..data.settings import DataSettings
-from ..recipe import Recipe
-from ..stages import Condition
-from ..stages.scratch import new_denoiser
-from ..stages.settings import ModelSettings
-from ..theory import noise
-from ..training import device as devices
-from ..training.precision import autocast, effective_precision
-from ..training.settings import TrainSettings
+from sfumato import models
+from sfumato.data.settings import DataSettings
+from sfumato.models import Condition
+from sfumato.models.build import new_denoiser
+from sfumato.models.settings import ModelSettings
+from sfumato.recipe import Recipe
+from sfumato.theory import noise
+from sfumato.training import device as devices
+from sfumato.training.precision import autocast, effective_precision
+from sfumato.training.settings import TrainSettings
 
 TEXT_WIDTH = 384
 
@@ -74,8 +74,8 @@ def time_steps(
     model: ModelSettings, settings: TrainSettings, side: int, where: torch.device, frames: int = 0
 ) -> tuple[float, float]:
     """Seconds that a step of the codec and one of the denoiser take here, measured on noise."""
-    codec = stages.new_codec(model, clips=bool(frames))
-    assert isinstance(codec, stages.TrainableCodec)
+    codec = models.new_codec(model, clips=bool(frames))
+    assert isinstance(codec, models.TrainableCodec)
     size = (3, frames, side, side) if frames else (3, side, side)
     pixels = noise.normal(size, 0, range(model.codec_batch)).clamp(-1, 1).to(where)
     shape = codec.latent_shape(side, side, frames or 1)
@@ -88,7 +88,7 @@ def time_steps(
     widths = TEXT_WIDTH, (1 + 2 * model.pooled_fourier_terms) * TEXT_WIDTH
     words = {"tokens": torch.zeros(8, widths[0]), "pooled": torch.zeros(widths[1])}
     condition = Condition.stack([words] * settings.batch).to(where)
-    theory = stages.new_theory(model.theory)
+    theory = models.new_theory(model.theory)
     denoiser = new_denoiser(model, theory, codec, widths, frames=codec.latent_frames(frames) if frames else 0)
     x = noise.normal(shape, 0, range(settings.batch)).to(where)
     clock = torch.full((settings.batch,), 500.0, device=where)

@@ -3,15 +3,15 @@
 import numpy as np
 from PIL import Image
 
-from ..data import shapes
-from ..data.settings import DataSettings
-from ..settings import Table
-from ..workflow.guided import picture_for
-from .drawing import draw, picture_of
-from .stages import Beside, plan_of, unseen
-from .way import Seen, Task, Verdict
+from sfumato.data.settings import DataSettings
+from sfumato.data.sources import shape_reader
+from sfumato.demo.drawing import draw, picture_of
+from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.demo.two_step import GuideDemo, plan_of, unseen
+from sfumato.settings import Table
+from sfumato.workflow.control_training import picture_for
 
-BESIDE = Beside(
+BESIDE = GuideDemo(
     plan_of("controlnet", minutes=5.0, guidance=3.0, fewest=300),
     base_share=3.0,
     guide_cost=1.3,
@@ -21,7 +21,7 @@ BESIDE = Beside(
 
 def cover(picture: Image.Image) -> np.ndarray:
     """Where a drawing is not its background, [H, W] bool."""
-    away = np.asarray(picture.convert("RGB"), np.float32) - shapes.background(picture)[1]
+    away = np.asarray(picture.convert("RGB"), np.float32) - shape_reader.background(picture)[1]
     return np.linalg.norm(away, axis=-1) > 70
 
 
@@ -31,7 +31,7 @@ def overlap(drawn: Image.Image, asked: Image.Image) -> float:
     return float((one & other).sum() / max(1, (one | other).sum()))
 
 
-def judge(seen: Seen) -> Verdict:
+def judge(seen: DemoReport) -> Verdict:
     """How well outlines of unseen combinations are followed, and whether words are, read from the pixels."""
     samples = unseen(seen)
     settings = DataSettings(control_image="sketch", resolution=int(seen.model.info["resolution"]))
@@ -39,7 +39,9 @@ def judge(seen: Seen) -> Verdict:
     outlines = [picture_for(settings, "control", sample) for sample in samples]
     drawn = draw(seen, prompts, "judged_held_out", control=outlines)
     followed = [overlap(one, picture_of(sample)) for one, sample in zip(drawn, samples, strict=True)]
-    right = [shapes.judge(one, prompt)["shape_and_color"] for one, prompt in zip(drawn, prompts, strict=True)]
+    right = [
+        shape_reader.judge(one, prompt)["shape_and_color"] for one, prompt in zip(drawn, prompts, strict=True)
+    ]
     found = {"outline_iou": float(np.mean(followed)), "shape_and_color": sum(right) / len(right)}
     how = "what the outline encloses in the drawing and in the picture it was taken from: mean of "
     return found, {"outline_iou": f"{how}intersection over union, unseen combinations"}

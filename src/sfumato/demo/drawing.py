@@ -4,12 +4,12 @@ from typing import Any
 
 from PIL import Image
 
-from ..data.sample import Sample
-from ..generation.files import DEFAULT_FPS, contents, is_clip
-from ..record import write_atomic
-from ..theory import noise
-from ..workflow.preview import write_shown
-from .way import Seen
+from sfumato.data.sources.sample import Sample
+from sfumato.demo.runner import DemoReport
+from sfumato.generation.files import DEFAULT_FPS, contents, is_clip
+from sfumato.run_folder import write_atomic
+from sfumato.theory import noise
+from sfumato.workflow.preview import write_shown
 
 JUDGED = 64
 FIRST_SEED = 1_000_003
@@ -23,7 +23,7 @@ def chosen(captions: list[str], count: int) -> list[str]:
     return [distinct[index] for index in order[:count]]
 
 
-def draw(seen: Seen, prompts: list[str], group: str, **guides: Any) -> list[Any]:
+def draw(seen: DemoReport, prompts: list[str], group: str, **guides: Any) -> list[Any]:
     """Draw the prompts, guided by what else `generate` takes, and enter what was drawn into the run."""
     seeds = [FIRST_SEED + index for index in range(len(prompts))]
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from ..data import shapes
-from ..recipe import Recipe
-from .budget import planned
-from .controlnet import overlap
-from .drawing import draw
-from .stages import companion, plan_of, unseen
-from .way import Seen, Task, Verdict
+from sfumato.data.sources import shape_reader
+from sfumato.demo.budget import planned
+from sfumato.demo.controlnet import overlap
+from sfumato.demo.drawing import draw
+from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.demo.two_step import companion, plan_of, unseen
+from sfumato.recipe import Recipe
 
 PLAN = plan_of("edit", minutes=5.0, guidance=2.0, fewest=1500)
 
@@ -18,7 +18,7 @@ def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
     return planned(PLAN, data, out, minutes, device)
 
 
-def judge(seen: Seen) -> Verdict:
+def judge(seen: DemoReport) -> Verdict:
     """Whether the thing is in the color asked for, and else as it was, of unseen shapes in new colors."""
     samples = unseen(seen)
     sources = [companion(sample, "edit_source") for sample in samples]
@@ -26,8 +26,8 @@ def judge(seen: Seen) -> Verdict:
     drawn = draw(seen, prompts, "judged_held_out", image=sources)
     done, kept = 0, 0.0
     for picture, source, prompt in zip(drawn, sources, prompts, strict=True):
-        wanted = [(one.shape, prompt.split()[-1]) for one in shapes.read(source)]
-        done += wanted == [(one.shape, one.color) for one in shapes.read(picture)]
+        wanted = [(one.shape, prompt.split()[-1]) for one in shape_reader.read(source)]
+        done += wanted == [(one.shape, one.color) for one in shape_reader.read(picture)]
         kept += overlap(picture, source)
     found = {"edit_done": done / len(drawn), "kept_iou": kept / len(drawn)}
     notes = {

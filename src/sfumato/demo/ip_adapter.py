@@ -1,12 +1,12 @@
 """Demo: reference → picture. Words say which shape, how large, on what; the reference says in which color."""
 
-from ..data import shapes
-from ..settings import Table
-from .drawing import draw
-from .stages import Beside, companion, plan_of, unseen
-from .way import Seen, Task, Verdict
+from sfumato.data.sources import shape_reader
+from sfumato.demo.drawing import draw
+from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.demo.two_step import GuideDemo, companion, plan_of, unseen
+from sfumato.settings import Table
 
-BESIDE = Beside(
+BESIDE = GuideDemo(
     plan_of("ip-adapter", minutes=6.0, guidance=2.0, fewest=500),
     base_share=2.5,
     guide_cost=1.8,
@@ -15,7 +15,7 @@ BESIDE = Beside(
 )
 
 
-def judge(seen: Seen) -> Verdict:
+def judge(seen: DemoReport) -> Verdict:
     """Whether a drawing has the color of its reference and the shape of its words, read from the pixels.
 
     The adapter's training showed neither that shape in that color, nor the color's name.
@@ -26,8 +26,8 @@ def judge(seen: Seen) -> Verdict:
     drawn = draw(seen, prompts, "judged_held_out", reference=references)
     color, shape, both = 0, 0, 0
     for prompt, reference, picture in zip(prompts, references, drawn, strict=True):
-        wanted = shapes.read(reference)[0].color
-        found = [(one.shape, one.color) for one in shapes.read(picture)]
+        wanted = shape_reader.read(reference)[0].color
+        found = [(one.shape, one.color) for one in shape_reader.read(picture)]
         color += any(of == wanted for _, of in found[:1])
         shape += any(what in prompt.split() for what, _ in found[:1])
         both += len(found) == 1 and found[0][1] == wanted and found[0][0] in prompt.split()

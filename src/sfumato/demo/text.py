@@ -5,16 +5,16 @@ from pathlib import Path
 
 import torch
 
-from ..data import shapes
-from ..data.media import fit
-from ..evaluation import Neighbours
-from ..generation.settings import SampleSettings
-from ..recipe import Recipe
-from ..stages.settings import ModelSettings
-from ..training.settings import TrainSettings
-from .budget import Plan, planned
-from .drawing import JUDGED, chosen, draw, picture_of
-from .way import Seen, Task, Verdict
+from sfumato.data.sources import shape_reader
+from sfumato.data.sources.media import fit
+from sfumato.demo.budget import Plan, planned
+from sfumato.demo.drawing import JUDGED, chosen, draw, picture_of
+from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.evaluation import Neighbors
+from sfumato.generation.settings import SampleSettings
+from sfumato.models.settings import ModelSettings
+from sfumato.recipe import Recipe
+from sfumato.training.settings import TrainSettings
 
 _MODEL = ModelSettings(
     width=192, depth=6, heads=3, patch=2, codec_stride=8, latent_channels=24, codec_width=32
@@ -55,17 +55,17 @@ def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
     return planned(PLANS[data], data, out, minutes, device)
 
 
-def judge(seen: Seen) -> Verdict:
+def judge(seen: DemoReport) -> Verdict:
     """By the data: shapes are read, drawings compared with the training pictures."""
     return judge_shapes(seen) if seen.data.name == "shapes" else judge_openmoji(seen)
 
 
-def judge_openmoji(seen: Seen) -> Verdict:
+def judge_openmoji(seen: DemoReport) -> Verdict:
     """Share of pictures whose nearest training picture is the one asked for, or its namesake."""
     known = seen.data.of("train")
     side = int(seen.model.info["resolution"])
     pictures = torch.stack([fit(picture_of(sample), side, side) for sample in known])
-    neighbours = Neighbours(pictures, [sample.captions for sample in known])
+    neighbours = Neighbors(pictures, [sample.captions for sample in known])
     prompts = chosen([sample.captions[0] for sample in known], JUDGED)
     drawn = draw(seen, prompts, "judged")
     right = neighbours.judge(torch.stack([fit(picture, side, side) for picture in drawn]), prompts)
@@ -75,7 +75,7 @@ def judge_openmoji(seen: Seen) -> Verdict:
         asked = [sample.captions[0] for sample in unseen]
         fresh = draw(seen, asked, "judged_held_out")
         truth = torch.stack([fit(picture_of(sample), side, side) for sample in unseen])
-        everything = Neighbours(
+        everything = Neighbors(
             torch.cat([pictures, truth]), [*(one.captions for one in known), *([text] for text in asked)]
         )
         found = everything.judge(torch.stack([fit(picture, side, side) for picture in fresh]), asked)
@@ -83,16 +83,16 @@ def judge_openmoji(seen: Seen) -> Verdict:
     return accuracy, {"trained": neighbours.how, "held_out": "the same, the held-out pictures added"}
 
 
-def judge_shapes(seen: Seen) -> Verdict:
+def judge_shapes(seen: DemoReport) -> Verdict:
     """Shares of pictures of unseen combinations in which every named thing is right, read from the pixels."""
     prompts = chosen([sample.captions[0] for sample in seen.data.of("held_out")], JUDGED)
     drawn = draw(seen, prompts, "judged_held_out")
-    verdicts = [shapes.judge(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
+    verdicts = [shape_reader.judge(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
     accuracy = {
         name: sum(verdict[name] for verdict in verdicts) / len(verdicts)
         for name in ("shape_and_color", "position")
     }
-    accuracy["reader"] = shapes.accuracy(size=int(seen.model.info["resolution"]))
+    accuracy["reader"] = shape_reader.accuracy(size=int(seen.model.info["resolution"]))
     how = "every thing named is read from the pixels; training never showed a prompt's two things together"
     return accuracy, {"shape_and_color": how, "reader": "the same, on clean drawings"}
 

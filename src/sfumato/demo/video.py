@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from ..data import clips, moving
-from ..generation.settings import SampleSettings
-from ..recipe import Recipe
-from ..stages.settings import ModelSettings
-from ..training.settings import TrainSettings
-from ..workflow.clips_measured import change
-from .budget import Plan, planned
-from .drawing import JUDGED, chosen, draw
-from .way import Seen, Task, Verdict
+from sfumato.data.sources import clips, moving_shapes
+from sfumato.demo.budget import Plan, planned
+from sfumato.demo.drawing import JUDGED, chosen, draw
+from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.generation.settings import SampleSettings
+from sfumato.models.settings import ModelSettings
+from sfumato.recipe import Recipe
+from sfumato.training.settings import TrainSettings
+from sfumato.workflow.evaluate.video_metrics import change
 
 _RECIPE = Recipe(
     model=ModelSettings(
@@ -30,24 +30,24 @@ _RECIPE = Recipe(
 TIMES = 3
 """Clips of each unseen combination that are judged; there are few combinations."""
 PLANS = {
-    "moving-shapes": Plan(_RECIPE, 7.3, 0.14, 50, 300, 4000, 150, 400, side=32, frames=moving.FRAMES),
+    "moving-shapes": Plan(_RECIPE, 7.3, 0.14, 50, 300, 4000, 150, 400, side=32, frames=moving_shapes.FRAMES),
 }
 
 
 def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
     """The recipe that fills the minutes on this machine."""
     made = planned(PLANS[data], data, out, minutes, device)
-    return replace(made, data=replace(made.data, fps=float(moving.RATE)))
+    return replace(made, data=replace(made.data, fps=float(moving_shapes.RATE)))
 
 
-def judge(seen: Seen) -> Verdict:
+def judge(seen: DemoReport) -> Verdict:
     """Shares of clips of unseen combinations that are right in shape, color, direction, and all three."""
     unseen = chosen([sample.captions[0] for sample in seen.data.of("held_out")], JUDGED)
     prompts = (unseen * TIMES)[:JUDGED]
     drawn = draw(seen, prompts, "judged_held_out")
-    verdicts = [moving.judge(clip, prompt) for clip, prompt in zip(drawn, prompts, strict=True)]
+    verdicts = [moving_shapes.judge(clip, prompt) for clip, prompt in zip(drawn, prompts, strict=True)]
     accuracy = {name: sum(one[name] for one in verdicts) / len(verdicts) for name in verdicts[0]}
-    accuracy["reader"] = moving.accuracy(size=int(seen.model.info["resolution"]))
+    accuracy["reader"] = moving_shapes.accuracy(size=int(seen.model.info["resolution"]))
     changes = [float(np.mean([change(clip) for clip in some])) for some in (drawn, shown(seen))]
     accuracy["steadiness"] = min(changes) / max(changes)
     notes = {
@@ -59,9 +59,9 @@ def judge(seen: Seen) -> Verdict:
     return accuracy, notes
 
 
-def shown(seen: Seen) -> list[Any]:
+def shown(seen: DemoReport) -> list[Any]:
     """As many training clips as are judged, uint8 [F, H, W, 3]."""
-    piece = clips.Piece(moving.FRAMES, float(moving.RATE))
+    piece = clips.ClipSpan(moving_shapes.FRAMES, float(moving_shapes.RATE))
     side = int(seen.model.info["resolution"])
     some = seen.data.of("train")[:JUDGED]
     read = (clips.read(sample.name, sample.source(), piece, side, side) for sample in some)

@@ -1,8 +1,16 @@
 """Evaluation: how good the pictures are, as numbers with error bars."""
 
-from .latent_kernel_distance import kernel_distance
-from .measure import Measure, over
-from .memory import Memory, memory
-from .neighbours import Neighbours, is_right
+from sfumato.evaluation.latent_kernel_distance import kernel_distance
+from sfumato.evaluation.measure import Measure, over
+from sfumato.evaluation.memorization import Memorization, measure_memorization
+from sfumato.evaluation.neighbors import Neighbors, is_right
 
-__all__ = ["Measure", "Memory", "Neighbours", "is_right", "kernel_distance", "memory", "over"]
+__all__ = [
+    "Measure",
+    "Memorization",
+    "Neighbors",
+    "is_right",
+    "kernel_distance",
+    "measure_memorization",
+    "over",
+]

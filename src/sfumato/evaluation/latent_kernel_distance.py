@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sfumato.evaluation.measure import Measure, over
 from sfumato.theory import noise
-
-from .measure import Measure, over
 
 
 def kernel_distance(

@@ -2,22 +2,22 @@
 
 from typing import TYPE_CHECKING
 
-from ..lazy import names_from
+from sfumato.lazy import names_from
 
 if TYPE_CHECKING:
-    from .pictures import PaintingModel, load, painting, to_images, to_pictures
-    from .settings import SampleSettings
+    from sfumato.generation.pipeline import Pipeline, as_pipeline, load, to_images, to_pictures
+    from sfumato.generation.settings import SampleSettings
 else:
     __getattr__, __dir__ = names_from(
         __name__,
         {
-            "PaintingModel": ".pictures",
-            "SampleSettings": ".settings",
-            "load": ".pictures",
-            "painting": ".pictures",
-            "to_images": ".pictures",
-            "to_pictures": ".pictures",
+            "Pipeline": "sfumato.generation.pipeline",
+            "SampleSettings": "sfumato.generation.settings",
+            "as_pipeline": "sfumato.generation.pipeline",
+            "load": "sfumato.generation.pipeline",
+            "to_images": "sfumato.generation.pipeline",
+            "to_pictures": "sfumato.generation.pipeline",
         },
     )
 
-__all__ = ["PaintingModel", "SampleSettings", "load", "painting", "to_images", "to_pictures"]
+__all__ = ["Pipeline", "SampleSettings", "as_pipeline", "load", "to_images", "to_pictures"]

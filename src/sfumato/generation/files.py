@@ -1,7 +1,7 @@
 """Pictures and clips as files that say what they show: PNG, MP4 (H.264), animated WebP, numbered frames.
 
-The words ride along where each format keeps them: text chunks of PNG, EXIF of WebP, tags of MP4. `told`
-reads them back.
+The words ride along where each format keeps them: text chunks of PNG, EXIF of WebP, tags of MP4.
+`read_metadata` reads them back.
 """
 
 import io
@@ -125,7 +125,7 @@ def mp4(clip: np.ndarray, said: Mapping[str, Any], fps: float) -> bytes:
     return file.getvalue()
 
 
-def told(path: Path | str) -> dict[str, Any]:
+def read_metadata(path: Path | str) -> dict[str, Any]:
     """What a file written here says it shows; empty if it says nothing.
 
     Raises:

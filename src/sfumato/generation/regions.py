@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import Refused
-
-from .guiding import fitted
+from sfumato.generation.image_guidance import fitted
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -45,7 +44,7 @@ class Regions:
         return denoise
 
 
-def taken(options: dict[str, Any], shape: Sequence[int], size: tuple[int, int]) -> Regions:
+def parse_regions(options: dict[str, Any], shape: Sequence[int], size: tuple[int, int]) -> Regions:
     """The regions in `generate`'s options, which lose them: [(mask, prompt), …], white where the prompt acts.
 
     Where masks overlap they share; where none is, the picture's own prompt acts.

@@ -1,10 +1,10 @@
 """Theory: two definitions, and everything that follows from them."""
 
-from . import guidance, noise, oracle, times
-from .catalogue import about, arguments, get, names, preconditioned
-from .change import translate
-from .definition import Report, Theory
-from .solver import evaluations, integrate, methods, solve, widest
+from sfumato.theory import guidance, noise, oracle, times
+from sfumato.theory.catalogue import about, arguments, get, names, preconditioned
+from sfumato.theory.convert import translate
+from sfumato.theory.definition import Report, Theory
+from sfumato.theory.solvers.solver import evaluations, integrate, methods, solve, widest
 
 __all__ = [
     "Report",

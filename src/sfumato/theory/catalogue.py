@@ -13,9 +13,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..errors import Refused, nearest, one_of
-from .definition import Theory, by_the_way, exact
-from .shapes import Rows
+from sfumato.errors import Refused, nearest, one_of
+from sfumato.theory.definition import Theory, by_the_way, exact
+from sfumato.theory.types import Rows
 
 Betas = str | Sequence[float] | Tensor
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import Refused, nearest, one_of
-from . import noise
-from .definition import Theory, exact
-from .shapes import Anything
+from sfumato.errors import Refused, nearest, one_of
+from sfumato.theory import noise
+from sfumato.theory.definition import Theory, exact
+from sfumato.theory.types import Anything
 
 Curve = Callable[[Tensor], Tensor]
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import Refused, nearest, one_of
-from .definition import Theory, exact
-from .shapes import Anything
+from sfumato.errors import Refused, nearest, one_of
+from sfumato.theory.definition import Theory, exact
+from sfumato.theory.types import Anything
 
 
 def linear(theory: Theory, steps: int) -> Tensor:

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import Refused
-from .definition import Theory, exact, spread
-from .shapes import Denoise
+from sfumato.errors import Refused
+from sfumato.theory.definition import Theory, exact, spread
+from sfumato.theory.types import Denoise
 
 Stacked = Callable[[Tensor, Tensor], Tensor]
 """(x_t [2B, …], t [2B]) → out [2B, …]: rows 0 … B − 1 prompted, B … 2B − 1 weaker, or more."""

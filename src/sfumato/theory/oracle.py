@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Refused
-from . import noise
-from .course import start_of
-from .definition import Theory, eigh, exact
-from .shapes import Anything, Denoise, Moment
+from sfumato.errors import Refused
+from sfumato.theory import noise
+from sfumato.theory.definition import Theory, eigh, exact
+from sfumato.theory.trajectory import start_of
+from sfumato.theory.types import Anything, Denoise, Moment
 
 Numbers = Anything | Sequence[float] | Sequence[Sequence[float]]
 

@@ -1,8 +1,7 @@
 """Times: where to sample (grids.py), how to train (densities.py), what fits one model (fitting.py)."""
 
-from .densities import Density, densities, density, stratified, weighting, weightings
-from .fitting import Pilot, fit
-from .grids import (
+from sfumato.theory.densities import Density, densities, density, stratified, weighting, weightings
+from sfumato.theory.grids import (
     beta,
     cosine,
     custom,
@@ -16,10 +15,11 @@ from .grids import (
     trained,
     two_sided,
 )
+from sfumato.theory.schedule_search import FittedGrid, fit
 
 __all__ = [
     "Density",
-    "Pilot",
+    "FittedGrid",
     "beta",
     "cosine",
     "custom",

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Refused
-from . import noise, oracle
-from .catalogue import get
-from .change import translate
-from .definition import Theory, exact, listed
-from .fitting import fit
-from .grids import grid, grids
-from .shapes import Denoise
-from .solver import evaluations, integrate, methods, solve, widest
+from sfumato.errors import Refused
+from sfumato.theory import noise, oracle
+from sfumato.theory.catalogue import get
+from sfumato.theory.convert import translate
+from sfumato.theory.definition import Theory, exact, listed
+from sfumato.theory.grids import grid, grids
+from sfumato.theory.schedule_search import fit
+from sfumato.theory.solvers.solver import evaluations, integrate, methods, solve, widest
+from sfumato.theory.types import Denoise
 
 SMOOTH = oracle.mixture([[0.9, -0.3], [-0.6, 0.8], [-0.2, -0.9]], 0.3)
 """Overlapping modes, on which orders show at few steps."""

@@ -5,22 +5,22 @@ The names load on first use, so that reading a recipe's settings does not load t
 
 from typing import TYPE_CHECKING
 
-from ..lazy import names_from
+from sfumato.lazy import names_from
 
 if TYPE_CHECKING:
-    from .loop import Outcome, fit
-    from .objective import DiffusionObjective, Losses, Objective
-    from .settings import TrainSettings
+    from sfumato.training.loop.loop import Outcome, fit
+    from sfumato.training.objective.diffusion import DiffusionObjective, Losses, Objective
+    from sfumato.training.settings import TrainSettings
 else:
     __getattr__, __dir__ = names_from(
         __name__,
         {
-            "DiffusionObjective": ".objective",
-            "Losses": ".objective",
-            "Objective": ".objective",
-            "Outcome": ".loop",
-            "TrainSettings": ".settings",
-            "fit": ".loop",
+            "DiffusionObjective": "sfumato.training.objective.diffusion",
+            "Losses": "sfumato.training.objective.diffusion",
+            "Objective": "sfumato.training.objective.diffusion",
+            "Outcome": "sfumato.training.loop.loop",
+            "TrainSettings": "sfumato.training.settings",
+            "fit": "sfumato.training.loop.loop",
         },
     )
 

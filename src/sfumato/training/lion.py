@@ -2,7 +2,7 @@
 
 import torch
 
-from .groups import Groups
+from sfumato.training.param_groups import Groups
 
 
 class Lion(torch.optim.Optimizer):

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sfumato.settings import Table, key
-
-from .optimisers import OPTIMIZERS
+from sfumato.training.optimizers import OPTIMIZERS
 
 DENSITIES = ("uniform", "logit-normal", "log-normal", "log-snr", "cosmap", "mode")
 WEIGHTINGS = ("none", "min-snr", "edm", "sigmoid", "p2", "debiased")

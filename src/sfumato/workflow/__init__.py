@@ -3,9 +3,20 @@
 recipe → pictures and captions → codec → encodings in the store → training → pictures, numbers, page
 """
 
-from .agreement import agree
-from .averaging import average
-from .course import Run, encode, gather, ready, train
-from .forecast import fitted, plan
+from sfumato.workflow.averaging import average
+from sfumato.workflow.planning.plan import fitted, plan
+from sfumato.workflow.prepare import prepare_run, resolve_recipe
+from sfumato.workflow.resume import check_resume
+from sfumato.workflow.train_run import Run, encode, train
 
-__all__ = ["Run", "agree", "average", "encode", "fitted", "gather", "plan", "ready", "train"]
+__all__ = [
+    "Run",
+    "average",
+    "check_resume",
+    "encode",
+    "fitted",
+    "plan",
+    "prepare_run",
+    "resolve_recipe",
+    "train",
+]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from .. import stages
-from ..errors import Failed, Refused
-from ..generation import load
-from ..record import RunFolder
-from ..training import posthoc
+from sfumato import models
+from sfumato.errors import Failed, Refused
+from sfumato.generation import load
+from sfumato.run_folder import RunFolder
+from sfumato.training.state import posthoc_ema
 
 TOO_FAR = 0.5
 """The part of an average's profile that may be missed: beyond it, another average would be written."""
@@ -37,14 +37,14 @@ def average(
         Refused: no such length, or the run kept too few averages for it. Failed: one of them is damaged.
     """
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
-    weights, missed = posthoc.reconstruct(folder, length, step)
-    last = step or posthoc.snapshots(folder)[-1].step
+    weights, missed = posthoc_ema.reconstruct(folder, length, step)
+    last = step or posthoc_ema.snapshots(folder)[-1].step
     if missed > TOO_FAR:
-        ends = sorted({one.step for one in posthoc.snapshots(folder)})
+        ends = sorted({one.step for one in posthoc_ema.snapshots(folder)})
         raise Refused(
             f"What {folder.path} kept up to step {last} misses this average by {missed:.0%}. Choose a later "
             f"step (kept: {', '.join(map(str, ends[-5:]))}), a length nearer to "
-            f"{' or '.join(map(str, posthoc.LENGTHS))}, or a lower train.ema_snapshot_every next time."
+            f"{' or '.join(map(str, posthoc_ema.LENGTHS))}, or a lower train.ema_snapshot_every next time."
         )
     model = load(folder.path)
     own = {**dict(model.denoiser.named_parameters()), **dict(model.denoiser.named_buffers())}
@@ -55,5 +55,5 @@ def average(
             own[name].copy_(weight)
     model.info |= {"averaged": {"run": str(folder.path), "length": length, "step": last}}
     home = Path(out) if out else folder.path / "averages" / f"ema-{length:.3f}"
-    stages.save(model, home, text_by_name=True)
+    models.save(model, home, text_by_name=True)
     return Averaged(home, last, missed)

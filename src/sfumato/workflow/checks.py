@@ -1,41 +1,50 @@
 """What a recipe asks of sizes, frames and theory, refused before anything is computed where it cannot be."""
 
 import math
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
-from .. import stages
-from ..data import buckets
-from ..data.sample import Sample
-from ..data.settings import EMBEDDED, DataSettings
-from ..errors import Refused
-from ..generation import PaintingModel, load
-from ..generation.leaning import GuidanceOptions
-from ..recipe import DEFAULT, Recipe
-from ..stages import guides
-from ..stages.dit import DiT
-from ..stages.interface import no_context_parallel
-from ..stages.ulysses import check_heads, uneven
-from ..stages.unet import UNet
-from ..training import context
-from ..training.packed import unpackable
-from .material import Bucket, known_sizes, named
-from .tuning import check_latents
+import torch
 
-NETWORKS: dict[str, type[stages.Denoiser]] = {"dit": DiT, "unet": UNet}
+from sfumato import models
+from sfumato.data import buckets
+from sfumato.data.settings import EMBEDDED, DataSettings
+from sfumato.data.sources.sample import Sample
+from sfumato.errors import Refused
+from sfumato.generation import Pipeline, load
+from sfumato.generation.guidance import GuidanceOptions
+from sfumato.models import control
+from sfumato.models.interface import no_context_parallel
+from sfumato.models.networks.dit import DiT
+from sfumato.models.networks.ulysses import check_heads, uneven
+from sfumato.models.networks.unet import UNet
+from sfumato.recipe import DEFAULT, Recipe
+from sfumato.settings import Table
+from sfumato.training.distributed import context_parallel
+from sfumato.training.loop import callbacks, trackers
+from sfumato.training.objective import user_loss
+from sfumato.training.objective.packed_batches import unpackable
+from sfumato.training.optim.run_optimizer import RunOptimizer
+from sfumato.user_code import is_user_code, load_user_object
+from sfumato.workflow.dataset import Bucket, known_sizes, named
+from sfumato.workflow.finetune import check_latents
+
+NETWORKS: dict[str, type[models.Denoiser]] = {"dit": DiT, "unet": UNet}
 
 
 def theory_of(recipe: Recipe) -> None:
     """Refuse a theory that is unknown, or singular where training asks it, before anything is computed."""
     if recipe.model.base != "scratch" and not recipe.model.theory:
         return
-    theory = stages.new_theory(recipe.model.theory)
+    theory = models.new_theory(recipe.model.theory)
     found = theory.check()
     if not found.ok:
         raise Refused(f"model.theory: {found.problems[0]}")
 
 
 def sizes(
-    recipe: Recipe, samples: list[Sample], codec: stages.Codec, base: PaintingModel | None
+    recipe: Recipe, samples: list[Sample], codec: models.Codec, base: Pipeline | None
 ) -> Bucket | Callable[[Bucket], Bucket]:
     """What size (width, height) each picture is brought to.
 
@@ -55,7 +64,7 @@ def sizes(
     return found
 
 
-def _check_frames(data: DataSettings, codec: stages.Codec) -> None:
+def _check_frames(data: DataSettings, codec: models.Codec) -> None:
     """Raises Refused unless clips of so many frames, and of so many fewer, become latents."""
     if not codec.of_clips:
         raise Refused(f"data.frames = {data.frames}, but this model draws pictures, not clips. Leave it out.")
@@ -75,13 +84,14 @@ def _check_frames(data: DataSettings, codec: stages.Codec) -> None:
             raise Refused(f"{name} = {frames:g}: {refusal}") from None
 
 
-def check_known(recipe: Recipe, base: PaintingModel | None) -> None:
+def check_known(recipe: Recipe, base: Pipeline | None) -> None:
     """Raises Refused where frames are to have times of their own, and there are none or they cannot."""
     said = recipe.train
     asked = {
-        "frame_timesteps": said.frame_timesteps != "shared", "first_frame_share": said.first_frame_share,
+        "frame_timesteps": said.frame_timesteps != "shared",
+        "first_frame_share": said.first_frame_share,
         "last_frame_share": said.last_frame_share,
-    }  # fmt: skip
+    }
     named = [name for name, is_asked in asked.items() if is_asked]
     cut = {
         "data.clips_per_video": recipe.data.clips_per_video > 1,
@@ -111,7 +121,7 @@ def check_known(recipe: Recipe, base: PaintingModel | None) -> None:
         )
 
 
-def check_packed(recipe: Recipe, base: PaintingModel | None) -> None:
+def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
     """Raises Refused where samples of several shapes are to be joined, and cannot be or there are none."""
     if not recipe.train.sequence_packing:
         return
@@ -123,7 +133,7 @@ def check_packed(recipe: Recipe, base: PaintingModel | None) -> None:
     )
     if not packs:
         raise Refused(unpackable(model.base if base else f'model.denoiser = "{model.denoiser}"'))
-    if model.train in guides.KINDS or data.condition_columns:
+    if model.train in control.KINDS or data.condition_columns:
         raise Refused(
             "train.sequence_packing joins samples of several shapes, but pictures that guide are read in "
             "batches of one. Leave train.sequence_packing out, or do without the pictures that guide."
@@ -142,13 +152,13 @@ def check_packed(recipe: Recipe, base: PaintingModel | None) -> None:
         )
 
 
-def check_context(recipe: Recipe, base: PaintingModel | None, count: int) -> None:
+def check_context(recipe: Recipe, base: Pipeline | None, count: int) -> None:
     """Raises Refused where samples are to be shared by some of `count` processes, and cannot be."""
-    context.check(recipe.train, count)
+    context_parallel.check(recipe.train, count)
     model, within = recipe.model, recipe.train.context_parallel
     if within == 1:
         return
-    if model.train in guides.KINDS:
+    if model.train in control.KINDS:
         raise Refused(
             "train.context_parallel shares the tokens of each sample among processes; pictures that guide "
             "are not shared. Leave train.context_parallel at 1."
@@ -166,9 +176,7 @@ def check_context(recipe: Recipe, base: PaintingModel | None, count: int) -> Non
         check_heads(model.heads, within)
 
 
-def check_tokens(
-    recipe: Recipe, codec: stages.Codec, base: PaintingModel | None, sizes: Iterable[Bucket]
-) -> None:
+def check_tokens(recipe: Recipe, codec: models.Codec, base: Pipeline | None, sizes: Iterable[Bucket]) -> None:
     """Raises Refused unless samples of our DiT in these sizes can be shared evenly."""
     within, frames = recipe.train.context_parallel, recipe.data.frames or 1
     if within == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
@@ -181,13 +189,13 @@ def check_tokens(
             raise Refused(uneven(tokens, within))
 
 
-def grain_of(recipe: Recipe, base: PaintingModel | None) -> int:
+def grain_of(recipe: Recipe, base: Pipeline | None) -> int:
     """The number whose multiples the sides of the recipe's pictures are."""
-    codec = base.codec if base else stages.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
+    codec = base.codec if base else models.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     return _grain(recipe, codec, base)
 
 
-def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> int:
+def _grain(recipe: Recipe, codec: models.Codec, base: Pipeline | None) -> int:
     """The smallest side whose multiples codec and denoiser both take."""
     grain = codec.stride
     while True:
@@ -201,7 +209,7 @@ def _grain(recipe: Recipe, codec: stages.Codec, base: PaintingModel | None) -> i
 
 
 def check_guidance(
-    recipe: Recipe, codec: stages.Codec, conditioner: stages.Conditioner, base: PaintingModel | None
+    recipe: Recipe, codec: models.Codec, conditioner: models.Conditioner, base: Pipeline | None
 ) -> None:
     """Raises Refused where [sample] says something about guidance that would not act on what is drawn."""
     said, has_negative = recipe.sample, bool(recipe.sample.negative)
@@ -223,3 +231,74 @@ def check_guidance(
         how.check_latents(codec)
     except Refused as refusal:
         raise Refused(f"[sample] {refusal}") from None
+
+
+def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
+    """Raises Refused for settings that are missing what they need.
+
+    Args:
+        held_out: how many samples are held out.
+    """
+    train = recipe.train
+    trackers.check(train.trackers)
+    _check_optimizer(recipe, device)
+    if train.loss:
+        user_loss.check(train.loss)
+    for word in train.callbacks:
+        callbacks.check(word)
+    if train.patience and not (train.validate_every and held_out):
+        missing = (
+            "no sample is held out (data.held_out)" if train.validate_every else "train.validate_every is 0"
+        )
+        raise Refused(
+            f"train.patience = {train.patience} waits for the held-out loss, but {missing}. "
+            "Change that, or leave train.patience out."
+        )
+    if _is_said(recipe, "elastic_max_ranks") and not train.exact_elastic:
+        raise Refused(
+            "train.elastic_max_ranks is about train.exact_elastic = true. Say that too, or leave it out."
+        )
+    if train.exact_elastic and train.elastic_max_ranks & (train.elastic_max_ranks - 1):
+        lower = 1 << (train.elastic_max_ranks.bit_length() - 1)
+        raise Refused(
+            f"train.elastic_max_ranks is {train.elastic_max_ranks}, but one tree of gradients needs a power "
+            f"of 2. Choose {lower} or {2 * lower}."
+        )
+    if train.hsdp_shard_size and train.parallel != "hsdp":
+        raise Refused(
+            'train.hsdp_shard_size is about train.parallel = "hsdp". Say that too, or leave it out.'
+        )
+
+
+def _is_said(recipe: Recipe, name: str) -> bool:
+    return recipe.origin(f"train.{name}") != DEFAULT
+
+
+def _check_optimizer(recipe: Recipe, device: torch.device) -> None:
+    """Raises Refused where its package is missing, it needs another machine, or it averages by itself."""
+    train = recipe.train
+    if is_user_code(train.optimizer):
+        load_user_object(train.optimizer)
+        return
+    tried = RunOptimizer(torch.nn.Linear(2, 2, device=device), replace(train, lr_multipliers=Table()))
+    if tried.averages and train.ema and _is_said(recipe, "ema"):
+        raise Refused(
+            f'train.optimizer = "{train.optimizer}" keeps an average of its own, beside which train.ema does '
+            "not act. Leave train.ema out."
+        )
+
+
+def warned(recipe: Recipe) -> list[str]:
+    """What acts, but hardly as it was meant, in sentences."""
+    train, found, cores = recipe.train, list[str](), os.cpu_count() or 1
+    if train.warmup >= train.steps:
+        only = (
+            f" and train.schedule = {train.schedule} does not begin" if train.schedule != "constant" else ""
+        )
+        found.append(
+            f"The warm-up of {train.warmup} steps (train.warmup) is as long as the run of {train.steps}: the "
+            f"learning rate rises to {train.steps / train.warmup:.0%} of train.learning_rate{only}."
+        )
+    if train.threads > cores:
+        found.append(f"train.threads = {train.threads}, but there are {cores} cores: threads will wait.")
+    return found

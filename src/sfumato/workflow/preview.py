@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from ..data.encoded import EncodedSet
-from ..generation import PaintingModel
-from ..generation.files import DEFAULT_FPS, contents, is_clip
-from ..recipe import Recipe
-from ..record import RunFolder, write_atomic
-from ..theory import noise
-from ..training import parallel
-from .sizes import Size, in_sizes
+from sfumato.data.encoding.encoded_dataset import EncodedDataset
+from sfumato.generation import Pipeline
+from sfumato.generation.files import DEFAULT_FPS, contents, is_clip
+from sfumato.recipe import Recipe
+from sfumato.run_folder import RunFolder, write_atomic
+from sfumato.theory import noise
+from sfumato.training.distributed import processes
+from sfumato.workflow.draw_sizes import Size, draw_in_sizes
 
 SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Group:
+class PreviewGroup:
     """Prompts that are drawn together; name says whether the model was trained on them."""
 
     name: str | None
@@ -29,18 +29,20 @@ class Group:
     guides: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
-def groups(recipe: Recipe, train: EncodedSet, held_out: EncodedSet, guided: bool) -> list[Group]:
+def groups(
+    recipe: Recipe, train: EncodedDataset, held_out: EncodedDataset, guided: bool
+) -> list[PreviewGroup]:
     """What to draw: the recipe's prompts, or captions trained on and captions held out."""
     if recipe.sample.prompts:
-        return [Group(None, list(recipe.sample.prompts))]
+        return [PreviewGroup(None, list(recipe.sample.prompts))]
     if not guided:
-        return [Group(None, [""] * SHOWN)]
+        return [PreviewGroup(None, [""] * SHOWN)]
     parts = (("trained", train), ("held_out", held_out))
     found = [(name, _some(encoded)) for name, encoded in parts]
-    return [Group(name, list(some), tuple(some.values())) for name, some in found if some]
+    return [PreviewGroup(name, list(some), tuple(some.values())) for name, some in found if some]
 
 
-def _some(encoded: EncodedSet) -> dict[str, Size | None]:
+def _some(encoded: EncodedDataset) -> dict[str, Size | None]:
     """A few different captions, the same every time, each with the size its picture is learned in."""
     sizes = {
         caption: (item.bucket[0], item.bucket[1]) if len(item.bucket) == 2 else None
@@ -70,10 +72,10 @@ class Preview:
 
     def __init__(
         self,
-        model: PaintingModel,
+        model: Pipeline,
         recipe: Recipe,
         run: RunFolder,
-        shown: list[Group],
+        shown: list[PreviewGroup],
         after: Callable[[], Any],
     ) -> None:
         self.model, self.recipe, self.run, self.groups, self.after = model, recipe, run, shown, after
@@ -86,11 +88,11 @@ class Preview:
             seed += len(group.prompts)
             names = self._draw(group, seeds, step)
             told: dict[str, Any] = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
-            if group.guides and parallel.current().leads:
+            if group.guides and processes.current().is_rank_zero:
                 told["shown"] = write_shown(self.run, group.name or "prompt", group.guides, self.fps)
-            parallel.current().wait()
+            processes.current().wait()
             self.run.event("pictures", step=step, files=names, **told)
-        if parallel.current().leads:
+        if processes.current().is_rank_zero:
             self.after()
 
     @property
@@ -98,11 +100,11 @@ class Preview:
         """Frames a second of the model's clips."""
         return float(self.model.info.get("fps", DEFAULT_FPS))
 
-    def _draw(self, group: Group, seeds: list[int], step: int) -> list[str]:
+    def _draw(self, group: PreviewGroup, seeds: list[int], step: int) -> list[str]:
         """Draw and write this process's share; the names of all files, in the run's folder."""
-        sample, mine = self.recipe.sample, parallel.current().dealt(len(seeds))
+        sample, mine = self.recipe.sample, processes.current().indices_of_rank(len(seeds))
         sizes = group.sizes or (None,) * len(seeds)
-        pictures = in_sizes(
+        pictures = draw_in_sizes(
             self.model,
             [group.prompts[index] for index in mine],
             [seeds[index] for index in mine],
@@ -115,7 +117,7 @@ class Preview:
             self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"
             for index in range(len(seeds))
         ]
-        for index, picture in zip(mine, pictures, strict=True) if parallel.current().speaks else ():
+        for index, picture in zip(mine, pictures, strict=True) if processes.current().is_group_leader else ():
             said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
             (content,) = contents(picture, kind, said, self.fps).values()
             write_atomic(files[index], content)

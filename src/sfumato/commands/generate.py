@@ -1,0 +1,363 @@
+"""The command that draws."""
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sfumato.commands.console import progress, result
+from sfumato.errors import Refused, one_of
+from sfumato.report.page import Picture, document, embedded, gallery, section
+from sfumato.run_folder import write_atomic
+
+AS_TRAINED = ("width", "height", "frames", "window", "tile", "chunk")
+"""Options that leave it to the model where they are 0."""
+PICTURES = (
+    "control", "control_weight", "control_start", "control_end", "reference", "reference_scale",
+    "reference_start", "reference_end", "init", "strength", "mask",
+)  # fmt: skip
+"""Options about pictures that guide."""
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What the command line asks for: with which model, what, how, and where it goes.
+
+    labels: classes, of a model that knows classes instead of prompts; wanted: arguments of the model's own
+    `generate`; kinds: of file, default PNG, of clips MP4; fps: of clips, default as the model was trained.
+    """
+
+    folder: Path
+    prompts: list[str]
+    labels: list[str]
+    count: int
+    wanted: dict[str, Any]
+    out: Path
+    device: str
+    kinds: Sequence[str] = ()
+    fps: float | None = None
+    loras: list[tuple[str, float]] = field(default_factory=list)
+    embeddings: list[str] = field(default_factory=list)
+    guides: Sequence[Path] = ()
+    control_from: str = ""
+    image_encoder: Path | None = None
+    context: int = 1
+
+    @classmethod
+    def of(cls, said: dict[str, Any]) -> "GenerateRequest":
+        """From the options of `sfumato generate`, by their names.
+
+        Raises:
+            Refused: a file that cannot be read, or options that do not go together.
+        """
+        said, known = dict(said), {*said, "latents", "watch"}
+        said.pop("json", None)
+        loras = [weighted(lora) for lora in said.pop("lora") or []]
+        embeddings = said.pop("embedding") or []
+        where = {name: said.pop(name) for name in ("count", "out", "device", "fps")}
+        own = {
+            "folder": said.pop("model"),
+            "prompts": said.pop("prompt") or [],
+            "labels": said.pop("label") or [],
+            "kinds": said.pop("format") or (),
+            "guides": said.pop("guide") or [],
+            "image_encoder": said.pop("image_encoder"),
+            "context": said.pop("context"),
+        }
+        regions = [region(one) for one in said.pop("region") or []]
+        said |= {"regions": regions} if regions else {}
+        own["control_from"] = said.pop("control_from")
+        pictures = shown({name: said.pop(name) for name in PICTURES}, own["control_from"])
+        last = said.pop("last_image")
+        wanted = further(said.pop("image") or [], said.pop("option") or [], known)
+        wanted |= {"last_image": str(last)} if last is not None else {}
+        usual = {"negative": "", "solver": "", **dict.fromkeys(AS_TRAINED, 0)}
+        said = {name: value for name, value in said.items() if value not in (None, usual.get(name))}
+        return cls(wanted=said | wanted | pictures, loras=loras, embeddings=embeddings, **own, **where)
+
+
+def generate(asked: GenerateRequest, as_json: bool) -> None:
+    """Draw `count` pictures or clips of each prompt into `out`, with a page that shows them.
+
+    Of processes that draw together (`context`) the first one writes.
+    """
+    from sfumato.training.distributed import context_parallel
+
+    with context_parallel.drawers(asked.context, asked.device) as processes:
+        found = run_generation(asked, processes)
+    if processes.is_rank_zero:
+        write(asked, *found, as_json)
+
+
+def run_generation(
+    asked: GenerateRequest, processes: Any
+) -> tuple[Any, list[str], list[Any], dict[str, Any]]:
+    """The model, each picture's prompt, the pictures or clips, and what is said of all of them."""
+    from sfumato.generation import load
+    from sfumato.training.device import resolve
+    from sfumato.training.distributed import context_parallel
+
+    device = str(resolve(asked.device))
+    model = loaded(asked, device)
+    formats(asked, model)
+    prompts = [prompt for prompt in asked.prompts or asked.labels or [""] for _ in range(asked.count)]
+    options = dict(asked.wanted)
+    if asked.control_from:
+        shape = model.latent_shape(options.get("width"), options.get("height"))
+        size = model.codec.pixel_size(shape)
+        options["control"] = [
+            make_control(one, asked.control_from, size["width"], size["height"]) for one in options["control"]
+        ]
+    told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    if "guidance_by" in options:
+        options["guidance_by"] = load(options["guidance_by"], device=device)
+    with progress() as bar, context_parallel.divided(model.denoiser, asked.context, processes):
+        drawn = model.generate(
+            prompt=prompts, watch=lambda done, total: bar(done, total, "drawing"), **options
+        )
+    said = {**json_safe(told), "model": asked.folder.name}
+    if asked.loras:
+        said["loras"] = [f"{Path(file).name}:{weight:g}" for file, weight in asked.loras]
+    return model, prompts, drawn, said
+
+
+def write(
+    asked: GenerateRequest,
+    model: Any,
+    prompts: list[str],
+    drawn: list[Any],
+    said: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Write what was drawn, a sheet and a page of it, and tell where."""
+    kinds, fps = formats(asked, model)
+    listed = []
+    for index, (prompt, one) in enumerate(zip(prompts, drawn, strict=True)):
+        seed = asked.wanted["seed"] + index
+        place = asked.out / f"{index:03d}-{slug(prompt)}-{seed}"
+        kept = save_output(one, place, kinds, {"prompt": prompt, **said, "seed": seed}, fps)
+        listed.append({**kept, "prompt": prompt, "seed": seed})
+    sheet, page = overview(asked, drawn, listed, fps)
+    result(
+        {"pictures": listed, "sheet": sheet, "page": page},
+        "\n".join([*(file for one in listed for file in one["files"]), str(sheet), str(page)]),
+        as_json,
+    )
+
+
+def loaded(asked: GenerateRequest, device: str) -> Any:
+    """The model with its LoRAs and guides.
+
+    Raises:
+        Refused: one that does not fit, or a model of prompts without a prompt.
+    """
+    from sfumato.generation import load
+    from sfumato.models.control import attach
+    from sfumato.models.pretrained.textual_inversion import parse_embedding
+
+    model = load(asked.folder, device=device)
+    for file, weight in asked.loras:
+        model.add_lora(file, weight)
+    for one in asked.embeddings:
+        word, file = parse_embedding(one)
+        model.add_embedding(file, word)
+    if asked.image_encoder is not None and not any(place.is_file() for place in asked.guides):
+        raise Refused("--image-encoder is for an IP-Adapter's file: give --guide FILE too, or leave it out.")
+    for place in asked.guides:
+        attach(model, place, asked.image_encoder if place.is_file() else None)
+    if asked.labels and (asked.prompts or model.conditioner.kind != "labels"):
+        raise Refused(
+            "Give --label or --prompt, not both."
+            if asked.prompts
+            else f"--label {asked.labels[0]}: this model was not trained on classes. Use --prompt."
+        )
+    if not asked.prompts and not asked.labels and model.conditioner.kind != "none":
+        if model.conditioner.kind == "labels":
+            raise Refused("Say which class to draw: --label NAME. Repeat --label for several pictures.")
+        raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
+    return model
+
+
+def formats(asked: GenerateRequest, model: Any) -> tuple[list[str], float]:
+    """The kinds of file to write, and the frames a second of clips.
+
+    Raises:
+        Refused: a kind this model's drawings cannot be written as.
+    """
+    from sfumato.generation import files
+
+    is_clip = "frames" in model.info
+    known = files.CLIP_KINDS if is_clip else files.PICTURE_KINDS
+    kinds = [one_of("--format", kind, known) for kind in asked.kinds or known[:1]]
+    if asked.fps is None:
+        return kinds, float(model.info.get("fps", files.DEFAULT_FPS))
+    if not is_clip:
+        raise Refused(f"--fps {asked.fps:g}: this model draws pictures, not clips. Leave --fps out.")
+    return kinds, files.check_fps(asked.fps)
+
+
+def overview(
+    asked: GenerateRequest, drawn: list[Any], listed: list[dict[str, Any]], fps: float
+) -> tuple[Path, Path]:
+    """Write a contact sheet and a page of what was drawn; where they are."""
+    from sfumato.generation import files
+    from sfumato.generation.contact_sheet import sheet_of
+
+    sheet, page = asked.out / "sheet.png", asked.out / "index.html"
+    write_atomic(sheet, files.png(sheet_of(drawn, [row["prompt"] for row in listed]), {}))
+    there = [
+        Picture(embedded(*moving(one, fps)), row["prompt"], f"seed {row['seed']}")
+        for one, row in zip(drawn, listed, strict=True)
+    ]
+    title = "Clips" if files.is_clip(drawn[0]) else "Pictures"
+    write_atomic(page, document(title, f"By {asked.folder}.", [section("Drawn", gallery(there))]))
+    return sheet, page
+
+
+def save_output(
+    drawn: Any, place: Path, kinds: Sequence[str], said: dict[str, Any], fps: float
+) -> dict[str, Any]:
+    """Write a picture or clip to `place` and an ending; where it is now, numbered frames as their folder."""
+    from sfumato.generation import files
+
+    written = []
+    for kind in kinds:
+        for ending, content in files.contents(drawn, kind, said, fps).items():
+            file = Path(f"{place}{ending}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, content)
+            written.append(str(file))
+    frames = next((i for i, kind in enumerate(kinds) if kind == "frames"), None)
+    first = str(place) if frames == 0 else written[0]
+    return {"file": first, "files": written}
+
+
+def moving(drawn: Any, fps: float) -> tuple[bytes, str]:
+    """What a page shows of a picture or clip: its bytes and what they are."""
+    from PIL import Image
+
+    from sfumato.generation import files
+
+    if not files.is_clip(drawn):
+        return files.png(drawn, {}), "image/png"
+    return files.webp([Image.fromarray(frame) for frame in drawn], {}, fps), "image/webp"
+
+
+def slug(text: str, most: int = 40) -> str:
+    """A text as a part of a file's name."""
+    kept = "".join(letter if letter.isalnum() else "-" for letter in text.lower())
+    return "-".join(part for part in kept.split("-") if part)[:most] or "picture"
+
+
+def json_safe(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that can be written down: all but pictures."""
+    from PIL.Image import Image
+
+    def is_picture(value: Any) -> bool:
+        return any(map(is_picture, value)) if isinstance(value, list | tuple) else isinstance(value, Image)
+
+    return {name: value for name, value in options.items() if not is_picture(value)}
+
+
+def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
+    """The pictures that guide and their numbers, as `generate` takes them.
+
+    Raises:
+        Refused: a file that cannot be read, or a kind of control without one.
+    """
+    from sfumato.data.condition_images import KINDS, kind_of
+
+    known = {name: value for name, value in said.items() if value not in (None, [])}
+    for name in ("init", "mask"):
+        if name in known:
+            known[name] = still_or_clip(known[name])
+    if "reference" in known:
+        known["reference"] = [[still_or_clip(file) for file in known["reference"]]]
+    if "control" in known:
+        known["control"] = [still_or_clip(file) for file in known["control"]]
+        if control_from and (clip := next((one for one in known["control"] if isinstance(one, str)), "")):
+            raise Refused(
+                f"--control-from makes a control of a picture, but {clip} is a clip. Give its control."
+            )
+        if control_from:
+            one_of("Control", kind_of(control_from), KINDS)
+    elif control_from:
+        raise Refused("--control-from makes a control of a file: give --control FILE too, or leave it out.")
+    for name in ("control_weight", "control_start", "control_end"):
+        if name in known and len(known[name]) == 1:
+            known[name] = known[name][0]
+    return known
+
+
+def still_or_clip(file: Any) -> Any:
+    """The picture in a file; of a video or an animation its path, for models that draw clips."""
+    from sfumato.data.sources.clips import is_clip
+    from sfumato.models.pretrained.image_inputs import picture
+
+    return str(file) if is_clip(str(file), Path(file)) else picture(file)
+
+
+def make_control(one: Any, kind: str, width: int, height: int) -> Any:
+    """A control picture of this kind, made of a picture as it is cut to what is drawn, as in training."""
+    from sfumato.data.condition_images import control_image
+    from sfumato.data.sources.media import fit, to_pixels
+    from sfumato.generation import to_images
+
+    return to_images(control_image(to_pixels(fit(one, width, height)[None]), kind))[0]
+
+
+def further(images: list[Path], options: list[str], taken: Collection[str]) -> dict[str, Any]:
+    """Arguments of `generate` that only some models take, from the command line.
+
+    Raises:
+        Refused: an option that is no NAME=VALUE, or whose name is `taken` by another of the command's.
+    """
+    known: dict[str, Any] = {"image": [[str(image) for image in images]]} if images else {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals or not name.strip():
+            raise Refused(f'--option "{option}" must be NAME=VALUE, such as max_sequence_length=128.')
+        if name.strip() in taken:
+            raise Refused(
+                f"--option {option}: {name.strip()} is said by an option of its own, or not at all."
+            )
+        try:
+            known[name.strip()] = json.loads(value)
+        except ValueError:
+            known[name.strip()] = value
+    return known
+
+
+def region(said: str) -> tuple[Any, str]:
+    """MASK:TEXT, the mask as a picture.
+
+    Raises:
+        Refused: no such pair, or no such file.
+    """
+    from sfumato.models.pretrained.image_inputs import picture
+
+    drive = 2 if re.match(r"[A-Za-z]:[\\/]", said) else 0
+    at = said.find(":", drive)
+    file, prompt = said[: max(at, 0)], said[at + 1 :]
+    if not file or not prompt.strip():
+        raise Refused(
+            f'--region "{said}" must be a mask\'s file and a prompt: --region "left.png:a red apple".'
+        )
+    return picture(file), prompt.strip()
+
+
+def weighted(lora: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT.
+
+    Raises:
+        Refused: a weight that is no number.
+    """
+    file, colon, weight = lora.rpartition(":")
+    if not colon or Path(lora).exists():
+        return lora, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        raise Refused(f'--lora "{lora}": "{weight}" is no weight. Write FILE or FILE:0.8.') from None

@@ -1,0 +1,1 @@
+"""Encoding: filling the store, and reading training batches from it."""

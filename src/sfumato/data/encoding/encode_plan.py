@@ -1,0 +1,147 @@
+"""Work: what encoding has to do, laid out before it begins, and done by threads that look ahead."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TypeVar
+
+from sfumato.data.encoding import views
+from sfumato.data.encoding.views import Companion, Encoding, Size, Task
+from sfumato.data.sources.sample import Sample, SetAside
+from sfumato.data.store.store import key
+
+T = TypeVar("T")
+R = TypeVar("R")
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class EncodePlan:
+    """What is to be in the store, and the samples that cannot be used.
+
+    tasks are of the samples, beside those of their companions by (sample's name, which), texts the captions
+    with their keys. seen: where words are read beside a picture, its content by the sample's name.
+    """
+
+    tasks: list[Task]
+    beside: dict[tuple[str, str], Task]
+    texts: dict[str, str]
+    set_aside: list[SetAside]
+    seen: dict[str, str] = field(default_factory=dict)
+
+    def text(self, sample: Sample, caption: str) -> str:
+        """The key of a sample's caption; "" without texts."""
+        return self.texts.get(text_key(caption, self.seen.get(sample.name, "")), "")
+
+    @property
+    def pictures(self) -> list[Task]:
+        """The tasks of samples and companions."""
+        return [*self.tasks, *self.beside.values()]
+
+    def keys(self, how: Encoding) -> dict[str, list[str]]:
+        """The keys of everything that is kept, by kind."""
+        kept = [one for task in self.pictures for one in task.keys] if how.keeps else []
+        return {"pixels": kept, "text": list(self.texts.values())}
+
+
+def lay_out(
+    samples: Sequence[Sample],
+    bucket_of: Size | Callable[[Size], Size],
+    how: Encoding,
+    companions: Mapping[str, Companion],
+    with_texts: bool,
+    progress: Progress,
+    seen: Callable[[Sample], str] | None = None,
+) -> EncodePlan:
+    """Look at every sample and say what is to be encoded; nothing is decoded or written.
+
+    Args:
+        seen: the content of the picture that a sample's words are read beside, where they are.
+    """
+
+    def look(sample: Sample) -> Task | SetAside:
+        return views.plan(sample, bucket_of, how)
+
+    tasks: list[Task] = []
+    set_aside: list[SetAside] = []
+    with threads(how.threads) as pool:
+        for done, found in enumerate(prefetch(pool, look, samples, 64)):
+            if isinstance(found, SetAside):
+                set_aside.append(found)
+            else:
+                tasks.append(found)
+            progress(done + 1, len(samples), "reading")
+    whole, beside = _companions(tasks, companions, how, set_aside)
+    contents = {task.sample.name: seen(task.sample) for task in whole} if seen and with_texts else {}
+    captions = {
+        text_key(caption, contents.get(task.sample.name, ""))
+        for task in whole
+        for caption in (*task.sample.captions, "")
+    }
+    captions |= set() if contents or seen else {""}
+    texts = {caption: _text_key(how, caption) for caption in captions} if with_texts else {}
+    return EncodePlan(whole, beside, texts, set_aside, contents)
+
+
+SEEN = "\0"
+
+
+def text_key(caption: str, content: str) -> str:
+    """What a text encoder is asked: a caption, and the content of the picture beside it, if there is one."""
+    return f"{caption}{SEEN}{content}" if content else caption
+
+
+def _companions(
+    tasks: Sequence[Task], companions: Mapping[str, Companion], how: Encoding, set_aside: list[SetAside]
+) -> tuple[list[Task], dict[tuple[str, str], Task]]:
+    """The tasks whose samples have all companions, and the companions' own by (sample's name, which)."""
+    whole: list[Task] = []
+    beside: dict[tuple[str, str], Task] = {}
+    for task in tasks:
+        found = {
+            (task.sample.name, name): views.companion_task(task, name, how, companion)
+            for name, companion in companions.items()
+        }
+        missing = next((one for one in found.values() if isinstance(one, SetAside)), None)
+        if missing is None:
+            whole.append(task)
+            beside |= {place: one for place, one in found.items() if isinstance(one, Task)}
+        else:
+            set_aside.append(SetAside(task.sample.name, of_companion(task, missing)))
+    return whole, beside
+
+
+def of_companion(task: Task, missing: SetAside) -> str:
+    """The reason that a companion gives for setting its sample aside."""
+    where = missing.file.removeprefix(f"{task.sample.name}: ")
+    return missing.reason if missing.file == task.sample.name else f"{where}: {missing.reason}"
+
+
+def _text_key(how: Encoding, caption: str) -> str:
+    return key(hashlib.sha256(caption.encode()).hexdigest(), "caption", how.texts, how.texts_format)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool that, when the block fails, does not finish what was only planned."""
+    pool = ThreadPoolExecutor(max(1, count))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prefetch(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+    """work(item) for each item in order, up to `depth` of them under way at once."""
+    coming, waiting = iter(items), deque[Future[R]]()
+    for item in islice(coming, depth):
+        waiting.append(pool.submit(work, item))
+    while waiting:
+        result = waiting.popleft().result()
+        for item in islice(coming, 1):
+            waiting.append(pool.submit(work, item))
+        yield result

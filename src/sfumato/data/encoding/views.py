@@ -1,0 +1,183 @@
+"""A view is one way a sample is shown to the encoder: fitted to its bucket, mirrored, a piece of a clip."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato.data.sources import clips, media
+from sfumato.data.sources.sample import Picture, Sample, SetAside
+from sfumato.data.store.store import key
+
+Size = tuple[int, int]
+Bucket = tuple[int, ...]  # width, height in pixels, and frames where clips are wanted
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How samples are encoded.
+
+    pixels, texts: fingerprints of the encoders. batch, texts_batch: pictures, captions in one call.
+    shard: entries a shard holds at most, and so what a kill can cost. flip: also store mirrored pictures.
+    frames > 0 takes clips of so many frames at `rate` a second (pictures are clips of one frame), in
+    `segments` pieces each; of clips too short for that the most of `shorter` that they have.
+    pixels_format, texts_format: see `formats`. threads decode while others encode.
+    Not keeps: pictures are encoded whenever they are shown (see `streamed`).
+    """
+
+    pixels: str
+    texts: str = ""
+    batch: int = 16
+    texts_batch: int = 64
+    shard: int = 256
+    flip: bool = False
+    frames: int = 0
+    rate: float = 8.0
+    segments: int = 1
+    shorter: tuple[float, ...] = ()
+    pixels_format: str = "same"
+    texts_format: str = "same"
+    threads: int = 2
+    keeps: bool = True
+
+
+@dataclass(frozen=True)
+class Companion:
+    """How a further picture of each sample is encoded.
+
+    encode: pixels as for the samples themselves → a tensor [B, …] or named ones; fingerprint: changes
+    whenever its answers would. of: the sample's companion it is made from, by default the one of its own
+    name, "picture" for the sample's own picture. size (width, height): its own, the same for all; None cuts
+    it exactly as its picture. without: the companion that is white where this picture becomes grey.
+    """
+
+    encode: Callable[[Tensor], Tensor | Mapping[str, Tensor]]
+    fingerprint: str
+    size: Size | None = None
+    of: str = ""
+    without: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One sample to be encoded: its bucket, its own size ((0, 0) if not looked at), one key for each view."""
+
+    sample: Sample
+    bucket: Bucket
+    size: Size
+    keys: tuple[str, ...]
+    pieces: tuple[clips.ClipSpan, ...] = ()
+    companion: str = ""
+
+
+def companion_task(task: Task, name: str, how: Encoding, companion: Companion) -> Task | SetAside:
+    """The task of a sample's companion: the same cut, mirrored and cut into pieces alike."""
+    sample = task.sample
+    found = sample.companions.get(companion.of or name)
+    if companion.of == "picture":
+        other = replace(sample, name=f"{sample.name}: its {name} {sample.name}")
+    elif found is None:
+        return SetAside(sample.name, f"it has no {companion.of or name}")
+    else:
+        file, draw = (found, None) if isinstance(found, Path) else (None, found)
+        ending = file.name if file else sample.name  # readers go by the ending
+        other = replace(
+            sample, name=f"{sample.name}: its {name} {ending}", file=file, picture=draw, content=""
+        )
+    if companion.without:
+        cover = sample.companions.get(companion.without)
+        if cover is None:
+            return SetAside(sample.name, f"it has no {companion.without}")
+        other = replace(other, file=None, picture=partial(mask_out, other, cover), content="")
+    size = companion.size or (task.bucket[0], task.bucket[1])
+    still = 1 if companion.size else task.bucket[-1]  # what is cut as its clip is also as long
+    if task.pieces:  # as long as its clip
+        how = replace(how, frames=task.pieces[0].frames, shorter=())
+    planned = plan(other, size, replace(how, pixels=companion.fingerprint), still)
+    if isinstance(planned, SetAside):
+        return planned
+    if how.frames and not companion.size and planned.bucket != task.bucket:
+        return SetAside(sample.name, f"its {name} is a clip, but it is a picture")
+    return replace(planned, companion=name)
+
+
+def mask_out(sample: Sample, cover: Picture) -> Image.Image:
+    """The sample's picture, grey where the cover is white."""
+    image = media.read_picture(sample.source())
+    white = media.read_picture(cover() if callable(cover) else cover).convert("L").resize(image.size, 0)
+    image.paste((127, 127, 127), mask=white.point([255 * (value > 127) for value in range(256)]))
+    return image
+
+
+def plan(
+    sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding, still: int = 1
+) -> Task | SetAside:
+    """The task of a sample, or why it can have none; where clips are wanted a picture is `still` frames."""
+    video = sample.name.lower().endswith(media.CLIPS)
+    if video and not how.frames:
+        return SetAside(sample.name, "a clip; this model is trained on pictures")
+    try:
+        source = None if sample.content and not callable(bucket_of) and not how.frames else sample.source()
+        if isinstance(source, Path) and not video and how.keeps:
+            source = source.read_bytes()
+        content = sample.content_hash(source) if how.keeps else sample.name
+        clip = bool(how.frames) and source is not None and clips.is_clip(sample.name, source)
+        size, frames = (0, 0), how.frames
+        if source is not None and clip and (callable(bucket_of) or how.shorter):
+            known = clips.facts(sample.name, source)
+            size, frames = known.size, clips.longest(known.seconds, frames, how.rate, how.shorter)
+        elif source is not None and not clip:
+            size = media.size_of(source)
+    except (media.Unreadable, OSError) as problem:
+        return SetAside(sample.name, reason(problem))
+    bucket: Bucket = bucket_of(size) if callable(bucket_of) else bucket_of
+    transform = f"{media.TRANSFORM} to {bucket[0]}x{bucket[1]}"
+    pieces: tuple[clips.ClipSpan, ...] = ()
+    if how.frames:
+        bucket = (*bucket, frames if clip else still)
+        transform += f", standing still for {still} frames" if still > 1 and not clip else ""
+    if clip:
+        pieces = tuple(clips.ClipSpan(frames, how.rate, i, how.segments) for i in range(how.segments))
+    views = [f"{transform}, {piece.words}" for piece in pieces] or [
+        f"{transform}{', a clip' * bool(how.frames)}"
+    ]
+    if how.flip:
+        views = [view for plain in views for view in (plain, f"{plain} mirrored")]
+    keys = tuple(key(content, view, how.pixels, how.pixels_format) for view in views)
+    return Task(sample, bucket, size, keys, pieces)
+
+
+def decode(task: Task) -> list[Tensor] | str:
+    """The sample's pieces fitted to its bucket, uint8 [3, H, W] or [3, F, H, W], or why not."""
+    width, height, *frames = task.bucket
+    try:
+        source = task.sample.source()
+        if task.pieces:
+            return [clips.read(task.sample.name, source, piece, width, height) for piece in task.pieces]
+        still = media.fit(media.read_picture(source, (width, height)), width, height)
+        return [still[:, None].expand(-1, frames[0], -1, -1) if frames else still]
+    except (media.Unreadable, OSError) as problem:
+        return reason(problem)
+
+
+def show(pieces: list[Tensor], view: int, flip: bool) -> Tensor:
+    """What the encoder sees as view number `view`: uint8 like the piece."""
+    if not flip:
+        return pieces[view]
+    return pieces[view // 2].flip(-1) if view % 2 else pieces[view // 2]
+
+
+def stack(pictures: list[Tensor]) -> Tensor:
+    """Pixels [B, 3, …] in [−1, 1] of pictures [3, …] uint8."""
+    return media.to_pixels(torch.stack(pictures))
+
+
+def reason(problem: Exception) -> str:
+    """What went wrong, for the list of files set aside."""
+    if isinstance(problem, OSError):
+        return f"cannot be opened: {problem.strerror or problem}"
+    return str(problem)

@@ -1,0 +1,1 @@
+"""Sources: a folder, an archive, a table or an embedded set becomes samples."""

@@ -1,0 +1,264 @@
+"""Tables: data sets that Hub libraries save, as Arrow or Parquet files whose cells hold the pictures."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Any
+
+from sfumato.data.sources import media, metadata
+from sfumato.data.sources.metadata import MetadataTable
+from sfumato.data.sources.sample import Collection, Sample, SetAside
+from sfumato.errors import Refused
+
+PICTURE_COLUMNS = ("image", "img", "picture", "pixel_values", "video", "clip")
+HEAD = 16
+MOST_BYTES = 1 << 30  # of Parquet's pictures that stay in memory
+MAGIC = {
+    b"\x1aE\xdf\xa3": ".webm",
+    b"GIF8": ".gif",
+    b"\x89PNG": ".png",
+    b"\xff\xd8": ".jpg",
+}
+
+Reader = Callable[[], bytes]
+Cell = Callable[[str, int], Reader | None]
+"""(column, row) → what reads the picture there, None where the cell is empty."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file: where it lies in the data set, its columns' types, those without pictures, its cells."""
+
+    inside: str
+    schema: Any
+    plain: Any
+    cell: Cell
+    split: str
+
+
+def saved(root: Path, how: MetadataTable) -> Collection:
+    """A Hub data set that `save_to_disk` wrote (Arrow files), read with pyarrow.
+
+    Raises:
+        Refused: pyarrow is missing, or the columns are.
+    """
+    arrow = _pyarrow(root)
+    import pyarrow.ipc as ipc
+
+    result = Collection(root.name, [])
+    for path in sorted(root.rglob("*.arrow")):
+        if not path.resolve().is_relative_to(root.resolve()):
+            result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
+            continue
+        inside = path.relative_to(root).as_posix()
+        try:
+            with arrow.memory_map(str(path)) as mapped:
+                table = ipc.open_stream(mapped).read_all()
+        except (OSError, ValueError) as problem:  # pyarrow's own errors are both
+            result.set_aside.append(SetAside(inside, f"no Arrow file that can be read: {problem}"))
+            continue
+        split = metadata.SPLITS.get(PurePosixPath(inside).parts[0], "")
+
+        def cell(column: str, row: int, table: Any = table) -> Reader | None:
+            return partial(_cell, table[column], row) if table[column][row].is_valid else None
+
+        _add(Table(inside, table.schema, table, cell, split), how, result)
+    return result
+
+
+def is_folder_of_parquet(root: Path) -> bool:
+    """Whether a folder holds Parquet files with pictures in them (not a table of file names)."""
+    files = [*root.glob("*.parquet"), *root.glob("*/*.parquet")]
+    if all(path.name in metadata.FILES for path in files):
+        return False
+    return not any(path.suffix.lower() in media.PICTURES + media.CLIPS for path in root.rglob("*"))
+
+
+def parquet(root: Path, how: MetadataTable) -> Collection:
+    """Parquet files whose cells hold the pictures, as the Hub keeps data sets; a file's name says its split.
+
+    Raises:
+        Refused: pyarrow is missing, a file is no Parquet, or the columns are missing.
+    """
+    _pyarrow(root)
+    import pyarrow.parquet as pq
+
+    result = Collection(root.stem, [])
+    base = (root if root.is_dir() else root.parent).resolve()
+    for path in [root] if root.is_file() else sorted(root.rglob("*.parquet")):
+        inside = path.name if root.is_file() else path.relative_to(root).as_posix()
+        if not path.resolve().is_relative_to(base):
+            result.set_aside.append(SetAside(inside, "refused: outside the data folder"))
+            continue
+        try:
+            schema = pq.ParquetFile(path).schema_arrow
+            plain = [name for name in schema.names if not _holds_pictures(schema.field(name).type)]
+            table = pq.read_table(path, columns=plain)
+        except (OSError, ValueError) as problem:  # pyarrow's own errors are both
+            result.set_aside.append(SetAside(inside, f"no Parquet file that can be read: {problem}"))
+            continue
+        split = metadata.SPLITS.get(path.stem.partition("-")[0].lower(), "")
+
+        def cell(column: str, row: int, path: Path = path) -> Reader | None:
+            return partial(_parquet_cell, path, column, row)
+
+        _add(Table(inside, schema, table, cell, split), how, result)
+    return result
+
+
+def _add(table: Table, how: MetadataTable, result: Collection) -> None:
+    """The rows of one table as samples.
+
+    Raises:
+        Refused: it has no column of pictures, or none of captions.
+    """
+    names = table.schema.names
+    holds = [name for name in names if _holds_pictures(table.schema.field(name).type)]
+    picture = next((name for name in PICTURE_COLUMNS if name in holds), None)
+    text = next((name for name in metadata.CAPTION_COLUMNS if name in names), None)
+    label = next((name for name in metadata.LABELS if name in names), None)
+    classes = _class_names(table.schema, label)
+    beside = {column: what for column in holds if column != picture and (what := _what(column, how))}
+    if picture is None or (how.captions == "files" and text is None and not classes):
+        wanted = "image" if picture is None else "caption or text"
+        raise Refused(f"{table.inside} has no column {wanted}; it has {', '.join(names)}.")
+    result.classes = max(result.classes, classes, key=len)
+    texts = table.plain[text].to_pylist() if text else None
+    labels = table.plain[label].to_pylist() if label else None
+    for row in range(table.plain.num_rows):
+        number, read = labels[row] if labels else None, table.cell(picture, row)
+        name = f"{table.inside}/{row:08d}{_ending(read, picture in ('video', 'clip'))}"
+        found, reason = _captions(how, texts and texts[row], number, classes, text is not None)
+        if reason or read is None:
+            result.set_aside.append(SetAside(name, reason or "there is no picture"))
+            continue
+        others = {what: table.cell(column, row) for column, what in beside.items()}
+        companions = {what: other for what, other in others.items() if other is not None}
+        whole = number if isinstance(number, int) else None
+        result.samples.append(
+            Sample(name, found, picture=read, split=table.split, label=whole, companions=companions)
+        )
+
+
+def _captions(
+    how: MetadataTable, text: Any, number: Any, classes: Sequence[str], has_text: bool
+) -> tuple[tuple[str, ...], str]:
+    """A row's captions, or why it has none."""
+    if how.captions == "none":
+        return ("",), ""
+    if how.captions == "files" and has_text:
+        return metadata.captions_of(text)
+    if not isinstance(number, int | str):
+        return (), "no class"
+    return (classes[number] if isinstance(number, int) and 0 <= number < len(classes) else str(number),), ""
+
+
+def _what(column: str, how: MetadataTable) -> str:
+    """The companion that a column of pictures is, "" for none."""
+    return metadata.companion(column, "any.png", how.companions)
+
+
+def _class_names(schema: Any, label: str | None) -> list[str]:
+    """The names of the classes, where the data set's own description of its columns says them."""
+    try:
+        told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = told["info"]["features"][label]["names"]
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [str(one) for one in names] if isinstance(names, list) else []
+
+
+def _ending(read: Reader | None, video: bool) -> str:
+    """What kind of clip a cell of a column of videos holds, as a file name's ending; "" for a picture."""
+    if not video or read is None:
+        return ""
+    try:
+        head = read()[:HEAD]
+    except media.Unreadable:
+        return ".mp4"
+    known = next((ending for magic, ending in MAGIC.items() if head.startswith(magic)), "")
+    webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    return known or (".webp" if webp else ".avif" if head[4:12] == b"ftypavis" else ".mp4")
+
+
+def _holds_pictures(kind: Any) -> bool:
+    """Whether a column's type is that of pictures: their bytes, or a struct that holds them."""
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _cell(column: Any, row: int) -> bytes:
+    return _bytes_of(column[row].as_py())
+
+
+def _parquet_cell(path: Path, column: str, row: int) -> bytes:
+    group, first = _group_of(path, row)
+    return _bytes_of(_pictures_of(path, column, group)[row - first].as_py())
+
+
+@lru_cache(maxsize=1024)
+def _starts(path: Path) -> list[int]:
+    """The first row of each row group of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    told, starts = pq.ParquetFile(path).metadata, [0]
+    for group in range(told.num_row_groups):
+        starts.append(starts[-1] + told.row_group(group).num_rows)
+    return starts
+
+
+def _group_of(path: Path, row: int) -> tuple[int, int]:
+    """(row group, its first row) that holds a row."""
+    starts = _starts(path)
+    group = next(i for i in range(len(starts) - 1) if row < starts[i + 1])
+    return group, starts[group]
+
+
+class _Groups:
+    """Columns of pictures of whole row groups, the last read first, as many as MOST_BYTES hold."""
+
+    def __init__(self) -> None:
+        self.held: OrderedDict[tuple[Path, str, int], Any] = OrderedDict()
+        self.lock = Lock()
+
+    def __call__(self, path: Path, column: str, group: int) -> Any:
+        import pyarrow.parquet as pq
+
+        with self.lock:
+            key = (path, column, group)
+            if key not in self.held:
+                self.held[key] = pq.ParquetFile(path).read_row_group(group, columns=[column])[column]
+            self.held.move_to_end(key)
+            while len(self.held) > 1 and sum(one.nbytes for one in self.held.values()) > MOST_BYTES:
+                self.held.popitem(last=False)
+            return self.held[key]
+
+
+_pictures_of = _Groups()
+
+
+def _bytes_of(value: Any) -> bytes:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        named = isinstance(value, dict) and value.get("path")
+        raise media.Unreadable(
+            "the data set names a file instead of holding the picture" if named else "there is no picture"
+        )
+    return data
+
+
+def _pyarrow(root: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError as missing:
+        raise Refused(
+            f"{root} is read with pyarrow, which is not installed: pip install pyarrow"
+        ) from missing
+    return pyarrow

@@ -1,0 +1,1 @@
+"""The store: encodings that are computed once, checksummed, shared by all runs."""

@@ -1,0 +1,520 @@
+"""Drawing: conditioners → solver → codec.
+
+A picture depends on its prompt and its own seed, not on what is drawn beside it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato import models
+from sfumato.errors import Refused
+from sfumato.generation import image_guidance
+from sfumato.generation.guidance import GuidanceOptions, mark_perturbed
+from sfumato.generation.image_guidance import ImageGuidance
+from sfumato.generation.regions import Regions, parse_regions
+from sfumato.generation.video import VideoConditioning, parse_video
+from sfumato.models import Condition, Model
+from sfumato.models.codecs import tiling
+from sfumato.models.lora import key_conversion
+from sfumato.models.pretrained import train_text_encoders
+from sfumato.models.pretrained.image_inputs import images_per_prompt
+from sfumato.theory import Theory, noise, solve
+from sfumato.theory import guidance as forms
+from sfumato.theory import times as sampling_times
+from sfumato.theory.types import Denoise
+
+# ----------------------------------------------------------------
+# What is to be drawn: one wish a picture, and which of them can be drawn together.
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One picture to be drawn: what it shows, what it leans away from, and its own seed."""
+
+    prompt: str
+    negative: str | None
+    seed: int
+    shown: Mapping[str, list[Image.Image]] = field(default_factory=dict)
+
+    @property
+    def looks(self) -> list[tuple[str, tuple[int, int]]]:
+        """The sizes of the pictures it is shown; only equal ones can be drawn together."""
+        return [(name, one.size) for name, some in self.shown.items() for one in some]
+
+
+def parse_requests(
+    prompt: str | Sequence[str] | None,
+    negative: str | Sequence[str] | None,
+    seed: int | Sequence[int],
+    shown: Mapping[str, Any],
+) -> list[SampleRequest]:
+    """One wish a picture; single values serve all, and picture i of an int seed uses seed + i.
+
+    `shown` holds pictures by the argument that brings them: one for all, one for each, or a list for each.
+
+    Raises:
+        Refused: lists of different lengths, or an empty one.
+    """
+    lists = {"prompt": prompt, "negative": negative, "seed": seed}
+    lengths = {
+        name: len(value)
+        for name, value in lists.items()
+        if isinstance(value, Sequence) and not isinstance(value, str)
+    }
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        said = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+        raise Refused(f"Lists must be as long as there are pictures, at least 1, but these have {said}.")
+    many = [len(some) for some in shown.values() if isinstance(some, list | tuple)]
+    count = next(iter(lengths.values()), max(many, default=1) if prompt is None else 1)
+    prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
+    away = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
+    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
+    seen = {name: images_per_prompt(some, count, name) for name, some in shown.items()}
+    return [
+        SampleRequest(*wish, {name: some[i] for name, some in seen.items()})
+        for i, wish in enumerate(zip(prompts, away, seeds, strict=True))
+    ]
+
+
+def batches(todo: Sequence[SampleRequest], most: int) -> Iterator[Sequence[SampleRequest]]:
+    """The wishes in order, at most so many at once, and only those that are shown pictures of equal sizes."""
+    first = 0
+    for last in range(1, len(todo) + 1):
+        if last == len(todo) or last - first == most or todo[last].looks != todo[first].looks:
+            yield todo[first:last]
+            first = last
+
+
+# ----------------------------------------------------------------
+# What is decided before a picture is begun: when the network is asked, and what guides its answers.
+
+
+@dataclass(frozen=True)
+class SamplingSchedule:
+    """When the network is asked, and how its answers become steps.
+
+    grid: of times, or None for `steps` evaluations of the solver's own choice; scale: of the first state;
+    clip: the bound within which a pretrained pipeline keeps the clean sample; walks: whether its scheduler
+    takes the steps itself.
+    """
+
+    grid: Any
+    steps: int
+    solver: str | None = None
+    order: int | None = None
+    scale: float = 1.0
+    clip: float | None = None
+    walks: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """All that is decided before the first picture is begun; `options` are left for the conditioner."""
+
+    shape: tuple[int, ...]
+    guidance: float
+    course: SamplingSchedule
+    shows: ImageGuidance
+    framed: VideoConditioning
+    how: GuidanceOptions
+    regions: Regions
+    extra_guidance: Mapping[str, Any]
+    options: dict[str, Any]
+
+    def part(self, rows: slice) -> "SamplingPlan":
+        """What is decided about some of the pictures."""
+        return replace(self, shows=self.shows.part(rows), framed=self.framed.part(rows))
+
+
+DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SIDE = 20, 3.0, 64
+
+
+class Pipeline(Model):
+    """A model that draws."""
+
+    framed = VideoConditioning()
+    """How the frames of clips are asked for."""
+
+    def with_video(self, framed: VideoConditioning) -> Self:
+        """The same model, its clips asked for so."""
+        other = copy(self)
+        other.framed = framed
+        return other
+
+    def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
+        """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
+        times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        return self.framed.ask(super().predict, self.theory)(x_t, times, condition)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, tile: int = 0, chunk: int = 0) -> Tensor:
+        """Latents → pixels, not clamped; to save memory, tiles of so many pixels, frames of a chunk."""
+        if not (cut := tiling.Tiling(tile, chunk)):
+            return super().decode(latents)
+        return tiling.decode_tiled(self.codec, latents.to(self.device, self.dtype), cut)
+
+    def add_lora(self, file: Path | str, weight: float = 1.0) -> list[str]:
+        """Add a LoRA's file (diffusers', ComfyUI's or kohya's names) to the weights; several stack.
+
+        Returns the layers it changed.
+
+        Raises:
+            Refused: no such file, or a LoRA of another base.
+        """
+        return key_conversion.merge(self, file, weight)
+
+    def add_embedding(self, file: Path | str, word: str = "") -> str:
+        """Teach the text encoders a word from the file of an embedding (textual inversion).
+
+        Returns the word: the one given, else the file's own, else the file's name.
+
+        Raises:
+            Refused: no such file, an embedding of another base, a word that is known already.
+        """
+        return train_text_encoders.add_embedding(self, file, word)
+
+    def save(self, folder: Path | str) -> None:
+        """Write everything into one folder of safetensors and JSON, all or nothing."""
+        models.save(self, folder)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        times: Any = None,
+        solver: str | None = None,
+        latents: Tensor | None = None,
+        batch: int = 64,
+        tile: int = 0,
+        chunk: int = 0,
+        watch: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> list[Any]:
+        """Draw one picture (or clip) a prompt.
+
+        Args:
+            prompt, negative, seed: one for all or a list; without a negative, guidance leans away from
+                the model's unprompted answer.
+            steps: network evaluations a picture; guidance: 1 for none, then also half the work.
+            height, width, frames: pixels, and pictures of a clip; default as the model was trained.
+            times: a grid for `solve`, or its name ("linear", "karras", …); default the pretrained pipeline's
+                own, else the solver's; times fitted to the model (`sfumato theory fit`) go before both.
+            solver: default the nearest to the pretrained pipeline's scheduler, else "auto".
+            latents: unit noise [B, C, (F,) h, w] to start from, instead of noise from the seeds.
+            batch: pictures drawn at once; changes memory, not pictures.
+            tile, chunk: decode in tiles of so many pixels a side, so many frames of a clip at once; 0: whole.
+            watch: called with (pictures' steps done, in all).
+            options: pictures that guide (`control`, `reference`, `init`, `mask`, `image`, …) as
+                `image_guidance.parse_image_guidance` explains; `regions` as in `regions.parse_regions`;
+                guidance_form, guidance_rescale, … as `GuidanceOptions`; of clips `window`, `overlap`,
+                `image`, `last_image` as `video.parse_video`; further arguments of the conditioner, by the
+                pipeline's names.
+        Returns:
+            PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
+        Raises:
+            Refused: sizes, lists or arguments that do not fit.
+        """
+        prompt = [str(label) for label in options.pop("labels")] if "labels" in options else prompt
+        shown = {name: options.pop(name) for name in self.conditioner.sees if options.get(name) is not None}
+        todo = parse_requests(prompt, negative, seed, shown)
+        shape = self.latent_shape(*self.sides(todo, height, width), frames)
+        if latents is not None and tuple(latents.shape) != (len(todo), *shape):
+            raise Refused(f"latents are {list(latents.shape)}, but {[len(todo), *shape]} are needed.")
+        drawing = self.drawing(len(todo), shape, guidance, self.course(shape, steps, times, solver), options)
+        pictures: list[Any] = []
+        for some in batches(todo, batch):
+            rows = slice(len(pictures), len(pictures) + len(some))
+            start = self.start(some, shape) if latents is None else latents[rows]
+            told = None if watch is None else partial(_told, watch, drawing.course.steps, rows, len(todo))
+            pixels = self.sample_pixels(drawing.part(rows), some, start, tile, chunk, told)
+            pictures += to_pictures(pixels, "frames" in self.info, frames)
+        return pictures
+
+    def sides(
+        self, todo: Sequence[SampleRequest], height: int | None, width: int | None
+    ) -> tuple[int | None, int | None]:
+        """Width and height; where none is said, those a pretrained pipeline takes from what it is shown."""
+        if todo[0].shown and height is None and width is None and self.sampling is not None:
+            height, width = self.sampling.size(next(iter(todo[0].shown.values()))) or (None, None)
+        return width, height
+
+    def course(
+        self, shape: tuple[int, ...], steps: int | None, times: Any, solver: str | None
+    ) -> SamplingSchedule:
+        """When the network is asked, and which solver makes steps of its answers."""
+        steps = int(self.info.get("steps", DEFAULT_STEPS)) if steps is None else steps
+        grid = sampling_times.grid(times, self.theory, steps) if isinstance(times, str) else times
+        if times is None and solver in (None, "auto") and self.fitted is not None:
+            return SamplingSchedule(self.fitted.grid(self.theory, steps), steps, "auto")
+        if self.sampling is None:
+            return SamplingSchedule(grid, steps, solver)
+        order, most, scale = None, None, 1.0
+        if solver is None and grid is None and self.sampling.steps_itself(steps):
+            times, nearest = self.sampling.times(steps, shape), self.sampling.solver
+            return SamplingSchedule(times, steps, nearest, self.sampling.order, walks=True)
+        if solver is None:
+            solver, order = self.sampling.solver, self.sampling.order
+            most = self.sampling.clip if grid is None else None
+        if grid is None:
+            grid, scale = self.sampling.times(steps, shape), self.sampling.first_scale(steps)
+        return SamplingSchedule(grid, steps, solver, order, scale, most)
+
+    def drawing(
+        self,
+        count: int,
+        shape: tuple[int, ...],
+        guidance: float | None,
+        course: SamplingSchedule,
+        options: dict[str, Any],
+    ) -> SamplingPlan:
+        """Take what is said about guidance, pictures that guide and frames out of `options`."""
+        extra = {name: options.pop(name, usual) for name, usual in self.denoiser.guidance.options.items()}
+        how = self.guidance_options(options)
+        pixels = self.codec.pixel_size(shape)
+        moving = 1 + (shape[1] - 1) * self.codec.time_stride if "frames" in self.info else 0
+        shows = image_guidance.parse_image_guidance(
+            self, options, count, (pixels["width"], pixels["height"]), moving
+        )
+        if shows.init is not None:
+            grid = sampling_times.cosine(self.theory, course.steps) if course.grid is None else course.grid
+            if course.walks and self.sampling is not None:  # its scheduler begins with noise: ours goes on
+                course = replace(course, scale=self.sampling.first_scale(course.steps), walks=False)
+            course = replace(course, grid=shows.cut(grid))
+        framed = parse_video(self, options, count, shape)
+        regions = parse_regions(options, shape, (pixels["width"], pixels["height"]))
+        guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
+        return SamplingPlan(shape, guidance, course, shows, framed, how, regions, extra, options)
+
+    @torch.no_grad()
+    def sample_pixels(
+        self,
+        drawing: SamplingPlan,
+        todo: Sequence[SampleRequest],
+        start: Tensor,
+        tile: int = 0,
+        chunk: int = 0,
+        watch: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """The pixels [B, 3, (F,) H, W] of these wishes, from their unit noise `start`."""
+        course, shows = drawing.course, drawing.shows
+        asker = self.with_video(drawing.framed)
+        given = drawing.options | self.image_conditions(todo, drawing.shape)
+        prompted = self.condition([wish.prompt for wish in todo], **given)
+        denoise = asker.guided_denoiser(prompted, todo, replace(drawing, options=given))
+        if drawing.regions:
+            others = [[replace(wish, prompt=text) for wish in todo] for text in drawing.regions.prompts]
+            told = [self.condition([wish.prompt for wish in some], **given) for some in others]
+            elsewhere = map(
+                partial(asker.guided_denoiser, drawing=replace(drawing, options=given)), told, others
+            )
+            denoise = drawing.regions.blended([denoise, *elsewhere])
+        if course.clip is not None:
+            denoise = clamp_x0(denoise, self.theory, course.clip)
+        denoise = asker.framed.constrain_known(denoise, self.theory)
+        x, first = start, start * course.scale
+        if shows.init is not None:
+            denoise = self.with_inpainting(denoise, shows, start)
+            first = shows.started(self.theory, start, course.grid, first)
+        elif self.sampling is None:
+            first = self.noised(first, course.grid)
+        for step, state in enumerate(self.path(todo, first, denoise, course), 1):
+            x = state
+            if watch is not None:
+                watch(step)
+        x = asker.framed.finished(shows.paste_latents(self.denoiser.finalize_latents(x, prompted)))
+        return shows.paste_pixels(self.decode(x, tile, chunk))
+
+    def path(
+        self, todo: Sequence[SampleRequest], start: Tensor, denoise: Denoise, course: SamplingSchedule
+    ) -> Iterator[Tensor]:
+        """The states from these wishes' unit noise to their latents."""
+        x = start.to(self.device, self.dtype)
+        if course.walks:
+            return self.sampling.walk(denoise, x, course.steps, x.shape[1:])
+        draw = noise.of([wish.seed for wish in todo])
+        given = course.steps if course.grid is None else course.grid
+        return solve(denoise, x, self.theory, given, course.solver or "auto", course.order, noise=draw)
+
+    def latent_shape(
+        self, width: int | None = None, height: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """[C, (F,) h, w] of the latents of a picture or clip; by default as the model was trained.
+
+        A number of frames that the codec does not give is rounded up; `generate` cuts what is too much.
+
+        Raises:
+            Refused: a size that does not fit, or frames of a model that draws pictures.
+        """
+        side = int(self.info.get("resolution", DEFAULT_SIDE))
+        width = width or int(self.info.get("width", side))
+        height = height or int(self.info.get("height", side))
+        if frames is not None and "frames" not in self.info:
+            raise Refused(f"frames = {frames}: this model draws pictures, not clips. Leave frames out.")
+        if frames is not None and frames < 1:
+            raise Refused(f"frames = {frames}: a clip has at least one frame.")
+        step = self.codec.time_stride
+        known = frames or int(self.info.get("frames", 1))
+        count = 1 + -(-(known - 1) // step) * step
+        shape, grain = self.codec.latent_shape(width, height, count), self.denoiser.grain
+        if shape[-1] % grain or shape[-2] % grain:
+            step = grain * self.codec.stride
+            fit = [max(step, side // step * step) for side in (width, height)]
+            raise Refused(
+                f"The picture is {width}×{height}, but this network needs sides in multiples of {step}. "
+                f"Choose {fit[0]}×{fit[1]}."
+            )
+        return shape
+
+    def start(self, todo: Sequence[SampleRequest], shape: tuple[int, ...]) -> Tensor:
+        """The noise each picture starts from [B, C, h, w]."""
+        return noise.normal(shape, [wish.seed for wish in todo], [0] * len(todo), purpose="start")
+
+    def noised(self, start: Tensor, grid: Any) -> Tensor:
+        """Unit noise as the state at a grid's first time; where that is t_noise `solve` does it."""
+        first = None if grid is None else torch.as_tensor(grid, dtype=torch.float64)[..., 0]
+        if first is None or bool((first == self.theory.t_noise).all()):
+            return start
+        return self.theory.mix(torch.zeros_like(start), start, first)
+
+    def image_conditions(self, todo: Sequence[SampleRequest], shape: tuple[int, ...]) -> dict[str, Any]:
+        """What the conditioner is told of the pictures these wishes are shown, and of what is drawn."""
+        shown: dict[str, Any] = {name: [wish.shown[name] for wish in todo] for name in todo[0].shown}
+        return shown | (self.codec.pixel_size(shape) if shown and self.conditioner.placed else {})
+
+    def guided_denoiser(
+        self, prompted: Condition, todo: Sequence[SampleRequest], drawing: SamplingPlan
+    ) -> Denoise:
+        """The denoiser of these wishes: leaning away from the weaker answer unless guidance is 1.
+
+        Raises:
+            Refused: a negative that this network would not hear, a form of guidance that would not act.
+        """
+        guidance, shows, given = drawing.guidance, drawing.shows, drawing.options
+        policy, extra = self.denoiser.guidance, drawing.extra_guidance
+        away = [wish.negative for wish in todo]
+        has_negative = any(text is not None for text in away)
+        first = policy.guidance_at(guidance, self.theory.t_noise, extra)
+        leans = bool(len(prompted)) and policy.needs_negative(first, has_negative)
+        how = drawing.how.effective(leans, has_negative)
+        how.validate(self.denoiser, leans, has_negative)
+        times = self.step_times(drawing.course)
+
+        def asked_of(*conditions: Condition) -> Denoise:
+            joined = conditions[0] if len(conditions) == 1 else Condition.join(*conditions)
+            told = policy.embed_guidance(joined, guidance).to(self.device, self.dtype)
+            return lambda x_t, t: self.predict(x_t, t, shows.at_step(told, t, times))
+
+        answers = [shows.add_to(prompted).to(self.device)]
+        alone = asked_of(*answers)
+        if not leans and not how.perturbed:
+            return alone
+        other = how.autoguidance_denoiser(self, [wish.prompt for wish in todo], given)
+        if leans and other is None:
+            with torch.no_grad():
+                weak = shows.add_to(self.conditioner.encode_negative(away, **given), is_weak=True)
+            answers.append(weak.to(self.device))
+        if how.perturbed:
+            answers = [*(mark_perturbed(one, False) for one in answers), mark_perturbed(answers[0], True)]
+
+        def form(strong: Denoise, *others: Denoise) -> Denoise:
+            weak = others[0] if leans and other is None else other
+            perturbed = others[-1] if others else strong
+            return how.apply(self.theory, policy, guidance, extra, strong, weak, perturbed)
+
+        guided = forms.batched_call(asked_of(*answers), form, len(answers))
+        if how.interval is None:
+            return guided
+        return forms.only_in_interval(alone, guided, self.theory, *how.interval)
+
+    def guidance_options(self, options: dict[str, Any]) -> GuidanceOptions:
+        """Take what is said about guidance out of `options`; the rest is as the model's recipe had it.
+
+        Raises:
+            Refused: a value that cannot be meant, a weaker model that cannot be read.
+        """
+        how = GuidanceOptions.pop_from(options, self.info.get("leaning"))
+        if not isinstance(how.by, str | Path):
+            return how
+        place, known = str(how.by), self.__dict__.setdefault("_weaker", {})
+        if place not in known:
+            known[place] = load(place, device=str(self.device))
+        return replace(how, by=known[place])
+
+    def step_times(self, course: SamplingSchedule) -> list[float]:
+        """The times at which steps begin, and the end; without a grid, as if they were even in time."""
+        grid = sampling_times.linear(self.theory, course.steps) if course.grid is None else course.grid
+        return torch.as_tensor(grid, dtype=torch.float64).flatten().tolist()
+
+    def with_inpainting(self, denoise: Denoise, shows: ImageGuidance, unit: Tensor) -> Denoise:
+        """The denoiser, with the true answer where the picture is kept; `unit` is the noise it began with."""
+        if shows.hole is None:
+            return denoise
+        return lambda x_t, t: shows.known(self.theory, unit, denoise(x_t, t), t)
+
+
+def _told(watch: Callable[[int, int], None], steps: int, rows: slice, count: int, step: int) -> None:
+    """Tell of a step of the pictures `rows`, of `count` with `steps` each."""
+    watch(rows.start * steps + step * (rows.stop - rows.start), count * steps)
+
+
+def clamp_x0(denoise: Denoise, theory: Theory, most: float) -> Denoise:
+    """The denoiser whose clean sample stays in [−most, most], at the same x_t."""
+
+    def answer(x_t: Tensor, t: Tensor) -> Tensor:
+        x_0, _ = theory.split(x_t, denoise(x_t, t), t)
+        a, s = (level.to(x_t).view(-1, *[1] * (x_t.ndim - 1)) for level in theory.data(t))
+        x_0 = x_0.clamp(-most, most)
+        return theory.target(x_0, (x_t - a * x_0) / s, t)
+
+    return answer
+
+
+def to_pictures(pixels: Tensor, moving: bool, frames: int | None = None) -> list[Any]:
+    """Pixels [B, 3, H, W] → PIL images; [B, 3, F, H, W] → clips [F, H, W, 3], or images unless `moving`.
+
+    Of a clip the first `frames` frames are kept.
+    """
+    if pixels.ndim == 4:
+        return to_images(pixels)
+    if not moving:
+        return to_images(pixels[:, :, 0])
+    return [
+        np.stack([np.asarray(image) for image in to_images(clip[:, :frames].transpose(0, 1))])
+        for clip in pixels
+    ]
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pixels [B, 3, H, W] in [-1, 1], clamped → PIL images."""
+    bytes_ = pixels.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(np.ascontiguousarray(picture)) for picture in bytes_]
+
+
+def load(
+    folder: Path | str, dtype: str = "float32", device: str = "cpu", config: Path | str | None = None
+) -> Pipeline:
+    """The model of a folder, a run or a single file, ready to draw; `stages.load` says what it takes."""
+    return cast(Pipeline, models.load(folder, dtype, device, Pipeline, config))
+
+
+def as_pipeline(model: Model, denoiser: Any = None) -> Pipeline:
+    """The same stages as a model that draws, optionally with other weights (the averaged ones)."""
+    painter = Pipeline(model.theory, model.codec, model.conditioner, denoiser or model.denoiser, model.info)
+    painter.origin, painter.sampling, painter.trained = model.origin, model.sampling, model.trained
+    painter.fitted = model.fitted
+    return painter

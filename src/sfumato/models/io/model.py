@@ -1,0 +1,220 @@
+"""A model on disk: one folder, a subfolder for each stage, safetensors and JSON, written all or nothing.
+
+model.json                                   format, theory, what the model remembers
+codec/ conditioner/ denoiser/                stage.json and weights.safetensors each
+
+A run on a base that it does not change keeps base.json (and adapter.json) instead, see `reference`.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from sfumato.errors import Refused
+from sfumato.models import locate
+from sfumato.models.build import new_theory
+from sfumato.models.control import ControlledDenoiser, add_control_modules
+from sfumato.models.control.control_plan import fill as fill_guides
+from sfumato.models.control.control_plan import read_plans, write_plans
+from sfumato.models.control.load import WEIGHTS as GUIDES
+from sfumato.models.files import (
+    PICKLES,
+    must_be_safetensors,
+    read_json,
+    read_tensors,
+    verify_checksums,
+    write_checksums,
+)
+from sfumato.models.interface import Codec, Conditioner, Denoiser, Model
+from sfumato.models.io import adapter_run, fitted_times
+from sfumato.models.locate import chosen_weights, weights_of
+from sfumato.models.lora import adapter, key_conversion
+from sfumato.models.pretrained import train_text_encoders
+from sfumato.models.pretrained.pipeline_folder import INDEX, load_pipeline, save_pipeline
+from sfumato.models.pretrained.stages import PretrainedConditioner
+from sfumato.models.stage_folder import fill, load_stage, save_stage
+from sfumato.run_folder import atomic_folder
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
+    """Write the model; an older one in this folder is replaced at once. Adapters become part of the weights.
+
+    Args:
+        text_by_name: the frozen text encoder is not copied, only where it came from.
+    """
+    guided = model.denoiser if isinstance(model.denoiser, ControlledDenoiser) else None
+    denoiser = plain(model.denoiser if guided is None else guided.base)
+    with atomic_folder(Path(folder)) as beside:
+        if guided is not None:
+            write_plans(beside, model)
+            learned = {name: one.detach().cpu().contiguous() for name, one in guided.learned().items()}
+            save_file(learned, beside / GUIDES)
+        if model.origin is not None:
+            with ExitStack() as apart:
+                for one in [] if guided is None else guided.listed:
+                    apart.enter_context(one.aside(denoiser))
+                save_pipeline(model, beside, denoiser)
+            keep_fitted(model, beside)
+            write_checksums(beside)
+            return
+        parts = {"codec": model.codec, "conditioner": model.conditioner, "denoiser": denoiser}
+        for role, stage in parts.items():
+            save_stage(stage, beside / role, text_by_name)
+        info = {name: value for name, value in model.info.items() if name != "guides"}
+        described = {"format": FORMAT, "info": info}
+        (beside / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+        keep_fitted(model, beside)
+        write_checksums(beside)
+
+
+def keep_fitted(model: Model, folder: Path) -> None:
+    """The model's fitted sampling times go where its weights go."""
+    if model.fitted is not None:
+        fitted_times.write_times(folder, model.fitted)
+
+
+def plain(denoiser: Denoiser) -> Denoiser:
+    """The denoiser itself, or where it carries adapters a copy that has them in its weights."""
+    if not adapter.names(adapter.peft_target(denoiser)):
+        return denoiser
+    merged = copy.deepcopy(denoiser)
+    adapter.merge(adapter.peft_target(merged))
+    return merged
+
+
+def load(
+    folder: Path | str,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    model_class: type[Model] = Model,
+    config: Path | str | None = None,
+) -> Any:
+    """The model in a folder that `save` wrote, or of a run: its newest averaged weights, or those of the
+    checkpoint that is named (`runs/apples/checkpoints/best`).
+
+    A single .safetensors file in its makers' layout needs `config`: a diffusers folder that describes its
+    networks and lends what it lacks; by default the folder beside it, named like it.
+
+    Raises:
+        Refused: no such folder, or nothing in it that is known.
+        Failed: a file is damaged.
+    """
+    if (file := Path(folder).expanduser()).suffix in (".safetensors", *PICKLES) and not file.is_dir():
+        number = DTYPES[dtype] if isinstance(dtype, str) else dtype
+        return load_pipeline(described_by(file, config), number, model_class, file).to(device)
+    if config is not None:
+        raise Refused(f"config = {config} is for a single .safetensors file; {folder} is none. Leave it out.")
+    path, checkpoint = weights_of(locate.place(folder))
+    number = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    insides = [path / "model" / name for name in ("model.json", INDEX, adapter_run.BASE)]
+    is_run = any(file.is_file() for file in insides)
+    home = path / "model" if is_run else path
+    model = load_home(home, str(folder), number, model_class)
+    model.fitted = fitted_times.read_times(home) or model.fitted
+    plans = read_plans(home)
+    if plans:
+        guides = add_control_modules(model, plans)
+        place = chosen_weights(path, checkpoint) if is_run else home / GUIDES
+        fill_guides(guides, read_tensors(place), place)
+        guides.eval()
+    elif is_run:
+        plan = adapter_run.read_plan(home)
+        weights = chosen_weights(path, checkpoint)
+        tensors, text = read_tensors(weights), train_text_encoders.read_plan(home)
+        if text is not None:
+            tensors = train_text_encoders.load_text_weights(
+                train_text_encoders.attach_text_training(model, text), tensors
+            )
+        if plan is not None:
+            adapter_run.attach(model.denoiser, plan)
+            adapter_run.fill_adapter(model.denoiser, tensors, weights)
+            model.denoiser.eval()
+        elif text is None or not text.alone:
+            fill(model.denoiser, tensors, weights)
+    return model.to(device, None if model.origin is not None else number)  # pipelines keep some parts wide
+
+
+def described_by(file: Path, config: Path | str | None) -> Path:
+    """The folder that describes a single file's networks.
+
+    Raises:
+        Refused: no such file, a pickle, or no such folder.
+    """
+    if not file.is_file():
+        raise Refused(f"{file} does not exist. Give the folder or file of a model, or the folder of a run.")
+    must_be_safetensors(file)
+    folder = Path(config).expanduser() if config is not None else file.with_suffix("")
+    if not (folder / INDEX).is_file():
+        raise Refused(
+            f"{file} holds weights alone, and nothing is fetched: give config= a folder in diffusers' layout "
+            "that describes its networks (config.json files, tokenizers), or put it at "
+            f"{file.with_suffix('')}."
+        )
+    return folder
+
+
+def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Model]) -> Any:
+    """The model in a folder of stages, a pipeline's folder, or one that says where its base is."""
+    verify_checksums(home)
+    if (home / adapter_run.BASE).is_file():
+        base, info = adapter_run.read_base(home)
+        model = load(base, number, model_class=model_class)
+        return restore_info(model, info)
+    if (home / INDEX).is_file():
+        return load_pipeline(home, number, model_class)
+    if not (home / "model.json").is_file():
+        raise Refused(explain_missing(home, given))
+    described = read_json(home / "model.json")
+    if described.get("format", 0) > FORMAT:
+        raise Refused(
+            f"{home} was written by a newer sfumato (format {described['format']}). Update sfumato."
+        )
+    info = dict(described["info"])
+    codec, conditioner = load_stage(home / "codec"), load_stage(home / "conditioner")
+    denoiser = load_stage(home / "denoiser")
+    assert (
+        isinstance(codec, Codec) and isinstance(conditioner, Conditioner) and isinstance(denoiser, Denoiser)
+    )
+    return restore_info(model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser), info)
+
+
+RENAMED_INFO = {"text_options": "prompt_options", "presets": "merge_loras"}
+"""{what a model's info was called before recipes of format 2: what it is called}."""
+
+
+def restore_info(model: Any, info: Mapping[str, Any]) -> Any:
+    """Let a model remember `info`: its sizes and steps, and the options its prompts are read with."""
+    info = {RENAMED_INFO.get(name, name): value for name, value in info.items()}
+    model.info = dict(info)
+    if isinstance(model.conditioner, PretrainedConditioner):
+        model.conditioner.usual = dict(info.get("prompt_options", {}))
+    files = info.get("merge_loras", {})
+    if isinstance(files, Mapping):
+        merged = list(files.items())
+    else:  # as format 1 wrote them
+        merged = [key_conversion.weighted(one, "model.merge_loras") for one in files]
+    for file, weight in merged:
+        key_conversion.merge(model, file, weight)
+    if info.get("continued_as"):
+        model.retarget(new_theory(info["continued_as"]))
+    return model
+
+
+def explain_missing(path: Path, given: str) -> str:
+    """Why nothing can be loaded from there, and what to do."""
+    if not path.exists() and locate.is_id(given):
+        return locate.missing(given)
+    if not path.exists():
+        return f"{path} does not exist. Give the folder of a model or of a run."
+    if (path / "recipe.toml").is_file():
+        return f"{path} is a run that has not trained yet. Run `sfumato train {path / 'recipe.toml'}` first."
+    return f"{path} holds no model.json. Give the folder of a model or of a run."

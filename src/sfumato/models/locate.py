@@ -1,0 +1,128 @@
+"""Where weights are: in the Hugging Face Hub's own cache, in a run's checkpoints; nothing is fetched."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sfumato.errors import Failed, Refused
+from sfumato.models.files import read_json
+from sfumato.run_folder import RunFolder, checksum
+
+# ----------------------------------------------------------------
+# Models that the Hugging Face Hub's own cache holds, by their id; nothing is fetched.
+
+
+ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def is_id(given: str) -> bool:
+    """Whether it may be meant as `owner/name` or `owner/name@revision`."""
+    return ID.fullmatch(given) is not None
+
+
+def cache() -> Path:
+    """Where the Hub's files are kept on this machine (HF_HOME, HF_HUB_CACHE)."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def place(given: Path | str) -> Path:
+    """The folder that is meant: as it is given; where there is none, a hub id's snapshot in the cache."""
+    path = Path(given).expanduser()
+    if path.exists() or not is_id(str(given)):
+        return path
+    return snapshot(str(given)) or path
+
+
+def snapshot(given: str) -> Path | None:
+    """The snapshot of a hub id in the cache: of its revision, else the only one; None where there is none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = given.partition("@")
+    how: dict[str, Any] = {"revision": revision or None, "local_files_only": True, "cache_dir": cache()}
+    try:
+        return Path(snapshot_download(name, **how))
+    except (LocalEntryNotFoundError, HFValidationError):
+        kept = sorted((cache() / f"models--{name.replace('/', '--')}" / "snapshots").glob("*"))
+        return kept[0] if len(kept) == 1 and not revision else None
+
+
+def missing(given: str) -> str:
+    """What to do about a hub id that is not in the cache."""
+    name = given.partition("@")[0]
+    return (
+        f'"{given}" is no folder here and not in the Hub\'s cache ({cache()}), and nothing is fetched, as if '
+        f"you were offline: put the folder at {Path(given).absolute()}, or fill the cache where there is a "
+        f"network by `hf download {name}` (a gated model after accepting its terms and `hf auth login`)."
+    )
+
+
+# ----------------------------------------------------------------
+# Which weights a run is drawn with: of the checkpoint that is named, else of the newest that is whole.
+
+
+WEIGHTS = ("ema.safetensors", "model.safetensors")
+"""The files of a checkpoint a model is loaded from: the averaged weights if there are any."""
+
+
+def newest_weights(run: RunFolder) -> Path:
+    """The averaged weights (or the plain ones) of the run's newest checkpoint that is whole.
+
+    Raises:
+        Refused: the run has none.
+        Failed: every one is damaged.
+    """
+    damaged = []
+    for folder in reversed(run.checkpoint_folders()):
+        found, bad = weights_in(folder)
+        if found is not None:
+            return found
+        damaged += bad
+    if damaged:
+        raise Failed(f"{', '.join(damaged)}: damaged, and the run has no other checkpoint. Train it again.")
+    raise Refused(f"{run.path} has no checkpoint yet. Run `sfumato train` on its recipe first.")
+
+
+def weights_in(checkpoint: Path) -> tuple[Path | None, list[str]]:
+    """(the weights a checkpoint is drawn with, None if no file of them is whole; the damaged ones)."""
+    listed, damaged = read_json(checkpoint / "manifest.json").get("files", {}), []
+    for name in WEIGHTS:
+        parts = [one for one in listed if one == name or _is_piece(one, name)]
+        bad = [
+            str(checkpoint / one)
+            for one in parts
+            if not (checkpoint / one).is_file() or checksum(checkpoint / one) != listed[one]["sha256"]
+        ]
+        if parts and not bad:
+            return checkpoint / name, damaged
+        damaged += bad
+    return None, damaged
+
+
+def _is_piece(file: str, name: str) -> bool:
+    """Whether a file's name is that of a piece of `name`, as "ema-00001-of-00002.safetensors"."""
+    stem, _, suffix = name.rpartition(".")
+    return re.fullmatch(rf"{re.escape(stem)}-\d+-of-\d+\.{suffix}", file) is not None
+
+
+def weights_of(path: Path) -> tuple[Path, Path | None]:
+    """(the run a path means, the checkpoint in it that was named, as `RUN/checkpoints/best`)."""
+    if path.parent.name == "checkpoints" and (path / "manifest.json").is_file():
+        return path.parent.parent, path.resolve()
+    return path, None
+
+
+def chosen_weights(run: Path, checkpoint: Path | None) -> Path:
+    """The weights to load: of the checkpoint that was named, else of the newest.
+
+    Raises:
+        Refused: the run has no checkpoint. Failed: what was asked for is damaged.
+    """
+    if checkpoint is None:
+        return newest_weights(RunFolder.open(run))
+    found, damaged = weights_in(checkpoint)
+    if found is None:
+        raise Failed(f"{', '.join(damaged) or checkpoint}: damaged. Choose another checkpoint of {run}.")
+    return found

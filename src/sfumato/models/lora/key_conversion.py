@@ -1,0 +1,289 @@
+"""LoRA files of others, read and written: diffusers', ComfyUI's and kohya's keys ↔ a network's layers.
+
+W ← W + weight · ΔW        (DoRA: then every row is given its learned length)
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import Refused
+from sfumato.models.interface import Model
+from sfumato.models.lora import adapter
+from sfumato.models.lora.layer_names import Names, names_of, original
+from sfumato.models.lora.lora_file import ENDS, WeightDelta, end_of, read, said
+
+DENOISER = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "unet.",
+    "lora_unet_",
+    "lora_transformer_",
+    "lycoris_",
+)
+TEXT = {
+    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
+    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
+    "transformer_2": ("transformer_2.",),
+}
+
+
+def weighted(said: str, key: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT.
+
+    Raises:
+        Refused: a weight that is no number.
+    """
+    file, colon, weight = said.rpartition(":")
+    if not colon or Path(said).expanduser().exists() or "/" in weight or "\\" in weight:
+        return said, 1.0
+    try:
+        return file, float(weight)
+    except ValueError:
+        raise Refused(f'{key} "{said}": "{weight}" is no weight. Write FILE or FILE:0.8.') from None
+
+
+def networks(model: Model) -> dict[str, nn.Module]:
+    """The networks a LoRA may change: the denoiser's under "", text encoders under their names."""
+    found: dict[str, Any] = {"": adapter.peft_target(model.denoiser)}
+    if model.origin is not None:
+        parts = model.origin.components.items()
+        found |= {
+            name: part
+            for name, part in parts
+            if name.startswith("text_encoder") and isinstance(part, nn.Module)
+        }
+    if hasattr(found[""], "noisy"):  # two experts: the second has a prefix of its own
+        found |= {"": found[""].noisy, "transformer_2": found[""].clean}
+    return found
+
+
+def layers_of(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers with a weight that can be changed, by name without adapters' own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuned = {
+        name: layer.get_base_layer()
+        for name, layer in network.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+    plain = {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(getattr(layer, "weight", None), nn.Parameter)
+        and not any(name.startswith(f"{other}.") for other in tuned)
+    }
+    return plain | tuned  # type: ignore[return-value]
+
+
+def spellings(network: nn.Module, names: Names) -> dict[str, list[tuple[str, slice]]]:
+    """Every name a file may give → the layers it means, with their rows of `up`."""
+    layers = layers_of(network)
+    found: dict[str, list[tuple[str, slice]]] = {}
+    for name in layers:
+        whole = [(name, slice(None))]
+        for spelt in (name, f"text_model.{name}"):
+            found[spelt] = found[spelt.replace(".", "_")] = whole
+    for there, parts in original(names, layers):
+        if any(part not in layers for part in parts):
+            continue
+        ends = torch.tensor([0, *(layers[part].weight.shape[0] for part in parts)]).cumsum(0).tolist()  # type: ignore[union-attr, index]
+        rows = [(part, slice(a, b)) for part, a, b in zip(parts, ends[:-1], ends[1:], strict=True)]
+        whole = [(parts[0], slice(None))]
+        found[there] = found[there.replace(".", "_")] = whole if len(parts) == 1 else rows
+    return found
+
+
+def match_layers(
+    model: Model, changes: Mapping[str, WeightDelta], source: Any
+) -> Iterator[tuple[str, str, WeightDelta]]:
+    """(network, layer, its change) of everything in a file.
+
+    Raises:
+        Refused: names or shapes that this model does not have.
+    """
+    family = str(model.info.get("family", ""))
+    homes = networks(model)
+    known = {
+        home: spellings(network, names_of(family) if not home.startswith("text") else Names())
+        for home, network in homes.items()
+    }
+    layers = {home: layers_of(network) for home, network in homes.items()}
+    found: list[tuple[str, str, WeightDelta]] = []
+    strange = []
+    for name, change in in_our_blocks(model, changes).items():
+        home, rest = home_of(name, homes)
+        meant = known.get(home, {}).get(rest)
+        if meant is None:
+            strange.append(name)
+            continue
+        for layer, rows in meant:
+            part = replace(change, rows=rows)
+            shape: torch.Size = layers[home][layer].weight.shape  # type: ignore[assignment]
+            there, here = part.sides(shape), (shape[0], shape[1:].numel())
+            if there != here:
+                raise Refused(
+                    f"{source} is a LoRA of another base: {name} changes {there[0]}×{there[1]} numbers, but "
+                    f"here {layer} has {here[0]}×{here[1]}."
+                )
+            found.append((home, layer, part))
+    if strange:
+        raise Refused(
+            f"{source} is a LoRA of another base: {len(strange)} of its {len(changes)} layers are not in "
+            f"{model.info.get('pipeline', 'this model')}: {said(strange)}."
+        )
+    yield from found
+
+
+def in_our_blocks(model: Model, changes: Mapping[str, WeightDelta]) -> Mapping[str, WeightDelta]:
+    """UNets of the original code count input and output blocks; diffusers says which are which."""
+    if not any("lora_unet_input_blocks" in name or "lora_unet_output_blocks" in name for name in changes):
+        return changes
+    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers as by_blocks
+
+    renamed = by_blocks({f"{name}.alpha": name for name in changes}, model.origin.unet.config)
+    return {key.removesuffix(".alpha"): changes[name] for key, name in renamed.items()}
+
+
+def home_of(name: str, homes: Mapping[str, Any]) -> tuple[str, str]:
+    """(network, layer as the file calls it)."""
+    for home, prefixes in TEXT.items():
+        for prefix in prefixes:
+            if name.startswith(prefix):
+                is_t5 = home == "text_encoder_3" and home not in homes  # kohya's third is FLUX's second
+                readers = [n for n, one in homes.items() if type(one).__name__.startswith(("T5", "UMT5"))]
+                return (readers[0] if is_t5 and readers else home), name.removeprefix(prefix)
+    for prefix in DENOISER:
+        name = name.removeprefix(prefix)
+    return "", name
+
+
+@torch.no_grad()
+def merge(model: Model, file: Path | str, weight: float = 1.0, second: bool = False) -> list[str]:
+    """Add a LoRA, `weight` times, to the model's weights; returns the layers for which it holds a change.
+
+    Several files stack: each is added to what is there. `second`: the file is for the second of two experts.
+
+    Raises:
+        Refused: a file that is no LoRA, one of another base, or weights that are quantised.
+    """
+    changes, _ = read(file)
+    if second:
+        changes = {f"transformer_2.{home_of(name, {})[1]}": change for name, change in changes.items()}
+    homes, changed = networks(model), list[str]()
+    layers: dict[str, dict[str, Any]] = {home: layers_of(network) for home, network in homes.items()}
+    for home, layer, change in match_layers(model, changes, file):
+        if not layers[home][layer].weight.is_floating_point():
+            raise Refused(f"{layer} is quantised, so no LoRA can be added to it. Load the model unquantised.")
+        add(layers[home][layer], change, weight)
+        if change.acts:
+            changed.append(f"{home}.{layer}".removeprefix("."))
+    return changed
+
+
+def add(layer: Any, change: WeightDelta, weight: float) -> None:
+    """Add a change, `weight` times, to a layer's weight and bias."""
+    if change.kind != "diff" or change.diff is not None:
+        before = layer.weight.float()
+        after = before + change.delta(before.shape).to(before.device)
+        if change.length is not None:
+            after = change.lengthened(after)
+        layer.weight.copy_((before + weight * (after - before)).to(layer.weight.dtype))
+    if change.bias is not None:
+        if layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros_like(layer.weight[:, 0].flatten()), requires_grad=False)
+        layer.bias += weight * change.bias[change.rows].to(layer.bias)
+
+
+def trained(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """An adapter's tensors under peft's names → layer → {down, up, length}."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        end = end_of(key)
+        found.setdefault(key.removesuffix(end), {})[ENDS[end]] = tensor
+    return found
+
+
+def to_target_keys(
+    tensors: Mapping[str, Tensor], scale: float, names: Names, to: str, network: nn.Module
+) -> dict[str, Tensor]:
+    """An adapter's tensors (peft's names) under ComfyUI's or kohya's keys, with their alphas.
+
+    Layers that the original code joins are joined exactly: ranks add up, each part keeps its own rows.
+
+    Raises:
+        Refused: no convention is known; DoRA, LoHa or LoKr of layers that are joined.
+    """
+    style = getattr(names, to)
+    if not style:
+        raise Refused(f"{to} has no published names for this family's LoRA: export --to diffusers.")
+    flat = to == "kohya" or style == "kohya"
+    prefix = "lora_unet_" if flat else "transformer." if style == "plain" else "diffusion_model."
+    layers = trained(tensors)
+    rules = names if style == "original" else Names()
+    out: dict[str, Tensor] = {}
+    for there, parts in original(rules, layers):
+        key = prefix + (there.replace(".", "_") if flat else there)
+        if "up" not in next(iter(layers.values())):
+            out |= as_lycoris(key, layers, parts, scale)
+            continue
+        one = fuse_split_layers([layers.get(part) for part in parts], parts, network)
+        up, down = (".lora_up.weight", ".lora_down.weight") if flat else (".lora_B.weight", ".lora_A.weight")
+        out[key + down], out[key + up] = one["down"].contiguous(), one["up"].contiguous()
+        out[key + ".alpha"] = torch.tensor(scale * one["down"].shape[0])
+        if "length" in one:
+            out[key + ".dora_scale"] = one["length"].reshape(-1, *[1] * (one["down"].ndim - 1)).contiguous()
+    return out
+
+
+def as_lycoris(
+    key: str, layers: Mapping[str, dict[str, Tensor]], parts: tuple[str, ...], scale: float
+) -> dict[str, Tensor]:
+    """One layer's LoHa or LoKr under LyCORIS' names; where both factors are whole it knows no alpha.
+
+    Raises:
+        Refused: the layers are one there.
+    """
+    if len(parts) > 1:
+        raise Refused(
+            f"{', '.join(parts)} are one layer there, which LoHa and LoKr cannot be joined to. Train "
+            'model.train = "lora", or export the whole model: sfumato.load(RUN).save(FOLDER).'
+        )
+    own = {name: one.contiguous() for name, one in layers[next(iter(parts))].items()}
+    rank = WeightDelta(factors=own).rank
+    if not rank:
+        own["lokr_w1"] = scale * own["lokr_w1"]
+    alpha = {f"{key}.alpha": torch.tensor(scale * rank)} if rank else {}
+    return {f"{key}.{name}": one for name, one in own.items()} | alpha
+
+
+def fuse_split_layers(
+    parts: list[dict[str, Tensor] | None], named: tuple[str, ...], network: nn.Module
+) -> dict[str, Tensor]:
+    """The change of several layers as that of one: downs stacked, ups on the diagonal; None is no change."""
+    if len(parts) == 1:
+        assert parts[0] is not None
+        return parts[0]
+    there = [part for part in parts if part is not None]
+    if any("length" in part for part in there):
+        raise Refused(
+            f"{', '.join(named)} are one layer there, which DoRA cannot keep apart. Export --to diffusers."
+        )
+    heights = [int(cast(Tensor, network.get_submodule(name).weight).shape[0]) for name in named]
+    down = torch.cat([part["down"] for part in there])
+    up = down.new_zeros(sum(heights), down.shape[0])
+    row = column = 0
+    for part, height in zip(parts, heights, strict=True):
+        if part is not None:
+            width = part["up"].shape[1]
+            up[row : row + height, column : column + width] = part["up"]
+            column += width
+        row += height
+    return {"down": down, "up": up}

@@ -1,0 +1,284 @@
+"""What a file changes of each layer: LoRA, LoHa and LoKr of whoever wrote them, and whole differences.
+
+    LoRA   ΔW = alpha/rank · up · down
+    LoHa   ΔW = alpha/rank · (w1_a · w1_b) ∘ (w2_a · w2_b)
+    LoKr   ΔW = alpha/rank · w1 ⊗ w2,  each whole or a product of rank r; both whole: without alpha/rank
+
+Conventions: diffusers, peft, kohya's sd-scripts, and LyCORIS (Yeh et al. 2023, arXiv:2309.14859).
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sfumato.errors import Refused
+from sfumato.models.files import HEADER, digest, must_be_safetensors
+
+ENDS = {
+    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
+    ".lora.down.weight": "down", ".lora.up.weight": "up", ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha", ".dora_scale": "length",
+    ".lora_magnitude_vector.weight": "length", ".lora_magnitude_vector": "length",
+    ".diff": "diff", ".diff_b": "bias",
+}  # fmt: skip
+"""Ends of keys, the longer first where one ends another."""
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+ENDS |= {f".{name}": name for name in (*LOKR, *LOHA)}
+OTHERS = {
+    ".oft_blocks": "OFT", ".oft_diag": "OFT", ".oft_R.weight": "OFT", ".boft_R": "BOFT", ".on_input": "IA³",
+    ".a1.weight": "GLoRA", ".b1.weight": "GLoRA", ".w_norm": "LyCORIS norm", ".b_norm": "LyCORIS norm",
+    ".vera_lambda_b": "VeRA", ".lora_E": "AdaLoRA",
+}  # fmt: skip
+"""Ends of keys of adapters that are known and not read."""
+METADATA = "lora_adapter_metadata"
+"""Where diffusers keeps ranks and alphas, as JSON."""
+HOMES = ("transformer_2", "transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+@dataclass
+class WeightDelta:
+    """The change of one layer: down [r, in, …], up [out, r, …], and for DoRA the rows' lengths.
+
+    mid: the kernel between the two, of convolutions in Tucker form; factors: of LoHa and LoKr, by their
+    names; diff, bias: whole differences.
+    """
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    alpha: float | None = None
+    length: Tensor | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+    """Which rows of it are this layer's, where the file joins several layers."""
+    mid: Tensor | None = None
+    diff: Tensor | None = None
+    bias: Tensor | None = None
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    given: float | None = None
+    """The scale, where it does not follow from alpha and rank."""
+
+    @property
+    def kind(self) -> str:
+        """lora, loha, lokr or diff; empty where something is missing."""
+        has = self.factors.keys()
+        if has:
+            kron = all(f"lokr_{w}" in has or {f"lokr_{w}_a", f"lokr_{w}_b"} <= has for w in ("w1", "w2"))
+            return "lokr" if kron else "loha" if set(LOHA[:4]) <= has else ""
+        if self.down is not None and self.up is not None:
+            return "lora"
+        is_whole = self.down is None and self.up is None and self.mid is None
+        return "diff" if is_whole and (self.diff is not None or self.bias is not None) else ""
+
+    @property
+    def rank(self) -> int:
+        """The rank of its factors; 0 where they are whole."""
+        if self.down is not None:
+            return self.down.shape[0]
+        names = ("hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+        return next((len(self.factors[name]) for name in names if name in self.factors), 0)
+
+    @property
+    def scale(self) -> float:
+        """What the product of the factors is multiplied by."""
+        if self.given is not None:
+            return self.given
+        return self.alpha / self.rank if self.alpha is not None and self.rank else 1.0
+
+    def factor(self, which: str) -> Tensor:
+        """w1 or w2, whole, of LoKr [rows, columns, …] or LoHa [out, in, …]."""
+        f, kind = {name: one.float() for name, one in self.factors.items()}, self.kind
+        if kind == "lokr":
+            if f"lokr_{which}" in f:
+                return f[f"lokr_{which}"]
+            a, b = f[f"lokr_{which}_a"], f[f"lokr_{which}_b"]
+            if which == "w2" and "lokr_t2" in f:
+                return torch.einsum("ij...,ip,jr->pr...", f["lokr_t2"], a, b)
+            return a @ b
+        a, b, t = f[f"hada_{which}_a"], f[f"hada_{which}_b"], f"hada_t{which[1]}"
+        return torch.einsum("ij...,jr,ip->pr...", f[t], b, a) if t in f else a @ b
+
+    def whole(self) -> Tensor:
+        """All rows [out, in · kernel] of the file's layer, scaled."""
+        kind = self.kind
+        if kind == "diff":
+            assert self.diff is not None
+            return self.diff.float().flatten(1) if self.diff.ndim > 1 else self.diff.float()[:, None]
+        if kind == "lora":
+            assert self.down is not None and self.up is not None
+            return self.scale * (self.up.flatten(1).float() @ self.down.flatten(1).float())
+        one, two = self.factor("w1"), self.factor("w2")
+        if kind == "loha":
+            return self.scale * (one * two).flatten(1)
+        kernel = two.flatten(2) if two.ndim > 2 else two[..., None]
+        return self.scale * torch.kron(one[..., None], kernel.contiguous()).flatten(1)
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes anything."""
+        bias = self.bias is not None and bool(self.bias[self.rows].any())
+        if self.kind == "lora":
+            assert self.up is not None
+            return bool(self.up[self.rows].any()) or bias
+        return bias if self.kind == "diff" and self.diff is None else bool(self.whole()[self.rows].any())
+
+    def delta(self, shape: torch.Size) -> Tensor:
+        """ΔW, shaped as the layer's weight."""
+        return self.whole()[self.rows].reshape(shape)
+
+    def sides(self, shape: torch.Size) -> tuple[int, int]:
+        """(rows of this layer, numbers in each) that the file has; `shape`: of the layer's weight."""
+        if self.kind == "lora":
+            assert self.down is not None and self.up is not None
+            return self.up[self.rows].shape[0], self.down[0].numel()
+        if self.kind == "diff" and self.diff is None:
+            return shape[0], shape[1:].numel()
+        if self.kind == "lokr" and "lokr_w2_a" in self.factors and "lokr_t2" not in self.factors:
+            one = self.factor("w1")
+            rows, columns = len(self.factors["lokr_w2_a"]), self.factors["lokr_w2_b"].shape[1]
+            return len(range(one.shape[0] * rows)[self.rows]), one.shape[1] * columns
+        there = self.whole()
+        return there[self.rows].shape[0], there.shape[1]
+
+    @property
+    def is_by_column(self) -> bool:
+        """Whether the lengths are of columns, as LyCORIS has them unless asked otherwise."""
+        return (
+            self.length is not None and self.length.ndim > 1 and len(self.length) == 1 < self.length.numel()
+        )
+
+    def lengthened(self, weight: Tensor) -> Tensor:
+        """The weight with the lengths that DoRA learned, of its rows or of its columns."""
+        assert self.length is not None
+        length = self.length.to(weight)
+        if self.is_by_column:
+            axes = tuple(axis for axis in range(weight.ndim) if axis != 1)
+            length = length.reshape(1, -1, *[1] * (weight.ndim - 2))
+        else:
+            axes = tuple(range(1, weight.ndim))
+            length = length.flatten()[self.rows].view(-1, *[1] * (weight.ndim - 1))
+        return weight * length / weight.square().sum(dim=axes, keepdim=True).sqrt()
+
+    def straightened(self) -> "WeightDelta":
+        """The same with the kernel between the two matrices in the first: ΔW is as it was."""
+        if self.mid is not None and self.down is not None:
+            down = torch.einsum("ab...,bj->aj...", self.mid.float(), self.down.flatten(1).float())
+            self.down, self.mid = down, None
+        return self
+
+
+def read(file: Path | str) -> tuple[dict[str, WeightDelta], dict[str, str]]:
+    """(changes by the file's own names of layers, metadata).
+
+    Raises:
+        Refused: no such file, a pickle, a key that belongs to no LoRA.
+    """
+    path = Path(file).expanduser()
+    if path.is_dir():
+        inside = sorted(path.glob("*.safetensors"))
+        if len(inside) != 1:
+            raise Refused(f"{path} holds {len(inside)} safetensors files. Give the LoRA's file itself.")
+        path = inside[0]
+    if not path.is_file():
+        raise Refused(f"{path} does not exist. Give the file of a LoRA (.safetensors).")
+    must_be_safetensors(path)
+    try:
+        with safe_open(path, "pt") as opened:
+            metadata = dict(opened.metadata() or {})
+            whole = {key: opened.get_tensor(key) for key in sorted(opened.keys())}
+    except (OSError, SafetensorError) as problem:
+        raise Refused(f"{path} is damaged ({problem}). Copy it again.") from problem
+    if metadata.get(HEADER, "") not in ("", digest(whole)):
+        raise Refused(f"{path} is damaged: it does not have the checksum it was written with. Copy it again.")
+    changes, strange = sorted_by_layer(whole)
+    for key in strange:
+        if other := next((kind for end, kind in OTHERS.items() if key.endswith(end)), ""):
+            raise Refused(
+                f'{path} holds {other} ("{key}"), which is not read here. Merge it into its base with the '
+                "program that wrote it, and give that base; LoRA, LoHa, LoKr and their DoRA are read."
+            )
+    strange += [name for name, one in changes.items() if not one.kind]
+    if strange or not changes:
+        raise Refused(f"{path} is no LoRA that is known: {said(strange) or 'it is empty'}.")
+    fill_alphas(changes, metadata)
+    fill_from_peft(changes, path.with_name("adapter_config.json"))
+    return {name: change.straightened() for name, change in changes.items()}, metadata
+
+
+def sorted_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, WeightDelta], list[str]]:
+    """(changes by layer, keys that belong to none)."""
+    changes: dict[str, WeightDelta] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        end = end_of(key)
+        if not end:
+            strange.append(key)
+            continue
+        change, role = changes.setdefault(key.removesuffix(end), WeightDelta()), ENDS[end]
+        if role in (*LOKR, *LOHA):
+            change.factors[role] = tensor
+        elif end.startswith(".lora_magnitude"):
+            change.length = tensor.flatten()  # peft's are always of rows
+        else:
+            setattr(change, role, float(tensor) if role == "alpha" else tensor)
+    return changes, strange
+
+
+def end_of(key: str) -> str:
+    """The end of a key that says what the tensor is; empty where none is known."""
+    return next((end for end in sorted(ENDS, key=len, reverse=True) if key.endswith(end)), "")
+
+
+def fill_from_peft(changes: Mapping[str, WeightDelta], config: Path) -> None:
+    """Alphas that peft wrote into a file beside the tensors.
+
+    Raises:
+        Refused: the file is damaged.
+    """
+    if not config.is_file() or not all(name.startswith("base_model.model.") for name in changes):
+        return
+    try:
+        known = dict(json.loads(config.read_text(encoding="utf-8")))
+    except ValueError as problem:
+        raise Refused(f"{config} is damaged ({problem}). Copy it again.") from problem
+    for name, change in changes.items():
+        scale_as_peft(change, name.removeprefix("base_model.model."), known)
+
+
+def fill_alphas(changes: Mapping[str, WeightDelta], metadata: Mapping[str, str]) -> None:
+    """Alphas that diffusers wrote into the metadata instead of the tensors."""
+    known = json.loads(metadata.get(METADATA, "{}"))
+    for name, change in changes.items():
+        home = next((prefix for prefix in HOMES if name.startswith(f"{prefix}.")), "")
+        config = {
+            key.removeprefix(f"{home}."): value for key, value in known.items() if key.startswith(f"{home}.")
+        }
+        scale_as_peft(change, name.removeprefix(f"{home}."), config)
+
+
+def scale_as_peft(change: WeightDelta, layer: str, config: Mapping[str, Any]) -> None:
+    """Scale a change as peft's config says, where the file itself has no alpha."""
+    usual = config.get("lora_alpha") or config.get("alpha")
+    if change.alpha is not None or not usual or change.kind == "diff":
+        return
+    alpha = float(of_pattern(config.get("alpha_pattern"), layer, usual))
+    rank = change.rank or int(of_pattern(config.get("rank_pattern"), layer, config.get("r", 1)))
+    change.given = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def of_pattern(patterns: Mapping[str, Any] | None, layer: str, usual: Any) -> Any:
+    """What a pattern of peft's says of a layer: its keys are ends of names, or regular expressions."""
+    found = next((key for key in patterns or {} if re.fullmatch(rf"(.*\.)?({key})", layer)), None)
+    return usual if found is None or patterns is None else patterns[found]
+
+
+def said(names: list[str], most: int = 3) -> str:
+    """The first names of many."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f'"{name}"' for name in names[:most]) + rest

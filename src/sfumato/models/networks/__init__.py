@@ -1,0 +1,1 @@
+"""Networks: our own denoisers, and what they and pretrained ones are made of."""

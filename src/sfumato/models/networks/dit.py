@@ -1,0 +1,418 @@
+"""A diffusion transformer: patches of latents, attending to each other and to the text, told the time.
+
+Source: Peebles & Xie 2023, arXiv:2212.09748 (adaLN-zero); QK-norm: arXiv:2302.05442;
+squared ReLU: arXiv:2109.08668; rotary positions in two dimensions: arXiv:2104.09864, one half of each
+head for rows, one for columns.
+Image queries attend to image and text keys in one attention, as joint attention does (arXiv:2403.03206),
+but the text stream itself stays as the encoder left it: only its keys and values are learned in each block.
+
+What is ours: the canvas. From the prompt's summary a two-layer network draws a coarse grid of features
+that is spread over the picture and added to the tokens. Near the noise, where the answer depends on the
+prompt alone, that is the answer's sketch; it costs a hundredth of a block's work for each of its weights.
+
+Clips are the same network with time as a third axis: tokens of all frames attend to each other, or
+(factorised, arXiv:2401.03048) to their frame in one block and to their place in time in the next. A picture
+is a clip of one frame. Frames may be told times of their own, as diffusion forcing asks (arXiv:2407.01392).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import Refused
+from sfumato.models.condition import Condition
+from sfumato.models.guidance_policy import GuidancePolicy
+from sfumato.models.interface import Denoiser, registered
+from sfumato.models.networks.packed_sequence import Group, PackedSequence, along
+from sfumato.models.networks.tokens import Angles, moments, places, rotary, rotary_in_time, sinusoids, turn
+from sfumato.models.networks.ulysses import Ulysses, check_heads
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x [B, N, D] normalised over D, then x·(1 + scale) + shift with shift, scale [B, D] or [B, F, D]."""
+    return torch.addcmul(along(shift, x), F.layer_norm(x, x.shape[-1:]), 1 + along(scale, x))
+
+
+class HeadNorm(nn.RMSNorm):
+    """Root-mean-square norm of queries and keys, in the precision they come in.
+
+    Under autocast they are narrower than the learned scale, which torch's fused kernel does not take.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., head] → the same, of mean square 1 times the scale."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class Block(nn.Module):
+    """Attention and a two-layer network, both gated by the time; the gates start at zero.
+
+    `over` says what a token of a clip looks at: "all" tokens, those of its frame ("space"), or those of its
+    place ("time"); and always at the text.
+    """
+
+    def __init__(self, width: int, heads: int, text: bool, over: str = "all"):
+        super().__init__()
+        self.heads, self.over = heads, over
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.text_kv = nn.Linear(width, 2 * width) if text else None
+        self.q_norm, self.k_norm = (HeadNorm(width // heads, eps=1e-6) for _ in range(2))
+        self.out = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.shared: Ulysses | None = None
+
+    def split(self, x: Tensor, parts: int) -> list[Tensor]:
+        """[B, N, parts·D] → parts tensors [B, heads, N, D/heads]."""
+        return list(x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4))
+
+    def attend(
+        self,
+        x: Tensor,
+        text: Tensor | None,
+        mask: Tensor | None,
+        angles: Angles,
+        frames: int,
+        perturbed: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, D] looks at itself and at text [B, L, D] where mask [B, L] allows.
+
+        Where perturbed [B] is true each token sees itself alone (arXiv:2403.17377).
+        """
+        words = self.words(text)
+        seen = self.look(*self.keyed(self.qkv(x), angles), words, mask, frames, perturbed)
+        return self.out(seen.transpose(1, 2).flatten(2))
+
+    def keyed(self, qkv: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3D] → queries and keys, normalised and turned, and values [B, heads, N, d]."""
+        q, k, v = self.split(qkv, 3)
+        return turn(self.q_norm(q), *angles), turn(self.k_norm(k), *angles), v
+
+    def words(self, text: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Text [B, L, D] → its keys and values [B, heads, L, d]; None where none is heard."""
+        if text is None or self.text_kv is None:
+            return None
+        k, v = self.split(self.text_kv(text), 2)
+        return self.k_norm(k), v
+
+    def look(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        words: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        frames: int,
+        perturbed: Tensor | None = None,
+    ) -> Tensor:
+        """What q [B, heads, N, d] see of k and v, and of words where mask [B, L] allows."""
+        own, batch, among = v, len(q), self.shared
+        if among is not None:
+            q, k, v = (among.by_heads(one) for one in (q, k, v))
+            words = words and (among.own(words[0], 1), among.own(words[1], 1))
+        q, k, v = (self.gather(one, frames) for one in (q, k, v))
+        groups = len(q) // batch
+        if words is not None:
+            k, v = (
+                torch.cat((own, told.repeat_interleave(groups, 0) if groups > 1 else told), dim=2)
+                for own, told in zip((k, v), words, strict=True)
+            )
+            if mask is not None:
+                mask = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
+                mask = mask.repeat_interleave(groups, 0) if groups > 1 else mask
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        seen = self.scatter(seen, frames, batch)
+        seen = seen if among is None else among.by_tokens(seen)
+        return seen if perturbed is None else torch.where(perturbed.view(-1, 1, 1, 1), own, seen)
+
+    def gather(self, x: Tensor, frames: int) -> Tensor:
+        """[B, heads, F·n, d] → those that look at each other: [B·F, …, n, d] or [B·n, …, F, d]."""
+        if self.over == "all" or (frames == 1 and self.over == "space"):
+            return x
+        apart = x.unflatten(2, (frames, -1))
+        return (apart.transpose(1, 2) if self.over == "space" else apart.permute(0, 3, 1, 2, 4)).flatten(0, 1)
+
+    def scatter(self, x: Tensor, frames: int, batch: int) -> Tensor:
+        """The inverse of `gather`, for a batch of so many."""
+        if self.over == "all" or (frames == 1 and self.over == "space"):
+            return x
+        if self.over == "space":
+            return x.unflatten(0, (-1, frames)).transpose(1, 2).flatten(2, 3)
+        return x.unflatten(0, (batch, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: Tensor | None,
+        mask: Tensor | None,
+        angles: Angles | PackedSequence,
+        frames: int = 1,
+        perturbed: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, D], time [B, D] or of each frame [B, F, D] → [B, N, D]."""
+        if isinstance(angles, PackedSequence):
+            return self.ragged(x, time, text, angles)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, dim=-1)
+        seen = self.attend(modulate(x, shift_a, scale_a), text, mask, angles, frames, perturbed)
+        x = torch.addcmul(x, along(gate_a, x), seen)
+        hidden = F.relu(self.up(modulate(x, shift_m, scale_m))).square()
+        return torch.addcmul(x, along(gate_m, x), self.down(hidden))
+
+    def ragged(self, x: Tensor, time: Tensor, text: Tensor | None, of: PackedSequence) -> Tensor:
+        """The same of samples of several shapes: x [1, N, D], time [T, D], text [1, M, D] → [1, N, D]."""
+        told = zip(*(one.chunk(6, dim=-1) for one in of.told(self.modulation(time))), strict=True)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = told
+        q, k, v = self.keyed(self.qkv(of.modulated(x, shift_a, scale_a)), of.angles)
+        seen = self.look_ragged(q, k, v, self.words(text), of)
+        x = of.added(x, gate_a, self.out(seen.transpose(1, 2).flatten(2)))
+        hidden = F.relu(self.up(of.modulated(x, shift_m, scale_m))).square()
+        return of.added(x, gate_m, self.down(hidden))
+
+    def look_ragged(
+        self, q: Tensor, k: Tensor, v: Tensor, words: tuple[Tensor, Tensor] | None, of: PackedSequence
+    ) -> Tensor:
+        """What q [1, heads, N, d] see of their own sample's k and v, and of its words [1, heads, M, d]."""
+        if of.flex and self.over == "all":
+            if words is not None:
+                k, v = (torch.cat((own, told), 2) for own, told in zip((k, v), words, strict=True))
+            return of.attend(q, k, v)
+        parts = zip(*(of.heads(one) for one in (q, k, v)), of.spoken(words), of.groups, strict=True)
+        return of.rejoined([self.look(a, b, c, told, g.mask, g.frames) for a, b, c, told, g in parts])
+
+
+@registered
+class DiT(Denoiser):
+    """Latents [B, C, H, W], or of clips [B, C, F, H, W] → an answer of the same shape, given time and text.
+
+    Args:
+        channels: of the latents.
+        width, depth, heads: of the transformer; width / heads must be a multiple of 4.
+        patch: patch × patch latents become one token.
+        canvas: sides of the grid that the summary is drawn on; 0 for none.
+        text_width: D of the condition's `tokens`; 0 for an unconditional network.
+        pooled_width: of its `pooled`; default the same.
+        classes: of the condition's `labels`; a class's embedding takes the summary's place.
+        clock_range: what the theory's clock says near the data and near the noise; mapped onto [0, 1000].
+        frames: of the clips it is made for, in latents; 0 for a network of pictures.
+        attention: "full", or "factorised": over the frame in one block, over time in the next.
+        direct: whether what a token sees also enters its answer past all blocks, each channel times what the
+            token says. The noise that a velocity is asked for fills every number; a token of about as many
+            numbers as it has width cannot carry them beside its picture. arXiv:2511.13720 asks for the data
+            instead; here any theory may be asked.
+    """
+
+    kind = "dit"
+    lora_targets = ("qkv", "text_kv", "out", "up", "down")
+    supports_packing = True
+    guidance = GuidancePolicy(supports_perturbed_attention=True)
+
+    def __init__(
+        self,
+        channels: int,
+        width: int = 256,
+        depth: int = 8,
+        heads: int = 4,
+        patch: int = 1,
+        canvas: int = 4,
+        text_width: int = 384,
+        pooled_width: int | None = None,
+        clock_range: tuple[float, float] = (0.0, 1000.0),
+        frames: int = 0,
+        attention: str = "full",
+        classes: int = 0,
+        direct: bool = False,
+    ):
+        super().__init__()
+        pooled_width = text_width if pooled_width is None else pooled_width
+        if width % (4 * heads):
+            raise Refused(
+                f"A DiT of width {width} cannot have {heads} heads: width / heads must divide by 4."
+            )
+        self._config = {
+            "channels": channels,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "patch": patch,
+            "canvas": canvas,
+            "text_width": text_width,
+            "pooled_width": pooled_width,
+            "clock_range": list(clock_range),
+        }
+        self._config |= {"frames": frames, "attention": attention} if frames else {}
+        self._config |= {"classes": classes} if classes else {}
+        self._config |= {"direct": True} if direct else {}
+        self.frames, self.frames_apart = frames, bool(frames)
+        self.patch, self.width, self.heads, self.head = patch, width, heads, width // heads
+        self.grain, self.clock_range = patch, clock_range
+        self.enter = nn.Linear(channels * patch * patch, width)
+        self.place = nn.Linear(32, width)
+        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        if text_width:
+            self.text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+        self.label = nn.Embedding(classes + 1, width) if classes else None  # the last says nothing
+        pooled_width = width if classes else pooled_width
+        if text_width or classes:
+            self.pooled = nn.Sequential(nn.LayerNorm(pooled_width), nn.Linear(pooled_width, width))
+        self.moment = nn.Linear(16, width) if frames else None
+        self.canvas, grid = None, (*((min(frames, canvas),) if frames else ()), canvas, canvas)
+        if canvas and (text_width or classes):
+            self.canvas = nn.Sequential(
+                nn.LayerNorm(pooled_width),
+                nn.Linear(pooled_width, 4 * width),
+                nn.SiLU(),
+                nn.Linear(4 * width, width * math.prod(grid)),
+                nn.Unflatten(-1, (width, *grid)),
+            )
+        over = ("space", "time") if attention == "factorised" and frames else ("all", "all")
+        self.blocks = nn.ModuleList(Block(width, heads, bool(text_width), over[i % 2]) for i in range(depth))
+        self.gains, self.shared = (channels if direct else 0), None
+        self.last_modulation = nn.Linear(width, 2 * width)
+        self.leave = nn.Linear(width, channels * patch * patch + self.gains)
+        for layer in (self.last_modulation, self.leave):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def config(self) -> dict[str, Any]:
+        """The arguments it was built with."""
+        return self._config
+
+    def summary(self, condition: Condition) -> Tensor | None:
+        """What the condition says on the whole, [B, pooled_width]: its `pooled`, or its class's embedding."""
+        if self.label is not None and "labels" in condition:
+            return self.label(condition["labels"])
+        return condition.get("pooled")
+
+    def heard(self, clock: Tensor, pooled: Tensor | None) -> Tensor:
+        """Time and the condition's summary in one vector: [B, width], of frames' own times [B, F, width]."""
+        time = self.moment_of(clock.flatten()).unflatten(0, clock.shape)
+        if pooled is None:
+            return F.silu(time)
+        told = self.pooled(pooled)
+        return F.silu(time + (told if clock.ndim == 1 else told[:, None]))
+
+    def moment_of(self, clock: Tensor) -> Tensor:
+        """What a time [T] is to the blocks [T, width], before the condition's summary joins it."""
+        low, high = self.clock_range
+        return self.time(sinusoids((clock - low) * (1000 / (high - low)), 256))
+
+    def forward(self, x: Tensor | Sequence[Tensor], clock: Tensor | Sequence[Tensor], condition: Any) -> Any:
+        """x [B, C, (F,) H, W], clock [B] or [B, F], `tokens` [B, L, D], `mask` [B, L], `pooled` → as x.
+
+        Or lists of such batches, each of its own shape, which are computed as one sequence → a list as x.
+
+        Raises:
+            Refused: clips for a network of pictures.
+        """
+        if not isinstance(x, Tensor) or not isinstance(clock, Tensor):
+            return self.together(list(x), list(clock), condition)
+        frames, pooled = self.grid(x)[0], self.summary(condition)
+        canvas = self.canvas(pooled) if self.canvas is not None and pooled is not None else None
+        tokens = self.placed(self.enter(self.patches(x)), x, canvas)
+        time, angles = self.heard(clock, pooled), self.angles(*self.grid(x), x.device)
+        if self.shared is not None:
+            tokens, time, angles = self.own(self.shared, tokens, time, angles)
+        text = self.text(condition["tokens"]) if "tokens" in condition else None
+        mask = condition["mask"] if text is not None and "mask" in condition else None
+        perturbed = condition.get("perturbed")
+        middle = ((len(self.blocks) - 1) // 2, len(self.blocks) // 2)
+        for index, block in enumerate(self.blocks):
+            alone = perturbed if index in middle else None
+            tokens = block(tokens, time, text, mask, angles, frames, alone)
+        out = self.leave(modulate(tokens, *self.last_modulation(time).chunk(2, dim=-1)))
+        return self.laid(out if self.shared is None else self.shared.whole(out, 1), x)
+
+    def check_context_parallel(self, count: int) -> None:
+        """Raises Refused unless so many processes can have as many heads each."""
+        check_heads(self.heads, count)
+
+    def enable_context_parallel(self, mesh: Any) -> None:
+        """Let the processes of a mesh share each sample; None: no longer."""
+        super().enable_context_parallel(mesh)
+        self.shared = None if mesh is None else Ulysses(mesh.get_group("ulysses"))
+        for block in self.blocks:
+            block.shared = self.shared  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+
+    def own(
+        self, among: Ulysses, tokens: Tensor, time: Tensor, angles: Angles
+    ) -> tuple[Tensor, Tensor, Angles]:
+        """This process's tokens, what they are told, and their angles."""
+        if time.ndim == 3 and time.shape[1] % among.count:  # a part begins within a frame
+            time = time.repeat_interleave(tokens.shape[1] // time.shape[1], 1)
+        time = among.own(time, 1) if time.ndim == 3 else time
+        return among.own(tokens, 1), time, (among.own(angles[0], 0), among.own(angles[1], 0))
+
+    def together(
+        self, xs: Sequence[Tensor], clocks: Sequence[Tensor], conditions: Sequence[Condition]
+    ) -> list[Tensor]:
+        """As `forward`, of batches of different shapes; what is not attention sees all of them at once."""
+        of = PackedSequence(
+            [
+                Group(len(x), *self.grid(x), self.angles(*self.grid(x), x.device), clock.ndim == 2, one)
+                for x, clock, one in zip(xs, clocks, conditions, strict=True)
+            ]
+        )
+        said = [one for one in map(self.summary, conditions) if one is not None]
+        pooled = torch.cat(said) if said else None
+        time = self.moment_of(torch.cat([clock.flatten() for clock in clocks]))
+        time = F.silu(time if pooled is None else time + of.spread(self.pooled(pooled)))
+        canvases: Sequence[Tensor | None] = [None] * len(xs)
+        if self.canvas is not None and pooled is not None:
+            canvases = of.samples(self.canvas(pooled))
+        entered = of.split(self.enter(of.join([self.patches(x) for x in xs])))
+        tokens = of.join([self.placed(*one) for one in zip(entered, xs, canvases, strict=True)])
+        text = self.text(of.said) if of.said is not None else None
+        for block in self.blocks:
+            tokens = block(tokens, time, text, None, of)
+        told = of.told(self.last_modulation(time))
+        shift, scale = zip(*(one.chunk(2, dim=-1) for one in told), strict=True)
+        out = of.split(self.leave(of.modulated(tokens, shift, scale)))
+        return [self.laid(*one) for one in zip(out, xs, strict=True)]
+
+    def grid(self, x: Tensor) -> tuple[int, int, int]:
+        """Frames, rows and columns of tokens of x [B, C, (F,) H, W]."""
+        if x.ndim == 5 and not self.frames:
+            raise Refused("This DiT draws pictures, not clips. Train one on clips: set data.frames.")
+        return (x.shape[2] if x.ndim == 5 else 1), x.shape[-2] // self.patch, x.shape[-1] // self.patch
+
+    def patches(self, x: Tensor) -> Tensor:
+        """[B, C, (F,) H, W] → [B·F, rows·columns, C·patch²]."""
+        flat = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
+        return F.pixel_unshuffle(flat, self.patch).flatten(2).transpose(1, 2)
+
+    def laid(self, out: Tensor, x: Tensor) -> Tensor:
+        """What leaves the tokens [B, N, …] as an answer like x; of clips x itself as far as they say."""
+        frames, rows, columns = self.grid(x)
+        out = out.unflatten(1, (frames, -1)).flatten(0, 1)
+        out = out.transpose(1, 2).unflatten(-1, (rows, columns))
+        drawn = F.pixel_shuffle(out[:, self.gains :], self.patch)
+        if self.gains:
+            gain = F.interpolate(out[:, : self.gains], scale_factor=self.patch)
+            drawn = torch.addcmul(drawn, gain, x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x)
+        return drawn.unflatten(0, (-1, frames)).transpose(1, 2) if x.ndim == 5 else drawn
+
+    def placed(self, tokens: Tensor, x: Tensor, canvas: Tensor | None) -> Tensor:
+        """Tokens [B, N, D] of x that know their places and moments, on the canvas [B, D, …] if any."""
+        frames, rows, columns = self.grid(x)
+        there = self.place(places(rows, columns, x.device).to(x.dtype))
+        tokens = tokens.reshape(len(x), frames, rows * columns, -1) + there
+        if self.moment is not None:
+            tokens = tokens + self.moment(moments(frames, x.device).to(x.dtype))[:, None]
+        tokens = tokens.flatten(1, 2)
+        if canvas is None:
+            return tokens
+        size, way = ((frames, rows, columns), "trilinear") if self.frames else ((rows, columns), "bilinear")
+        return tokens + F.interpolate(canvas, size, mode=way).flatten(2).transpose(1, 2)
+
+    def angles(self, frames: int, rows: int, columns: int, device: torch.device) -> Angles:
+        """What turns queries and keys: two axes for a network of pictures, three for one of clips."""
+        if self.frames:
+            return rotary_in_time(frames, rows, columns, self.head, device)
+        return rotary(rows, columns, self.head, device)

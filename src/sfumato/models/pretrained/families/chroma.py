@@ -1,0 +1,41 @@
+"""Chroma: FLUX.1 schnell undistilled, with T5 alone; words and one pad are favoured in attention.
+
+Source: Rock 2025, Chroma1 model card.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.models.condition import Condition
+from sfumato.models.networks.tokens import grid_places, patches, unpatched
+from sfumato.models.pretrained.family import Family
+
+
+class Chroma(Family):
+    """Tokens of a fixed length, and `favoured` [B, L], which attention adds (0 or 1) where both ends are.
+
+    It is no mask: diffusers hands the 0s and 1s to attention as numbers, so padding is seen.
+    """
+
+    pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
+    clock = "share of noise"
+    even_sigmas = True
+    normalises = ("factor", "shift")
+    answers = ("tokens", "", "favoured")
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x_T − x_0 [B, 16, H, W]."""
+        height, width = x.shape[-2:]
+        tokens, favoured = condition["tokens"], condition["favoured"]
+        pixels = favoured.new_ones(len(x), height * width // 4)
+        out = network(
+            hidden_states=patches(x),
+            timestep=clock,
+            encoder_hidden_states=tokens,
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=grid_places(height // 2, width // 2, x.device).to(x.dtype),
+            attention_mask=torch.cat([favoured, pixels], 1),
+        ).sample
+        return unpatched(out, height, width)

@@ -1,0 +1,58 @@
+"""FLUX.1 dev and schnell: a rectified flow over 2×2 patches that reads CLIP's summary and T5.
+
+Source: Black Forest Labs 2024; Labs et al. 2025, arXiv:2506.15742.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.models.condition import Condition
+from sfumato.models.networks.tokens import grid_places, patches, unpatched
+from sfumato.models.pretrained.family import ATTENTION, called_with
+from sfumato.models.pretrained.guidance_embedding import GuidanceDistilled
+from sfumato.models.pretrained.image_inputs import references
+
+
+class Flux(GuidanceDistilled):
+    """dev was distilled to hear its guidance (`guidance` [B] in the condition, by default 3.5)."""
+
+    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    clock = "share of noise"
+    even_sigmas = True
+    normalises = ("factor", "shift")
+    answers = ("tokens", "pooled")
+    prompt_only = ("prompt_2",)
+    lora_targets = (
+        *ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x_T − x_0 [B, 16, H, W]."""
+        height, width = x.shape[-2:]
+        beside = references(condition)
+        places = [grid_places(height // 2, width // 2, x.device)]
+        for latents in beside:
+            places.append(grid_places(latents.shape[-2] // 2, latents.shape[-1] // 2, x.device))
+            places[-1][:, 0] = 1  # a reference stands behind the picture
+        tokens = condition["tokens"]
+        out = network(
+            hidden_states=torch.cat([patches(x), *(patches(latents.to(x.dtype)) for latents in beside)], 1),
+            timestep=clock,
+            guidance=self.guidance_values(x, condition) if self.has_guidance_embed(network) else None,
+            pooled_projections=condition["pooled"],
+            encoder_hidden_states=tokens,
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=x.dtype),
+            img_ids=torch.cat(places).to(x.dtype),
+            return_dict=False,
+        )[0]
+        return unpatched(out[:, : height * width // 4], height, width)
+
+    def info(self, pipe: Any) -> dict[str, Any]:
+        """The pipeline's; schnell's four steps, which its pipeline leaves to the user."""
+        known = super().info(pipe)
+        quick = not pipe.transformer.config.guidance_embeds
+        steps = 4 if quick else called_with(type(pipe))["num_inference_steps"]
+        return known | {"steps": steps, "guidance": 1.0 if quick else known["guidance"]}

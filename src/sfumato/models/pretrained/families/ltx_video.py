@@ -1,0 +1,40 @@
+"""LTX-Video: a rectified flow on strongly compressed clips that reads T5.
+
+Source: HaCohen et al. 2024, arXiv:2501.00103.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.models.condition import Condition
+from sfumato.models.pretrained.family import Family
+
+
+class LTXVideo(Family):
+    """Latents [B, 128, F, H, W], one token each; places are told in seconds (25 pictures each) and pixels."""
+
+    pipelines = ("LTXPipeline",)
+    clock = "thousandths"
+    even_sigmas = True
+    normalises = ("factor", "channels")
+    patch = 1
+    video = True
+    answers = ("tokens", "mask")
+    per_second, stride, time_stride = 25, 32, 8
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x_T − x_0 [B, 128, F, H, W]."""
+        frames, height, width = x.shape[-3:]
+        out = network(
+            hidden_states=x.flatten(2).transpose(1, 2),
+            encoder_hidden_states=condition["tokens"],
+            timestep=clock,
+            encoder_attention_mask=condition["mask"].to(x.dtype),
+            num_frames=frames,
+            height=height,
+            width=width,
+            rope_interpolation_scale=(self.time_stride / self.per_second, self.stride, self.stride),
+            return_dict=False,
+        )[0]
+        return out.transpose(1, 2).unflatten(2, (frames, height, width))

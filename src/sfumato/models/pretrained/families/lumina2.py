@@ -1,0 +1,60 @@
+"""Lumina-Image 2: a transformer that reads Gemma 2; it is told the share of signal and answers x_0 − x_T.
+
+Source: Qin et al. 2025, arXiv:2503.21758.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.models.condition import Condition
+from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
+from sfumato.models.pretrained.family import Family
+from sfumato.theory import guidance
+
+
+class Lumina2Guidance(PipelineGuidance):
+    """Each row of latents keeps the prompted answer's norm."""
+
+    def combine(self, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+        """weak + scale · (strong − weak), of the prompted norm."""
+        return guidance.keep_norm(super().combine(strong, weak, scale), strong)
+
+
+class Lumina2(Family):
+    """The system prompt is written before prompts, not before negatives."""
+
+    pipelines = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
+    clock = "share of signal"
+    sign = -1
+    even_sigmas = True
+    normalises = ("factor", "shift")
+    answers = ("tokens", "mask")
+
+    def read_negative(
+        self, pipe: Any, prompts: Sequence[str | None], options: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """As the pipeline does beside any prompt."""
+        words = [prompt or "" for prompt in prompts]
+        _, _, tokens, mask = pipe.encode_prompt(
+            words, True, negative_prompt=words, device=pipe.device, **options
+        )
+        return {"tokens": tokens, "mask": mask.bool()}
+
+    def shift(self, config: Mapping[str, Any], tokens: int, steps: int) -> float:
+        """The pipeline counts the latents' channels (16) for tokens."""
+        return super().shift(config, 16, steps)
+
+    def guidance_policy(self, network: Any) -> GuidancePolicy:
+        """The pipeline's own form."""
+        return Lumina2Guidance(has_own_form=True)
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x_0 − x_T [B, 16, H, W]."""
+        return network(
+            hidden_states=x,
+            timestep=clock,
+            encoder_hidden_states=condition["tokens"],
+            encoder_attention_mask=condition["mask"],
+        ).sample

@@ -1,0 +1,49 @@
+"""Mochi: a rectified flow on clips that reads T5; it is told the share of signal and answers x_0 − x_T.
+
+Source: Genmo 2024, Mochi 1 model card.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.models.condition import Condition
+from sfumato.models.pretrained.family import Family
+
+
+class Mochi(Family):
+    """Latents [B, 12, F, H, W]; the schedule is linear for its first half and quadratic for the other."""
+
+    pipelines = ("MochiPipeline",)
+    clock = "thousandths of signal"
+    sign = -1
+    normalises = ("factor", "channels")
+    video, fps = True, 30.0
+    answers = ("tokens", "mask")
+
+    def size(self, pipe: Any) -> tuple[int, int]:
+        """The pipeline's own."""
+        return pipe.default_height, pipe.default_width
+
+    def sigmas(self, steps: int) -> list[float] | None:
+        """As its makers walk; a single step is the whole way."""
+        from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+        return [1.0] if steps == 1 else linear_quadratic_schedule(steps, 0.025)
+
+    def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
+        """As the pipeline reads one prompt: an empty one, where its config says so, is all padding."""
+        rows = [super(Mochi, self).read(pipe, [prompt], options) for prompt in prompts]
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x_0 − x_T [B, 12, F, H, W]."""
+        return network(
+            hidden_states=x,
+            encoder_hidden_states=condition["tokens"],
+            timestep=clock,
+            encoder_attention_mask=condition["mask"],
+            return_dict=False,
+        )[0]

@@ -1,0 +1,60 @@
+"""Qwen-Image: a rectified flow over 2×2 patches that reads Qwen2.5-VL; latents are clips of one frame.
+
+Source: Wu et al. 2025, arXiv:2508.02324.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.models.condition import Condition
+from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
+from sfumato.models.networks.tokens import patches, unpatched
+from sfumato.models.pretrained.family import Family
+from sfumato.models.pretrained.image_inputs import references
+from sfumato.theory import guidance
+
+
+class QwenImageGuidance(PipelineGuidance):
+    """Only away from a negative that is given; each token keeps the prompted answer's norm."""
+
+    def needs_negative(self, scale: float, has_negative: bool) -> bool:
+        """Only where a negative is given."""
+        return has_negative and scale > 1
+
+    def combine(self, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
+        """weak + scale · (strong − weak), each token of 2 × 2 latents of the prompted norm."""
+        height, width = strong.shape[-2:]
+        tokens = patches(strong.squeeze(2))
+        guided = patches(super().combine(strong, weak, scale).squeeze(2))
+        return unpatched(guidance.keep_norm(guided, tokens), height, width).unsqueeze(2)
+
+
+class QwenImage(Family):
+    """Latents [B, 16, 1, H, W]; the pipeline leans only away from a negative that is given."""
+
+    pipelines = ("QwenImagePipeline",)
+    clock = "share of noise"
+    even_sigmas = True
+    normalises = ("factor", "channels")
+    guidance = "true_cfg_scale"
+    answers = ("tokens", "mask")
+
+    def guidance_policy(self, network: Any) -> GuidancePolicy:
+        """The pipeline's own form."""
+        return QwenImageGuidance(has_own_form=True)
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x_T − x_0 [B, 16, 1, H, W]."""
+        height, width = x.shape[-2:]
+        mask, beside = condition.get("mask"), references(condition)
+        shapes = [(1, one.shape[-2] // 2, one.shape[-1] // 2) for one in (x, *beside)]
+        out = network(
+            hidden_states=torch.cat([patches(one.squeeze(2).to(x.dtype)) for one in (x, *beside)], 1),
+            timestep=clock,
+            encoder_hidden_states=condition["tokens"],
+            encoder_hidden_states_mask=None if mask is None or bool(mask.all()) else mask.long(),
+            img_shapes=[shapes] * len(x),
+        ).sample
+        return unpatched(out[:, : height * width // 4], height, width).unsqueeze(2)

@@ -1,0 +1,37 @@
+"""Stable Diffusion 3 and 3.5: a rectified flow that reads two CLIPs and T5.
+
+Source: Esser et al. 2024, arXiv:2403.03206.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sfumato.models.condition import Condition
+from sfumato.models.pretrained import schedulers
+from sfumato.models.pretrained.family import ATTENTION, Family
+
+
+class StableDiffusion3(Family):
+    """Tokens are the CLIPs' (padded to T5's width) followed by T5's; padding is seen."""
+
+    pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    clock = "thousandths"
+    normalises = ("factor", "shift")
+    answers = ("tokens", "", "pooled")
+    prompt_only = ("prompt_2", "prompt_3", "clip_skip")
+    lora_targets = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+    def shift(self, config: Mapping[str, Any], tokens: int, steps: int) -> float:
+        """By tokens where the scheduler asks (3.5 medium's largest shift is 1.16)."""
+        return schedulers.shift_by_tokens(config, tokens, 1.16)
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x_T − x_0 [B, 16, H, W]."""
+        return network(
+            hidden_states=x,
+            timestep=clock,
+            encoder_hidden_states=condition["tokens"],
+            pooled_projections=condition["pooled"],
+        ).sample

@@ -1,0 +1,102 @@
+"""Wan 2.1 and 2.2: a rectified flow on clips that reads UMT5.
+
+2.2 A14B holds two networks, one for much noise and one for little; 2.2 5B is told the time of every token.
+Source: Wan Team 2025, arXiv:2503.20314.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.models.condition import Condition
+from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
+from sfumato.models.pretrained.family import Family
+
+
+class Experts(nn.Module):
+    """Two networks of one kind: `noisy` answers from `border` on (in thousandths), `clean` below."""
+
+    def __init__(self, noisy: nn.Module, clean: nn.Module, border: float):
+        super().__init__()
+        self.noisy, self.clean, self.border = noisy, clean, border
+        self.config: Any = noisy.config
+
+    def forward(self, timestep: Tensor, return_dict: bool = False, **given: Tensor) -> tuple[Tensor]:
+        """Each sample is answered by the network of its time."""
+        loud, parts = timestep >= self.border, []
+        for network, rows in ((self.noisy, loud), (self.clean, ~loud)):
+            if bool(rows.any()):
+                some = {name: tensor[rows] for name, tensor in given.items()}
+                parts.append((rows, network(timestep=timestep[rows], return_dict=False, **some)[0]))
+        out = parts[0][1].new_empty(len(timestep), *parts[0][1].shape[1:])
+        for rows, part in parts:
+            out[rows] = part
+        return (out,)
+
+
+@dataclass(frozen=True)
+class WanGuidance(PipelineGuidance):
+    """`guidance_scale_2` is the quiet expert's scale, below the time `border` (in thousandths)."""
+
+    border: float | None = None
+
+    def guidance_at(self, scale: float, t: float, options: Mapping[str, Any]) -> float:
+        """`guidance_scale_2` where it is given and the quiet expert answers."""
+        quiet = self.border is not None and 1000 * t < self.border
+        return float(options["guidance_scale_2"]) if quiet and options["guidance_scale_2"] else scale
+
+
+class Wan(Family):
+    """Latents [B, 16, F, H, W]; tokens of a fixed length, zero after the words."""
+
+    pipelines = ("WanPipeline",)
+    clock = "thousandths"
+    normalises = ("factor", "channels")
+    video, fps = True, 16.0
+
+    def get_denoiser(self, pipe: Any) -> nn.Module:
+        """Both networks where there are two; the one there is otherwise."""
+        border = pipe.config.boundary_ratio
+        if border is not None and pipe.transformer is not None and pipe.transformer_2 is not None:
+            count = pipe.scheduler.config.num_train_timesteps
+            return Experts(pipe.transformer, pipe.transformer_2, border * count)
+        network: Any = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+        network.register_to_config(expand_timesteps=bool(pipe.config.expand_timesteps))
+        return network
+
+    def set_denoiser(self, pipe: Any, network: nn.Module) -> None:
+        """One network, or both."""
+        if isinstance(network, Experts):
+            pipe.register_modules(transformer=network.noisy, transformer_2=network.clean)
+        else:
+            name = "transformer" if pipe.transformer is not None else "transformer_2"
+            pipe.register_modules(**{name: network})
+
+    def guidance_policy(self, network: Any) -> GuidancePolicy:
+        """With two experts, each may have a scale of its own."""
+        border = network.border if isinstance(network, Experts) else None
+        return WanGuidance(options={"guidance_scale_2": None}, has_own_form=True, border=border)
+
+    def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
+        """x_T − x_0 [B, 16, F, H, W]."""
+        given = {"hidden_states": x, "encoder_hidden_states": condition["tokens"]}
+        if "vision" in condition:
+            given["encoder_hidden_states_image"] = condition["vision"].flatten(0, 1)
+        if "known" in condition:
+            given["hidden_states"] = torch.cat([x, condition["known"].to(x.dtype)], 1)
+        if network.config.get("expand_timesteps") and not isinstance(network, Experts):
+            asked = torch.ones_like(x[:, :1])
+            if "first" in condition:
+                given["hidden_states"] = self.finalize_latents(network, x, condition)
+                asked[:, :, 0] = 0
+            clock = (asked[:, 0, :, ::2, ::2] * clock.view(-1, 1, 1, 1)).flatten(1)
+        return network(timestep=clock, return_dict=False, **given)[0]
+
+    def finalize_latents(self, network: Any, x: Tensor, condition: Condition) -> Tensor:
+        """A first frame that is given stays as it is."""
+        if "first" not in condition:
+            return x
+        return torch.cat([condition["first"].to(x), x[:, :, 1:]], 2)

@@ -1,0 +1,91 @@
+"""One stage on disk: a folder of stage.json (its kind and config) and weights.safetensors."""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from sfumato import user_code
+from sfumato.errors import Refused, nearest
+from sfumato.models.files import read_json, read_tensors
+from sfumato.models.interface import KINDS, Denoiser, Stage
+
+Kind = TypeVar("Kind", bound=Stage)
+
+
+def load_user_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
+    """The stage `file.py:name` makes when called with the arguments it takes; an object is that stage itself.
+
+    Of a denoiser that is an object a copy is taken, because it is trained.
+
+    Raises:
+        Refused: it makes no such stage, or cannot be called so.
+    """
+    made = user_code.load_user_object(word)
+    if callable(made) and not isinstance(made, nn.Module):
+        try:
+            stage = made(**arguments)
+        except TypeError as problem:
+            raise Refused(
+                f"{user_code.problem_in(word, problem)}. A {kind.__name__} is made by calling it with "
+                f"{', '.join(arguments) or 'nothing'}."
+            ) from problem
+    else:
+        stage = copy.deepcopy(made) if isinstance(made, Denoiser) else made
+    if not isinstance(stage, kind):
+        raise Refused(f"{word} gives a {type(stage).__name__}, but here a {kind.__name__} is needed.")
+    stage.own_name = "" if is_ours(type(stage)) else user_code.class_word(word)
+    return stage
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class comes with sfumato."""
+    return kind.__module__.split(".")[0] == __name__.split(".")[0]
+
+
+def save_stage(stage: Stage, folder: Path, text_by_name: bool = False) -> None:
+    """Write one stage into a folder of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described: dict[str, Any] = {"kind": stage.kind, "config": dict(stage.config())}
+    if stage.own_name:
+        described["own"] = stage.own_name
+    described["config"] |= stage.write_weights(folder, text_by_name)
+    (folder / "stage.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def load_stage(folder: Path) -> Stage:
+    """The stage in a folder that `save_stage` wrote."""
+    described = read_json(folder / "stage.json")
+    config = dict(described["config"])
+    if described.get("own"):
+        arguments = {} if described["kind"] == "text" else config
+        stage = load_user_stage(described["own"], Stage, **arguments)
+    elif described["kind"] not in KINDS:
+        raise Refused(
+            f'{folder} holds a stage of kind "{described["kind"]}".{nearest(described["kind"], KINDS)}'
+        )
+    else:
+        if config.get("source") == ".":
+            config["source"] = str(folder)
+        stage = KINDS[described["kind"]](**config)
+    if (folder / "weights.safetensors").exists():
+        fill(stage, read_tensors(folder / "weights.safetensors"), folder / "weights.safetensors")
+    return stage.eval()
+
+
+def fill(stage: Stage, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Put weights into a stage; every name and shape must match.
+
+    Raises:
+        Refused: naming the first that do not.
+    """
+    try:
+        stage.load_state_dict(dict(tensors))
+    except RuntimeError as problem:
+        lines = str(problem).splitlines()
+        raise Refused(
+            f"{source} does not fit a {stage.kind} of this config: {lines[-1].strip()}"
+        ) from problem

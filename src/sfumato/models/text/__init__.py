@@ -1,0 +1,1 @@
+"""Conditioners of our own: text encoders and class labels."""

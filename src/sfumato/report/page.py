@@ -1,0 +1,148 @@
+"""A page is one file: style, script, charts and pictures inside it, light or dark as the reader likes.
+
+What pages say is filled into the templates beside this file by jinja2, which escapes every text it is given;
+only what a template or a chart has written itself, a `Markup`, stays as it is. A page runs no script but its
+own: it carries the hash of that one as its policy.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+KINDS = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+    ".gif": "image/gif",
+    ".svg": "image/svg+xml",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture on a page.
+
+    address: see `embedded`; a picture without one is left out. words stand beneath it, note beneath them.
+    beside: what it was drawn from, (what it is, address) of each: it stands before the picture.
+    """
+
+    address: str
+    words: str
+    note: str = ""
+    beside: Sequence[tuple[str, str]] = ()
+
+
+@cache
+def _templates() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # not quick to import
+
+    found = Environment(
+        loader=PackageLoader("sfumato.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {"duration": duration, "grouped": lambda number: f"{number:,}"}
+    return found
+
+
+@cache
+def _static(name: str) -> Markup:
+    """A file that stands on pages as it is."""
+    return Markup(files("sfumato.report").joinpath("templates", name).read_text(encoding="utf-8"))
+
+
+@cache
+def _policy() -> str:
+    """What a browser may do with a page: its own script and style, pictures inside it, nothing else."""
+    digest = hashlib.sha256(_static("page.js").encode()).digest()
+    script = f"script-src 'sha256-{base64.b64encode(digest).decode()}'"
+    return f"default-src 'none'; {script}; style-src 'unsafe-inline'; img-src data:"
+
+
+def render(template: str, title: str, lead: str, kicker: str = "sfumato", **values: Any) -> str:
+    """The whole page that a template makes of its values.
+
+    Args:
+        template: its name without .html.jinja; it extends `page`.
+        title, lead: the page's heading, and a line under it.
+        kicker: the small words above the heading.
+    """
+    page = {"style": _static("page.css"), "script": _static("page.js"), "policy": _policy()}
+    found = _templates().get_template(f"{template}.html.jinja")
+    return found.render(title=title, lead=lead, kicker=kicker, **page, **values) + "\n"
+
+
+def part(name: str, *values: Any) -> Markup:
+    """A part of a page, by the name of its macro in parts.html.jinja."""
+    return getattr(_templates().get_template("parts.html.jinja").module, name)(*values)
+
+
+def document(title: str, lead: str, body: Iterable[Markup], kicker: str = "sfumato") -> str:
+    """A whole page of these sections, in order; empty ones are left out."""
+    return render("page", title, lead, kicker, body=[one for one in body if one])
+
+
+def section(title: str, content: Markup, lead: str = "") -> Markup:
+    """A titled part of the page; nothing at all if it has no content."""
+    return part("titled", title, content, lead) if content else Markup("")
+
+
+def tiles(facts: Iterable[tuple[str, ...]]) -> Markup:
+    """Big numbers in a row, each (name, value, note)."""
+    return part("tiles", list(facts))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Markup:
+    """A table of plain texts; nothing without rows."""
+    listed = list(rows)
+    return part("table", head, listed) if listed else Markup("")
+
+
+def gallery(pictures: Iterable[Picture]) -> Markup:
+    """Pictures with their words beneath."""
+    there = [one for one in pictures if one.address]
+    return part("gallery", there) if there else Markup("")
+
+
+def charts(figures: Iterable[Markup]) -> Markup:
+    """Charts side by side."""
+    there = [one for one in figures if one]
+    return part("charts", there) if there else Markup("")
+
+
+def embedded(picture: Path | bytes, kind: str = "image/png") -> str:
+    """A picture as an address that holds the picture itself; empty if the file is not there."""
+    if isinstance(picture, Path):
+        if not picture.is_file():
+            return ""
+        kind, picture = KINDS.get(picture.suffix.lower(), kind), picture.read_bytes()
+    return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 4.2 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def amount(value: float) -> str:
+    """A number as short as it may be: 12,345 or 1.75 M or 0.0312."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:.3g} M" if abs(value) < 1e9 else f"{value / 1e9:.3g} G"
+    if float(value).is_integer():
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

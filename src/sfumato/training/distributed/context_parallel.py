@@ -1,0 +1,101 @@
+"""Context parallel: the processes of a group share the tokens of each sample, for clips that fit into no one.
+
+All of a group draw the same samples, times and noise, and end with the same answer and loss; each has the
+part of the gradient that comes from its tokens. The sum over all processes is the batch's gradient, as it is
+without, so that copies and divided networks, checkpoints and restarts need know nothing of it.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from torch import nn
+
+from sfumato.errors import Refused
+from sfumato.models.interface import Denoiser
+from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.distributed.processes import Processes
+from sfumato.training.settings import TrainSettings
+
+
+def check(settings: TrainSettings, count: int) -> None:
+    """Raises Refused unless so many processes can share samples as the settings say."""
+    within = settings.context_parallel
+    if within == 1:
+        return
+    others = {
+        "train.exact_elastic": (settings.exact_elastic, "adds whole gradients of parts in one tree"),
+        "train.sequence_packing": (settings.sequence_packing, "joins many samples in one sequence"),
+        "train.compile": (settings.compile, "cannot follow what processes send each other inside a block"),
+        "train.offload": (settings.offload, "lends one process whole blocks while others wait for it"),
+    }
+    for name, (is_asked, why) in others.items():
+        if is_asked:
+            raise Refused(
+                f"train.context_parallel shares each sample among processes; {name} {why}. Leave one out."
+            )
+    if count % within or count < within:
+        raise Refused(
+            f"train.context_parallel = {within} lets {within} processes share each sample, but "
+            f"{_many(count)} "
+            f"started. Start a multiple of {within}: torchrun --nproc-per-node {within} -m sfumato train … "
+            f"(to plan it: sfumato plan … --devices {within})."
+        )
+
+
+def _many(count: int) -> str:
+    return "1 process was" if count == 1 else f"{count} processes were"
+
+
+@contextmanager
+def shared(network: nn.Module, settings: TrainSettings, processes: Processes) -> Iterator[None]:
+    """Inside it the processes of a group share each sample that the network is asked about.
+
+    Raises:
+        Refused: the network cannot, or the processes are too few or many.
+    """
+    check(settings, processes.count)
+    with divided(network, settings.context_parallel, processes):
+        yield
+
+
+@contextmanager
+def drawers(within: int, device: str) -> Iterator[Processes]:
+    """The processes that torchrun started, joined if so many of them draw each picture together.
+
+    Raises:
+        Refused: there are more or fewer.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if within == 1:
+        yield Processes(int(os.environ.get("RANK", "0")))
+        return
+    if started != within:
+        raise Refused(
+            f"--context {within} lets {within} processes draw each picture together, but {_many(started)} "
+            f"started. Say torchrun --nproc-per-node {within} -m sfumato generate … --context {within}."
+        )
+    with distributed_processes.joined(device) as processes:
+        yield processes
+
+
+@contextmanager
+def divided(network: nn.Module, within: int, processes: Processes) -> Iterator[None]:
+    """Inside it groups of so many processes share each sample; raises Refused if the network cannot."""
+    if within == 1:
+        yield
+        return
+    # Importing it takes a while, which runs that need none of it should not wait for.
+    from torch.distributed.device_mesh import init_device_mesh
+
+    names = ("groups", "ring", "ulysses")
+    kind = next(network.parameters()).device.type
+    mesh = init_device_mesh(kind, (processes.count // within, 1, within), mesh_dim_names=names)
+    denoiser = cast(Denoiser, network)
+    denoiser.enable_context_parallel(mesh["ring", "ulysses"])
+    try:
+        with distributed_processes.sharing(within):
+            yield
+    finally:
+        denoiser.enable_context_parallel(None)

@@ -1,0 +1,1 @@
+"""Estimates: memory, time and soundness of a run, before it is begun."""

@@ -1,0 +1,426 @@
+"""The loop: the same function of (recipe, seed, step) whether it ran through, was stopped or was killed.
+
+A step depends on nothing but the weights, the optimizer's state and its own number: samples, times,
+noise and dropped captions are drawn from the number, and torch's own generator is seeded by it. So a
+run that goes on from a checkpoint ends with the bits of one that was never interrupted.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from signal import SIGTERM
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import Failed
+from sfumato.run_folder import RunFolder
+from sfumato.training import device, precision
+from sfumato.training.distributed import context_parallel, processes, sharding, strategy
+from sfumato.training.distributed.processes import BatchSplit, Gradients
+from sfumato.training.distributed.sharding import ShardedGradients
+from sfumato.training.loop import blackbox, profiling, trackers
+from sfumato.training.loop.callbacks import Callback, Callbacks, told
+from sfumato.training.loop.early_stopping import EarlyStopping, Spikes
+from sfumato.training.loop.periodic_tasks import Measure, PeriodicTasks, Preview
+from sfumato.training.loop.profiling import part
+from sfumato.training.loop.signals import Signals, Stopped
+from sfumato.training.objective.diffusion import Objective
+from sfumato.training.objective.timestep_importance import Adaptive
+from sfumato.training.optim.ema import EMA, ScheduleFreeEMA
+from sfumato.training.settings import TrainSettings
+from sfumato.training.state import checkpoint
+from sfumato.training.state.async_checkpoint import Saver
+from sfumato.training.state.checkpoint import Keep
+from sfumato.training.state.run_precision import precision_of
+from sfumato.training.state.train_state import TrainState
+
+Progress = Callable[..., None]
+"""progress(done, total, phase, **figures)."""
+
+
+def to_stderr(sentence: str) -> None:
+    """Say a sentence to whoever watches the run."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _nothing(sentence: str) -> None:
+    """Say nothing: another process speaks."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `fit` ends with; the network has the raw weights, `average` the averaged ones."""
+
+    step: int
+    resumed: int
+    loss: float
+    seconds: float
+    average: EMA | ScheduleFreeEMA | None
+    reason: str = "done"
+
+
+def fit(
+    objective: Objective,
+    network: nn.Module,
+    settings: TrainSettings,
+    run: RunFolder,
+    seed: int = 0,
+    *,
+    preview: Preview | None = None,
+    preview_every: int = 0,
+    held_out: Measure | None = None,
+    progress: Progress | None = None,
+    phase: str = "train",
+    say: Callable[[str], None] = to_stderr,
+    counts: Mapping[str, int] | None = None,
+    profile: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Outcome:
+    """Train `network` on `objective`, from the run's newest good checkpoint on if it has one.
+
+    Args:
+        objective: the loss of each sample of a step.
+        network: on its device; its parameters that require a gradient are trained.
+        run: where checkpoints and events go; the caller holds its lock.
+        seed: of torch's own generator, for networks that draw from it (dropout).
+        preview: called every `preview_every` steps and at the end.
+        held_out: called every `settings.validate_every` steps and at the end.
+        counts: written into the start event.
+        profile: a folder for a trace and a table of a few steps.
+        callbacks: are told of steps, measurements, pictures and checkpoints.
+    Raises:
+        Failed: a loss or gradient is not finite (the weights are those before it), no checkpoint is
+            whole, the disk is full, a callback fails.
+        Refused: the checkpoint is of another network.
+        Stopped: by SIGINT or SIGTERM, after saving; it ends the process with 130 or 143.
+    """
+    if settings.threads or settings.exact_elastic:
+        torch.set_num_threads(settings.threads or 1)
+    loop = _Loop(objective, network, settings, run, seed, say)
+    loop.duties.measure, loop.duties.measure_every = held_out, settings.validate_every
+    loop.duties.preview, loop.duties.preview_every = preview, preview_every
+    if loop.processes.is_rank_zero:
+        loop.progress, loop.phase = progress, phase
+    loop.callbacks = Callbacks(callbacks, loop.run, network)
+    loop.resume()
+    loop.announce(counts or {})
+    end = trackers.follow(loop.run, settings.trackers if loop.processes.is_rank_zero else ())
+    try:
+        with (
+            told(loop.callbacks),
+            device.kept_memory(loop.device),
+            context_parallel.shared(network, settings, loop.processes),
+            profiling.watched(profile if loop.processes.is_rank_zero else None, loop.say) as loop.watched,
+            Signals(patient=loop.processes.count > 1) as loop.signals,
+        ):
+            loop.run_through()
+    finally:
+        loop.saver.close()
+        end()
+    why = "done" if loop.step == settings.steps else "held-out loss no longer falls"
+    return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average, why)
+
+
+class _Loop:
+    """The state of a run between two steps; `step` counts the updates that were made."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        network: nn.Module,
+        settings: TrainSettings,
+        run: RunFolder,
+        seed: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.objective, self.network, self.settings = objective, network, settings
+        self.processes = replace(processes.current(), within=settings.context_parallel)
+        self.run = processes.own_view(run)
+        self.seed, self.say = seed, say if self.processes.is_rank_zero else _nothing
+        self.device = next(network.parameters()).device
+        self.precision = precision_of(settings, self.device, self.run)
+        self.strategy = strategy.choose(settings, network, self.processes)
+        if self.strategy.is_divided:
+            sharding.shard(network, self.processes, self.precision, self.strategy.within)
+        self.held = TrainState(network, settings)
+        self.optimiser, self.average, self.weights = self.held.optimiser, self.held.average, self.held.weights
+        self.scale = precision.LossScale(self.precision)
+        self.asks_every_step = (
+            self.device.type == "cpu" or not self.optimiser.skips_on_device or self.scale.is_needed
+        )
+        self.bad = torch.zeros((), device=self.device)
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.norm = torch.zeros((), device=self.device)
+        self.division = BatchSplit.of(settings, self.processes)
+        self.gradients: Gradients | ShardedGradients = (
+            Gradients(self.weights, self.processes, self.division.exact)
+            if self.held.shards is None
+            else ShardedGradients(self.held.shards)
+        )
+        self.adaptive: Adaptive | None = getattr(objective, "adaptive", None)
+        self.stops = False
+        self.seen: list[blackbox.LossRecord] = []
+        self.verdict = EarlyStopping(settings.patience)
+        self.duties = PeriodicTasks(self.held, self.run, self.verdict, leads=self.processes.is_rank_zero)
+        self.saver = Saver(self.run, settings.save_async, self.held.shards)
+        self.callbacks = Callbacks((), self.run, network)
+        self.progress: Progress | None = None
+        self.phase = "train"
+        self.signals = Signals()
+        self.watched: Callable[[], None] = lambda: None
+        self.step = self.resumed = self.loss_count = 0
+        self.seconds = self.window = 0.0
+        self.last_loss = self.speed = float("nan")
+        self.spikes = Spikes()
+        self.owes = False
+        self.saved: tuple[int, bool] | None = None
+
+    # ------------------------------------------------------------------------- one step
+
+    def run_through(self) -> None:
+        """Steps until the last, each followed by what is due; stops where it is asked to."""
+        self.network.train()
+        try:
+            if self.owes:
+                self.run_callbacks()
+            while self.step < self.settings.steps and not (self.must_stop or self.verdict.is_over):
+                began = time.perf_counter()
+                with part("step"):
+                    rate = self.advance()
+                self.watched()
+                self.window += time.perf_counter() - began
+                self.owes = True
+                if self.is_logged(self.step):
+                    self.log(rate)
+                if not self.must_stop:
+                    self.run_callbacks()
+            self.saver.wait()
+            if self.must_stop:
+                raise Stopped(self.signals.asked or SIGTERM)
+        except Stopped as stopped:
+            self.save_and_stop(stopped)
+            raise
+
+    @property
+    def must_stop(self) -> bool:
+        """Whether the run was asked to stop; many processes stop when all of them know."""
+        return self.stops or (self.processes.count == 1 and self.signals.asked is not None)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the loss is read after `step` updates."""
+        return step % self.settings.log_every == 0 or step == self.settings.steps
+
+    def advance(self) -> float:
+        """One update of the weights; returns the learning rate.
+
+        Raises:
+            Failed: the loss or its gradient is not finite; the weights have not moved.
+        """
+        parts = self.division.parts
+        for number in self.division.mine:
+            self.gradients.begin(number == self.division.mine[-1])
+            torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1_009 + number) & (2**63 - 1))
+            with part("forward"), precision.autocast(self.precision, self.device):
+                losses = self.objective.losses(self.step, number, parts)
+                share = losses.per_sample.float().sum() / losses.of
+            with part("backward"):
+                (share * self.scale.value if self.scale.is_needed else share).backward()
+            self.gradients.add(share.detach() / self.settings.context_parallel)
+            self.seen.append(
+                blackbox.LossRecord(self.step, losses.ids, losses.per_sample.detach(), losses.of)
+            )
+        with part("gradients"):
+            loss, wishes = self.gradients.total(self.signals.asked is not None)
+            if self.asks_every_step or self.is_logged(self.step + 1):
+                self.stops = bool(wishes)
+            gradients = [weight.grad for weight in self.weights if weight.grad is not None]
+            self.norm = self.gradients.norm(gradients)
+            moves = not self.scale.is_needed or self.unscale(gradients, loss)
+            if moves:
+                self.check_finite(loss)
+            excess = self.clip(gradients) if moves else None
+        with part("optimizer"):
+            skips = None if self.asks_every_step else self.bad
+            rate = self.optimiser.step(self.step, skips, excess) if moves else 0.0
+            self.gradients.clear()
+        self.step += 1
+        if self.adaptive is not None:
+            self.adaptive.refresh(self.step, self.processes.add)
+        self.loss_sum += loss
+        self.loss_count += 1
+        with part("averages"):
+            self.held.update(self.step)
+        self.callbacks.step(self.step, loss)
+        if self.progress is not None:
+            figures = {} if self.last_loss != self.last_loss else {"loss": self.last_loss}
+            self.progress(
+                self.step, self.settings.steps, self.phase, **figures, samples_per_second=self.speed
+            )
+        return rate
+
+    def unscale(self, gradients: list[Tensor], loss: Tensor) -> bool:
+        """Undo the loss's scale; whether the weights move: not where the scaled gradient overflowed."""
+        scale = self.scale.value
+        torch._foreach_mul_(gradients, 1 / scale)  # pyright: ignore[reportPrivateImportUsage]
+        self.norm = self.norm / scale
+        is_finite = bool(torch.isfinite(self.norm))
+        self.scale.update(is_finite)
+        if is_finite or not torch.isfinite(loss) or self.scale.is_exhausted:
+            return True  # and where it is not finite, `judge` says so
+        self.seen.clear()
+        self.run.event("note", text=f"step {self.step + 1} overflowed in fp16 and moved nothing")
+        return False
+
+    def check_finite(self, loss: Tensor) -> None:
+        """Stop before the weights move if the loss or its gradient is not finite.
+
+        Where asking would stall the device, the optimizer is told on the device to leave the weights
+        alone, and the question is asked when the loss is read.
+        """
+        finite = torch.isfinite(loss) & torch.isfinite(self.norm)
+        if self.asks_every_step:
+            if not finite:
+                self.blow_up()
+            self.seen.clear()
+        else:
+            self.bad = torch.maximum(self.bad, (~finite).to(self.bad.dtype))
+
+    def blow_up(self) -> None:
+        """Write the black box and raise."""
+        self.gradients.clear()
+        if self.asks_every_step:
+            self.save()
+        self.saver.wait()
+        raise Failed(blackbox.write(self.run, self.objective, self.network, self.seen, self.settings))
+
+    def clip(self, gradients: list[Tensor]) -> Tensor | None:
+        """Scale the gradient down to the largest norm allowed, or return what the optimizer divides it by."""
+        most = self.settings.max_grad_norm
+        if not most or (self.asks_every_step and float(self.norm) <= most):
+            return None
+        if self.optimiser.skips_on_device:
+            return (self.norm.float() / most).clamp(min=1.0)
+        torch.nn.utils.clip_grads_with_norm_(self.weights, most, self.norm, foreach=True)
+        return None
+
+    # ------------------------------------------------------------------------- what follows a step
+
+    def log(self, rate: float) -> None:
+        """Read the loss, once, and write the step event."""
+        if not self.asks_every_step and bool(self.bad):
+            self.blow_up()
+        self.seen.clear()
+        loss, norm = torch.stack([self.loss_sum / max(1, self.loss_count), self.norm.float()]).tolist()
+        if said := self.spikes.update(self.step, loss):
+            self.run.event("note", text=said)
+        self.last_loss = loss
+        self.loss_sum.zero_()
+        steps, self.loss_count = self.loss_count, 0
+        self.seconds += self.window
+        self.speed = steps * self.settings.batch / self.window if self.window else float("nan")
+        self.window = 0.0
+        self.run.event(
+            "step",
+            step=self.step,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            samples_per_second=round(self.speed, 3),
+            seconds=round(self.seconds, 3),
+        )
+
+    def run_callbacks(self) -> None:
+        """Measure and draw where due, then save where due: a kill in between only repeats them."""
+        step, is_last = self.step, self.step == self.settings.steps
+        self.saver.look()
+        is_best = self.duties.attend(step, is_last, self.signals) and self.settings.keep_best
+        self.owes = False
+        if step % self.settings.save_every == 0 or is_last or is_best or self.verdict.is_over:
+            self.save(goes_on=not (is_last or self.verdict.is_over))
+
+    # ------------------------------------------------------------------------- saving and resuming
+
+    def save(self, goes_on: bool = True) -> Path:
+        """Write a checkpoint of this moment, unless a number in it is not finite."""
+        if not self.asks_every_step and bool(self.bad):
+            self.blow_up()
+        groups, state = self.held.state_dict()
+        state |= {
+            "seconds": self.seconds + self.window,
+            "loss": [float(self.loss_sum), self.loss_count],
+            "owes": self.owes,
+            "precision": self.precision,
+            "loss_scale": self.scale.state(),
+            "verdict": self.verdict.state(),
+        }
+        if self.adaptive is not None:
+            state["adaptive"] = self.adaptive.state(self.processes.add)
+        settings = self.settings
+        best = self.verdict.best if settings.keep_best else 0
+        if self.processes.is_rank_zero or self.held.shards is not None:
+            kept = Keep(settings.keep_checkpoints, settings.keep_every, best)
+            self.saver.save(self.step, groups, state, kept, goes_on)
+        self.saved = self.step, self.owes
+        return self.run.checkpoint_folder(self.step)
+
+    def save_and_stop(self, stopped: Stopped) -> None:
+        """Save, if this step is not saved yet, and say how to go on."""
+        is_saved = self.saved == (self.step, self.owes)
+        folder = self.run.checkpoint_folder(self.step) if is_saved else self.save(goes_on=False)
+        self.saver.wait()
+        self.run.event("stop", step=self.step, reason=stopped.signal.name, sync=True)
+        self.say(
+            f"Stopped by {stopped.signal.name} at step {self.step} of {self.settings.steps}, saved in "
+            f"{folder}. The same command goes on from there."
+        )
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint that is whole; all processes the same."""
+        folder = checkpoint.newest_good(self.run, self.say) if self.processes.is_rank_zero else None
+        number = -1 if folder is None else int(folder.name.removeprefix("step-"))
+        number = self.processes.agree(number)
+        if number < 0:
+            if self.held.shards is None:
+                self.processes.broadcast_weights(self.network)
+            return
+        folder = self.run.checkpoint_folder(number)
+        state, changed = self.held.load(folder)
+        self.step = self.resumed = int(state["step"])
+        self.seconds = float(state["seconds"])
+        self.loss_sum.fill_(state["loss"][0])
+        self.loss_count = int(state["loss"][1])
+        self.owes = bool(state["owes"])
+        if "loss_scale" in state and self.scale.is_needed:
+            self.scale.load(state["loss_scale"])
+        if "verdict" in state:
+            self.verdict.load(state["verdict"])
+        if self.adaptive is not None and "adaptive" in state:
+            self.adaptive.load(state["adaptive"], self.processes.is_rank_zero)
+        self.saved = self.step, self.owes
+        self.say(f"Going on from {folder.name} of {self.run.path}.")
+        if lost := self.run.damaged_events():
+            lines = ", ".join(map(str, lost[:5])) + (" …" if len(lost) > 5 else "")
+            self.say(f"{self.run.events_file}: line {lines} is torn or was changed; the curves do without.")
+        if changed:
+            self.say(f"{'; '.join(changed)}: the run goes on, but not bit for bit as it would have.")
+
+    def announce(self, counts: Mapping[str, int]) -> None:
+        """Write the start event."""
+        self.run.event(
+            "start",
+            step=self.step,
+            resumed=self.resumed > 0,
+            counts=dict(counts),
+            settings=asdict(self.settings),
+            parameters=sum(one.numel() for one in self.network.parameters() if one.requires_grad),
+            parallel=self.strategy.name,
+            parallel_why=self.strategy.why,
+            device=str(self.device),
+            precision=self.precision,
+            threads=torch.get_num_threads(),
+            processes=self.processes.count,
+            sync=True,
+        )

@@ -1,0 +1,109 @@
+"""What is due between two steps: the loss that tells, pictures, averages written down.
+
+All processes take part, and share what there is to measure and to draw; one that leads writes.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from sfumato.run_folder import RunFolder
+from sfumato.training.loop.early_stopping import EarlyStopping
+from sfumato.training.loop.signals import Signals
+from sfumato.training.precision import autocast
+from sfumato.training.state.train_state import TrainState
+
+Words = ParamSpec("Words")
+T = TypeVar("T")
+Preview = Callable[[nn.Module, int], None]
+"""preview(network with averaged weights, step): draw something; the loop does not know what."""
+
+
+class ValidationResult(Protocol):
+    """The held-out loss and its standard error."""
+
+    @property
+    def loss(self) -> float: ...
+
+
+Measure = Callable[[int, str], ValidationResult | None]
+"""measure(step, "ema" or "raw"): record the held-out loss of the weights the network has now."""
+
+
+@dataclass
+class PeriodicTasks:
+    """The duties of a run: each done every so many steps, and after the last.
+
+    Args:
+        held: the network in training and its averages; verdict: hears what is measured.
+        measure, preview: what is done, None for nothing; every: steps between two of them.
+    """
+
+    held: TrainState
+    run: RunFolder
+    verdict: EarlyStopping
+    measure: Measure | None = None
+    measure_every: int = 0
+    preview: Preview | None = None
+    preview_every: int = 0
+    leads: bool = True
+
+    def attend(self, step: int, is_last: bool, signals: Signals) -> bool:
+        """Do what is due after `step`; whether its weights are the best measured so far."""
+        is_best = False
+        if self.measure is not None and (is_last or _falls_on(step, self.measure_every)):
+            with signals.at_once():
+                is_best = self._measured(self.measure, step)
+        if self.preview is not None and (
+            is_last or self.verdict.is_over or _falls_on(step, self.preview_every)
+        ):
+            with signals.at_once(), self.averaged():
+                self.aside(self.preview, self.held.network, step)
+        powers, every = self.held.powers, self.held.settings.ema_snapshot_every
+        writes = self.leads or self.held.shards is not None
+        if powers is not None and writes and (is_last or _falls_on(step, every)):
+            powers.write(self.run, step, every)
+        return is_best
+
+    def _measured(self, measure: Measure, step: int) -> bool:
+        """The held-out loss of the raw weights and of the averaged ones, which the verdict is about."""
+        found = self.aside(measure, step, "raw")
+        if self.held.average is not None:
+            with self.averaged():
+                found = self.aside(measure, step, "ema")
+        if found is None:
+            return False
+        was_over = self.verdict.is_over
+        is_best = self.verdict.update(step, found.loss)
+        if self.verdict.is_over and not was_over:
+            said = (
+                f"the held-out loss is {found.loss:.4g} and has not fallen below the {self.verdict.loss:.4g} "
+                f"of step {self.verdict.best} in {self.verdict.since} measurements: the run ends here"
+            )
+            self.run.event("note", text=f"step {step}: {said}")
+        return is_best
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The network with its averaged weights, if there are any."""
+        return nullcontext() if self.held.average is None else self.held.average.applied()
+
+    def aside(self, work: Callable[Words, T], *args: Words.args, **words: Words.kwargs) -> T:
+        """Do `work` without gradients, the network in evaluation mode; narrow weights compute narrowly."""
+        network = self.held.network
+        narrow = self.held.settings.weight_dtype != "fp32"
+        context = autocast("bf16", self.held.weights[0].device) if narrow else nullcontext()
+        shards = self.held.shards
+        network.eval()
+        try:
+            with torch.no_grad(), context, nullcontext() if shards is None else shards.gathered():
+                return work(*args, **words)
+        finally:
+            network.train()
+
+
+def _falls_on(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

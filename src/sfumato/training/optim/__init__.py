@@ -1,0 +1,1 @@
+"""Optimization: optimizers, learning rates, averages of the weights."""

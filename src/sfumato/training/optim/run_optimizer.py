@@ -1,0 +1,141 @@
+"""The optimizer of a run: chosen by name, its state readable as plain tensors and numbers.
+
+The state leaves as {name: tensor} and JSON and
+comes back bit for bit; nothing is pickled.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import Failed, Refused
+from sfumato.training.optim.bf16_weights import Rounding
+from sfumato.training.optim.ema import trained
+from sfumato.training.optim.lr_schedule import factor
+from sfumato.training.optimizers import new_optimizer, spec_of
+from sfumato.training.param_groups import check
+from sfumato.training.settings import TrainSettings
+
+FROM_SETTINGS = {"params", "lr", "weight_decay", "initial_lr"}
+"""Entries of a parameter group that the recipe decides, on a resumed run too."""
+
+
+class RunOptimizer:
+    """The optimizer named in the settings, stepping all trained parameters of a network.
+
+    Raises:
+        Refused: no such optimizer, or what it cannot do. Failed: the network has nothing to train.
+    """
+
+    def __init__(self, network: nn.Module, settings: TrainSettings) -> None:
+        self.settings = settings
+        named = trained(network)
+        if not named:
+            raise Failed("The network has no parameter that may be trained: every requires_grad is off.")
+        check(named, settings.lr_multipliers)
+        self.rounding: Rounding | None = None
+        if any(weight.dtype == torch.bfloat16 for weight in named.values()):
+            if spec_of(settings.optimizer).needs_float32:
+                raise Refused(
+                    f'train.optimizer = "{settings.optimizer}" needs weights in float32. Say '
+                    'train.weight_dtype = "fp32", or choose adamw, lion, muon or adafactor.'
+                )
+            self.rounding = Rounding(named, keeps=settings.weight_dtype != "bf16")
+            named = self.rounding.named
+        self.names = {id(weight): name for name, weight in named.items()}
+        chunks = [named] if self.rounding is None else self.rounding.chunks()
+        self.parts = [part for chunk in chunks for part in new_optimizer(chunk, settings)]
+        self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+        if self.rounding is not None:
+            for part in self.parts:
+                self.rounding.release(part)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the optimizer itself holds an average, which its evaluation mode shows (schedule-free)."""
+        return all(hasattr(part, "train") and hasattr(part, "eval") for part in self.parts)
+
+    @property
+    def skips_on_device(self) -> bool:
+        """Whether a step can be told, without asking the device, to leave the weights alone."""
+        return self.rounding is None and all(
+            getattr(part, "_step_supports_amp_scaling", False) for part in self.parts
+        )
+
+    def step(self, step: int, skip: Tensor | None = None, excess: Tensor | None = None) -> float:
+        """Move the weights in step `step` (0, 1, …).
+
+        Args:
+            skip: a number on the device, 1 to leave the weights alone; excess: what gradients are divided by
+                on the way; both only where `skips_on_device`.
+        Returns:
+            the learning rate of the first group.
+        """
+        settings = self.settings
+        scale = factor(settings.schedule, step, settings.steps, settings.warmup)
+        for part, peaks in zip(self.parts, self._peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * scale
+            if skip is not None or excess is not None:
+                part.found_inf, part.grad_scale = skip, excess  # pyright: ignore[reportAttributeAccessIssue]
+            if self.rounding is not None:
+                self.rounding.before(part)
+            part.step()
+            if excess is not None:
+                part.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
+            if self.rounding is not None:
+                self.rounding.after(part, step)
+                self.rounding.release(part)
+        return self.parts[0].param_groups[0]["lr"]
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state as tensors by "part/parameter/entry" and, as JSON, all that is no tensor."""
+        tensors: dict[str, Tensor] = {}
+        rest: dict[str, Any] = {"values": {}, "groups": []}
+        for number, part in enumerate(self.parts):
+            for weight, entries in part.state.items():
+                for entry, value in entries.items():
+                    key = f"{number}/{self.names[id(weight)]}/{entry}"
+                    if isinstance(value, Tensor):
+                        tensors[key] = value.detach()
+                    else:
+                        rest["values"][key] = value
+            rest["groups"].append([self._own_numbers(group) for group in part.param_groups])
+            for index, group in enumerate(part.param_groups):
+                own = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}
+                tensors |= {f"{number}/group {index}/{key}": value for key, value in own.items()}
+        if self.rounding is not None:
+            tensors |= {f"masters/{name}": value for name, value in self.rounding.masters().items()}
+        return tensors, rest
+
+    @staticmethod
+    def _own_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+        """What an optimizer keeps of its own in a group (Prodigy's distance, schedule-free's weights)."""
+        plain = (int, float, bool, str, type(None))
+        return {
+            name: value
+            for name, value in group.items()
+            if name not in FROM_SETTINGS and isinstance(value, plain)
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        if self.rounding is not None:
+            masters = {name: value for name, value in tensors.items() if name.startswith("masters/")}
+            self.rounding.load({name.removeprefix("masters/"): value for name, value in masters.items()})
+        entries: dict[str, dict[str, Any]] = {}
+        for key, value in [*tensors.items(), *rest["values"].items()]:
+            owner, _, entry = key.rpartition("/")
+            entries.setdefault(owner, {})[entry] = value
+        for number, part in enumerate(self.parts):
+            packed = part.state_dict()
+            ordered = [weight for group in part.param_groups for weight in group["params"]]
+            owners = [f"{number}/{self.names[id(weight)]}" for weight in ordered]
+            packed["state"] = {i: entries[owner] for i, owner in enumerate(owners) if owner in entries}
+            for index, group in enumerate(packed["param_groups"]):
+                group |= rest["groups"][number][index] | entries.get(f"{number}/group {index}", {})
+            part.load_state_dict(packed)
+            if self.rounding is not None:
+                self.rounding.release(part)

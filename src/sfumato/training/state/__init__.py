@@ -1,0 +1,1 @@
+"""The state of a run: what is learned, and its checkpoints."""

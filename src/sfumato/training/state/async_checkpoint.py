@@ -1,0 +1,139 @@
+"""Saving beside the steps: what is copied in a moment is written while the run goes on.
+
+The copy is what the weights were; the thread writes, synchronises, checks and renames. One save waits for
+the one before it, and a problem of the disk is raised where the run next looks.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sfumato.run_folder import RunFolder
+from sfumato.training.device import free_bytes
+from sfumato.training.distributed.sharding import Shards
+from sfumato.training.state import checkpoint, sharded_checkpoint
+from sfumato.training.state.checkpoint import Keep, Tensors
+
+SHARE_OF_MEMORY = 0.4
+"""Of the memory that is free, what a copy may take; above it, saving waits instead."""
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of a run.
+
+    Args:
+        background: write beside the steps where there is memory for a copy.
+        shards: of a divided network, every process writes its own part.
+    """
+
+    run: RunFolder
+    background: bool = True
+    shards: Shards | None = None
+    _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
+    _writing: tuple[int, Keep, Future[Path]] | None = field(default=None, repr=False)
+
+    def save(
+        self,
+        step: int,
+        groups: Mapping[str, Tensors],
+        state: Mapping[str, Any],
+        keep: Keep,
+        goes_on: bool = True,
+    ) -> None:
+        """Save the checkpoint of `step`; what was begun before is finished first.
+
+        Args:
+            goes_on: steps follow, so that a copy is worth its memory.
+        Raises:
+            Failed: the disk has no room for it. Refused: it is not writable.
+        """
+        self.wait()
+        if self.shards is not None:
+            self._save_part(self.shards, step, groups, state, keep)
+            return
+        if not (self.background and goes_on and has_memory(groups)):
+            checkpoint.save(self.run, step, groups, state, keep)
+            return
+        folder = checkpoint.prepare(self.run, step, groups)
+        self._write_beside(step, keep, _written, folder, copied(groups), {"step": step, **state})
+
+    def _save_part(
+        self, shards: Shards, step: int, groups: Mapping[str, Tensors], state: Mapping[str, Any], keep: Keep
+    ) -> None:
+        """Save the rows that this process holds; all begin together, and each writes beside its steps."""
+        folder, whole = self.run.checkpoint_folder(step), {"step": step, **state}
+        sharded_checkpoint.begin(folder, groups, shards.processes)
+        mine, firsts = sharded_checkpoint.local_shards(shards, groups)
+        if self.background and has_memory(mine):
+            self._write_beside(
+                step, keep, sharded_checkpoint.write, folder, copied(mine), firsts, whole, shards.processes
+            )
+            return
+        sharded_checkpoint.write(folder, mine, firsts, whole, shards.processes)
+        self._publish(step, keep)
+
+    def _write_beside(self, step: int, keep: Keep, work: Callable[..., Path], *given: Any) -> None:
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._writing = step, keep, self._pool.submit(work, *given)
+
+    def _publish(self, step: int, keep: Keep) -> None:
+        """Let the run know; of many processes the leading one."""
+        if self.shards is None or self.shards.processes.is_rank_zero:
+            checkpoint.publish(self.run, step, keep)
+
+    def wait(self) -> None:
+        """Return when nothing is being written.
+
+        Raises:
+            Failed, Refused: what was being written could not be.
+        """
+        if self._writing is not None:
+            step, keep, writing = self._writing
+            self._writing = None
+            writing.result()
+            self._publish(step, keep)
+
+    def look(self) -> None:
+        """Finish what is written, without waiting for what is not."""
+        if self._writing is not None and self._writing[2].done():
+            self.wait()
+
+    def close(self) -> None:
+        """Let a checkpoint that is being written be finished; its problems are left to the next run."""
+        if self._writing is not None:
+            step, keep, writing = self._writing
+            self._writing = None
+            if writing.exception() is None:
+                self._publish(step, keep)
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def _written(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
+    checkpoint.write(folder, groups, state)
+    return folder
+
+
+def copied(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
+    """The tensors in host memory, as they are now."""
+    return {
+        name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+        for name, tensors in groups.items()
+    }
+
+
+def has_memory(groups: Mapping[str, Tensors]) -> bool:
+    """Whether a copy of these tensors is small beside the memory that is free."""
+    return is_small(checkpoint.bytes_of(groups))
+
+
+def is_small(size: int) -> bool:
+    """Whether so many bytes of host memory may be taken for a copy."""
+    return size < SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))

@@ -1,0 +1,141 @@
+"""All that a run has learned: weights, their average, the optimizer's state; written and taken up again."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import Refused
+from sfumato.models import files
+from sfumato.settings import plain, saved_settings
+from sfumato.training.distributed.sharding import shards_of
+from sfumato.training.optim.bf16_weights import to_bfloat16
+from sfumato.training.optim.ema import EMA, ScheduleFreeEMA, trained
+from sfumato.training.optim.run_optimizer import RunOptimizer
+from sfumato.training.settings import TrainSettings
+from sfumato.training.state import checkpoint
+from sfumato.training.state.posthoc_ema import PowerAverages
+
+HARMLESS = {
+    *("log_every", "save_every", "keep_checkpoints", "keep_every", "keep_best", "save_async", "patience"),
+    *(
+        "validate_every",
+        "threads",
+        "trackers",
+        "ema_snapshot_every",
+        "gradient_checkpointing",
+        "offload",
+        "sanity",
+    ),
+    "callbacks",
+}
+"""Settings that do not change the weights."""
+
+
+class TrainState:
+    """A network in training, with its optimizer and its average.
+
+    Raises:
+        Refused: unknown optimizer. Failed: nothing to train.
+    """
+
+    def __init__(self, network: nn.Module, settings: TrainSettings) -> None:
+        self.network, self.settings = network, settings
+        if settings.weight_dtype != "fp32":
+            to_bfloat16(network)
+        self.shards = shards_of(network)
+        self.optimiser = RunOptimizer(network, settings)
+        self.average: EMA | ScheduleFreeEMA | None = None
+        if self.optimiser.averages:
+            self.average = ScheduleFreeEMA(network, self.optimiser.parts)
+        elif settings.ema:
+            self.average = EMA(network, settings.ema)
+        self.powers = PowerAverages(network) if settings.ema_snapshot_every else None
+        self.weights = list(trained(network).values())
+
+    def update(self, step: int) -> None:
+        """Take the weights after `step` updates into the averages."""
+        if self.average is not None:
+            self.average.update(step)
+        if self.powers is not None:
+            self.powers.update(step)
+
+    def state_dict(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+        """What a checkpoint of this moment holds: the tensors of each file, and JSON."""
+        buffers = _buffers(self.network)
+        model = {name: weight.detach() for name, weight in trained(self.network).items()}
+        tensors, rest = self.optimiser.state()
+        groups: dict[str, Mapping[str, Tensor]] = {"model": {**model, **buffers}, "optimizer": tensors}
+        if self.average is not None:
+            groups["ema"] = {**self.average.state(), **buffers}
+        if self.powers is not None:
+            groups |= self.powers.groups()
+        return groups, {
+            "optimizer": rest,
+            "threads": torch.get_num_threads(),
+            "settings": asdict(self.settings),
+        }
+
+    def load(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
+        """Take up a checkpoint that is whole.
+
+        Returns:
+            its state, and what keeps the run from going on bit for bit, in half sentences.
+        Raises:
+            Refused: it is of another network.
+        """
+        state = checkpoint.read_state(folder)
+        wanted = self.shards.wanted if self.shards is not None else None
+        model = files.read(folder, "model", wanted)
+        _copy(model, self.network, folder)
+        if self.average is not None:
+            self.average.load(files.read(folder, "ema", wanted) or model)
+        if self.powers is not None:
+            kept = {group: files.read(folder, group, wanted) for group in self.powers.groups()}
+            self.powers.load({group: tensors or model for group, tensors in kept.items()})
+        if state["settings"]["optimizer"] == self.settings.optimizer:
+            self.optimiser.load(files.read(folder, "optimizer", wanted), state["optimizer"])
+        return state, self._changed(state)
+
+    def _changed(self, state: Mapping[str, Any]) -> list[str]:
+        now = asdict(self.settings)
+        harmless = HARMLESS | ({"steps"} if self.settings.schedule == "constant" else set())
+        changed = [
+            f"train.{name} was {was} and is {now[name]}"
+            for name, was in saved_settings("train", state["settings"], TrainSettings).items()
+            if name in now and plain(now[name]) != plain(was) and name not in harmless
+        ]
+        if state["threads"] != torch.get_num_threads():
+            changed.append(f"threads were {state['threads']} and are {torch.get_num_threads()}")
+        return changed
+
+
+def _buffers(network: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers: what a state dict holds besides parameters. None where a part is frozen."""
+    if not all(weight.requires_grad for weight in network.parameters()):
+        return {}
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    return {name: value.detach() for name, value in network.state_dict().items() if name not in parameters}
+
+
+@torch.no_grad()
+def _copy(tensors: Mapping[str, Tensor], network: nn.Module, folder: Path) -> None:
+    """Copy a checkpoint's weights into the network.
+
+    Raises:
+        Refused: names or shapes differ.
+    """
+    own = {**trained(network), **_buffers(network)}
+    strange = sorted(own.keys() ^ tensors.keys()) or sorted(
+        name for name, tensor in tensors.items() if tensor.shape != own[name].shape
+    )
+    if strange:
+        raise Refused(
+            f'{folder} is of another network: "{strange[0]}" differs ({len(strange)} in all). The recipe\'s '
+            "[model] was changed after this run began; change it back, or choose another output."
+        )
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)

@@ -1,0 +1,169 @@
+"""One's own: `file.py:name` names anything a user wrote, wherever a recipe or a command takes a name.
+
+Python hands the object itself over: `word_of` names it, and inside `given` that word means this very object.
+"""
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from sfumato.errors import Refused, nearest
+
+_GIVEN: dict[str, Any] = {}
+"""Objects that Python handed over, by their words, while the call lasts that was given them."""
+
+
+def is_user_code(name: str) -> bool:
+    """Whether `name` is written file.py:name."""
+    return ".py:" in name
+
+
+def load_user_object(name: str) -> Any:
+    """The object called `name` in `file.py:name`.
+
+    Raises:
+        Refused: if the file is missing, fails when it runs, or has no such name.
+    """
+    if name in _GIVEN:
+        return _GIVEN[name]
+    where, _, what = name.rpartition(":")
+    if is_nameless(name):
+        raise Refused(
+            f"{name} is an object that Python handed over and that {where} does not name: hand it over again "
+            "in sfumato.train(…), or let a name at the top level of a file stand for it, as FILE.py:NAME."
+        )
+    file = Path(where).expanduser()
+    if not file.is_file():
+        raise Refused(f"{file} does not exist. Write FILE.py:NAME with the path of a Python file.")
+    script = sys.modules.get("__main__")
+    if file_of(script) == file.absolute() and hasattr(script, what):  # it runs: again, it would train again
+        return getattr(script, what)
+    spec = importlib.util.spec_from_file_location(f"sfumato_own_{file.stem}", file)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Refused:
+        raise
+    except Exception as problem:
+        line = _line_in(problem, file)
+        raise Refused(f"{file}{line} fails with {type(problem).__name__}: {problem}.") from problem
+    if not hasattr(module, what):
+        known = [word for word in vars(module) if not word.startswith("_")]
+        raise Refused(f'{file} has no "{what}".{nearest(what, known) if known else ""}')
+    return getattr(module, what)
+
+
+def make_own(name: str) -> Any:
+    """What `file.py:name` stands for; a class is called without arguments.
+
+    Raises:
+        Refused: as `load_user_object`, or the class cannot be called so.
+    """
+    made = load_user_object(name)
+    if not inspect.isclass(made):
+        return made
+    try:
+        return made()
+    except Refused:
+        raise
+    except Exception as problem:
+        raise Refused(f"{problem_in(name, problem)}. A class is made without arguments.") from problem
+
+
+def check_call(
+    work: Callable[..., Any], known: Iterable[str], first: int = 0, of_class: bool = False
+) -> None:
+    """Raises TypeError unless work(*first, …) can be called with those of the known names that it takes.
+
+    Args:
+        first: arguments that stand before the named ones. of_class: `work` is a method, looked up on a class.
+    """
+    try:
+        signature = inspect.signature(work)
+    except ValueError as problem:  # of what is written in C
+        raise TypeError(str(problem)) from None
+    before = first + (of_class and inspect.isfunction(work))
+    signature.bind(*[None] * before, **dict.fromkeys(asked_of(work, known)))
+
+
+def code_hash(name: str) -> str:
+    """sha256 of the file of `file.py:name`, in 16 digits; empty where there is no such file."""
+    file = Path(name.rpartition(":")[0]).expanduser()
+    return sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
+
+
+def is_nameless(name: str) -> bool:
+    """Whether the word stands for an object that its file has no name for: file.py:<Class>."""
+    return name.endswith(">")
+
+
+def word_of(thing: Any) -> str:
+    """`file.py:name` of an object; `file.py:<Class>` where no file names it at its top level."""
+    is_home = inspect.isclass(thing) or inspect.isfunction(thing)
+    home: Any = thing if is_home else type(thing)
+    for module in [sys.modules.get(home.__module__), *([] if is_home else list(sys.modules.values()))]:
+        file = file_of(module)
+        if file is not None:
+            for name, value in list(vars(module).items()):
+                if value is thing:
+                    return f"{file}:{name}"
+    file = file_of(sys.modules.get(home.__module__)) or Path("python.py").absolute()
+    return f"{file}:<{home.__qualname__}>"
+
+
+def file_of(module: Any) -> Path | None:
+    """The .py file of a module, if it has one."""
+    file = getattr(module, "__dict__", {}).get("__file__")
+    return Path(file).absolute() if isinstance(file, str) and file.endswith(".py") else None
+
+
+def class_word(name: str) -> str:
+    """`file.py:Class` where the word is that of a nameless object, else the word itself."""
+    where, _, what = name.rpartition(":")
+    return f"{where}:{what.strip('<>')}" if is_nameless(name) else name
+
+
+@contextmanager
+def given(objects: Mapping[str, Any]) -> Iterator[None]:
+    """Inside it these words mean these objects."""
+    before = dict(_GIVEN)
+    _GIVEN.update(objects)
+    try:
+        yield
+    finally:
+        _GIVEN.clear()
+        _GIVEN.update(before)
+
+
+def asked_of(work: Callable[..., Any], known: Iterable[str]) -> list[str]:
+    """Those of the known names that a function takes; all where it takes **rest."""
+    parameters = inspect.signature(work).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
+        return list(known)
+    return [name for name in known if name in parameters]
+
+
+def problem_in(name: str, problem: BaseException) -> str:
+    """`file.py:name, line 3: ValueError: …`: what went wrong in a user's code, in one line."""
+    line = _line_in(problem, Path(name.rpartition(":")[0]))
+    said = " ".join(str(problem).split())
+    return f"{name}{line}: {type(problem).__name__}: {said}".rstrip(": ")
+
+
+def _line_in(problem: BaseException, file: Path) -> str:
+    """Where in the file the problem arose, as ', line 3'."""
+    if isinstance(problem, SyntaxError) and problem.lineno:
+        return f", line {problem.lineno}"
+    trace, line = problem.__traceback__, None
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename) == file:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f", line {line}" if line else ""

@@ -1,0 +1,87 @@
+"""Encoding ahead of training where a store may take only so much of the disk."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from sfumato.data.encoding.batch_sampler import BatchSampler, Curriculum
+from sfumato.data.encoding.encoded_dataset import EncodedDataset
+from sfumato.data.encoding.ring_dataset import RingDataset
+from sfumato.data.encoding.streaming_dataset import StreamingDataset
+from sfumato.errors import Refused
+from sfumato.recipe import Recipe
+from sfumato.run_folder import write_atomic
+from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.distributed.processes import BatchSplit
+from sfumato.training.estimate.fit_memory import bytes_of
+from sfumato.training.objective.diffusion import share
+from sfumato.training.objective.packed_batches import alike
+
+FOLDER = "rings"
+OWNER = "owner.json"
+
+
+def limit_of(recipe: Recipe) -> float:
+    """Bytes that a run's encoded pictures may take; infinite where nothing is said.
+
+    Raises:
+        Refused: it is no size, or the recipe streams already.
+    """
+    said = recipe.data.cache_limit
+    if not said:
+        return float("inf")
+    if recipe.data.stream:
+        raise Refused("data.stream keeps no pictures, data.cache_limit says how many: leave one of them out.")
+    try:
+        return bytes_of(said)
+    except Refused:
+        raise Refused(f'data.cache_limit = "{said}" is no size. Write, for example, "20GB".') from None
+
+
+def bounded(found: StreamingDataset, recipe: Recipe) -> RingDataset | None:
+    """The set as one that is encoded ahead into a ring of the recipe's size; None if all of it fits."""
+    limit = limit_of(recipe)
+    shown = [some for item in found.items for some in (item.pictures, *item.companions.values())]
+    if sum(place.length for some in shown for place in some) <= limit:
+        return None
+    processes = distributed_processes.current()
+    home = home_of(recipe)
+    home.mkdir(parents=True, exist_ok=True)
+    write_atomic(home / OWNER, json.dumps({"owner": recipe.output}))
+    named = {one.name: getattr(found, one.name) for one in fields(StreamingDataset)}
+    return RingDataset(
+        **named,
+        ring=home / f"{processes.rank}-of-{processes.count}",
+        limit=int(limit / processes.count),
+    )
+
+
+def home_of(recipe: Recipe) -> Path:
+    """Where the rings of a run lie."""
+    name = hashlib.sha256(recipe.output.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    return Path(recipe.data.cache_dir).expanduser() / FOLDER / name
+
+
+def look_ahead(train: EncodedDataset, order: BatchSampler | Curriculum, recipe: Recipe) -> None:
+    """Let a bounded set encode what this process's next steps show; any other set needs nothing."""
+    if not isinstance(train, RingDataset):
+        return
+    division = BatchSplit.of(recipe.train, distributed_processes.current())
+
+    def asked(step: int) -> Sequence[tuple[Sequence[int], int]]:
+        indices, epoch = order.at(step)
+        read = [indices[share(len(indices), part, division.parts)] for part in division.mine]
+        if recipe.train.sequence_packing:
+            read = [[one[at] for at in places] for one in read for places in alike(one, train.buckets)]
+        return [(some, epoch) for some in read]
+
+    largest = -(-order.largest // division.parts) * len(division.mine)
+    train.follow(asked, largest, recipe.seed)
+
+
+def done(train: EncodedDataset, finished: bool) -> None:
+    """Training has ended; where it `finished`, its ring is of no use any more."""
+    if isinstance(train, RingDataset):
+        train.close(finished)

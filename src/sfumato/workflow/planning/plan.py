@@ -1,0 +1,265 @@
+"""What a recipe would do, said before it is done: counts, what is missing, memory and disk."""
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from sfumato import models
+from sfumato.data import buckets
+from sfumato.data.encoding.batch_sampler import BatchSampler
+from sfumato.data.sources.sample import Sample
+from sfumato.generation import as_pipeline
+from sfumato.models.pretrained import token_count
+from sfumato.recipe import Recipe
+from sfumato.run_folder import RunFolder
+from sfumato.training.distributed.strategy import machine_size
+from sfumato.training.estimate import fit_memory, probe
+from sfumato.training.estimate import memory as planning
+from sfumato.training.precision import effective_precision
+from sfumato.workflow import class_images, control_training
+from sfumato.workflow.checks import check_context
+from sfumato.workflow.dataset import known_sizes
+from sfumato.workflow.finetune import prepare_trainable
+from sfumato.workflow.planning import phase_costs
+from sfumato.workflow.planning.step_costs import (
+    Step,
+    checkpoint_bytes,
+    copies_bytes,
+    inputs_of,
+    step_cost,
+    store_bytes,
+)
+from sfumato.workflow.prepare import ResolvedRecipe, resolve_recipe
+from sfumato.workflow.resume import check_resume, content_of
+from sfumato.workflow.train_codec import codec_key, place
+
+COUNTED = 20_000
+
+
+def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
+    """Counts and sizes of a run, without encoding, training or writing anything.
+
+    Args:
+        many: processes that would share the run; 0: those torchrun started, else one.
+    Returns:
+        plain values: samples, captions, held_out, set_aside, tokens, codec, parameters, steps_per_epoch,
+        epochs, device, precision, memory_gb, memory, seconds_per_step, hours, probed, process_gb, phases,
+        store_gb, disk_gb, run.
+    Raises:
+        Refused: for whatever training would refuse.
+    """
+    gathered = resolve_recipe(recipe)
+    collection, base = gathered.collection, gathered.base
+    check_context(recipe, base, many or started())
+    train, held_out = collection.of("train"), collection.of("held_out")
+    found: dict[str, Any] = {
+        "samples": len(train),
+        "held_out": len(held_out),
+        "captions": len({caption for sample in collection.samples for caption in sample.captions}),
+        "set_aside": [{"file": one.file, "reason": one.reason} for one in collection.set_aside],
+    }
+    found |= {"tokens": told} if (told := truncation(gathered.conditioner, collection.samples)) else {}
+    frames = recipe.data.frames
+    codec = base.codec if base else models.new_codec(recipe.model, recipe.seed, bool(frames))
+    model = as_pipeline(
+        base or models.new_model(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
+    )
+    control_training.guide(model, recipe)
+    home = None
+    if base is None and models.needs_training(recipe.model, codec):
+        home = place(recipe, codec_key(recipe, train, gathered.bucket_of))
+    found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, home)
+    network = prepare_trainable(model, recipe)
+    parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
+    found["parameters"] = sum(one.numel() for one in network.parameters())
+    found["trained_parameters"] = parameters
+    shown = sum(sample.repeat for sample in train)
+    found["steps_per_epoch"] = max(1, round(shown) // recipe.train.batch)
+    if callable(gathered.bucket_of):
+        found["buckets"] = _buckets(recipe, train, gathered.bucket_of)
+    found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
+    found["device"] = str(gathered.device)
+    found["precision"] = effective_precision(
+        recipe.train.precision, gathered.device, recipe.train.weight_dtype
+    )
+    model.to(gathered.device)
+    captions = [sample.captions for sample in train]
+    step = step_cost(
+        recipe, model, captions, network, many or started(), _sizes(recipe, train, gathered.bucket_of)
+    )
+    found |= step_report(
+        recipe, step, phase_costs.phase_costs(recipe, model, network, gathered, step, home), gathered.device
+    )
+    if class_images.is_asked(recipe):
+        drawn = 0 if gathered.prior else recipe.data.num_class_images
+        found["prior"] = f"{drawn} pictures, drawn once" if drawn else f"{len(gathered.prior)} pictures"
+    store = store_bytes(recipe, len(collection.samples), codec)
+    found["store_gb"] = round(store / 1e9, 3)
+    found["disk_gb"] = round((store + checkpoint_bytes(recipe, parameters)) / 1e9, 3)
+    return found | _standing(recipe, gathered)
+
+
+def _standing(recipe: Recipe, gathered: ResolvedRecipe) -> dict[str, Any]:
+    """Where the recipe's run stands, and what was changed since it began."""
+    output = Path(recipe.output)
+    if not (output / "effective.toml").is_file():
+        return {"run": "new"}
+    run = RunFolder.open(output)
+    changed = check_resume(run, recipe, content_of(gathered.samples))
+    folders = run.checkpoint_folders()
+    stands = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
+    return {"changed": changed, "run": stands}
+
+
+def step_report(
+    recipe: Recipe, step: Step, parts: dict[str, phase_costs.PhaseCost], device: torch.device
+) -> dict[str, Any]:
+    """What a step and the other parts of the run need: memory in GB, and seconds.
+
+    memory_gb is a step's, process_gb all that the process has in host memory at its largest, phases the
+    seconds of each part of the run and the memory that it takes beside what is there already.
+    """
+    steps = phase_costs.PhaseCost(step.seconds * recipe.train.steps, step.memory.peak - step.memory.weights)
+    most = max((part.peak or 0 for part in (*parts.values(), steps)), default=0)
+    host = torch.device("cpu")
+    on_host = 0 if device.type == "cuda" else most
+    whole = probe.held_bytes(host) + on_host + copies_bytes(recipe, step.numbers)
+    return {
+        **step.told,
+        "memory_gb": gigabytes(step.memory.peak),
+        "memory": {name: gigabytes(size) for name, size in vars(step.memory).items()},
+        "seconds_per_step": round(step.seconds, 3),
+        "hours": round(steps.seconds / 3600, 2),
+        "probed": step.how == "probed",
+        "process_gb": gigabytes(whole),
+        "phases": {
+            name: {"seconds": round(part.seconds, 1)}
+            | ({} if part.peak is None else {"memory_gb": gigabytes(part.peak)})
+            for name, part in {**parts, "steps": steps}.items()
+        },
+    }
+
+
+def gigabytes(size: float) -> float:
+    """Bytes in GB, to the MB."""
+    return round(size / 1e9, 3)
+
+
+def truncation(conditioner: models.Conditioner, samples: Sequence[Sample]) -> dict[str, int] | None:
+    """How many captions the model's own tokenizer cuts off: {read, longest, counted, cut_off}; None without.
+
+    Of more than COUNTED captions so many, evenly spread, are counted.
+    """
+    reading = token_count.of_conditioner(conditioner)
+    captions = sorted({caption for sample in samples for caption in sample.captions if caption})
+    if reading is None or not captions:
+        return None
+    some = captions[:: -(-len(captions) // COUNTED)]
+    lengths = reading.count(some)
+    cut = sum(length > reading.most for length in lengths)
+    return {"read": reading.most, "longest": max(lengths), "counted": len(some), "cut_off": cut}
+
+
+def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, Any]:
+    """For each bucket: samples an epoch shows, the batch, and how many the next epoch takes over."""
+    held: list[tuple[int, int]] = []
+    repeats: list[float] = []
+    for sample in train:
+        for size in known_sizes([sample], bool(recipe.data.frames)):
+            held.append(bucket_of(size))
+            repeats.append(sample.repeat)
+    batch: Any = recipe.train.batch
+    if recipe.train.sequence_packing:
+        shapes = {"×".join(map(str, shape)): held.count(shape) for shape in sorted(set(held))}
+        return {"packed": {"samples": round(sum(repeats)), "batch": batch, "shapes": shapes}}
+    if recipe.data.token_budget:
+        by_shape = buckets.token_budget(recipe.train.batch, [(1, *shape) for shape in held])
+        batch = lambda shape: by_shape((1, *shape))  # noqa: E731
+    order = BatchSampler(held, batch, 0, repeats)
+    return {
+        "×".join(map(str, shape)): {"samples": count, "batch": size, "carried_over": count % size}
+        for shape, count, size in zip(cast(Any, order.kinds), order.counts, order.batches, strict=True)
+    }
+
+
+def _sizes(recipe: Recipe, train: list[Sample], bucket_of: Any) -> list[tuple[int, ...]]:
+    """What samples are brought to, where a step packs several sizes: width, height, and frames of clips."""
+    if not recipe.train.sequence_packing:
+        return []
+    frames = (recipe.data.frames,) * bool(recipe.data.frames)
+    fitted: Any = bucket_of if callable(bucket_of) else lambda size: bucket_of
+    return [(*fitted(size), *frames) for size in known_sizes(train, bool(frames))]
+
+
+def started() -> int:
+    """Processes that torchrun has started; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe with what makes a step fit into `size` ("24GB") the fastest way, and why.
+
+    Args:
+        many: processes that would share the run; 0: those torchrun started, else this machine's GPUs.
+    Returns:
+        the recipe, and {memory_gb, room_gb, keys, why, faster: what was faster and did not fit}.
+    Raises:
+        Refused: nothing fits, or the recipe cannot be used.
+    """
+    room = fit_memory.bytes_of(size)
+    gathered, frames = resolve_recipe(recipe), recipe.data.frames
+    codec = (
+        gathered.base.codec if gathered.base else models.new_codec(recipe.model, recipe.seed, bool(frames))
+    )
+    built = gathered.base or models.new_model(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
+    model = as_pipeline(built)
+    control_training.guide(model, recipe)
+    network = prepare_trainable(model, recipe)
+    train = gathered.collection.of("train")
+    captions, sizes = [sample.captions for sample in train], _sizes(recipe, train, gathered.bucket_of)
+    on_gpu = gathered.device.type == "cuda"
+    processes = many or max(started(), torch.cuda.device_count() if on_gpu else 1)
+    options = fit_memory.Options(
+        is_adapter=any(not weight.requires_grad for weight in network.parameters()),
+        on_gpu=on_gpu,
+        has_blocks=bool(planning.repeated(network)),
+        has_8bit=find_spec("bitsandbytes") is not None,
+        processes=processes,
+        known=frozenset(recipe.values()),
+        within=recipe.train.hsdp_shard_size or machine_size(processes),
+    )
+    check_context(recipe, gathered.base, processes)
+    within = recipe.train.context_parallel
+    found = fit_memory.ways(
+        lambda count: planning.count(network, inputs_of(recipe, model, captions, count * within, sizes)),
+        recipe.train,
+        options,
+    )
+    way, faster = fit_memory.fit(found, room)
+    told = {
+        "room_gb": round(room / 1e9, 3),
+        "memory_gb": round(way.memory.peak / 1e9, 3),
+        "keys": dict(way.keys),
+        "why": way.reasons or ["the recipe fits as it is"],
+        "slower_by": round(way.time / found[0].time - 1, 3),
+        "faster": [
+            {"keys": dict(one.keys), "memory_gb": round(one.memory.peak / 1e9, 3)} for one in faster[:8]
+        ],
+    }
+    words = [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in way.keys.items()
+    ]
+    return recipe.overridden(words, f"fit {size}"), told
+
+
+def _codec(recipe: Recipe, home: Path | None) -> str:
+    if home is None:
+        return recipe.model.codec
+    if home.exists():
+        return "trained already, in the store"
+    return f"trained first, {recipe.model.codec_steps:,} steps"

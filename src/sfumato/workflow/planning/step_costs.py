@@ -1,0 +1,211 @@
+"""What a step and a run cost: bytes and seconds, counted on the network that will be trained."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sfumato import models
+from sfumato.data.encoding.encoded_dataset import EncodedDataset
+from sfumato.generation import Pipeline
+from sfumato.recipe import Recipe
+from sfumato.report.page import duration
+from sfumato.training.device import free_bytes
+from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.distributed import strategy
+from sfumato.training.distributed.processes import BatchSplit, Processes
+from sfumato.training.estimate import memory as planning
+from sfumato.training.estimate import probe
+from sfumato.training.optimizers import spec_of
+from sfumato.training.state import async_checkpoint, checkpoint
+from sfumato.workflow import base_images, control_training, encode_ahead
+
+FLOAT, DEVIATION = 4, 2
+PROBED_SECONDS = 10.0
+"""Steps that promise to take longer are counted, not probed: a plan is a matter of seconds."""
+MOMENT = 0.2
+"""Seconds of a forward pass that are not worth estimating: it is tried."""
+SAFE = 0.7
+"""Of the memory that is free, what a probe may be counted to need."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step costs a process.
+
+    inputs: what the network is given for one part of a batch, of so many samples; forward: seconds of one
+    forward pass of them, and flops its operations; how: "counted" or "probed"; numbers: how many weights
+    learn; told: of many processes, how they share the run.
+    """
+
+    inputs: tuple[Any, ...]
+    samples: int
+    memory: planning.MemoryBreakdown
+    seconds: float
+    forward: float
+    how: str
+    told: dict[str, Any]
+    flops: float = 0.0
+    numbers: int = 0
+
+
+def longest_first(captions: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """The captions with the longest in front, so that a batch is as wide as its widest."""
+    at = max(range(len(captions)), key=lambda i: len((captions[i] or ("",))[0]), default=0)
+    return [*captions[at:], *captions[:at]]
+
+
+def inputs_of(
+    recipe: Recipe,
+    model: Pipeline,
+    captions: Sequence[Sequence[str]],
+    count: int,
+    sizes: Sequence[Sequence[int]] = (),
+) -> tuple:
+    """What the denoiser is given for `count` samples of the recipe's size.
+
+    Args:
+        sizes: of the samples (width, height, frames of clips); packed ones are spread over them.
+    """
+    data = recipe.data
+    reads = model.conditioner.kind != "none"
+    texts = [(captions[i % len(captions)] or ("",))[0] if reads else "" for i in range(count)]
+    if not recipe.train.sequence_packing or not sizes:
+        return _alike(recipe, model, texts, (data.resolution, data.resolution, data.frames or 1))
+    rising = sorted(tuple(size) for size in sizes)
+    spread = Counter(rising[(2 * i + 1) * len(rising) // (2 * count)] for i in range(count))
+    groups = [_alike(recipe, model, texts[:many], size) for size, many in spread.items()]
+    return tuple(list(column) for column in zip(*groups, strict=True))
+
+
+def _alike(recipe: Recipe, model: Pipeline, texts: Sequence[str], size: Sequence[int]) -> tuple:
+    """What the denoiser is given for samples of one size, one for each text."""
+    told = base_images.example(model, recipe.data, texts).to(model.device, model.dtype)
+    condition = control_training.blank(model, told, recipe.data.resolution)
+    latents = torch.zeros(len(texts), *model.codec.latent_shape(*size), device=model.device)
+    return latents, torch.full((len(texts),), 500.0, device=model.device), condition
+
+
+def samples_in_memory(recipe: Recipe, parts: int) -> int:
+    """Samples whose activations are there at once: a part of the batch, and as much of a prior."""
+    has_prior = bool(recipe.data.class_images or recipe.data.class_prompt)
+    return -(-recipe.train.batch // parts) * (1 + has_prior)
+
+
+def step_cost(
+    recipe: Recipe,
+    model: Pipeline,
+    captions: Sequence[Sequence[str]],
+    network: nn.Module,
+    devices: int = 1,
+    sizes: Sequence[Sequence[int]] = (),
+) -> Step:
+    """A step's memory and seconds: counted, then probed where a few real ones take seconds.
+
+    Of `devices` processes each one's; what they send each other takes time that is not counted.
+    """
+    division = BatchSplit.of(recipe.train, Processes(0, devices))
+    chosen = strategy.choose(recipe.train, network, Processes(0, devices))
+    samples = samples_in_memory(recipe, division.parts)
+    inputs = inputs_of(recipe, model, longest_first(captions), samples, sizes)
+    mine, speed = len(division.mine), probe.flops_per_second(device=model.device)
+    told: dict[str, Any] = {}
+    if devices > 1:
+        told = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"}
+    if recipe.train.context_parallel > 1:
+        told["context"] = f"{recipe.train.context_parallel} processes share each sample"
+    try:
+        counted = planning.count(network, inputs)
+    except planning.ASKS_NUMBERS:
+        found = probe.probe(network, inputs, recipe.train)
+        memory = planning.MemoryBreakdown(*[0] * 6).probed(found.peak)
+        return Step(inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", told)
+    every, within = recipe.values().get("train.gradient_checkpointing", 0), recipe.train.context_parallel
+    alone = counted.memory(recipe.train, every)
+    again = counted.recomputed_share(every) if every else 0
+    forward = planning.BESIDE_PRODUCTS * counted.flops / speed / within
+    seconds, how = forward * (planning.FORWARD_AND_BACKWARD + again) * mine, "counted"
+    if within == 1 and seconds < PROBED_SECONDS and alone.peak < SAFE * free_bytes(model.device):
+        found = probe.probe(network, inputs, recipe.train)
+        seconds, how = found.seconds, "probed"
+        if not chosen.is_divided:
+            alone = alone.probed(found.peak)
+    memory = counted.shared(alone, chosen, recipe.train, devices)
+    return Step(inputs, samples, memory, seconds, forward, how, told, counted.flops, counted.numbers)
+
+
+def cost_summary(
+    recipe: Recipe, model: Pipeline, network: nn.Module, train: EncodedDataset, fresh: bool
+) -> str:
+    """What a run will cost, in a sentence; counted, without a probe, so that training starts soon.
+
+    Raises:
+        Failed: the checkpoints will not fit onto the disk.
+    """
+    processes = distributed_processes.current()
+    division = BatchSplit.of(recipe.train, processes)
+    chosen = strategy.choose(recipe.train, network, processes)
+    count = samples_in_memory(recipe, division.parts)
+    trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    disk = checkpoint_bytes(recipe, trained)
+    if fresh:
+        checkpoint.ask_for_room(Path(recipe.output), disk, "the run's checkpoints")
+    words = [f"{trained / 1e6:,.1f} M trained weights", f"{disk / 1e9:.2f} GB of checkpoints"]
+    try:
+        sizes = [item.bucket for item in train.items]
+        inputs = inputs_of(recipe, model, [tuple(train.captions[:1])], count, sizes)
+        counted = planning.count(network, inputs)
+    except planning.ASKS_NUMBERS:
+        return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
+    alone = counted.memory(recipe.train, recipe.values().get("train.gradient_checkpointing", 0))
+    memory = counted.shared(alone, chosen, recipe.train, processes.count)
+    speed = probe.flops_per_second(0.05, device=model.device) * recipe.train.context_parallel
+    forward = planning.BESIDE_PRODUCTS * counted.flops / speed
+    if (
+        forward < MOMENT and processes.count == 1
+    ):  # in small networks other things than products take the time
+        forward = probe.tried(lambda: network(*inputs), model.device).seconds
+    seconds = planning.FORWARD_AND_BACKWARD * len(division.mine) * forward
+    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
+    if processes.count > 1:
+        words.append(f"{processes.count} processes, {chosen.name} ({chosen.why})")
+    if recipe.train.context_parallel > 1:
+        words.append(f"{recipe.train.context_parallel} of them share each sample")
+    words += [
+        f"{memory.peak / 1e9:.2f} GB of memory a step" + (f" ({sizes})" if sizes else ""),
+        f"about {seconds:.2g} s a step, {duration(seconds * recipe.train.steps)} in all",
+    ]
+    return f"Plan: {'; '.join(words)}."
+
+
+def store_bytes(recipe: Recipe, samples: int, codec: models.Codec) -> float:
+    """Bytes the encoded pictures take at most."""
+    side, data = recipe.data.resolution, recipe.data
+    numbers = math.prod(codec.latent_shape(side, side, data.frames or 1))
+    each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.clips_per_video if data.frames else 1)
+    return 0 if data.stream else min(samples * each, encode_ahead.limit_of(recipe))
+
+
+def checkpoint_bytes(recipe: Recipe, trained: int) -> int:
+    """Bytes that the run's checkpoints and averages take at most."""
+    train = recipe.train
+    snapshots = 10 * 2 * 2 * trained if train.ema_snapshot_every else 0
+    return (train.keep_checkpoints + 1 + train.keep_best) * saved_bytes(recipe, trained) + snapshots
+
+
+def saved_bytes(recipe: Recipe, trained: int) -> int:
+    """Bytes of one checkpoint."""
+    train = recipe.train
+    state = spec_of(train.optimizer).states  # what a paged one keeps elsewhere is saved too
+    return int(trained * FLOAT * (1 + state + bool(train.ema) + 2 * bool(train.ema_snapshot_every)))
+
+
+def copies_bytes(recipe: Recipe, trained: int) -> int:
+    """Host memory of the copy that is written beside the steps; 0 where there is no room for one."""
+    size = saved_bytes(recipe, trained)
+    return size if recipe.train.save_async and async_checkpoint.is_small(size) else 0

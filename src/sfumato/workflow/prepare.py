@@ -1,0 +1,206 @@
+"""Prepare a run: resolve what a recipe stands on, then make its model's stages and encode its samples."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from sfumato import models
+from sfumato.data.encoding.encoded_dataset import EncodedDataset
+from sfumato.data.sources.sample import Collection, Sample
+from sfumato.generation import Pipeline, as_pipeline
+from sfumato.recipe import Recipe
+from sfumato.run_folder import RunFolder
+from sfumato.training import device as devices
+from sfumato.training.estimate import probe
+from sfumato.training.loop.loop import to_stderr
+from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
+from sfumato.workflow.checks import check_acts, check_guidance, check_known, check_packed, sizes, theory_of
+from sfumato.workflow.dataset import Bucket, class_names, material_of
+from sfumato.workflow.encode_samples import curriculum, encoded_samples
+from sfumato.workflow.finetune import base_of, check_latents, check_tokens_in_captions
+from sfumato.workflow.resume import content_of
+from sfumato.workflow.train_codec import Progress, ready_codec
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """All that training needs, made once: the model's stages and the encoded samples."""
+
+    model: Pipeline
+    collection: Collection
+    train: EncodedDataset
+    held_out: EncodedDataset
+    set_aside: list[dict[str, str]]
+    device: torch.device
+    earlier: list[tuple[int, EncodedDataset]] = field(default_factory=list)
+    """Of a curriculum: until which step, the training samples at a smaller resolution."""
+    prior: EncodedDataset | None = None
+    """The pictures of the subject's class, shown beside."""
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """What a recipe stands on, checked before anything is computed or written."""
+
+    collection: Collection
+    bucket_of: Bucket | Callable[[Bucket], Bucket]
+    device: torch.device
+    base: Pipeline | None
+    conditioner: models.Conditioner
+    prior: list[Sample] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All that are there before anything is drawn."""
+        return [*self.collection.samples, *self.prior]
+
+
+def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
+    """Look at all that a recipe names.
+
+    Raises Refused for whatever cannot be used.
+    """
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    device = devices.resolve(recipe.train.device)
+    theory_of(recipe)
+    encode_ahead.limit_of(recipe)
+    control_training.check(recipe)
+    class_images.check(recipe)
+    if control_training.plan_of(recipe) is None:
+        condition_encoders.shares(recipe.data, recipe.data.condition_columns)
+    earlier = curriculum(recipe)
+    base = base_of(recipe)
+    codec = base.codec if base else models.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
+    check_known(recipe, base)
+    check_packed(recipe, base)
+    collection = material_of(recipe)
+    control_training.check_column(recipe, collection.samples)
+    classes = class_names(collection) if recipe.model.text_encoder == "labels" else ()
+    conditioner = base.conditioner if base else models.new_conditioner(recipe.model, classes)
+    base_images.check(recipe, conditioner)
+    check_guidance(recipe, codec, conditioner, base)
+    check_tokens_in_captions(
+        recipe.model.new_tokens, (text for one in collection.samples for text in one.captions)
+    )
+    for _, smaller in earlier:
+        check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
+    shapes = sizes(recipe, collection.samples, codec, base)
+    check_acts(recipe, device, len(collection.of("held_out")))
+    return ResolvedRecipe(collection, shapes, device, base, conditioner, class_images.of_folder(recipe))
+
+
+def prepare_run(
+    recipe: Recipe,
+    gathered: ResolvedRecipe,
+    progress: Progress | None = None,
+    say: Say = to_stderr,
+    run: RunFolder | None = None,
+    part: tuple[int, int] | None = None,
+) -> PreparedRun:
+    """The stages of the recipe's model and its samples, encoded.
+
+    Args:
+        run: is told the phases; part: (rank, world) of those that encode, default the processes joined.
+    """
+    collection, bucket_of, device, base = (
+        gathered.collection,
+        gathered.bucket_of,
+        gathered.device,
+        gathered.base,
+    )
+    trained_on = collection.of("train") or collection.samples
+    with phase(run, "codec"):
+        codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
+    model = model_of(recipe, gathered, codec)
+    condition_encoders.shares(recipe.data, list(condition_encoders.encoders(model, recipe.data)))
+    with phase(run, "prior"):
+        others = class_images.samples(recipe, gathered.prior, model, progress)
+    with phase(run, "encode"):
+        encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress, say, part)
+        earlier = []
+        for until, smaller in curriculum(recipe):
+            shapes = sizes(smaller, collection.samples, codec, base)
+            stage = f"until step {until}"
+            found = encoded_samples(smaller, collection.samples, shapes, model, progress, say, part, stage)
+            earlier.append((until, found.of("train")))
+        of_class = None
+        if others:
+            shapes = sizes(recipe, others, codec, base)
+            of_class = encoded_samples(recipe, others, shapes, model, progress, say, part, "prior")
+    aside = [*collection.set_aside, *encoded.set_aside]
+    listed = [{"file": one.file, "reason": one.reason} for one in aside]
+    _tell(listed, encoded, collection.name, content_of(gathered.samples), run, say)
+    train, held_out = encoded.of("train"), encoded.of("held_out")
+    return PreparedRun(model, collection, train, held_out, listed, device, earlier, of_class)
+
+
+def model_of(recipe: Recipe, gathered: ResolvedRecipe, codec: models.Codec) -> Pipeline:
+    """The recipe's model around its codec, its frozen stages ready to encode."""
+    base, frames = gathered.base, recipe.data.frames
+    model = as_pipeline(
+        base or models.new_model(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
+    )
+    model.info |= {"frames": frames, "fps": recipe.data.fps} if frames else {}
+    if frames and recipe.train.first_frame_share:
+        model.info["known"] = ["first", *(["last"] if recipe.train.last_frame_share else [])]
+    if base is None:
+        model.info |= {"resolution": recipe.data.resolution}
+        model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
+    if recipe.sample.leaning:
+        model.info["leaning"] = recipe.sample.leaning
+    model.to(gathered.device)
+    control_training.guide(model, recipe)
+    model.codec.eval().requires_grad_(False)
+    model.conditioner.eval().requires_grad_(False)
+    return model
+
+
+def _tell(
+    aside: list[dict[str, str]],
+    encoded: EncodedDataset,
+    name: str,
+    content: str,
+    run: RunFolder | None,
+    say: Say,
+) -> None:
+    """Say what was set aside and repaired, and write the summary of the data."""
+    for note in encoded.notes:
+        say(note)
+    for one in aside:
+        say(f"set aside: {one['file']}: {one['reason']}")
+    if aside:
+        say(f"{len(aside)} set aside, {len(encoded)} samples left.")
+    if run is None:
+        return
+    sizes: dict[str, int] = {}
+    for item in encoded.items:
+        size = "×".join(map(str, item.bucket))
+        sizes[size] = sizes.get(size, 0) + 1
+    captions = len({caption for caption in encoded.captions if caption})
+    summary = {
+        "name": name,
+        "content": content,
+        "samples": len(encoded.of("train")),
+        "captions": captions,
+    }
+    held_out = len(encoded.of("held_out"))
+    run.event("data", summary={**summary, "held_out": held_out, "sizes": sizes, "set_aside": aside})
+
+
+@contextmanager
+def phase(run: RunFolder | None, name: str) -> Iterator[None]:
+    """Write how long a part took and the most memory the process had meanwhile, also when it ends early."""
+    began = time.perf_counter()
+    with probe.watched(torch.device("cpu")) as most:
+        try:
+            yield
+        finally:
+            if run is not None:
+                seconds = round(time.perf_counter() - began, 3)
+                run.event("phase", name=name, seconds=seconds, process_gb=round(most() / 1e9, 3))

@@ -1,0 +1,105 @@
+"""The sanity ladder of a recipe: what would make a long run worthless is asked before it, in seconds."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from sfumato.models import Condition
+from sfumato.models.lora import adapter
+from sfumato.models.pretrained.train_text_encoders import DenoiserWithTextEncoders
+from sfumato.recipe import Recipe
+from sfumato.training import device as devices
+from sfumato.training.distributed.processes import BatchSplit, Processes
+from sfumato.training.estimate import memory as planning
+from sfumato.training.estimate.sanity import TRIES, Check, climb
+from sfumato.training.objective.diffusion import DiffusionObjective
+from sfumato.workflow.encode_samples import order_of, reader_of
+from sfumato.workflow.finetune import prepare_trainable, with_text_learning_rate
+from sfumato.workflow.planning.step_costs import samples_in_memory
+from sfumato.workflow.prepare import PreparedRun, prepare_run, resolve_recipe
+
+FEW = 8
+"""Steps of the last rung when `train` asks."""
+
+
+def examine(recipe: Recipe) -> list[Check]:
+    """Everything `sfumato doctor RECIPE` asks: encodes what is missing, trains nothing.
+
+    Raises:
+        Refused: the recipe cannot be used.
+    """
+    prepared = prepare_run(recipe, resolve_recipe(recipe))
+    return list(sanity_checks(recipe, prepared, prepare_trainable(prepared.model, recipe)))
+
+
+def sanity_checks(
+    recipe: Recipe, prepared: PreparedRun, network: nn.Module, tries: int = TRIES
+) -> Iterator[Check]:
+    """The rungs, one by one; the network is left as it was."""
+    model, settings = prepared.model, with_text_learning_rate(recipe)
+    read_text = reader_of(model) if model.conditioner.learns else None
+    alone = replace(
+        recipe, train=replace(recipe.train, sequence_packing=False)
+    )  # a pack's losses are those of its samples
+    objective = DiffusionObjective(
+        model,
+        prepared.train,
+        order_of(alone, prepared.train),
+        settings,
+        recipe.seed,
+        0.0,
+        read_text=read_text,
+    )
+    yield memory(objective, recipe, network)
+    adapted = [
+        body for body in (adapter.peft_target(model.denoiser), *encoders_of(network)) if adapter.names(body)
+    ]
+    yield from climb(
+        objective,
+        settings,
+        tries,
+        partial(silent, adapted) if adapted else None,
+        network,
+        is_pretrained=recipe.model.base != "scratch",
+    )
+
+
+def encoders_of(network: nn.Module) -> list[nn.Module]:
+    """The text encoders that learn beside a denoiser."""
+    return list(network.encoders.values()) if isinstance(network, DenoiserWithTextEncoders) else []
+
+
+@contextmanager
+def silent(adapted: list[nn.Module]) -> Iterator[None]:
+    """Inside the block none of these networks' adapters acts."""
+    with ExitStack() as all_of_them:
+        for one in adapted:
+            all_of_them.enter_context(adapter.disabled(one))
+        yield
+
+
+def memory(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) -> Check:
+    """Whether a step on the largest bucket fits into what is free now."""
+    claim, encoded = "a step on the largest pictures fits into memory", objective.encoded
+    shapes = getattr(encoded, "buckets", [()])
+    largest = max(range(len(shapes)), key=lambda i: torch.Size(shapes[i]).numel())
+    parts = BatchSplit.of(recipe.train, Processes()).parts
+    batch = encoded.read([largest] * samples_in_memory(recipe, parts), recipe.seed, 0)
+    x = batch.latents.to(objective.model.device, torch.float32)
+    told = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x.device, x.dtype)
+    try:
+        needed = planning.predict(
+            network, (x, torch.full((len(x),), 500.0, device=x.device), told), recipe.train
+        )
+    except planning.ASKS_NUMBERS as problem:
+        return Check(claim, True, f"not counted: the network asks for numbers ({type(problem).__name__})")
+    there, kept = devices.free_bytes(x.device), needed.memory.weights
+    wanted = needed.memory.peak - kept
+    detail = f"{wanted / 1e9:.2f} GB beside the weights, {there / 1e9:.2f} GB are free"
+    good = wanted < there
+    advice = ": lower train.batch, or raise train.gradient_accumulation or train.gradient_checkpointing"
+    return Check(claim, good, detail if good else detail + advice)

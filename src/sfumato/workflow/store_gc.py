@@ -1,0 +1,136 @@
+"""Collecting a store: what runs and recipes still need of it stays, trained codecs too."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sfumato import models
+from sfumato.data.encoding.encode_plan import lay_out
+from sfumato.data.store import leases
+from sfumato.data.store.gc import DAY, collect
+from sfumato.data.store.store import KINDS, Store
+from sfumato.recipe import Recipe
+from sfumato.workflow import base_images, condition_encoders, encode_ahead
+from sfumato.workflow.checks import sizes
+from sfumato.workflow.encode_samples import curriculum, encoding_of, is_guided
+from sfumato.workflow.prepare import model_of, resolve_recipe
+from sfumato.workflow.train_codec import codec_key, place
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder is a store of encodings."""
+    kinds = [folder / kind for kind in KINDS]
+    return all(one.is_dir() for one in kinds) and any(
+        any(one.glob("*.safetensors")) for one in (*kinds, folder / leases.FOLDER)
+    )
+
+
+def collected(
+    root: Path, keep: Iterable[str | Path] = (), days: float = 30.0, remove: bool = False
+) -> dict[str, Any]:
+    """What a store holds and what of it nobody needs, which is removed if `remove` says so.
+
+    Args:
+        keep: recipes and runs whose encodings are kept beside those of the runs that exist.
+        days: what was written since then is kept, whoever needs it.
+    Returns:
+        plain values: {kind: {entries, bytes, unused_entries, unused_bytes, damaged}}, users, codecs, rings,
+        leftover_bytes, unused_bytes, freed_bytes.
+    Raises:
+        Refused: a recipe cannot be used, somebody else is collecting, or the store cannot be written.
+    """
+    needed: dict[str, set[str]] = {kind: set() for kind in KINDS}
+    encoders: set[str] = set()
+    for one in keep:
+        _add_needs(Recipe.read(one), needed, encoders)
+    found = collect(Store(root), needed, days, remove)
+    codecs = _codecs(root / "codecs", found.encoders | encoders, days, remove)
+    rings = _rings(
+        root / encode_ahead.FOLDER, {user["owner"] for user in found.users if user["busy"]}, days, remove
+    )
+    unused = sum(one["bytes"] for one in (*codecs, *rings) if not one["kept"])
+    return {
+        **{kind: vars(share) for kind, share in found.shares.items()},
+        "users": found.users,
+        "codecs": codecs,
+        "rings": rings,
+        "leftover_bytes": found.leftover_bytes,
+        "unused_bytes": found.unused_bytes + unused,
+        "freed_bytes": found.freed_bytes + unused * remove,
+    }
+
+
+def _add_needs(recipe: Recipe, needed: dict[str, set[str]], encoders: set[str]) -> None:
+    """Add the keys of all that a recipe would encode."""
+    gathered = resolve_recipe(recipe)
+    codec = gathered.base.codec if gathered.base else _codec_of(recipe, gathered)
+    if codec is None:
+        return  # not trained yet: nothing of it can be in the store
+    model = model_of(recipe, gathered, codec)
+    beside = condition_encoders.encoders(model, recipe.data)
+    for stage in [*(one for _, one in curriculum(recipe)), recipe]:
+        how, samples = encoding_of(stage, model), gathered.collection.samples
+        shapes = sizes(stage, samples, codec, gathered.base)
+        work = lay_out(
+            samples,
+            shapes,
+            how,
+            beside,
+            is_guided(model),
+            lambda *_: None,
+            base_images.picture_key(model, recipe.data),
+        )
+        for kind, keys in work.keys(how).items():
+            needed[kind] |= set(keys)
+        encoders |= {how.pixels, how.texts}
+
+
+def _codec_of(recipe: Recipe, gathered: Any) -> models.Codec | None:
+    """The codec of a recipe that begins from scratch, None if it is still to be trained."""
+    fresh = models.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
+    if not models.needs_training(recipe.model, fresh):
+        return fresh.eval()
+    trained_on = gathered.collection.of("train") or gathered.collection.samples
+    home = place(recipe, codec_key(recipe, trained_on, gathered.bucket_of))
+    return models.load_codec(home).eval() if (home / "stage.json").is_file() else None
+
+
+def _codecs(folder: Path, encoders: set[str], days: float, remove: bool) -> list[dict[str, Any]]:
+    """The trained codecs of a store: which are kept, and how large they are."""
+    found: list[dict[str, Any]] = []
+    for home in sorted(folder.glob("*")):
+        if not home.is_dir():
+            continue
+        is_run = home.suffix == ".run"
+        finished = (home.with_suffix("") / "stage.json").is_file() if is_run else True
+        young = time.time() - home.stat().st_mtime < days * DAY
+        kept = young or (not finished if is_run else _is_needed(home, encoders))
+        found.append({"name": home.name, "kept": kept, "bytes": _size(home)})
+        if remove and not kept:
+            shutil.rmtree(home)
+    return found
+
+
+def _rings(folder: Path, busy: set[str], days: float, remove: bool) -> list[dict[str, Any]]:
+    """What runs have encoded ahead (`data.cache_limit`): each ring with its run, and how large it is."""
+    found: list[dict[str, Any]] = []
+    for file in sorted(folder.glob(f"*/{encode_ahead.OWNER}")):
+        owner = json.loads(file.read_bytes())["owner"]
+        young = time.time() - file.stat().st_mtime < days * DAY
+        kept = young or owner in busy or Path(owner).exists()
+        found.append({"owner": owner, "kept": kept, "bytes": _size(file.parent)})
+        if remove and not kept:
+            shutil.rmtree(file.parent)
+    return found
+
+
+def _size(folder: Path) -> int:
+    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+
+
+def _is_needed(home: Path, encoders: set[str]) -> bool:
+    mine = models.load_codec(home).fingerprint()
+    return any(one.startswith(mine) for one in encoders)

@@ -1,0 +1,158 @@
+"""A codec that is missing is trained once, and kept in the store under the key of its data and settings."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sfumato.data.encoding.batch_sampler import BatchSampler
+from sfumato.data.encoding.views import Encoding
+from sfumato.data.sources import media
+from sfumato.data.sources.sample import Sample
+from sfumato.models import Codec, TrainableCodec, load_codec, needs_training, new_codec, save_stage
+from sfumato.models.files import write_checksums
+from sfumato.recipe import Recipe
+from sfumato.run_folder import RunFolder, atomic_folder
+from sfumato.theory import noise
+from sfumato.training.distributed import processes
+from sfumato.training.loop import loop as training_loop
+from sfumato.training.objective.reconstruction import ReconstructionObjective, to_pixels
+from sfumato.training.settings import TrainSettings
+from sfumato.workflow.dataset import Bucket, Pictures, each, few
+
+RECIPE = "codec 1: L1 and gradients, AdamW 1e-3, cosine"
+CLIPS = "clips 2: a narrow posterior"
+LOOKED_AT = 1024
+
+Progress = Callable[..., None]
+
+
+def codec_key(
+    recipe: Recipe, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]
+) -> str:
+    """What a trained codec depends on, hashed: pictures, sizes, its settings, the seed."""
+
+    def content(sample: Sample) -> str:
+        try:
+            return sample.content_hash()
+        except OSError:
+            return ""
+
+    contents = sorted(each(content, samples))
+    model = recipe.model
+    settings = [
+        model.codec,
+        model.codec_stride,
+        model.latent_channels,
+        model.codec_width,
+        model.codec_steps,
+        model.codec_batch,
+    ]
+    size = bucket_of if isinstance(bucket_of, tuple) else [recipe.data.resolution, recipe.data.buckets]
+    said = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
+    if recipe.data.frames:
+        data = recipe.data
+        said += [
+            model.codec_time_stride,
+            data.frames,
+            data.fps,
+            data.clips_per_video,
+            CLIPS,
+            *data.short_clip_frames,
+        ]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+
+
+def place(recipe: Recipe, key: str) -> Path:
+    """Where the codec of a key is kept."""
+    return Path(recipe.data.cache_dir).expanduser() / "codecs" / key
+
+
+def ready_codec(
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    bucket_of: Bucket | Callable[[Bucket], Bucket],
+    device: torch.device,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = training_loop.to_stderr,
+) -> Codec:
+    """The recipe's codec, trained on these samples first if it is missing.
+
+    Raises:
+        Stopped, Failed, Refused: as `training.fit` does.
+    """
+    codec = new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
+    if not needs_training(recipe.model, codec):
+        return codec.to(device).eval()
+    assert isinstance(codec, TrainableCodec)
+    home = place(recipe, codec_key(recipe, samples, bucket_of))
+    if (home / "stage.json").is_file():
+        return load_codec(home).to(device).eval()
+    say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
+    data = recipe.data
+    how = Encoding(
+        "", frames=data.frames, rate=data.fps, segments=data.clips_per_video, shorter=data.short_clip_frames
+    )
+    pictures = Pictures(few(samples, bucket_of, recipe.data.frames), bucket_of, how)
+    train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
+    if processes.current().is_rank_zero:
+        with atomic_folder(home) as beside:
+            save_stage(codec, beside)
+            write_checksums(beside)
+    return codec.eval()
+
+
+def settings_of(recipe: Recipe) -> TrainSettings:
+    """How the recipe's codec is trained."""
+    steps = recipe.model.codec_steps
+    return replace(
+        recipe.train,
+        steps=steps,
+        batch=recipe.model.codec_batch,
+        gradient_accumulation=1,
+        learning_rate=1e-3,
+        optimizer="adamw",
+        warmup=20,
+        schedule="cosine",
+        weight_decay=0.0,
+        ema=0.0,
+        ema_snapshot_every=0,
+        save_every=max(100, steps // 5),
+        keep_checkpoints=1,
+        keep_every=0,
+        validate_every=0,
+        parallel="ddp",
+        context_parallel=1,
+        sequence_packing=False,
+    )
+
+
+def train_codec(
+    recipe: Recipe,
+    codec: TrainableCodec,
+    pictures: Pictures,
+    folder: Path,
+    progress: Progress | None,
+    say: Callable[[str], None],
+) -> None:
+    """Train `codec` on `pictures`, resuming what `folder` holds."""
+    device = next(codec.parameters()).device
+    seen = pictures.buckets.index(max(set(pictures.buckets), key=pictures.buckets.count))
+    alike = [i for i, bucket in enumerate(pictures.buckets) if bucket == pictures.buckets[seen]]
+    looked_at = LOOKED_AT // max(1, recipe.data.frames) + 1 if recipe.data.frames else LOOKED_AT
+    chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:looked_at].tolist()
+    sample = to_pixels(pictures.read([alike[i] for i in chosen])).to(device)
+    codec.prepare(sample)
+    settings = settings_of(recipe)
+    order = BatchSampler(pictures.buckets, min(settings.batch, len(pictures)), recipe.seed)
+    objective = ReconstructionObjective(codec, pictures, order, recipe.seed, flip=recipe.data.flip)
+    with processes.current().first():
+        run = processes.own_view(RunFolder.create(folder, "# a codec, trained for the runs that need it\n"))
+    with run.lock():
+        training_loop.fit(
+            objective, codec, settings, run, recipe.seed, progress=progress, phase="codec", say=say
+        )
+    codec.fit_normalization(sample)

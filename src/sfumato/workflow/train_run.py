@@ -1,0 +1,282 @@
+"""Encode and train: what a recipe asks for, in order, each part kept as soon as it is done."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sfumato.generation import Pipeline, load
+from sfumato.models.pretrained.train_text_encoders import untrainable_encoders
+from sfumato.recipe import Recipe
+from sfumato.report import run_page
+from sfumato.run_folder import RunFolder
+from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.loop.callbacks import Callback
+from sfumato.training.loop.loop import fit, to_stderr
+from sfumato.training.loop.validation import ValidationLoss
+from sfumato.training.objective.diffusion import DiffusionObjective
+from sfumato.training.objective.packed_batches import PackedObjective
+from sfumato.training.objective.user_loss import UserLoss
+from sfumato.training.state.run_precision import precision_of
+from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
+from sfumato.workflow.checks import check_context, warned
+from sfumato.workflow.encode_samples import course_of, is_guided, reader_of
+from sfumato.workflow.finetune import (
+    prepare_trainable,
+    save_base_reference,
+    text_plan_of,
+    with_text_learning_rate,
+)
+from sfumato.workflow.planning import step_costs
+from sfumato.workflow.prepare import PreparedRun, Say, phase, prepare_run, resolve_recipe
+from sfumato.workflow.preview import Preview, groups
+from sfumato.workflow.resume import check_resume, code_of, content_of
+from sfumato.workflow.train_codec import Progress, ready_codec
+from sfumato.workflow.user_objects import handed_over
+
+RecipeLike = Recipe | str | Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk."""
+
+    path: Path
+    step: int = 0
+
+    @property
+    def report(self) -> Path:
+        """Its page."""
+        return self.path / "report.html"
+
+    def model(self, dtype: str = "float32", device: str = "cpu") -> Pipeline:
+        """The trained model, its averaged weights."""
+        return load(self.path, dtype, device)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, in order."""
+        return RunFolder.open(self.path).events()
+
+
+def read_recipe(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe from wherever it is: a file, a run's folder, or made in Python."""
+    return recipe.checked() if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
+
+
+def tell_notes(recipe: Recipe, say: Say) -> None:
+    """Say what whoever wrote the recipe should know."""
+    for note in recipe.notes:
+        say(note)
+
+
+def encode(
+    recipe: RecipeLike,
+    overrides: Iterable[str] = (),
+    progress: Progress | None = None,
+    say: Say = to_stderr,
+    *,
+    dataset: Any = None,
+    codec: Any = None,
+    conditioner: Any = None,
+) -> PreparedRun:
+    """Train a missing codec, then encode what the store lacks; nothing that is there is done again.
+
+    Under torchrun each process encodes its share of the shards.
+
+    Args:
+        dataset, codec, conditioner: one's own, in place of what the recipe names.
+
+    Raises:
+        Refused: the recipe or its data cannot be used. Failed: the disk is full.
+    """
+    objects = {"dataset": dataset, "codec": codec, "conditioner": conditioner}
+    with (
+        handed_over(read_recipe(recipe, overrides), objects) as asked,
+        distributed_processes.joined(asked.train.device) as processes,
+    ):
+        if not processes.is_rank_zero:
+            progress, say = None, lambda sentence: None
+        tell_notes(asked, say)
+        return prepare_run(asked, resolve_recipe(asked), progress, say)
+
+
+def encode_on_cluster(
+    recipe: RecipeLike,
+    overrides: Iterable[str],
+    workers: int,
+    progress: Progress | None,
+    say: Say = to_stderr,
+) -> PreparedRun:
+    """`encode` by so many workers that Ray starts; the store must be on a disk that all of them see.
+
+    Raises:
+        Refused: Ray is not installed, or what `encode` refuses. Failed: the workers could not finish.
+    """
+    from sfumato.data.encoding.ray_cluster import spread
+
+    asked = read_recipe(recipe, overrides)
+    tell_notes(asked, say)
+    gathered = resolve_recipe(asked)
+    if gathered.base is None:
+        samples = gathered.collection.of("train") or gathered.collection.samples
+        ready_codec(asked, samples, gathered.bucket_of, gathered.device, progress, say)
+
+    def share(rank: int, world: int) -> int:
+        return len(
+            prepare_run(asked, resolve_recipe(asked), say=lambda sentence: None, part=(rank, world)).train
+        )
+
+    cards = 1.0 if gathered.device.type == "cuda" else 0.0
+    spread(share, workers, gpus=cards)
+    return prepare_run(asked, gathered, progress, say)
+
+
+def train(
+    recipe: RecipeLike,
+    overrides: Iterable[str] = (),
+    progress: Progress | None = None,
+    say: Say = to_stderr,
+    profile: bool = False,
+    *,
+    theory: Any = None,
+    denoiser: Any = None,
+    codec: Any = None,
+    conditioner: Any = None,
+    dataset: Any = None,
+    loss: Any = None,
+    callbacks: Sequence[Any] | None = None,
+) -> Run:
+    """Train a recipe, going on from where its run folder stands.
+
+    Args:
+        profile: write a trace and a table of a few early steps into the run's folder `profile`.
+        theory, denoiser, codec, conditioner, dataset, loss, callbacks: one's own, objects or classes, in
+            place of what the recipe names as `file.py:name`; docs/own-code.md says what each has to be.
+
+    Raises:
+        Refused: the recipe cannot be used, or is not the one the run began with.
+        Failed: the run could not go on. Stopped: it was asked to stop, and saved.
+    """
+    objects = {
+        "theory": theory,
+        "denoiser": denoiser,
+        "codec": codec,
+        "conditioner": conditioner,
+        "dataset": dataset,
+        "loss": loss,
+        "callbacks": callbacks,
+    }
+    with (
+        handed_over(read_recipe(recipe, overrides), objects) as asked,
+        distributed_processes.joined(asked.train.device) as processes,
+    ):
+        if not processes.is_rank_zero:
+            progress, say = None, lambda sentence: None
+        tell_notes(asked, say)
+        gathered = resolve_recipe(asked)
+        check_context(asked, gathered.base, processes.count)
+        with processes.first():
+            run = distributed_processes.own_view(RunFolder.create(asked.output))
+        with run.lock():
+            with processes.first():
+                for note in check_resume(run, asked, content_of(gathered.samples)):
+                    say(note)
+                if processes.is_rank_zero:
+                    RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
+                    if codes := code_of(asked):
+                        run.event("code", own=codes)
+            prepared = prepare_run(asked, gathered, progress, say, run)
+            return Run(run.path, _train(asked, run, prepared, progress, say, profile))
+
+
+def _train(
+    recipe: Recipe,
+    run: RunFolder,
+    prepared: PreparedRun,
+    progress: Progress | None,
+    say: Say,
+    profile: bool = False,
+) -> int:
+    model, leads = prepared.model, distributed_processes.current().is_rank_zero
+    if leads:
+        save_base_reference(model, recipe, run.path / "model")
+    for note in untrainable_encoders(model, text_plan_of(recipe)):
+        say(note)
+    network, settings = prepare_trainable(model, recipe), with_text_learning_rate(recipe)
+    train, order = course_of(recipe, prepared.train, prepared.earlier)
+    encode_ahead.look_ahead(train, order, recipe)
+    beside = base_images.is_read_beside(model.conditioner)  # then the samples say which captions are left out
+    dropout = recipe.data.caption_dropout if is_guided(model) and not beside else 0.0
+    seen = condition_encoders.encoders(model, recipe.data)
+    objective = (PackedObjective if recipe.train.sequence_packing else DiffusionObjective)(
+        model,
+        train,
+        order,
+        settings,
+        recipe.seed,
+        dropout,
+        loss=UserLoss(recipe.train.loss, prepared.device) if recipe.train.loss else None,
+        dropout=condition_encoders.shares(recipe.data, list(seen)),
+        read_text=reader_of(model) if model.conditioner.learns else None,
+    )
+    measure = None
+    if recipe.train.validate_every and len(prepared.held_out):
+        precision = precision_of(recipe.train, prepared.device, run)
+        measure = ValidationLoss(objective, prepared.held_out, prepared.train, run, precision=precision)
+    shown = groups(recipe, prepared.train, prepared.held_out, is_guided(model))
+    preview = Preview(
+        model,
+        recipe,
+        run,
+        control_training.with_pictures(shown, model, recipe, prepared),
+        lambda: run_page.write(run),
+    )
+    counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
+    for warning in warned(recipe):
+        say(warning)
+    say(step_costs.cost_summary(recipe, model, network, prepared.train, fresh=not run.checkpoint_folders()))
+    if recipe.train.sanity and leads and not run.checkpoint_folders():
+        with phase(run, "sanity"):
+            run_sanity_checks(recipe, run, prepared, network, say)
+    finished = False
+    try:
+        with phase(run, "train"):
+            outcome = fit(
+                class_images.with_prior_preservation(objective, prepared.prior, recipe),
+                network,
+                settings,
+                run,
+                recipe.seed,
+                preview=preview,
+                held_out=measure,
+                preview_every=recipe.sample.every,
+                progress=progress,
+                say=say,
+                counts=counts,
+                callbacks=[Callback.load(word) for word in recipe.train.callbacks],
+                profile=run.path / "profile" if profile else None,
+            )
+        run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)
+        finished = outcome.step >= recipe.train.steps
+    finally:
+        encode_ahead.done(train, finished)
+        if leads:
+            run_page.write(run)
+    return outcome.step
+
+
+def run_sanity_checks(
+    recipe: Recipe, run: RunFolder, prepared: PreparedRun, network: nn.Module, say: Say
+) -> None:
+    """Climb the sanity ladder quickly and say what does not hold; the run goes on."""
+    from sfumato.workflow import sanity_checks
+
+    for rung in sanity_checks.sanity_checks(recipe, prepared, network, sanity_checks.FEW):
+        if rung.remark:
+            say(f"before training: {rung.claim}: {rung.detail}")
+            run.event("note", text=f"sanity: {rung.claim}: {rung.detail}")
+        if not rung.holds:
+            say(f"before training: it is not so that {rung.claim}: {rung.detail}")
+            run.event("note", text=f"sanity: {rung.claim}: no. {rung.detail}")
