@@ -5,11 +5,11 @@ Keys of format 1 (`RENAMED`) are read under the names they have today, with a no
 
 import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
@@ -39,7 +39,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
-    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    origins: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
@@ -62,7 +62,7 @@ class Recipe:
         if file.name == EFFECTIVE:
             said = {name: entry for name, entry in said.items() if not _is_default(name, entry[0])}
             old = []
-        words = []
+        words: list[tuple[str, str]] = []
         for override in overrides:
             name, equals, text = override.partition("=")
             if not equals:
@@ -85,7 +85,7 @@ class Recipe:
         """The recipe as TOML: what was said, or `every` key with the origin of its value."""
         import tomlkit
 
-        document, tables = tomlkit.document(), {}
+        document, tables = cast(Any, tomlkit.document()), dict[str, Any]()
         below: list[tuple[str, str, Any]] = []  # what has a header of its own stands after its section's keys
         for name, value, rules in _leaves(self):
             origin = self.origin(name)
@@ -96,12 +96,12 @@ class Recipe:
                 tables[section] = tomlkit.table()
                 document.add(tomlkit.nl())
                 document.add(section, tables[section])
-            item: Any = tomlkit.item(plain(value))
+            item = cast(Any, tomlkit.item(plain(value)))
             comment = origin if every else rules["help"]
             if rules["rows"] and value:
                 item[0].comment(comment)
             elif rules["values"] and not value:
-                item = tomlkit.inline_table()
+                item = cast(Any, tomlkit.inline_table())
             if not (rules["rows"] and value):
                 item.comment(comment)
             if value and (rules["rows"] or rules["values"]):
@@ -168,7 +168,7 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     """The leaves of nested tables as (dotted key, value)."""
     for name, value in tables.items():
         full = prefix + name
-        if isinstance(value, Mapping) and RENAMED.get(full, full) not in RULES:
+        if _is_table(value) and RENAMED.get(full, full) not in RULES:
             if full not in SECTIONS:
                 raise Refused(_unknown(full, section=not prefix))
             yield from flat(value, f"{prefix}{name}.")
@@ -195,6 +195,19 @@ def _renamed(said: Iterable[tuple[str, Any]], where: str) -> tuple[dict[str, Any
         return found, []
     names = "an old name" if len(old) == 1 else "old names"
     return found, [f"{where} uses {names}, which still can be read: {', '.join(old)}."]
+
+
+def _is_table(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Whether a value is a list, as TOML reads it or as the tree keeps it."""
+    return isinstance(value, list | tuple)
+
+
+def _is_recipe_table(value: Any) -> TypeGuard[Table[Any]]:
+    return isinstance(value, Table)
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
@@ -257,16 +270,16 @@ def _fit(name: str, value: Any, where: str, folder: Path) -> Any:
     Raises:
         Refused: naming the key, the value and what it may be.
     """
-    wanted, rules = type(DEFAULTS[name]), RULES[name]
-    if rules["values"] and isinstance(value, Mapping | list | tuple | str):
+    wanted, rules = cast("type[object]", type(DEFAULTS[name])), RULES[name]
+    if rules["values"] and (_is_table(value) or _is_list(value) or isinstance(value, str)):
         return table_of(name + where, value, rules, lambda word: (folder / Path(word).expanduser()).exists())
-    if rules["rows"] and isinstance(value, list | tuple | str):
+    if rules["rows"] and (_is_list(value) or isinstance(value, str)):
         return rows_of(name + where, value, rules)
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is tuple and isinstance(value, str):
         value = (value,)
-    if isinstance(value, list | tuple) and (wanted is tuple or (rules["many"] and value)):
+    if _is_list(value) and (wanted is tuple or (rules["many"] and value)):
         of = (int, float) if rules["numbers"] else (str,)
         if all(type(one) in of for one in value):
             value = tuple(map(float, value) if rules["numbers"] else value)
@@ -288,7 +301,7 @@ def _fit(name: str, value: Any, where: str, folder: Path) -> Any:
     return value
 
 
-_KINDS = {
+_KINDS: dict[type[object], str] = {
     str: "text",
     int: "a whole number",
     float: "a number",
@@ -298,7 +311,7 @@ _KINDS = {
 }
 
 
-def _kind(wanted: type, rules: Mapping[str, Any]) -> str:
+def _kind(wanted: type[object], rules: Mapping[str, Any]) -> str:
     """What a key takes, in words."""
     if rules["rows"]:
         return "a list of tables"
@@ -326,25 +339,25 @@ def _from_text(name: str, text: str) -> Any:
     """The value a command line's `name=text` means: TOML, where bare words are texts."""
     if name not in DEFAULTS:
         raise Refused(_unknown(name))
-    wanted = type(DEFAULTS[name])
+    wanted = cast("type[object]", type(DEFAULTS[name]))
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    if wanted is str and not isinstance(value, str) and not (RULES[name]["many"] and isinstance(value, list)):
+    if wanted is str and not isinstance(value, str) and not (RULES[name]["many"] and _is_list(value)):
         value = text
     if wanted is Table:
-        return value if isinstance(value, Mapping | list | str) else text
-    if RULES[name]["rows"] and isinstance(value, Mapping):
+        return value if _is_table(value) or _is_list(value) or isinstance(value, str) else text
+    if RULES[name]["rows"] and _is_table(value):
         return (value,)
-    if wanted is tuple and not isinstance(value, list):
+    if wanted is tuple and not _is_list(value):
         return (value if RULES[name]["numbers"] or isinstance(value, str) else text,)
     return value
 
 
 def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
     """A path made absolute; words that stand for themselves and hub ids stay as they are."""
-    if isinstance(value, Table):
+    if _is_recipe_table(value):
         if not rules["path"]:
             return value
         if rules["values"] is float:
@@ -353,7 +366,7 @@ def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
         return Table(
             {name: _resolve(text, rules, folder) if name in files else text for name, text in value.items()}
         )
-    if isinstance(value, tuple) and rules["path"]:
+    if _is_list(value) and rules["path"]:
         return tuple(_resolve(one, rules, folder) for one in value)
     if not isinstance(value, str) or not value or value in rules["words"]:
         return value

@@ -9,6 +9,7 @@ write the result back.
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ def extrapolate_from_strong(strong: Tensor, weak: Tensor, scale: float) -> Tenso
 
 def keep_norm(guided: Tensor, strong: Tensor, axis: int = -1) -> Tensor:
     """The guided answer with the prompted one's norm along an axis, as Qwen-Image and Lumina 2 have it."""
-    return guided * (torch.norm(strong, dim=axis, keepdim=True) / torch.norm(guided, dim=axis, keepdim=True))
+    # torch gives its norm no types
+    norm = cast("Callable[..., Tensor]", torch.linalg.vector_norm)  # pyright: ignore[reportUnknownMemberType]
+    return guided * (norm(strong, dim=axis, keepdim=True) / norm(guided, dim=axis, keepdim=True))
 
 
 # ---------------------------------------------------------------- denoisers around denoisers

@@ -187,7 +187,3 @@ def compare(
             row["seconds"] = time.perf_counter() - began
             rows.append(row)
     return sorted(rows, key=lambda row: row.get("error", math.inf))
-
-
-def _plain(curve: Tensor) -> list[float]:
-    return [value if math.isfinite(value) else math.nan for value in listed(exact(curve))]

@@ -303,7 +303,7 @@ class DiffusionObjective:
         if self.loss is None:
             return squared(answer, target)
         known: dict[str, Any] = {"t": drawn.t, "x_0": x_0, "condition": condition}
-        if "x_t" in self.loss.loss_mask:
+        if "x_t" in self.loss.arguments:
             known["x_t"] = drawn.of(self.model.theory.mix, x_0)
         error = self.loss(answer, target, known | {"theory": self.model.theory})
         if error.ndim == 1 and (drawn.known is not None or self.masks(answer, condition)):

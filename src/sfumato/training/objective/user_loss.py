@@ -51,7 +51,7 @@ class UserLoss:
         self.word, self.loss = word, make_own(word)
         if isinstance(self.loss, nn.Module):
             self.loss.to(device).eval().requires_grad_(False)
-        self.asked = asked_of(signed(self.loss), KNOWN)
+        self.arguments = asked_of(signed(self.loss), KNOWN)
 
     def __call__(self, answer: Tensor, target: Tensor, known: Mapping[str, Any]) -> Tensor:
         """Losses [B], or errors shaped like the answer.
@@ -60,7 +60,7 @@ class UserLoss:
             Failed: it fails, naming file and line. Refused: it gives something else.
         """
         try:
-            found = self.loss(answer, target, **{name: known[name] for name in self.asked})
+            found = self.loss(answer, target, **{name: known[name] for name in self.arguments})
         except (Refused, Failed, torch.OutOfMemoryError):
             raise
         except Exception as problem:
