@@ -144,7 +144,7 @@ def test_our_dit_beside_a_guide_draws_with_perturbed_attention():
 def test_pictures_that_guide_are_not_shared_among_processes():
     guided = ControlledDenoiser(DiT(3, width=32, depth=2, heads=2, text_width=0), [])
     guided.enable_context_parallel(None)
-    with pytest.raises(Refused, match=r"train\.context at 1"):
+    with pytest.raises(Refused, match=r"train\.context_parallel at 1"):
         guided.check_context_parallel(2)
 
 

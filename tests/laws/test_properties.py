@@ -6,6 +6,7 @@ The examples are the same each time (derandomized), and few enough to take secon
 import csv
 import itertools
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,14 @@ def values(name: str) -> st.SearchStrategy:
         return st.integers(-5 if least is None else int(least), 10**6 if most is None else int(most))
     if isinstance(default, float):
         return st.floats(-1e9 if least is None else least, 1e9 if most is None else most)
-    some = words if rules["path"] or rules["file_after"] else texts.filter(lambda text: ".py:" not in text)
+    if rules["values"]:
+        low, high = 0.0 if least is None else least, 10.0 if most is None else most
+        entries = {float: st.floats(low, high), str: words, object: st.integers(0, 9) | words}
+        return st.dictionaries(words, entries[rules["values"]], max_size=3)
+    if rules["rows"]:
+        row = {one.name: st.integers(1, 9) for one in fields(rules["rows"])}
+        return st.lists(st.fixed_dictionaries(row), max_size=2).map(tuple)
+    some = words if rules["path"] else texts.filter(lambda text: ".py:" not in text)
     if rules["numbers"]:
         return st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=4).map(tuple)
     if isinstance(default, tuple):
@@ -172,6 +180,8 @@ def as_toml(value: object) -> str:
     """A value as a person writes it."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(as_toml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{quoted(name)} = {as_toml(one)}' for name, one in value.items())}}}"
     return quoted(value) if isinstance(value, str) else str(value).lower()
 
 
@@ -194,7 +204,7 @@ def test_a_recipe_that_is_written_is_the_recipe_that_is_read(said):
         (place / "mine.toml").write_text(text, encoding="utf-8")
         recipe = Recipe.read(place / "mine.toml")
         for name, value in said.items():
-            if not (RULES[name]["path"] or RULES[name]["file_after"]):
+            if not (RULES[name]["path"] or RULES[name]["rows"]):
                 assert recipe.values()[name] == value
         (place / "away").mkdir()
         for every in (False, True):

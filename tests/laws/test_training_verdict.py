@@ -66,8 +66,8 @@ def test_the_gap_is_recorded_with_its_error(tmp_path):
     ValidationLoss(objective, Encoded(5, first=40), objective.encoded, run, samples=5, levels=2)(7, "ema")
     events = {event["kind"]: event for event in run.events()}
     by_split = {event["split"]: event for event in run.events() if event["kind"] == "validation"}
-    assert events["gap"]["gap"] == by_split["held_out"]["loss"] - by_split["train"]["loss"]
-    assert events["gap"]["error"] > 0
+    assert events["generalization_gap"]["gap"] == by_split["held_out"]["loss"] - by_split["train"]["loss"]
+    assert events["generalization_gap"]["error"] > 0
 
 
 def test_saving_beside_the_steps_writes_the_bits_of_saving_between_them(tmp_path):

@@ -31,12 +31,29 @@ def seeded(seed: int, make: Callable[[], Any]) -> Any:
         return make()
 
 
+RENAMED_MEMBERS = {
+    "null": "encode_empty",
+    "away": "encode_negative",
+    "settle": "fit_normalization",
+    "packs": "supports_packing",
+    "asked": "mask_error",
+    "finish": "finalize_latents",
+}
+"""{what a stage's member was called before 0.2: what it is called}; stages that users wrote then still serve."""
+
+
 class Stage(nn.Module, ABC):
     """A part of a model that can be written down: a kind, a config of plain values, and weights."""
 
     kind = ""
     own_name = ""
     """`file.py:name` where a user wrote this stage."""
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        for old, new in RENAMED_MEMBERS.items():
+            if old in vars(cls) and new not in vars(cls):
+                setattr(cls, new, vars(cls)[old])
 
     def write_weights(self, folder: Path, by_name: bool = False) -> dict[str, Any]:
         """Write the weights into a folder; returns what the config says of them there, if anything.
@@ -267,7 +284,7 @@ def _handed_on(name: str) -> property:
     return property(read, write, doc=f"The base's `{name}`.")
 
 
-OWN_TO_A_WRAPPER = {"kind", "config", "forward", "fingerprint"}
+OWN_TO_A_WRAPPER = {"kind", "config", "forward", "fingerprint", "write_weights"}
 """Of a stage as it is written down, which a wrapper with weights of its own is by itself."""
 HANDED_ON = tuple(
     name

@@ -30,18 +30,18 @@ SOURCE = "edit_source"
 Rows = list[dict[str, torch.Tensor]]
 
 
-def lessons(conditioner: Conditioner, settings: DataSettings) -> dict[str, ImageCondition]:
+def training_images(conditioner: Conditioner, settings: DataSettings) -> dict[str, ImageCondition]:
     """What training shows beside words; a base that can do without a source, only if the recipe names one."""
     if not isinstance(conditioner, PretrainedConditioner):
         return {}
-    found = conditioner.lessons()
+    found = conditioner.training_images()
     asked = bool(conditioner.shows) or bool(settings.source_image)
     return {name: one for name, one in found.items() if one.own or asked}
 
 
 def companions(model: Any, settings: DataSettings) -> dict[str, Companion]:
     """The same as companions of the samples."""
-    found = lessons(model.conditioner, settings)
+    found = training_images(model.conditioner, settings)
     if not found:
         return {}
     by = f"{model.codec.fingerprint()} {model.conditioner.fingerprint() if 'vision' in found else ''}"
@@ -62,7 +62,7 @@ def on_device(model: Any, lesson: ImageCondition) -> Callable[[torch.Tensor], to
 def check(recipe: Recipe, conditioner: Conditioner) -> None:
     """Raises Refused where the data cannot be shown as the base wants, or a source would not be shown."""
     data = recipe.data
-    found = lessons(conditioner, data)
+    found = training_images(conditioner, data)
     if data.source_image and recipe.model.train != "edit" and not any(not one.own for one in found.values()):
         raise Refused(
             f'data.source_image belongs to model.train = "edit" and to bases that are shown a picture; '
@@ -114,7 +114,7 @@ def reader_beside(
     """Captions with their pictures (`encode_plan.text_key`) → rows of what is read, without what is seen."""
     column = settings.source_image or SOURCE
     known = {content_of(settings, one): one for one in samples if column in one.companions}
-    shown = lessons(model.conditioner, settings)
+    shown = training_images(model.conditioner, settings)
 
     def read(texts: Sequence[str]) -> Rows:
         rows = []
@@ -145,7 +145,7 @@ def fitted(settings: DataSettings, source: Any) -> Image.Image:
 
 def pictures(model: Pipeline, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, list[Any]]:
     """What samples show, as arguments of `generate`; {} for a base that is shown nothing."""
-    found = lessons(model.conditioner, settings)
+    found = training_images(model.conditioner, settings)
     if not found:
         return {}
     if any(not one.own for one in found.values()):
@@ -170,7 +170,7 @@ def ends_of(settings: DataSettings, sample: Sample) -> tuple[Image.Image, Image.
 def example(model: Pipeline, settings: DataSettings, texts: Sequence[str]) -> Condition:
     """The condition of such texts beside grey pictures, as large as training's: to count with."""
     conditioner, count, side = model.conditioner, len(texts), settings.resolution
-    found = lessons(conditioner, settings)
+    found = training_images(conditioner, settings)
     if not found:
         return model.condition(texts)
     grey = Image.new("RGB", (side, side), (128, 128, 128))

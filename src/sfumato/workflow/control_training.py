@@ -134,7 +134,7 @@ def with_pictures(
     """The groups with the pictures that guide their drawings: of the sample with that caption, of held-out
     ones in their group; else the first samples'.
     """
-    if not isinstance(model.denoiser, ControlledDenoiser) and not base_images.lessons(
+    if not isinstance(model.denoiser, ControlledDenoiser) and not base_images.training_images(
         model.conditioner, recipe.data
     ):
         return list(groups)

@@ -40,7 +40,7 @@ class PretrainedConditioner(Conditioner):
             if name.startswith(("text_encoder", "image_encoder")) and isinstance(part, nn.Module):
                 self.add_module(name, part)
 
-    def lessons(self) -> dict[str, ImageCondition]:
+    def training_images(self) -> dict[str, ImageCondition]:
         """What training shows the network beside words."""
         return self.family.training_images(self.pipe, self.encode)
 

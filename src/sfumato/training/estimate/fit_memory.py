@@ -153,7 +153,7 @@ def _way(
     wanted = replace(
         settings,
         optimizer=chosen.get("train.optimizer", settings.optimizer),
-        weights=chosen.get("train.weight_dtype", settings.weight_dtype),
+        weight_dtype=chosen.get("train.weight_dtype", settings.weight_dtype),
     )
     memory = counted.memory(wanted, every)
     if every:

@@ -31,7 +31,7 @@ CONTRACT = (
     + ", ".join(f"{hook}({', '.join((*COMMON, *more))})" for hook, more in HOOKS.items())
     + "; each takes those of these arguments that it names."
 )
-EVENTS = {"held_out": "on_validation", "pictures": "on_preview", "checkpoint": "on_checkpoint"}
+EVENTS = {"validation": "on_validation", "pictures": "on_preview", "checkpoint": "on_checkpoint"}
 
 
 def check(word: str) -> None:

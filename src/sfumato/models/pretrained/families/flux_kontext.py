@@ -24,11 +24,11 @@ class FluxKontext(Flux1):
     seeing = ("_auto_resize",)
     as_trained: ClassVar[Mapping[str, Any]] = {"_auto_resize": False}
 
-    def lessons(self, pipe: Any, encode: Encode) -> dict[str, ImageCondition]:
+    def training_images(self, pipe: Any, encode: Encode) -> dict[str, ImageCondition]:
         """The picture to begin with, as large as what is learned."""
         return {"reference": ImageCondition(False, encode, "1")}
 
-    def see(
+    def encode_images(
         self, pipe: Any, shown: Mapping[str, Sequence[Pictures]], options: Mapping[str, Any], encode: Encode
     ) -> dict[str, Tensor]:
         """One picture for each prompt."""

@@ -59,7 +59,7 @@ class QwenImageEdit(Qwen):
     sees = ("image",)
     must_see = True
 
-    def put_together(self, folder: Path) -> dict[str, Any]:
+    def custom_components(self, folder: Path) -> dict[str, Any]:
         """The processor, from its own files."""
         from transformers import AutoTokenizer, Qwen2VLImageProcessor
 
@@ -93,7 +93,7 @@ class QwenImageEdit(Qwen):
 
     reads_pictures = True
 
-    def lessons(self, pipe: Any, encode: Encode) -> dict[str, ImageCondition]:
+    def training_images(self, pipe: Any, encode: Encode) -> dict[str, ImageCondition]:
         """The picture to begin with, as large as what is learned."""
         return {"reference": ImageCondition(False, encode, "1")}
 
@@ -119,7 +119,7 @@ class QwenImageEdit(Qwen):
         width, height = self.sides(pipe, picture, "CONDITION_IMAGE_SIZE")
         return pipe.image_processor.resize(picture, height, width)
 
-    def see(
+    def encode_images(
         self, pipe: Any, shown: Mapping[str, Sequence[Pictures]], options: Mapping[str, Any], encode: Encode
     ) -> dict[str, Tensor]:
         """References in the order they are shown."""
@@ -132,7 +132,7 @@ class QwenImageEdit(Qwen):
 
         return encode_references(shown["image"], prepare, encode)
 
-    def size_beside(self, pipe: Any, pictures: Pictures) -> tuple[int, int] | None:
+    def output_size(self, pipe: Any, pictures: Pictures) -> tuple[int, int] | None:
         """About a megapixel with the last picture's ratio."""
         width, height = self.sides(pipe, pictures[-1], "VAE_IMAGE_SIZE")
         step = pipe.vae_scale_factor * 2

@@ -29,7 +29,7 @@ class WanFromPicture(WanFromText):
     more_channels = (20,)
     idle = ()
 
-    def must_show(self, pipe: Any) -> tuple[str, ...]:
+    def required_images(self, pipe: Any) -> tuple[str, ...]:
         """A last picture too, where the network was trained between two."""
         network = pipe.transformer
         between = network is not None and network.config.pos_embed_seq_len is not None
@@ -43,7 +43,7 @@ class WanFromPicture(WanFromText):
             pipeline_wan_i2v.basic_clean = pipeline_wan.basic_clean
         return super().read(pipe, prompts, options)
 
-    def see(
+    def encode_images(
         self, pipe: Any, shown: Mapping[str, Sequence[Pictures]], options: Mapping[str, Any], encode: Encode
     ) -> dict[str, Tensor]:
         """Known frames, black between them."""
@@ -67,11 +67,11 @@ class WanFromPicture(WanFromText):
             tensors["vision"] = torch.stack([pipe.encode_image(some, pipe.device) for some in several])
         return tensors
 
-    def lessons(self, pipe: Any, encode: Encode) -> dict[str, ImageCondition]:
+    def training_images(self, pipe: Any, encode: Encode) -> dict[str, ImageCondition]:
         """A clip's own first frame, and where the network was trained between two, its last one."""
         if pipe.config.expand_timesteps:
             return {"first": ImageCondition(True, lambda clip: encode(clip[:, :, :1]), "1")}
-        between, stride = "last_image" in self.must_show(pipe), pipe.vae_scale_factor_temporal
+        between, stride = "last_image" in self.required_images(pipe), pipe.vae_scale_factor_temporal
 
         def known(clip: Tensor) -> Tensor:
             held = torch.zeros_like(clip)
@@ -85,10 +85,10 @@ class WanFromPicture(WanFromText):
             several = [[picture(one[:, place]) for place in ends] for one in clip]
             return torch.stack([pipe.encode_image(some, pipe.device) for some in several])
 
-        lessons = {"known": ImageCondition(True, known, f"1, {between}")}
+        training_images = {"known": ImageCondition(True, known, f"1, {between}")}
         if pipe.transformer is not None and pipe.transformer.config.image_dim is not None:
-            lessons["vision"] = ImageCondition(True, seen, f"1, {between}")
-        return lessons
+            training_images["vision"] = ImageCondition(True, seen, f"1, {between}")
+        return training_images
 
     def mask_error(self, error: Tensor, condition: Condition) -> Tensor:
         """5B is given its first frame."""
