@@ -82,16 +82,16 @@ def pictures(folder: Path) -> None:
     (folder / "data" / "metadata.jsonl").write_text("\n".join(rows))
 
 
-def optimised(weights: Any) -> Callable[[torch.Tensor], None]:
+def optimized(weights: Any) -> Callable[[torch.Tensor], None]:
     """What both loops do with a loss: AdamW, gradients clipped to norm 1."""
     held = [one for one in weights if one.requires_grad]
-    optimiser = torch.optim.AdamW(held, lr=1e-5, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(held, lr=1e-5, weight_decay=1e-2)
 
     def take(loss: torch.Tensor) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(held, 1.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return take
 
@@ -104,7 +104,7 @@ def diffusers_loop(folder: Path, cached: bool) -> Callable[[int], None]:
     for frozen in (unet, vae, text):
         frozen.requires_grad_(False)
     table = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    take = optimised(net.parameters())
+    take = optimized(net.parameters())
 
     def read(name: str) -> torch.Tensor:
         pixels = np.stack([np.asarray(Image.open(file(name, i)).convert("RGB")) for i in range(COUNT)])
@@ -163,7 +163,7 @@ def our_loop(folder: Path) -> Callable[[int], None]:
     network = prepare_trainable(prepared.model, recipe)
     train, order = course_of(recipe, prepared.train, [])
     objective = DiffusionObjective(prepared.model, train, order, recipe.train, recipe.seed, 0.1)
-    take = optimised(network.parameters())
+    take = optimized(network.parameters())
     return lambda number: take(objective.losses(number, 0, 1).per_sample.mean())
 
 

@@ -76,7 +76,7 @@ def made(
 def stepper(objective: DiffusionObjective, apart: bool = False) -> Callable[[int], int]:
     """step(number) → samples it took."""
     dit = objective.model.denoiser
-    optimiser = torch.optim.AdamW(dit.parameters(), 1e-4, fused=True)
+    optimizer = torch.optim.AdamW(dit.parameters(), 1e-4, fused=True)
 
     def together(step: int) -> int:
         losses = objective.losses(step, 0, 1)
@@ -95,8 +95,8 @@ def stepper(objective: DiffusionObjective, apart: bool = False) -> Callable[[int
 
     def step(number: int) -> int:
         taken = (one_by_one if apart else together)(number)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         return taken
 
     return step

@@ -186,7 +186,7 @@ def bare(network: nn.Module, samples: Samples, batch: int, steps: int) -> float:
         norm = torch.nn.utils.get_total_norm(
             [weight.grad for weight in held.weights if weight.grad is not None]
         )
-        held.optimiser.step(number, None, norm.clamp(min=1.0))
+        held.optimizer.step(number, None, norm.clamp(min=1.0))
         for weight in held.weights:
             weight.grad = None
 

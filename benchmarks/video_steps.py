@@ -57,12 +57,12 @@ def of_family(name: str, folder: Path) -> tuple[Any, dict[str, int]]:
 def step_of(model: Any, x: torch.Tensor, t: torch.Tensor, condition: Any) -> Any:
     """A training step of whatever of the network learns."""
     learning = [one for one in model.denoiser.parameters() if one.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(learning, lr=1e-6, fused=True)
 
     def step() -> None:
         model.predict(x, t, condition).float().square().mean().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 

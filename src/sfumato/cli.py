@@ -227,7 +227,7 @@ def evaluate(
 ) -> None:
     """Measure a run, with error bars.
 
-    Held-out loss by noise level, nearest neighbours among the training pictures, kernel distance.
+    Held-out loss by noise level, nearest neighbors among the training pictures, kernel distance.
     """
     from sfumato.commands import eval as commands_eval
 

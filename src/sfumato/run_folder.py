@@ -1,7 +1,7 @@
 """The record of a run: a folder that is whole at every moment, whoever is killed.
 
 Files are written beside their place and renamed into it; events are appended as lines; a lock names
-the one process that may write. The studio and the report read nothing but this folder.
+the one process that may write. The report reads nothing but this folder.
 """
 
 import errno

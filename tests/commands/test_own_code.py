@@ -167,8 +167,8 @@ def test_other_processes_tell_those_callbacks_that_ask_for_it(world, monkeypatch
         run = processes.own_view(RunFolder.create(world / f"run-{rank}"))
         some = [callbacks.Callback(one.__name__, one()) for one in (Quietly, Everywhere)]
         with callbacks.told(callbacks.Callbacks(some, run, torch.nn.Linear(1, 1))):
-            run.event("held_out", step=7, split="train", weights="raw", loss=1.0, error=0.0)
-        run.event("held_out", step=8, split="train", weights="raw", loss=1.0, error=0.0)
+            run.event("validation", step=7, split="train", weights="raw", loss=1.0, error=0.0)
+        run.event("validation", step=8, split="train", weights="raw", loss=1.0, error=0.0)
         return list(heard)
 
     assert told_on(0) == ["Quietly 7", "Everywhere 7"]

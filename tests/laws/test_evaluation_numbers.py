@@ -17,10 +17,10 @@ def pictures(count: int, seed: int = 0) -> torch.Tensor:
 
 def test_a_picture_is_its_own_nearest_neighbour_whatever_its_dtype():
     known = pictures(40)
-    neighbours = Neighbors(known, [(f"thing {i}",) for i in range(40)])
-    assert neighbours.nearest(known) == list(range(40))
+    neighbors = Neighbors(known, [(f"thing {i}",) for i in range(40)])
+    assert neighbors.nearest(known) == list(range(40))
     bytes_ = ((known + 1) * 127.5).round().to(torch.uint8)
-    assert neighbours.nearest(bytes_) == list(range(40))
+    assert neighbors.nearest(bytes_) == list(range(40))
 
 
 def test_a_prompt_and_a_picture_agree_by_caption_or_by_last_word():
@@ -29,8 +29,8 @@ def test_a_prompt_and_a_picture_agree_by_caption_or_by_last_word():
     assert is_right("woman’s hat", ["hat", "woman’s sandal"])
     assert not is_right("red apple", ["red heart"])
     assert not is_right("", ["red heart"])
-    neighbours = Neighbors(pictures(3), [("a",), ("b",), ("c",)])
-    assert neighbours.judge(pictures(3), ["a", "c", "c"]) == [True, False, True]
+    neighbors = Neighbors(pictures(3), [("a",), ("b",), ("c",)])
+    assert neighbors.judge(pictures(3), ["a", "c", "c"]) == [True, False, True]
 
 
 def test_the_kernel_distance_of_equal_sets_is_zero_within_its_error():

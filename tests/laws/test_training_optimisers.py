@@ -45,14 +45,14 @@ def test_every_optimizer_learns_and_resumes_to_the_bit(tmp_path, name: str):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_goes_down(name: str):
     _, network, settings = make(optimizer=available(name), learning_rate=RATES.get(name, 1e-2), steps=40)
-    optimiser = RunOptimizer(network, settings)
+    optimizer = RunOptimizer(network, settings)
     goal = {name: weight.detach().clone() + 0.3 for name, weight in network.state_dict().items()}
     losses = []
     for step in range(40):
         loss = sum(((weight - goal[name]) ** 2).mean() for name, weight in network.named_parameters())
         assert isinstance(loss, torch.Tensor)
         loss.backward()
-        optimiser.step(step)
+        optimizer.step(step)
         for weight in network.parameters():
             weight.grad = None
         losses.append(float(loss.detach()))
@@ -65,11 +65,11 @@ def stepped(name: str, weight: torch.Tensor, gradients: list[torch.Tensor]) -> R
     network.weight.data.copy_(weight)
     rate = RATES.get(name, 1e-2)
     settings = TrainSettings(optimizer=name, learning_rate=rate, warmup=0, steps=100, ema=0)
-    optimiser = RunOptimizer(network, settings)
+    optimizer = RunOptimizer(network, settings)
     for step, gradient in enumerate(gradients):
         network.weight.grad = gradient.clone()
-        optimiser.step(step)
-    return optimiser
+        optimizer.step(step)
+    return optimizer
 
 
 def drawn(count: int, *shape: int) -> list[torch.Tensor]:
@@ -91,8 +91,8 @@ def test_an_elementwise_optimizer_moves_rows_alone_as_it_moves_the_matrix(name: 
     weight, *gradients = drawn(4, 6, 5)
 
     def end(rows: slice) -> torch.Tensor:
-        optimiser = stepped(available(name), weight[rows], [one[rows] for one in gradients])
-        return optimiser.parts[0].param_groups[0]["params"][0].detach()
+        optimizer = stepped(available(name), weight[rows], [one[rows] for one in gradients])
+        return optimizer.parts[0].param_groups[0]["params"][0].detach()
 
     torch.testing.assert_close(torch.cat([end(slice(0, 2)), end(slice(2, 6))]), end(slice(0, 6)))
 
@@ -124,9 +124,9 @@ def test_matrices_decay_and_vectors_do_not():
 
 def test_a_weight_learns_at_the_rate_of_the_first_pattern_it_matches():
     _, network, settings = make(lr_multipliers=Table({"first.*": 0.5, "*.bias": 0.0}), learning_rate=1e-2)
-    optimiser = RunOptimizer(network, settings)
-    names = optimiser.names
-    rates = {names[id(w)]: group["lr"] for group in optimiser.parts[0].param_groups for w in group["params"]}
+    optimizer = RunOptimizer(network, settings)
+    names = optimizer.names
+    rates = {names[id(w)]: group["lr"] for group in optimizer.parts[0].param_groups for w in group["params"]}
     assert rates == {"first.weight": 5e-3, "first.bias": 5e-3, "second.weight": 1e-2, "second.bias": 0.0}
     with pytest.raises(Refused, match=r"frist.*first"):
         RunOptimizer(network, make(lr_multipliers=Table({"frist.*": 0.5}))[2])
@@ -159,9 +159,9 @@ def test_weights_in_bfloat16_learn_steps_smaller_than_their_grain(weights: str, 
     assert network.weight.dtype == torch.bfloat16
     for step in range(500):
         network.weight.grad = torch.ones_like(network.weight)
-        held.optimiser.step(step)
-    assert held.optimiser.rounding is not None
-    kept = held.optimiser.rounding.named["weight"] if weights == "bf16-masters" else network.weight
+        held.optimizer.step(step)
+    assert held.optimizer.rounding is not None
+    kept = held.optimizer.rounding.named["weight"] if weights == "bf16-masters" else network.weight
     moved = 1 - float(kept.detach().double().mean())
     assert moved == pytest.approx(5e-3, rel=0.1) if optimizer in ("adamw", "lion") else moved > 0
 

@@ -114,7 +114,7 @@ def _histogram(sizes: Sequence[Size]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _best(cost: np.ndarray, aspects: np.ndarray, ratios: np.ndarray, count: int) -> list[int]:
-    """Indices of the `count` shapes of least total cost; pictures go to the nearer of two neighbours."""
+    """Indices of the `count` shapes of least total cost; pictures go to the nearer of two neighbors."""
     number = len(ratios)
     below = np.array([cost[aspects <= ratio, i].sum() for i, ratio in enumerate(ratios)])
     above = np.array([cost[aspects > ratio, i].sum() for i, ratio in enumerate(ratios)])

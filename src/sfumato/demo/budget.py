@@ -104,13 +104,13 @@ def time_steps(
 
 def _seconds(network: torch.nn.Module, loss: Callable[[], Tensor], where: torch.device) -> float:
     """The median of five optimizer steps after two that warm up."""
-    optimiser = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
     taken = []
     for _ in range(7):
         began = time.perf_counter()
         loss().backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         if where.type == "cuda":
             torch.cuda.synchronize(where)
         taken.append(time.perf_counter() - began)

@@ -65,10 +65,10 @@ def judge_openmoji(seen: DemoReport) -> Verdict:
     known = seen.data.of("train")
     side = int(seen.model.info["resolution"])
     pictures = torch.stack([fit(picture_of(sample), side, side) for sample in known])
-    neighbours = Neighbors(pictures, [sample.captions for sample in known])
+    neighbors = Neighbors(pictures, [sample.captions for sample in known])
     prompts = chosen([sample.captions[0] for sample in known], JUDGED)
     drawn = draw(seen, prompts, "judged")
-    right = neighbours.judge(torch.stack([fit(picture, side, side) for picture in drawn]), prompts)
+    right = neighbors.judge(torch.stack([fit(picture, side, side) for picture in drawn]), prompts)
     unseen = seen.data.of("held_out")[:JUDGED]
     accuracy = {"trained": sum(right) / len(right)}
     if unseen:
@@ -80,7 +80,7 @@ def judge_openmoji(seen: DemoReport) -> Verdict:
         )
         found = everything.judge(torch.stack([fit(picture, side, side) for picture in fresh]), asked)
         accuracy["held_out"] = sum(found) / len(found)
-    return accuracy, {"trained": neighbours.how, "held_out": "the same, the held-out pictures added"}
+    return accuracy, {"trained": neighbors.how, "held_out": "the same, the held-out pictures added"}
 
 
 def judge_shapes(seen: DemoReport) -> Verdict:

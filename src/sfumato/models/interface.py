@@ -39,7 +39,7 @@ RENAMED_MEMBERS = {
     "asked": "mask_error",
     "finish": "finalize_latents",
 }
-"""{what a stage's member was called before 0.2: what it is called}; stages that users wrote then still serve."""
+"""{what a stage's member was called before 0.2: what it is called}; stages users wrote then still serve."""
 
 
 class Stage(nn.Module, ABC):
@@ -319,7 +319,7 @@ class Model:
         self.trained: Theory | None = None
         """The theory the network itself speaks, where it is asked under another."""
         self.fitted: Any = None
-        """Sampling times fitted to this model (`theory.times.Pilot`), if any."""
+        """Sampling times fitted to this model (`theory.schedule_search.FittedGrid`), if any."""
 
     def with_theory(self, theory: Theory) -> Self:
         """This model, drawing and trained under another theory; stages and weights are shared, not copied.

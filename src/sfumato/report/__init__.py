@@ -1,4 +1,4 @@
-"""Studio: what a run's folder holds, made visible. It opens on a laptop without torch."""
+"""Reports: what a run's folder holds, made visible. It opens on a laptop without torch."""
 
 from typing import TYPE_CHECKING
 

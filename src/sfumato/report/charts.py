@@ -228,7 +228,7 @@ def short(value: float) -> str:
 
 
 def thinned(x: Sequence[float], y: Sequence[float], most: int = 500) -> tuple[list[float], list[float]]:
-    """At most `most` points: neighbours are averaged."""
+    """At most `most` points: neighbors are averaged."""
     if len(x) <= most:
         return list(x), list(y)
     edges = [round(index * len(x) / most) for index in range(most + 1)]
@@ -240,7 +240,7 @@ def thinned(x: Sequence[float], y: Sequence[float], most: int = 500) -> tuple[li
 
 
 def smoothed(y: Sequence[float], width: float) -> list[float]:
-    """y averaged over about `width` neighbours on both sides, with exponential weights; nothing lags.
+    """y averaged over about `width` neighbors on both sides, with exponential weights; nothing lags.
 
     A forward and a backward average of the same decay are combined, each counting its own weights.
     """

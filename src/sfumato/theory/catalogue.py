@@ -137,7 +137,7 @@ def trigflow() -> Theory:
 
 
 @_listed("gvp")
-def generalised_variance_preserving() -> Theory:
+def generalized_variance_preserving() -> Theory:
     """A quarter circle in t ∈ [0, 1], answered with dx_t/dt = π/2·(cos·x_T − sin·x_0).
 
     Source: Ma et al. 2024 (SiT), arXiv:2401.08740.

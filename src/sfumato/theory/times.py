@@ -1,4 +1,4 @@
-"""Times: where to sample (grids.py), how to train (densities.py), what fits one model (fitting.py)."""
+"""Times: where to sample (grids), how to train (densities), what fits one model (schedule_search)."""
 
 from sfumato.theory.densities import Density, densities, density, stratified, weighting, weightings
 from sfumato.theory.grids import (

@@ -26,7 +26,7 @@ class Encoding:
     frames > 0 takes clips of so many frames at `rate` a second (pictures are clips of one frame), in
     `segments` pieces each; of clips too short for that the most of `shorter` that they have.
     pixels_format, texts_format: see `formats`. threads decode while others encode.
-    Not keeps: pictures are encoded whenever they are shown (see `streamed`).
+    Not keeps: pictures are encoded whenever they are shown (see `streaming_dataset`).
     """
 
     pixels: str

@@ -18,7 +18,7 @@ from safetensors.torch import save
 
 from sfumato.errors import Refused
 from sfumato.locks import Busy, alone, is_leased
-from sfumato.locks import Lease as locks_Lease
+from sfumato.locks import Lease as FileLease
 from sfumato.run_folder import said_plainly, write_atomic
 
 FORMAT = "sfumato-use-1"
@@ -50,7 +50,7 @@ class Lease:
     file: Path
 
 
-def hold(root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> locks_Lease:
+def hold(root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> FileLease:
     """Write down what `owner` needs, and hold it; returns what holds it until it is released.
 
     Waits while the store is being collected.
@@ -67,7 +67,7 @@ def hold(root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: 
     data = save({kind: _bytes(some) for kind, some in keys.items()}, told)
     with said_plainly(folder), alone(root / GATE):
         is_leased(file)  # removes what killed processes left
-        lease = locks_Lease(file)
+        lease = FileLease(file)
         if not file.exists() or file.read_bytes() != data:
             write_atomic(file, data)
         else:

@@ -37,10 +37,10 @@ class PixelCodec(Codec):
         return latents.expand(-1, 3, *latents.shape[2:]) if self.latent_channels == 1 else latents
 
 
-class NormalisedCodec(TrainableCodec):
+class NormalizedCodec(TrainableCodec):
     """What trained codecs share: raw latents with a diagonal normal posterior, normalised afterwards.
 
-    A subclass gives `posterior` and `paint`; shift and scale are fixed by `settle`.
+    A subclass gives `posterior` and `paint`; shift and scale are fixed by `fit_normalization`.
     """
 
     shift: Tensor
@@ -117,7 +117,7 @@ def zero(layer: nn.Conv2d) -> nn.Conv2d:
 
 
 @registered
-class ResidualCodec(NormalisedCodec):
+class ResidualCodec(NormalizedCodec):
     """Principal components of patches as the shortcut, convolutions for what they miss.
 
     The shortcut is fitted in a second and already draws recognisable pictures; training starts there
@@ -213,7 +213,7 @@ class ResidualCodec(NormalisedCodec):
 
 
 @registered
-class AutoencoderCodec(NormalisedCodec):
+class AutoencoderCodec(NormalizedCodec):
     """diffusers' AutoencoderKL or AutoencoderTiny, new or from a folder.
 
     Args:

@@ -1,8 +1,8 @@
 """Frozen weights in few bits: stored narrow, widened when a layer is asked, and again in its backward pass.
 
 bfloat16 keeps 16 bits of each number. int8 and fp8 keep 8, with one scale for each row; nf4 keeps 4, the
-quantiles of a normal distribution, with one scale for 64 neighbours (arXiv:2305.14314, appendix E). Only the
-linear layers of the repeated blocks are stored narrow: what enters, leaves and normalises stays as it is.
+quantiles of a normal distribution, with one scale for 64 neighbors (arXiv:2305.14314, appendix E). Only the
+linear layers of the repeated blocks are stored narrow: what enters, leaves and normalizes stays as it is.
 """
 
 from typing import Any

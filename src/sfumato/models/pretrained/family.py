@@ -45,7 +45,7 @@ class Family:
     """1 where a flow network answers x_T − x_0, −1 where it answers x_0 − x_T."""
     patch: ClassVar[int] = 2
     """Latent sides must be multiples of this."""
-    normalises: ClassVar[tuple[str, ...]] = ("factor",)
+    normalizes: ClassVar[tuple[str, ...]] = ("factor",)
     """What of its autoencoder's config the pipeline heeds: factor, shift, channels (mean and deviation)."""
     even_sigmas: ClassVar[bool] = False
     """Whether the pipeline hands evenly spaced sigmas to its scheduler."""
@@ -144,7 +144,7 @@ class Family:
 
     def statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
         """(shift, scale) that normalise latents, as `pretrained.statistics` reads them."""
-        return statistics(vae, self.normalises)
+        return statistics(vae, self.normalizes)
 
     # ---------------------------------------------------------------- the network
 

@@ -75,7 +75,7 @@ def _seconds(
             gradients.add(error.detach())
         gradients.total(False)
         _clip(gradients, settings)
-        held.optimiser.step(middle + len(taken))
+        held.optimizer.step(middle + len(taken))
         gradients.clear()
         held.update(middle + len(taken) + 1)
         _finish(device)

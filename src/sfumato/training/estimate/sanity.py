@@ -292,7 +292,7 @@ def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained:
         reached = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
         asked |= reached.keys()
         seen |= {name for name, gradient in reached.items() if bool(gradient.any())}
-        held.optimiser.step(step)
+        held.optimizer.step(step)
         for weight in network.parameters():
             weight.grad = None
         if step == 2 and len(asked) < (1 - SPARE) * len(names):
@@ -400,7 +400,7 @@ def _overfits(
         loss = objective.measure(x_0[few], small, list(objective.rows(batch))[few]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(held.weights, 1.0)
-        held.optimiser.step(step)
+        held.optimizer.step(step)
         for weight in held.weights:
             weight.grad = None
         losses.append(float(loss.detach()))

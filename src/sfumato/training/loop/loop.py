@@ -145,11 +145,15 @@ class _Loop:
         self.strategy = strategy.choose(settings, network, self.processes)
         if self.strategy.is_divided:
             sharding.shard(network, self.processes, self.precision, self.strategy.within)
-        self.held = TrainState(network, settings)
-        self.optimiser, self.average, self.weights = self.held.optimiser, self.held.average, self.held.weights
+        self.train_state = TrainState(network, settings)
+        self.optimizer, self.average, self.weights = (
+            self.train_state.optimizer,
+            self.train_state.average,
+            self.train_state.weights,
+        )
         self.scale = precision.LossScale(self.precision)
         self.asks_every_step = (
-            self.device.type == "cpu" or not self.optimiser.skips_on_device or self.scale.is_needed
+            self.device.type == "cpu" or not self.optimizer.skips_on_device or self.scale.is_needed
         )
         self.bad = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)
@@ -157,15 +161,17 @@ class _Loop:
         self.division = BatchSplit.of(settings, self.processes)
         self.gradients: Gradients | ShardedGradients = (
             Gradients(self.weights, self.processes, self.division.exact)
-            if self.held.shards is None
-            else ShardedGradients(self.held.shards)
+            if self.train_state.shards is None
+            else ShardedGradients(self.train_state.shards)
         )
         self.adaptive: Adaptive | None = getattr(objective, "adaptive", None)
         self.stops = False
         self.seen: list[blackbox.LossRecord] = []
-        self.verdict = EarlyStopping(settings.patience)
-        self.duties = PeriodicTasks(self.held, self.run, self.verdict, leads=self.processes.is_rank_zero)
-        self.saver = Saver(self.run, settings.save_async, self.held.shards)
+        self.early_stopping = EarlyStopping(settings.patience)
+        self.periodic_tasks = PeriodicTasks(
+            self.train_state, self.run, self.early_stopping, leads=self.processes.is_rank_zero
+        )
+        self.saver = Saver(self.run, settings.save_async, self.train_state.shards)
         self.callbacks = Callbacks((), self.run, network)
         self.progress: Progress | None = None
         self.phase = "train"
@@ -186,7 +192,7 @@ class _Loop:
         try:
             if self.owes:
                 self.run_callbacks()
-            while self.step < self.settings.steps and not (self.must_stop or self.verdict.is_over):
+            while self.step < self.settings.steps and not (self.must_stop or self.early_stopping.is_over):
                 began = time.perf_counter()
                 with part("step"):
                     rate = self.advance()
@@ -244,7 +250,7 @@ class _Loop:
             excess = self.clip(gradients) if moves else None
         with part("optimizer"):
             skips = None if self.asks_every_step else self.bad
-            rate = self.optimiser.step(self.step, skips, excess) if moves else 0.0
+            rate = self.optimizer.step(self.step, skips, excess) if moves else 0.0
             self.gradients.clear()
         self.step += 1
         if self.adaptive is not None:
@@ -252,7 +258,7 @@ class _Loop:
         self.loss_sum += loss
         self.loss_count += 1
         with part("averages"):
-            self.held.update(self.step)
+            self.train_state.update(self.step)
         self.callbacks.step(self.step, loss)
         if self.progress is not None:
             figures = {} if self.last_loss != self.last_loss else {"loss": self.last_loss}
@@ -301,7 +307,7 @@ class _Loop:
         most = self.settings.max_grad_norm
         if not most or (self.asks_every_step and float(self.norm) <= most):
             return None
-        if self.optimiser.skips_on_device:
+        if self.optimizer.skips_on_device:
             return (self.norm.float() / most).clamp(min=1.0)
         torch.nn.utils.clip_grads_with_norm_(self.weights, most, self.norm, foreach=True)
         return None
@@ -336,10 +342,10 @@ class _Loop:
         """Measure and draw where due, then save where due: a kill in between only repeats them."""
         step, is_last = self.step, self.step == self.settings.steps
         self.saver.look()
-        is_best = self.duties.attend(step, is_last, self.signals) and self.settings.keep_best
+        is_best = self.periodic_tasks.attend(step, is_last, self.signals) and self.settings.keep_best
         self.owes = False
-        if step % self.settings.save_every == 0 or is_last or is_best or self.verdict.is_over:
-            self.save(goes_on=not (is_last or self.verdict.is_over))
+        if step % self.settings.save_every == 0 or is_last or is_best or self.early_stopping.is_over:
+            self.save(goes_on=not (is_last or self.early_stopping.is_over))
 
     # ------------------------------------------------------------------------- saving and resuming
 
@@ -347,20 +353,20 @@ class _Loop:
         """Write a checkpoint of this moment, unless a number in it is not finite."""
         if not self.asks_every_step and bool(self.bad):
             self.blow_up()
-        groups, state = self.held.state_dict()
+        groups, state = self.train_state.state_dict()
         state |= {
             "seconds": self.seconds + self.window,
             "loss": [float(self.loss_sum), self.loss_count],
             "owes": self.owes,
             "precision": self.precision,
             "loss_scale": self.scale.state(),
-            "verdict": self.verdict.state(),
+            "verdict": self.early_stopping.state(),
         }
         if self.adaptive is not None:
             state["adaptive"] = self.adaptive.state(self.processes.add)
         settings = self.settings
-        best = self.verdict.best if settings.keep_best else 0
-        if self.processes.is_rank_zero or self.held.shards is not None:
+        best = self.early_stopping.best if settings.keep_best else 0
+        if self.processes.is_rank_zero or self.train_state.shards is not None:
             kept = Keep(settings.keep_checkpoints, settings.keep_every, best)
             self.saver.save(self.step, groups, state, kept, goes_on)
         self.saved = self.step, self.owes
@@ -383,11 +389,11 @@ class _Loop:
         number = -1 if folder is None else int(folder.name.removeprefix("step-"))
         number = self.processes.agree(number)
         if number < 0:
-            if self.held.shards is None:
+            if self.train_state.shards is None:
                 self.processes.broadcast_weights(self.network)
             return
         folder = self.run.checkpoint_folder(number)
-        state, changed = self.held.load(folder)
+        state, changed = self.train_state.load(folder)
         self.step = self.resumed = int(state["step"])
         self.seconds = float(state["seconds"])
         self.loss_sum.fill_(state["loss"][0])
@@ -396,7 +402,7 @@ class _Loop:
         if "loss_scale" in state and self.scale.is_needed:
             self.scale.load(state["loss_scale"])
         if "verdict" in state:
-            self.verdict.load(state["verdict"])
+            self.early_stopping.load(state["verdict"])
         if self.adaptive is not None and "adaptive" in state:
             self.adaptive.load(state["adaptive"], self.processes.is_rank_zero)
         self.saved = self.step, self.owes

@@ -59,12 +59,12 @@ class PeriodicTasks:
             with signals.at_once():
                 is_best = self._measured(self.measure, step)
         if self.preview is not None and (
-            is_last or self.verdict.is_over or _falls_on(step, self.preview_every)
+            is_last or self.early_stopping.is_over or _falls_on(step, self.preview_every)
         ):
             with signals.at_once(), self.averaged():
-                self.aside(self.preview, self.held.network, step)
-        powers, every = self.held.powers, self.held.settings.ema_snapshot_every
-        writes = self.leads or self.held.shards is not None
+                self.aside(self.preview, self.train_state.network, step)
+        powers, every = self.train_state.powers, self.train_state.settings.ema_snapshot_every
+        writes = self.leads or self.train_state.shards is not None
         if powers is not None and writes and (is_last or _falls_on(step, every)):
             powers.write(self.run, step, every)
         return is_best
@@ -72,31 +72,31 @@ class PeriodicTasks:
     def _measured(self, measure: Measure, step: int) -> bool:
         """The held-out loss of the raw weights and of the averaged ones, which the verdict is about."""
         found = self.aside(measure, step, "raw")
-        if self.held.average is not None:
+        if self.train_state.average is not None:
             with self.averaged():
                 found = self.aside(measure, step, "ema")
         if found is None:
             return False
-        was_over = self.verdict.is_over
-        is_best = self.verdict.update(step, found.loss)
-        if self.verdict.is_over and not was_over:
+        was_over = self.early_stopping.is_over
+        is_best = self.early_stopping.update(step, found.loss)
+        if self.early_stopping.is_over and not was_over:
             said = (
-                f"the held-out loss is {found.loss:.4g} and has not fallen below the {self.verdict.loss:.4g} "
-                f"of step {self.verdict.best} in {self.verdict.since} measurements: the run ends here"
+                f"the held-out loss is {found.loss:.4g} and has not fallen below the {self.early_stopping.loss:.4g} "
+                f"of step {self.early_stopping.best} in {self.early_stopping.since} measurements: the run ends here"
             )
             self.run.event("note", text=f"step {step}: {said}")
         return is_best
 
     def averaged(self) -> AbstractContextManager[None]:
         """The network with its averaged weights, if there are any."""
-        return nullcontext() if self.held.average is None else self.held.average.applied()
+        return nullcontext() if self.train_state.average is None else self.train_state.average.applied()
 
     def aside(self, work: Callable[Words, T], *args: Words.args, **words: Words.kwargs) -> T:
         """Do `work` without gradients, the network in evaluation mode; narrow weights compute narrowly."""
-        network = self.held.network
-        narrow = self.held.settings.weight_dtype != "fp32"
-        context = autocast("bf16", self.held.weights[0].device) if narrow else nullcontext()
-        shards = self.held.shards
+        network = self.train_state.network
+        narrow = self.train_state.settings.weight_dtype != "fp32"
+        context = autocast("bf16", self.train_state.weights[0].device) if narrow else nullcontext()
+        shards = self.train_state.shards
         network.eval()
         try:
             with torch.no_grad(), context, nullcontext() if shards is None else shards.gathered():

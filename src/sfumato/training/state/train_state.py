@@ -47,10 +47,10 @@ class TrainState:
         if settings.weight_dtype != "fp32":
             to_bfloat16(network)
         self.shards = shards_of(network)
-        self.optimiser = RunOptimizer(network, settings)
+        self.optimizer = RunOptimizer(network, settings)
         self.average: EMA | ScheduleFreeEMA | None = None
-        if self.optimiser.averages:
-            self.average = ScheduleFreeEMA(network, self.optimiser.parts)
+        if self.optimizer.averages:
+            self.average = ScheduleFreeEMA(network, self.optimizer.parts)
         elif settings.ema:
             self.average = EMA(network, settings.ema)
         self.powers = PowerAverages(network) if settings.ema_snapshot_every else None
@@ -67,7 +67,7 @@ class TrainState:
         """What a checkpoint of this moment holds: the tensors of each file, and JSON."""
         buffers = _buffers(self.network)
         model = {name: weight.detach() for name, weight in trained(self.network).items()}
-        tensors, rest = self.optimiser.state()
+        tensors, rest = self.optimizer.state()
         groups: dict[str, Mapping[str, Tensor]] = {"model": {**model, **buffers}, "optimizer": tensors}
         if self.average is not None:
             groups["ema"] = {**self.average.state(), **buffers}
@@ -97,7 +97,7 @@ class TrainState:
             kept = {group: files.read(folder, group, wanted) for group in self.powers.groups()}
             self.powers.load({group: tensors or model for group, tensors in kept.items()})
         if state["settings"]["optimizer"] == self.settings.optimizer:
-            self.optimiser.load(files.read(folder, "optimizer", wanted), state["optimizer"])
+            self.optimizer.load(files.read(folder, "optimizer", wanted), state["optimizer"])
         return state, self._changed(state)
 
     def _changed(self, state: Mapping[str, Any]) -> list[str]:

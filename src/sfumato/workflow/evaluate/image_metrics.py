@@ -70,14 +70,14 @@ def pictures_measured(
     drawing: dict[str, Any],
     progress: Progress | None,
 ) -> tuple[dict[str, Measure], list[tuple[str, Image.Image]], list[Close]]:
-    """What needs pictures to be drawn: neighbours, kernel distance, the judge where data has one.
+    """What needs pictures to be drawn: neighbors, kernel distance, the judge where data has one.
 
     Returns:
         The numbers, the first seed's (prompt, picture), and the drawn pictures most like one they learned.
     """
     side = recipe.data.resolution
     real, unseen = (RealImages.of(split[name], bucket_of, side) for name in ("train", "held_out"))
-    neighbours = Neighbors(torch.stack(real.squares), [list(real.captions[name]) for name in real.names])
+    neighbors = Neighbors(torch.stack(real.squares), [list(real.captions[name]) for name in real.names])
     features = _features(model, real.squares[:MOST_REAL])
     captions, sizes = real.texts or [""], real.sizes
     right: list[float] = []
@@ -92,7 +92,7 @@ def pictures_measured(
         pictures = _draw(model, prompts, seed, drawing, progress, phase, asked_sizes)
         pixels = torch.stack([square(fit(picture, *picture.size), side) for picture in pictures])
         seen.append(pixels)
-        right.append(sum(neighbours.judge(pixels, prompts)) / len(prompts))
+        right.append(sum(neighbors.judge(pixels, prompts)) / len(prompts))
         distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
         drawn = drawn or list(zip(prompts, pictures, strict=True))
         if recipe.data.train == "shapes" and unseen.texts:
@@ -102,7 +102,7 @@ def pictures_measured(
                 judged.setdefault(name, []).append(value)
     metrics = {"latent_kernel_distance": over(distances, CODEC)} | _floor(model, features, unseen, seeds)
     if captions != [""]:
-        metrics["nearest_neighbor_accuracy"] = _merged(right, samples, neighbours.how)
+        metrics["nearest_neighbor_accuracy"] = _merged(right, samples, neighbors.how)
     metrics |= {
         name: _merged(values, samples, "unseen captions, read from pixels") for name, values in judged.items()
     }

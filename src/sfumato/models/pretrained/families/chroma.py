@@ -22,7 +22,7 @@ class Chroma(Family):
     pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
     clock = "share of noise"
     even_sigmas = True
-    normalises = ("factor", "shift")
+    normalizes = ("factor", "shift")
     answers = ("tokens", "", "favoured")
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:

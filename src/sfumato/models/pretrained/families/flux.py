@@ -21,7 +21,7 @@ class Flux(GuidanceDistilled):
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     clock = "share of noise"
     even_sigmas = True
-    normalises = ("factor", "shift")
+    normalizes = ("factor", "shift")
     answers = ("tokens", "pooled")
     prompt_only = ("prompt_2",)
     lora_targets = (

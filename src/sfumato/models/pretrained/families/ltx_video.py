@@ -17,7 +17,7 @@ class LTXVideo(Family):
     pipelines = ("LTXPipeline",)
     clock = "thousandths"
     even_sigmas = True
-    normalises = ("factor", "channels")
+    normalizes = ("factor", "channels")
     patch = 1
     video = True
     answers = ("tokens", "mask")

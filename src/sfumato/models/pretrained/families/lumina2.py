@@ -29,7 +29,7 @@ class Lumina2(Family):
     clock = "share of signal"
     sign = -1
     even_sigmas = True
-    normalises = ("factor", "shift")
+    normalizes = ("factor", "shift")
     answers = ("tokens", "mask")
 
     def read_negative(

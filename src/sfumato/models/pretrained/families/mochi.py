@@ -19,7 +19,7 @@ class Mochi(Family):
     pipelines = ("MochiPipeline",)
     clock = "thousandths of signal"
     sign = -1
-    normalises = ("factor", "channels")
+    normalizes = ("factor", "channels")
     video, fps = True, 30.0
     answers = ("tokens", "mask")
 

@@ -37,7 +37,7 @@ class QwenImage(Family):
     pipelines = ("QwenImagePipeline",)
     clock = "share of noise"
     even_sigmas = True
-    normalises = ("factor", "channels")
+    normalizes = ("factor", "channels")
     guidance = "true_cfg_scale"
     answers = ("tokens", "mask")
 

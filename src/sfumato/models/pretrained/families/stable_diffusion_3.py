@@ -18,7 +18,7 @@ class StableDiffusion3(Family):
 
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
     clock = "thousandths"
-    normalises = ("factor", "shift")
+    normalizes = ("factor", "shift")
     answers = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "prompt_3", "clip_skip")
     lora_targets = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

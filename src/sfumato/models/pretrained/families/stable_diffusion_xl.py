@@ -29,7 +29,7 @@ class StableDiffusionXL(UNetFamily):
     )
     hears_framing = True
     added = "text_time"
-    normalises = ("factor", "channels")
+    normalizes = ("factor", "channels")
     stride = 8
     answers = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "clip_skip")

@@ -54,7 +54,7 @@ class Wan(Family):
 
     pipelines = ("WanPipeline",)
     clock = "thousandths"
-    normalises = ("factor", "channels")
+    normalizes = ("factor", "channels")
     video, fps = True, 16.0
 
     def get_denoiser(self, pipe: Any) -> nn.Module:

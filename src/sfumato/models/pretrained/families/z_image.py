@@ -34,7 +34,7 @@ class ZImage(Family):
     clock = "share of signal"
     sign = -1
     even_sigmas = True
-    normalises = ("factor", "shift")
+    normalizes = ("factor", "shift")
 
     def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
         """As the pipeline does; its list of prompts becomes tokens and mask."""
