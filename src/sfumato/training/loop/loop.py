@@ -100,8 +100,8 @@ def fit(
     if settings.threads or settings.exact_elastic:
         torch.set_num_threads(settings.threads or 1)
     loop = _Loop(objective, network, settings, run, seed, say)
-    loop.duties.measure, loop.duties.measure_every = held_out, settings.validate_every
-    loop.duties.preview, loop.duties.preview_every = preview, preview_every
+    loop.periodic_tasks.measure, loop.periodic_tasks.measure_every = held_out, settings.validate_every
+    loop.periodic_tasks.preview, loop.periodic_tasks.preview_every = preview, preview_every
     if loop.processes.is_rank_zero:
         loop.progress, loop.phase = progress, phase
     loop.callbacks = Callbacks(callbacks, loop.run, network)

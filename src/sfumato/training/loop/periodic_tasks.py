@@ -39,13 +39,13 @@ class PeriodicTasks:
     """The duties of a run: each done every so many steps, and after the last.
 
     Args:
-        held: the network in training and its averages; verdict: hears what is measured.
+        train_state: the network in training and its averages; early_stopping: is told what is measured.
         measure, preview: what is done, None for nothing; every: steps between two of them.
     """
 
-    held: TrainState
+    train_state: TrainState
     run: RunFolder
-    verdict: EarlyStopping
+    early_stopping: EarlyStopping
     measure: Measure | None = None
     measure_every: int = 0
     preview: Preview | None = None
@@ -80,9 +80,10 @@ class PeriodicTasks:
         was_over = self.early_stopping.is_over
         is_best = self.early_stopping.update(step, found.loss)
         if self.early_stopping.is_over and not was_over:
+            rule = self.early_stopping
             said = (
-                f"the held-out loss is {found.loss:.4g} and has not fallen below the {self.early_stopping.loss:.4g} "
-                f"of step {self.early_stopping.best} in {self.early_stopping.since} measurements: the run ends here"
+                f"the held-out loss is {found.loss:.4g} and has not fallen below the {rule.loss:.4g} "
+                f"of step {rule.best} in {rule.since} measurements: the run ends here"
             )
             self.run.event("note", text=f"step {step}: {said}")
         return is_best
