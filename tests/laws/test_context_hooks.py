@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from sfumato.errors import Refused
 from sfumato.models.networks import blocks
 from sfumato.models.pretrained import context_parallel
+from sfumato.models.pretrained.families.ltx_video import LTXVideo
 from sfumato.training.distributed import processes
 from workers import spread
 
@@ -112,7 +113,9 @@ def test_networks_that_cannot_be_shared_are_named_with_the_reason():
         context_parallel.check(SD3Transformer2DModel(**small, sample_size=8, joint_attention_dim=8), 2)
     with pytest.raises(Refused, match=r"LTXVideoTransformer3DModel.*mask for all heads"):
         context_parallel.check(
-            LTXVideoTransformer3DModel(**small, cross_attention_dim=16, caption_channels=8), 2
+            LTXVideoTransformer3DModel(**small, cross_attention_dim=16, caption_channels=8),
+            2,
+            LTXVideo.no_context_parallel,
         )
     with pytest.raises(Refused, match=r"has 2\. Choose a divisor of 2"):
         context_parallel.check(wan()[0], 3)

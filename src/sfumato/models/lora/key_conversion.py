@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfumato.errors import Refused
 from sfumato.models.interface import Model
 from sfumato.models.lora import adapter
-from sfumato.models.lora.layer_names import Names, names_of, original
+from sfumato.models.lora.layer_names import LayerNames, layer_names_of, original
 from sfumato.models.lora.lora_file import ENDS, WeightDelta, end_of, read, said
 
 DENOISER = (
@@ -83,7 +83,7 @@ def layers_of(network: nn.Module) -> dict[str, nn.Module]:
     return plain | tuned  # type: ignore[return-value]
 
 
-def spellings(network: nn.Module, names: Names) -> dict[str, list[tuple[str, slice]]]:
+def spellings(network: nn.Module, names: LayerNames) -> dict[str, list[tuple[str, slice]]]:
     """Every name a file may give → the layers it means, with their rows of `up`."""
     layers = layers_of(network)
     found: dict[str, list[tuple[str, slice]]] = {}
@@ -109,10 +109,10 @@ def match_layers(
     Raises:
         Refused: names or shapes that this model does not have.
     """
-    family = str(model.info.get("family", ""))
+    names = layer_names_of(model.denoiser.family)
     homes = networks(model)
     known = {
-        home: spellings(network, names_of(family) if not home.startswith("text") else Names())
+        home: spellings(network, names if not home.startswith("text") else LayerNames())
         for home, network in homes.items()
     }
     layers = {home: layers_of(network) for home, network in homes.items()}
@@ -212,7 +212,7 @@ def trained(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def to_target_keys(
-    tensors: Mapping[str, Tensor], scale: float, names: Names, to: str, network: nn.Module
+    tensors: Mapping[str, Tensor], scale: float, names: LayerNames, to: str, network: nn.Module
 ) -> dict[str, Tensor]:
     """An adapter's tensors (peft's names) under ComfyUI's or kohya's keys, with their alphas.
 
@@ -227,7 +227,7 @@ def to_target_keys(
     flat = to == "kohya" or style == "kohya"
     prefix = "lora_unet_" if flat else "transformer." if style == "plain" else "diffusion_model."
     layers = trained(tensors)
-    rules = names if style == "original" else Names()
+    rules = names if style == "original" else LayerNames()
     out: dict[str, Tensor] = {}
     for there, parts in original(rules, layers):
         key = prefix + (there.replace(".", "_") if flat else there)

@@ -14,22 +14,19 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 
-LACKING = {
-    "LTXVideoTransformer3DModel": "diffusers gives its attention a mask for all heads, of which each process "
-    "has some",
-}
-"""Networks with a plan that does not work, and why."""
-
 
 def parts_of(network: nn.Module) -> list[Any]:
     """The networks with a plan: the network itself, or those it chooses between."""
     return [part for part in (network, *network.children()) if getattr(part, "_cp_plan", None)]
 
 
-def check(network: nn.Module, count: int) -> None:
-    """Raises Refused unless `count` processes can share a sample of this network."""
+def check(network: nn.Module, count: int, obstacle: str = "") -> None:
+    """Raises Refused unless `count` processes can share a sample of this network.
+
+    obstacle: why its plan does not work, if its family knows one.
+    """
     found, name = parts_of(network), type(network).__name__
-    why = LACKING.get(name, "" if found else "diffusers has no plan (_cp_plan) for it")
+    why = obstacle or ("" if found else "diffusers has no plan (_cp_plan) for it")
     if why:
         raise Refused(f"train.context_parallel: {name} cannot be shared by processes: {why}. Leave it at 1.")
     for part in found:
@@ -51,7 +48,6 @@ def share(network: nn.Module, mesh: Any) -> None:
     from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 
     count = mesh.size()
-    check(network, count)
     device = next(network.parameters()).device
     for part in parts_of(network):
         config = ContextParallelConfig(ulysses_degree=count, mesh=mesh)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.models.codecs.pretrained import statistics
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
+from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.pretrained import schedulers
 from sfumato.models.pretrained.image_inputs import Encode, ImageCondition, Pictures
 from sfumato.theory import Theory
@@ -70,6 +71,12 @@ class Family:
     idle: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     """Components that no stage of ours uses."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+    layer_names: ClassVar[LayerNames] = LayerNames()
+    """What its layers are called in the original code, ComfyUI and kohya's trainers."""
+    comfyui_loads_whole: ClassVar[bool] = False
+    """Whether ComfyUI loads its denoiser under diffusers' names."""
+    no_context_parallel: ClassVar[str] = ""
+    """Why processes cannot share its samples, where diffusers has a plan that does not work."""
     framing: ClassVar[str] = ""
     """The condition's tensor that says how a picture was cut from its file, where the network hears it."""
 

@@ -173,13 +173,14 @@ class PretrainedDenoiser(Denoiser):
 
     def check_context_parallel(self, count: int) -> None:
         """Raises Refused unless so many processes can share a sample."""
-        context_parallel.check(self.network, count)
+        context_parallel.check(self.network, count, self.family.no_context_parallel)
 
     def enable_context_parallel(self, mesh: Any) -> None:
         """Let the processes of a mesh share each sample, through diffusers' hooks; None: no longer."""
         if mesh is None:
             context_parallel.unshare(self.network)
         else:
+            self.check_context_parallel(mesh.size())
             context_parallel.share(self.network, mesh)
 
     def mask_error(self, error: Tensor, condition: Condition) -> Tensor:

@@ -13,7 +13,7 @@ from sfumato.generation import Pipeline, load
 from sfumato.models.files import save_sealed
 from sfumato.models.lora import adapter, key_conversion, lora_file
 from sfumato.models.lora.adapter import AdapterPlan
-from sfumato.models.lora.layer_names import names_of
+from sfumato.models.lora.layer_names import layer_names_of
 from sfumato.models.pretrained.pipeline_folder import quiet
 from sfumato.models.pretrained.train_text_encoders import TextPlan
 from sfumato.run_folder import atomic_folder
@@ -115,7 +115,8 @@ def write_lora(
     for second, part, network in experts(model, tensors[""]):
         config = network.peft_config[adapter.NAME]
         if to != "diffusers":
-            keyed = key_conversion.to_target_keys(part, scale, names_of(model.info["family"]), to, network)
+            names = layer_names_of(model.denoiser.family)
+            keyed = key_conversion.to_target_keys(part, scale, names, to, network)
             keyed |= {} if second else text.tensors
             save_sealed(keyed, folder / f"{info['modelspec.title']}{second}.safetensors", info)
         elif hasattr(model.origin, "load_lora_weights"):

@@ -17,13 +17,6 @@ from sfumato.run_folder import atomic_folder
 from sfumato.workflow.export.compare import Exported, answers, example_inputs, must_agree, reading_alike
 from sfumato.workflow.export.lora import DENOISER_FILE
 
-WHOLE_IN_COMFYUI = (
-    "StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "FluxKontext", "AuraFlow",
-    "PixArtSigma",
-)  # fmt: skip
-"""Families whose denoiser ComfyUI loads under diffusers' names."""
-
-
 # ---------------------------------------------------------------- whole weights
 
 
@@ -31,7 +24,7 @@ def export_whole(model: Pipeline, to: str, out: Path, info: dict[str, str]) -> E
     """The whole model as a diffusers folder, or its denoiser as ComfyUI loads it."""
     x, condition = example_inputs(model)
     ours = answers(model, x, condition)
-    if to == "kohya" or (to == "comfyui" and model.info["family"] not in WHOLE_IN_COMFYUI):
+    if to == "kohya" or (to == "comfyui" and not model.denoiser.family.comfyui_loads_whole):
         raise Refused(
             f"{to} loads no whole {model.info['pipeline']} under names that are known here. Export it --to "
             "diffusers; a run that trains a LoRA can be exported for it."

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.pretrained.family import Family
 
 
@@ -15,6 +16,8 @@ class AuraFlow(Family):
     """Tokens of a fixed length, zero where there are no words."""
 
     pipelines = ("AuraFlowPipeline",)
+    layer_names = LayerNames((), "plain", "")
+    comfyui_loads_whole = True
     clock = "share of noise"
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:

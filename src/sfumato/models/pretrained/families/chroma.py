@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.networks.tokens import grid_places, patches, unpatched
+from sfumato.models.pretrained.families.flux import FLUX
 from sfumato.models.pretrained.family import Family
 
 
@@ -20,6 +22,7 @@ class Chroma(Family):
     """
 
     pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
+    layer_names = LayerNames(tuple(FLUX), "original", "original")
     clock = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "shift")

@@ -9,16 +9,33 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import ADDED, BLOCK, SINGLE, LayerNames, Rule, mlp, qkv
 from sfumato.models.networks.tokens import grid_places, patches, unpatched
 from sfumato.models.pretrained.family import ATTENTION, called_with
 from sfumato.models.pretrained.guidance_embedding import GuidanceDistilled
 from sfumato.models.pretrained.image_inputs import references
+
+FLUX: list[Rule] = [
+    (qkv(f"{BLOCK}.attn"), "double_blocks.#.img_attn.qkv"),
+    (qkv(f"{BLOCK}.attn", *ADDED), "double_blocks.#.txt_attn.qkv"),
+    ((f"{BLOCK}.attn.to_out.0",), "double_blocks.#.img_attn.proj"),
+    ((f"{BLOCK}.attn.to_add_out",), "double_blocks.#.txt_attn.proj"),
+    *mlp(f"{BLOCK}.ff", "double_blocks.#.img_mlp"),
+    *mlp(f"{BLOCK}.ff_context", "double_blocks.#.txt_mlp"),
+    ((f"{BLOCK}.norm1.linear",), "double_blocks.#.img_mod.lin"),
+    ((f"{BLOCK}.norm1_context.linear",), "double_blocks.#.txt_mod.lin"),
+    ((*qkv(f"{SINGLE}.attn"), f"{SINGLE}.proj_mlp"), "single_blocks.#.linear1"),
+    ((f"{SINGLE}.proj_out",), "single_blocks.#.linear2"),
+    ((f"{SINGLE}.norm.linear",), "single_blocks.#.modulation.lin"),
+]
 
 
 class Flux(GuidanceDistilled):
     """dev was distilled to hear its guidance (`guidance` [B] in the condition, by default 3.5)."""
 
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
+    layer_names = LayerNames(tuple(FLUX), "plain", "original")
+    comfyui_loads_whole = True
     clock = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "shift")

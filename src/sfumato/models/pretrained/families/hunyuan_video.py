@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import ADDED, BLOCK, SINGLE, LayerNames, Rule, mlp, qkv
 from sfumato.models.pretrained.family import ATTENTION
 from sfumato.models.pretrained.guidance_embedding import GuidanceDistilled
+
+HUNYUAN: list[Rule] = [
+    (qkv(f"{BLOCK}.attn"), "double_blocks.#.img_attn_qkv"),
+    (qkv(f"{BLOCK}.attn", *ADDED), "double_blocks.#.txt_attn_qkv"),
+    ((f"{BLOCK}.attn.to_out.0",), "double_blocks.#.img_attn_proj"),
+    ((f"{BLOCK}.attn.to_add_out",), "double_blocks.#.txt_attn_proj"),
+    *mlp(f"{BLOCK}.ff", "double_blocks.#.img_mlp", "fc1", "fc2"),
+    *mlp(f"{BLOCK}.ff_context", "double_blocks.#.txt_mlp", "fc1", "fc2"),
+    ((*qkv(f"{SINGLE}.attn"), f"{SINGLE}.proj_mlp"), "single_blocks.#.linear1"),
+    ((f"{SINGLE}.proj_out",), "single_blocks.#.linear2"),
+]
 
 
 class HunyuanVideo(GuidanceDistilled):
@@ -20,6 +32,7 @@ class HunyuanVideo(GuidanceDistilled):
     """
 
     pipelines = ("HunyuanVideoPipeline",)
+    layer_names = LayerNames(tuple(HUNYUAN), "original", "original")
     clock = "thousandths"
     video, fps = True, 15.0
     answers = ("tokens", "pooled", "mask")

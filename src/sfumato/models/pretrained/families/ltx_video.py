@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.pretrained.family import Family
 
 
@@ -15,6 +16,8 @@ class LTXVideo(Family):
     """Latents [B, 128, F, H, W], one token each; places are told in seconds (25 pictures each) and pixels."""
 
     pipelines = ("LTXPipeline",)
+    layer_names = LayerNames((), "original", "")
+    no_context_parallel = "diffusers gives its attention a mask for all heads, of which each process has some"
     clock = "thousandths"
     even_sigmas = True
     normalizes = ("factor", "channels")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
+from sfumato.models.lora.layer_names import LayerNames, refined_attention
 from sfumato.models.pretrained.family import Family
 from sfumato.theory import guidance
 
@@ -26,6 +27,7 @@ class Lumina2(Family):
     """The system prompt is written before prompts, not before negatives."""
 
     pipelines = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
+    layer_names = LayerNames(tuple(refined_attention("attn")), "original", "original")
     clock = "share of signal"
     sign = -1
     even_sigmas = True

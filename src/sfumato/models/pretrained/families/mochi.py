@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import ADDED, BLOCK, LayerNames, Rule, qkv
 from sfumato.models.pretrained.family import Family
+
+MOCHI: list[Rule] = [
+    (qkv(f"{BLOCK}.attn1"), "blocks.#.attn.qkv_x"),
+    (qkv(f"{BLOCK}.attn1", *ADDED), "blocks.#.attn.qkv_y"),
+    ((f"{BLOCK}.attn1.to_out.0",), "blocks.#.attn.proj_x"),
+    ((f"{BLOCK}.attn1.to_add_out",), "blocks.#.attn.proj_y"),
+]
 
 
 class Mochi(Family):
     """Latents [B, 12, F, H, W]; the schedule is linear for its first half and quadratic for the other."""
 
     pipelines = ("MochiPipeline",)
+    layer_names = LayerNames(tuple(MOCHI), "original", "")
     clock = "thousandths of signal"
     sign = -1
     normalizes = ("factor", "channels")

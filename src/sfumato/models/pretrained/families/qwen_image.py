@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
+from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.networks.tokens import patches, unpatched
 from sfumato.models.pretrained.family import Family
 from sfumato.models.pretrained.image_inputs import references
@@ -35,6 +36,7 @@ class QwenImage(Family):
     """Latents [B, 16, 1, H, W]; the pipeline leans only away from a negative that is given."""
 
     pipelines = ("QwenImagePipeline",)
+    layer_names = LayerNames((), "plain", "plain")
     clock = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "channels")

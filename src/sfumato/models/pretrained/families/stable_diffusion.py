@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.pretrained.guidance_embedding import UNetFamily
 from sfumato.models.pretrained.inpainting import beside
 
@@ -22,6 +23,8 @@ class StableDiffusion(UNetFamily):
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
     )
+    layer_names = LayerNames((), "kohya", "plain")
+    comfyui_loads_whole = True
     prompt_only = ("clip_skip",)
 
     def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:

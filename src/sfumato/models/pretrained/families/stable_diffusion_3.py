@@ -9,14 +9,28 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import ADDED, BLOCK, LayerNames, Rule, mlp, qkv
 from sfumato.models.pretrained import schedulers
 from sfumato.models.pretrained.family import ATTENTION, Family
+
+SD3: list[Rule] = [
+    (qkv(f"{BLOCK}.attn"), "joint_blocks.#.x_block.attn.qkv"),
+    (qkv(f"{BLOCK}.attn2"), "joint_blocks.#.x_block.attn2.qkv"),
+    (qkv(f"{BLOCK}.attn", *ADDED), "joint_blocks.#.context_block.attn.qkv"),
+    ((f"{BLOCK}.attn.to_out.0",), "joint_blocks.#.x_block.attn.proj"),
+    ((f"{BLOCK}.attn2.to_out.0",), "joint_blocks.#.x_block.attn2.proj"),
+    ((f"{BLOCK}.attn.to_add_out",), "joint_blocks.#.context_block.attn.proj"),
+    *mlp(f"{BLOCK}.ff", "joint_blocks.#.x_block.mlp", "fc1", "fc2"),
+    *mlp(f"{BLOCK}.ff_context", "joint_blocks.#.context_block.mlp", "fc1", "fc2"),
+]
 
 
 class StableDiffusion3(Family):
     """Tokens are the CLIPs' (padded to T5's width) followed by T5's; padding is seen."""
 
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
+    layer_names = LayerNames(tuple(SD3), "plain", "original")
+    comfyui_loads_whole = True
     clock = "thousandths"
     normalizes = ("factor", "shift")
     answers = ("tokens", "", "pooled")

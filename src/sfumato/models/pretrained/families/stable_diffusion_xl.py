@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.pretrained.guidance_embedding import UNetFamily
 from sfumato.models.pretrained.inpainting import beside
 
@@ -27,6 +28,8 @@ class StableDiffusionXL(UNetFamily):
         "StableDiffusionXLImg2ImgPipeline",
         "StableDiffusionXLInpaintPipeline",
     )
+    layer_names = LayerNames((), "kohya", "plain")
+    comfyui_loads_whole = True
     hears_framing = True
     added = "text_time"
     normalizes = ("factor", "channels")

@@ -13,7 +13,32 @@ from torch import Tensor, nn
 
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
+from sfumato.models.lora.layer_names import LayerNames, Rule, mlp
 from sfumato.models.pretrained.family import Family
+
+WAN: list[Rule] = [
+    *[
+        ((f"blocks.#.{ours}.{mine}",), f"blocks.#.{theirs}.{name}")
+        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for mine, name in (("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "o"))
+    ],
+    (("blocks.#.attn2.add_k_proj",), "blocks.#.cross_attn.k_img"),
+    (("blocks.#.attn2.add_v_proj",), "blocks.#.cross_attn.v_img"),
+    *mlp("blocks.#.ffn", "blocks.#.ffn"),
+    *[
+        ((f"blocks.#.{ours}.{norm}",), f"blocks.#.{theirs}.{norm}")
+        for ours, theirs in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for norm in ("norm_q", "norm_k")
+    ],
+    (("blocks.#.attn2.norm_added_k",), "blocks.#.cross_attn.norm_k_img"),
+    (("blocks.#.norm2",), "blocks.#.norm3"),
+    (("condition_embedder.time_embedder.linear_1",), "time_embedding.0"),
+    (("condition_embedder.time_embedder.linear_2",), "time_embedding.2"),
+    (("condition_embedder.time_proj",), "time_projection.1"),
+    (("condition_embedder.text_embedder.linear_1",), "text_embedding.0"),
+    (("condition_embedder.text_embedder.linear_2",), "text_embedding.2"),
+    (("proj_out",), "head.head"),
+]
 
 
 class Experts(nn.Module):
@@ -53,6 +78,7 @@ class Wan(Family):
     """Latents [B, 16, F, H, W]; tokens of a fixed length, zero after the words."""
 
     pipelines = ("WanPipeline",)
+    layer_names = LayerNames(tuple(WAN), "original", "original")
     clock = "thousandths"
     normalizes = ("factor", "channels")
     video, fps = True, 16.0

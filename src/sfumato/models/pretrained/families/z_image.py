@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
+from sfumato.models.lora.layer_names import LayerNames, refined_attention
 from sfumato.models.pretrained.family import Family
 from sfumato.theory import guidance
 
@@ -31,6 +32,7 @@ class ZImage(Family):
     """Tokens of unequal length; guidance counts from 0, as the pipeline's: strong + g·(strong − weak)."""
 
     pipelines = ("ZImagePipeline",)
+    layer_names = LayerNames(tuple(refined_attention("attention")), "original", "original")
     clock = "share of signal"
     sign = -1
     even_sigmas = True
