@@ -152,6 +152,7 @@ def test_what_cannot_be_trained_on_clips_is_refused(recipe, change, words):
     one_sentence(answer, *words)
 
 
+@pytest.mark.slow
 def test_killed_among_clips_and_stills_a_run_ends_with_the_same_bits(recipe, tmp_path):
     """Law: SIGKILL costs no bit, with frames' own times, known frames and pictures between clips."""
     keys = ("train.steps=12", "train.save_every=3")
