@@ -42,7 +42,7 @@ TABLES = [name for name in RULES if RULES[name]["values"] or RULES[name]["rows"]
 def write(file: Path, name: str, value: str) -> Path:
     """A recipe that says one key."""
     section, _, leaf = name.rpartition(".")
-    file.write_text((f"[{section}]\n" if section else "") + f"{leaf} = {value}\n")
+    file.write_text((f"[{section}]\n" if section else "") + f"{leaf} = {value}\n", encoding="utf-8")
     return file
 
 

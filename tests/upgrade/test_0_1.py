@@ -122,7 +122,10 @@ class House:
         """`python -m sfumato …`, in this process."""
         before = sys.argv, sys.stdout, sys.stderr
         code: Any = 0
-        with Path("out.txt").open("w") as stdout, Path("err.txt").open("w") as stderr:
+        with (
+            Path("out.txt").open("w", encoding="utf-8") as stdout,
+            Path("err.txt").open("w", encoding="utf-8") as stderr,
+        ):
             try:
                 sys.argv, sys.stdout, sys.stderr = ["sfumato", *map(str, words)], stdout, stderr
                 runpy.run_module("sfumato", run_name="__main__")
@@ -130,7 +133,11 @@ class House:
                 code = end.code
             finally:
                 sys.argv, sys.stdout, sys.stderr = before
-        return Said(int(code or 0), Path("out.txt").read_text(), Path("err.txt").read_text())
+        return Said(
+            int(code or 0),
+            Path("out.txt").read_text(encoding="utf-8"),
+            Path("err.txt").read_text(encoding="utf-8"),
+        )
 
     def stored(self, name: str) -> set[str]:
         """The entries and codecs of a case's store."""
