@@ -71,12 +71,11 @@ class LossScale:
 
     def update(self, is_finite: bool) -> None:
         """Take in whether a step's gradient was finite."""
+        self.good = self.good + 1 if is_finite else 0
         if not is_finite:
-            self.value, self.good = self.value / 2, 0
-        elif (good := self.good + 1) == self.PATIENCE:
+            self.value /= 2
+        elif self.good == self.PATIENCE:
             self.value, self.good = self.value * 2, 0
-        else:
-            self.good = good
 
     @property
     def is_exhausted(self) -> bool:

@@ -275,7 +275,7 @@ class _Loop:
         is_finite = bool(torch.isfinite(self.norm))
         self.scale.update(is_finite)
         if is_finite or not torch.isfinite(loss) or self.scale.is_exhausted:
-            return True  # and where it is not finite, `judge` says so
+            return True  # and where it is not finite, `check_finite` says so
         self.seen.clear()
         self.run.event("note", text=f"step {self.step + 1} overflowed in fp16 and moved nothing")
         return False
