@@ -79,7 +79,10 @@ class Recipe:
 
     def origin(self, name: str) -> str:
         """Where the value of a dotted key came from: default, command line, python, or a file's name."""
-        return self.origins.get(name, DEFAULT if self.values()[name] == DEFAULTS[name] else PYTHON)
+        return self._origin_of(name, self.values()[name])
+
+    def _origin_of(self, name: str, value: Any) -> str:
+        return self.origins.get(name, DEFAULT if value == DEFAULTS[name] else PYTHON)
 
     def to_toml(self, every: bool = False) -> str:
         """The recipe as TOML: what was said, or `every` key with the origin of its value."""
@@ -88,7 +91,7 @@ class Recipe:
         document, tables = cast(Any, tomlkit.document()), dict[str, Any]()
         below: list[tuple[str, str, Any]] = []  # what has a header of its own stands after its section's keys
         for name, value, rules in _leaves(self):
-            origin = self.origin(name)
+            origin = self._origin_of(name, value)
             if not every and origin == DEFAULT and name != "format":
                 continue
             section, _, leaf = name.rpartition(".")

@@ -77,6 +77,15 @@ def test_a_frozen_base_is_narrowed_and_a_trained_one_is_not():
     assert not any("model.base_quantization" in way.keys for way in whole)
 
 
+def test_what_was_counted_once_is_known_until_something_changes():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    first = memory_estimate.count(network, (torch.zeros(2, 4),))
+    assert memory_estimate.count(network, (torch.ones(2, 4),)) is first
+    assert memory_estimate.count(network, (torch.zeros(3, 4),)).kept > first.kept
+    network[0].requires_grad_(False)
+    assert memory_estimate.count(network, (torch.zeros(2, 4),)).numbers == first.numbers / 2
+
+
 def test_counting_copies_no_numbers():
     with torch.device("meta"):
         network = torch.nn.Sequential(torch.nn.Linear(1 << 17, 1 << 17, bias=False))

@@ -7,10 +7,11 @@ probe of a few real steps then says what the machine makes of it.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -203,6 +204,38 @@ def count(network: nn.Module, inputs: Inputs) -> MemoryCount:
     Raises:
         RuntimeError: the network asks for the numbers in its inputs, so only a probe can tell.
     """
+    known = _counted.setdefault(network, {})
+    asked = (_layout(network), _shapes(inputs))
+    if asked not in known:
+        known[asked] = _count(network, inputs)
+    return known[asked]
+
+
+_counted: WeakKeyDictionary[nn.Module, dict[Any, MemoryCount]] = WeakKeyDictionary()
+"""What was counted before: a run's plan and its first sanity check ask for the same."""
+
+
+def _layout(network: nn.Module) -> Any:
+    """What of a network a count depends on, its numbers left out."""
+    weights = [
+        (tuple(one.shape), one.dtype, one.requires_grad, one.device.type) for one in network.parameters()
+    ]
+    recomputed = [getattr(module, "gradient_checkpointing", None) for module in network.modules()]
+    return tuple(weights), tuple(recomputed), torch.is_autocast_enabled(next(network.parameters()).device.type)
+
+
+def _shapes(value: Any) -> Any:
+    """Shapes and kinds of tensors in inputs, conditions, mappings and sequences."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_shapes, cast(Sequence[Any], value)))
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, Mapping):
+        return tuple((name, _shapes(one)) for name, one in cast(Mapping[str, Any], value).items())
+    return value
+
+
+def _count(network: nn.Module, inputs: Inputs) -> MemoryCount:
     shadow = meta_copy(network).train()
     shapes = tuple(on_meta(value) for value in inputs)
     blocks, saved = repeated(shadow), _Saved(shadow)
