@@ -35,7 +35,9 @@ def tinier(plan):
 def tiny(monkeypatch):
     """Every data set with two dozen pictures, and a plan of a few steps."""
     monkeypatch.setattr(openmoji, "collection", few(openmoji.collection, 20, 4))
-    monkeypatch.setattr(shape_reader, "collection", few(shapes.collection, 20, 4))
+    some_shapes = few(shapes.collection, 20, 4)
+    for module in (shapes, shape_reader):
+        monkeypatch.setattr(module, "collection", some_shapes)
     for name, plan in text.PLANS.items():
         monkeypatch.setitem(text.PLANS, name, tinier(plan))
 

@@ -5,21 +5,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import nn
 
-from sfumato.models import Condition
 from sfumato.models.lora import adapter
 from sfumato.models.pretrained.train_text_encoders import DenoiserWithTextEncoders
 from sfumato.recipe import Recipe
 from sfumato.training import device as devices
-from sfumato.training.distributed.processes import BatchSplit, Processes
 from sfumato.training.estimate import memory as planning
 from sfumato.training.estimate.sanity import TRIES, Check, climb
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.workflow.encode_samples import order_of, reader_of
 from sfumato.workflow.finetune import prepare_trainable, with_text_learning_rate
-from sfumato.workflow.planning.step_costs import samples_in_memory
+from sfumato.workflow.planning.step_costs import largest_inputs
 from sfumato.workflow.prepare import PreparedRun, prepare_run, resolve_recipe
 
 FEW = 8
@@ -84,17 +81,11 @@ def silent(adapted: list[nn.Module]) -> Iterator[None]:
 
 def memory(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) -> Check:
     """Whether a step on the largest bucket fits into what is free now."""
-    claim, encoded = "a step on the largest pictures fits into memory", objective.encoded
-    shapes = getattr(encoded, "buckets", [()])
-    largest = max(range(len(shapes)), key=lambda i: torch.Size(shapes[i]).numel())
-    parts = BatchSplit.of(recipe.train, Processes()).parts
-    batch = encoded.read([largest] * samples_in_memory(recipe, parts), recipe.seed, 0)
-    x = batch.latents.to(objective.model.device, torch.float32)
-    told = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x.device, x.dtype)
+    claim = "a step on the largest pictures fits into memory"
+    inputs = largest_inputs(objective, recipe)
+    x = inputs[0]
     try:
-        needed = planning.predict(
-            network, (x, torch.full((len(x),), 500.0, device=x.device), told), recipe.train
-        )
+        needed = planning.predict(network, inputs, recipe.train)
     except planning.ASKS_NUMBERS as problem:
         return Check(claim, True, f"not counted: the network asks for numbers ({type(problem).__name__})")
     there, kept = devices.free_bytes(x.device), needed.memory.weights

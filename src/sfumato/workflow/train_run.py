@@ -236,7 +236,8 @@ def _train(
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
     for warning in warned(recipe):
         say(warning)
-    say(step_costs.cost_summary(recipe, model, network, prepared.train, fresh=not run.checkpoint_folders()))
+    inputs = step_costs.inputs_of_run(recipe, model, prepared.train, objective)
+    say(step_costs.cost_summary(recipe, network, inputs, fresh=not run.checkpoint_folders()))
     if recipe.train.sanity and leads and not run.checkpoint_folders():
         with phase(run, "sanity"):
             run_sanity_checks(recipe, run, prepared, network, say)

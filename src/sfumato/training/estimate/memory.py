@@ -221,7 +221,11 @@ def _layout(network: nn.Module) -> Any:
         (tuple(one.shape), one.dtype, one.requires_grad, one.device.type) for one in network.parameters()
     ]
     recomputed = [getattr(module, "gradient_checkpointing", None) for module in network.modules()]
-    return tuple(weights), tuple(recomputed), torch.is_autocast_enabled(next(network.parameters()).device.type)
+    return (
+        tuple(weights),
+        tuple(recomputed),
+        torch.is_autocast_enabled(next(network.parameters()).device.type),
+    )
 
 
 def _shapes(value: Any) -> Any:

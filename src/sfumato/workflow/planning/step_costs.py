@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sfumato import models
 from sfumato.data.encoding.encoded_dataset import EncodedDataset
 from sfumato.generation import Pipeline
+from sfumato.models import Condition
 from sfumato.recipe import Recipe
 from sfumato.report.page import duration
 from sfumato.training.device import free_bytes
@@ -21,6 +22,7 @@ from sfumato.training.distributed import strategy
 from sfumato.training.distributed.processes import BatchSplit, Processes
 from sfumato.training.estimate import memory as planning
 from sfumato.training.estimate import probe
+from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.optimizers import spec_of
 from sfumato.training.state import async_checkpoint, checkpoint
 from sfumato.workflow import base_images, control_training, encode_ahead
@@ -91,6 +93,29 @@ def _alike(recipe: Recipe, model: Pipeline, texts: Sequence[str], size: Sequence
     return latents, torch.full((len(texts),), 500.0, device=model.device), condition
 
 
+def largest_inputs(objective: DiffusionObjective, recipe: Recipe) -> tuple[Tensor, Tensor, Condition]:
+    """What the network is given for one part of a batch of the largest encoded samples."""
+    encoded = objective.encoded
+    shapes = getattr(encoded, "buckets", [()])
+    largest = max(range(len(shapes)), key=lambda i: torch.Size(shapes[i]).numel())
+    parts = BatchSplit.of(recipe.train, distributed_processes.current()).parts
+    batch = encoded.read([largest] * samples_in_memory(recipe, parts), recipe.seed, 0)
+    x = batch.latents.to(objective.model.device, torch.float32)
+    condition = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x.device, x.dtype)
+    return x, torch.full((len(x),), 500.0, device=x.device), condition
+
+
+def inputs_of_run(
+    recipe: Recipe, model: Pipeline, train: EncodedDataset, objective: DiffusionObjective
+) -> tuple[Any, ...]:
+    """What the network of a run is given for one part of a batch: the largest, of a pack all sizes."""
+    if not recipe.train.sequence_packing:
+        return largest_inputs(objective, recipe)
+    parts = BatchSplit.of(recipe.train, distributed_processes.current()).parts
+    sizes = [item.bucket for item in train.items]
+    return inputs_of(recipe, model, [tuple(train.captions[:1])], samples_in_memory(recipe, parts), sizes)
+
+
 def samples_in_memory(recipe: Recipe, parts: int) -> int:
     """Samples whose activations are there at once: a part of the batch, and as much of a prior."""
     has_prior = bool(recipe.data.class_images or recipe.data.class_prompt)
@@ -139,10 +164,11 @@ def step_cost(
     return Step(inputs, samples, memory, seconds, forward, how, told, counted.flops, counted.numbers)
 
 
-def cost_summary(
-    recipe: Recipe, model: Pipeline, network: nn.Module, train: EncodedDataset, fresh: bool
-) -> str:
+def cost_summary(recipe: Recipe, network: nn.Module, inputs: tuple[Any, ...], fresh: bool) -> str:
     """What a run will cost, in a sentence; counted, without a probe, so that training starts soon.
+
+    Args:
+        inputs: what the network is given for one part of a batch, as `inputs_of_run` says.
 
     Raises:
         Failed: the checkpoints will not fit onto the disk.
@@ -150,26 +176,23 @@ def cost_summary(
     processes = distributed_processes.current()
     division = BatchSplit.of(recipe.train, processes)
     chosen = strategy.choose(recipe.train, network, processes)
-    count = samples_in_memory(recipe, division.parts)
+    device = next(network.parameters()).device
     trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     disk = checkpoint_bytes(recipe, trained)
     if fresh:
         checkpoint.ask_for_room(Path(recipe.output), disk, "the run's checkpoints")
     words = [f"{trained / 1e6:,.1f} M trained weights", f"{disk / 1e9:.2f} GB of checkpoints"]
     try:
-        sizes = [item.bucket for item in train.items]
-        inputs = inputs_of(recipe, model, [tuple(train.captions[:1])], count, sizes)
         counted = planning.count(network, inputs)
     except planning.ASKS_NUMBERS:
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
     alone = counted.memory(recipe.train, recipe.values().get("train.gradient_checkpointing", 0))
     memory = counted.shared(alone, chosen, recipe.train, processes.count)
-    speed = probe.flops_per_second(0.05, device=model.device) * recipe.train.context_parallel
+    speed = probe.flops_per_second(0.05, device=device) * recipe.train.context_parallel
     forward = planning.BESIDE_PRODUCTS * counted.flops / speed
-    if (
-        forward < MOMENT and processes.count == 1
-    ):  # in small networks other things than products take the time
-        forward = probe.tried(lambda: network(*inputs), model.device).seconds
+    is_small = forward < MOMENT  # then other things than products take the time
+    if is_small and processes.count == 1:
+        forward = probe.tried(lambda: network(*inputs), device).seconds
     seconds = planning.FORWARD_AND_BACKWARD * len(division.mine) * forward
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
     if processes.count > 1:
