@@ -50,6 +50,8 @@ OPTIONS = {"flux-2-klein": KLEIN, "flux-2-klein-edit": KLEIN}
 SHOWN = (
     "qwen-image-edit", "qwen-image-edit-plus", "wan-2.1-i2v", "wan-2.1-flf", "wan-2.2-i2v", "wan-2.2-ti2v",
 )  # fmt: skip
+SIBLINGS = ("stable-diffusion-2-v", "flux-schnell", "flux-kontext")
+"""Families whose network another of these tests trains: among the slow tests."""
 
 
 def make_base(name: str, folder: Path) -> Path:
@@ -95,7 +97,10 @@ def asked(model: Any, name: str) -> Any:
         return model.predict(x, 0.6, condition)
 
 
-@pytest.mark.parametrize("name", [name for name in ZOO if name not in SHOWN])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SIBLINGS)) for name in ZOO if name not in SHOWN],
+)
 def test_a_family_learns_through_an_adapter_and_whole(name, tmp_path):
     """Law: a recipe trains every family; the adapter alone is kept, and at scale 0 the base is unchanged."""
     recipe = write_recipe(name, tmp_path, 'train = "lora"', "rank = 4")
