@@ -110,7 +110,7 @@ def test_a_clip_may_be_longer_than_those_it_was_trained_on():
 
 def test_a_size_that_the_network_cannot_cut_into_tokens_is_refused():
     made = model()
-    made.denoiser.grain = 2
+    made.denoiser.latent_multiple = 2
     with pytest.raises(Refused, match=r"multiples of 8. Choose 16×8"):
         made.generate(**{**DRAWN, "height": 12})
 

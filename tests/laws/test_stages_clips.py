@@ -183,7 +183,7 @@ def test_pictures_are_answered_as_before_there_were_clips():
     tokens = tokens + net.place(places(4, 6, x.device))
     sketch = F.interpolate(net.canvas(condition["pooled"]), (4, 6), mode="bilinear")
     tokens = tokens + sketch.flatten(2).transpose(1, 2)
-    time, text = net.heard(clock, net.summary(condition)), net.text(condition["tokens"])
+    time, text = net.conditioning_vector(clock, net.summary(condition)), net.text(condition["tokens"])
     mask, angles = F.pad(condition["mask"], (24, 0), value=True)[:, None, None], rotary(4, 6, 16, x.device)
     for block in net.blocks:
         a, b, c, d, e, f = (one[:, None] for one in block.modulation(time).chunk(6, -1))

@@ -230,7 +230,11 @@ class Pipeline(Model):
             Refused: sizes, lists or arguments that do not fit.
         """
         prompt = [str(label) for label in options.pop("labels")] if "labels" in options else prompt
-        shown = {name: options.pop(name) for name in self.conditioner.sees if options.get(name) is not None}
+        shown = {
+            name: options.pop(name)
+            for name in self.conditioner.image_arguments
+            if options.get(name) is not None
+        }
         todo = parse_requests(prompt, negative, seed, shown)
         shape = self.latent_shape(*self.sides(todo, height, width), frames)
         if latents is not None and tuple(latents.shape) != (len(todo), *shape):
@@ -370,9 +374,9 @@ class Pipeline(Model):
         step = self.codec.time_stride
         known = frames or int(self.info.get("frames", 1))
         count = 1 + -(-(known - 1) // step) * step
-        shape, grain = self.codec.latent_shape(width, height, count), self.denoiser.grain
-        if shape[-1] % grain or shape[-2] % grain:
-            step = grain * self.codec.stride
+        shape, multiple = self.codec.latent_shape(width, height, count), self.denoiser.latent_multiple
+        if shape[-1] % multiple or shape[-2] % multiple:
+            step = multiple * self.codec.stride
             fit = [max(step, side // step * step) for side in (width, height)]
             raise Refused(
                 f"The picture is {width}×{height}, but this network needs sides in multiples of {step}. "
@@ -394,7 +398,7 @@ class Pipeline(Model):
     def image_conditions(self, todo: Sequence[SampleRequest], shape: tuple[int, ...]) -> dict[str, Any]:
         """What the conditioner is told of the pictures these wishes are shown, and of what is drawn."""
         shown: dict[str, Any] = {name: [wish.shown[name] for wish in todo] for name in todo[0].shown}
-        return shown | (self.codec.pixel_size(shape) if shown and self.conditioner.placed else {})
+        return shown | (self.codec.pixel_size(shape) if shown and self.conditioner.sizes_images else {})
 
     def guided_denoiser(
         self, prompted: Condition, todo: Sequence[SampleRequest], drawing: SamplingPlan

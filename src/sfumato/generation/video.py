@@ -160,7 +160,7 @@ def parse_video(
         Refused: for a model of pictures, or one that was not trained with known frames.
     """
     windows = _windows(model, options, shape)
-    if getattr(model.conditioner, "sees", ()):
+    if getattr(model.conditioner, "image_arguments", ()):
         return VideoConditioning(None, windows)
     given = {name: options.pop(name) for name in KNOWN if options.get(name) is not None}
     if not given or "frames" not in model.info:

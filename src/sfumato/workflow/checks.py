@@ -181,7 +181,7 @@ def check_tokens(recipe: Recipe, codec: models.Codec, base: Pipeline | None, siz
     within, frames = recipe.train.context_parallel, recipe.data.frames or 1
     if within == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
         return
-    patch = base.denoiser.grain if base else recipe.model.patch
+    patch = base.denoiser.latent_multiple if base else recipe.model.patch
     for width, height in sizes:
         shape = codec.latent_shape(width, height, frames)
         tokens = math.prod(shape[1:]) // patch**2

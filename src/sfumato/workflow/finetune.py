@@ -187,7 +187,9 @@ def prompt_options(said: Mapping[str, object], base: Pipeline) -> dict[str, Any]
     """
     if not isinstance(base.conditioner, PretrainedConditioner):
         raise Refused("model.prompt_options: the prompts of this base have no options. Leave it out.")
-    known = options_of(type(base.conditioner.pipe)) | dict.fromkeys(base.conditioner.family.telling)
+    known = options_of(type(base.conditioner.pipe)) | dict.fromkeys(
+        base.conditioner.family.micro_conditioning_arguments
+    )
     for name in said:
         if name not in known:
             raise Refused(f'model.prompt_options: there is no "{name}".{nearest(name, known)}')
@@ -340,7 +342,7 @@ def check_latents(recipe: Recipe, codec: Codec, base: Pipeline | None, width: in
         models.check_latents(recipe.model, codec, width, height)
         return
     codec.check_size(width, height, f"A picture at data.resolution {width}×{height}")
-    step = codec.stride * base.denoiser.grain
+    step = codec.stride * base.denoiser.latent_multiple
     if width % step or height % step:
         fit = [max(step, side // step * step) for side in (width, height)]
         raise Refused(

@@ -110,7 +110,12 @@ def family_of(folder: Path) -> Family:
 def check_parts(folder: Path, family: Family) -> None:
     """Raises Refused where a component that the index lists is missing, or is only there as a pickle."""
     for name, entry in read_index(folder).items():
-        if name.startswith("_") or name in family.idle or not isinstance(entry, list) or entry[0] is None:
+        if (
+            name.startswith("_")
+            or name in family.unused_components
+            or not isinstance(entry, list)
+            or entry[0] is None
+        ):
             continue
         place = folder / name
         if not place.is_dir():
@@ -133,7 +138,7 @@ def check_parts(folder: Path, family: Family) -> None:
 def left_out(index: dict[str, Any], family: Family) -> list[str]:
     """Components that are not loaded: those no stage of ours uses, and those a model was saved without."""
     empty = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
-    return [*empty, *(name for name in family.idle if name in index and name not in empty)]
+    return [*empty, *(name for name in family.unused_components if name in index and name not in empty)]
 
 
 def variant_of(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> str | None:

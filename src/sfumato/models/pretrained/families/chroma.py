@@ -23,10 +23,10 @@ class Chroma(Family):
 
     pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
     layer_names = LayerNames(tuple(FLUX), "original", "original")
-    clock = "share of noise"
+    timestep_input = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "shift")
-    answers = ("tokens", "", "favoured")
+    prompt_outputs = ("tokens", "", "favoured")
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_T − x_0 [B, 16, H, W]."""

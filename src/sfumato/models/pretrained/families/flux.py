@@ -36,10 +36,10 @@ class Flux(GuidanceDistilled):
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     layer_names = LayerNames(tuple(FLUX), "plain", "original")
     comfyui_loads_whole = True
-    clock = "share of noise"
+    timestep_input = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "shift")
-    answers = ("tokens", "pooled")
+    prompt_outputs = ("tokens", "pooled")
     prompt_only = ("prompt_2",)
     lora_targets = (
         *ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",

@@ -37,11 +37,11 @@ class QwenImage(Family):
 
     pipelines = ("QwenImagePipeline",)
     layer_names = LayerNames((), "plain", "plain")
-    clock = "share of noise"
+    timestep_input = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "channels")
     guidance = "true_cfg_scale"
-    answers = ("tokens", "mask")
+    prompt_outputs = ("tokens", "mask")
 
     def guidance_policy(self, network: Any) -> GuidancePolicy:
         """The pipeline's own form."""
