@@ -111,8 +111,8 @@ def run_generation(
             make_control(one, asked.control_from, size["width"], size["height"]) for one in options["control"]
         ]
     told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    if "guidance_by" in options:
-        options["guidance_by"] = load(options["guidance_by"], device=device)
+    if "autoguidance_model" in options:
+        options["autoguidance_model"] = load(options["autoguidance_model"], device=device)
     with progress() as bar, context_parallel.divided(model.denoiser, asked.context, processes):
         drawn = model.generate(
             prompt=prompts, watch=lambda done, total: bar(done, total, "drawing"), **options

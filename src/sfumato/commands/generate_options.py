@@ -143,13 +143,23 @@ GuidanceInterval = Annotated[
     Optional[tuple[float, float]],
     typer.Option(metavar="LOW HIGH", help="Guide only while noise/signal lies between these."),
 ]
-GuidancePerturbed = Annotated[
+PagScale = Annotated[
     Optional[float],
-    typer.Option(metavar="X", help="Also lean away from the model with disturbed attention."),
+    typer.Option(
+        "--pag-scale",
+        "--guidance-perturbed",
+        metavar="X",
+        help="Also lean away from the model with disturbed attention.",
+    ),
 ]
-GuidanceBy = Annotated[
+AutoguidanceModel = Annotated[
     Optional[Path],
-    typer.Option(metavar="RUN_OR_MODEL", help="Lean away from this weaker model (autoguidance)."),
+    typer.Option(
+        "--autoguidance-model",
+        "--guidance-by",
+        metavar="RUN_OR_MODEL",
+        help="Lean away from this weaker model (autoguidance).",
+    ),
 ]
 
 # Clips

@@ -327,10 +327,10 @@ class Model:
         self.origin: Any = None
         """The diffusers pipeline it came from, if any."""
         self.sampling: Any = None
-        """How that pipeline samples: `.times(steps, shape)` and `.solver`."""
+        """How that pipeline samples (`pipeline_folder.PipelineSampling`)."""
         self.trained: Theory | None = None
         """The theory the network itself speaks, where it is asked under another."""
-        self.fitted: Any = None
+        self.fitted_times: Any = None
         """Sampling times fitted to this model (`theory.schedule_search.FittedGrid`), if any."""
 
     def with_theory(self, theory: Theory) -> Self:
