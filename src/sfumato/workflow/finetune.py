@@ -319,11 +319,11 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
         adapter_run.attach(model.denoiser, plan)
         if begin is not None:
             init_from_file.fill(network, begin.changes.get("", {}))
-    model.denoiser.compute_dtype = quantized.store(network, recipe.model.base_quantization)
+    model.denoiser.compute_dtype = quantized.quantize_frozen(network, recipe.model.base_quantization)
     if recipe.model.attention_backend:
-        blocks.choose_attention(network, recipe.model.attention_backend)
+        blocks.set_attention_backend(network, recipe.model.attention_backend)
     if recipe.train.offload:
-        blocks.lend(network, model.device)
+        blocks.offload_blocks(network, model.device)
     blocks.recompute(network, recipe.train.gradient_checkpointing)
     if recipe.train.compile:
         blocks.compile_blocks(network, model.device)

@@ -28,7 +28,15 @@ from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy
 from sfumato.models.interface import Denoiser, registered
 from sfumato.models.networks.packed_sequence import Group, PackedSequence, expand_to_tokens
-from sfumato.models.networks.tokens import Angles, moments, places, rotary, rotary_in_time, sinusoids, turn
+from sfumato.models.networks.tokens import (
+    Angles,
+    apply_rotary,
+    frame_features,
+    position_features,
+    rotary,
+    rotary_in_time,
+    sinusoidal_embedding,
+)
 from sfumato.models.networks.ulysses import Ulysses, check_heads
 
 
@@ -96,7 +104,7 @@ class Block(nn.Module):
     def normalized_qkv(self, qkv: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """[B, N, 3D] → queries and keys, normalised and rotated, and values [B, heads, N, d]."""
         q, k, v = self.split(qkv, 3)
-        return turn(self.q_norm(q), *angles), turn(self.k_norm(k), *angles), v
+        return apply_rotary(self.q_norm(q), *angles), apply_rotary(self.k_norm(k), *angles), v
 
     def text_keys_values(self, text: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Text [B, L, D] → its keys and values [B, heads, L, d]; None for a network without text."""
@@ -312,7 +320,7 @@ class DiT(Denoiser):
     def timestep_embedding(self, clock: Tensor) -> Tensor:
         """What a time [T] is to the blocks [T, width], before the condition's summary joins it."""
         low, high = self.clock_range
-        return self.time(sinusoids((clock - low) * (1000 / (high - low)), 256))
+        return self.time(sinusoidal_embedding((clock - low) * (1000 / (high - low)), 256))
 
     def forward(self, x: Tensor | Sequence[Tensor], clock: Tensor | Sequence[Tensor], condition: Any) -> Any:
         """x [B, C, (F,) H, W], clock [B] or [B, F], `tokens` [B, L, D], `mask` [B, L], `pooled` → as x.
@@ -416,10 +424,10 @@ class DiT(Denoiser):
     def add_positions(self, tokens: Tensor, x: Tensor, canvas: Tensor | None) -> Tensor:
         """Tokens [B, N, D] of x that know their places and moments, on the canvas [B, D, …] if any."""
         frames, rows, columns = self.grid(x)
-        there = self.place(places(rows, columns, x.device).to(x.dtype))
+        there = self.place(position_features(rows, columns, x.device).to(x.dtype))
         tokens = tokens.reshape(len(x), frames, rows * columns, -1) + there
         if self.moment is not None:
-            tokens = tokens + self.moment(moments(frames, x.device).to(x.dtype))[:, None]
+            tokens = tokens + self.moment(frame_features(frames, x.device).to(x.dtype))[:, None]
         tokens = tokens.flatten(1, 2)
         if canvas is None:
             return tokens
