@@ -141,7 +141,7 @@ def generate(
     lora: options.Loras = None,
     embedding: options.Embeddings = None,
     option: options.Further = None,
-    guide: options.Guides = None,
+    control_module: options.ControlModules = None,
     image_encoder: options.ImageEncoder = None,
     control: options.Controls = None,
     control_from: options.ControlFrom = "",

@@ -50,11 +50,13 @@ Embeddings = Annotated[
         metavar="[WORD=]FILE", help="A word that others learned (textual inversion) to draw with; repeat it."
     ),
 ]
-Guides = Annotated[
+ControlModules = Annotated[
     Optional[list[Path]],
     typer.Option(
+        "--control-module",
+        "--guide",
         metavar="PATH",
-        help="A trained guide to add: a ControlNet's folder (diffusers), an IP-Adapter's file, a run's.",
+        help="A trained control module to add: a ControlNet's folder (diffusers), an IP-Adapter's file, a run's.",
     ),
 ]
 ImageEncoder = Annotated[

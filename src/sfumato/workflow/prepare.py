@@ -155,7 +155,7 @@ def model_of(recipe: Recipe, gathered: ResolvedRecipe, codec: models.Codec) -> P
     if recipe.sample.guidance_options:
         model.info["guidance_options"] = recipe.sample.guidance_options
     model.to(gathered.device)
-    control_training.guide(model, recipe)
+    control_training.add_from_recipe(model, recipe)
     model.codec.eval().requires_grad_(False)
     model.conditioner.eval().requires_grad_(False)
     return model
