@@ -56,7 +56,7 @@ ControlModules = Annotated[
         "--control-module",
         "--guide",
         metavar="PATH",
-        help="A trained control module to add: a ControlNet's folder (diffusers), an IP-Adapter's file, a run's.",
+        help="A trained ControlNet's folder (diffusers), an IP-Adapter's file, or a run of either, to add.",
     ),
 ]
 ImageEncoder = Annotated[

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.models.condition import Condition
+from sfumato.models.control.controlnet import UNetControlNet
+from sfumato.models.control.ip_adapter import UNetIPAdapter
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
 from sfumato.models.pretrained.family import Family
 
@@ -95,6 +97,8 @@ class UNetFamily(GuidanceDistilled):
     """UNets, of which those that consistency distillation made read the guidance beside the time."""
 
     network = "unet"
+    controlnet = UNetControlNet()
+    ip_adapter = UNetIPAdapter()
     patch = 1
     more_channels = (5,)
     added: ClassVar[str | None] = None
