@@ -15,7 +15,7 @@ from sfumato.errors import Refused
 from sfumato.models.pretrained.families.stable_diffusion_xl import StableDiffusionXL
 
 from . import clips, pictures
-from .parts import clip, seeded, t5, vae
+from .components import clip, seeded, t5, vae
 from .zoo import BETAS, PROMPT, SIZE, ZOO, flow, stable_diffusion
 
 CLOSE = 1e-4

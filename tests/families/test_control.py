@@ -1,4 +1,4 @@
-"""Laws of guides on pretrained families: what diffusers' pipelines draw with them, we draw."""
+"""Laws of ControlNets and IP-Adapters on pretrained families: their pipelines and we draw alike."""
 
 import shutil
 from typing import Any
@@ -16,7 +16,7 @@ from sfumato.errors import Refused
 from sfumato.models.control import ControlPlan, add_control_modules, attach, controlnet, ip_adapter
 from sfumato.models.control.image_encoders import ImageConditionEncoder
 
-from .parts import seeded
+from .components import seeded
 from .test_parity import grid_of
 from .zoo import NEGATIVE, PROMPT, ZOO
 

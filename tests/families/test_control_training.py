@@ -1,4 +1,4 @@
-"""Laws of guides that a recipe trains on pretrained pipelines: drawn with, exported, loaded elsewhere."""
+"""Laws of control modules that a recipe trains on pretrained pipelines: drawn with and exported."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from sfumato.generation import load
 from sfumato.models.control import attach
 from sfumato.workflow.export.export import export
 
-from .test_guides import CONTROLLED, LOOKING, folders, seer  # noqa: F401
+from .test_control import CONTROLLED, LOOKING, folders, seer  # noqa: F401
 from .zoo import PROMPT, ZOO
 
 RECIPE = """output = "{name}"
