@@ -353,7 +353,7 @@ def test_an_added_ip_adapter_sees_as_its_pipeline_does(name, folders, tmp_path):
     attach(sfumato.load(folders(name)), file, image_encoder=tmp_path / "elsewhere")
 
 
-def test_a_model_without_a_guide_refuses_its_picture(folders):
+def test_a_model_without_a_control_module_refuses_its_picture(folders):
     """Law: every option acts or refuses."""
     model = sfumato.load(folders("stable-diffusion-1.5"))
     for word in ("control", "reference"):

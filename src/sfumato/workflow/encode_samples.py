@@ -139,7 +139,7 @@ def encoded_samples(
         found.say = say
     found.labels = found.labels and not finetune.text_plan_of(recipe)
     found.caption_dropout = data.caption_dropout
-    found.samples_posterior, found.has_time_ids = (
+    found.samples_posterior, found.adds_time_ids = (
         data.latent_sampling == "sample",
         model.denoiser.trains_micro_conditioning,
     )

@@ -84,7 +84,7 @@ class Family:
     no_context_parallel: ClassVar[str] = ""
     """Why processes cannot share its samples, where diffusers has a plan that does not work."""
     micro_conditioning: ClassVar[str] = ""
-    """The condition's tensor that says how a picture was cut from its file, where the network hears it."""
+    """The condition's tensor that says how a picture was cut from its file, where the network reads it."""
 
     def theory(self, scheduler: Any) -> Theory:
         """The theory this network was trained under."""

@@ -91,7 +91,7 @@ class FluxIPAdapter(IPAdapterLayout):
 
 
 class Flux(GuidanceDistilled):
-    """dev was distilled to hear its guidance (`guidance` [B] in the condition, by default 3.5)."""
+    """dev was distilled to read its guidance (`guidance` [B] in the condition, by default 3.5)."""
 
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     layer_names = LayerNames(tuple(FLUX), "plain", "original")

@@ -120,7 +120,7 @@ class StableDiffusion3IPAdapter(IPAdapterLayout):
         return resampler_file_name(name)
 
     def create(self, network: Any, width: int) -> dict[str, Tensors]:
-        """A new adapter of SD3: a resampler that hears the time, keys and values in every block."""
+        """A new adapter of SD3: a resampler that reads the time, keys and values in every block."""
         from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
         from diffusers.models.embeddings import IPAdapterTimeImageProjection
 
