@@ -1,6 +1,6 @@
 """One's own: `file.py:name` names anything a user wrote, wherever a recipe or a command takes a name.
 
-Python hands the object itself over: `object_name` names it, and inside `use_objects` that word means this very object.
+Python hands the object itself over: `object_name` names it, and inside `use_objects` that word means it.
 """
 
 import importlib.util
@@ -124,7 +124,7 @@ def file_of(module: Any) -> Path | None:
     return Path(file).absolute() if isinstance(file, str) and file.endswith(".py") else None
 
 
-def class_name(name: str) -> str:
+def named_class(name: str) -> str:
     """`file.py:Class` where the word is that of a nameless object, else the word itself."""
     where, _, what = name.rpartition(":")
     return f"{where}:{what.strip('<>')}" if is_unnamed(name) else name

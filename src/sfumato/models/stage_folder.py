@@ -37,7 +37,7 @@ def load_user_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
         stage = copy.deepcopy(made) if isinstance(made, Denoiser) else made
     if not isinstance(stage, kind):
         raise Refused(f"{word} gives a {type(stage).__name__}, but here a {kind.__name__} is needed.")
-    stage.own_name = "" if is_ours(type(stage)) else user_code.class_name(word)
+    stage.own_name = "" if is_ours(type(stage)) else user_code.named_class(word)
     return stage
 
 

@@ -59,7 +59,7 @@ def _as_costly(batch: int, shown: EncodedDataset, typical: EncodedDataset) -> in
     return max(1, round(batch * whole / each))
 
 
-def course_of(
+def dataset_and_sampler(
     recipe: Recipe, final: EncodedDataset, earlier: Sequence[tuple[int, EncodedDataset]]
 ) -> tuple[EncodedDataset, BatchSampler | Curriculum]:
     """All that training reads, and in which order: smaller resolutions first where they are asked."""
