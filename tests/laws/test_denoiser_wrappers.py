@@ -26,11 +26,11 @@ MEMBERS = sorted(
 
 CHANGED = {
     ControlledDenoiser: {
-        "supports_packing": "guides read pictures in batches of one shape",
-        "finalize_latents": "the base is told nothing of what guides read",
-        "mask_error": "the base is told nothing of what guides read",
-        "check_context_parallel": "what guides read is not shared among processes",
-        "enable_context_parallel": "what guides read is not shared among processes",
+        "supports_packing": "control modules read pictures in batches of one shape",
+        "finalize_latents": "the base is told nothing of what control modules read",
+        "mask_error": "the base is told nothing of what control modules read",
+        "check_context_parallel": "what control modules read is not shared among processes",
+        "enable_context_parallel": "what control modules read is not shared among processes",
     },
     DenoiserWithTextEncoders: {},
 }
@@ -43,9 +43,9 @@ class Speaking(Denoiser):
     kind = "speaking"
     own_name = "file.py:Speaking"
     lora_targets = ("one",)
-    framing = "time_ids"
-    trains_framing = True
-    grain = 3
+    micro_conditioning = "time_ids"
+    trains_micro_conditioning = True
+    latent_multiple = 3
     frames_apart = True
     compute_dtype = torch.bfloat16
     supports_packing = True
@@ -133,19 +133,19 @@ def test_wrappers_of_wrappers_hand_on_the_same_guidance():
 
 
 def test_our_dit_beside_a_guide_draws_with_perturbed_attention():
-    """Law: what it draws alone it draws beside a guide that says nothing yet, bit for bit."""
+    """Law: what it draws alone it draws beside a control module that says nothing yet, bit for bit."""
     model = painter(conditioner=Letters())
-    alone = drawn(model, guidance_perturbed=1.5)
+    alone = drawn(model, pag_scale=1.5)
     add_control_modules(model, [ControlPlan("controlnet")])
-    assert torch.equal(drawn(model, guidance_perturbed=1.5), alone)
+    assert torch.equal(drawn(model, pag_scale=1.5), alone)
     assert not torch.equal(drawn(model), alone)
 
 
 def test_pictures_that_guide_are_not_shared_among_processes():
-    guided = ControlledDenoiser(DiT(3, width=32, depth=2, heads=2, text_width=0), [])
-    guided.enable_context_parallel(None)
+    controlled = ControlledDenoiser(DiT(3, width=32, depth=2, heads=2, text_width=0), [])
+    controlled.enable_context_parallel(None)
     with pytest.raises(Refused, match=r"train\.context_parallel at 1"):
-        guided.check_context_parallel(2)
+        controlled.check_context_parallel(2)
 
 
 def test_a_policy_says_what_classifier_free_guidance_is():

@@ -39,8 +39,8 @@ def test_pieces_of_our_codecs_are_the_whole(name, pieces):
 
 def test_pieces_need_less_memory_at_once():
     made, seen = lively(ClipCodec(4, 6, 8, 2)), []
-    paint = made.paint
-    made.paint = lambda raw: seen.append(raw[0, 0].numel()) or paint(raw)
+    paint = made.decode_raw
+    made.decode_raw = lambda raw: seen.append(raw[0, 0].numel()) or paint(raw)
     latents = noise.normal((6, 16, 24, 24), 0, [0]).double()
     with torch.no_grad():
         decode_tiled(made, latents, Tiling(20, 4))

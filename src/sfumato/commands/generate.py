@@ -40,7 +40,7 @@ class GenerateRequest:
     fps: float | None = None
     loras: list[tuple[str, float]] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
-    guides: Sequence[Path] = ()
+    control_modules: Sequence[Path] = ()
     control_from: str = ""
     image_encoder: Path | None = None
     context: int = 1
@@ -62,7 +62,7 @@ class GenerateRequest:
             "prompts": said.pop("prompt") or [],
             "labels": said.pop("label") or [],
             "kinds": said.pop("format") or (),
-            "guides": said.pop("guide") or [],
+            "control_modules": said.pop("control_module") or [],
             "image_encoder": said.pop("image_encoder"),
             "context": said.pop("context"),
         }
@@ -111,8 +111,8 @@ def run_generation(
             make_control(one, asked.control_from, size["width"], size["height"]) for one in options["control"]
         ]
     told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    if "guidance_by" in options:
-        options["guidance_by"] = load(options["guidance_by"], device=device)
+    if "autoguidance_model" in options:
+        options["autoguidance_model"] = load(options["autoguidance_model"], device=device)
     with progress() as bar, context_parallel.divided(model.denoiser, asked.context, processes):
         drawn = model.generate(
             prompt=prompts, watch=lambda done, total: bar(done, total, "drawing"), **options
@@ -148,7 +148,7 @@ def write(
 
 
 def loaded(asked: GenerateRequest, device: str) -> Any:
-    """The model with its LoRAs and guides.
+    """The model with its LoRAs and control modules.
 
     Raises:
         Refused: one that does not fit, or a model of prompts without a prompt.
@@ -163,9 +163,11 @@ def loaded(asked: GenerateRequest, device: str) -> Any:
     for one in asked.embeddings:
         word, file = parse_embedding(one)
         model.add_embedding(file, word)
-    if asked.image_encoder is not None and not any(place.is_file() for place in asked.guides):
-        raise Refused("--image-encoder is for an IP-Adapter's file: give --guide FILE too, or leave it out.")
-    for place in asked.guides:
+    if asked.image_encoder is not None and not any(place.is_file() for place in asked.control_modules):
+        raise Refused(
+            "--image-encoder is for an IP-Adapter's file: give --control-module FILE too, or leave it out."
+        )
+    for place in asked.control_modules:
         attach(model, place, asked.image_encoder if place.is_file() else None)
     if asked.labels and (asked.prompts or model.conditioner.kind != "labels"):
         raise Refused(

@@ -50,11 +50,13 @@ Embeddings = Annotated[
         metavar="[WORD=]FILE", help="A word that others learned (textual inversion) to draw with; repeat it."
     ),
 ]
-Guides = Annotated[
+ControlModules = Annotated[
     Optional[list[Path]],
     typer.Option(
+        "--control-module",
+        "--guide",
         metavar="PATH",
-        help="A trained guide to add: a ControlNet's folder (diffusers), an IP-Adapter's file, a run's.",
+        help="A trained ControlNet's folder (diffusers), an IP-Adapter's file, or a run of either, to add.",
     ),
 ]
 ImageEncoder = Annotated[
@@ -143,13 +145,23 @@ GuidanceInterval = Annotated[
     Optional[tuple[float, float]],
     typer.Option(metavar="LOW HIGH", help="Guide only while noise/signal lies between these."),
 ]
-GuidancePerturbed = Annotated[
+PagScale = Annotated[
     Optional[float],
-    typer.Option(metavar="X", help="Also lean away from the model with disturbed attention."),
+    typer.Option(
+        "--pag-scale",
+        "--guidance-perturbed",
+        metavar="X",
+        help="Also lean away from the model with disturbed attention.",
+    ),
 ]
-GuidanceBy = Annotated[
+AutoguidanceModel = Annotated[
     Optional[Path],
-    typer.Option(metavar="RUN_OR_MODEL", help="Lean away from this weaker model (autoguidance)."),
+    typer.Option(
+        "--autoguidance-model",
+        "--guidance-by",
+        metavar="RUN_OR_MODEL",
+        help="Lean away from this weaker model (autoguidance).",
+    ),
 ]
 
 # Clips

@@ -38,8 +38,15 @@ RENAMED_MEMBERS = {
     "packs": "supports_packing",
     "asked": "mask_error",
     "finish": "finalize_latents",
+    "grain": "latent_multiple",
+    "framing": "micro_conditioning",
+    "trains_framing": "trains_micro_conditioning",
+    "sees": "image_arguments",
+    "placed": "sizes_images",
 }
 """{what a stage's member was called before 0.2: what it is called}; stages users wrote then still serve."""
+PLAIN = (bool, int, str, tuple)
+"""What a stage that users wrote may set under an old name, as `self.grain = 2`."""
 
 
 class Stage(nn.Module, ABC):
@@ -54,6 +61,11 @@ class Stage(nn.Module, ABC):
         for old, new in RENAMED_MEMBERS.items():
             if old in vars(cls) and new not in vars(cls):
                 setattr(cls, new, vars(cls)[old])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in RENAMED_MEMBERS and isinstance(value, PLAIN):
+            object.__setattr__(self, RENAMED_MEMBERS[name], value)
 
     def write_weights(self, folder: Path, by_name: bool = False) -> dict[str, Any]:
         """Write the weights into a folder; returns what the config says of them there, if anything.
@@ -165,11 +177,11 @@ class TrainableCodec(Codec):
 class Conditioner(Stage):
     """Prompts, labels or pictures → Condition."""
 
-    sees: tuple[str, ...] = ()
+    image_arguments: tuple[str, ...] = ()
     """Options that show pictures; each holds one for every prompt, or a list of them."""
     learns: bool = False
     """Whether it is trained too: it is then asked in every step, with gradients."""
-    placed: bool = False
+    sizes_images: bool = False
     """Whether those are seen at the size of what is drawn (the codec's `pixel_size`)."""
 
     @abstractmethod
@@ -205,11 +217,11 @@ class Denoiser(Stage):
 
     lora_targets: tuple[str, ...] = ()
     """Ends of the names of the layers that adapters usually go to."""
-    framing: str = ""
+    micro_conditioning: str = ""
     """The condition's tensor [B, 6] that says how a picture was cut from its file, where that is heard."""
-    trains_framing: bool = False
+    trains_micro_conditioning: bool = False
     """Whether training tells each picture's own cut, instead of the usual one."""
-    grain: int = 1
+    latent_multiple: int = 1
     """Sides of latents must be multiples of this."""
     frames_apart: bool = False
     """Whether each frame of a clip may be told a time of its own: clock [B, F]."""
@@ -315,10 +327,10 @@ class Model:
         self.origin: Any = None
         """The diffusers pipeline it came from, if any."""
         self.sampling: Any = None
-        """How that pipeline samples: `.times(steps, shape)` and `.solver`."""
+        """How that pipeline samples (`pipeline_folder.PipelineSampling`)."""
         self.trained: Theory | None = None
         """The theory the network itself speaks, where it is asked under another."""
-        self.fitted: Any = None
+        self.fitted_times: Any = None
         """Sampling times fitted to this model (`theory.schedule_search.FittedGrid`), if any."""
 
     def with_theory(self, theory: Theory) -> Self:
@@ -379,20 +391,22 @@ class Model:
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
-        x, told, read = self._question(x_t, t)
-        return read(self._answer(x, told, condition, x_t.dtype))
+        x, clock, read = self._network_inputs(x_t, t)
+        return read(self._network_answer(x, clock, condition, x_t.dtype))
 
-    def predict_together(
+    def predict_packed(
         self, x_t: Sequence[Tensor], t: Sequence[Tensor], conditions: Sequence[Condition]
     ) -> list[Tensor]:
         """`predict` of batches of different shapes, computed as one; for networks that pack."""
-        asked = [self._question(x, one) for x, one in zip(x_t, t, strict=True)]
-        xs, told = [x for x, _, _ in asked], [one for _, one, _ in asked]
-        answers = self._answer(xs, told, list(conditions), x_t[0].dtype)
+        asked = [self._network_inputs(x, one) for x, one in zip(x_t, t, strict=True)]
+        xs, clocks = [x for x, _, _ in asked], [one for _, one, _ in asked]
+        answers = self._network_answer(xs, clocks, list(conditions), x_t[0].dtype)
         return [read(answer) for (_, _, read), answer in zip(asked, answers, strict=True)]
 
-    def _question(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """(x, what is told about time, read): as the network hears it, and how its answer is read."""
+    def _network_inputs(
+        self, x_t: Tensor, t: Tensor | float
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """(x, clock, read): the network's inputs, and how its answer is read."""
         theory, read = self.theory, lambda out: out
         times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
         if self.trained is not None:
@@ -404,13 +418,13 @@ class Model:
         x = x_t * scale.view(*places, *[1] * (x_t.ndim - len(places)))
         return x, theory.clock(times).to(x_t.dtype), read
 
-    def _answer(self, x: Any, told: Any, condition: Any, dtype: torch.dtype) -> Any:
+    def _network_answer(self, x: Any, clock: Any, condition: Any, dtype: torch.dtype) -> Any:
         """The network's own answer; as wide as its input where it computes narrower."""
         narrow = self.denoiser.compute_dtype
         if narrow is None:
-            return self.denoiser(x, told, condition)
+            return self.denoiser(x, clock, condition)
         with torch.autocast(self.device.type, narrow):
-            out = self.denoiser(x, told, condition)
+            out = self.denoiser(x, clock, condition)
         return out.to(dtype) if isinstance(out, Tensor) else [one.to(dtype) for one in out]
 
     def retarget(self, theory: Theory) -> None:

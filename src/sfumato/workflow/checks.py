@@ -13,7 +13,7 @@ from sfumato.data.settings import EMBEDDED, DataSettings
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.generation import Pipeline, load
-from sfumato.generation.guidance import GuidanceOptions
+from sfumato.generation.guidance import ARGUMENTS, GuidanceOptions
 from sfumato.models import control
 from sfumato.models.interface import no_context_parallel
 from sfumato.models.networks.dit import DiT
@@ -181,7 +181,7 @@ def check_tokens(recipe: Recipe, codec: models.Codec, base: Pipeline | None, siz
     within, frames = recipe.train.context_parallel, recipe.data.frames or 1
     if within == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
         return
-    patch = base.denoiser.grain if base else recipe.model.patch
+    patch = base.denoiser.latent_multiple if base else recipe.model.patch
     for width, height in sizes:
         shape = codec.latent_shape(width, height, frames)
         tokens = math.prod(shape[1:]) // patch**2
@@ -214,15 +214,15 @@ def check_guidance(
     """Raises Refused where [sample] says something about guidance that would not act on what is drawn."""
     said, has_negative = recipe.sample, bool(recipe.sample.negative)
     network = base.denoiser if base else NETWORKS.get(recipe.model.denoiser)
-    if not said.leaning or network is None:  # a network of one's own is asked when it draws
+    if not said.guidance_options or network is None:  # a network of one's own is asked when it draws
         return
     guidance = said.guidance
     if base is not None and recipe.origin("sample.guidance") == DEFAULT:
         guidance = float(base.info.get("guidance", guidance))
-    options = {f"guidance_{name}": value for name, value in said.leaning.items()}
+    options = {ARGUMENTS[name]: value for name, value in said.guidance_options.items()}
     try:
         if said.autoguidance_model:
-            options["guidance_by"] = load(said.autoguidance_model)
+            options["autoguidance_model"] = load(said.autoguidance_model)
         how = GuidanceOptions.pop_from(options)
         policy = network.guidance
         scale = policy.guidance_at(guidance, base.theory.t_noise if base else 1.0, policy.options)

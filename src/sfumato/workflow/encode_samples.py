@@ -59,7 +59,7 @@ def _as_costly(batch: int, shown: EncodedDataset, typical: EncodedDataset) -> in
     return max(1, round(batch * whole / each))
 
 
-def course_of(
+def dataset_and_sampler(
     recipe: Recipe, final: EncodedDataset, earlier: Sequence[tuple[int, EncodedDataset]]
 ) -> tuple[EncodedDataset, BatchSampler | Curriculum]:
     """All that training reads, and in which order: smaller resolutions first where they are asked."""
@@ -139,7 +139,10 @@ def encoded_samples(
         found.say = say
     found.labels = found.labels and not finetune.text_plan_of(recipe)
     found.caption_dropout = data.caption_dropout
-    found.samples_posterior, found.framed = data.latent_sampling == "sample", model.denoiser.trains_framing
+    found.samples_posterior, found.adds_time_ids = (
+        data.latent_sampling == "sample",
+        model.denoiser.trains_micro_conditioning,
+    )
     return found
 
 

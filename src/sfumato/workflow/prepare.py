@@ -152,10 +152,10 @@ def model_of(recipe: Recipe, gathered: ResolvedRecipe, codec: models.Codec) -> P
     if base is None:
         model.info |= {"resolution": recipe.data.resolution}
         model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
-    if recipe.sample.leaning:
-        model.info["leaning"] = recipe.sample.leaning
+    if recipe.sample.guidance_options:
+        model.info["guidance_options"] = recipe.sample.guidance_options
     model.to(gathered.device)
-    control_training.guide(model, recipe)
+    control_training.add_from_recipe(model, recipe)
     model.codec.eval().requires_grad_(False)
     model.conditioner.eval().requires_grad_(False)
     return model

@@ -22,7 +22,7 @@ from sfumato.training.objective.user_loss import UserLoss
 from sfumato.training.state.run_precision import precision_of
 from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
 from sfumato.workflow.checks import check_context, warned
-from sfumato.workflow.encode_samples import course_of, is_guided, reader_of
+from sfumato.workflow.encode_samples import dataset_and_sampler, is_guided, reader_of
 from sfumato.workflow.finetune import (
     prepare_trainable,
     save_base_reference,
@@ -205,7 +205,7 @@ def _train(
     for note in untrainable_encoders(model, text_plan_of(recipe)):
         say(note)
     network, settings = prepare_trainable(model, recipe), with_text_learning_rate(recipe)
-    train, order = course_of(recipe, prepared.train, prepared.earlier)
+    train, order = dataset_and_sampler(recipe, prepared.train, prepared.earlier)
     encode_ahead.look_ahead(train, order, recipe)
     beside = base_images.is_read_beside(model.conditioner)  # then the samples say which captions are left out
     dropout = recipe.data.caption_dropout if is_guided(model) and not beside else 0.0

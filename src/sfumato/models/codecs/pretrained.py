@@ -39,7 +39,7 @@ class PretrainedCodec(Codec):
     Args:
         network: the autoencoder; shift, scale: [C, 1, …], as `statistics` reads them.
         stride, time_stride: pixels and frames a latent stands for.
-        grain: sides must be multiples of this many latents.
+        latent_multiple: sides must be multiples of this many latents.
         video: latents are [B, C, F, H, W].
         patch: raw latents are gathered patch × patch into channels before they are normalised.
     """
@@ -55,13 +55,13 @@ class PretrainedCodec(Codec):
         scale: Tensor,
         stride: int,
         time_stride: int = 1,
-        grain: int = 1,
+        latent_multiple: int = 1,
         video: bool = False,
         patch: int = 1,
     ):
         super().__init__()
         self.network: Any = network
-        self.stride, self.time_stride, self.grain = stride, time_stride, grain
+        self.stride, self.time_stride, self.latent_multiple = stride, time_stride, latent_multiple
         self.video, self.patch = video, patch
         self.of_clips = video
         self.latent_channels = len(shift)
@@ -124,7 +124,7 @@ class PretrainedCodec(Codec):
 
     def check_size(self, width: int, height: int, name: str = "The picture") -> None:
         """Raises Refused unless the network can be asked about pictures of this size."""
-        step = self.stride * self.grain
+        step = self.stride * self.latent_multiple
         if width % step or height % step:
             fit = [max(step, side // step * step) for side in (width, height)]
             raise Refused(

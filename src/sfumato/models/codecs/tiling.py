@@ -115,11 +115,11 @@ BATCH = "num_latent_frames_batch_size"
 
 
 def _tile(codec: Codec, network: Any, tile: int) -> None:
-    grain = 4 * codec.stride
-    if tile % grain:
+    multiple = 4 * codec.stride
+    if tile % multiple:
         raise Refused(
-            f"tile = {tile}, but {type(network).__name__} takes tiles in multiples of {grain}. "
-            f"Choose {max(grain, tile // grain * grain)}."
+            f"tile = {tile}, but {type(network).__name__} takes tiles in multiples of {multiple}. "
+            f"Choose {max(multiple, tile // multiple * multiple)}."
         )
     taken = inspect.signature(network.enable_tiling).parameters
     named = {f"tile_sample_min_{side}": tile for side in ("height", "width")}

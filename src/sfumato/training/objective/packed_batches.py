@@ -65,7 +65,7 @@ class PackedObjective(DiffusionObjective):
             ready = self._packs(step, part, parts)
         asked = [self.model_inputs(one.x_0, one.drawn, self.rows(one.batch)) for one in ready.groups]
         shown, conditions = [x for x, _ in asked], [condition for _, condition in asked]
-        answers = self.model.predict_together(shown, [one.drawn.t for one in ready.groups], conditions)
+        answers = self.model.predict_packed(shown, [one.drawn.t for one in ready.groups], conditions)
         found = [
             self.weighed(self.weighted_loss(answer, one.x_0, one.drawn, condition), one.drawn)
             for answer, one, condition in zip(answers, ready.groups, conditions, strict=True)

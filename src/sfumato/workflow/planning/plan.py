@@ -68,7 +68,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     model = as_pipeline(
         base or models.new_model(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
     )
-    control_training.guide(model, recipe)
+    control_training.add_from_recipe(model, recipe)
     home = None
     if base is None and models.needs_training(recipe.model, codec):
         home = place(recipe, codec_key(recipe, train, gathered.bucket_of))
@@ -217,7 +217,7 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
     )
     built = gathered.base or models.new_model(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
     model = as_pipeline(built)
-    control_training.guide(model, recipe)
+    control_training.add_from_recipe(model, recipe)
     network = prepare_trainable(model, recipe)
     train = gathered.collection.of("train")
     captions, sizes = [sample.captions for sample in train], _sizes(recipe, train, gathered.bucket_of)

@@ -54,7 +54,7 @@ def test_the_loss_is_the_subjects_and_the_weighted_priors(tmp_path):
     subject = diffusion.DiffusionObjective(
         ready.model,
         ready.train,
-        encode_samples.course_of(asked, ready.train, [])[0:2][1],
+        encode_samples.dataset_and_sampler(asked, ready.train, [])[0:2][1],
         asked.train,
         asked.seed,
         0.0,

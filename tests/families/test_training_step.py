@@ -15,10 +15,10 @@ from sfumato.run_folder import RunFolder
 from sfumato.training.loop.loop import fit
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.workflow import finetune, prepare, train_run
-from sfumato.workflow.encode_samples import course_of, is_guided
+from sfumato.workflow.encode_samples import dataset_and_sampler, is_guided
 
 from . import pictures
-from .test_shown_training import beside
+from .test_image_conditioned_training import beside
 from .test_training import write_recipe
 from .zoo import ZOO
 
@@ -51,7 +51,7 @@ class Trained:
         self.ready = prepare.prepare_run(self.recipe, prepare.resolve_recipe(self.recipe))
         self.model = self.ready.model
         self.network = finetune.prepare_trainable(self.model, self.recipe)
-        train, order = course_of(self.recipe, self.ready.train, [])
+        train, order = dataset_and_sampler(self.recipe, self.ready.train, [])
         dropout = 0.1 if is_guided(self.model) else 0.0
         self.objective = DiffusionObjective(self.model, train, order, self.recipe.train, 0, dropout)
         self.run = RunFolder.create(self.recipe.output)
