@@ -72,7 +72,7 @@ def by_angle(model: Pipeline, recipe: Recipe, most: int = 131) -> list[float]:
         x_T = noise.normal(tuple(x_0.shape[1:]), 7, batch.ids, step=index, purpose="by angle")
         t = model.theory.time_of(angle).expand(len(x_0))
         x_t = model.theory.mix(x_0, x_T, t)
-        r, from_out, from_z = (float(c[0]) for c in model.theory.reader(t))
+        r, from_out, from_z = (float(c[0]) for c in model.theory.velocity_coefficients(t))
         v = from_out * model.predict(x_t, t, condition) + from_z * x_t / r
         found.append(float((v - (math.cos(angle) * x_T - math.sin(angle) * x_0)).square().mean()))
     return found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.theory.trajectory import Node, Trajectory, Weight, combine
-from sfumato.theory.types import Renoise
+from sfumato.theory.types import NoiseSource
 
 
 def rotation(course: Trajectory, start: Tensor, end: Tensor) -> list[list[Weight]]:
@@ -21,21 +21,23 @@ def rotation(course: Trajectory, start: Tensor, end: Tensor) -> list[list[Weight
     return course.weights(torch.stack([turn.cos(), turn.sin()], -1))
 
 
-def euler(course: Trajectory, x: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+def euler(
+    course: Trajectory, x: Tensor, eta: float = 0.0, noise: NoiseSource | None = None
+) -> Iterator[Tensor]:
     """First order: the theory's own step, exact for a single data point. One evaluation a step.
 
     Walks in x_t itself: one pass over the state where the step keeps it whole (flow matching), else two.
     """
-    of_out, of_x = course.readers()
+    of_out, of_x = course.velocity_coefficients()
     down, back = renoising(course, eta)
-    turn, grown = down - course.angles[:-1], course.lengths[1:]
+    turn, scale_next = down - course.angles[:-1], course.lengths[1:]
     keep = turn.cos() / course.lengths[:-1] + turn.sin() * of_x
-    weights = course.weights(torch.stack([grown * keep, grown * turn.sin() * of_out], -1))
+    weights = course.weights(torch.stack([scale_next * keep, scale_next * turn.sin() * of_out], -1))
     fresh = [course.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
-    told = course.network_times(course.times[:-1])
+    network_times = course.network_times(course.times[:-1])
 
     def walk(x: Tensor) -> Iterator[Tensor]:
-        for i, (t, (of_state, of_answer)) in enumerate(zip(told, weights, strict=True)):
+        for i, (t, (of_state, of_answer)) in enumerate(zip(network_times, weights, strict=True)):
             x = combine((of_state, x), (of_answer, course.answer(t, x)))
             x = renoised(x, [back[i][0], fresh[i]], noise, i)
             yield x
@@ -60,7 +62,7 @@ def runge_kutta(
     rule: Tableau,
     last: Tableau,
     eta: float = 0.0,
-    noise: Renoise | None = None,
+    noise: NoiseSource | None = None,
 ) -> Iterator[Tensor]:
     """`rule` on every step but the last, where `last` does not ask at the end; both in φ."""
     down, back = renoising(course, eta)
@@ -101,7 +103,9 @@ def runge_kutta(
     return walk(z)
 
 
-def heun(course: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+def heun(
+    course: Trajectory, z: Tensor, eta: float = 0.0, noise: NoiseSource | None = None
+) -> Iterator[Tensor]:
     """Second order: each step redone with the velocity at its end, the last a rotation. 2n − 1 evaluations.
 
     Source: Karras et al. 2022, arXiv:2206.00364, algorithm 1, here in φ.
@@ -110,13 +114,15 @@ def heun(course: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None 
 
 
 def midpoint(
-    course: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None
+    course: Trajectory, z: Tensor, eta: float = 0.0, noise: NoiseSource | None = None
 ) -> Iterator[Tensor]:
     """Second order: the velocity half-way carries the whole step. 2n evaluations."""
     return runge_kutta(course, z, MIDPOINT, MIDPOINT, eta, noise)
 
 
-def rk4(course: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+def rk4(
+    course: Trajectory, z: Tensor, eta: float = 0.0, noise: NoiseSource | None = None
+) -> Iterator[Tensor]:
     """Fourth order (Kutta 1901); the last step uses three stages. 4n − 1 evaluations."""
     return runge_kutta(course, z, KUTTA, OPEN_THIRD, eta, noise)
 
@@ -124,7 +130,7 @@ def rk4(course: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None =
 def churn(
     course: Trajectory,
     z: Tensor,
-    noise: Renoise | None = None,
+    noise: NoiseSource | None = None,
     amount: float = 0.4,
     least: float = 0.05,
     most: float = 50.0,
@@ -167,7 +173,7 @@ def churn(
 def restart(
     course: Trajectory,
     z: Tensor,
-    noise: Renoise | None = None,
+    noise: NoiseSource | None = None,
     low: float = 0.3,
     high: float = 1.5,
     repeats: int = 1,
@@ -249,7 +255,7 @@ def rising(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return kept, (1 - kept.square()).clamp(min=0).sqrt()
 
 
-def renoised(z: Tensor, back: list[Weight], noise: Renoise | None, step: int) -> Tensor:
+def renoised(z: Tensor, back: list[Weight], noise: NoiseSource | None, step: int) -> Tensor:
     """ρ·z + √(1 − ρ²)·n, or z where nothing is drawn."""
     if noise is None or (isinstance(back[1], float) and back[1] == 0.0):
         return z
