@@ -59,7 +59,7 @@ def measure_index(count: int) -> None:
         begin = time.perf_counter()
         opened = Index(folder)
         middle = time.perf_counter()
-        places = opened.places(keys)
+        places = opened.locations(keys)
         tell(
             measure="index",
             entries=len(opened),

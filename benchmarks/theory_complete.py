@@ -5,7 +5,8 @@
 An order is promised of the widest step along the coordinate in which a solver carries its answers on
 (sfumato.theory.widest_step). A grid is made fine enough for that step to be a 12th of the whole way, then
 twice as fine. "Worked" is finite, and either an order, measured between the two, above the promise less a
-half, or an error below 1e-5; if not, again from a 40th, a 100th, a 400th. Where noise is drawn: means and widths.
+half, or an error below 1e-5; if not, again from a 40th, a 100th, a 400th. Where noise is drawn: means and
+widths.
 Beside ours, the combinations of diffusers, k-diffusion and azula (theory_complete_peers.py, which asks less).
 Rows are added to FOLDER/theory_complete.jsonl, so that a run can be cut in pieces; the table is made of all.
 """

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.generation import load
 from sfumato.generation.video import still
 from sfumato.models.codecs.tiling import Tiling, decode_tiled
@@ -57,7 +57,7 @@ def quality(model, recipe: Recipe, count: int) -> dict[str, object]:
     data = recipe.data
     collection = collect(data)
     held_out = list(collection.of("held_out") or collection.of("train"))[: 2 * count]
-    how = Encoding("", frames=data.frames, rate=data.fps)
+    how = EncodingOptions("", frames=data.frames, fps=data.fps)
     real = Pictures(held_out, (data.resolution, data.resolution), how)
     captions = {one.name: one.captions[0] for one in held_out}
     clips = [p.permute(1, 2, 3, 0).numpy() for p in real.pictures if p.ndim == 4 and p.shape[1] > 1][:count]

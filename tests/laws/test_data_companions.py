@@ -106,7 +106,7 @@ FORMS = {one.__name__: one for one in (in_metadata, beside, in_a_tar, in_arrays,
 def encoded(samples, root, **given):
     look = Encoder().look
     given.setdefault("companions", {"control": Companion(look, "codec-1")})
-    return encode.fill(Store(root), samples, (SIDE, SIDE), look, Encoder().hear, HOW, **given)
+    return encode.encode_to_store(Store(root), samples, (SIDE, SIDE), look, Encoder().hear, HOW, **given)
 
 
 @pytest.mark.parametrize("form", FORMS)

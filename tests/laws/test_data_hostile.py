@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from sfumato.data import dataset_report
 from sfumato.data.encoding import views
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources import folder as sources_folder
 from sfumato.data.sources import media, metadata
 from sfumato.errors import Refused
@@ -444,6 +444,6 @@ def test_tables_of_pictures_are_read_and_what_they_lack_is_said(tmp_path):
     found = sources_folder.open(tmp_path)
     assert [one.reason for one in found.set_aside] == ["no caption"]
     assert [(one.captions, one.label) for one in found.samples] == [(("a",), 0), (("b",), 1), (("c",), 2)]
-    reasons = [views.plan(one, lambda size: size, Encoding("x")) for one in found.samples]
+    reasons = [views.plan_task(one, lambda size: size, EncodingOptions("x")) for one in found.samples]
     assert reasons[0].size == (24, 24)
     assert [one.reason[:19] for one in reasons[1:]] == ["there is no picture", "no picture in any k"]

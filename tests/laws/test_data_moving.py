@@ -62,7 +62,7 @@ def test_held_out_are_combinations_whose_pairs_are_all_trained_on():
 def test_a_sample_is_read_as_the_clip_that_was_drawn():
     sample = moving_shapes.collection(1, held_out=0).samples[0]
     piece = clips.ClipSpan(moving_shapes.FRAMES, moving_shapes.RATE)
-    frames = clips.read(sample.name, sample.source(), piece, 32, 32)
+    frames = clips.read_frames(sample.name, sample.source(), piece, 32, 32)
     assert frames.shape == (3, moving_shapes.FRAMES, 32, 32)
     shown = frames.permute(1, 2, 3, 0).numpy()
     assert moving_shapes.judge(shown, sample.captions[0])["all"]

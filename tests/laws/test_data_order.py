@@ -132,5 +132,5 @@ def test_a_picture_of_nearly_the_shape_of_its_bucket_is_not_looked_at_past_its_s
         for width, height in product(
             *[[round(side * times) + more for more in (-1, 0, 1)] for side in shape]
         ):
-            left, top, right, bottom = media.window((width, height), *shape)
+            left, top, right, bottom = media.center_crop_box((width, height), *shape)
             assert 0 <= left < right <= width and 0 <= top < bottom <= height

@@ -65,7 +65,7 @@ def data(what: str, overrides: list[str], asked: dict[str, Any], out: Path, as_j
             tokens=reading.count if reading else None,
             most_tokens=reading.most if reading else 0,
             frames=subject.frames,
-            rate=subject.rate,
+            fps=subject.rate,
         )
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"

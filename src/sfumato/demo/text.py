@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sfumato.data.sources import shape_reader
-from sfumato.data.sources.media import fit
+from sfumato.data.sources.media import center_crop_resize
 from sfumato.demo.budget import Plan, planned
 from sfumato.demo.drawing import JUDGED, chosen, draw, picture_of
 from sfumato.demo.runner import DemoReport, Task, Verdict
@@ -64,21 +64,25 @@ def judge_openmoji(seen: DemoReport) -> Verdict:
     """Share of pictures whose nearest training picture is the one asked for, or its namesake."""
     known = seen.data.of("train")
     side = int(seen.model.info["resolution"])
-    pictures = torch.stack([fit(picture_of(sample), side, side) for sample in known])
+    pictures = torch.stack([center_crop_resize(picture_of(sample), side, side) for sample in known])
     neighbors = Neighbors(pictures, [sample.captions for sample in known])
     prompts = chosen([sample.captions[0] for sample in known], JUDGED)
     drawn = draw(seen, prompts, "judged")
-    right = neighbors.judge(torch.stack([fit(picture, side, side) for picture in drawn]), prompts)
+    right = neighbors.judge(
+        torch.stack([center_crop_resize(picture, side, side) for picture in drawn]), prompts
+    )
     unseen = seen.data.of("held_out")[:JUDGED]
     accuracy = {"trained": sum(right) / len(right)}
     if unseen:
         asked = [sample.captions[0] for sample in unseen]
         fresh = draw(seen, asked, "judged_held_out")
-        truth = torch.stack([fit(picture_of(sample), side, side) for sample in unseen])
+        truth = torch.stack([center_crop_resize(picture_of(sample), side, side) for sample in unseen])
         everything = Neighbors(
             torch.cat([pictures, truth]), [*(one.captions for one in known), *([text] for text in asked)]
         )
-        found = everything.judge(torch.stack([fit(picture, side, side) for picture in fresh]), asked)
+        found = everything.judge(
+            torch.stack([center_crop_resize(picture, side, side) for picture in fresh]), asked
+        )
         accuracy["held_out"] = sum(found) / len(found)
     return accuracy, {"trained": neighbors.how, "held_out": "the same, the held-out pictures added"}
 

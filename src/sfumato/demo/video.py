@@ -64,7 +64,7 @@ def shown(seen: DemoReport) -> list[Any]:
     piece = clips.ClipSpan(moving_shapes.FRAMES, float(moving_shapes.RATE))
     side = int(seen.model.info["resolution"])
     some = seen.data.of("train")[:JUDGED]
-    read = (clips.read(sample.name, sample.source(), piece, side, side) for sample in some)
+    read = (clips.read_frames(sample.name, sample.source(), piece, side, side) for sample in some)
     return [frames.permute(1, 2, 3, 0).numpy() for frames in read]
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import models
-from sfumato.data.sources.media import fit
+from sfumato.data.sources.media import center_crop_resize
 from sfumato.data.sources.sample import Sample
 from sfumato.evaluation import Measure, Neighbors, kernel_distance, measure_memorization, over
 from sfumato.evaluation.latent_kernel_distance import latent_features
@@ -90,7 +90,9 @@ def pictures_measured(
         phase = f"drawing {seed + 1} of {seeds}"
         asked_sizes = [sizes.get(prompt) for prompt in prompts]
         pictures = _draw(model, prompts, seed, drawing, progress, phase, asked_sizes)
-        pixels = torch.stack([square(fit(picture, *picture.size), side) for picture in pictures])
+        pixels = torch.stack(
+            [square(center_crop_resize(picture, *picture.size), side) for picture in pictures]
+        )
         seen.append(pixels)
         right.append(sum(neighbors.judge(pixels, prompts)) / len(prompts))
         distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources.sample import Sample
 from sfumato.evaluation import Measure, over
 from sfumato.generation import Pipeline
@@ -25,8 +25,12 @@ def clips_measured(
 ) -> tuple[dict[str, Measure], list[tuple[str, Any]]]:
     """Numbers about `count` clips of these samples' captions beside the samples themselves, and the clips."""
     data = recipe.data
-    how = Encoding(
-        "", frames=data.frames, rate=data.fps, segments=data.clips_per_video, shorter=data.short_clip_frames
+    how = EncodingOptions(
+        "",
+        frames=data.frames,
+        fps=data.fps,
+        clips_per_video=data.clips_per_video,
+        short_clip_frames=data.short_clip_frames,
     )
     found = Pictures(few(samples, bucket_of, data.frames)[: 2 * count], bucket_of, how)
     captions = {sample.name: sample.captions[0] if sample.captions else "" for sample in samples}
