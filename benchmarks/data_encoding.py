@@ -73,7 +73,7 @@ def spent(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(data: str, encoder: str, side: int, count: int, pairs: int) -> dict[str, Any]:
-    collection = folder.open(data, captions="none", empty=True)
+    collection = folder.open_collection(data, captions="none", empty=True)
     samples = collection.samples[:: max(1, len(collection.samples) // count)][:count]
     encode = ENCODERS[encoder]()
     frames = FRAMES if encoder == "clip" else 0

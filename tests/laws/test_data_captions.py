@@ -53,7 +53,8 @@ def two_sets(tmp_path):
 
 def test_sets_are_joined_with_their_weights(two_sets):
     sets = [
-        (folder.open(two_sets / name, held_out=0), times) for name, times in (("photos", 1), ("drawings", 3))
+        (folder.open_collection(two_sets / name, held_out=0), times)
+        for name, times in (("photos", 1), ("drawings", 3))
     ]
     whole = folder.concatenate(sets)
     assert len({sample.id for sample in whole.samples}) == 6
@@ -66,7 +67,9 @@ def test_sets_are_joined_with_their_weights(two_sets):
 def test_the_report_counts_truncated_captions_and_kinds_not_read(two_sets):
     (two_sets / "photos" / "x.heic").write_bytes(b"heic")
     told = dataset_report.report(
-        folder.open(two_sets / "photos"), tokens=lambda texts: [len(text) for text in texts], most_tokens=4
+        folder.open_collection(two_sets / "photos"),
+        tokens=lambda texts: [len(text) for text in texts],
+        most_tokens=4,
     )
     assert len(told.summary["truncated"]) == 4 and "Longer than the model reads (4)" in data_page.render(
         told.summary, told.sheets, told.twins

@@ -165,7 +165,7 @@ def test_a_model_of_pictures_sets_videos_aside_and_takes_first_frames_of_animati
 
 def test_the_report_tells_how_long_clips_are(given, tmp_path):
     (tmp_path / "noise.mp4").write_bytes(b"no video")
-    told = dataset_report.report(folder.open(tmp_path, captions="none"))
+    told = dataset_report.report(folder.open_collection(tmp_path, captions="none"))
     assert told.summary["clips"]["count"] == 4 and told.summary["samples"] == 5
     assert [one["file"] for one in told.summary["set_aside"]] == ["noise.mp4"]
     assert "4 of them move" in data_page.render(told.summary, told.sheets, told.twins)

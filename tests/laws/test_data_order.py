@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from sfumato.data.buckets import candidates, choose, crop_waste, token_budget
-from sfumato.data.encoding.batch_sampler import BatchSampler, Curriculum, CurriculumStage, share
+from sfumato.data.encoding.batch_sampler import BatchSampler, Curriculum, CurriculumStage, rank_slice
 from sfumato.data.sources import media
 from sfumato.errors import Refused
 
@@ -51,12 +51,12 @@ def test_epochs_never_fall_and_differ_in_order():
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_share_the_same_global_batch(world):
     indices, _ = BatchSampler(BUCKETS["one"], 8, seed=0).at(5)
-    assert [index for rank in range(world) for index in share(indices, rank, world)] == indices
+    assert [index for rank in range(world) for index in rank_slice(indices, rank, world)] == indices
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(Refused, match="multiple of 3"):
-        share(list(range(8)), 0, 3)
+        rank_slice(list(range(8)), 0, 3)
 
 
 def test_repeats_are_seen_so_much_more_often():

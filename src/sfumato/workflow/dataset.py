@@ -61,7 +61,9 @@ def material_of(recipe: Recipe) -> Collection:
         raise Refused("data.random_masks draws masks of pictures, not of clips. Leave it out.")
     if data.random_masks:
         found = _material_of(replace(recipe, data=replace(data, random_masks=0)))
-        return replace(found, samples=condition_images.masked(found.samples, data.random_masks, recipe.seed))
+        return replace(
+            found, samples=condition_images.with_random_masks(found.samples, data.random_masks, recipe.seed)
+        )
     return _material_of(recipe)
 
 
@@ -123,7 +125,7 @@ def _source(settings: DataSettings) -> Collection:
         found = user_dataset.collection(
             settings.train, control_training.columns(settings), captioned=settings.captions != "none"
         )
-        return replace(found, samples=folder.split(found.samples, settings.held_out))
+        return replace(found, samples=folder.split_held_out(found.samples, settings.held_out))
     if settings.train in ("shapes-alone", "shapes-reference", "shapes-edit"):
         from sfumato.data.sources import guided_shapes
 
@@ -146,7 +148,7 @@ def _source(settings: DataSettings) -> Collection:
         from sfumato.data.sources import openmoji
 
         return openmoji.collection(every=settings.train == "openmoji-all", size=settings.resolution)
-    return folder.open(
+    return folder.open_collection(
         settings.train,
         captions=settings.captions,
         held_out=settings.held_out,

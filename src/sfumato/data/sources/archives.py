@@ -23,7 +23,7 @@ MOST_CLASSES = 100_000
 Kind = Callable[[Path, SourceOptions], Collection]
 
 
-def recognise(root: Path) -> Kind | None:
+def find_reader(root: Path) -> Kind | None:
     """What reads this path, if it is an archive of some kind; None for a plain folder."""
     if root.is_file():
         return {".tar": tars, ".npz": arrays, ".parquet": tables.parquet}.get(root.suffix.lower())

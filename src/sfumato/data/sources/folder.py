@@ -21,7 +21,7 @@ OUTSIDE = "refused: outside the data folder"
 SIDECARS = (".txt", ".caption", ".json")
 
 
-def open(
+def open_collection(
     path: str | Path,
     captions: str = "files",
     held_out: float = 0.05,
@@ -58,7 +58,7 @@ def open(
         found.samples = [replace(sample, captions=("",)) for sample in found.samples]
     if not found.samples and (not empty or _lacks_captions(captions, found.set_aside)):
         raise Refused(_nothing_left(root, captions, found.set_aside))
-    return replace(found, samples=split(found.samples, held_out))
+    return replace(found, samples=split_held_out(found.samples, held_out))
 
 
 def concatenate(parts: Sequence[tuple[Collection, float]]) -> Collection:
@@ -87,7 +87,7 @@ def _read(root: Path, options: SourceOptions) -> Collection:
     """Whatever kind of source `root` is."""
     from sfumato.data.sources import archives
 
-    kind = archives.recognise(root)
+    kind = archives.find_reader(root)
     if kind is not None:
         return kind(root, options)
     if not root.is_dir():
@@ -97,7 +97,7 @@ def _read(root: Path, options: SourceOptions) -> Collection:
 
 def folder(root: Path, options: SourceOptions) -> Collection:
     """The pictures and clips below a folder."""
-    files, refused = walk(root)
+    files, refused = list_files(root)
     result = Collection(root.name, [], refused)
     unread = [name for name in files if name.lower().endswith(media.UNREAD)]
     refused += [
@@ -116,7 +116,7 @@ def folder(root: Path, options: SourceOptions) -> Collection:
     return result
 
 
-def walk(root: Path) -> tuple[list[str], list[SetAside]]:
+def list_files(root: Path) -> tuple[list[str], list[SetAside]]:
     """Names of all regular files below `root` (with "/", hidden ones left out), and what is refused."""
     base, found, refused = root.resolve(), [], []
     for place, folders, names in os.walk(root, followlinks=False):
@@ -314,7 +314,7 @@ def _nothing_left(root: Path, captions: str, set_aside: list[SetAside]) -> str:
     )
 
 
-def split(samples: Iterable[Sample], share: float) -> list[Sample]:
+def split_held_out(samples: Iterable[Sample], share: float) -> list[Sample]:
     """Give every sample without a split one: `share` of the captions are held out, chosen by their hash.
 
     A caption is never on both sides. Where there are hardly any captions, or they are names of classes,

@@ -30,7 +30,7 @@ Cell = Callable[[str, int], Reader | None]
 
 
 @dataclass(frozen=True)
-class Table:
+class TableFile:
     """One file: where it lies in the data set, its columns' types, those without pictures, its cells."""
 
     inside: str
@@ -66,7 +66,7 @@ def saved(root: Path, options: SourceOptions) -> Collection:
         def cell(column: str, row: int, table: Any = table) -> Reader | None:
             return partial(_cell, table[column], row) if table[column][row].is_valid else None
 
-        _add(Table(inside, table.schema, table, cell, split), options, result)
+        _add(TableFile(inside, table.schema, table, cell, split), options, result)
     return result
 
 
@@ -106,11 +106,11 @@ def parquet(root: Path, options: SourceOptions) -> Collection:
         def cell(column: str, row: int, path: Path = path) -> Reader | None:
             return partial(_parquet_cell, path, column, row)
 
-        _add(Table(inside, schema, table, cell, split), options, result)
+        _add(TableFile(inside, schema, table, cell, split), options, result)
     return result
 
 
-def _add(table: Table, options: SourceOptions, result: Collection) -> None:
+def _add(table: TableFile, options: SourceOptions, result: Collection) -> None:
     """The rows of one table as samples.
 
     Raises:

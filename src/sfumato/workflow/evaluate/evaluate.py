@@ -127,7 +127,7 @@ def _record(run: RunFolder, step: int, metrics: dict[str, Measure], say: Callabl
     """Write the numbers into the run, unless it is being written or read-only."""
     try:
         with run.lock():
-            run.event("evaluation", step=step, metrics={name: one.plain() for name, one in metrics.items()})
+            run.event("evaluation", step=step, metrics={name: one.to_dict() for name, one in metrics.items()})
             run_page.write(run)
     except Refused as refusal:
         say(f"The numbers are not written into the run: {refusal}")
