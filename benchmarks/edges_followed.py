@@ -82,7 +82,7 @@ def main() -> None:
     asked = parser.parse_args()
     model = sfumato.load(asked.run)
     side = int(model.info["resolution"])
-    held_out = folder.open_collection(asked.data).of("held_out")
+    held_out = folder.open_collection(asked.data).with_split("held_out")
     chosen = held_out[:: max(1, len(held_out) // asked.count)][: asked.count]
     pixels = pixels_of([one.source() for one in chosen], side)
     originals, given = (

@@ -56,7 +56,7 @@ def quality(model, recipe: Recipe, count: int) -> dict[str, object]:
     """Steadiness beside the training clips', and the first frame's fate."""
     data = recipe.data
     collection = collect(data)
-    held_out = list(collection.of("held_out") or collection.of("train"))[: 2 * count]
+    held_out = list(collection.with_split("held_out") or collection.with_split("train"))[: 2 * count]
     how = EncodingOptions("", frames=data.frames, fps=data.fps)
     real = Pictures(held_out, (data.resolution, data.resolution), how)
     captions = {one.name: one.captions[0] for one in held_out}

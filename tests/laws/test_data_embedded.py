@@ -19,9 +19,9 @@ def test_openmoji_has_hundreds_of_named_pictures_and_a_few_held_out():
     assert {sample.name for sample in chosen.samples} < {sample.name for sample in every.samples}
     for collection in (chosen, every):
         assert len({sample.id for sample in collection.samples}) == len(collection.samples)
-        assert len(collection.of("held_out")) == len(openmoji.UNSEEN)
-        trained = {sample.captions for sample in collection.of("train")}
-        assert not trained & {sample.captions for sample in collection.of("held_out")}
+        assert len(collection.with_split("held_out")) == len(openmoji.UNSEEN)
+        trained = {sample.captions for sample in collection.with_split("train")}
+        assert not trained & {sample.captions for sample in collection.with_split("held_out")}
 
 
 @pytest.mark.parametrize("size", [32, 64, 200])
@@ -100,7 +100,7 @@ def test_things_of_a_held_out_picture_are_in_no_training_picture_together():
     collection = shapes.collection(800, 0, 32, 64)
 
     def together(split: str) -> set[frozenset[tuple[str, str]]]:
-        scenes_of = [shapes.parse(sample.captions[0]).things for sample in collection.of(split)]
+        scenes_of = [shapes.parse(sample.captions[0]).things for sample in collection.with_split(split)]
         return {frozenset((thing.shape, thing.color) for thing in things) for things in scenes_of}
 
     seen, held_out = together("train"), together("held_out")

@@ -328,8 +328,8 @@ def test_every_source_has_a_held_out_part(form, tmp_path):
     found = sources_folder.open_collection(
         place, captions=form if form in ("folder", "none") else "files", held_out=0.2
     )
-    assert 4 <= len(found.of("held_out")) <= 32
-    assert len(found.of("train")) + len(found.of("held_out")) == 80
+    assert 4 <= len(found.with_split("held_out")) <= 32
+    assert len(found.with_split("train")) + len(found.with_split("held_out")) == 80
 
 
 def test_an_npz_of_objects_is_refused_and_one_of_pictures_is_read(tmp_path):
@@ -362,10 +362,10 @@ def test_a_caption_is_never_on_both_sides_and_a_split_column_is_honoured(tmp_pat
         )
     table(tmp_path, rows)
     found = sources_folder.open_collection(tmp_path, held_out=0.3)
-    sides = {side: {c for s in found.of(side) for c in s.captions} for side in ("train", "held_out")}
+    sides = {side: {c for s in found.with_split(side) for c in s.captions} for side in ("train", "held_out")}
     assert sides["train"] and not sides["train"] & sides["held_out"]
     table(tmp_path, [{**row, "split": "validation" if i < 7 else "train"} for i, row in enumerate(rows)])
-    assert len(sources_folder.open_collection(tmp_path).of("held_out")) == 7
+    assert len(sources_folder.open_collection(tmp_path).with_split("held_out")) == 7
 
 
 def test_the_report_counts_what_is_there_and_names_what_is_not(folder):

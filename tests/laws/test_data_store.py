@@ -85,7 +85,7 @@ def test_a_stored_latent_equals_a_fresh_one(tmp_path):
     assert batch.conditions[1]["tokens"].shape == (2, 6) and batch.conditions[1]["mask"].all()
     assert batch.ids == [encoded.ids[i] for i in (3, 7, 1)]
     assert encoded.null["tokens"].shape == (0, 6)
-    assert len(encoded.of("train")) == 16 and len(encoded.of("held_out")) == 4
+    assert len(encoded.with_split("train")) == 16 and len(encoded.with_split("held_out")) == 4
 
 
 def test_what_is_stored_is_never_encoded_again(tmp_path):

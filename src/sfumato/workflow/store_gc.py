@@ -93,7 +93,7 @@ def _codec_of(recipe: Recipe, gathered: Any) -> models.Codec | None:
     fresh = models.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     if not models.needs_training(recipe.model, fresh):
         return fresh.eval()
-    trained_on = gathered.collection.of("train") or gathered.collection.samples
+    trained_on = gathered.collection.with_split("train") or gathered.collection.samples
     home = place(recipe, codec_key(recipe, trained_on, gathered.bucket_of))
     return models.load_codec(home).eval() if (home / "stage.json").is_file() else None
 

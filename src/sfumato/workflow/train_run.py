@@ -120,7 +120,7 @@ def encode_on_cluster(
     tell_notes(asked, say)
     gathered = resolve_recipe(asked)
     if gathered.base is None:
-        samples = gathered.collection.of("train") or gathered.collection.samples
+        samples = gathered.collection.with_split("train") or gathered.collection.samples
         ready_codec(asked, samples, gathered.bucket_of, gathered.device, progress, say)
 
     def share(rank: int, world: int) -> int:

@@ -132,7 +132,7 @@ class EncodedDataset:
         """The tensors of a picture that are read, all if empty."""
         return () if self.samples_posterior else ("latents", "mean")
 
-    def of(self, split: str) -> "EncodedDataset":
+    def with_split(self, split: str) -> "EncodedDataset":
         """The part with that split, "train" or "held_out"."""
         return replace(self, items=[item for item in self.items if item.sample.split == split])
 

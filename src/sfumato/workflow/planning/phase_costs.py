@@ -100,7 +100,7 @@ def phase_costs(
     found["encode"] = encoding(recipe, model, samples, gathered.bucket_of, machine)
     asked = evaluation(network, step, machine)
     each = asked.seconds / step.samples
-    held_out = len(gathered.collection.of("held_out"))
+    held_out = len(gathered.collection.with_split("held_out"))
     if seconds := measuring(recipe, held_out, each):
         found["measure"] = PhaseCost(seconds, asked.peak)
     found["draw"] = drawing(recipe, model, bool(held_out), each, machine)

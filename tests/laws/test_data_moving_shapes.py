@@ -54,7 +54,7 @@ def test_held_out_are_combinations_whose_pairs_are_all_trained_on():
         assert {(one[a], one[b]) for one in unseen} <= {(one[a], one[b]) for one in seen}
     drawn = moving_shapes.collection(40, held_out=10)
     asked = {
-        split: [moving_shapes.parse(sample.captions[0]) for sample in drawn.of(split)]
+        split: [moving_shapes.parse(sample.captions[0]) for sample in drawn.with_split(split)]
         for split in ("train", "held_out")
     }
     triples = {split: {(one.shape, one.color, one.way) for one in some} for split, some in asked.items()}
