@@ -32,7 +32,7 @@ def adaptive(course: Trajectory, z: Tensor, tolerance: float = 1e-3, most: int =
     course.between(start + (end - start) * inner)  # a singular time between the ends is refused now
     course.step_nodes()
 
-    def walk(z: Tensor) -> Iterator[Tensor]:
+    def states(z: Tensor) -> Iterator[Tensor]:
         here, size = start.clone(), 0.05 * (end - start)
         done = torch.zeros(len(z), dtype=torch.bool)
         for _ in range(most):
@@ -55,7 +55,7 @@ def adaptive(course: Trajectory, z: Tensor, tolerance: float = 1e-3, most: int =
             f"float32 states meet nothing below about 1e-6."
         )
 
-    return walk(z)
+    return states(z)
 
 
 def _trial(course: Trajectory, z: Tensor, asked: Tensor, size: Weight) -> tuple[Tensor, Tensor]:
