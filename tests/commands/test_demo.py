@@ -19,7 +19,9 @@ def few(collection, train: int, held_out: int):
 
     def small(*arguments, **options):
         whole = collection(*arguments, **options)
-        return Collection(whole.name, whole.of("train")[:train] + whole.of("held_out")[:held_out])
+        return Collection(
+            whole.name, whole.with_split("train")[:train] + whole.with_split("held_out")[:held_out]
+        )
 
     return small
 
@@ -75,7 +77,7 @@ def test_a_demo_of_a_guide_goes_the_whole_way(task, tiny, tmp_path, monkeypatch)
     if task == "edit":
         monkeypatch.setattr(home, "PLAN", tinier(home.PLAN))
     else:
-        beside = replace(home.BESIDE, plan=tinier(home.BESIDE.plan))
+        beside = replace(home.DEMO, plan=tinier(home.DEMO.plan))
         monkeypatch.setattr(home, "TASK", runner.Task(beside.recipe, home.judge, beside.train))
     monkeypatch.setattr(drawing, "JUDGED", 4)
     for name in ("lone", "reference", "edit"):

@@ -65,7 +65,7 @@ def data(what: str, overrides: list[str], asked: dict[str, Any], out: Path, as_j
             tokens=reading.count if reading else None,
             most_tokens=reading.most if reading else 0,
             frames=subject.frames,
-            rate=subject.rate,
+            fps=subject.rate,
         )
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
@@ -88,7 +88,7 @@ def _of_folder(what: str, overrides: list[str], asked: dict[str, Any]) -> Report
     if overrides:
         raise Refused(f'"{overrides[0]}" is a recipe\'s value, but {what} is no recipe.')
     said = {**USUAL, **asked}
-    collection = folder.open(what, captions=said["captions"], empty=True)
+    collection = folder.open_collection(what, captions=said["captions"], empty=True)
     resolution = said["resolution"] // STRIDE * STRIDE
     reading = token_count.of_folder(said["model"])
     return ReportTarget(

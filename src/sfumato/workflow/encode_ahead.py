@@ -78,7 +78,7 @@ def look_ahead(train: EncodedDataset, order: BatchSampler | Curriculum, recipe: 
         return [(some, epoch) for some in read]
 
     largest = -(-order.largest // division.parts) * len(division.mine)
-    train.follow(asked, largest, recipe.seed)
+    train.start_prefetch(asked, largest, recipe.seed)
 
 
 def done(train: EncodedDataset, finished: bool) -> None:

@@ -91,7 +91,7 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
     shapes = sizes(recipe, collection.samples, codec, base)
-    check_acts(recipe, device, len(collection.of("held_out")))
+    check_acts(recipe, device, len(collection.with_split("held_out")))
     return ResolvedRecipe(collection, shapes, device, base, conditioner, class_images.of_folder(recipe))
 
 
@@ -114,7 +114,7 @@ def prepare_run(
         gathered.device,
         gathered.base,
     )
-    trained_on = collection.of("train") or collection.samples
+    trained_on = collection.with_split("train") or collection.samples
     with phase(run, "codec"):
         codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
     model = model_of(recipe, gathered, codec)
@@ -128,7 +128,7 @@ def prepare_run(
             shapes = sizes(smaller, collection.samples, codec, base)
             stage = f"until step {until}"
             found = encoded_samples(smaller, collection.samples, shapes, model, progress, say, part, stage)
-            earlier.append((until, found.of("train")))
+            earlier.append((until, found.with_split("train")))
         of_class = None
         if others:
             shapes = sizes(recipe, others, codec, base)
@@ -136,7 +136,7 @@ def prepare_run(
     aside = [*collection.set_aside, *encoded.set_aside]
     listed = [{"file": one.file, "reason": one.reason} for one in aside]
     _tell(listed, encoded, collection.name, content_of(gathered.samples), run, say)
-    train, held_out = encoded.of("train"), encoded.of("held_out")
+    train, held_out = encoded.with_split("train"), encoded.with_split("held_out")
     return PreparedRun(model, collection, train, held_out, listed, device, earlier, of_class)
 
 
@@ -186,10 +186,10 @@ def _tell(
     summary = {
         "name": name,
         "content": content,
-        "samples": len(encoded.of("train")),
+        "samples": len(encoded.with_split("train")),
         "captions": captions,
     }
-    held_out = len(encoded.of("held_out"))
+    held_out = len(encoded.with_split("held_out"))
     run.event("data", summary={**summary, "held_out": held_out, "sizes": sizes, "set_aside": aside})
 
 

@@ -114,13 +114,13 @@ def encode_on_cluster(
     Raises:
         Refused: Ray is not installed, or what `encode` refuses. Failed: the workers could not finish.
     """
-    from sfumato.data.encoding.ray_cluster import spread
+    from sfumato.data.encoding.ray_cluster import run_on_ray
 
     asked = read_recipe(recipe, overrides)
     tell_notes(asked, say)
     gathered = resolve_recipe(asked)
     if gathered.base is None:
-        samples = gathered.collection.of("train") or gathered.collection.samples
+        samples = gathered.collection.with_split("train") or gathered.collection.samples
         ready_codec(asked, samples, gathered.bucket_of, gathered.device, progress, say)
 
     def share(rank: int, world: int) -> int:
@@ -129,7 +129,7 @@ def encode_on_cluster(
         )
 
     cards = 1.0 if gathered.device.type == "cuda" else 0.0
-    spread(share, workers, gpus=cards)
+    run_on_ray(share, workers, gpus=cards)
     return prepare_run(asked, gathered, progress, say)
 
 

@@ -7,7 +7,7 @@ the shape from frame to frame, so that a generated clip is judged exactly, with 
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from itertools import product
 
@@ -47,18 +47,23 @@ class MovingShape:
         words = f"{article} {self.color} {self.shape} moving {self.way}"
         return words if self.background == "white" else f"{words} on {self.background}"
 
+    def __repr__(self) -> str:
+        """As the store's keys have it: in 0.1 the class was called Crossing."""
+        values = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
+        return f"Crossing({values})"
+
     def frame(self, when: float, size: int) -> Image.Image:
         """The picture at `when` in [0, 1]."""
         dx, dy = WAYS[self.way]
         x, y = self.x + dx * self.far * (when - 0.5), self.y + dy * self.far * (when - 0.5)
-        thing = shapes.Thing(self.shape, self.color, "large", x, y, self.radius)
+        thing = shapes.SceneObject(self.shape, self.color, "large", x, y, self.radius)
         return shapes.draw(shapes.Scene((thing,), self.background, None), size)
 
 
 def clip(crossing: MovingShape, size: int, frames: int = FRAMES) -> np.ndarray:
     """The frames, uint8 [frames, size, size, 3]."""
-    moments = [index / max(1, frames - 1) for index in range(frames)]
-    return np.stack([np.asarray(crossing.frame(when, size)) for when in moments])
+    times = [index / max(1, frames - 1) for index in range(frames)]
+    return np.stack([np.asarray(crossing.frame(when, size)) for when in times])
 
 
 @lru_cache(maxsize=4096)
@@ -77,7 +82,7 @@ def is_unseen(shape: str, color: str, way: str) -> bool:
     return sum(parts) % 4 == 3 and parts[1] != 5
 
 
-def crossing(chance: np.random.Generator, unseen: bool = False) -> MovingShape:
+def random_clip(chance: np.random.Generator, unseen: bool = False) -> MovingShape:
     """A random clip, of an unseen combination or of one that training shows."""
     fitting = [triple for triple in TRIPLES if is_unseen(*triple) == unseen]
     shape, color, way = fitting[chance.integers(len(fitting))]
@@ -112,7 +117,7 @@ def collection(count: int = 1200, seed: int = 0, size: int = 32, held_out: int =
 
     def sample(index: int, split: str) -> Sample:
         unseen = split == HELD_OUT
-        drawn = crossing(np.random.default_rng([seed, index, unseen]), unseen)
+        drawn = random_clip(np.random.default_rng([seed, index, unseen]), unseen)
         name = f"moving-shapes/{seed}/{size}/{split}-{index:06d}.webp"
         content = f"moving 3, {size} pixels: {drawn!r}"
         picture = partial(as_webp, drawn, size)
@@ -154,13 +159,13 @@ def follow(frames: np.ndarray, color: str) -> Track:
     """Follow the thing of a color through frames uint8 [F, H, W, 3]."""
     places, kinds, alone = [], [], 0
     for index, frame in enumerate(frames):
-        seen = shape_reader.read(Image.fromarray(frame))
-        mine = [thing for thing in seen if thing.color == color]
+        found = shape_reader.read(Image.fromarray(frame))
+        mine = [thing for thing in found if thing.color == color]
         if mine:
             largest = max(mine, key=lambda thing: thing.radius)
             places.append((index, largest.x, largest.y))
             kinds.append(largest.shape)
-            alone += len(seen) == 1
+            alone += len(found) == 1
     return Track(places, kinds, alone, len(frames))
 
 
@@ -185,5 +190,5 @@ def judge(frames: np.ndarray, caption: str) -> dict[str, bool]:
 
 def accuracy(count: int = 60, seed: int = 1, size: int = 32) -> float:
     """The judge's own: share of clean clips it finds right."""
-    drawn = [crossing(np.random.default_rng([seed, i])) for i in range(count)]
+    drawn = [random_clip(np.random.default_rng([seed, i])) for i in range(count)]
     return sum(judge(clip(one, size), one.caption)["all"] for one in drawn) / max(1, count)

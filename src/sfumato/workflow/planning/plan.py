@@ -55,7 +55,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     gathered = resolve_recipe(recipe)
     collection, base = gathered.collection, gathered.base
     check_context(recipe, base, many or started())
-    train, held_out = collection.of("train"), collection.of("held_out")
+    train, held_out = collection.with_split("train"), collection.with_split("held_out")
     found: dict[str, Any] = {
         "samples": len(train),
         "held_out": len(held_out),
@@ -219,7 +219,7 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
     model = as_pipeline(built)
     control_training.add_from_recipe(model, recipe)
     network = prepare_trainable(model, recipe)
-    train = gathered.collection.of("train")
+    train = gathered.collection.with_split("train")
     captions, sizes = [sample.captions for sample in train], _sizes(recipe, train, gathered.bucket_of)
     on_gpu = gathered.device.type == "cuda"
     processes = many or max(started(), torch.cuda.device_count() if on_gpu else 1)

@@ -54,7 +54,7 @@ def test_gradients_pass_through_a_change_of_theory():
 
 @each_theory
 @pytest.mark.parametrize("name", times.densities())
-def test_a_density_is_normalised_and_is_what_its_quantiles_draw(name, theory):
+def test_a_density_is_normalized_and_is_what_its_quantiles_draw(name, theory):
     density = times.density(name)
     u = torch.linspace(0.001, 0.999, 41, dtype=F64)
     t = density(theory, u)
@@ -92,7 +92,7 @@ def test_a_weighted_loss_is_the_same_in_every_theory_of_a_path(name):
     costs = []
     for kind in ("ddpm-epsilon", "ddpm-x0", "ddpm-velocity", "score"):
         theory, t = get(kind), torch.tensor([0.1, 0.5, 0.9], dtype=F64)
-        _, s, _, _, det = theory.rows(t)
+        _, s, _, _, det = theory.coefficients(t)
         miss = det / s  # what an error of 1 in x_0 is in the answer
         costs.append(times.weighting(name)(theory, t) * miss.square())
     for cost in costs[1:]:
