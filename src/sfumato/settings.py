@@ -48,6 +48,8 @@ RENAMED = {
     "train.shard_within": "train.hsdp_shard_size",
     "train.context": "train.context_parallel",
     "train.virtual_ranks": "train.elastic_max_ranks",
+    "train.warmup": "train.warmup_steps",
+    "train.schedule": "train.lr_schedule",
     "train.rates": "train.lr_multipliers",
     "train.clip": "train.max_grad_norm",
     "train.ema_snapshots": "train.ema_snapshot_every",

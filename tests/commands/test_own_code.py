@@ -35,7 +35,7 @@ store = "store"
 [train]
 steps = 4
 batch = 4
-warmup = 2
+warmup_steps = 2
 save_every = 2
 validate_every = 2
 log_every = 1

@@ -175,7 +175,7 @@ def test_under_another_theory_the_first_loss_is_the_base_s_converted(theory, tmp
     recipe = write_recipe(
         "stable-diffusion-1.5", tmp_path, 'train = "lora"', "rank = 2", f'theory = "{theory}"'
     )
-    run = sfumato.train(recipe, ["train.steps=1", "train.log_every=1", "train.warmup=1"])
+    run = sfumato.train(recipe, ["train.steps=1", "train.log_every=1", "train.warmup_steps=1"])
     base = sfumato.load(tmp_path / "base")
     ready = sfumato.encode(recipe)
     to, objective = ready.model.theory, _objective(Recipe.read(recipe), ready)

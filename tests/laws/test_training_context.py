@@ -79,8 +79,8 @@ def test_losses_and_gradients_are_those_of_one_process(count, tmp_path):
 
 def _train(folder: Path, within: int, steps: int, changes: dict[str, object]) -> None:
     settings = TrainSettings(
-        steps=steps, batch=4, context_parallel=within, warmup=1, save_every=100, ema=0.9, validate_every=4,
-        learning_rate=1e-3, **changes,
+        steps=steps, batch=4, context_parallel=within, warmup_steps=1, save_every=100, ema=0.9,
+        validate_every=4, learning_rate=1e-3, **changes,
     )  # fmt: skip
     one = objective("clips", settings)
     with distributed_processes.current().first():

@@ -151,7 +151,7 @@ def test_a_codec_learns_to_give_pictures_back(tmp_path):
     torch.manual_seed(0)
     codec = ResidualCodec(stride=4, latent_channels=8, width=8)
     objective = ReconstructionObjective(codec, Pixels(), Order(8, 4), seed=0, flip=True)
-    few = TrainSettings(steps=30, batch=4, warmup=1, learning_rate=3e-3, save_every=100)
+    few = TrainSettings(steps=30, batch=4, warmup_steps=1, learning_rate=3e-3, save_every=100)
     before = float(objective.losses(1000, 0, 1).per_sample.mean().detach())
     outcome = fit(objective, codec, few, RunFolder.create(tmp_path / "run"))
     after = float(objective.losses(1000, 0, 1).per_sample.mean().detach())

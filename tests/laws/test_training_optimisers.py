@@ -13,7 +13,7 @@ from sfumato.settings import Table
 from sfumato.training.optim import ema
 from sfumato.training.optim.bf16_weights import round_stochastically
 from sfumato.training.optim.ema import EMA, decay_at
-from sfumato.training.optim.lr_schedule import SCHEDULES, factor
+from sfumato.training.optim.lr_schedule import SCHEDULES, lr_factor
 from sfumato.training.optim.run_optimizer import RunOptimizer
 from sfumato.training.optimizers import OPTIMIZERS, spec_of
 from sfumato.training.settings import TrainSettings
@@ -64,7 +64,7 @@ def stepped(name: str, weight: torch.Tensor, gradients: list[torch.Tensor]) -> R
     network = torch.nn.Linear(*weight.T.shape, bias=False)
     network.weight.data.copy_(weight)
     rate = RATES.get(name, 1e-2)
-    settings = TrainSettings(optimizer=name, learning_rate=rate, warmup=0, steps=100, ema=0)
+    settings = TrainSettings(optimizer=name, learning_rate=rate, warmup_steps=0, steps=100, ema=0)
     optimizer = RunOptimizer(network, settings)
     for step, gradient in enumerate(gradients):
         network.weight.grad = gradient.clone()
@@ -150,7 +150,7 @@ def test_weights_in_bfloat16_learn_steps_smaller_than_their_grain(weights: str, 
         weight_dtype=weights,
         optimizer=optimizer,
         learning_rate=1e-5,
-        warmup=0,
+        warmup_steps=0,
         weight_decay=0,
         steps=500,
         ema=0,
@@ -186,11 +186,11 @@ def test_rounding_is_right_on_average_and_exact_where_it_can_be():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_warm_up_stay_within_one_and_never_rise_again(name: str):
-    rates = [factor(name, step, 100, 10) for step in range(100)]
+    rates = [lr_factor(name, step, 100, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert all(0 <= rate <= 1 for rate in rates) and rates[10] == 1
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
-    assert name == "constant" or factor(name, 100, 100, 10) == pytest.approx(0)
+    assert name == "constant" or lr_factor(name, 100, 100, 10) == pytest.approx(0)
 
 
 def test_the_average_is_the_weighted_sum_of_what_it_saw():

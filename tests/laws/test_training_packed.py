@@ -168,7 +168,7 @@ def test_blocks_that_are_computed_again_and_another_theory_change_no_packed_grad
 def train(folder: Path, steps: int, changes: dict[str, object]) -> None:
     """Go on with a packed run until so many steps."""
     one = objective("clips")
-    settings = TrainSettings(steps=steps, batch=5, save_every=2, warmup=1, ema=0.9, **changes)
+    settings = TrainSettings(steps=steps, batch=5, save_every=2, warmup_steps=1, ema=0.9, **changes)
     with processes.current().first():
         run = processes.own_view(RunFolder.create(folder))
     fit(one, one.model.denoiser, settings, run, 3, say=lambda _: None)

@@ -24,7 +24,14 @@ from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.settings import TrainSettings
 
 SHAPE = (2, 4, 4)
-SETTINGS = {"steps": 12, "batch": 6, "warmup": 3, "learning_rate": 1e-2, "save_every": 5, "log_every": 2}
+SETTINGS = {
+    "steps": 12,
+    "batch": 6,
+    "warmup_steps": 3,
+    "learning_rate": 1e-2,
+    "save_every": 5,
+    "log_every": 2,
+}
 SETTINGS |= {"validate_every": 6, "ema": 0.9, "max_grad_norm": 0.5}
 
 

@@ -20,7 +20,7 @@ _MODEL = ModelSettings(
     width=192, depth=6, heads=3, patch=2, codec_stride=8, latent_channels=24, codec_width=32
 )
 _TRAIN = TrainSettings(
-    batch=16, learning_rate=1.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500,
+    batch=16, learning_rate=1.5e-3, warmup_steps=40, lr_schedule="linear", ema=0.995, save_every=500,
     keep_checkpoints=1, validate_every=0, ema_snapshot_every=0,
 )  # fmt: skip
 _SAMPLE = SampleSettings(steps=16, guidance=2.0)

@@ -22,7 +22,7 @@ _RECIPE = Recipe(
         latent_channels=32, codec_width=24, codec_batch=8,
     ),
     train=TrainSettings(
-        batch=16, learning_rate=2.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500,
+        batch=16, learning_rate=2.5e-3, warmup_steps=40, lr_schedule="linear", ema=0.995, save_every=500,
         keep_checkpoints=1, validate_every=0,
     ),
     sample=SampleSettings(steps=16, guidance=1.7),

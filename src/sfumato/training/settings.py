@@ -37,8 +37,8 @@ class TrainSettings:
     text_learning_rate: float = key(
         0.0, "that of text encoders and new words, where they are trained; 0: train.learning_rate", least=0
     )
-    warmup: int = key(100, "steps in which the learning rate rises from 0", least=0)
-    schedule: str = key(
+    warmup_steps: int = key(100, "steps in which the learning rate rises from 0", least=0)
+    lr_schedule: str = key(
         "constant",
         "the learning rate after warm-up",
         choices=("constant", "cosine", "linear", "wsd", "rex"),

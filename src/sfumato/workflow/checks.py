@@ -291,13 +291,16 @@ def _check_optimizer(recipe: Recipe, device: torch.device) -> None:
 def warned(recipe: Recipe) -> list[str]:
     """What acts, but hardly as it was meant, in sentences."""
     train, found, cores = recipe.train, list[str](), os.cpu_count() or 1
-    if train.warmup >= train.steps:
+    if train.warmup_steps >= train.steps:
         only = (
-            f" and train.schedule = {train.schedule} does not begin" if train.schedule != "constant" else ""
+            f" and train.lr_schedule = {train.lr_schedule} does not begin"
+            if train.lr_schedule != "constant"
+            else ""
         )
         found.append(
-            f"The warm-up of {train.warmup} steps (train.warmup) is as long as the run of {train.steps}: the "
-            f"learning rate rises to {train.steps / train.warmup:.0%} of train.learning_rate{only}."
+            f"The warm-up of {train.warmup_steps} steps (train.warmup_steps) is as long as the run of "
+            f"{train.steps}: the learning rate rises to {train.steps / train.warmup_steps:.0%} of "
+            f"train.learning_rate{only}."
         )
     if train.threads > cores:
         found.append(f"train.threads = {train.threads}, but there are {cores} cores: threads will wait.")

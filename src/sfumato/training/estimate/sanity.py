@@ -282,7 +282,7 @@ def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained:
 
     Where a large part was not asked, others follow at times far apart: of several experts, each has its own.
     """
-    held = TrainState(network, TrainSettings(warmup=0, learning_rate=1e-3, ema=0))
+    held = TrainState(network, TrainSettings(warmup_steps=0, learning_rate=1e-3, ema=0))
     names = [name for name, weight in network.named_parameters() if weight.requires_grad]
     seen: set[str] = set()
     asked: set[str] = set()
@@ -386,7 +386,7 @@ def _overfits(
     network.train()
     fast = TrainSettings(
         steps=tries,
-        warmup=min(5, tries - 1),
+        warmup_steps=min(5, tries - 1),
         learning_rate=max(1e-3, settings.learning_rate),
         ema=0,
         max_grad_norm=1,

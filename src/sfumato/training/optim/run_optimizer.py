@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sfumato.errors import Failed, Refused
 from sfumato.training.optim.bf16_weights import Rounding
 from sfumato.training.optim.ema import trained
-from sfumato.training.optim.lr_schedule import factor
+from sfumato.training.optim.lr_schedule import lr_factor
 from sfumato.training.optimizers import new_optimizer, spec_of
 from sfumato.training.param_groups import check
 from sfumato.training.settings import TrainSettings
@@ -74,7 +74,7 @@ class RunOptimizer:
             the learning rate of the first group.
         """
         settings = self.settings
-        scale = factor(settings.schedule, step, settings.steps, settings.warmup)
+        scale = lr_factor(settings.lr_schedule, step, settings.steps, settings.warmup_steps)
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * scale

@@ -102,7 +102,7 @@ class TrainState:
 
     def _changed(self, state: Mapping[str, Any]) -> list[str]:
         now = asdict(self.settings)
-        harmless = HARMLESS | ({"steps"} if self.settings.schedule == "constant" else set())
+        harmless = HARMLESS | ({"steps"} if self.settings.lr_schedule == "constant" else set())
         changed = [
             f"train.{name} was {was} and is {now[name]}"
             for name, was in saved_settings("train", state["settings"], TrainSettings).items()
