@@ -43,7 +43,7 @@ def work(
     device = torch.device("cpu")
     with (
         distributed_processes.joined("cpu") as processes,
-        context_parallel.shared(dit, TrainSettings(context_parallel=count), processes),
+        context_parallel.enabled_for_training(dit, TrainSettings(context_parallel=count), processes),
     ):
         for _ in range(2):
             dit.zero_grad()

@@ -13,8 +13,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from sfumato.commands import data_options as about
-from sfumato.commands import generate_options as options
+from sfumato.commands import data_options, generate_options
 from sfumato.commands.exits import answers
 from sfumato.commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
 from sfumato.commands.theory import theories
@@ -132,49 +131,52 @@ def train(
 @answers
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder or a model's.")],
-    prompt: options.Prompts = None,
-    label: options.Labels = None,
-    region: options.Regions = None,
-    negative: options.Negative = "",
-    image: options.Images = None,
-    last_image: options.LastImage = None,
-    lora: options.Loras = None,
-    embedding: options.Embeddings = None,
-    option: options.Further = None,
-    guide: options.Guides = None,
-    image_encoder: options.ImageEncoder = None,
-    control: options.Controls = None,
-    control_from: options.ControlFrom = "",
-    control_weight: options.ControlWeights = None,
-    control_start: options.ControlStarts = None,
-    control_end: options.ControlEnds = None,
-    reference: options.References = None,
-    reference_scale: options.ReferenceScale = None,
-    reference_start: options.ReferenceStart = None,
-    reference_end: options.ReferenceEnd = None,
-    init: options.Init = None,
-    strength: options.Strength = None,
-    mask: options.Mask = None,
-    count: options.Count = 1,
-    seed: options.Seed = 0,
+    prompt: generate_options.Prompts = None,
+    label: generate_options.Labels = None,
+    region: generate_options.Regions = None,
+    negative: generate_options.Negative = "",
+    image: generate_options.Images = None,
+    last_image: generate_options.LastImage = None,
+    lora: generate_options.Loras = None,
+    embedding: generate_options.Embeddings = None,
+    option: generate_options.Further = None,
+    guide: generate_options.Guides = None,
+    image_encoder: generate_options.ImageEncoder = None,
+    control: generate_options.Controls = None,
+    control_from: generate_options.ControlFrom = "",
+    control_weight: generate_options.ControlWeights = None,
+    control_start: generate_options.ControlStarts = None,
+    control_end: generate_options.ControlEnds = None,
+    reference: generate_options.References = None,
+    reference_scale: generate_options.ReferenceScale = None,
+    reference_start: generate_options.ReferenceStart = None,
+    reference_end: generate_options.ReferenceEnd = None,
+    init: generate_options.Init = None,
+    strength: generate_options.Strength = None,
+    mask: generate_options.Mask = None,
+    count: generate_options.Count = 1,
+    seed: generate_options.Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
-    guidance_form: options.GuidanceForm = None,
-    guidance_rescale: options.GuidanceRescale = None,
-    guidance_interval: options.GuidanceInterval = None,
-    guidance_perturbed: options.GuidancePerturbed = None,
-    guidance_by: options.GuidanceBy = None,
-    solver: options.Solver = "",
-    width: options.Width = 0,
-    height: options.Height = 0,
-    frames: options.Frames = 0,
-    fps: options.Fps = None,
-    format: options.Formats = None,
-    context: options.Context = 1,
-    window: options.WindowFrames = 0,
-    overlap: options.Overlap = None,
-    tile: options.Tile = 0,
-    chunk: options.Chunk = 0,
+    guidance_form: generate_options.GuidanceForm = None,
+    guidance_rescale: generate_options.GuidanceRescale = None,
+    guidance_interval: generate_options.GuidanceInterval = None,
+    pag_scale: generate_options.PagScale = None,
+    autoguidance_model: generate_options.AutoguidanceModel = None,
+    guidance_perturbed: generate_options.GuidancePerturbed = None,
+    guidance_by: generate_options.GuidanceBy = None,
+    solver: generate_options.Solver = "",
+    width: generate_options.Width = 0,
+    height: generate_options.Height = 0,
+    frames: generate_options.Frames = 0,
+    fps: generate_options.Fps = None,
+    format: generate_options.Formats = None,
+    context_parallel: generate_options.ContextParallel = None,
+    context: generate_options.Context = None,
+    window: generate_options.WindowFrames = 0,
+    overlap: generate_options.Overlap = None,
+    tile: generate_options.Tile = 0,
+    chunk: generate_options.Chunk = 0,
     out: Annotated[Path, out_option("runs/generate")] = Path("runs/generate"),
     device: Device = "auto",
     json: Json = False,
@@ -183,10 +185,10 @@ def generate(
 
     A picture depends on its own seed, not on the batch it is drawn in. Each file says what it shows.
     """
-    said = locals()
+    arguments = dict(locals())
     from sfumato.commands import generate
 
-    generate.generate(generate.GenerateRequest.of(said), json)
+    generate.generate(generate.GenerateRequest.from_arguments(arguments), json)
 
 
 @app.command()
@@ -241,15 +243,16 @@ def data(
         str, typer.Argument(metavar="DIR", help="Pictures, an embedded set, a recipe (TOML), or a store.")
     ],
     overrides: Overrides = None,
-    captions: about.Captions = None,
-    resolution: about.Resolution = None,
-    buckets: about.Buckets = None,
-    frames: about.Frames = None,
-    rate: about.Rate = None,
-    model: about.Model = None,
-    collect: about.Collect = False,
-    keep: about.Keep = None,
-    days: about.Days = 30.0,
+    captions: data_options.Captions = None,
+    resolution: data_options.Resolution = None,
+    buckets: data_options.Buckets = None,
+    frames: data_options.Frames = None,
+    fps: data_options.Fps = None,
+    rate: data_options.Rate = None,
+    model: data_options.Model = None,
+    collect: data_options.Collect = False,
+    keep: data_options.Keep = None,
+    days: data_options.Days = 30.0,
     out: Annotated[Path, out_option("runs/data")] = Path("runs/data"),
     json: Json = False,
 ) -> None:
@@ -264,16 +267,17 @@ def data(
         from sfumato.commands import store
 
         return store.store(Path(what).expanduser(), keep or [], days, collect, json)
-    said = {
+    plan = {
         "captions": captions,
         "resolution": resolution,
         "buckets": buckets,
         "frames": frames,
+        "fps": fps,
         "rate": rate,
         "model": model,
     }
-    asked = {name: value for name, value in said.items() if value is not None}
-    data.data(what, overrides or [], asked, out, json)
+    given = {name: value for name, value in plan.items() if value is not None}
+    data.data(what, overrides or [], given, out, json)
 
 
 @app.command()

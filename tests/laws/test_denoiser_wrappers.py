@@ -135,9 +135,9 @@ def test_wrappers_of_wrappers_hand_on_the_same_guidance():
 def test_our_dit_beside_a_guide_draws_with_perturbed_attention():
     """Law: what it draws alone it draws beside a guide that says nothing yet, bit for bit."""
     model = painter(conditioner=Letters())
-    alone = drawn(model, guidance_perturbed=1.5)
+    alone = drawn(model, pag_scale=1.5)
     add_control_modules(model, [ControlPlan("controlnet")])
-    assert torch.equal(drawn(model, guidance_perturbed=1.5), alone)
+    assert torch.equal(drawn(model, pag_scale=1.5), alone)
     assert not torch.equal(drawn(model), alone)
 
 

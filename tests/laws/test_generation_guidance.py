@@ -1,4 +1,4 @@
-"""Laws of leaning: every form of guidance acts or is refused, and a model can be asked under any theory."""
+"""Laws of guidance: every form of guidance acts or is refused, and a model can be asked under any theory."""
 
 import math
 
@@ -67,15 +67,15 @@ WAYS = {
     "projected": {"guidance_form": "apg"},
     "rescaled": {"guidance_rescale": 0.7},
     "interval": {"guidance_interval": (0.3, 3.0)},
-    "perturbed": {"guidance_perturbed": 2.0},
-    "perturbed alone": {"guidance_perturbed": 2.0, "guidance": 1.0},
-    "autoguided": {"guidance_by": painter(1)},
-    "autoguided by another theory": {"guidance_by": painter(1, "ddpm-velocity")},
+    "perturbed": {"pag_scale": 2.0},
+    "perturbed alone": {"pag_scale": 2.0, "guidance": 1.0},
+    "autoguided": {"autoguidance_model": painter(1)},
+    "autoguided by another theory": {"autoguidance_model": painter(1, "ddpm-velocity")},
     "all": {
         "guidance_form": "apg",
         "guidance_rescale": 0.5,
         "guidance_interval": (0.1, 9.0),
-        "guidance_perturbed": 1.0,
+        "pag_scale": 1.0,
     },
 }
 
@@ -94,18 +94,18 @@ def test_what_does_nothing_gives_the_plain_picture():
     plain = drawn(model)
     for same in (
         {"guidance_interval": (0.0, math.inf)},
-        {"guidance_perturbed": 0.0},
+        {"pag_scale": 0.0},
         {"guidance_rescale": 0.0},
     ):
         torch.testing.assert_close(drawn(model, **same), plain)
-    own = drawn(model, guidance_by=model)
+    own = drawn(model, autoguidance_model=model)
     torch.testing.assert_close(own, drawn(model, guidance=1.0), rtol=1e-3, atol=1e-3)
 
 
 def test_the_answers_of_one_time_come_from_one_call():
     model, sizes = painter(), []
     hook = model.denoiser.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    drawn(model, guidance_perturbed=1.0)
+    drawn(model, pag_scale=1.0)
     assert set(sizes) == {6}  # two pictures: prompted, unprompted, disturbed
     sizes.clear()
     drawn(model, guidance_interval=(0.3, 3.0))
@@ -128,9 +128,9 @@ def test_disturbed_attention_is_a_matter_of_the_sample():
         ({"guidance_form": "apq"}, 'mean "apg"'),
         ({"guidance_rescale": 1.5}, "between 0 and 1"),
         ({"guidance_interval": (3.0, 0.3)}, "the lower first"),
-        ({"guidance_perturbed": -1.0}, "0 or above"),
+        ({"pag_scale": -1.0}, "0 or above"),
         ({"guidance_rescale": 0.5, "guidance": 1.0}, "guidance other than 1"),
-        ({"guidance_by": painter(1), "negative": "dog"}, "one of them"),
+        ({"autoguidance_model": painter(1), "negative": "dog"}, "one of them"),
     ],
 )
 def test_what_would_not_act_is_refused(said, words):
@@ -142,10 +142,10 @@ def test_a_network_that_cannot_be_disturbed_says_so():
     model = painter()
     model.denoiser.guidance = GuidancePolicy()
     with pytest.raises(Refused, match="our DiT does"):
-        drawn(model, guidance_perturbed=1.0)
+        drawn(model, pag_scale=1.0)
     with pytest.raises(Refused, match="how this model leans by itself"):
         model.denoiser.guidance = GuidancePolicy(has_own_form=True)
-        GuidanceOptions(form="apg").validate(model.denoiser, True, False)
+        GuidanceOptions(guidance_form="apg").validate(model.denoiser, True, False)
 
 
 # ---------------------------------------------------------------- a model under another theory
@@ -181,11 +181,12 @@ def test_a_model_draws_the_same_picture_under_every_theory_of_the_same_ends():
 
 
 def test_a_model_draws_as_its_recipe_said_unless_told_otherwise():
-    """Law: info["leaning"] stands for the same arguments; what is said at a call goes before it."""
-    model, said = painter(), {"form": "apg", "rescale": 0.5, "interval": [0.1, 9.0]}
+    """Law: info["guidance_options"] stands for the same arguments; what is said at a call goes before it."""
+    said = {"guidance_form": "apg", "guidance_rescale": 0.5, "guidance_interval": [0.1, 9.0]}
+    model = painter()
     wanted = drawn(model, guidance_form="apg", guidance_rescale=0.5, guidance_interval=(0.1, 9.0))
     plain, unguided = drawn(model), drawn(model, guidance=1.0)
-    model.info["leaning"] = said
+    model.info["guidance_options"] = said
     assert torch.equal(drawn(model), wanted) and not torch.equal(wanted, plain)
     assert torch.equal(drawn(model, guidance=1.0), unguided)  # nothing to shape: left out, not refused
     back = {"guidance_form": "cfg", "guidance_rescale": 0.0, "guidance_interval": (0.0, math.inf)}
@@ -199,11 +200,32 @@ def test_a_weaker_model_may_be_named_by_its_folder_and_is_read_once(monkeypatch)
     monkeypatch.setattr(
         "sfumato.generation.pipeline.load", lambda place, device: read.append(place) or weaker
     )
-    wanted = drawn(model, guidance_by=weaker)
-    torch.testing.assert_close(drawn(model, guidance_by="runs/weak"), wanted)
-    model.info["leaning"] = {"by": "runs/weak"}
+    wanted = drawn(model, autoguidance_model=weaker)
+    torch.testing.assert_close(drawn(model, autoguidance_model="runs/weak"), wanted)
+    model.info["guidance_options"] = {"autoguidance_model": "runs/weak"}
     torch.testing.assert_close(drawn(model), wanted)
     assert read == ["runs/weak"]
+
+
+def test_the_names_of_0_1_are_understood_in_a_call_and_in_a_saved_model():
+    """Law: guidance_perturbed, guidance_by and info["leaning"] are what they were; both names are refused."""
+    model, weaker = painter(), painter(1)
+    wanted = drawn(model, pag_scale=1.5, autoguidance_model=weaker)
+    assert torch.equal(drawn(model, guidance_perturbed=1.5, guidance_by=weaker), wanted)
+    with pytest.raises(Refused, match="former name of pag_scale"):
+        drawn(model, guidance_perturbed=1.5, pag_scale=1.0)
+    ways = {"form": "apg", "rescale": 0.5, "interval": [0.1, 9.0], "perturbed": 1.5, "by": weaker}
+    model.info["leaning"] = ways
+    old = drawn(model)
+    del model.info["leaning"]
+    model.info["guidance_options"] = {
+        "guidance_form": "apg",
+        "guidance_rescale": 0.5,
+        "guidance_interval": [0.1, 9.0],
+        "pag_scale": 1.5,
+        "autoguidance_model": weaker,
+    }
+    assert torch.equal(drawn(model), old) and not torch.equal(old, wanted)
 
 
 @pytest.mark.parametrize(
@@ -231,4 +253,8 @@ def test_a_recipe_whose_guidance_acts_is_taken(tmp_path):
     file.write_text("[sample]\nguidance_form = 'apg'\nguidance_interval = [0.2, 5]\nguidance_perturbed = 1\n")
     recipe = Recipe.read(file)
     check_guidance(recipe, new_codec(SETTINGS), Letters(), None)
-    assert recipe.sample.leaning == {"form": "apg", "interval": [0.2, 5.0], "perturbed": 1.0}
+    assert recipe.sample.guidance_options == {
+        "guidance_form": "apg",
+        "guidance_interval": [0.2, 5.0],
+        "pag_scale": 1.0,
+    }

@@ -50,7 +50,7 @@ def gradients(kind: str, within: int) -> dict[str, Tensor]:
     one, processes = objective(kind, settings), distributed_processes.current()
     named = dict(one.model.denoiser.named_parameters())
     sums, division = Gradients(list(named.values()), processes, False), BatchSplit.of(settings, processes)
-    with context_parallel.shared(one.model.denoiser, settings, processes):
+    with context_parallel.enabled_for_training(one.model.denoiser, settings, processes):
         for part in division.mine:
             losses = one.losses(1, part, division.parts)
             share = losses.per_sample.sum() / losses.of

@@ -143,13 +143,13 @@ GuidanceInterval = Annotated[
     Optional[tuple[float, float]],
     typer.Option(metavar="LOW HIGH", help="Guide only while noise/signal lies between these."),
 ]
-GuidancePerturbed = Annotated[
+PagScale = Annotated[
     Optional[float],
-    typer.Option(metavar="X", help="Also lean away from the model with disturbed attention."),
+    typer.Option(metavar="X", help="Also lean away from the model with perturbed attention."),
 ]
-GuidanceBy = Annotated[
+AutoguidanceModel = Annotated[
     Optional[Path],
-    typer.Option(metavar="RUN_OR_MODEL", help="Lean away from this weaker model (autoguidance)."),
+    typer.Option(metavar="RUN_OR_MODEL", help="Lean away from this weaker model."),
 ]
 
 # Clips
@@ -169,9 +169,20 @@ Tile = Annotated[int, typer.Option(metavar="N", min=0, help="Decode in tiles of 
 Chunk = Annotated[int, typer.Option(metavar="N", min=0, help="Decode N frames of a clip at once.")]
 
 # Who draws
-Context = Annotated[
-    int,
+ContextParallel = Annotated[
+    Optional[int],
     typer.Option(
         metavar="N", min=1, help="So many processes (torchrun) draw each picture or clip, sharing its tokens."
     ),
+]
+
+# Former names, read with a note: `options.RENAMED_OPTIONS` says of what
+GuidancePerturbed = Annotated[
+    Optional[float], typer.Option(hidden=True, help="The former name of --pag-scale.")
+]
+GuidanceBy = Annotated[
+    Optional[Path], typer.Option(hidden=True, help="The former name of --autoguidance-model.")
+]
+Context = Annotated[
+    Optional[int], typer.Option(min=1, hidden=True, help="The former name of --context-parallel.")
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 from sfumato import models
 from sfumato.errors import Refused
 from sfumato.generation import image_guidance
-from sfumato.generation.guidance import GuidanceOptions, mark_perturbed
+from sfumato.generation.guidance import GuidanceOptions, mark_perturbed, saved_options
 from sfumato.generation.image_guidance import ImageGuidance
 from sfumato.generation.regions import Regions, parse_regions
 from sfumato.generation.video import VideoConditioning, parse_video
@@ -421,14 +421,14 @@ class Pipeline(Model):
 
         answers = [shows.add_to(prompted).to(self.device)]
         alone = asked_of(*answers)
-        if not leans and not how.perturbed:
+        if not leans and not how.pag_scale:
             return alone
         other = how.autoguidance_denoiser(self, [wish.prompt for wish in todo], given)
         if leans and other is None:
             with torch.no_grad():
                 weak = shows.add_to(self.conditioner.encode_negative(away, **given), is_weak=True)
             answers.append(weak.to(self.device))
-        if how.perturbed:
+        if how.pag_scale:
             answers = [*(mark_perturbed(one, False) for one in answers), mark_perturbed(answers[0], True)]
 
         def form(strong: Denoise, *others: Denoise) -> Denoise:
@@ -437,9 +437,9 @@ class Pipeline(Model):
             return how.apply(self.theory, policy, guidance, extra, strong, weak, perturbed)
 
         guided = forms.batched_call(asked_of(*answers), form, len(answers))
-        if how.interval is None:
+        if how.guidance_interval is None:
             return guided
-        return forms.only_in_interval(alone, guided, self.theory, *how.interval)
+        return forms.only_in_interval(alone, guided, self.theory, *how.guidance_interval)
 
     def guidance_options(self, options: dict[str, Any]) -> GuidanceOptions:
         """Take what is said about guidance out of `options`; the rest is as the model's recipe had it.
@@ -447,13 +447,13 @@ class Pipeline(Model):
         Raises:
             Refused: a value that cannot be meant, a weaker model that cannot be read.
         """
-        how = GuidanceOptions.pop_from(options, self.info.get("leaning"))
-        if not isinstance(how.by, str | Path):
+        how = GuidanceOptions.pop_from(options, saved_options(self.info))
+        if not isinstance(how.autoguidance_model, str | Path):
             return how
-        place, known = str(how.by), self.__dict__.setdefault("_weaker", {})
+        place, known = str(how.autoguidance_model), self.__dict__.setdefault("_weaker", {})
         if place not in known:
             known[place] = load(place, device=str(self.device))
-        return replace(how, by=known[place])
+        return replace(how, autoguidance_model=known[place])
 
     def step_times(self, course: SamplingSchedule) -> list[float]:
         """The times at which steps begin, and the end; without a grid, as if they were even in time."""

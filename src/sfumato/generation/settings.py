@@ -6,7 +6,7 @@ from typing import Any
 from sfumato.settings import key
 
 FORMS = ("cfg", "cfg-zero-star", "apg")
-"""Of guidance: `leaning` says what each is."""
+"""Of guidance: `generation.guidance` says what each is."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class SampleSettings:
     seed: int = key(0, "picture i is drawn from seed + i", least=0)
 
     @property
-    def leaning(self) -> dict[str, Any]:
-        """What is said about how guidance leans, by the names of `GuidanceOptions`; defaults are left out."""
+    def guidance_options(self) -> dict[str, Any]:
+        """What is said about guidance beside its scale, as `GuidanceOptions` takes it, without defaults."""
         said = {
-            "form": self.guidance_form if self.guidance_form != "cfg" else None,
-            "rescale": self.guidance_rescale,
-            "interval": list(self.guidance_interval),
-            "perturbed": self.pag_scale,
-            "by": self.autoguidance_model,
+            "guidance_form": self.guidance_form if self.guidance_form != "cfg" else None,
+            "guidance_rescale": self.guidance_rescale,
+            "guidance_interval": list(self.guidance_interval),
+            "pag_scale": self.pag_scale,
+            "autoguidance_model": self.autoguidance_model,
         }
         return {name: value for name, value in said.items() if value}

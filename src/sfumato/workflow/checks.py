@@ -214,15 +214,15 @@ def check_guidance(
     """Raises Refused where [sample] says something about guidance that would not act on what is drawn."""
     said, has_negative = recipe.sample, bool(recipe.sample.negative)
     network = base.denoiser if base else NETWORKS.get(recipe.model.denoiser)
-    if not said.leaning or network is None:  # a network of one's own is asked when it draws
+    if not said.guidance_options or network is None:  # a network of one's own is asked when it draws
         return
     guidance = said.guidance
     if base is not None and recipe.origin("sample.guidance") == DEFAULT:
         guidance = float(base.info.get("guidance", guidance))
-    options = {f"guidance_{name}": value for name, value in said.leaning.items()}
+    options = said.guidance_options
     try:
         if said.autoguidance_model:
-            options["guidance_by"] = load(said.autoguidance_model)
+            options["autoguidance_model"] = load(said.autoguidance_model)
         how = GuidanceOptions.pop_from(options)
         policy = network.guidance
         scale = policy.guidance_at(guidance, base.theory.t_noise if base else 1.0, policy.options)

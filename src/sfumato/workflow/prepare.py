@@ -152,8 +152,8 @@ def model_of(recipe: Recipe, gathered: ResolvedRecipe, codec: models.Codec) -> P
     if base is None:
         model.info |= {"resolution": recipe.data.resolution}
         model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
-    if recipe.sample.leaning:
-        model.info["leaning"] = recipe.sample.leaning
+    if recipe.sample.guidance_options:
+        model.info["guidance_options"] = recipe.sample.guidance_options
     model.to(gathered.device)
     control_training.guide(model, recipe)
     model.codec.eval().requires_grad_(False)

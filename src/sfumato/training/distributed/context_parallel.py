@@ -49,19 +49,19 @@ def _many(count: int) -> str:
 
 
 @contextmanager
-def shared(network: nn.Module, settings: TrainSettings, processes: Processes) -> Iterator[None]:
+def enabled_for_training(network: nn.Module, settings: TrainSettings, processes: Processes) -> Iterator[None]:
     """Inside it the processes of a group share each sample that the network is asked about.
 
     Raises:
         Refused: the network cannot, or the processes are too few or many.
     """
     check(settings, processes.count)
-    with divided(network, settings.context_parallel, processes):
+    with enabled(network, settings.context_parallel, processes):
         yield
 
 
 @contextmanager
-def drawers(within: int, device: str) -> Iterator[Processes]:
+def drawing_processes(within: int, device: str) -> Iterator[Processes]:
     """The processes that torchrun started, joined if so many of them draw each picture together.
 
     Raises:
@@ -73,15 +73,16 @@ def drawers(within: int, device: str) -> Iterator[Processes]:
         return
     if started != within:
         raise Refused(
-            f"--context {within} lets {within} processes draw each picture together, but {_many(started)} "
-            f"started. Say torchrun --nproc-per-node {within} -m sfumato generate … --context {within}."
+            f"--context-parallel {within} lets {within} processes draw each picture together, but "
+            f"{_many(started)} started. Say torchrun --nproc-per-node {within} -m sfumato generate … "
+            f"--context-parallel {within}."
         )
     with distributed_processes.joined(device) as processes:
         yield processes
 
 
 @contextmanager
-def divided(network: nn.Module, within: int, processes: Processes) -> Iterator[None]:
+def enabled(network: nn.Module, within: int, processes: Processes) -> Iterator[None]:
     """Inside it groups of so many processes share each sample; raises Refused if the network cannot."""
     if within == 1:
         yield

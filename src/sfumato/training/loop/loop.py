@@ -112,7 +112,7 @@ def fit(
         with (
             told(loop.callbacks),
             device.kept_memory(loop.device),
-            context_parallel.shared(network, settings, loop.processes),
+            context_parallel.enabled_for_training(network, settings, loop.processes),
             profiling.watched(profile if loop.processes.is_rank_zero else None, loop.say) as loop.watched,
             Signals(patient=loop.processes.count > 1) as loop.signals,
         ):
