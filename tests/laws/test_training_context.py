@@ -16,8 +16,13 @@ from sfumato.models.networks import blocks
 from sfumato.run_folder import RunFolder
 from sfumato.theory import get
 from sfumato.training.distributed import context_parallel
-from sfumato.training.distributed import processes as distributed_processes
-from sfumato.training.distributed.processes import BatchSplit, Gradients, Processes
+from sfumato.training.distributed.processes import (
+    BatchSplit,
+    Gradients,
+    Processes,
+    current_processes,
+    run_folder_of_rank,
+)
 from sfumato.training.loop.loop import fit
 from sfumato.training.loop.validation import ValidationLoss
 from sfumato.training.objective.diffusion import DiffusionObjective
@@ -47,7 +52,7 @@ def objective(kind: str, settings: TrainSettings) -> DiffusionObjective:
 def gradients(kind: str, within: int) -> dict[str, Tensor]:
     """The loss and gradients of one step, summed over the processes as the loop sums them."""
     settings = TrainSettings(batch=4, context_parallel=within, **WORLDS[kind][2])
-    one, processes = objective(kind, settings), distributed_processes.current()
+    one, processes = objective(kind, settings), current_processes()
     named = dict(one.model.denoiser.named_parameters())
     sums, division = Gradients(list(named.values()), processes, False), BatchSplit.of(settings, processes)
     with context_parallel.enabled_for_training(one.model.denoiser, settings, processes):
@@ -63,7 +68,7 @@ def gradients(kind: str, within: int) -> dict[str, Tensor]:
 def _keep(folder: Path, within: int) -> None:
     for kind in WORLDS:
         found = gradients(kind, within)
-        if distributed_processes.current().is_rank_zero:
+        if current_processes().is_rank_zero:
             save_file(found, folder / f"{kind}.safetensors")
 
 
@@ -83,8 +88,8 @@ def _train(folder: Path, within: int, steps: int, changes: dict[str, object]) ->
         validate_every=4, learning_rate=1e-3, **changes,
     )  # fmt: skip
     one = objective("clips", settings)
-    with distributed_processes.current().first():
-        run = distributed_processes.own_view(RunFolder.create(folder))
+    with current_processes().first():
+        run = run_folder_of_rank(RunFolder.create(folder))
     measure = ValidationLoss(one, Encoded([CLIP] * 3), one.encoded, run, samples=3, levels=2, batch=2)
     fit(one, one.model.denoiser, settings, run, 3, held_out=measure, say=lambda _: None)
 

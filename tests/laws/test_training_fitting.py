@@ -105,7 +105,7 @@ def test_processes_divide_a_network_where_whole_copies_do_not_fit():
     chosen, _ = fit_memory.fit(found, divided.memory.peak / (1 - fit_memory.RESERVE) * 1.01)
     assert chosen.keys["train.parallel"] == "fsdp" and "divided" in " ".join(chosen.reasons)
     assert all(way.keys.get("train.gradient_accumulation", 1) * 4 <= 16 for way in found)
-    nodes = fit_memory.ways(counted, settings, options(processes=4, within=2, known=many.known))
+    nodes = fit_memory.ways(counted, settings, options(processes=4, shard_size=2, known=many.known))
     assert {way.keys["train.parallel"] for way in nodes} == {"ddp", "hsdp", "fsdp"}
 
 

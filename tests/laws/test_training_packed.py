@@ -19,7 +19,7 @@ from sfumato.models.networks.dit import DiT
 from sfumato.models.networks.packed_sequence import PackedSequence
 from sfumato.run_folder import RunFolder
 from sfumato.theory import get, noise
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes, run_folder_of_rank
 from sfumato.training.estimate import memory as planning
 from sfumato.training.estimate import probe
 from sfumato.training.loop.loop import fit
@@ -169,8 +169,8 @@ def train(folder: Path, steps: int, changes: dict[str, object]) -> None:
     """Go on with a packed run until so many steps."""
     one = objective("clips")
     settings = TrainSettings(steps=steps, batch=5, save_every=2, warmup_steps=1, ema=0.9, **changes)
-    with processes.current().first():
-        run = processes.own_view(RunFolder.create(folder))
+    with current_processes().first():
+        run = run_folder_of_rank(RunFolder.create(folder))
     fit(one, one.model.denoiser, settings, run, 3, say=lambda _: None)
 
 

@@ -155,8 +155,8 @@ def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
 def check_context(recipe: Recipe, base: Pipeline | None, count: int) -> None:
     """Raises Refused where samples are to be shared by some of `count` processes, and cannot be."""
     context_parallel.check(recipe.train, count)
-    model, within = recipe.model, recipe.train.context_parallel
-    if within == 1:
+    model, group_size = recipe.model, recipe.train.context_parallel
+    if group_size == 1:
         return
     if model.train in control.KINDS:
         raise Refused(
@@ -169,24 +169,24 @@ def check_context(recipe: Recipe, base: Pipeline | None, count: int) -> None:
             "does. Leave model.dropout at 0, or train.context_parallel at 1."
         )
     if base is not None:
-        base.denoiser.check_context_parallel(within)
+        base.denoiser.check_context_parallel(group_size)
     elif model.denoiser != "dit":
         raise Refused(no_context_parallel(f'model.denoiser = "{model.denoiser}"'))
     else:
-        check_heads(model.heads, within)
+        check_heads(model.heads, group_size)
 
 
 def check_tokens(recipe: Recipe, codec: models.Codec, base: Pipeline | None, sizes: Iterable[Bucket]) -> None:
     """Raises Refused unless samples of our DiT in these sizes can be shared evenly."""
-    within, frames = recipe.train.context_parallel, recipe.data.frames or 1
-    if within == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
+    group_size, frames = recipe.train.context_parallel, recipe.data.frames or 1
+    if group_size == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
         return
     patch = base.denoiser.grain if base else recipe.model.patch
     for width, height in sizes:
         shape = codec.latent_shape(width, height, frames)
         tokens = math.prod(shape[1:]) // patch**2
-        if tokens % within:
-            raise Refused(uneven(tokens, within))
+        if tokens % group_size:
+            raise Refused(uneven(tokens, group_size))
 
 
 def grain_of(recipe: Recipe, base: Pipeline | None) -> int:

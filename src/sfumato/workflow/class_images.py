@@ -14,7 +14,7 @@ from sfumato.generation import Pipeline
 from sfumato.generation.files import png
 from sfumato.recipe import DEFAULT, Recipe
 from sfumato.run_folder import write_atomic
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.objective.prior_preservation import WithPrior
 from sfumato.workflow import control_training
@@ -93,7 +93,7 @@ def samples(
     if known or not is_asked(recipe):
         return list(known)
     place = home(recipe, model)
-    with processes.current().first():
+    with current_processes().first():
         draw(recipe, model, place, progress)
     prompt, count = recipe.data.class_prompt, recipe.data.num_class_images
     return [Sample(f"prior/{name(i)}", (prompt,), place / name(i)) for i in range(count)]

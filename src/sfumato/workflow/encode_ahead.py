@@ -13,8 +13,7 @@ from sfumato.data.encoding.streaming_dataset import StreamingDataset
 from sfumato.errors import Refused
 from sfumato.recipe import Recipe
 from sfumato.run_folder import write_atomic
-from sfumato.training.distributed import processes as distributed_processes
-from sfumato.training.distributed.processes import BatchSplit
+from sfumato.training.distributed.processes import BatchSplit, current_processes
 from sfumato.training.estimate.fit_memory import bytes_of
 from sfumato.training.objective.diffusion import share
 from sfumato.training.objective.packed_batches import alike
@@ -46,7 +45,7 @@ def bounded(found: StreamingDataset, recipe: Recipe) -> RingDataset | None:
     shown = [some for item in found.items for some in (item.pictures, *item.companions.values())]
     if sum(place.length for some in shown for place in some) <= limit:
         return None
-    processes = distributed_processes.current()
+    processes = current_processes()
     home = home_of(recipe)
     home.mkdir(parents=True, exist_ok=True)
     write_atomic(home / OWNER, json.dumps({"owner": recipe.output}))
@@ -68,7 +67,7 @@ def look_ahead(train: EncodedDataset, order: BatchSampler | Curriculum, recipe: 
     """Let a bounded set encode what this process's next steps show; any other set needs nothing."""
     if not isinstance(train, RingDataset):
         return
-    division = BatchSplit.of(recipe.train, distributed_processes.current())
+    division = BatchSplit.of(recipe.train, current_processes())
 
     def asked(step: int) -> Sequence[tuple[Sequence[int], int]]:
         indices, epoch = order.at(step)

@@ -19,8 +19,7 @@ from sfumato.data.store.store import Store
 from sfumato.errors import Refused
 from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
-from sfumato.training.distributed import processes as distributed_processes
-from sfumato.training.distributed.processes import BatchSplit
+from sfumato.training.distributed.processes import BatchSplit, current_processes
 from sfumato.training.loop.loop import to_stderr
 from sfumato.workflow import base_images, condition_encoders, encode_ahead, finetune
 from sfumato.workflow.dataset import Bucket
@@ -39,7 +38,7 @@ def _order(recipe: Recipe, shown: EncodedDataset, typical: EncodedDataset) -> Ba
     settings = recipe.train
     size: int | Callable[[Any], int] = settings.batch
     if settings.sequence_packing and recipe.data.token_budget:
-        least = BatchSplit.of(settings, distributed_processes.current()).parts
+        least = BatchSplit.of(settings, current_processes()).parts
         tokens = [math.prod(shape[1:]) for shape in shown.buckets]
         return PackedSampler(
             tokens, _as_costly(settings.batch, shown, typical), recipe.seed, shown.repeats, least
@@ -109,7 +108,7 @@ def encoded_samples(
     guided = is_guided(model) and not finetune.text_plan_of(recipe)  # what learns is asked in every step
     how, data = encoding_of(recipe, model), recipe.data
     store = Store(recipe.data.cache_dir)
-    processes, texts = distributed_processes.current(), None
+    processes, texts = current_processes(), None
     if guided:
         beside_it = base_images.is_read_beside(model.conditioner)
         texts = base_images.reader_beside(model, data, samples) if beside_it else reader_of(model)

@@ -12,7 +12,7 @@ from sfumato.generation.files import DEFAULT_FPS, contents, is_clip
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder, write_atomic
 from sfumato.theory import noise
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes
 from sfumato.workflow.draw_sizes import Size, draw_in_sizes
 
 SHOWN = 8
@@ -88,11 +88,11 @@ class Preview:
             seed += len(group.prompts)
             names = self._draw(group, seeds, step)
             told: dict[str, Any] = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
-            if group.guides and processes.current().is_rank_zero:
+            if group.guides and current_processes().is_rank_zero:
                 told["shown"] = write_shown(self.run, group.name or "prompt", group.guides, self.fps)
-            processes.current().wait()
+            current_processes().wait()
             self.run.event("pictures", step=step, files=names, **told)
-        if processes.current().is_rank_zero:
+        if current_processes().is_rank_zero:
             self.after()
 
     @property
@@ -102,7 +102,7 @@ class Preview:
 
     def _draw(self, group: PreviewGroup, seeds: list[int], step: int) -> list[str]:
         """Draw and write this process's share; the names of all files, in the run's folder."""
-        sample, mine = self.recipe.sample, processes.current().indices_of_rank(len(seeds))
+        sample, mine = self.recipe.sample, current_processes().indices_of_rank(len(seeds))
         sizes = group.sizes or (None,) * len(seeds)
         pictures = draw_in_sizes(
             self.model,
@@ -117,7 +117,7 @@ class Preview:
             self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"
             for index in range(len(seeds))
         ]
-        for index, picture in zip(mine, pictures, strict=True) if processes.current().is_group_leader else ():
+        for index, picture in zip(mine, pictures, strict=True) if current_processes().is_group_leader else ():
             said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
             (content,) = contents(picture, kind, said, self.fps).values()
             write_atomic(files[index], content)

@@ -17,7 +17,7 @@ from sfumato.models.files import write_checksums
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder, atomic_folder
 from sfumato.theory import noise
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes, run_folder_of_rank
 from sfumato.training.loop import loop as training_loop
 from sfumato.training.objective.reconstruction import ReconstructionObjective, to_pixels
 from sfumato.training.settings import TrainSettings
@@ -98,7 +98,7 @@ def ready_codec(
     )
     pictures = Pictures(few(samples, bucket_of, recipe.data.frames), bucket_of, how)
     train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
-    if processes.current().is_rank_zero:
+    if current_processes().is_rank_zero:
         with atomic_folder(home) as beside:
             save_stage(codec, beside)
             write_checksums(beside)
@@ -149,8 +149,8 @@ def train_codec(
     settings = settings_of(recipe)
     order = BatchSampler(pictures.buckets, min(settings.batch, len(pictures)), recipe.seed)
     objective = ReconstructionObjective(codec, pictures, order, recipe.seed, flip=recipe.data.flip)
-    with processes.current().first():
-        run = processes.own_view(RunFolder.create(folder, "# a codec, trained for the runs that need it\n"))
+    with current_processes().first():
+        run = run_folder_of_rank(RunFolder.create(folder, "# a codec, trained for the runs that need it\n"))
     with run.lock():
         training_loop.fit(
             objective, codec, settings, run, recipe.seed, progress=progress, phase="codec", say=say

@@ -12,7 +12,7 @@ from sfumato.models.pretrained.train_text_encoders import untrainable_encoders
 from sfumato.recipe import Recipe
 from sfumato.report import run_page
 from sfumato.run_folder import RunFolder
-from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.distributed.processes import current_processes, join_processes, run_folder_of_rank
 from sfumato.training.loop.callbacks import Callback
 from sfumato.training.loop.loop import fit, to_stderr
 from sfumato.training.loop.validation import ValidationLoss
@@ -94,7 +94,7 @@ def encode(
     objects = {"dataset": dataset, "codec": codec, "conditioner": conditioner}
     with (
         handed_over(read_recipe(recipe, overrides), objects) as asked,
-        distributed_processes.joined(asked.train.device) as processes,
+        join_processes(asked.train.device) as processes,
     ):
         if not processes.is_rank_zero:
             progress, say = None, lambda sentence: None
@@ -170,7 +170,7 @@ def train(
     }
     with (
         handed_over(read_recipe(recipe, overrides), objects) as asked,
-        distributed_processes.joined(asked.train.device) as processes,
+        join_processes(asked.train.device) as processes,
     ):
         if not processes.is_rank_zero:
             progress, say = None, lambda sentence: None
@@ -178,7 +178,7 @@ def train(
         gathered = resolve_recipe(asked)
         check_context(asked, gathered.base, processes.count)
         with processes.first():
-            run = distributed_processes.own_view(RunFolder.create(asked.output))
+            run = run_folder_of_rank(RunFolder.create(asked.output))
         with run.lock():
             with processes.first():
                 for note in check_resume(run, asked, content_of(gathered.samples)):
@@ -199,7 +199,7 @@ def _train(
     say: Say,
     profile: bool = False,
 ) -> int:
-    model, leads = prepared.model, distributed_processes.current().is_rank_zero
+    model, leads = prepared.model, current_processes().is_rank_zero
     if leads:
         save_base_reference(model, recipe, run.path / "model")
     for note in untrainable_encoders(model, text_plan_of(recipe)):

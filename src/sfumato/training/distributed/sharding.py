@@ -116,19 +116,19 @@ def shards_of(network: nn.Module) -> Shards | None:
     return _SHARDED.get(network)
 
 
-def shard(network: nn.Module, processes: Processes, precision: str, within: int = 0) -> Shards:
+def shard(network: nn.Module, processes: Processes, precision: str, shard_size: int = 0) -> Shards:
     """Divide a network among the processes, block by block; all begin with the leading one's weights.
 
     Args:
         precision: "fp32", "bf16" or "fp16": what weights are gathered and computed in; sums are float32.
-        within: hybrid: so many processes share one copy of the network; 0: all of them.
+        shard_size: hybrid: so many processes share one copy of the network; 0: all of them.
     """
     # Importing it takes a while, which runs that need none of it should not wait for.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     processes.broadcast_weights(network)
     device = next(network.parameters()).device
-    mesh, copies = _mesh(device.type, processes.count, within)
+    mesh, copies = _mesh(device.type, processes.count, shard_size)
     narrow = NARROW.get(precision)
     policy = MixedPrecisionPolicy(
         param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
@@ -171,14 +171,14 @@ def _sum_over_processes(gradients: Sequence[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def _mesh(kind: str, count: int, within: int) -> tuple[Any, int]:
+def _mesh(kind: str, count: int, shard_size: int) -> tuple[Any, int]:
     """(the processes in rows that share a copy each, how many copies there are)."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    if not within or within == count:
+    if not shard_size or shard_size == count:
         return init_device_mesh(kind, (count,)), 1
-    copies = count // within
-    return init_device_mesh(kind, (copies, within), mesh_dim_names=("copies", "shares")), copies
+    copies = count // shard_size
+    return init_device_mesh(kind, (copies, shard_size), mesh_dim_names=("copies", "shares")), copies
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -25,12 +25,12 @@ ROOM = 0.3
 class Strategy:
     """How processes share the run: "one", "exact", "ddp", "fsdp" or "hsdp"; why in a half sentence.
 
-    within: hsdp: processes that share one copy; 0 otherwise.
+    shard_size: hsdp: processes that share one copy; 0 otherwise.
     """
 
     name: str
     why: str
-    within: int = 0
+    shard_size: int = 0
 
     @property
     def is_divided(self) -> bool:
@@ -39,7 +39,7 @@ class Strategy:
 
     def share(self, count: int) -> int:
         """Among how many processes one copy of weights, gradients, moments and averages is divided."""
-        return {"fsdp": count, "hsdp": self.within}.get(self.name, 1)
+        return {"fsdp": count, "hsdp": self.shard_size}.get(self.name, 1)
 
 
 def choose(settings: TrainSettings, network: nn.Module, processes: Processes) -> Strategy:
@@ -60,7 +60,7 @@ def choose(settings: TrainSettings, network: nn.Module, processes: Processes) ->
     if asked == "fsdp":
         return Strategy("fsdp", "train.parallel says so")
     if asked == "hsdp":
-        return Strategy("hsdp", "train.parallel says so", _within(settings, count))
+        return Strategy("hsdp", "train.parallel says so", _shard_size(settings, count))
     return _suitable(settings, network, count)
 
 
@@ -113,19 +113,19 @@ def _check(settings: TrainSettings) -> None:
         )
 
 
-def _within(settings: TrainSettings, count: int) -> int:
+def _shard_size(settings: TrainSettings, count: int) -> int:
     """Processes that share one copy.
 
     Raises:
         Refused: the others cannot be divided into copies of as many.
     """
-    within = settings.hsdp_shard_size or machine_size(count)
-    if within < 2 or count % within:
+    shard_size = settings.hsdp_shard_size or machine_size(count)
+    if shard_size < 2 or count % shard_size:
         raise Refused(
-            f'train.parallel = "hsdp" with {count} processes: copies of {within} processes each cannot be '
-            "made of them. Say train.hsdp_shard_size, a divisor of the number of processes above 1."
+            f'train.parallel = "hsdp" with {count} processes: copies of {shard_size} processes each cannot '
+            "be made of them. Say train.hsdp_shard_size, a divisor of the number of processes above 1."
         )
-    return within
+    return shard_size
 
 
 def machine_size(count: int) -> int:

@@ -85,7 +85,7 @@ class Options:
     has_8bit: bool
     processes: int
     known: frozenset[str]
-    within: int = 0
+    shard_size: int = 0
     """Processes of one machine; 0: all of them."""
 
 
@@ -137,7 +137,7 @@ def _parallel(settings: TrainSettings, options: Options) -> list[str]:
     """The ways to share that may be chosen: what the recipe says, or all that these settings allow."""
     if settings.parallel != "auto":
         return [settings.parallel]
-    divided = ["hsdp", "fsdp"] if 1 < options.within < options.processes else ["fsdp"]
+    divided = ["hsdp", "fsdp"] if 1 < options.shard_size < options.processes else ["fsdp"]
     return ["ddp", *(divided if spec_of(settings.optimizer).is_elementwise else [])]
 
 
@@ -172,7 +172,7 @@ def _way(
         memory = replace(memory, weights=memory.weights - lent)
     if shared := chosen.get("train.parallel"):
         time *= PARALLEL_TIME[shared]
-        strategy = Strategy(shared, "", options.within if shared == "hsdp" else 0)
+        strategy = Strategy(shared, "", options.shard_size if shared == "hsdp" else 0)
         memory = counted.shared(memory, strategy, wanted, options.processes)
     plain = {
         "train.gradient_accumulation": settings.gradient_accumulation,

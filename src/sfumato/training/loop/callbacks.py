@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused
 from sfumato.run_folder import RunFolder
-from sfumato.training.distributed.processes import current
+from sfumato.training.distributed.processes import current_processes
 from sfumato.user_code import asked_of, check_call, load_user_object, make_own, problem_in
 
 COMMON = ("step", "run", "network")
@@ -92,7 +92,7 @@ class Callbacks:
     """
 
     def __init__(self, listed: Sequence[Callback], run: RunFolder, network: nn.Module) -> None:
-        leads = current().is_rank_zero
+        leads = current_processes().is_rank_zero
         self.listed = [one for one in listed if leads or getattr(one.tells, "every_process", False)]
         self.run, self.network = run, network
 

@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from sfumato.errors import Failed
 from sfumato.run_folder import RunFolder
 from sfumato.training import device, precision
-from sfumato.training.distributed import context_parallel, processes, sharding, strategy
-from sfumato.training.distributed.processes import BatchSplit, Gradients
+from sfumato.training.distributed import context_parallel, sharding, strategy
+from sfumato.training.distributed.processes import (
+    BatchSplit,
+    Gradients,
+    current_processes,
+    run_folder_of_rank,
+)
 from sfumato.training.distributed.sharding import ShardedGradients
 from sfumato.training.loop import blackbox, profiling, trackers
 from sfumato.training.loop.callbacks import Callback, Callbacks, told
@@ -137,14 +142,14 @@ class _Loop:
         say: Callable[[str], None],
     ) -> None:
         self.objective, self.network, self.settings = objective, network, settings
-        self.processes = replace(processes.current(), within=settings.context_parallel)
-        self.run = processes.own_view(run)
+        self.processes = replace(current_processes(), group_size=settings.context_parallel)
+        self.run = run_folder_of_rank(run)
         self.seed, self.say = seed, say if self.processes.is_rank_zero else _nothing
         self.device = next(network.parameters()).device
         self.precision = precision_of(settings, self.device, self.run)
         self.strategy = strategy.choose(settings, network, self.processes)
         if self.strategy.is_divided:
-            sharding.shard(network, self.processes, self.precision, self.strategy.within)
+            sharding.shard(network, self.processes, self.precision, self.strategy.shard_size)
         self.train_state = TrainState(network, settings)
         self.optimizer, self.average, self.weights = (
             self.train_state.optimizer,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato.run_folder import RunFolder
 from sfumato.theory import noise
-from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.distributed.processes import current_processes
 from sfumato.training.objective.diffusion import DiffusionObjective, Encoded, NoiseDraw
 from sfumato.training.precision import autocast, effective_precision
 
@@ -90,7 +90,7 @@ class ValidationLoss:
     @torch.no_grad()
     def measure(self, encoded: Encoded, indices: Sequence[int]) -> HeldOutLoss:
         """The loss on these samples, each at every level with noise of its own."""
-        processes = distributed_processes.current()
+        processes = current_processes()
         parts = self._parts(encoded, indices)
         losses = torch.zeros(len(indices), self.levels, dtype=torch.float64)
         starts = [0, *accumulate(len(part) for part in parts)]

@@ -3,7 +3,7 @@
 import torch
 
 from sfumato.run_folder import RunFolder
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes
 from sfumato.training.precision import PRECISIONS, effective_precision
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state.checkpoint import began_in
@@ -21,4 +21,4 @@ def precision_of(settings: TrainSettings, device: torch.device, run: RunFolder) 
     found = effective_precision(settings.precision, device, settings.weight_dtype)
     if settings.precision == "auto" and settings.weight_dtype == "fp32":
         found = began_in(run) or found
-    return PRECISIONS[processes.current().agree(PRECISIONS.index(found))]
+    return PRECISIONS[current_processes().agree(PRECISIONS.index(found))]

@@ -230,12 +230,12 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
         has_8bit=find_spec("bitsandbytes") is not None,
         processes=processes,
         known=frozenset(recipe.values()),
-        within=recipe.train.hsdp_shard_size or machine_size(processes),
+        shard_size=recipe.train.hsdp_shard_size or machine_size(processes),
     )
     check_context(recipe, gathered.base, processes)
-    within = recipe.train.context_parallel
+    group_size = recipe.train.context_parallel
     found = fit_memory.ways(
-        lambda count: planning.count(network, inputs_of(recipe, model, captions, count * within, sizes)),
+        lambda count: planning.count(network, inputs_of(recipe, model, captions, count * group_size, sizes)),
         recipe.train,
         options,
     )

@@ -16,9 +16,8 @@ from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
 from sfumato.report.page import duration
 from sfumato.training.device import free_bytes
-from sfumato.training.distributed import processes as distributed_processes
 from sfumato.training.distributed import strategy
-from sfumato.training.distributed.processes import BatchSplit, Processes
+from sfumato.training.distributed.processes import BatchSplit, Processes, current_processes
 from sfumato.training.estimate import memory as planning
 from sfumato.training.estimate import probe
 from sfumato.training.optimizers import spec_of
@@ -125,12 +124,12 @@ def step_cost(
         found = probe.probe(network, inputs, recipe.train)
         memory = planning.MemoryBreakdown(*[0] * 6).probed(found.peak)
         return Step(inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", told)
-    every, within = recipe.values().get("train.gradient_checkpointing", 0), recipe.train.context_parallel
+    every, group_size = recipe.values().get("train.gradient_checkpointing", 0), recipe.train.context_parallel
     alone = counted.memory(recipe.train, every)
     again = counted.recomputed_share(every) if every else 0
-    forward = planning.BESIDE_PRODUCTS * counted.flops / speed / within
+    forward = planning.BESIDE_PRODUCTS * counted.flops / speed / group_size
     seconds, how = forward * (planning.FORWARD_AND_BACKWARD + again) * mine, "counted"
-    if within == 1 and seconds < PROBED_SECONDS and alone.peak < SAFE * free_bytes(model.device):
+    if group_size == 1 and seconds < PROBED_SECONDS and alone.peak < SAFE * free_bytes(model.device):
         found = probe.probe(network, inputs, recipe.train)
         seconds, how = found.seconds, "probed"
         if not chosen.is_divided:
@@ -147,7 +146,7 @@ def cost_summary(
     Raises:
         Failed: the checkpoints will not fit onto the disk.
     """
-    processes = distributed_processes.current()
+    processes = current_processes()
     division = BatchSplit.of(recipe.train, processes)
     chosen = strategy.choose(recipe.train, network, processes)
     count = samples_in_memory(recipe, division.parts)
