@@ -141,8 +141,8 @@ WITHIN = {
         "dataset_report": {"sources", "survey"},
     },
     "training": {
-        "distributed": set(),
-        "optim": {"distributed"},
+        "optim": set(),
+        "distributed": {"optim"},
         "state": {"distributed", "optim"},
         "objective": {"distributed"},
         "loop": {"distributed", "optim", "state", "objective"},

@@ -157,7 +157,7 @@ def test_a_codec_learns_to_give_pictures_back(tmp_path):
     after = float(objective.losses(1000, 0, 1).per_sample.mean().detach())
     assert after < 0.8 * before
     assert outcome.average is not None
-    outcome.average.keep()
+    outcome.average.copy_to_network()
     assert objective.name_of(3) == "3.png"
 
 

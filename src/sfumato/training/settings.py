@@ -4,8 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sfumato.settings import Table, key
-from sfumato.training.optimizers import OPTIMIZERS
 
+OPTIMIZERS = (
+    "adamw",
+    "adafactor",
+    "lion",
+    "muon",
+    "prodigy",
+    "schedule-free",
+    "came",
+    "ademamix",
+    "adamw-8bit",
+    "lion-8bit",
+    "adamw-paged",
+    "adamw-8bit-paged",
+)
+"""What `optim.optimizers` has a table of, which is not asked: a recipe is read without torch."""
 DENSITIES = ("uniform", "logit-normal", "log-normal", "log-snr", "cosmap", "mode")
 WEIGHTINGS = ("none", "min-snr", "edm", "sigmoid", "p2", "debiased")
 

@@ -280,8 +280,10 @@ def _check_optimizer(recipe: Recipe, device: torch.device) -> None:
     if is_user_code(train.optimizer):
         load_user_object(train.optimizer)
         return
-    tried = RunOptimizer(torch.nn.Linear(2, 2, device=device), replace(train, lr_multipliers=Table()))
-    if tried.averages and train.ema and _is_said(recipe, "ema"):
+    tried = RunOptimizer(
+        dict(torch.nn.Linear(2, 2, device=device).named_parameters()), replace(train, lr_multipliers=Table())
+    )
+    if tried.keeps_average and train.ema and _is_said(recipe, "ema"):
         raise Refused(
             f'train.optimizer = "{train.optimizer}" keeps an average of its own, beside which train.ema does '
             "not act. Leave train.ema out."

@@ -44,7 +44,7 @@ class Shards:
         self.network, self.processes, self.copies = network, processes, copies
         self.whole = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
         self.held = {name: nn.Parameter(_local(weight)) for name, weight in self.whole.items()}
-        self.pieces = {
+        self.slices = {
             name: ShardSlice(tuple(weight.shape), _rows(weight), hasattr(weight, "placements"))
             for name, weight in self.whole.items()
         }
@@ -54,24 +54,24 @@ class Shards:
         """Which copy this process holds rows of: 0, but for hybrid."""
         return self.processes.rank * self.copies // self.processes.count
 
-    def piece_of(self, key: str) -> ShardSlice | None:
+    def slice_of(self, key: str) -> ShardSlice | None:
         """The rows here of the weight that a tensor belongs to: by its name, or "part/name/entry"."""
-        return self.pieces.get(key) or self.pieces.get(key.partition("/")[2].rpartition("/")[0])
+        return self.slices.get(key) or self.slices.get(key.partition("/")[2].rpartition("/")[0])
 
     def rows_of(self, key: str, tensor: Tensor) -> Rows | None:
         """Which rows a tensor held here is; None if it is whole."""
-        piece = self.piece_of(key)
+        piece = self.slice_of(key)
         if piece is None or not piece.is_divided or tensor.shape != (piece.rows.count, *piece.shape[1:]):
             return None
         return piece.rows
 
     def wanted(self, key: str, shape: Sequence[int]) -> Rows | None:
         """Which rows of a stored tensor belong here; None for all of it."""
-        piece = self.piece_of(key)
+        piece = self.slice_of(key)
         return piece.rows if piece is not None and piece.is_divided and tuple(shape) == piece.shape else None
 
     @property
-    def divided(self) -> list[Any]:
+    def gathering_modules(self) -> list[Any]:
         """The modules that gather their own weights."""
         return [module for module in self.network.modules() if hasattr(module, "set_reshard_after_forward")]
 
@@ -97,13 +97,13 @@ class Shards:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Within it every process has all weights as they are now, and computes without the others."""
-        for module in self.divided:
+        for module in self.gathering_modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield
         finally:
-            for module in self.divided:
+            for module in self.gathering_modules:
                 module.reshard()
                 module.set_reshard_after_forward(True, recurse=False)
 
@@ -114,6 +114,13 @@ _SHARDED: "WeakKeyDictionary[nn.Module, Shards]" = WeakKeyDictionary()
 def shards_of(network: nn.Module) -> Shards | None:
     """How a network is divided; None if this process has all of it."""
     return _SHARDED.get(network)
+
+
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name, in order; of a divided network, the rows here."""
+    if (shards := shards_of(network)) is not None:
+        return shards.held
+    return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
 
 
 def shard(network: nn.Module, processes: Processes, precision: str, shard_size: int = 0) -> Shards:
@@ -140,7 +147,7 @@ def shard(network: nn.Module, processes: Processes, precision: str, shard_size: 
                 block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=undivided
             )
     shards = Shards(network, processes, copies)
-    for module in shards.divided:
+    for module in shards.gathering_modules:
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
     _SHARDED[network] = shards

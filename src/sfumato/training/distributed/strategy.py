@@ -14,7 +14,7 @@ from torch import nn
 
 from sfumato.errors import Refused
 from sfumato.training.distributed.processes import Processes
-from sfumato.training.optimizers import OPTIMIZERS, spec_of
+from sfumato.training.optim.optimizers import OPTIMIZERS, spec_of
 from sfumato.training.settings import TrainSettings
 
 ROOM = 0.3

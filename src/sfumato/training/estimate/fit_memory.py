@@ -14,7 +14,7 @@ from typing import Any
 from sfumato.errors import Refused
 from sfumato.training.distributed.strategy import Strategy
 from sfumato.training.estimate.memory import MemoryBreakdown, MemoryCount
-from sfumato.training.optimizers import spec_of
+from sfumato.training.optim.optimizers import spec_of
 from sfumato.training.settings import TrainSettings
 
 RESERVE = 0.06

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.training.distributed.processes import BatchSplit, Processes
+from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.distributed.strategy import Strategy
-from sfumato.training.optim.ema import trained
-from sfumato.training.optimizers import spec_of
+from sfumato.training.optim.optimizers import spec_of
 from sfumato.training.settings import TrainSettings
 
 FORWARD_AND_BACKWARD = 3
@@ -210,7 +210,7 @@ def count(network: nn.Module, inputs: Inputs) -> MemoryCount:
     with counter, saved.heard(blocks):
         kept = shadow(*shapes)
     del kept
-    weights = list(trained(shadow).values())
+    weights = list(trained_parameters(shadow).values())
     numbers = sum(weight.numel() for weight in weights)
     everything = sum(tensor.nbytes for tensor in [*shadow.parameters(), *shadow.buffers()])
     frozen = [sum(w.nbytes for w in block.parameters() if not w.requires_grad) for block in blocks]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sfumato.models.condition import Condition
 from sfumato.theory.definition import spread
+from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.objective.diffusion import DiffusionObjective, PreparedBatch
-from sfumato.training.optim.ema import trained
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state.train_state import TrainState
 
@@ -185,7 +185,7 @@ def climb(
         is_pretrained: the run goes on from a base.
     """
     network = objective.model.denoiser if network is None else network
-    kept = {name: weight.detach().clone() for name, weight in trained(network).items()}
+    kept = {name: weight.detach().clone() for name, weight in trained_parameters(network).items()}
     was_training = network.training
     try:
         yield from _prompts(objective)
@@ -202,7 +202,7 @@ def climb(
         yield _overfits(objective, network, settings, tries, is_pretrained)
     finally:
         network.train(was_training)
-        for name, weight in trained(network).items():
+        for name, weight in trained_parameters(network).items():
             weight.data.copy_(kept[name])
         for weight in network.parameters():
             weight.grad = None

@@ -63,10 +63,10 @@ class PeriodicTasks:
         ):
             with signals.at_once(), self.averaged():
                 self.aside(self.preview, self.train_state.network, step)
-        powers, every = self.train_state.powers, self.train_state.settings.ema_snapshot_every
+        posthoc_ema, every = self.train_state.posthoc_ema, self.train_state.settings.ema_snapshot_every
         writes = self.leads or self.train_state.shards is not None
-        if powers is not None and writes and (is_last or _falls_on(step, every)):
-            powers.write(self.run, step, every)
+        if posthoc_ema is not None and writes and (is_last or _falls_on(step, every)):
+            posthoc_ema.write(self.run, step, every)
         return is_best
 
     def _measured(self, measure: Measure, step: int) -> bool:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from sfumato.errors import Failed, Refused
 from sfumato.models import files
 from sfumato.run_folder import RunFolder, sweep
-from sfumato.training.distributed.sharding import shards_of
-from sfumato.training.optim.ema import last_update_step, trained
+from sfumato.training.distributed.sharding import shards_of, trained_parameters
+from sfumato.training.optim.ema import last_update_step
 from sfumato.training.state import checkpoint, sharded_checkpoint
 
 LENGTHS = (0.05, 0.10)
@@ -53,11 +53,11 @@ def relative_length(gamma: float) -> float:
     return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
 
 
-class PowerAverages:
+class PosthocEMA:
     """Power-function averages of a network's weights, one for each of `lengths`, in host memory."""
 
     def __init__(self, network: nn.Module, lengths: Sequence[float] = LENGTHS) -> None:
-        self._named, self._shards = trained(network), shards_of(network)
+        self._named, self._shards = trained_parameters(network), shards_of(network)
         self.lengths = tuple(lengths)
         self._gammas = [exponent(length) for length in lengths]
         now = self._now()

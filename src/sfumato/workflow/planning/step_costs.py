@@ -20,7 +20,7 @@ from sfumato.training.distributed import strategy
 from sfumato.training.distributed.processes import BatchSplit, Processes, current_processes
 from sfumato.training.estimate import memory as planning
 from sfumato.training.estimate import probe
-from sfumato.training.optimizers import spec_of
+from sfumato.training.optim.optimizers import spec_of
 from sfumato.training.state import async_checkpoint, checkpoint
 from sfumato.workflow import base_images, control_training, encode_ahead
 
