@@ -44,7 +44,7 @@ _OURS = {
 
 
 @contextmanager
-def said_plainly(path: Path) -> Iterator[None]:
+def explain_disk_errors(path: Path) -> Iterator[None]:
     """Turn the disk's refusals at `path` into one sentence each.
 
     Raises:
@@ -98,7 +98,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with said_plainly(path):
+    with explain_disk_errors(path):
         try:
             with beside.open("wb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
@@ -122,18 +122,18 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with said_plainly(path):
+    with explain_disk_errors(path):
         try:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             yield beside
-            take_place(beside, path)
+            move_into_place(beside, path)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
 
 
-def take_place(beside: Path, path: Path) -> None:
+def move_into_place(beside: Path, path: Path) -> None:
     """Bring all of the folder `beside` to the disk and rename it to `path`.
 
     A folder that stood there goes first, out of sight in one rename.
@@ -150,7 +150,7 @@ def take_place(beside: Path, path: Path) -> None:
         shutil.rmtree(former, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what killed writers left beside their files in `folder`; only the holder of the lock may."""
     for rest in folder.glob(".*.part"):
         if rest.is_dir():
@@ -221,7 +221,7 @@ class RunFolder:
         run = cls(Path(path))
         if run.path.is_file():
             raise Refused(f"{run.path} is a file; a run needs a folder. Choose another output.")
-        with said_plainly(run.path):
+        with explain_disk_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
             strangers = {entry.name for entry in run.path.iterdir() if not entry.name.startswith(".")} - _OURS
             if strangers and not run.recipe.exists():
@@ -259,7 +259,7 @@ class RunFolder:
             Refused: another living process holds it (named by its pid), or the folder is read-only.
         """
         file, guard = self.path / ".lock", self.path / ".lock.guard"
-        with said_plainly(self.path), locks.alone(guard):
+        with explain_disk_errors(self.path), locks.exclusive(guard):
             holder = locks.Holder.of(file)
             if holder and holder.is_alive(file):
                 raise Refused(
@@ -272,7 +272,7 @@ class RunFolder:
             yield self
         finally:
             self.close()
-            with locks.alone(guard):
+            with locks.exclusive(guard):
                 if locks.Holder.of(file) == mine:
                     file.unlink(missing_ok=True)
 
@@ -291,7 +291,7 @@ class RunFolder:
         """
         event = {"kind": kind, "time": round(time.time(), 3), **fields}
         line = _checked(json.dumps(event, ensure_ascii=False)) + "\n"
-        with said_plainly(self.events_file):
+        with explain_disk_errors(self.events_file):
             if self._events is None:
                 self._events = self.events_file.open("ab+", buffering=0)
                 if size := self._events.seek(0, os.SEEK_END):

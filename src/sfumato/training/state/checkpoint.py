@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfumato.errors import Failed
 from sfumato.models.files import heading
-from sfumato.run_folder import RunFolder, atomic_folder, checksum, said_plainly, sweep
+from sfumato.run_folder import RunFolder, atomic_folder, checksum, explain_disk_errors, remove_partial_files
 
 FORMAT = 1
 SHARD_BYTES = 5_000_000_000
@@ -76,9 +76,9 @@ def prepare(run: RunFolder, step: int, groups: Mapping[str, Tensors]) -> Path:
     Raises:
         Failed: the disk has no room for it. Refused: the run folder is not writable.
     """
-    with said_plainly(run.checkpoints):
+    with explain_disk_errors(run.checkpoints):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        sweep(run.checkpoints)
+        remove_partial_files(run.checkpoints)
     ask_for_room(run.checkpoints, bytes_of(groups))
     return run.checkpoint_folder(step)
 
@@ -238,7 +238,7 @@ def _set_aside(run: RunFolder, folder: Path, reason: str) -> None:
     while place.exists():
         number += 1
         place = folder.with_name(f"damaged-{folder.name}-{number}")
-    with said_plainly(folder):
+    with explain_disk_errors(folder):
         folder.rename(place)
     run.event("set_aside", file=place.relative_to(run.path).as_posix(), reason=reason, sync=True)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused
 from sfumato.models import files
-from sfumato.run_folder import RunFolder, sweep
+from sfumato.run_folder import RunFolder, remove_partial_files
 from sfumato.training.distributed.sharding import shards_of, trained_parameters
 from sfumato.training.optim.ema import last_update_step
 from sfumato.training.state import checkpoint, sharded_checkpoint
@@ -110,7 +110,7 @@ class PosthocEMA:
         }
         folder = run.path / "averages" / f"step-{step:06d}"
         if self._shards is None:
-            sweep(folder.parent)
+            remove_partial_files(folder.parent)
             checkpoint.write(folder, groups, {"step": step})
         else:
             sharded_checkpoint.begin(folder, groups, self._shards.processes)

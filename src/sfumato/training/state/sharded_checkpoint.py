@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.errors import Failed, Refused
-from sfumato.run_folder import said_plainly, sweep, take_place, write_atomic
+from sfumato.run_folder import explain_disk_errors, move_into_place, remove_partial_files, write_atomic
 from sfumato.training.distributed.processes import Processes
 from sfumato.training.distributed.sharding import Shards
 from sfumato.training.state import checkpoint
@@ -36,9 +36,9 @@ def begin(folder: Path, groups: Mapping[str, Tensors], processes: Processes) -> 
         Failed: the disk has no room for the shares of all. Refused: it may not be written to.
     """
     if processes.is_rank_zero:
-        with said_plainly(folder.parent):
+        with explain_disk_errors(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            sweep(folder.parent)
+            remove_partial_files(folder.parent)
             checkpoint.ask_for_room(folder.parent, checkpoint.bytes_of(groups) * processes.count)
             staging_folder(folder).mkdir()
     processes.wait()
@@ -82,7 +82,7 @@ def write(
     """
     place, number = staging_folder(folder), processes.rank
     try:
-        with said_plainly(place):
+        with explain_disk_errors(place):
             files: dict[str, Any] = {}
             for group, tensors in groups.items():
                 if tensors:
@@ -117,6 +117,6 @@ def _finish(folder: Path, state: Mapping[str, Any], count: int) -> None:
     for note in notes:
         files |= json.loads(note.read_bytes())
         note.unlink()
-    with said_plainly(folder):
+    with explain_disk_errors(folder):
         checkpoint.write_papers(place, state, files)
-        take_place(place, folder)
+        move_into_place(place, folder)
