@@ -21,7 +21,7 @@ import torch
 
 from sfumato.data.encoding.views import Encoding
 from sfumato.generation import load
-from sfumato.generation.video import still
+from sfumato.generation.video import image_pixels
 from sfumato.models.codecs.tiling import Tiling, decode_tiled
 from sfumato.models.codecs.video import ClipCodec
 from sfumato.recipe import Recipe
@@ -75,7 +75,7 @@ def quality(model, recipe: Recipe, count: int) -> dict[str, object]:
         first = [Image.fromarray(clip[0]) for clip in clips]
         held = model.generate(asked, image=first, seed=[88_000 + i for i in range(len(asked))])
         side = data.resolution
-        stills = torch.stack([still(one, side, side) for one in first])[:, :, None]
+        stills = torch.stack([image_pixels(one, side, side) for one in first])[:, :, None]
         through = ((model.decode(model.encode(stills)).clamp(-1, 1) + 1) * 127.5).round().byte()
         coded = through.permute(0, 2, 3, 4, 1).numpy()[:, 0]
         pairs = list(zip(held, clips, coded, strict=True))

@@ -106,7 +106,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ["demo", *names]:
             model, size = of_demo() if name == "demo" else of_family(name, Path(folder))
-            if getattr(model.conditioner, "sees", ()):
+            if getattr(model.conditioner, "image_arguments", ()):
                 continue
             weights, batch = (
                 sum(one.numel() for one in model.denoiser.parameters()),

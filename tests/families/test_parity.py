@@ -164,9 +164,11 @@ def told(model: Any, drawn: Drawn) -> Any:
 
 def options_of(model: Any, drawn: Drawn, drawing: bool = False) -> dict[str, Any]:
     """What our model is told beside the prompts: pictures, and where they go unless `generate` says so."""
-    call, sees = drawn.case.call, model.conditioner.sees
+    call, sees = drawn.case.call, model.conditioner.image_arguments
     seen = {name: [call[name]] for name in sees if name in call}
-    places = {name: call[name] for name in ("height", "width", "num_frames") if model.conditioner.placed}
+    places = {
+        name: call[name] for name in ("height", "width", "num_frames") if model.conditioner.sizes_images
+    }
     knobs = {name: call[name] for name in model.denoiser.guidance.options if name in call}
     return drawn.case.options | seen | (knobs if drawing else places)
 

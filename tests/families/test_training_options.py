@@ -61,7 +61,7 @@ def test_a_narrow_base_is_smaller_and_nearly_the_same(form, share, error, pixart
     model = copy.deepcopy(pixart)
     network = adapter.peft_target(model.denoiser)
     wide, before = stored_bytes(network), loss_of(model).item()
-    quantized.store(network, form)
+    quantized.quantize_frozen(network, form)
     assert stored_bytes(network) < (1 - share * 0.5) * wide
     assert 0 < abs(loss_of(model).item() / before - 1) < error
     found = gradients(model)
@@ -73,11 +73,11 @@ def test_a_narrow_base_is_smaller_and_nearly_the_same(form, share, error, pixart
 def test_codes_stand_for_the_nearest_numbers(form):
     """Law: what was shrunk is off by less than a step; shrinking it again changes nothing."""
     weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(1))
-    codes, scales = quantized.shrink(weight, form)
-    wide = quantized.widen(codes, scales, (24, 40), torch.float32)
+    codes, scales = quantized.quantize(weight, form)
+    wide = quantized.dequantize(codes, scales, (24, 40), torch.float32)
     largest = weight.abs().max()
     assert (wide - weight).abs().max() < {"int8": 0.005, "fp8": 0.07, "nf4": 0.16}[form] * largest
-    again = quantized.widen(*quantized.shrink(wide, form), (24, 40), torch.float32)
+    again = quantized.dequantize(*quantized.quantize(wide, form), (24, 40), torch.float32)
     torch.testing.assert_close(again, wide, rtol=1e-5, atol=1e-6)
 
 
@@ -85,7 +85,7 @@ def test_bfloat16_base_keeps_trained_weights_wide(pixart):
     """Law: the frozen weights have 16 bits, the trained ones 32."""
     model = copy.deepcopy(pixart)
     before = loss_of(model).item()
-    model.denoiser.compute_dtype = quantized.store(adapter.peft_target(model.denoiser), "bfloat16")
+    model.denoiser.compute_dtype = quantized.quantize_frozen(adapter.peft_target(model.denoiser), "bfloat16")
     kinds = {weight.requires_grad: weight.dtype for weight in model.denoiser.parameters()}
     assert kinds == {True: torch.float32, False: torch.bfloat16} and model.dtype == torch.float32
     assert 0 < abs(loss_of(model).item() / before - 1) < 0.05
@@ -108,7 +108,7 @@ def test_checkpointing_of_a_narrow_base_changes_nothing(form, pixart):
     """Law: blocks whose frozen weights are stored narrow are computed again as they were."""
     model = copy.deepcopy(pixart)
     network = adapter.peft_target(model.denoiser)
-    model.denoiser.compute_dtype = quantized.store(network, form)
+    model.denoiser.compute_dtype = quantized.quantize_frozen(network, form)
     before, kept = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)
     blocks.recompute(network, 1)
     after, fewer = gradients(model), saved_bytes(lambda: loss_of(model), model.denoiser)
@@ -120,7 +120,7 @@ def test_lent_weights_give_the_same_gradients(pixart):
     """Law: blocks whose weights come and go answer as before; two blocks are there at most."""
     model = copy.deepcopy(pixart)
     before = gradients(model)
-    lent = blocks.Lent(blocks.blocks_of(adapter.peft_target(model.denoiser)), torch.device("cpu"))
+    lent = blocks.OffloadedBlocks(blocks.blocks_of(adapter.peft_target(model.denoiser)), torch.device("cpu"))
     after = gradients(model)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert lent.copies >= 3
@@ -132,7 +132,7 @@ def test_an_attention_backend_is_used_by_this_network_alone(tmp_path):
 
     model = sfumato.load(make_base("flux-dev", tmp_path))
     usual, before = registry.get_active_backend()[0], asked(model, "flux-dev")
-    assert blocks.choose_attention(model.denoiser.network, "_native_math") >= 3
+    assert blocks.set_attention_backend(model.denoiser.network, "_native_math") >= 3
     assert registry.get_active_backend()[0] == usual
     torch.testing.assert_close(asked(model, "flux-dev"), before, atol=1e-5, rtol=1e-4)
 

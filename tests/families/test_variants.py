@@ -175,7 +175,7 @@ def ours(folder: Path, call: dict[str, Any], how: dict[str, Any], monkeypatch: A
     seen: list[Tensor] = []
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda x, *pieces: seen.append(decode(x, *pieces)) or seen[-1])
-    known = ("guidance_scale_2", "max_sequence_length", *StableDiffusionXL.telling)
+    known = ("guidance_scale_2", "max_sequence_length", *StableDiffusionXL.micro_conditioning_arguments)
     options = {word: call[word] for word in known if word in call}
     model.generate(
         prompt=[PROMPT] if call else None,

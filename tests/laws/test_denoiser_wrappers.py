@@ -43,9 +43,9 @@ class Speaking(Denoiser):
     kind = "speaking"
     own_name = "file.py:Speaking"
     lora_targets = ("one",)
-    framing = "time_ids"
-    trains_framing = True
-    grain = 3
+    micro_conditioning = "time_ids"
+    trains_micro_conditioning = True
+    latent_multiple = 3
     frames_apart = True
     compute_dtype = torch.bfloat16
     supports_packing = True

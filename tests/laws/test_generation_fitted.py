@@ -35,7 +35,7 @@ def test_a_model_draws_at_the_times_it_was_fitted(model, tmp_path):
     pilot = times.FittedGrid.bent([0.0, 1.5, 0.0, -1.5, 0.0, 0.0, 0.0])
     write_times(home_of(folder), pilot)
     again = load(folder)
-    assert again.fitted == pilot
+    assert again.fitted_times == pilot
     drawn = again.generate(seed=3, steps=4)[0]
     assert drawn.tobytes() != plain.tobytes()
     given = load(folder).generate(seed=3, steps=4, times=pilot.grid(model.theory, 4))[0]
@@ -43,7 +43,7 @@ def test_a_model_draws_at_the_times_it_was_fitted(model, tmp_path):
     usual = again.generate(seed=3, steps=4, times="two-sided")[0]
     assert usual.tobytes() == plain.tobytes()
     again.save(tmp_path / "copy")
-    assert load(tmp_path / "copy").fitted == pilot
+    assert load(tmp_path / "copy").fitted_times == pilot
 
 
 def test_fitting_tells_what_the_times_are_worth(model):

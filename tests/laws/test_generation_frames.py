@@ -9,7 +9,7 @@ from PIL import Image
 from sfumato.errors import Refused
 from sfumato.generation import as_pipeline
 from sfumato.generation.files import webp
-from sfumato.generation.video import Windows, film, still
+from sfumato.generation.video import Windows, clip_pixels, image_pixels
 from sfumato.models import Condition, new_codec, new_conditioner, new_model
 from sfumato.models.settings import ModelSettings
 from sfumato.theory import get, names, noise
@@ -46,7 +46,7 @@ def test_a_known_frame_comes_out_as_it_went_in(theory, picture):
     made.codec.decode = lambda latents: seen.append(latents) or decode(latents)
     (clip,) = made.generate(image=picture, **DRAWN)
     (free,) = made.generate(**DRAWN)
-    known = made.encode(still(picture, 16, 16)[None])
+    known = made.encode(image_pixels(picture, 16, 16)[None])
     torch.testing.assert_close(seen[0][:, :, :1], known, atol=1e-4, rtol=1e-4)
     assert clip.shape == free.shape == (5, 16, 16, 3)
     assert (clip[1:] != free[1:]).any()
@@ -110,7 +110,7 @@ def test_a_clip_may_be_longer_than_those_it_was_trained_on():
 
 def test_a_size_that_the_network_cannot_cut_into_tokens_is_refused():
     made = model()
-    made.denoiser.grain = 2
+    made.denoiser.latent_multiple = 2
     with pytest.raises(Refused, match=r"multiples of 8. Choose 16×8"):
         made.generate(**{**DRAWN, "height": 12})
 
@@ -119,7 +119,7 @@ def test_a_clip_may_begin_from_a_clip(tmp_path):
     """Little strength keeps it, and its file begins the same."""
     made = model()
     clip = (noise.normal((5, 16, 16, 3), 3, [0])[0] * 40 + 128).clamp(0, 255).byte().numpy()
-    kept = made.decode(made.encode(film(clip, 16, 16, 5)[None])).clamp(-1, 1)
+    kept = made.decode(made.encode(clip_pixels(clip, 16, 16, 5)[None])).clamp(-1, 1)
     whole = {**DRAWN, "steps": 50}
     near, far = (made.generate(init=clip, strength=s, **whole)[0] for s in (0.02, 0.9))
     shown = ((kept[0].permute(1, 2, 3, 0) + 1) * 127.5).numpy()
@@ -142,7 +142,7 @@ def test_a_file_is_seen_at_the_models_rate(lengths, tmp_path):
     pictures = [Image.new("RGB", (8, 8), (10 * i, 0, 0)) for i in range(len(lengths))]
     file = tmp_path / "uneven.webp"
     pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=lengths, lossless=True)
-    seen = (film(file, 8, 8, 6, fps=8.0)[0, :, 0, 0] + 1) * 127.5 / 10
+    seen = (clip_pixels(file, 8, 8, 6, fps=8.0)[0, :, 0, 0] + 1) * 127.5 / 10
     began = [sum(lengths[:i]) for i in range(len(lengths))]
     shown = [max(i for i, start in enumerate(began) if start <= 125 * at + 1) for at in range(6)]
     assert seen.round().int().tolist() == shown

@@ -1,4 +1,4 @@
-"""Laws of guidance: every form of guidance acts or is refused, and a model can be asked under any theory."""
+"""Laws of leaning: every form of guidance acts or is refused, and a model can be asked under any theory."""
 
 import math
 
@@ -145,7 +145,7 @@ def test_a_network_that_cannot_be_disturbed_says_so():
         drawn(model, pag_scale=1.0)
     with pytest.raises(Refused, match="how this model leans by itself"):
         model.denoiser.guidance = GuidancePolicy(has_own_form=True)
-        GuidanceOptions(guidance_form="apg").validate(model.denoiser, True, False)
+        GuidanceOptions(form="apg").validate(model.denoiser, True, False)
 
 
 # ---------------------------------------------------------------- a model under another theory
@@ -182,8 +182,7 @@ def test_a_model_draws_the_same_picture_under_every_theory_of_the_same_ends():
 
 def test_a_model_draws_as_its_recipe_said_unless_told_otherwise():
     """Law: info["guidance_options"] stands for the same arguments; what is said at a call goes before it."""
-    said = {"guidance_form": "apg", "guidance_rescale": 0.5, "guidance_interval": [0.1, 9.0]}
-    model = painter()
+    model, said = painter(), {"form": "apg", "rescale": 0.5, "interval": [0.1, 9.0]}
     wanted = drawn(model, guidance_form="apg", guidance_rescale=0.5, guidance_interval=(0.1, 9.0))
     plain, unguided = drawn(model), drawn(model, guidance=1.0)
     model.info["guidance_options"] = said
@@ -205,27 +204,6 @@ def test_a_weaker_model_may_be_named_by_its_folder_and_is_read_once(monkeypatch)
     model.info["guidance_options"] = {"autoguidance_model": "runs/weak"}
     torch.testing.assert_close(drawn(model), wanted)
     assert read == ["runs/weak"]
-
-
-def test_the_names_of_0_1_are_understood_in_a_call_and_in_a_saved_model():
-    """Law: guidance_perturbed, guidance_by and info["leaning"] are what they were; both names are refused."""
-    model, weaker = painter(), painter(1)
-    wanted = drawn(model, pag_scale=1.5, autoguidance_model=weaker)
-    assert torch.equal(drawn(model, guidance_perturbed=1.5, guidance_by=weaker), wanted)
-    with pytest.raises(Refused, match="former name of pag_scale"):
-        drawn(model, guidance_perturbed=1.5, pag_scale=1.0)
-    ways = {"form": "apg", "rescale": 0.5, "interval": [0.1, 9.0], "perturbed": 1.5, "by": weaker}
-    model.info["leaning"] = ways
-    old = drawn(model)
-    del model.info["leaning"]
-    model.info["guidance_options"] = {
-        "guidance_form": "apg",
-        "guidance_rescale": 0.5,
-        "guidance_interval": [0.1, 9.0],
-        "pag_scale": 1.5,
-        "autoguidance_model": weaker,
-    }
-    assert torch.equal(drawn(model), old) and not torch.equal(old, wanted)
 
 
 @pytest.mark.parametrize(
@@ -253,8 +231,4 @@ def test_a_recipe_whose_guidance_acts_is_taken(tmp_path):
     file.write_text("[sample]\nguidance_form = 'apg'\nguidance_interval = [0.2, 5]\nguidance_perturbed = 1\n")
     recipe = Recipe.read(file)
     check_guidance(recipe, new_codec(SETTINGS), Letters(), None)
-    assert recipe.sample.guidance_options == {
-        "guidance_form": "apg",
-        "guidance_interval": [0.2, 5.0],
-        "pag_scale": 1.0,
-    }
+    assert recipe.sample.guidance_options == {"form": "apg", "interval": [0.2, 5.0], "pag_scale": 1.0}

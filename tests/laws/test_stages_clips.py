@@ -9,7 +9,7 @@ from sfumato.models import Condition, load_codec, load_stage, save_stage
 from sfumato.models.codecs.image import ResidualCodec
 from sfumato.models.codecs.video import ClipCodec, FramewiseCodec
 from sfumato.models.networks.dit import DiT
-from sfumato.models.networks.tokens import places, rotary, turn
+from sfumato.models.networks.tokens import apply_rotary, position_features, rotary
 
 
 def drawn(*shape, seed=0):
@@ -180,16 +180,16 @@ def test_pictures_are_answered_as_before_there_were_clips():
     net = lively(DiT(4, 32, 2, 2, patch=2, text_width=24))
     x, clock, condition = drawn(2, 4, 8, 12), torch.tensor([100.0, 700.0]), words(2)
     tokens = net.enter(F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2))
-    tokens = tokens + net.place(places(4, 6, x.device))
+    tokens = tokens + net.place(position_features(4, 6, x.device))
     sketch = F.interpolate(net.canvas(condition["pooled"]), (4, 6), mode="bilinear")
     tokens = tokens + sketch.flatten(2).transpose(1, 2)
-    time, text = net.heard(clock, net.summary(condition)), net.text(condition["tokens"])
+    time, text = net.conditioning_vector(clock, net.summary(condition)), net.text(condition["tokens"])
     mask, angles = F.pad(condition["mask"], (24, 0), value=True)[:, None, None], rotary(4, 6, 16, x.device)
     for block in net.blocks:
         a, b, c, d, e, f = (one[:, None] for one in block.modulation(time).chunk(6, -1))
         q, k, v = block.split(block.qkv(torch.addcmul(a, F.layer_norm(tokens, (32,)), 1 + b)), 3)
         more_k, more_v = block.split(block.text_kv(text), 2)
-        q, k = turn(block.q_norm(q), *angles), turn(block.k_norm(k), *angles)
+        q, k = apply_rotary(block.q_norm(q), *angles), apply_rotary(block.k_norm(k), *angles)
         k, v = torch.cat((k, block.k_norm(more_k)), 2), torch.cat((v, more_v), 2)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         tokens = torch.addcmul(tokens, c, block.out(seen))

@@ -70,16 +70,14 @@ def _asked(
     """Unit noise for these prompts, and the network as `generate` asks it, in parts of `batch`."""
     shape = model.latent_shape()
     todo = parse_requests(prompts, None, seed, {})
-    drawing = model.drawing(len(todo), shape, guidance, SamplingSchedule(None, FINE), {})
+    plan = model.sampling_plan(len(todo), shape, guidance, SamplingSchedule(None, FINE), {})
     parts = []
     for first in range(0, len(todo), batch):
         some = todo[first : first + batch]
-        prompted = model.condition([wish.prompt for wish in some])
-        parts.append(
-            (first, model.guided_denoiser(prompted, some, drawing.part(slice(first, first + batch))))
-        )
+        prompted = model.condition([request.prompt for request in some])
+        parts.append((first, model.guided_denoiser(prompted, some, plan.part(slice(first, first + batch)))))
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         return torch.cat([part(x[i : i + batch], t[i : i + batch]) for i, part in parts])
 
-    return model.start(todo, shape).to(model.device, model.dtype), denoise
+    return model.initial_noise(todo, shape).to(model.device, model.dtype), denoise

@@ -5,7 +5,7 @@ stand; all answers of one network at one time come from one call.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,93 +22,82 @@ from sfumato.theory.types import Denoise
 
 MOMENTUM = -0.5
 """Of APG, as its paper has it for latent models."""
-
-
-RENAMED_OPTIONS = {
+ARGUMENTS = {
     "form": "guidance_form",
     "rescale": "guidance_rescale",
     "interval": "guidance_interval",
-    "perturbed": "pag_scale",
-    "by": "autoguidance_model",
+    "pag_scale": "pag_scale",
+    "autoguidance_model": "autoguidance_model",
 }
-"""What model.json of 0.1 called the options in its entry "leaning"; `generate` put guidance_ before it."""
-
-
-def saved_options(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The guidance options that a model's info holds, whichever version wrote them, by today's names."""
-    saved: Mapping[str, Any] = info.get("guidance_options") or info.get("leaning") or {}
-    return {RENAMED_OPTIONS.get(name, name): value for name, value in saved.items()}
+"""{a field of `GuidanceOptions`: the argument of `generate` that means it}."""
+RENAMED_ARGUMENTS = {"guidance_perturbed": "pag_scale", "guidance_by": "autoguidance_model"}
+"""{what an argument was called before 0.2: what it is called}."""
+RENAMED_FIELDS = {"perturbed": "pag_scale", "by": "autoguidance_model"}
+"""{what a field was called in the info of models before 0.2: what it is called}."""
 
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """What a user may say about guidance beside its scale: arguments of `generate`, and keys of [sample].
+    """What a user may say about guidance beside its scale; `ARGUMENTS` names the arguments of `generate`.
 
     Args:
-        guidance_form: cfg, cfg-zero-star (arXiv:2503.18886) or apg (arXiv:2410.02416).
-        guidance_rescale: share, 0 to 1, by which x_0 gets back the prompted one's deviation
-            (arXiv:2305.08891).
-        guidance_interval: (low, high), the noise-to-signal ratios s/a between which it acts
-            (arXiv:2404.07724).
+        form: cfg, cfg-zero-star (arXiv:2503.18886) or apg (arXiv:2410.02416).
+        rescale: share, 0 to 1, by which x_0 gets back the prompted one's deviation (arXiv:2305.08891).
+        interval: (low, high), the noise-to-signal ratios s/a between which it acts (arXiv:2404.07724).
         pag_scale: how far to lean away from the same network with its attention disturbed
             (perturbed-attention guidance, arXiv:2403.17377); on top of the rest, also without prompts.
         autoguidance_model: a smaller or less trained model of the same latents, whose answer to the same
             prompt is the weaker one (arXiv:2406.02507); of any theory. Its folder may stand for it.
-        given: the names among these that the caller gave; the others are the model's usual ones, kept from
+        said: the names among these that the caller gave; the others are the model's usual ones, kept from
             its recipe's [sample].
     """
 
-    guidance_form: str = "cfg"
-    guidance_rescale: float = 0.0
-    guidance_interval: tuple[float, float] | None = None
+    form: str = "cfg"
+    rescale: float = 0.0
+    interval: tuple[float, float] | None = None
     pag_scale: float = 0.0
     autoguidance_model: Model | str | Path | None = None
-    given: frozenset[str] = frozenset()
+    said: frozenset[str] = frozenset()
 
     @classmethod
     def pop_from(cls, options: dict[str, Any], usual: Mapping[str, Any] | None = None) -> "GuidanceOptions":
-        """Take these arguments out of `options`; what is not among them is as `usual`.
-
-        The names that `generate` of 0.1 took, guidance_perturbed and guidance_by, are understood too.
+        """Take the arguments about guidance out of `options`; what is not among them is as `usual`.
 
         Raises:
-            Refused: a value that cannot be meant, or an argument that is given by both its names.
+            Refused: a value that cannot be meant.
         """
-        for short, name in RENAMED_OPTIONS.items():
-            old = f"guidance_{short}"
-            if old != name and (value := options.pop(old, None)) is not None:
-                if options.get(name) is not None:
-                    raise Refused(f"{old} is the former name of {name}; give {name} alone.")
-                options[name] = value
-        names = [one.name for one in fields(cls) if one.name != "given"]
-        asked = {name: options.pop(name, None) for name in names}
-        given = {name: value for name, value in asked.items() if value is not None}
-        how = cls(**{**(usual or {}), **given}, given=frozenset(given))
-        if how.guidance_interval is not None:
-            how = replace(how, guidance_interval=tuple(how.guidance_interval))
-        one_of("guidance_form", how.guidance_form, FORMS)
-        if not 0 <= how.guidance_rescale <= 1:
-            raise Refused(f"guidance_rescale is {how.guidance_rescale:g}; it is a share between 0 and 1.")
+        for old, new in RENAMED_ARGUMENTS.items():
+            if (value := options.pop(old, None)) is not None:
+                options.setdefault(new, value)
+        asked = {name: options.pop(argument, None) for name, argument in ARGUMENTS.items()}
+        said = {name: value for name, value in asked.items() if value is not None}
+        known = {RENAMED_FIELDS.get(name, name): value for name, value in (usual or {}).items()}
+        how = cls(**{**known, **said}, said=frozenset(said))
+        if how.interval is not None:
+            how = replace(how, interval=tuple(how.interval))
+        one_of("guidance_form", how.form, FORMS)
+        if not 0 <= how.rescale <= 1:
+            raise Refused(f"guidance_rescale is {how.rescale:g}; it is a share between 0 and 1.")
         if not 0 <= how.pag_scale < float("inf"):
             raise Refused(f"pag_scale is {how.pag_scale:g}; it must be 0 or above.")
-        if how.guidance_interval is not None and not (
-            len(how.guidance_interval) == 2 and 0 <= how.guidance_interval[0] < how.guidance_interval[1]
+        if how.interval is not None and not (
+            len(how.interval) == 2 and 0 <= how.interval[0] < how.interval[1]
         ):
             raise Refused(
-                f"guidance_interval is {how.guidance_interval}; give two noise-to-signal ratios s/a, "
-                "the lower first."
+                f"guidance_interval is {how.interval}; give two noise-to-signal ratios s/a, the lower first."
             )
         return how
 
     def effective(self, leans: bool, has_negative: bool) -> "GuidanceOptions":
-        """Without those usual ways that have nothing to shape: no guidance, or a negative in its place."""
-        idle = set[str]()
+        """Without those usual ways that have nothing to shape: no guidance, or a negative instead of
+        `autoguidance_model`.
+        """
+        idle: set[str] = set()
         if not leans:
-            idle = {"guidance_form", "autoguidance_model"}
-            idle |= set() if self.pag_scale else {"guidance_rescale", "guidance_interval"}
-        if has_negative and "autoguidance_model" not in self.given:
+            idle = {"form", "autoguidance_model"} | (set() if self.pag_scale else {"rescale", "interval"})
+        if has_negative and "autoguidance_model" not in self.said:
             idle.add("autoguidance_model")
-        return replace(self, **{name: getattr(AS_USUAL, name) for name in idle - self.given})
+        return replace(self, **{name: getattr(AS_USUAL, name) for name in idle - self.said})
 
     def validate(self, denoiser: Denoiser | type[Denoiser], leans: bool, has_negative: bool) -> None:
         """Refuse what would not act on this network at this guidance.
@@ -119,12 +108,12 @@ class GuidanceOptions:
         """
         policy = denoiser.guidance
         acts = {
-            "guidance_form": self.guidance_form != "cfg",
-            "guidance_rescale": self.guidance_rescale > 0,
-            "guidance_interval": self.guidance_interval is not None,
+            "guidance_form": self.form != "cfg",
+            "guidance_rescale": self.rescale > 0,
+            "guidance_interval": self.interval is not None,
             "autoguidance_model": self.autoguidance_model is not None,
         }
-        idle = [name for name, is_said in acts.items() if is_said]
+        idle = [name for name, said in acts.items() if said]
         if self.pag_scale:
             idle = [name for name in idle if name in ("guidance_form", "autoguidance_model")]
             if not policy.supports_perturbed_attention:
@@ -137,10 +126,9 @@ class GuidanceOptions:
                 f"{idle[0]} shapes guidance, but this model does not lean here: "
                 "give it prompts and a guidance other than 1, or leave it out."
             )
-        if self.guidance_form != "cfg" and policy.has_own_form:
+        if self.form != "cfg" and policy.has_own_form:
             raise Refused(
-                f'guidance_form "{self.guidance_form}" would replace how this model leans by itself; '
-                "leave it out."
+                f'guidance_form "{self.form}" would replace how this model leans by itself; leave it out.'
             )
         if self.autoguidance_model is not None and has_negative:
             raise Refused(
@@ -165,17 +153,15 @@ class GuidanceOptions:
             perturbed: the answer with disturbed attention.
         """
         guided = strong
-        if weak is not None and self.guidance_form == "cfg":
+        if weak is not None and self.form == "cfg":
             guided = forms.classifier_free(strong, weak, scale_of(policy, scale, extra), policy.combine)
-        elif weak is not None and self.guidance_form == "cfg-zero-star":
+        elif weak is not None and self.form == "cfg-zero-star":
             guided = forms.zero_star(strong, weak, scale, theory)
         elif weak is not None:
             guided = forms.adaptive_projected(strong, weak, scale, theory, momentum=MOMENTUM)
         if self.pag_scale:
             guided = forms.plus_perturbed(guided, strong, perturbed, self.pag_scale)
-        if self.guidance_rescale:
-            guided = forms.rescale_std(strong, guided, theory, self.guidance_rescale)
-        return guided
+        return forms.rescale_std(strong, guided, theory, self.rescale) if self.rescale else guided
 
     def check_latents(self, codec: Codec) -> None:
         """Refuse a weaker model whose latents are others."""
@@ -192,17 +178,17 @@ class GuidanceOptions:
     def autoguidance_denoiser(
         self, model: Model, prompts: Sequence[str], options: Mapping[str, Any]
     ) -> Denoise | None:
-        """The weaker model's denoiser for these prompts, in the theory of `model`; None without one."""
+        """`autoguidance_model` as a denoiser of these prompts, in the theory of `model`; None without it."""
         self.check_latents(model.codec)
-        by = self.autoguidance_model
-        if not isinstance(by, Model):
+        weaker = self.autoguidance_model
+        if not isinstance(weaker, Model):
             return None
-        told = by.condition(prompts, **options).to(by.device, by.dtype)
+        condition = weaker.condition(prompts, **options).to(weaker.device, weaker.dtype)
 
         def ask(x_t: Tensor, t: Tensor) -> Tensor:
-            return by.predict(x_t.to(by.device, by.dtype), t.to(by.device), told).to(x_t)
+            return weaker.predict(x_t.to(weaker.device, weaker.dtype), t.to(weaker.device), condition).to(x_t)
 
-        return ask if by.theory is model.theory else translate(ask, by.theory, model.theory)
+        return ask if weaker.theory is model.theory else translate(ask, weaker.theory, model.theory)
 
 
 AS_USUAL = GuidanceOptions()

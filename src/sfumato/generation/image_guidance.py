@@ -10,11 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.generation.video import film
+from sfumato.generation.video import clip_pixels, image_pixels
 from sfumato.models import Condition, Model
 from sfumato.models.control import WEAK, ControlledDenoiser
 from sfumato.models.control.image_encoders import ImageConditionEncoder
@@ -34,7 +33,7 @@ REFERENCE = ("reference", "reference_scale", "reference_start", "reference_end")
 
 
 @dataclass(frozen=True)
-class Window:
+class StepWindow:
     """How strongly a guide acts, and between which shares of the steps."""
 
     weight: float = 1.0
@@ -58,7 +57,7 @@ class ImageGuidance:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     silent: dict[str, Tensor] = field(default_factory=dict)
-    windows: dict[str, Window] = field(default_factory=dict)
+    windows: dict[str, StepWindow] = field(default_factory=dict)
     init: Tensor | None = None
     strength: float = 1.0
     hole: Tensor | None = None
@@ -87,7 +86,7 @@ class ImageGuidance:
 
     def at_step(self, condition: Condition, t: Tensor, times: Sequence[float]) -> Condition:
         """The condition with the guides' weights in the step that begins at time t, of those at `times`."""
-        if all(window == Window() for window in self.windows.values()):
+        if all(window == StepWindow() for window in self.windows.values()):
             return condition
         near = float(t.flatten()[0]) - 1e-6 * abs(times[0] - times[-1])
         step = min(sum(time >= near for time in times[1:]), len(times) - 2)
@@ -97,7 +96,7 @@ class ImageGuidance:
         }
         return Condition({**condition, **weights}, size=condition.size, negative=condition.negative)
 
-    def cut(self, grid: Any) -> Any:
+    def truncate_grid(self, grid: Any) -> Any:
         """The part of a grid from the time at which the drawing starts.
 
         Raises:
@@ -113,7 +112,7 @@ class ImageGuidance:
             )
         return grid[steps - taken :]
 
-    def started(self, theory: Theory, noise: Tensor, grid: Any, otherwise: Tensor) -> Tensor:
+    def initial_state(self, theory: Theory, noise: Tensor, grid: Any, otherwise: Tensor) -> Tensor:
         """The state at the grid's first time, of the picture to start from and this noise; `otherwise` where
         that is the beginning.
         """
@@ -123,7 +122,7 @@ class ImageGuidance:
             return otherwise
         return theory.mix(self.init.to(noise), noise, t.to(noise.device))
 
-    def known(self, theory: Theory, noise: Tensor, out: Tensor, t: Tensor) -> Tensor:
+    def known_answer(self, theory: Theory, noise: Tensor, out: Tensor, t: Tensor) -> Tensor:
         """The answer, with the true one where the picture is kept."""
         assert self.init is not None and self.hole is not None
         noise, hole = noise.to(out), self.hole.to(out)
@@ -149,14 +148,12 @@ def condition_device(condition: Condition, otherwise: Tensor) -> torch.device:
     return next((one.device for one in condition.values()), otherwise.device)
 
 
-def fitted(one: Any, width: int, height: int) -> Tensor:
+def fit_image(one: Any, width: int, height: int) -> Tensor:
     """A picture scaled and cut to this size, [3, H, W] in [-1, 1]."""
-    image = ImageOps.fit(picture(one), (width, height), Image.Resampling.LANCZOS)
-    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return flat.view(height, width, 3).permute(2, 0, 1).float() / 127.5 - 1
+    return image_pixels(picture(one), width, height)
 
 
-def each(shown: Any, count: int, name: str) -> list[Any]:
+def one_each(shown: Any, count: int, name: str) -> list[Any]:
     """One picture for each of `count` drawings.
 
     Raises:
@@ -211,8 +208,12 @@ def parse_image_guidance(
     kinds = {g.name: g.kind for g in denoiser.listed} if isinstance(denoiser, ControlledDenoiser) else {}
     if kinds.get("edit_source") and "image" in options:
         said["edit_source"] = options.pop("image")
-    refuse(said, kinds)
-    shown = {name: each(one, count, name) for name, one in pictures(said, kinds).items() if one is not None}
+    check_arguments(said, kinds)
+    shown = {
+        name: one_each(one, count, name)
+        for name, one in images_of_modules(said, kinds).items()
+        if one is not None
+    }
     for name, listed in shown.items():
         if kinds[name] != "ip-adapter" and any(isinstance(one, list | tuple) for one in listed):
             raise Refused(f"{name} takes one picture for each drawing; only a reference may be several.")
@@ -235,7 +236,7 @@ def null_image_tokens(how: ImageConditionEncoder, tensor: Tensor) -> Tensor:
     return how.silent.repeat(1, tensor.shape[1] // how.silent.shape[1], 1)
 
 
-def refuse(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
+def check_arguments(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
     """Raises Refused for what could not act."""
     for words, some, what in (
         (("control", "control_weight", "control_start", "control_end"), CONTROLS, "ControlNet"),
@@ -257,7 +258,7 @@ def refuse(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
         raise Refused(f"strength is {strength:g}, but it must be above 0 and at most 1.")
 
 
-def pictures(said: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
+def images_of_modules(said: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
     """The pictures by the guides' names; several ControlNets take a list, one for each."""
     nets = [name for name, kind in kinds.items() if kind in CONTROLS]
     found: dict[str, Any] = {name: said.get(name) for name in ("reference", "edit_source") if name in said}
@@ -273,7 +274,7 @@ def pictures(said: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any
     return found
 
 
-def windows(said: Mapping[str, Any], nets: Sequence[str], kinds: Mapping[str, str]) -> dict[str, Window]:
+def windows(said: Mapping[str, Any], nets: Sequence[str], kinds: Mapping[str, str]) -> dict[str, StepWindow]:
     """Weights and shares of the steps, by the guides' names.
 
     Raises:
@@ -292,7 +293,7 @@ def windows(said: Mapping[str, Any], nets: Sequence[str], kinds: Mapping[str, st
     return found
 
 
-def window(word: str, weight: float, start: float, end: float) -> Window:
+def window(word: str, weight: float, start: float, end: float) -> StepWindow:
     """A weight and shares of the steps.
 
     Raises:
@@ -304,7 +305,7 @@ def window(word: str, weight: float, start: float, end: float) -> Window:
         raise Refused(
             f"{word} acts from {start:g} to {end:g} of the steps; both must lie in [0, 1], start first."
         )
-    return Window(weight, start, end)
+    return StepWindow(weight, start, end)
 
 
 @torch.no_grad()
@@ -326,7 +327,7 @@ def encoded(
         if isinstance(one, list | tuple):
             return torch.cat([seen(part) for part in one], dim=1)
         if id(one) not in known:
-            pixels = film(one, *sides, most, fps) if frames else fitted(one, *sides)
+            pixels = clip_pixels(one, *sides, most, fps) if frames else fit_image(one, *sides)
             known[id(one)] = how.encode(pixels[None].to(model.device, model.dtype))
         return known[id(one)]
 
@@ -336,13 +337,13 @@ def encoded(
     return torch.cat(rows)
 
 
-def covers(said: Mapping[str, Any], count: int, size: tuple[int, int], moves: bool = False) -> Tensor:
+def inpaint_masks(said: Mapping[str, Any], count: int, size: tuple[int, int], moves: bool = False) -> Tensor:
     """The masks [B, 1, H, W], 1 where it is repainted, cut as the pictures to start from.
 
     Raises:
         Refused: a mask of another shape than its picture, which would not lie where it should.
     """
-    masks, starts = each(said["mask"], count, "mask"), each(said["init"], count, "init")
+    masks, starts = one_each(said["mask"], count, "mask"), one_each(said["init"], count, "init")
     for mask, start in () if moves else zip(masks, starts, strict=True):
         one, other = picture(mask), picture(start)
         if not math.isclose(one.width * other.height, one.height * other.width, rel_tol=0.02):
@@ -350,20 +351,20 @@ def covers(said: Mapping[str, Any], count: int, size: tuple[int, int], moves: bo
                 f"The mask is {one.width}×{one.height}, but the picture to start from is "
                 f"{other.width}×{other.height}. Give a mask of the picture's shape."
             )
-    return opening(torch.stack([fitted(mask, *size) for mask in masks]))
+    return opening(torch.stack([fit_image(mask, *size) for mask in masks]))
 
 
 @torch.no_grad()
-def repainted(
+def inpaint_conditions(
     model: Model, found: ImageGuidance, said: Mapping[str, Any], count: int, size: tuple[int, int]
 ) -> ImageGuidance:
     """What guides a network that is itself shown the hole and what is kept; unasked it paints all."""
     cover = torch.ones(count, 1, size[1], size[0])
     pixels = torch.zeros(count, 3, size[1], size[0])
     if "init" in said:
-        pixels = torch.stack([fitted(one, *size) for one in each(said["init"], count, "init")])
+        pixels = torch.stack([fit_image(one, *size) for one in one_each(said["init"], count, "init")])
     if "mask" in said:
-        cover = covers(said, count, size)
+        cover = inpaint_masks(said, count, size)
     usual = model.info.get("strength", 0.6) if "init" in said and "mask" not in said else 1.0
     strength = float(said.get("strength", usual))
     kept = model.encode(pixels * (1 - cover))
@@ -384,17 +385,19 @@ def init_from_image(
 ) -> ImageGuidance:
     """What guides, with the picture or clip to start from and what is repainted of it."""
     if repaints(model.denoiser):
-        return repainted(model, found, said, count, size)
+        return inpaint_conditions(model, found, said, count, size)
     if "init" not in said:
         return found
-    shown = each(said["init"], count, "init")
+    shown = one_each(said["init"], count, "init")
     fps = float(model.info.get("fps", 0))
-    pixels = torch.stack([film(one, *size, frames, fps) if frames else fitted(one, *size) for one in shown])
+    pixels = torch.stack(
+        [clip_pixels(one, *size, frames, fps) if frames else fit_image(one, *size) for one in shown]
+    )
     usual = 1.0 if "mask" in said else model.info.get("strength", 0.6)
     found = replace(found, init=model.encode(pixels), strength=float(said.get("strength", usual)))
     if "mask" not in said:
         return found
-    cover = covers(said, count, size, moves=bool(frames))
+    cover = inpaint_masks(said, count, size, moves=bool(frames))
     assert found.init is not None
     sides = found.init.shape[-2:]
     hole = torch.nn.functional.adaptive_max_pool2d(cover, sides)

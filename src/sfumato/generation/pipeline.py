@@ -18,7 +18,7 @@ from torch import Tensor
 from sfumato import models
 from sfumato.errors import Refused
 from sfumato.generation import image_guidance
-from sfumato.generation.guidance import GuidanceOptions, mark_perturbed, saved_options
+from sfumato.generation.guidance import GuidanceOptions, mark_perturbed
 from sfumato.generation.image_guidance import ImageGuidance
 from sfumato.generation.regions import Regions, parse_regions
 from sfumato.generation.video import VideoConditioning, parse_video
@@ -33,7 +33,7 @@ from sfumato.theory import times as sampling_times
 from sfumato.theory.types import Denoise
 
 # ----------------------------------------------------------------
-# What is to be drawn: one wish a picture, and which of them can be drawn together.
+# What is to be drawn: one request a picture, and which of them can be drawn together.
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SampleRequest:
     shown: Mapping[str, list[Image.Image]] = field(default_factory=dict)
 
     @property
-    def looks(self) -> list[tuple[str, tuple[int, int]]]:
+    def image_sizes(self) -> list[tuple[str, tuple[int, int]]]:
         """The sizes of the pictures it is shown; only equal ones can be drawn together."""
         return [(name, one.size) for name, some in self.shown.items() for one in some]
 
@@ -57,7 +57,7 @@ def parse_requests(
     seed: int | Sequence[int],
     shown: Mapping[str, Any],
 ) -> list[SampleRequest]:
-    """One wish a picture; single values serve all, and picture i of an int seed uses seed + i.
+    """One request a picture; single values serve all, and picture i of an int seed uses seed + i.
 
     `shown` holds pictures by the argument that brings them: one for all, one for each, or a list for each.
 
@@ -80,16 +80,16 @@ def parse_requests(
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     seen = {name: images_per_prompt(some, count, name) for name, some in shown.items()}
     return [
-        SampleRequest(*wish, {name: some[i] for name, some in seen.items()})
-        for i, wish in enumerate(zip(prompts, away, seeds, strict=True))
+        SampleRequest(*request, {name: some[i] for name, some in seen.items()})
+        for i, request in enumerate(zip(prompts, away, seeds, strict=True))
     ]
 
 
 def batches(todo: Sequence[SampleRequest], most: int) -> Iterator[Sequence[SampleRequest]]:
-    """The wishes in order, at most so many at once, and only those that are shown pictures of equal sizes."""
+    """The requests in order, at most so many at once, and only such as are shown pictures of equal sizes."""
     first = 0
     for last in range(1, len(todo) + 1):
-        if last == len(todo) or last - first == most or todo[last].looks != todo[first].looks:
+        if last == len(todo) or last - first == most or todo[last].image_sizes != todo[first].image_sizes:
             yield todo[first:last]
             first = last
 
@@ -103,8 +103,8 @@ class SamplingSchedule:
     """When the network is asked, and how its answers become steps.
 
     grid: of times, or None for `steps` evaluations of the solver's own choice; scale: of the first state;
-    clip: the bound within which a pretrained pipeline keeps the clean sample; walks: whether its scheduler
-    takes the steps itself.
+    clip: the bound within which a pretrained pipeline keeps the clean sample; uses_own_scheduler: whether its
+    scheduler takes the steps itself.
     """
 
     grid: Any
@@ -113,7 +113,7 @@ class SamplingSchedule:
     order: int | None = None
     scale: float = 1.0
     clip: float | None = None
-    walks: bool = False
+    uses_own_scheduler: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,17 +122,17 @@ class SamplingPlan:
 
     shape: tuple[int, ...]
     guidance: float
-    course: SamplingSchedule
-    shows: ImageGuidance
-    framed: VideoConditioning
-    how: GuidanceOptions
+    schedule: SamplingSchedule
+    images: ImageGuidance
+    video: VideoConditioning
+    guidance_options: GuidanceOptions
     regions: Regions
     extra_guidance: Mapping[str, Any]
     options: dict[str, Any]
 
     def part(self, rows: slice) -> "SamplingPlan":
         """What is decided about some of the pictures."""
-        return replace(self, shows=self.shows.part(rows), framed=self.framed.part(rows))
+        return replace(self, images=self.images.part(rows), video=self.video.part(rows))
 
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SIDE = 20, 3.0, 64
@@ -141,19 +141,19 @@ DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SIDE = 20, 3.0, 64
 class Pipeline(Model):
     """A model that draws."""
 
-    framed = VideoConditioning()
+    video = VideoConditioning()
     """How the frames of clips are asked for."""
 
-    def with_video(self, framed: VideoConditioning) -> Self:
+    def with_video(self, video: VideoConditioning) -> Self:
         """The same model, its clips asked for so."""
         other = copy(self)
-        other.framed = framed
+        other.video = video
         return other
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
         times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
-        return self.framed.ask(super().predict, self.theory)(x_t, times, condition)
+        return self.video.ask(super().predict, self.theory)(x_t, times, condition)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tile: int = 0, chunk: int = 0) -> Tensor:
@@ -230,56 +230,64 @@ class Pipeline(Model):
             Refused: sizes, lists or arguments that do not fit.
         """
         prompt = [str(label) for label in options.pop("labels")] if "labels" in options else prompt
-        shown = {name: options.pop(name) for name in self.conditioner.sees if options.get(name) is not None}
+        shown = {
+            name: options.pop(name)
+            for name in self.conditioner.image_arguments
+            if options.get(name) is not None
+        }
         todo = parse_requests(prompt, negative, seed, shown)
-        shape = self.latent_shape(*self.sides(todo, height, width), frames)
+        shape = self.latent_shape(*self.size_from_images(todo, height, width), frames)
         if latents is not None and tuple(latents.shape) != (len(todo), *shape):
             raise Refused(f"latents are {list(latents.shape)}, but {[len(todo), *shape]} are needed.")
-        drawing = self.drawing(len(todo), shape, guidance, self.course(shape, steps, times, solver), options)
+        plan = self.sampling_plan(
+            len(todo), shape, guidance, self.schedule(shape, steps, times, solver), options
+        )
         pictures: list[Any] = []
         for some in batches(todo, batch):
             rows = slice(len(pictures), len(pictures) + len(some))
-            start = self.start(some, shape) if latents is None else latents[rows]
-            told = None if watch is None else partial(_told, watch, drawing.course.steps, rows, len(todo))
-            pixels = self.sample_pixels(drawing.part(rows), some, start, tile, chunk, told)
+            start = self.initial_noise(some, shape) if latents is None else latents[rows]
+            tell = (
+                None if watch is None else partial(_tell_steps, watch, plan.schedule.steps, rows, len(todo))
+            )
+            pixels = self.sample_pixels(plan.part(rows), some, start, tile, chunk, tell)
             pictures += to_pictures(pixels, "frames" in self.info, frames)
         return pictures
 
-    def sides(
+    def size_from_images(
         self, todo: Sequence[SampleRequest], height: int | None, width: int | None
     ) -> tuple[int | None, int | None]:
         """Width and height; where none is said, those a pretrained pipeline takes from what it is shown."""
         if todo[0].shown and height is None and width is None and self.sampling is not None:
-            height, width = self.sampling.size(next(iter(todo[0].shown.values()))) or (None, None)
+            height, width = self.sampling.output_size(next(iter(todo[0].shown.values()))) or (None, None)
         return width, height
 
-    def course(
+    def schedule(
         self, shape: tuple[int, ...], steps: int | None, times: Any, solver: str | None
     ) -> SamplingSchedule:
         """When the network is asked, and which solver makes steps of its answers."""
         steps = int(self.info.get("steps", DEFAULT_STEPS)) if steps is None else steps
         grid = sampling_times.grid(times, self.theory, steps) if isinstance(times, str) else times
-        if times is None and solver in (None, "auto") and self.fitted is not None:
-            return SamplingSchedule(self.fitted.grid(self.theory, steps), steps, "auto")
+        if times is None and solver in (None, "auto") and self.fitted_times is not None:
+            return SamplingSchedule(self.fitted_times.grid(self.theory, steps), steps, "auto")
         if self.sampling is None:
             return SamplingSchedule(grid, steps, solver)
         order, most, scale = None, None, 1.0
-        if solver is None and grid is None and self.sampling.steps_itself(steps):
+        if solver is None and grid is None and self.sampling.uses_own_scheduler(steps):
             times, nearest = self.sampling.times(steps, shape), self.sampling.solver
-            return SamplingSchedule(times, steps, nearest, self.sampling.order, walks=True)
+            return SamplingSchedule(times, steps, nearest, self.sampling.order, uses_own_scheduler=True)
         if solver is None:
             solver, order = self.sampling.solver, self.sampling.order
-            most = self.sampling.clip if grid is None else None
+            most = self.sampling.clip_sample_range if grid is None else None
         if grid is None:
-            grid, scale = self.sampling.times(steps, shape), self.sampling.first_scale(steps)
+            grid, scale = self.sampling.times(steps, shape), self.sampling.init_noise_sigma(steps)
         return SamplingSchedule(grid, steps, solver, order, scale, most)
 
-    def drawing(
+    def sampling_plan(
         self,
         count: int,
         shape: tuple[int, ...],
         guidance: float | None,
-        course: SamplingSchedule,
+        schedule: SamplingSchedule,
         options: dict[str, Any],
     ) -> SamplingPlan:
         """Take what is said about guidance, pictures that guide and frames out of `options`."""
@@ -287,68 +295,72 @@ class Pipeline(Model):
         how = self.guidance_options(options)
         pixels = self.codec.pixel_size(shape)
         moving = 1 + (shape[1] - 1) * self.codec.time_stride if "frames" in self.info else 0
-        shows = image_guidance.parse_image_guidance(
+        images = image_guidance.parse_image_guidance(
             self, options, count, (pixels["width"], pixels["height"]), moving
         )
-        if shows.init is not None:
-            grid = sampling_times.cosine(self.theory, course.steps) if course.grid is None else course.grid
-            if course.walks and self.sampling is not None:  # its scheduler begins with noise: ours goes on
-                course = replace(course, scale=self.sampling.first_scale(course.steps), walks=False)
-            course = replace(course, grid=shows.cut(grid))
-        framed = parse_video(self, options, count, shape)
+        if images.init is not None:
+            steps, grid = schedule.steps, schedule.grid
+            grid = sampling_times.cosine(self.theory, steps) if grid is None else grid
+            if (
+                schedule.uses_own_scheduler and self.sampling is not None
+            ):  # it begins with noise: ours goes on
+                scale = self.sampling.init_noise_sigma(steps)
+                schedule = replace(schedule, scale=scale, uses_own_scheduler=False)
+            schedule = replace(schedule, grid=images.truncate_grid(grid))
+        video = parse_video(self, options, count, shape)
         regions = parse_regions(options, shape, (pixels["width"], pixels["height"]))
         guidance = float(self.info.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
-        return SamplingPlan(shape, guidance, course, shows, framed, how, regions, extra, options)
+        return SamplingPlan(shape, guidance, schedule, images, video, how, regions, extra, options)
 
     @torch.no_grad()
     def sample_pixels(
         self,
-        drawing: SamplingPlan,
+        plan: SamplingPlan,
         todo: Sequence[SampleRequest],
         start: Tensor,
         tile: int = 0,
         chunk: int = 0,
         watch: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """The pixels [B, 3, (F,) H, W] of these wishes, from their unit noise `start`."""
-        course, shows = drawing.course, drawing.shows
-        asker = self.with_video(drawing.framed)
-        given = drawing.options | self.image_conditions(todo, drawing.shape)
-        prompted = self.condition([wish.prompt for wish in todo], **given)
-        denoise = asker.guided_denoiser(prompted, todo, replace(drawing, options=given))
-        if drawing.regions:
-            others = [[replace(wish, prompt=text) for wish in todo] for text in drawing.regions.prompts]
-            told = [self.condition([wish.prompt for wish in some], **given) for some in others]
+        """The pixels [B, 3, (F,) H, W] of these requests, from their unit noise `start`."""
+        schedule, images = plan.schedule, plan.images
+        sampler = self.with_video(plan.video)
+        given = plan.options | self.image_conditions(todo, plan.shape)
+        prompted = self.condition([request.prompt for request in todo], **given)
+        denoise = sampler.guided_denoiser(prompted, todo, replace(plan, options=given))
+        if plan.regions:
+            others = [[replace(request, prompt=text) for request in todo] for text in plan.regions.prompts]
+            conditions = [self.condition([request.prompt for request in some], **given) for some in others]
             elsewhere = map(
-                partial(asker.guided_denoiser, drawing=replace(drawing, options=given)), told, others
+                partial(sampler.guided_denoiser, plan=replace(plan, options=given)), conditions, others
             )
-            denoise = drawing.regions.blended([denoise, *elsewhere])
-        if course.clip is not None:
-            denoise = clamp_x0(denoise, self.theory, course.clip)
-        denoise = asker.framed.constrain_known(denoise, self.theory)
-        x, first = start, start * course.scale
-        if shows.init is not None:
-            denoise = self.with_inpainting(denoise, shows, start)
-            first = shows.started(self.theory, start, course.grid, first)
+            denoise = plan.regions.blended([denoise, *elsewhere])
+        if schedule.clip is not None:
+            denoise = clamp_x0(denoise, self.theory, schedule.clip)
+        denoise = sampler.video.constrain_known(denoise, self.theory)
+        x, first = start, start * schedule.scale
+        if images.init is not None:
+            denoise = self.with_inpainting(denoise, images, start)
+            first = images.initial_state(self.theory, start, schedule.grid, first)
         elif self.sampling is None:
-            first = self.noised(first, course.grid)
-        for step, state in enumerate(self.path(todo, first, denoise, course), 1):
+            first = self.scale_noise(first, schedule.grid)
+        for step, state in enumerate(self.states(todo, first, denoise, schedule), 1):
             x = state
             if watch is not None:
                 watch(step)
-        x = asker.framed.finished(shows.paste_latents(self.denoiser.finalize_latents(x, prompted)))
-        return shows.paste_pixels(self.decode(x, tile, chunk))
+        x = sampler.video.restore_known(images.paste_latents(self.denoiser.finalize_latents(x, prompted)))
+        return images.paste_pixels(self.decode(x, tile, chunk))
 
-    def path(
-        self, todo: Sequence[SampleRequest], start: Tensor, denoise: Denoise, course: SamplingSchedule
+    def states(
+        self, todo: Sequence[SampleRequest], start: Tensor, denoise: Denoise, schedule: SamplingSchedule
     ) -> Iterator[Tensor]:
-        """The states from these wishes' unit noise to their latents."""
+        """The states from these requests' unit noise to their latents."""
         x = start.to(self.device, self.dtype)
-        if course.walks:
-            return self.sampling.walk(denoise, x, course.steps, x.shape[1:])
-        draw = noise.of([wish.seed for wish in todo])
-        given = course.steps if course.grid is None else course.grid
-        return solve(denoise, x, self.theory, given, course.solver or "auto", course.order, noise=draw)
+        if schedule.uses_own_scheduler:
+            return self.sampling.states(denoise, x, schedule.steps, x.shape[1:])
+        draw = noise.of([request.seed for request in todo])
+        given = schedule.steps if schedule.grid is None else schedule.grid
+        return solve(denoise, x, self.theory, given, schedule.solver or "auto", schedule.order, noise=draw)
 
     def latent_shape(
         self, width: int | None = None, height: int | None = None, frames: int | None = None
@@ -370,9 +382,9 @@ class Pipeline(Model):
         step = self.codec.time_stride
         known = frames or int(self.info.get("frames", 1))
         count = 1 + -(-(known - 1) // step) * step
-        shape, grain = self.codec.latent_shape(width, height, count), self.denoiser.grain
-        if shape[-1] % grain or shape[-2] % grain:
-            step = grain * self.codec.stride
+        shape, multiple = self.codec.latent_shape(width, height, count), self.denoiser.latent_multiple
+        if shape[-1] % multiple or shape[-2] % multiple:
+            step = multiple * self.codec.stride
             fit = [max(step, side // step * step) for side in (width, height)]
             raise Refused(
                 f"The picture is {width}×{height}, but this network needs sides in multiples of {step}. "
@@ -380,11 +392,11 @@ class Pipeline(Model):
             )
         return shape
 
-    def start(self, todo: Sequence[SampleRequest], shape: tuple[int, ...]) -> Tensor:
+    def initial_noise(self, todo: Sequence[SampleRequest], shape: tuple[int, ...]) -> Tensor:
         """The noise each picture starts from [B, C, h, w]."""
-        return noise.normal(shape, [wish.seed for wish in todo], [0] * len(todo), purpose="start")
+        return noise.normal(shape, [request.seed for request in todo], [0] * len(todo), purpose="start")
 
-    def noised(self, start: Tensor, grid: Any) -> Tensor:
+    def scale_noise(self, start: Tensor, grid: Any) -> Tensor:
         """Unit noise as the state at a grid's first time; where that is t_noise `solve` does it."""
         first = None if grid is None else torch.as_tensor(grid, dtype=torch.float64)[..., 0]
         if first is None or bool((first == self.theory.t_noise).all()):
@@ -392,41 +404,41 @@ class Pipeline(Model):
         return self.theory.mix(torch.zeros_like(start), start, first)
 
     def image_conditions(self, todo: Sequence[SampleRequest], shape: tuple[int, ...]) -> dict[str, Any]:
-        """What the conditioner is told of the pictures these wishes are shown, and of what is drawn."""
-        shown: dict[str, Any] = {name: [wish.shown[name] for wish in todo] for name in todo[0].shown}
-        return shown | (self.codec.pixel_size(shape) if shown and self.conditioner.placed else {})
+        """What the conditioner is told of the pictures these requests are shown, and of what is drawn."""
+        shown: dict[str, Any] = {name: [request.shown[name] for request in todo] for name in todo[0].shown}
+        return shown | (self.codec.pixel_size(shape) if shown and self.conditioner.sizes_images else {})
 
     def guided_denoiser(
-        self, prompted: Condition, todo: Sequence[SampleRequest], drawing: SamplingPlan
+        self, prompted: Condition, todo: Sequence[SampleRequest], plan: SamplingPlan
     ) -> Denoise:
-        """The denoiser of these wishes: leaning away from the weaker answer unless guidance is 1.
+        """The denoiser of these requests: leaning away from the weaker answer unless guidance is 1.
 
         Raises:
             Refused: a negative that this network would not hear, a form of guidance that would not act.
         """
-        guidance, shows, given = drawing.guidance, drawing.shows, drawing.options
-        policy, extra = self.denoiser.guidance, drawing.extra_guidance
-        away = [wish.negative for wish in todo]
+        guidance, images, given = plan.guidance, plan.images, plan.options
+        policy, extra = self.denoiser.guidance, plan.extra_guidance
+        away = [request.negative for request in todo]
         has_negative = any(text is not None for text in away)
         first = policy.guidance_at(guidance, self.theory.t_noise, extra)
         leans = bool(len(prompted)) and policy.needs_negative(first, has_negative)
-        how = drawing.how.effective(leans, has_negative)
+        how = plan.guidance_options.effective(leans, has_negative)
         how.validate(self.denoiser, leans, has_negative)
-        times = self.step_times(drawing.course)
+        times = self.step_times(plan.schedule)
 
         def asked_of(*conditions: Condition) -> Denoise:
             joined = conditions[0] if len(conditions) == 1 else Condition.join(*conditions)
-            told = policy.embed_guidance(joined, guidance).to(self.device, self.dtype)
-            return lambda x_t, t: self.predict(x_t, t, shows.at_step(told, t, times))
+            embedded = policy.embed_guidance(joined, guidance).to(self.device, self.dtype)
+            return lambda x_t, t: self.predict(x_t, t, images.at_step(embedded, t, times))
 
-        answers = [shows.add_to(prompted).to(self.device)]
+        answers = [images.add_to(prompted).to(self.device)]
         alone = asked_of(*answers)
         if not leans and not how.pag_scale:
             return alone
-        other = how.autoguidance_denoiser(self, [wish.prompt for wish in todo], given)
+        other = how.autoguidance_denoiser(self, [request.prompt for request in todo], given)
         if leans and other is None:
             with torch.no_grad():
-                weak = shows.add_to(self.conditioner.encode_negative(away, **given), is_weak=True)
+                weak = images.add_to(self.conditioner.encode_negative(away, **given), is_weak=True)
             answers.append(weak.to(self.device))
         if how.pag_scale:
             answers = [*(mark_perturbed(one, False) for one in answers), mark_perturbed(answers[0], True)]
@@ -437,9 +449,9 @@ class Pipeline(Model):
             return how.apply(self.theory, policy, guidance, extra, strong, weak, perturbed)
 
         guided = forms.batched_call(asked_of(*answers), form, len(answers))
-        if how.guidance_interval is None:
+        if how.interval is None:
             return guided
-        return forms.only_in_interval(alone, guided, self.theory, *how.guidance_interval)
+        return forms.only_in_interval(alone, guided, self.theory, *how.interval)
 
     def guidance_options(self, options: dict[str, Any]) -> GuidanceOptions:
         """Take what is said about guidance out of `options`; the rest is as the model's recipe had it.
@@ -447,7 +459,7 @@ class Pipeline(Model):
         Raises:
             Refused: a value that cannot be meant, a weaker model that cannot be read.
         """
-        how = GuidanceOptions.pop_from(options, saved_options(self.info))
+        how = GuidanceOptions.pop_from(options, self.info.get("guidance_options"))
         if not isinstance(how.autoguidance_model, str | Path):
             return how
         place, known = str(how.autoguidance_model), self.__dict__.setdefault("_weaker", {})
@@ -455,19 +467,19 @@ class Pipeline(Model):
             known[place] = load(place, device=str(self.device))
         return replace(how, autoguidance_model=known[place])
 
-    def step_times(self, course: SamplingSchedule) -> list[float]:
+    def step_times(self, schedule: SamplingSchedule) -> list[float]:
         """The times at which steps begin, and the end; without a grid, as if they were even in time."""
-        grid = sampling_times.linear(self.theory, course.steps) if course.grid is None else course.grid
+        grid = sampling_times.linear(self.theory, schedule.steps) if schedule.grid is None else schedule.grid
         return torch.as_tensor(grid, dtype=torch.float64).flatten().tolist()
 
-    def with_inpainting(self, denoise: Denoise, shows: ImageGuidance, unit: Tensor) -> Denoise:
+    def with_inpainting(self, denoise: Denoise, images: ImageGuidance, unit: Tensor) -> Denoise:
         """The denoiser, with the true answer where the picture is kept; `unit` is the noise it began with."""
-        if shows.hole is None:
+        if images.hole is None:
             return denoise
-        return lambda x_t, t: shows.known(self.theory, unit, denoise(x_t, t), t)
+        return lambda x_t, t: images.known_answer(self.theory, unit, denoise(x_t, t), t)
 
 
-def _told(watch: Callable[[int, int], None], steps: int, rows: slice, count: int, step: int) -> None:
+def _tell_steps(watch: Callable[[int, int], None], steps: int, rows: slice, count: int, step: int) -> None:
     """Tell of a step of the pictures `rows`, of `count` with `steps` each."""
     watch(rows.start * steps + step * (rows.stop - rows.start), count * steps)
 
@@ -514,7 +526,7 @@ def load(
 
 def as_pipeline(model: Model, denoiser: Any = None) -> Pipeline:
     """The same stages as a model that draws, optionally with other weights (the averaged ones)."""
-    painter = Pipeline(model.theory, model.codec, model.conditioner, denoiser or model.denoiser, model.info)
-    painter.origin, painter.sampling, painter.trained = model.origin, model.sampling, model.trained
-    painter.fitted = model.fitted
-    return painter
+    pipeline = Pipeline(model.theory, model.codec, model.conditioner, denoiser or model.denoiser, model.info)
+    pipeline.origin, pipeline.sampling, pipeline.trained = model.origin, model.sampling, model.trained
+    pipeline.fitted_times = model.fitted_times
+    return pipeline

@@ -31,11 +31,11 @@ class SampleSettings:
 
     @property
     def guidance_options(self) -> dict[str, Any]:
-        """What is said about guidance beside its scale, as `GuidanceOptions` takes it, without defaults."""
+        """What is said about how guidance leans, by the names of `GuidanceOptions`; defaults are left out."""
         said = {
-            "guidance_form": self.guidance_form if self.guidance_form != "cfg" else None,
-            "guidance_rescale": self.guidance_rescale,
-            "guidance_interval": list(self.guidance_interval),
+            "form": self.guidance_form if self.guidance_form != "cfg" else None,
+            "rescale": self.guidance_rescale,
+            "interval": list(self.guidance_interval),
             "pag_scale": self.pag_scale,
             "autoguidance_model": self.autoguidance_model,
         }

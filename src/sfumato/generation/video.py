@@ -131,7 +131,7 @@ class VideoConditioning:
         """The guided network, known frames answered exactly."""
         return self.known.constrain_known(denoise, theory) if self.known else denoise
 
-    def finished(self, x: Tensor) -> Tensor:
+    def restore_known(self, x: Tensor) -> Tensor:
         """The last state, with the known frames as they are."""
         return torch.where(self.known.place(x), self.known.latents.to(x), x) if self.known else x
 
@@ -160,7 +160,7 @@ def parse_video(
         Refused: for a model of pictures, or one that was not trained with known frames.
     """
     windows = _windows(model, options, shape)
-    if getattr(model.conditioner, "sees", ()):
+    if getattr(model.conditioner, "image_arguments", ()):
         return VideoConditioning(None, windows)
     given = {name: options.pop(name) for name in KNOWN if options.get(name) is not None}
     if not given or "frames" not in model.info:
@@ -184,7 +184,7 @@ def _known(model: Model, given: dict[str, Any], count: int, shape: tuple[int, ..
     latents, which = torch.zeros(count, *shape), torch.zeros(shape[1], dtype=torch.bool)
     for name, shown in given.items():
         pictures = [one[0] for one in images_per_prompt(shown, count, name)]
-        stills = torch.stack([still(one, size["width"], size["height"]) for one in pictures])
+        stills = torch.stack([image_pixels(one, size["width"], size["height"]) for one in pictures])
         if name == "image":
             latents[:, :, :1] = model.encode(stills[:, :, None]).cpu()
             which[0] = True
@@ -221,13 +221,13 @@ def _windows(model: Model, options: dict[str, Any], shape: tuple[int, ...]) -> W
 SLACK = 1e-3  # seconds; rounding of time stamps
 
 
-def still(picture: Image.Image, width: int, height: int) -> Tensor:
+def image_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
     """A picture cropped and scaled to this size, [3, H, W] in [-1, 1]."""
     image = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def film(shown: Any, width: int, height: int, frames: int, fps: float = 0.0) -> Tensor:
+def clip_pixels(shown: Any, width: int, height: int, frames: int, fps: float = 0.0) -> Tensor:
     """The first frames of a clip, cropped and scaled to this size, [3, F, H, W] in [-1, 1].
 
     Args:
@@ -243,7 +243,7 @@ def film(shown: Any, width: int, height: int, frames: int, fps: float = 0.0) -> 
         images = [Image.fromarray(frame) for frame in shown[:frames]]
     else:
         images = [picture(shown)]
-    stills = [still(image.convert("RGB"), width, height) for image in images]
+    stills = [image_pixels(image.convert("RGB"), width, height) for image in images]
     return torch.stack(stills + stills[-1:] * (frames - len(stills)), 1)
 
 

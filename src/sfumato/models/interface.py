@@ -38,8 +38,15 @@ RENAMED_MEMBERS = {
     "packs": "supports_packing",
     "asked": "mask_error",
     "finish": "finalize_latents",
+    "grain": "latent_multiple",
+    "framing": "micro_conditioning",
+    "trains_framing": "trains_micro_conditioning",
+    "sees": "image_arguments",
+    "placed": "sizes_images",
 }
 """{what a stage's member was called before 0.2: what it is called}; stages users wrote then still serve."""
+PLAIN = (bool, int, str, tuple)
+"""What a stage that users wrote may set under an old name, as `self.grain = 2`."""
 
 
 class Stage(nn.Module, ABC):
@@ -54,6 +61,11 @@ class Stage(nn.Module, ABC):
         for old, new in RENAMED_MEMBERS.items():
             if old in vars(cls) and new not in vars(cls):
                 setattr(cls, new, vars(cls)[old])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in RENAMED_MEMBERS and isinstance(value, PLAIN):
+            super().__setattr__(RENAMED_MEMBERS[name], value)
 
     def write_weights(self, folder: Path, by_name: bool = False) -> dict[str, Any]:
         """Write the weights into a folder; returns what the config says of them there, if anything.
@@ -165,11 +177,11 @@ class TrainableCodec(Codec):
 class Conditioner(Stage):
     """Prompts, labels or pictures → Condition."""
 
-    sees: tuple[str, ...] = ()
+    image_arguments: tuple[str, ...] = ()
     """Options that show pictures; each holds one for every prompt, or a list of them."""
     learns: bool = False
     """Whether it is trained too: it is then asked in every step, with gradients."""
-    placed: bool = False
+    sizes_images: bool = False
     """Whether those are seen at the size of what is drawn (the codec's `pixel_size`)."""
 
     @abstractmethod
@@ -205,11 +217,11 @@ class Denoiser(Stage):
 
     lora_targets: tuple[str, ...] = ()
     """Ends of the names of the layers that adapters usually go to."""
-    framing: str = ""
+    micro_conditioning: str = ""
     """The condition's tensor [B, 6] that says how a picture was cut from its file, where that is heard."""
-    trains_framing: bool = False
+    trains_micro_conditioning: bool = False
     """Whether training tells each picture's own cut, instead of the usual one."""
-    grain: int = 1
+    latent_multiple: int = 1
     """Sides of latents must be multiples of this."""
     frames_apart: bool = False
     """Whether each frame of a clip may be told a time of its own: clock [B, F]."""
@@ -315,10 +327,10 @@ class Model:
         self.origin: Any = None
         """The diffusers pipeline it came from, if any."""
         self.sampling: Any = None
-        """How that pipeline samples: `.times(steps, shape)` and `.solver`."""
+        """How that pipeline samples (`pipeline_folder.PipelineSampling`)."""
         self.trained: Theory | None = None
         """The theory the network itself speaks, where it is asked under another."""
-        self.fitted: Any = None
+        self.fitted_times: Any = None
         """Sampling times fitted to this model (`theory.schedule_search.FittedGrid`), if any."""
 
     def with_theory(self, theory: Theory) -> Self:

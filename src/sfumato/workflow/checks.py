@@ -13,7 +13,7 @@ from sfumato.data.settings import EMBEDDED, DataSettings
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.generation import Pipeline, load
-from sfumato.generation.guidance import GuidanceOptions
+from sfumato.generation.guidance import ARGUMENTS, GuidanceOptions
 from sfumato.models import control
 from sfumato.models.interface import no_context_parallel
 from sfumato.models.networks.dit import DiT
@@ -181,7 +181,7 @@ def check_tokens(recipe: Recipe, codec: models.Codec, base: Pipeline | None, siz
     group_size, frames = recipe.train.context_parallel, recipe.data.frames or 1
     if group_size == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
         return
-    patch = base.denoiser.grain if base else recipe.model.patch
+    patch = base.denoiser.latent_multiple if base else recipe.model.patch
     for width, height in sizes:
         shape = codec.latent_shape(width, height, frames)
         tokens = math.prod(shape[1:]) // patch**2
@@ -219,7 +219,7 @@ def check_guidance(
     guidance = said.guidance
     if base is not None and recipe.origin("sample.guidance") == DEFAULT:
         guidance = float(base.info.get("guidance", guidance))
-    options = said.guidance_options
+    options = {ARGUMENTS[name]: value for name, value in said.guidance_options.items()}
     try:
         if said.autoguidance_model:
             options["autoguidance_model"] = load(said.autoguidance_model)

@@ -138,7 +138,10 @@ def encoded_samples(
         found.say = say
     found.labels = found.labels and not finetune.text_plan_of(recipe)
     found.caption_dropout = data.caption_dropout
-    found.samples_posterior, found.framed = data.latent_sampling == "sample", model.denoiser.trains_framing
+    found.samples_posterior, found.has_time_ids = (
+        data.latent_sampling == "sample",
+        model.denoiser.trains_micro_conditioning,
+    )
     return found
 
 

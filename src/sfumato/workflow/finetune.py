@@ -187,7 +187,9 @@ def prompt_options(said: Mapping[str, object], base: Pipeline) -> dict[str, Any]
     """
     if not isinstance(base.conditioner, PretrainedConditioner):
         raise Refused("model.prompt_options: the prompts of this base have no options. Leave it out.")
-    known = options_of(type(base.conditioner.pipe)) | dict.fromkeys(base.conditioner.family.telling)
+    known = options_of(type(base.conditioner.pipe)) | dict.fromkeys(
+        base.conditioner.family.micro_conditioning_arguments
+    )
     for name in said:
         if name not in known:
             raise Refused(f'model.prompt_options: there is no "{name}".{nearest(name, known)}')
@@ -317,11 +319,11 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
         adapter_run.attach(model.denoiser, plan)
         if begin is not None:
             init_from_file.fill(network, begin.changes.get("", {}))
-    model.denoiser.compute_dtype = quantized.store(network, recipe.model.base_quantization)
+    model.denoiser.compute_dtype = quantized.quantize_frozen(network, recipe.model.base_quantization)
     if recipe.model.attention_backend:
-        blocks.choose_attention(network, recipe.model.attention_backend)
+        blocks.set_attention_backend(network, recipe.model.attention_backend)
     if recipe.train.offload:
-        blocks.lend(network, model.device)
+        blocks.offload_blocks(network, model.device)
     blocks.recompute(network, recipe.train.gradient_checkpointing)
     if recipe.train.compile:
         blocks.compile_blocks(network, model.device)
@@ -340,7 +342,7 @@ def check_latents(recipe: Recipe, codec: Codec, base: Pipeline | None, width: in
         models.check_latents(recipe.model, codec, width, height)
         return
     codec.check_size(width, height, f"A picture at data.resolution {width}×{height}")
-    step = codec.stride * base.denoiser.grain
+    step = codec.stride * base.denoiser.latent_multiple
     if width % step or height % step:
         fit = [max(step, side // step * step) for side in (width, height)]
         raise Refused(

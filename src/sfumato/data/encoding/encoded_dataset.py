@@ -44,7 +44,7 @@ class Item:
         return next(one.shape for one in self.pictures[0].fields if one.name in ("latents", "mean"))
 
     @cached_property
-    def framing(self) -> tuple[int, int, int, int, int, int]:
+    def time_ids(self) -> tuple[int, int, int, int, int, int]:
         """Height, width of the file's picture; top, left of the cut after scaling; height, width of the cut.
 
         What SDXL is told (arXiv:2307.01952, section 2.2). An unknown size counts as the cut's own.
@@ -74,9 +74,9 @@ class Batch:
     companions: dict[str, Tensor] = field(default_factory=dict)
 
     @property
-    def framings(self) -> Tensor:
-        """How each picture was cut from its file [B, 6], see `Item.framing`."""
-        return torch.tensor([item.framing for item in self.items])
+    def time_ids(self) -> Tensor:
+        """How each picture was cut from its file [B, 6], see `Item.time_ids`."""
+        return torch.tensor([item.time_ids for item in self.items])
 
     @property
     def labels(self) -> Tensor:
@@ -91,8 +91,8 @@ class EncodedDataset:
 
     null holds the tensors of the empty caption; set_aside the files that could not be encoded; counts and
     notes say what `fill` did. labels: conditions say the class too, as `labels`. samples_posterior: show a
-    new draw of the codec's posterior every epoch, not its mode. framed: conditions say how each picture was
-    cut, as `time_ids` [6] (`Item.framing`). written: where the captions' encodings lie, by key.
+    new draw of the codec's posterior every epoch, not its mode. has_time_ids: conditions say how each picture
+    was cut, as `time_ids` [6] (`Item.time_ids`). written: where the captions' encodings lie, by key.
     """
 
     store: Store
@@ -105,7 +105,7 @@ class EncodedDataset:
     samples_posterior: bool = True
     caption_dropout: float = 0.0
     """Share shown without their caption, where words are read beside a picture and the empty one too."""
-    framed: bool = False
+    has_time_ids: bool = False
     written: dict[str, Place] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -144,7 +144,7 @@ class EncodedDataset:
         Raises:
             ValueError: they are of different shapes.
         """
-        if len(indices) == 1 and self._plain and not (self.labels or self.framed):
+        if len(indices) == 1 and self._plain and not (self.labels or self.has_time_ids):
             return self._alone(indices[0], seed, epoch)
         items = [self.items[i] for i in indices]
         ids = [self.ids[i] for i in indices]
@@ -171,7 +171,7 @@ class EncodedDataset:
         batch = Batch(ids, latents, conditions, [words for words, _ in chosen], items, companions)
         for name, told in (
             ("labels", batch.labels if self.labels else None),
-            ("time_ids", batch.framings.float() if self.framed else None),
+            ("time_ids", batch.time_ids.float() if self.has_time_ids else None),
         ):
             if told is not None:
                 pairs = zip(batch.conditions, told, strict=True)

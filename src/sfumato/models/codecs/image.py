@@ -40,7 +40,7 @@ class PixelCodec(Codec):
 class NormalizedCodec(TrainableCodec):
     """What trained codecs share: raw latents with a diagonal normal posterior, normalised afterwards.
 
-    A subclass gives `posterior` and `paint`; shift and scale are fixed by `fit_normalization`.
+    A subclass gives `posterior` and `decode_raw`; shift and scale are fixed by `fit_normalization`.
     """
 
     shift: Tensor
@@ -56,9 +56,9 @@ class NormalizedCodec(TrainableCodec):
         """Mean and log variance [B, C, h, w] of the raw latents."""
         raise TypeError(f"{type(self).__name__} gives no posterior")
 
-    def paint(self, raw: Tensor) -> Tensor:
+    def decode_raw(self, raw: Tensor) -> Tensor:
         """Pixels from raw latents."""
-        raise TypeError(f"{type(self).__name__} does not paint")
+        raise TypeError(f"{type(self).__name__} does not decode")
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """The posterior's mode, or a sample of it; normalised."""
@@ -73,13 +73,13 @@ class NormalizedCodec(TrainableCodec):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, not clamped."""
-        return self.paint(latents * self.scale + self.shift)
+        return self.decode_raw(latents * self.scale + self.shift)
 
     def reconstruct(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels painted from a sample of the posterior, and its KL to the standard normal [B]."""
         mean, log_variance = self.posterior(pixels)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-        return self.paint(mean + (log_variance / 2).exp() * noise), kl.flatten(1).sum(1)
+        return self.decode_raw(mean + (log_variance / 2).exp() * noise), kl.flatten(1).sum(1)
 
     def prepare(self, pixels: Tensor) -> None:
         """Random weights need no look at the data."""
@@ -200,7 +200,7 @@ class ResidualCodec(NormalizedCodec):
         mean = F.conv2d(patches, self.linear_in[:, :, None, None]) + seen
         return mean, self.log_variance.expand_as(mean)
 
-    def paint(self, raw: Tensor) -> Tensor:
+    def decode_raw(self, raw: Tensor) -> Tensor:
         """Shortcut plus convolutions."""
         patches = F.conv2d(raw, self.linear_out[:, :, None, None], self.average)
         return F.pixel_shuffle(patches, self.stride) + F.pixel_shuffle(self.draw(raw), self.stride // 2)
@@ -245,7 +245,7 @@ class AutoencoderCodec(NormalizedCodec):
         mean = self.network.encode(pixels).latents
         return mean, torch.full_like(mean, -6.0)
 
-    def paint(self, raw: Tensor) -> Tensor:
+    def decode_raw(self, raw: Tensor) -> Tensor:
         """The decoder's pixels."""
         return self.network.decode(raw).sample
 

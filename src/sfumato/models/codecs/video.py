@@ -102,7 +102,7 @@ class ClipCodec(ResidualCodec):
         mean = mean.unflatten(0, (-1, count)).transpose(1, 2)
         return mean, self.log_variance[:, None].expand_as(mean)
 
-    def paint(self, raw: Tensor) -> Tensor:
+    def decode_raw(self, raw: Tensor) -> Tensor:
         """Shortcut plus convolutions: [B, C, K, h, w] → [B, 3, F, H, W]."""
         count, flat = raw.shape[2], raw.transpose(1, 2).flatten(0, 1)
         patches = F.conv2d(flat, self.linear_out[:, :, None, None], self.average)

@@ -17,7 +17,7 @@ from sfumato.models.control.base import WEAK, ControlModule, Hook, weight_of
 from sfumato.models.control.image_encoders import ImageConditionEncoder
 from sfumato.models.control.own import image_features
 from sfumato.models.interface import Denoiser, Model
-from sfumato.models.networks.tokens import patches
+from sfumato.models.networks.tokens import patchify
 
 Given = dict[str, Any]
 SEEN = (16, 32, 96, 256)
@@ -211,7 +211,7 @@ class Flux(ControlNetAdapter):
         double, single = net(
             **heard,
             guidance=guidance,
-            controlnet_cond=patches(control),
+            controlnet_cond=patchify(control),
             conditioning_scale=weight,
             return_dict=False,
         )
@@ -243,7 +243,7 @@ class QwenImage(ControlNetAdapter):
         )  # fmt: skip
         blocks = net(
             **{name: given.get(name) for name in names},
-            controlnet_cond=patches(control.squeeze(2)),
+            controlnet_cond=patchify(control.squeeze(2)),
             conditioning_scale=weight,
             return_dict=False,
         )

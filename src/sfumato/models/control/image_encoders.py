@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 from sfumato.models.interface import Codec, Model
-from sfumato.models.networks.tokens import places
+from sfumato.models.networks.tokens import position_features
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, where a folder says nothing of its own."""
@@ -79,7 +79,7 @@ class CodecFeatures(ImageEncoder):
             latents = model.encode(first_frame(pixels))
             latents = latents[:, :, 0] if latents.ndim == 5 else latents
             seen = F.pixel_unshuffle(latents, self.patch)
-            where = places(*seen.shape[-2:], seen.device).to(seen.dtype)
+            where = position_features(*seen.shape[-2:], seen.device).to(seen.dtype)
             return torch.cat((seen.flatten(2).transpose(1, 2), where.expand(len(seen), -1, -1)), dim=-1)
 
         side = self.side * model.codec.stride

@@ -78,8 +78,8 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
 
 def keep_fitted(model: Model, folder: Path) -> None:
     """The model's fitted sampling times go where its weights go."""
-    if model.fitted is not None:
-        fitted_times.write_times(folder, model.fitted)
+    if model.fitted_times is not None:
+        fitted_times.write_times(folder, model.fitted_times)
 
 
 def plain(denoiser: Denoiser) -> Denoiser:
@@ -119,7 +119,7 @@ def load(
     is_run = any(file.is_file() for file in insides)
     home = path / "model" if is_run else path
     model = load_home(home, str(folder), number, model_class)
-    model.fitted = fitted_times.read_times(home) or model.fitted
+    model.fitted_times = fitted_times.read_times(home) or model.fitted_times
     plans = read_plans(home)
     if plans:
         guides = add_control_modules(model, plans)
@@ -187,8 +187,12 @@ def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Mod
     return restore_info(model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser), info)
 
 
-RENAMED_INFO = {"text_options": "prompt_options", "presets": "merge_loras"}
-"""{what a model's info was called before recipes of format 2: what it is called}."""
+RENAMED_INFO = {
+    "text_options": "prompt_options",
+    "presets": "merge_loras",
+    "leaning": "guidance_options",
+}
+"""{what a model's info was called before 0.2: what it is called}."""
 
 
 def restore_info(model: Any, info: Mapping[str, Any]) -> Any:

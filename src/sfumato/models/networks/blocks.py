@@ -107,7 +107,7 @@ def compile_blocks(network: nn.Module, device: torch.device) -> int:
     return len(found)
 
 
-def choose_attention(network: nn.Module, backend: str) -> int:
+def set_attention_backend(network: nn.Module, backend: str) -> int:
     """Let the network's attention be computed by one of diffusers' backends; returns how many layers obey.
 
     diffusers also makes the last choice every other network's; that is undone.
@@ -145,7 +145,7 @@ def choose_attention(network: nn.Module, backend: str) -> int:
     return len(chosen)
 
 
-class Lent:
+class OffloadedBlocks:
     """Frozen weights that live in the CPU's memory and are lent to the GPU block by block.
 
     While one block is computed the next one's weights are copied on a stream of their own; what was asked is
@@ -172,14 +172,14 @@ class Lent:
         return home.pin_memory() if self.stream is not None else home
 
     def _before(self, place: int, next_place: int) -> Any:
-        def lend(*_: Any) -> None:
+        def load(*_: Any) -> None:
             self.copy(place)
             if self.stream is not None:
                 torch.cuda.current_stream(self.device).wait_event(self.there[place])
             if 0 <= next_place < len(self.homes):
                 self.copy(next_place)
 
-        return lend
+        return load
 
     def _after(self, place: int) -> Any:
         return lambda *_: self.drop(place)
@@ -209,7 +209,7 @@ class Lent:
         self.there[place] = None
 
 
-def lend(network: nn.Module, device: torch.device) -> Lent:
+def offload_blocks(network: nn.Module, device: torch.device) -> OffloadedBlocks:
     """Keep the frozen weights of the network's blocks in the CPU's memory and lend them to the GPU.
 
     Raises:
@@ -225,4 +225,4 @@ def lend(network: nn.Module, device: torch.device) -> Lent:
         raise Refused(
             "train.offload: nothing in this network's blocks is frozen. It is for adapters; leave it out."
         )
-    return Lent(found, device)
+    return OffloadedBlocks(found, device)

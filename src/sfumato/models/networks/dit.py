@@ -27,14 +27,24 @@ from sfumato.errors import Refused
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy
 from sfumato.models.interface import Denoiser, registered
-from sfumato.models.networks.packed_sequence import Group, PackedSequence, along
-from sfumato.models.networks.tokens import Angles, moments, places, rotary, rotary_in_time, sinusoids, turn
+from sfumato.models.networks.packed_sequence import Group, PackedSequence, expand_to_tokens
+from sfumato.models.networks.tokens import (
+    Angles,
+    apply_rotary,
+    frame_features,
+    position_features,
+    rotary,
+    rotary_in_time,
+    sinusoidal_embedding,
+)
 from sfumato.models.networks.ulysses import Ulysses, check_heads
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x [B, N, D] normalised over D, then x·(1 + scale) + shift with shift, scale [B, D] or [B, F, D]."""
-    return torch.addcmul(along(shift, x), F.layer_norm(x, x.shape[-1:]), 1 + along(scale, x))
+    return torch.addcmul(
+        expand_to_tokens(shift, x), F.layer_norm(x, x.shape[-1:]), 1 + expand_to_tokens(scale, x)
+    )
 
 
 class HeadNorm(nn.RMSNorm):
@@ -66,7 +76,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
-        self.shared: Ulysses | None = None
+        self.ulysses: Ulysses | None = None
 
     def split(self, x: Tensor, parts: int) -> list[Tensor]:
         """[B, N, parts·D] → parts tensors [B, heads, N, D/heads]."""
@@ -85,43 +95,45 @@ class Block(nn.Module):
 
         Where perturbed [B] is true each token sees itself alone (arXiv:2403.17377).
         """
-        words = self.words(text)
-        seen = self.look(*self.keyed(self.qkv(x), angles), words, mask, frames, perturbed)
+        text_kv = self.text_keys_values(text)
+        seen = self.joint_attention(
+            *self.normalized_qkv(self.qkv(x), angles), text_kv, mask, frames, perturbed
+        )
         return self.out(seen.transpose(1, 2).flatten(2))
 
-    def keyed(self, qkv: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, N, 3D] → queries and keys, normalised and turned, and values [B, heads, N, d]."""
+    def normalized_qkv(self, qkv: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, N, 3D] → queries and keys, normalised and rotated, and values [B, heads, N, d]."""
         q, k, v = self.split(qkv, 3)
-        return turn(self.q_norm(q), *angles), turn(self.k_norm(k), *angles), v
+        return apply_rotary(self.q_norm(q), *angles), apply_rotary(self.k_norm(k), *angles), v
 
-    def words(self, text: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """Text [B, L, D] → its keys and values [B, heads, L, d]; None where none is heard."""
+    def text_keys_values(self, text: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Text [B, L, D] → its keys and values [B, heads, L, d]; None for a network without text."""
         if text is None or self.text_kv is None:
             return None
         k, v = self.split(self.text_kv(text), 2)
         return self.k_norm(k), v
 
-    def look(
+    def joint_attention(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        words: tuple[Tensor, Tensor] | None,
+        text_kv: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
         frames: int,
         perturbed: Tensor | None = None,
     ) -> Tensor:
-        """What q [B, heads, N, d] see of k and v, and of words where mask [B, L] allows."""
-        own, batch, among = v, len(q), self.shared
+        """Attention of q [B, heads, N, d] to k and v, and to the text's where mask [B, L] allows."""
+        own_values, batch, among = v, len(q), self.ulysses
         if among is not None:
             q, k, v = (among.by_heads(one) for one in (q, k, v))
-            words = words and (among.own(words[0], 1), among.own(words[1], 1))
+            text_kv = text_kv and (among.local_part(text_kv[0], 1), among.local_part(text_kv[1], 1))
         q, k, v = (self.gather(one, frames) for one in (q, k, v))
         groups = len(q) // batch
-        if words is not None:
+        if text_kv is not None:
             k, v = (
-                torch.cat((own, told.repeat_interleave(groups, 0) if groups > 1 else told), dim=2)
-                for own, told in zip((k, v), words, strict=True)
+                torch.cat((image, text.repeat_interleave(groups, 0) if groups > 1 else text), dim=2)
+                for image, text in zip((k, v), text_kv, strict=True)
             )
             if mask is not None:
                 mask = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
@@ -129,7 +141,7 @@ class Block(nn.Module):
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         seen = self.scatter(seen, frames, batch)
         seen = seen if among is None else among.by_tokens(seen)
-        return seen if perturbed is None else torch.where(perturbed.view(-1, 1, 1, 1), own, seen)
+        return seen if perturbed is None else torch.where(perturbed.view(-1, 1, 1, 1), own_values, seen)
 
     def gather(self, x: Tensor, frames: int) -> Tensor:
         """[B, heads, F·n, d] → those that look at each other: [B·F, …, n, d] or [B·n, …, F, d]."""
@@ -158,33 +170,40 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, N, D], time [B, D] or of each frame [B, F, D] → [B, N, D]."""
         if isinstance(angles, PackedSequence):
-            return self.ragged(x, time, text, angles)
+            return self.forward_packed(x, time, text, angles)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(time).chunk(6, dim=-1)
         seen = self.attend(modulate(x, shift_a, scale_a), text, mask, angles, frames, perturbed)
-        x = torch.addcmul(x, along(gate_a, x), seen)
+        x = torch.addcmul(x, expand_to_tokens(gate_a, x), seen)
         hidden = F.relu(self.up(modulate(x, shift_m, scale_m))).square()
-        return torch.addcmul(x, along(gate_m, x), self.down(hidden))
+        return torch.addcmul(x, expand_to_tokens(gate_m, x), self.down(hidden))
 
-    def ragged(self, x: Tensor, time: Tensor, text: Tensor | None, of: PackedSequence) -> Tensor:
-        """The same of samples of several shapes: x [1, N, D], time [T, D], text [1, M, D] → [1, N, D]."""
-        told = zip(*(one.chunk(6, dim=-1) for one in of.told(self.modulation(time))), strict=True)
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = told
-        q, k, v = self.keyed(self.qkv(of.modulated(x, shift_a, scale_a)), of.angles)
-        seen = self.look_ragged(q, k, v, self.words(text), of)
-        x = of.added(x, gate_a, self.out(seen.transpose(1, 2).flatten(2)))
-        hidden = F.relu(self.up(of.modulated(x, shift_m, scale_m))).square()
-        return of.added(x, gate_m, self.down(hidden))
+    def forward_packed(self, x: Tensor, time: Tensor, text: Tensor | None, packed: PackedSequence) -> Tensor:
+        """As `forward`, of several shapes: x [1, N, D], time [T, D], text [1, M, D] → [1, N, D]."""
+        parts = (one.chunk(6, dim=-1) for one in packed.split_vectors(self.modulation(time)))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = zip(*parts, strict=True)
+        q, k, v = self.normalized_qkv(self.qkv(packed.modulate(x, shift_a, scale_a)), packed.angles)
+        seen = self.packed_attention(q, k, v, self.text_keys_values(text), packed)
+        x = packed.add_gated(x, gate_a, self.out(seen.transpose(1, 2).flatten(2)))
+        hidden = F.relu(self.up(packed.modulate(x, shift_m, scale_m))).square()
+        return packed.add_gated(x, gate_m, self.down(hidden))
 
-    def look_ragged(
-        self, q: Tensor, k: Tensor, v: Tensor, words: tuple[Tensor, Tensor] | None, of: PackedSequence
+    def packed_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, text_kv: tuple[Tensor, Tensor] | None, packed: PackedSequence
     ) -> Tensor:
-        """What q [1, heads, N, d] see of their own sample's k and v, and of its words [1, heads, M, d]."""
-        if of.flex and self.over == "all":
-            if words is not None:
-                k, v = (torch.cat((own, told), 2) for own, told in zip((k, v), words, strict=True))
-            return of.attend(q, k, v)
-        parts = zip(*(of.heads(one) for one in (q, k, v)), of.spoken(words), of.groups, strict=True)
-        return of.rejoined([self.look(a, b, c, told, g.mask, g.frames) for a, b, c, told, g in parts])
+        """Attention of q [1, heads, N, d] to their own sample's k and v, and its text's [1, heads, M, d]."""
+        if packed.flex and self.over == "all":
+            if text_kv is not None:
+                k, v = (torch.cat((image, text), 2) for image, text in zip((k, v), text_kv, strict=True))
+            return packed.attend(q, k, v)
+        parts = zip(
+            *(packed.split_heads(one) for one in (q, k, v)),
+            packed.split_text(text_kv),
+            packed.groups,
+            strict=True,
+        )
+        return packed.join_heads(
+            [self.joint_attention(a, b, c, text, g.mask, g.frames) for a, b, c, text, g in parts]
+        )
 
 
 @registered
@@ -251,7 +270,7 @@ class DiT(Denoiser):
         self._config |= {"direct": True} if direct else {}
         self.frames, self.frames_apart = frames, bool(frames)
         self.patch, self.width, self.heads, self.head = patch, width, heads, width // heads
-        self.grain, self.clock_range = patch, clock_range
+        self.latent_multiple, self.clock_range = patch, clock_range
         self.enter = nn.Linear(channels * patch * patch, width)
         self.place = nn.Linear(32, width)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -273,7 +292,7 @@ class DiT(Denoiser):
             )
         over = ("space", "time") if attention == "factorised" and frames else ("all", "all")
         self.blocks = nn.ModuleList(Block(width, heads, bool(text_width), over[i % 2]) for i in range(depth))
-        self.gains, self.shared = (channels if direct else 0), None
+        self.gains, self.ulysses = (channels if direct else 0), None
         self.last_modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels * patch * patch + self.gains)
         for layer in (self.last_modulation, self.leave):
@@ -290,18 +309,18 @@ class DiT(Denoiser):
             return self.label(condition["labels"])
         return condition.get("pooled")
 
-    def heard(self, clock: Tensor, pooled: Tensor | None) -> Tensor:
+    def conditioning_vector(self, clock: Tensor, pooled: Tensor | None) -> Tensor:
         """Time and the condition's summary in one vector: [B, width], of frames' own times [B, F, width]."""
-        time = self.moment_of(clock.flatten()).unflatten(0, clock.shape)
+        time = self.timestep_embedding(clock.flatten()).unflatten(0, clock.shape)
         if pooled is None:
             return F.silu(time)
-        told = self.pooled(pooled)
-        return F.silu(time + (told if clock.ndim == 1 else told[:, None]))
+        summary = self.pooled(pooled)
+        return F.silu(time + (summary if clock.ndim == 1 else summary[:, None]))
 
-    def moment_of(self, clock: Tensor) -> Tensor:
+    def timestep_embedding(self, clock: Tensor) -> Tensor:
         """What a time [T] is to the blocks [T, width], before the condition's summary joins it."""
         low, high = self.clock_range
-        return self.time(sinusoids((clock - low) * (1000 / (high - low)), 256))
+        return self.time(sinusoidal_embedding((clock - low) * (1000 / (high - low)), 256))
 
     def forward(self, x: Tensor | Sequence[Tensor], clock: Tensor | Sequence[Tensor], condition: Any) -> Any:
         """x [B, C, (F,) H, W], clock [B] or [B, F], `tokens` [B, L, D], `mask` [B, L], `pooled` → as x.
@@ -312,13 +331,13 @@ class DiT(Denoiser):
             Refused: clips for a network of pictures.
         """
         if not isinstance(x, Tensor) or not isinstance(clock, Tensor):
-            return self.together(list(x), list(clock), condition)
+            return self.forward_packed(list(x), list(clock), condition)
         frames, pooled = self.grid(x)[0], self.summary(condition)
         canvas = self.canvas(pooled) if self.canvas is not None and pooled is not None else None
-        tokens = self.placed(self.enter(self.patches(x)), x, canvas)
-        time, angles = self.heard(clock, pooled), self.angles(*self.grid(x), x.device)
-        if self.shared is not None:
-            tokens, time, angles = self.own(self.shared, tokens, time, angles)
+        tokens = self.add_positions(self.enter(self.patchify(x)), x, canvas)
+        time, angles = self.conditioning_vector(clock, pooled), self.angles(*self.grid(x), x.device)
+        if self.ulysses is not None:
+            tokens, time, angles = self.local_tokens(self.ulysses, tokens, time, angles)
         text = self.text(condition["tokens"]) if "tokens" in condition else None
         mask = condition["mask"] if text is not None and "mask" in condition else None
         perturbed = condition.get("perturbed")
@@ -327,7 +346,7 @@ class DiT(Denoiser):
             alone = perturbed if index in middle else None
             tokens = block(tokens, time, text, mask, angles, frames, alone)
         out = self.leave(modulate(tokens, *self.last_modulation(time).chunk(2, dim=-1)))
-        return self.laid(out if self.shared is None else self.shared.whole(out, 1), x)
+        return self.unpatchify(out if self.ulysses is None else self.ulysses.gather(out, 1), x)
 
     def check_context_parallel(self, count: int) -> None:
         """Raises Refused unless so many processes can have as many heads each."""
@@ -336,45 +355,49 @@ class DiT(Denoiser):
     def enable_context_parallel(self, mesh: Any) -> None:
         """Let the processes of a mesh share each sample; None: no longer."""
         super().enable_context_parallel(mesh)
-        self.shared = None if mesh is None else Ulysses(mesh.get_group("ulysses"))
+        self.ulysses = None if mesh is None else Ulysses(mesh.get_group("ulysses"))
         for block in self.blocks:
-            block.shared = self.shared  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+            block.ulysses = self.ulysses  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
 
-    def own(
+    def local_tokens(
         self, among: Ulysses, tokens: Tensor, time: Tensor, angles: Angles
     ) -> tuple[Tensor, Tensor, Angles]:
-        """This process's tokens, what they are told, and their angles."""
+        """This process's tokens, their conditioning vectors, and their angles."""
         if time.ndim == 3 and time.shape[1] % among.count:  # a part begins within a frame
             time = time.repeat_interleave(tokens.shape[1] // time.shape[1], 1)
-        time = among.own(time, 1) if time.ndim == 3 else time
-        return among.own(tokens, 1), time, (among.own(angles[0], 0), among.own(angles[1], 0))
+        time = among.local_part(time, 1) if time.ndim == 3 else time
+        return (
+            among.local_part(tokens, 1),
+            time,
+            (among.local_part(angles[0], 0), among.local_part(angles[1], 0)),
+        )
 
-    def together(
+    def forward_packed(
         self, xs: Sequence[Tensor], clocks: Sequence[Tensor], conditions: Sequence[Condition]
     ) -> list[Tensor]:
         """As `forward`, of batches of different shapes; what is not attention sees all of them at once."""
-        of = PackedSequence(
+        packed = PackedSequence(
             [
                 Group(len(x), *self.grid(x), self.angles(*self.grid(x), x.device), clock.ndim == 2, one)
                 for x, clock, one in zip(xs, clocks, conditions, strict=True)
             ]
         )
-        said = [one for one in map(self.summary, conditions) if one is not None]
-        pooled = torch.cat(said) if said else None
-        time = self.moment_of(torch.cat([clock.flatten() for clock in clocks]))
-        time = F.silu(time if pooled is None else time + of.spread(self.pooled(pooled)))
+        summaries = [one for one in map(self.summary, conditions) if one is not None]
+        pooled = torch.cat(summaries) if summaries else None
+        time = self.timestep_embedding(torch.cat([clock.flatten() for clock in clocks]))
+        time = F.silu(time if pooled is None else time + packed.repeat_for_frames(self.pooled(pooled)))
         canvases: Sequence[Tensor | None] = [None] * len(xs)
         if self.canvas is not None and pooled is not None:
-            canvases = of.samples(self.canvas(pooled))
-        entered = of.split(self.enter(of.join([self.patches(x) for x in xs])))
-        tokens = of.join([self.placed(*one) for one in zip(entered, xs, canvases, strict=True)])
-        text = self.text(of.said) if of.said is not None else None
+            canvases = packed.split_samples(self.canvas(pooled))
+        entered = packed.split(self.enter(packed.join([self.patchify(x) for x in xs])))
+        tokens = packed.join([self.add_positions(*one) for one in zip(entered, xs, canvases, strict=True)])
+        text = self.text(packed.text_tokens) if packed.text_tokens is not None else None
         for block in self.blocks:
-            tokens = block(tokens, time, text, None, of)
-        told = of.told(self.last_modulation(time))
-        shift, scale = zip(*(one.chunk(2, dim=-1) for one in told), strict=True)
-        out = of.split(self.leave(of.modulated(tokens, shift, scale)))
-        return [self.laid(*one) for one in zip(out, xs, strict=True)]
+            tokens = block(tokens, time, text, None, packed)
+        parts = (one.chunk(2, dim=-1) for one in packed.split_vectors(self.last_modulation(time)))
+        shift, scale = zip(*parts, strict=True)
+        out = packed.split(self.leave(packed.modulate(tokens, shift, scale)))
+        return [self.unpatchify(*one) for one in zip(out, xs, strict=True)]
 
     def grid(self, x: Tensor) -> tuple[int, int, int]:
         """Frames, rows and columns of tokens of x [B, C, (F,) H, W]."""
@@ -382,13 +405,13 @@ class DiT(Denoiser):
             raise Refused("This DiT draws pictures, not clips. Train one on clips: set data.frames.")
         return (x.shape[2] if x.ndim == 5 else 1), x.shape[-2] // self.patch, x.shape[-1] // self.patch
 
-    def patches(self, x: Tensor) -> Tensor:
+    def patchify(self, x: Tensor) -> Tensor:
         """[B, C, (F,) H, W] → [B·F, rows·columns, C·patch²]."""
         flat = x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x
         return F.pixel_unshuffle(flat, self.patch).flatten(2).transpose(1, 2)
 
-    def laid(self, out: Tensor, x: Tensor) -> Tensor:
-        """What leaves the tokens [B, N, …] as an answer like x; of clips x itself as far as they say."""
+    def unpatchify(self, out: Tensor, x: Tensor) -> Tensor:
+        """What leaves the tokens [B, N, …] → an answer of x's shape, and of x itself what their gains say."""
         frames, rows, columns = self.grid(x)
         out = out.unflatten(1, (frames, -1)).flatten(0, 1)
         out = out.transpose(1, 2).unflatten(-1, (rows, columns))
@@ -398,13 +421,13 @@ class DiT(Denoiser):
             drawn = torch.addcmul(drawn, gain, x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x)
         return drawn.unflatten(0, (-1, frames)).transpose(1, 2) if x.ndim == 5 else drawn
 
-    def placed(self, tokens: Tensor, x: Tensor, canvas: Tensor | None) -> Tensor:
+    def add_positions(self, tokens: Tensor, x: Tensor, canvas: Tensor | None) -> Tensor:
         """Tokens [B, N, D] of x that know their places and moments, on the canvas [B, D, …] if any."""
         frames, rows, columns = self.grid(x)
-        there = self.place(places(rows, columns, x.device).to(x.dtype))
+        there = self.place(position_features(rows, columns, x.device).to(x.dtype))
         tokens = tokens.reshape(len(x), frames, rows * columns, -1) + there
         if self.moment is not None:
-            tokens = tokens + self.moment(moments(frames, x.device).to(x.dtype))[:, None]
+            tokens = tokens + self.moment(frame_features(frames, x.device).to(x.dtype))[:, None]
         tokens = tokens.flatten(1, 2)
         if canvas is None:
             return tokens

@@ -1,4 +1,4 @@
-"""Ragged: samples of several shapes as one sequence of tokens, each attending to its own sample alone.
+"""Sequence packing: samples of several shapes in one sequence of tokens, each seeing its own sample alone.
 
 Source: patch n' pack (NaViT), arXiv:2307.06304. Linear layers see the whole sequence at once. Attention goes
 sample by sample in one of two ways, which are equal: those of one shape together (any device), or over the
@@ -17,15 +17,15 @@ from torch import Tensor
 from sfumato.models.condition import Condition
 from sfumato.models.networks.tokens import Angles
 
-FEW = 8
+MAX_DENSE_GROUPS = 8
 """Shapes in a sequence up to which attention shape by shape needs no mask of documents."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Samples of one shape: how many, the grid of their tokens, and what they are told.
+    """Samples of one shape: how many, the grid of their tokens, and their condition.
 
-    apart: whether each frame is told a time of its own.
+    per_frame_time: whether each frame has a time of its own.
     """
 
     count: int
@@ -33,7 +33,7 @@ class Group:
     rows: int
     columns: int
     angles: Angles
-    apart: bool
+    per_frame_time: bool
     condition: Condition
 
     @property
@@ -42,24 +42,26 @@ class Group:
         return self.frames * self.rows * self.columns
 
     @property
-    def told(self) -> int:
-        """How many vectors the samples are told: one each, or one for each frame."""
-        return self.count * (self.frames if self.apart else 1)
+    def vectors(self) -> int:
+        """How many conditioning vectors the samples have: one each, or one for each frame."""
+        return self.count * (self.frames if self.per_frame_time else 1)
 
     @property
     def text(self) -> Tensor | None:
-        """The words of each [b, L, D]."""
+        """Text tokens of each [b, L, D]."""
         return self.condition.get("tokens")
 
     @property
     def mask(self) -> Tensor | None:
-        """Which words count [b, L]."""
+        """Which text tokens count [b, L]."""
         return self.condition.get("mask") if self.text is not None else None
 
 
-def along(told: Tensor, x: Tensor) -> Tensor:
-    """What all tokens of x [B, N, D] are told: [B, D] → [B, 1, D]; of frames [B, F, D] → [B, N, D]."""
-    return told[:, None] if told.ndim == 2 else told.repeat_interleave(x.shape[1] // told.shape[1], 1)
+def expand_to_tokens(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector for the tokens of x [B, N, D]: [B, D] → [B, 1, D]; of frames [B, F, D] → [B, N, D]."""
+    if vector.ndim == 2:
+        return vector[:, None]
+    return vector.repeat_interleave(x.shape[1] // vector.shape[1], 1)
 
 
 class PackedSequence:
@@ -73,7 +75,7 @@ class PackedSequence:
         self.groups = list(groups)
         self.sizes = [group.count * group.tokens for group in self.groups]
         device = self.groups[0].angles[0].device
-        self.flex = device.type == "cuda" and len(self.groups) > FEW if flex is None else flex
+        self.flex = device.type == "cuda" and len(self.groups) > MAX_DENSE_GROUPS if flex is None else flex
 
     def split(self, x: Tensor) -> list[Tensor]:
         """[1, N, D] → [b, n, D] of each group."""
@@ -84,59 +86,64 @@ class PackedSequence:
         """The inverse of `split`."""
         return torch.cat([part.flatten(0, 1) for part in parts])[None]
 
-    def told(self, x: Tensor) -> list[Tensor]:
-        """What samples (or their frames) are told, [T, D] → [b, D] (or [b, F, D]) of each group."""
-        parts = x.split([group.told for group in self.groups])
+    def split_vectors(self, x: Tensor) -> list[Tensor]:
+        """Vectors of samples (or of their frames), [T, D] → [b, D] (or [b, F, D]) of each group."""
+        parts = x.split([group.vectors for group in self.groups])
         return [
-            part.unflatten(0, (group.count, -1)) if group.apart else part
+            part.unflatten(0, (group.count, -1)) if group.per_frame_time else part
             for part, group in zip(parts, self.groups, strict=True)
         ]
 
-    def samples(self, x: Tensor) -> list[Tensor]:
+    def split_samples(self, x: Tensor) -> list[Tensor]:
         """[B, …] → [b, …] of each group."""
         return list(x.split([group.count for group in self.groups]))
 
-    def spread(self, x: Tensor) -> Tensor:
-        """[B, D] → [T, D]: what a sample is told is told each of its frames, where they are told apart."""
-        if not any(group.apart for group in self.groups):
+    def repeat_for_frames(self, x: Tensor) -> Tensor:
+        """[B, D] → [T, D]: a sample's vector for each of its frames, where those have times of their own."""
+        if not any(group.per_frame_time for group in self.groups):
             return x
-        parts = zip(self.samples(x), self.groups, strict=True)
-        return torch.cat([one.repeat_interleave(g.told // g.count, 0) for one, g in parts])
+        parts = zip(self.split_samples(x), self.groups, strict=True)
+        return torch.cat([one.repeat_interleave(g.vectors // g.count, 0) for one, g in parts])
 
     @cached_property
-    def said(self) -> Tensor | None:
-        """All words, one sample's after the other's: [1, M, D]; None where nothing is said."""
+    def text_tokens(self) -> Tensor | None:
+        """Text tokens, one sample's after the other's: [1, M, D]; None where there is no text."""
         texts = [group.text for group in self.groups]
         return self.join([one for one in texts if one is not None]) if texts[0] is not None else None
 
-    def modulated(self, x: Tensor, shift: Sequence[Tensor], scale: Sequence[Tensor]) -> Tensor:
+    def modulate(self, x: Tensor, shift: Sequence[Tensor], scale: Sequence[Tensor]) -> Tensor:
         """x [1, N, D] normalised over D, then x·(1 + scale) + shift with those of each group."""
         parts = zip(self.split(F.layer_norm(x, x.shape[-1:])), shift, scale, strict=True)
-        return self.join([torch.addcmul(along(b, one), one, 1 + along(a, one)) for one, b, a in parts])
+        return self.join(
+            [
+                torch.addcmul(expand_to_tokens(b, one), one, 1 + expand_to_tokens(a, one))
+                for one, b, a in parts
+            ]
+        )
 
-    def added(self, x: Tensor, gate: Sequence[Tensor], y: Tensor) -> Tensor:
+    def add_gated(self, x: Tensor, gate: Sequence[Tensor], y: Tensor) -> Tensor:
         """x + gate · y for x, y [1, N, D], with the gate of each group."""
         parts = zip(self.split(x), gate, self.split(y), strict=True)
-        return self.join([torch.addcmul(one, along(g, one), other) for one, g, other in parts])
+        return self.join([torch.addcmul(one, expand_to_tokens(g, one), other) for one, g, other in parts])
 
-    def heads(self, x: Tensor) -> list[Tensor]:
+    def split_heads(self, x: Tensor) -> list[Tensor]:
         """[1, heads, N, d] → [b, heads, n, d] of each group."""
         parts = zip(x[0].split(self.sizes, 1), self.groups, strict=True)
         return [part.unflatten(1, (group.count, -1)).transpose(0, 1) for part, group in parts]
 
-    def rejoined(self, parts: Sequence[Tensor]) -> Tensor:
-        """The inverse of `heads`."""
+    def join_heads(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split_heads`."""
         return torch.cat([part.transpose(0, 1).flatten(1, 2) for part in parts], 1)[None]
 
-    def spoken(self, words: tuple[Tensor, Tensor] | None) -> list[tuple[Tensor, Tensor] | None]:
-        """Keys and values of all words, each [1, heads, M, d] → those of each group [b, heads, L, d]."""
-        if words is None:
+    def split_text(self, text: tuple[Tensor, Tensor] | None) -> list[tuple[Tensor, Tensor] | None]:
+        """Keys and values of all text, each [1, heads, M, d] → those of each group [b, heads, L, d]."""
+        if text is None:
             return [None] * len(self.groups)
         shapes = [group.text.shape[:2] for group in self.groups if group.text is not None]
-        apart = [
-            zip(one[0].split([shape.numel() for shape in shapes], 1), shapes, strict=True) for one in words
+        pairs = [
+            zip(one[0].split([shape.numel() for shape in shapes], 1), shapes, strict=True) for one in text
         ]
-        keys, values = ([part.unflatten(1, shape).transpose(0, 1) for part, shape in one] for one in apart)
+        keys, values = ([part.unflatten(1, shape).transpose(0, 1) for part, shape in one] for one in pairs)
         return list(zip(keys, values, strict=True))
 
     # ------------------------------------------------------------------------- documents
@@ -151,10 +158,10 @@ class PackedSequence:
         return torch.cat(cosines), torch.cat(sines)
 
     @cached_property
-    def documents(self) -> tuple[Tensor, Tensor]:
-        """Whose each token is [N], and whose each key [N + M]: a sample's number, −1 for a word not said."""
+    def document_ids(self) -> tuple[Tensor, Tensor]:
+        """Whose each token is [N], and whose each key [N + M]: a sample's number, −1 for padding."""
         device, first = self.groups[0].angles[0].device, 0
-        tokens, words = [], []
+        tokens, texts = [], []
         for group in self.groups:
             own = torch.arange(first, first + group.count, device=device)
             first += group.count
@@ -162,13 +169,13 @@ class PackedSequence:
             if group.text is not None:
                 whose = own[:, None].expand(-1, group.text.shape[1])
                 whose = whose if group.mask is None else torch.where(group.mask, whose, -1)
-                words.append(whose.flatten())
-        return torch.cat(tokens), torch.cat([*tokens, *words])
+                texts.append(whose.flatten())
+        return torch.cat(tokens), torch.cat([*tokens, *texts])
 
     @cached_property
     def block_mask(self) -> Any:
-        """FlexAttention's mask: tokens see the tokens and words of their own sample."""
-        asking, asked = self.documents
+        """FlexAttention's mask: tokens see the image and text tokens of their own sample."""
+        asking, asked = self.document_ids
 
         def same(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return asking[query] == asked[key]

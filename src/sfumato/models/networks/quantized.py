@@ -25,7 +25,7 @@ LEVELS = (
 """NF4: the numbers that 4 bits stand for."""
 
 
-def shrink(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
     """(codes, scales) of a matrix [out, in] in the form "int8", "fp8" or "nf4"."""
     if form == "nf4":
         flat = F.pad(weight.flatten(), (0, -weight.numel() % GROUP)).view(-1, GROUP)
@@ -40,7 +40,7 @@ def shrink(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
     return (scaled.round().to(torch.int8) if form == "int8" else scaled.to(torch.float8_e4m3fn)), scales
 
 
-def widen(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The matrix [out, in] that the codes stand for."""
     if codes.dtype != torch.uint8:
         return codes.to(dtype) * scales.to(dtype)
@@ -57,17 +57,17 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.shape, ctx.dtype = shape, x.dtype
-        return F.linear(x, widen(codes, scales, shape, x.dtype))
+        return F.linear(x, dequantize(codes, scales, shape, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> Any:
         codes, scales = ctx.saved_tensors
-        wide = widen(codes, scales, ctx.shape, outputs[0].dtype)
+        wide = dequantize(codes, scales, ctx.shape, outputs[0].dtype)
         return (outputs[0] @ wide).to(ctx.dtype), None, None, None
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer whose weights are codes; `weight` widens them."""
+    """A frozen linear layer whose weights are codes; `weight` dequantizes them."""
 
     codes: Tensor
     scales: Tensor
@@ -75,7 +75,7 @@ class QuantizedLinear(nn.Linear):
     @classmethod
     def of(cls, layer: nn.Linear, form: str) -> None:
         """Make this very layer narrow, in its place."""
-        codes, scales = shrink(layer.weight.detach().float(), form)
+        codes, scales = quantize(layer.weight.detach().float(), form)
         del layer.weight
         layer.register_buffer("codes", codes)
         layer.register_buffer("scales", scales)
@@ -84,7 +84,7 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """[out, in] float32."""
-        return widen(self.codes, self.scales, (self.out_features, self.in_features), torch.float32)
+        return dequantize(self.codes, self.scales, (self.out_features, self.in_features), torch.float32)
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in] → [..., out]."""
@@ -93,7 +93,7 @@ class QuantizedLinear(nn.Linear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-def store(network: nn.Module, form: str) -> torch.dtype | None:
+def quantize_frozen(network: nn.Module, form: str) -> torch.dtype | None:
     """Store the frozen weights of a network in `form`, trained ones untouched.
 
     Returns:

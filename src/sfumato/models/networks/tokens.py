@@ -43,14 +43,14 @@ def rotary_in_time(frames: int, rows: int, columns: int, head: int, device: torc
 
 
 @lru_cache(maxsize=128)
-def moments(frames: int, device: torch.device) -> Tensor:
+def frame_features(frames: int, device: torch.device) -> Tensor:
     """When each frame is: [frames, 16] waves of 4 to 512 frames."""
     angles = torch.arange(frames)[:, None] * (math.pi / 2 / 2.0 ** torch.arange(8))
     return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
 
 
 @lru_cache(maxsize=128)
-def places(rows: int, columns: int, device: torch.device) -> Tensor:
+def position_features(rows: int, columns: int, device: torch.device) -> Tensor:
     """Where each token lies in the picture: [rows·columns, 32] waves over [-1, 1], the longer side's span."""
     longest = max(rows, columns)
     centres = [(torch.arange(count) + 0.5 - count / 2) * (2 / longest) for count in (rows, columns)]
@@ -58,14 +58,14 @@ def places(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=-1).flatten(1).to(device)
 
 
-def turn(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """x [B, heads, N, head]: each pair (first half, second half) turned by its angle."""
     cosine, sine = cosine.to(x.dtype), sine.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cosine - b * sine, a * sine + b * cosine), dim=-1)
 
 
-def sinusoids(clock: Tensor, width: int) -> Tensor:
+def sinusoidal_embedding(clock: Tensor, width: int) -> Tensor:
     """clock [B] in about [0, 1000] → [B, width], periods from 2π to 2π·10⁴."""
     frequencies = torch.exp(-math.log(1e4) * torch.arange(width // 2, device=clock.device) / (width // 2))
     angles = clock.float()[:, None] * frequencies
@@ -78,18 +78,18 @@ def sinusoids(clock: Tensor, width: int) -> Tensor:
 # Our latents are [B, C, H, W] or [B, C, F, H, W]; a network's tokens are [B, N, D].
 
 
-def patches(x: Tensor, size: int = 2) -> Tensor:
+def patchify(x: Tensor, size: int = 2) -> Tensor:
     """[B, C, H, W] → [B, H/s·W/s, C·s·s], channels slowest."""
     return torch.nn.functional.pixel_unshuffle(x, size).flatten(2).transpose(1, 2)
 
 
-def unpatched(tokens: Tensor, height: int, width: int, size: int = 2) -> Tensor:
-    """The inverse of `patches`, for latents of this height and width."""
+def unpatchify(tokens: Tensor, height: int, width: int, size: int = 2) -> Tensor:
+    """The inverse of `patchify`, for latents of this height and width."""
     grid = tokens.transpose(1, 2).unflatten(2, (height // size, width // size))
     return torch.nn.functional.pixel_shuffle(grid, size)
 
 
-def grid_places(rows: int, columns: int, device: torch.device) -> Tensor:
+def position_ids(rows: int, columns: int, device: torch.device) -> Tensor:
     """(0, row, column) of every token of a picture, [rows·columns, 3] float32."""
     row, column = torch.meshgrid(
         torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"

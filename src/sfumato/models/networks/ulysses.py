@@ -24,7 +24,7 @@ class Ulysses:
     def __init__(self, group: Any) -> None:
         self.group, self.count, self.place = group, dist.get_world_size(group), dist.get_rank(group)
 
-    def own(self, x: Tensor, dim: int) -> Tensor:
+    def local_part(self, x: Tensor, dim: int) -> Tensor:
         """This process's part of x along a dimension.
 
         Raises:
@@ -34,8 +34,8 @@ class Ulysses:
             raise Refused(uneven(x.shape[dim], self.count))
         return x.chunk(self.count, dim)[self.place]
 
-    def whole(self, x: Tensor, dim: int) -> Tensor:
-        """The parts of all processes, joined; the inverse of `own`."""
+    def gather(self, x: Tensor, dim: int) -> Tensor:
+        """The parts of all processes, joined; the inverse of `local_part`."""
         found: Tensor = _Joined.apply(x, dim, self)  # pyright: ignore[reportAssignmentType]
         return found
 

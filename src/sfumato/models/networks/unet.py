@@ -54,7 +54,7 @@ class UNet(Denoiser):
         }
         self._config |= {"classes": classes} if classes else {}
         self.clock_range, self.text_width, self.deepest = clock_range, text_width, 2 ** (depth - 1)
-        self.grain = self.deepest
+        self.latent_multiple = self.deepest
         cross = "CrossAttn" if text_width else ""
         widths = tuple(width * (level + 1) for level in range(depth))
         self.network = UNet2DConditionModel(

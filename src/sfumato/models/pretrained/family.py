@@ -40,8 +40,8 @@ class Family:
     """Names of diffusers pipelines whose folders hold this family."""
     network: ClassVar[str] = "transformer"
     """The pipeline's component that denoises."""
-    clock: ClassVar[str] = ""
-    """What a flow network is told about time, one of schedules.CLOCKS; empty for a table of betas."""
+    timestep_input: ClassVar[str] = ""
+    """What a flow network is told about time, one of schedulers.CLOCKS; empty for a table of betas."""
     sign: ClassVar[int] = 1
     """1 where a flow network answers x_T − x_0, −1 where it answers x_0 − x_T."""
     patch: ClassVar[int] = 2
@@ -52,23 +52,23 @@ class Family:
     """Whether the pipeline hands evenly spaced sigmas to its scheduler."""
     guidance: ClassVar[str] = "guidance_scale"
     """The argument of the pipeline's call that `generate(guidance=…)` means."""
-    answers: ClassVar[tuple[str, ...]] = ("tokens",)
+    prompt_outputs: ClassVar[tuple[str, ...]] = ("tokens",)
     """Our names for what encode_prompt returns, in its order; empty for what is not kept."""
     prompt_only: ClassVar[tuple[str, ...]] = ()
     """Options of encode_prompt that the pipeline does not apply to a negative prompt."""
     video: ClassVar[bool] = False
-    hears_framing: ClassVar[bool] = False
+    trains_micro_conditioning: ClassVar[bool] = False
     """Whether training tells the network how each picture was cut, as `time_ids`."""
     fps: ClassVar[float] = 8.0
     """Frames a second of the clips it was trained on, where its pipeline's call does not say."""
-    sees: ClassVar[tuple[str, ...]] = ()
+    image_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of the pipeline's call that show pictures."""
-    seeing: ClassVar[tuple[str, ...]] = ()
+    image_size_arguments: ClassVar[tuple[str, ...]] = ()
     """Further arguments of the call that say how they are seen."""
-    telling: ClassVar[tuple[str, ...]] = ()
+    micro_conditioning_arguments: ClassVar[tuple[str, ...]] = ()
     """Arguments of the call that tell of the picture's size and cut; `read` makes tensors of them."""
-    must_see: ClassVar[bool] = False
-    idle: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
+    requires_image: ClassVar[bool] = False
+    unused_components: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     """Components that no stage of ours uses."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     layer_names: ClassVar[LayerNames] = LayerNames()
@@ -77,14 +77,14 @@ class Family:
     """Whether ComfyUI loads its denoiser under diffusers' names."""
     no_context_parallel: ClassVar[str] = ""
     """Why processes cannot share its samples, where diffusers has a plan that does not work."""
-    framing: ClassVar[str] = ""
+    micro_conditioning: ClassVar[str] = ""
     """The condition's tensor that says how a picture was cut from its file, where the network hears it."""
 
     def theory(self, scheduler: Any) -> Theory:
         """The theory this network was trained under."""
         return (
-            schedulers.flow_theory(self.clock, self.sign)
-            if self.clock
+            schedulers.flow_theory(self.timestep_input, self.sign)
+            if self.timestep_input
             else schedulers.table_theory(scheduler)
         )
 
@@ -101,7 +101,7 @@ class Family:
         }
         given = {name: value for name, value in usual.items() if name in known}
         answer = pipe.encode_prompt(prompt=list(prompts), **given, **options)
-        named = dict(zip(self.answers, answer, strict=False))
+        named = dict(zip(self.prompt_outputs, answer, strict=False))
         if "mask" in named:
             full = named["tokens"].new_ones(named["tokens"].shape[:2])
             named["mask"] = (full if named["mask"] is None else named["mask"]).bool()
@@ -137,7 +137,7 @@ class Family:
 
     def required_images(self, pipe: Any) -> tuple[str, ...]:
         """The arguments without whose pictures the network cannot be asked."""
-        return ("image",) if self.must_see else ()
+        return ("image",) if self.requires_image else ()
 
     def output_size(self, pipe: Any, pictures: Pictures) -> tuple[int, int] | None:
         """(height, width) in pixels of what is drawn beside these pictures; None for the usual."""

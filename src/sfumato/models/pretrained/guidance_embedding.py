@@ -126,12 +126,12 @@ class UNetFamily(GuidanceDistilled):
         """What is heard beside the time [B, D]; None where nothing is."""
         if not self.has_guidance_embed(network):
             return None
-        return sinusoids(self.guidance_values(x, condition) - 1, network.config.time_cond_proj_dim).to(
-            x.dtype
-        )
+        return guidance_scale_embedding(
+            self.guidance_values(x, condition) - 1, network.config.time_cond_proj_dim
+        ).to(x.dtype)
 
 
-def sinusoids(numbers: Tensor, width: int) -> Tensor:
+def guidance_scale_embedding(numbers: Tensor, width: int) -> Tensor:
     """Sines and cosines [B, width] of 1000·numbers, as consistency models are told their guidance.
 
     Source: Luo et al. 2023, arXiv:2310.04378; diffusers' `get_guidance_scale_embedding`.

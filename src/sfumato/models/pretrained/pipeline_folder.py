@@ -32,7 +32,7 @@ VARIANT = re.compile(r"(?:diffusion_pytorch_)?model(?:-\d+-of-\d+)?\.([^.]+?)(?:
 
 
 @dataclass
-class Sampling:
+class PipelineSampling:
     """How the pipeline samples: its own times, and our solver that is nearest to its scheduler's."""
 
     family: Family
@@ -53,17 +53,17 @@ class Sampling:
         """Its order; None for its usual one."""
         return schedulers.solver_of(self.scheduler)[1]
 
-    def first_scale(self, steps: int) -> float:
+    def init_noise_sigma(self, steps: int) -> float:
         """What unit noise is multiplied by to be the first state."""
-        return schedulers.first_scale(self.scheduler, steps)
+        return schedulers.init_noise_sigma(self.scheduler, steps)
 
     @property
-    def clip(self) -> float | None:
+    def clip_sample_range(self) -> float | None:
         """How far from 0 the scheduler lets clean samples be; None for anywhere."""
         config = self.scheduler.config
         return float(config.get("clip_sample_range") or 1.0) if config.get("clip_sample") else None
 
-    def size(self, pictures: Pictures) -> tuple[int, int] | None:
+    def output_size(self, pictures: Pictures) -> tuple[int, int] | None:
         """(height, width) of what is drawn beside these pictures, where that follows from them."""
         return self.family.output_size(self.pipe, pictures)
 
@@ -71,14 +71,14 @@ class Sampling:
         """The pipeline's grid [steps + 1] for latents of this shape, in the theory's time."""
         return schedulers.times_of(self.family.prepared(self.scheduler, steps, shape))
 
-    def steps_itself(self, steps: int) -> bool:
+    def uses_own_scheduler(self, steps: int) -> bool:
         """Whether its scheduler takes other steps than our solver would."""
         return not schedulers.steps_as_we_do(self.scheduler, steps)
 
-    def walk(self, denoise: Denoise, noise: Tensor, steps: int, shape: Sequence[int]) -> Iterator[Tensor]:
+    def states(self, denoise: Denoise, noise: Tensor, steps: int, shape: Sequence[int]) -> Iterator[Tensor]:
         """The scheduler's own states, from unit noise; `denoise` is asked in the theory's time."""
         ready = self.family.prepared(self.scheduler, steps, shape)
-        return schedulers.walk(
+        return schedulers.states(
             denoise, noise, ready, 1 if ready.config.get("invert_sigmas") else self.family.sign
         )
 
@@ -110,7 +110,12 @@ def family_of(folder: Path) -> Family:
 def check_parts(folder: Path, family: Family) -> None:
     """Raises Refused where a component that the index lists is missing, or is only there as a pickle."""
     for name, entry in read_index(folder).items():
-        if name.startswith("_") or name in family.idle or not isinstance(entry, list) or entry[0] is None:
+        if (
+            name.startswith("_")
+            or name in family.unused_components
+            or not isinstance(entry, list)
+            or entry[0] is None
+        ):
             continue
         place = folder / name
         if not place.is_dir():
@@ -133,7 +138,7 @@ def check_parts(folder: Path, family: Family) -> None:
 def left_out(index: dict[str, Any], family: Family) -> list[str]:
     """Components that are not loaded: those no stage of ours uses, and those a model was saved without."""
     empty = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is None]
-    return [*empty, *(name for name in family.idle if name in index and name not in empty)]
+    return [*empty, *(name for name in family.unused_components if name in index and name not in empty)]
 
 
 def variant_of(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> str | None:
@@ -263,7 +268,7 @@ def load_pipeline(
     )
     for stage in (model.codec, model.conditioner, model.denoiser):
         stage.eval().requires_grad_(False)
-    model.origin, model.sampling = pipe, Sampling(family, pipe)
+    model.origin, model.sampling = pipe, PipelineSampling(family, pipe)
     return model
 
 

@@ -57,7 +57,7 @@ def solver_of(scheduler: Any) -> tuple[str, int | None]:
     return name, order if name in ("dpm++", "deis", "unipc", "sde-multistep") else None
 
 
-def first_scale(scheduler: Any, steps: int) -> float:
+def init_noise_sigma(scheduler: Any, steps: int) -> float:
     """What unit noise is multiplied by before the first step, seen without the scheduler's own scaling.
 
     Schedulers that count in σ = s/a start at σ, some at √(1 + σ²); the others take unit noise as it is.
@@ -173,7 +173,7 @@ def steps_as_we_do(scheduler: Any, steps: int) -> bool:
     return kind == "EulerDiscreteScheduler" and not config.get("rescale_betas_zero_snr")
 
 
-def walk(denoise: Denoise, noise: Tensor, scheduler: Any, sign: int = 1) -> Iterator[Tensor]:
+def states(denoise: Denoise, noise: Tensor, scheduler: Any, sign: int = 1) -> Iterator[Tensor]:
     """The states of a prepared scheduler that steps itself, from unit noise, one for each step asked for.
 
     Args:

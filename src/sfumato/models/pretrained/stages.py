@@ -31,9 +31,12 @@ class PretrainedConditioner(Conditioner):
     def __init__(self, family: Family, pipe: Any, encode: Encode):
         super().__init__()
         self.family, self.pipe, self.encode = family, pipe, encode
-        self.sees, self.placed = family.sees, "height" in family.seeing
+        self.image_arguments, self.sizes_images = (
+            family.image_arguments,
+            "height" in family.image_size_arguments,
+        )
         self.shows = family.required_images(pipe)
-        """Those of `sees` without which the network cannot be asked."""
+        """Those of `image_arguments` without which the network cannot be asked."""
         self.usual: dict[str, Any] = {}
         """Options of every prompt unless it says otherwise."""
         for name, part in pipe.components.items():
@@ -61,8 +64,8 @@ class PretrainedConditioner(Conditioner):
             Refused: for an option it does not have.
         """
         call = called_with(type(self.pipe))
-        names = options_of(type(self.pipe)) | {name: call[name] for name in self.family.seeing}
-        names |= {name: call[name] for name in self.family.telling if name in call}
+        names = options_of(type(self.pipe)) | {name: call[name] for name in self.family.image_size_arguments}
+        names |= {name: call[name] for name in self.family.micro_conditioning_arguments if name in call}
         names.pop("image", None)
         for word in (given := {**self.usual, **options}):
             if word not in names:
@@ -81,7 +84,7 @@ class PretrainedConditioner(Conditioner):
     def words(self, prompt: Sequence[str]) -> Condition:
         """What is read of prompts alone, where a picture is shown beside them and not to their reader."""
         settings = self.settings({})
-        for name in self.family.seeing:
+        for name in self.family.image_size_arguments:
             settings.pop(name, None)
         with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
             return Condition(self.family.read(self.pipe, list(prompt), settings))
@@ -99,18 +102,22 @@ class PretrainedConditioner(Conditioner):
         given = {name: options.pop(name) for name in SHOWN if options.get(name) is not None}
         for name in SHOWN:
             options.pop(name, None)
-        if wrong := [name for name in given if name not in self.sees]:
+        if wrong := [name for name in given if name not in self.image_arguments]:
             raise Refused(
                 f"{type(self.pipe).__name__} takes no {wrong[0]}: "
-                + (f"it takes {' and '.join(self.sees)}." if self.sees else "it draws from words alone.")
+                + (
+                    f"it takes {' and '.join(self.image_arguments)}."
+                    if self.image_arguments
+                    else "it draws from words alone."
+                )
             )
-        if self.family.must_see and "image" not in given and any(prompt):
+        if self.family.requires_image and "image" not in given and any(prompt):
             raise Refused(
                 f"{type(self.pipe).__name__} starts from a picture: give image=[…], or --image FILE."
             )
         settings = self.settings(options)
         shown = {name: images_per_prompt(value, len(prompt), name) for name, value in given.items()}
-        apart = {name: settings.pop(name) for name in self.family.seeing}
+        apart = {name: settings.pop(name) for name in self.family.image_size_arguments}
         reads = "image" in inspect.signature(self.pipe.encode_prompt).parameters
         beside = {"image": shown.get("image")} if reads else {}
         tensors = read(self.pipe, prompt, settings | beside)
@@ -141,8 +148,8 @@ class PretrainedDenoiser(Denoiser):
     def __init__(self, family: Family, network: nn.Module):
         super().__init__()
         self.family, self.network, self.guidance = family, network, family.guidance_policy(network)
-        self.lora_targets, self.framing = family.lora_targets, family.framing
-        self.trains_framing = family.hears_framing
+        self.lora_targets, self.micro_conditioning = family.lora_targets, family.micro_conditioning
+        self.trains_micro_conditioning = family.trains_micro_conditioning
 
     def train(self, mode: bool = True) -> Self:
         """As any network; but classes are dropped by whoever trains, so the network must not drop its own."""

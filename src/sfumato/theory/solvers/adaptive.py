@@ -16,7 +16,9 @@ from sfumato.theory.trajectory import Trajectory, Weight, combine
 PROBE = 65
 
 
-def adaptive(course: Trajectory, z: Tensor, tolerance: float = 1e-3, most: int = 1000) -> Iterator[Tensor]:
+def adaptive(
+    trajectory: Trajectory, z: Tensor, tolerance: float = 1e-3, most: int = 1000
+) -> Iterator[Tensor]:
     """Third order between the grid's ends; yields x_t [B, …] after every round of three evaluations.
 
     Args:
@@ -27,10 +29,10 @@ def adaptive(course: Trajectory, z: Tensor, tolerance: float = 1e-3, most: int =
     """
     if not tolerance > 0:
         raise Refused(f"tolerance is {tolerance:g}; it is the error a step may make and must be above 0.")
-    start, end = (course.angles[i].expand(len(z)).clone() for i in (0, -1))
+    start, end = (trajectory.angles[i].expand(len(z)).clone() for i in (0, -1))
     inner = torch.linspace(0, 1, PROBE, dtype=torch.float64)[1:-1, None]
-    course.between(start + (end - start) * inner)  # a singular time between the ends is refused now
-    course.step_nodes()
+    trajectory.between(start + (end - start) * inner)  # a singular time between the ends is refused now
+    trajectory.step_nodes()
 
     def walk(z: Tensor) -> Iterator[Tensor]:
         here, size = start.clone(), 0.05 * (end - start)
@@ -38,7 +40,7 @@ def adaptive(course: Trajectory, z: Tensor, tolerance: float = 1e-3, most: int =
         for _ in range(most):
             size = torch.where((end - here).abs() < size.abs() * 1.001, end - here, size)
             asked = torch.stack([here, here + size / 2, here + 0.75 * size])
-            z_new, miss = _trial(course, z, asked, course.weight(size))
+            z_new, miss = _trial(trajectory, z, asked, trajectory.weight(size))
             taken = (miss <= tolerance) & ~done
             grow = (0.9 * (tolerance / miss.clamp(min=1e-12)) ** (1 / 3)).clamp(0.2, 4.0)
             z = torch.where(taken.to(z.device).reshape(-1, *[1] * (z.ndim - 1)), z_new, z)
@@ -47,7 +49,7 @@ def adaptive(course: Trajectory, z: Tensor, tolerance: float = 1e-3, most: int =
             done = done | (taken & reached)
             size = torch.where(done, size, size * grow)
             at = torch.where(done, end, here)
-            yield course.weight(torch.hypot(*course.theory.data(course.theory.time_of(at)))) * z
+            yield trajectory.weight(torch.hypot(*trajectory.theory.data(trajectory.theory.time_of(at)))) * z
             if bool(done.all()):
                 return
         raise Refused(
@@ -58,11 +60,11 @@ def adaptive(course: Trajectory, z: Tensor, tolerance: float = 1e-3, most: int =
     return walk(z)
 
 
-def _trial(course: Trajectory, z: Tensor, asked: Tensor, size: Weight) -> tuple[Tensor, Tensor]:
-    nodes = course.between(asked)
-    k1 = course.velocity(nodes[0], z)
-    k2 = course.velocity(nodes[1], combine((1.0, z), (size / 2, k1)))
-    k3 = course.velocity(nodes[2], combine((1.0, z), (0.75 * size, k2)))
+def _trial(trajectory: Trajectory, z: Tensor, asked: Tensor, size: Weight) -> tuple[Tensor, Tensor]:
+    nodes = trajectory.between(asked)
+    k1 = trajectory.velocity(nodes[0], z)
+    k2 = trajectory.velocity(nodes[1], combine((1.0, z), (size / 2, k1)))
+    k3 = trajectory.velocity(nodes[2], combine((1.0, z), (0.75 * size, k2)))
     new = combine((1.0, z), (2 / 9 * size, k1), (1 / 3 * size, k2), (4 / 9 * size, k3))
     miss = (new - combine((1.0, z), (size, k2))).flatten(1).double().square().mean(1).sqrt().cpu()
     return new, miss

@@ -19,23 +19,23 @@ PREDICTED, CORRECTED = 0.1, 0.04
 and a correction are halved: the denser the grid, the further polynomials are trusted."""
 
 
-def damped_adams(course: Trajectory, z: Tensor) -> Iterator[Tensor]:
+def damped_adams(trajectory: Trajectory, z: Tensor) -> Iterator[Tensor]:
     """One evaluation a step. Predictions of order 2, 3 from 12 steps on, 4 from 25; corrections one above.
 
     Of a prediction or correction d beside the first-order step u,
     d / (1 + |d| / (share·|u|)) is used, per sample, with |u| at least the angle turned.
     """
-    nodes = course.step_nodes()
-    predict, correct = (2, 3) if course.steps < 12 else (3, 4) if course.steps < 25 else (4, 5)
-    legs = plan(course, "velocity", predict, correct, plain=False)
-    predicted, corrected = (share * min(course.steps, 20) for share in (PREDICTED, CORRECTED))
-    sizes = course.column(course.angles.diff(dim=0))
+    nodes = trajectory.step_nodes()
+    predict, correct = (2, 3) if trajectory.steps < 12 else (3, 4) if trajectory.steps < 25 else (4, 5)
+    legs = plan(trajectory, "velocity", predict, correct, plain=False)
+    predicted, corrected = (share * min(trajectory.steps, 20) for share in (PREDICTED, CORRECTED))
+    sizes = trajectory.column(trajectory.angles.diff(dim=0))
 
     def walk(z: Tensor) -> Iterator[Tensor]:
         past: list[Tensor] = []
         before = z
         for i, (node, leg) in enumerate(zip(nodes, legs, strict=True)):
-            v = course.velocity(node, z)
+            v = trajectory.velocity(node, z)
             past = [v, *past][:5]
             if i:
                 made = z - before

@@ -111,7 +111,7 @@ def lagrange(at: Tensor, nodes: Tensor) -> Tensor:
 
 
 def plan(
-    course: Trajectory,
+    trajectory: Trajectory,
     kind: str,
     order: int,
     corrected: int,
@@ -131,8 +131,8 @@ def plan(
         whole: whether an order above 3 redoes its first steps from the very start, each time with all answers
             there are; what the first steps, of low order, have lost would else cap the order at 3.
     """
-    r = course.lengths if plain else torch.ones_like(course.lengths)
-    angles, count = course.angles, course.steps
+    r = trajectory.lengths if plain else torch.ones_like(trajectory.lengths)
+    angles, count = trajectory.angles, trajectory.steps
     goal = angles[1:] if ends is None else ends
     legs = [StepCoefficients() for _ in range(count)]
 
@@ -157,9 +157,9 @@ def plan(
             keep, past = carried(kind, angles[rows], goal[rows], history(rows, terms), pace)
         after = r[[i + 1 for i in rows]]
         keep, past = keep * after / r[rows], past * after[..., None]
-        for i, k, w in zip(rows, course.column(keep), course.weights(past), strict=True):
+        for i, k, w in zip(rows, trajectory.column(keep), trajectory.weights(past), strict=True):
             legs[i].keep, legs[i].past = k, w
-    _redo(course, kind, legs, r, [_redone(i, order, corrected, whole) for i in range(count)])
+    _redo(trajectory, kind, legs, r, [_redone(i, order, corrected, whole) for i in range(count)])
     return legs
 
 
@@ -174,9 +174,9 @@ def _redone(step: int, order: int, corrected: int, whole: bool) -> tuple[int, bo
 
 
 def _redo(
-    course: Trajectory, kind: str, legs: list[StepCoefficients], r: Tensor, how: list[tuple[int, bool]]
+    trajectory: Trajectory, kind: str, legs: list[StepCoefficients], r: Tensor, how: list[tuple[int, bool]]
 ) -> None:
-    angles = course.angles
+    angles = trajectory.angles
     for terms, start in sorted({(terms, start) for terms, start in how[1:] if terms > 1}):
         rows = [i for i in range(1, len(legs)) if how[i] == (terms, start)]
         before = [0 if start else i - 1 for i in rows]
@@ -184,20 +184,20 @@ def _redo(
         of = "velocity" if terms == 2 else kind  # from pure noise x_T alone says nothing of the data, v does
         keep, past = carried(of, angles[before], angles[rows], nodes)
         keep, past = keep * r[rows] / r[before], past * r[rows][..., None]
-        for i, k, w in zip(rows, course.column(keep), course.weights(past), strict=True):
+        for i, k, w in zip(rows, trajectory.column(keep), trajectory.weights(past), strict=True):
             legs[i].redo_keep, legs[i].redo, legs[i].from_start = k, w, start
 
 
-def reading(course: Trajectory, kind: str) -> Tensor:
+def reading(trajectory: Trajectory, kind: str) -> Tensor:
     """(of out, of x_t) [steps, 1 or B, 2]: what is carried on, from the answer and the state."""
-    sin, cos = course.angles[:-1].sin(), course.angles[:-1].cos()
+    sin, cos = trajectory.angles[:-1].sin(), trajectory.angles[:-1].cos()
     of_z, of_v = {"velocity": (0 * sin, 1 + 0 * cos), "data": (cos, -sin), "noise": (sin, cos)}[kind]
-    of_out, of_x = course.readers()
-    return torch.stack([of_v * of_out, of_z / course.lengths[:-1] + of_v * of_x], -1)
+    of_out, of_x = trajectory.readers()
+    return torch.stack([of_v * of_out, of_z / trajectory.lengths[:-1] + of_v * of_x], -1)
 
 
 def walk_on(
-    course: Trajectory,
+    trajectory: Trajectory,
     x: Tensor,
     kind: str,
     order: int,
@@ -209,11 +209,11 @@ def walk_on(
 
     One evaluation a step; a fourth order asks once more at the start.
     """
-    down, back = renoising(course, eta)
-    legs = plan(course, kind, order, corrected, down if eta else None, whole=not eta)
-    reads, speeds = (course.weights(reading(course, of)) for of in (kind, "velocity"))
-    fresh = [course.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
-    told = course.network_times(course.times[:-1])
+    down, back = renoising(trajectory, eta)
+    legs = plan(trajectory, kind, order, corrected, down if eta else None, whole=not eta)
+    reads, speeds = (trajectory.weights(reading(trajectory, of)) for of in (kind, "velocity"))
+    fresh = [trajectory.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
+    told = trajectory.network_times(trajectory.times[:-1])
     again = order > 3 and not eta
 
     moved = [  # where v itself is needed: the step turns by it, or the next one redoes this one with it
@@ -225,7 +225,7 @@ def walk_on(
         past: list[Tensor] = []
         v = before = begun = x
         for i, (t, leg) in enumerate(zip(told, legs, strict=True)):
-            asked = (course.answer(t, x), x)
+            asked = (trajectory.answer(t, x), x)
             y = combine(*zip(reads[i], asked, strict=True))
             if i and leg.redo and not eta:
                 first = len(leg.redo) == 2
@@ -234,7 +234,7 @@ def walk_on(
                 base = begun if leg.from_start else before
                 x = combine((leg.redo_keep, base), *zip(leg.redo, [newest, *earlier], strict=False))
                 if i == 1 and again:
-                    asked = (course.answer(t, x), x)
+                    asked = (trajectory.answer(t, x), x)
                     y = combine(*zip(reads[i], asked, strict=True))
             past = [y, *past][: max(order, corrected)]
             if moved[i]:
@@ -247,34 +247,34 @@ def walk_on(
     return walk(x)
 
 
-def adams(course: Trajectory, z: Tensor, order: int = 2) -> Iterator[Tensor]:
+def adams(trajectory: Trajectory, z: Tensor, order: int = 2) -> Iterator[Tensor]:
     """Adams–Bashforth: v as a polynomial in φ. Order 1 is the rotation (Euler, DDIM)."""
-    return walk_on(course, z, "velocity" if order > 1 else "data", order)
+    return walk_on(trajectory, z, "velocity" if order > 1 else "data", order)
 
 
 def dpm(
-    course: Trajectory, z: Tensor, order: int = 2, eta: float = 0.0, noise: Renoise | None = None
+    trajectory: Trajectory, z: Tensor, order: int = 2, eta: float = 0.0, noise: Renoise | None = None
 ) -> Iterator[Tensor]:
     """x_0 as a polynomial in log-SNR; with eta > 0 its stochastic sibling.
 
     Source: Lu et al. 2022, arXiv:2211.01095 (DPM-Solver++), with exact integrals.
     """
-    return walk_on(course, z, "data", order, 0, eta, noise)
+    return walk_on(trajectory, z, "data", order, 0, eta, noise)
 
 
 def deis(
-    course: Trajectory, z: Tensor, order: int = 2, eta: float = 0.0, noise: Renoise | None = None
+    trajectory: Trajectory, z: Tensor, order: int = 2, eta: float = 0.0, noise: Renoise | None = None
 ) -> Iterator[Tensor]:
     """x_T as a polynomial in φ; at pure noise, where x_T says nothing of the data, order 3 errs like order 2.
 
     Source: Zhang & Chen 2022, arXiv:2204.13902, tAB with φ as time.
     """
-    return walk_on(course, z, "noise", order, 0, eta, noise)
+    return walk_on(trajectory, z, "noise", order, 0, eta, noise)
 
 
-def unipc(course: Trajectory, z: Tensor, order: int = 2) -> Iterator[Tensor]:
+def unipc(trajectory: Trajectory, z: Tensor, order: int = 2) -> Iterator[Tensor]:
     """DPM-Solver++ whose every step is redone with the next answer, one order higher.
 
     Source: Zhao et al. 2023, arXiv:2302.04867, with exact integrals.
     """
-    return walk_on(course, z, "data", order, order + 1)
+    return walk_on(trajectory, z, "data", order, order + 1)

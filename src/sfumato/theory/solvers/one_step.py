@@ -15,28 +15,30 @@ from sfumato.theory.trajectory import Node, Trajectory, Weight, combine
 from sfumato.theory.types import Renoise
 
 
-def rotation(course: Trajectory, start: Tensor, end: Tensor) -> list[list[Weight]]:
+def rotation(trajectory: Trajectory, start: Tensor, end: Tensor) -> list[list[Weight]]:
     """(cos Δφ, sin Δφ): z and v turned from `start` to `end` while (x_0, x_T) stay."""
     turn = end - start
-    return course.weights(torch.stack([turn.cos(), turn.sin()], -1))
+    return trajectory.weights(torch.stack([turn.cos(), turn.sin()], -1))
 
 
-def euler(course: Trajectory, x: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+def euler(
+    trajectory: Trajectory, x: Tensor, eta: float = 0.0, noise: Renoise | None = None
+) -> Iterator[Tensor]:
     """First order: the theory's own step, exact for a single data point. One evaluation a step.
 
     Walks in x_t itself: one pass over the state where the step keeps it whole (flow matching), else two.
     """
-    of_out, of_x = course.readers()
-    down, back = renoising(course, eta)
-    turn, grown = down - course.angles[:-1], course.lengths[1:]
-    keep = turn.cos() / course.lengths[:-1] + turn.sin() * of_x
-    weights = course.weights(torch.stack([grown * keep, grown * turn.sin() * of_out], -1))
-    fresh = [course.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
-    told = course.network_times(course.times[:-1])
+    of_out, of_x = trajectory.readers()
+    down, back = renoising(trajectory, eta)
+    turn, grown = down - trajectory.angles[:-1], trajectory.lengths[1:]
+    keep = turn.cos() / trajectory.lengths[:-1] + turn.sin() * of_x
+    weights = trajectory.weights(torch.stack([grown * keep, grown * turn.sin() * of_out], -1))
+    fresh = [trajectory.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
+    told = trajectory.network_times(trajectory.times[:-1])
 
     def walk(x: Tensor) -> Iterator[Tensor]:
         for i, (t, (of_state, of_answer)) in enumerate(zip(told, weights, strict=True)):
-            x = combine((of_state, x), (of_answer, course.answer(t, x)))
+            x = combine((of_state, x), (of_answer, trajectory.answer(t, x)))
             x = renoised(x, [back[i][0], fresh[i]], noise, i)
             yield x
 
@@ -55,7 +57,7 @@ SINGLE: Tableau = ((1.0, 1.0),)
 
 
 def runge_kutta(
-    course: Trajectory,
+    trajectory: Trajectory,
     z: Tensor,
     rule: Tableau,
     last: Tableau,
@@ -63,11 +65,11 @@ def runge_kutta(
     noise: Renoise | None = None,
 ) -> Iterator[Tensor]:
     """`rule` on every step but the last, where `last` does not ask at the end; both in φ."""
-    down, back = renoising(course, eta)
-    here, count = course.angles[:-1], course.steps
+    down, back = renoising(trajectory, eta)
+    here, count = trajectory.angles[:-1], trajectory.steps
     rules = [rule] * (count - 1) + [last]
     sizes = down - here
-    first = course.step_nodes()
+    first = trajectory.step_nodes()
     # without new noise, stages at a step's end are asked at the grid's own times, to the last bit
     ends = [not eta and i + 1 < count for i in range(count)]
     inner = [
@@ -76,20 +78,20 @@ def runge_kutta(
         for row in rules[i][:-1]
         if not (ends[i] and row[0] == 1.0)
     ]
-    asked = iter(course.between(torch.stack(inner)) if inner else [])
+    asked = iter(trajectory.between(torch.stack(inner)) if inner else [])
     stages: list[list[Node]] = [
         [first[i], *(first[i + 1] if ends[i] and row[0] == 1.0 else next(asked) for row in rules[i][:-1])]
         for i in range(count)
     ]
-    steps = course.column(sizes)
-    turns = rotation(course, here, down)
+    steps = trajectory.column(sizes)
+    turns = rotation(trajectory, here, down)
 
     def walk(z: Tensor) -> Iterator[Tensor]:
         for i, (nodes, tableau) in enumerate(zip(stages, rules, strict=True)):
             slopes: list[Tensor] = []
             place = z
             for node, row in zip(nodes, tableau, strict=True):
-                slopes.append(course.velocity(node, place))
+                slopes.append(trajectory.velocity(node, place))
                 if tableau is SINGLE:
                     place = combine((turns[i][0], z), (turns[i][1], slopes[0]))
                 else:
@@ -101,28 +103,32 @@ def runge_kutta(
     return walk(z)
 
 
-def heun(course: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+def heun(
+    trajectory: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None
+) -> Iterator[Tensor]:
     """Second order: each step redone with the velocity at its end, the last a rotation. 2n − 1 evaluations.
 
     Source: Karras et al. 2022, arXiv:2206.00364, algorithm 1, here in φ.
     """
-    return runge_kutta(course, z, HEUN, SINGLE, eta, noise)
+    return runge_kutta(trajectory, z, HEUN, SINGLE, eta, noise)
 
 
 def midpoint(
-    course: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None
+    trajectory: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None
 ) -> Iterator[Tensor]:
     """Second order: the velocity half-way carries the whole step. 2n evaluations."""
-    return runge_kutta(course, z, MIDPOINT, MIDPOINT, eta, noise)
+    return runge_kutta(trajectory, z, MIDPOINT, MIDPOINT, eta, noise)
 
 
-def rk4(course: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None) -> Iterator[Tensor]:
+def rk4(
+    trajectory: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None
+) -> Iterator[Tensor]:
     """Fourth order (Kutta 1901); the last step uses three stages. 4n − 1 evaluations."""
-    return runge_kutta(course, z, KUTTA, OPEN_THIRD, eta, noise)
+    return runge_kutta(trajectory, z, KUTTA, OPEN_THIRD, eta, noise)
 
 
 def churn(
-    course: Trajectory,
+    trajectory: Trajectory,
     z: Tensor,
     noise: Renoise | None = None,
     amount: float = 0.4,
@@ -140,32 +146,32 @@ def churn(
     """
     if not 0 <= amount <= math.sqrt(2) - 1 + 1e-9:
         raise Refused(f"amount is {amount:g}; churn raises s/a by a share between 0 and √2 − 1 = 0.4142.")
-    here = course.angles[:-1]
+    here = trajectory.angles[:-1]
     ratio = here.tan()
     inside = (ratio >= least) & (ratio <= most)
-    top = float(course.theory.angle(course.theory.t_noise))
+    top = float(trajectory.theory.angle(trajectory.theory.t_noise))
     lifted = torch.where(inside, torch.atan((1 + amount) * ratio).clamp(max=top), here)
-    up = course.weights(torch.stack(rising(here, lifted), -1))
-    asked = course.step_nodes()
-    raised = course.between(lifted)
+    up = trajectory.weights(torch.stack(rising(here, lifted), -1))
+    asked = trajectory.step_nodes()
+    raised = trajectory.between(lifted)
     nodes = [r if bool(moved.any()) else n for n, r, moved in zip(asked, raised, inside, strict=True)]
-    sizes = [course.weight(h) for h in course.angles[1:] - lifted]
-    turns = rotation(course, lifted, course.angles[1:])
+    sizes = [trajectory.weight(h) for h in trajectory.angles[1:] - lifted]
+    turns = rotation(trajectory, lifted, trajectory.angles[1:])
 
     def walk(z: Tensor) -> Iterator[Tensor]:
         for i, node in enumerate(nodes):
             z = renoised(z, up[i], noise, i)
             if i + 1 < len(nodes):
-                z = _heun_step(course, z, node, asked[i + 1], sizes[i])
+                z = _heun_step(trajectory, z, node, asked[i + 1], sizes[i])
             else:
-                z = combine((turns[i][0], z), (turns[i][1], course.velocity(node, z)))
+                z = combine((turns[i][0], z), (turns[i][1], trajectory.velocity(node, z)))
             yield z
 
     return walk(z)
 
 
 def restart(
-    course: Trajectory,
+    trajectory: Trajectory,
     z: Tensor,
     noise: Renoise | None = None,
     low: float = 0.3,
@@ -187,17 +193,21 @@ def restart(
     """
     if not (0 < low < high and repeats >= 1 and parts >= 1):
         raise Refused(f"Restart needs 0 < low ({low:g}) < high ({high:g}), repeats and parts at least 1.")
-    inner = course.angles[1:-1] if course.steps > 1 else course.angles[:1]
-    turn_at = int((inner.mean(1).tan().log() - math.log(low)).abs().argmin()) + (1 if course.steps > 1 else 0)
-    bottom = course.angles[turn_at]
-    top = torch.atan(torch.full_like(bottom, high)).maximum(bottom).clamp(max=float(course.angles[0].max()))
-    up = [course.weight(c) for c in rising(bottom, top)]
+    inner = trajectory.angles[1:-1] if trajectory.steps > 1 else trajectory.angles[:1]
+    turn_at = int((inner.mean(1).tan().log() - math.log(low)).abs().argmin()) + (
+        1 if trajectory.steps > 1 else 0
+    )
+    bottom = trajectory.angles[turn_at]
+    top = (
+        torch.atan(torch.full_like(bottom, high)).maximum(bottom).clamp(max=float(trajectory.angles[0].max()))
+    )
+    up = [trajectory.weight(c) for c in rising(bottom, top)]
     leg = top + (bottom - top) * torch.linspace(0, 1, parts + 1, dtype=torch.float64)[:, None]
-    stops = course.between(leg)
-    sizes = [course.weight(h) for h in leg.diff(dim=0)]
-    nodes, count = course.step_nodes(), course.steps
-    strides = course.column(course.angles.diff(dim=0))
-    turns = rotation(course, course.angles[:-1], course.angles[1:])
+    stops = trajectory.between(leg)
+    sizes = [trajectory.weight(h) for h in leg.diff(dim=0)]
+    nodes, count = trajectory.step_nodes(), trajectory.steps
+    strides = trajectory.column(trajectory.angles.diff(dim=0))
+    turns = rotation(trajectory, trajectory.angles[:-1], trajectory.angles[1:])
 
     def walk(z: Tensor) -> Iterator[Tensor]:
         for i, node in enumerate(nodes):
@@ -205,19 +215,19 @@ def restart(
                 for again in range(repeats):
                     z = renoised(z, up, noise, again)
                     for start, end, size in zip(stops, stops[1:], sizes, strict=False):
-                        z = _heun_step(course, z, start, end, size)
+                        z = _heun_step(trajectory, z, start, end, size)
             if i + 1 < count:
-                z = _heun_step(course, z, node, nodes[i + 1], strides[i])
+                z = _heun_step(trajectory, z, node, nodes[i + 1], strides[i])
             else:
-                z = combine((turns[i][0], z), (turns[i][1], course.velocity(node, z)))
+                z = combine((turns[i][0], z), (turns[i][1], trajectory.velocity(node, z)))
             yield z
 
     return walk(z)
 
 
-def _heun_step(course: Trajectory, z: Tensor, start: Node, end: Node, size: Weight) -> Tensor:
-    v = course.velocity(start, z)
-    trial = course.velocity(end, combine((1.0, z), (size, v)))
+def _heun_step(trajectory: Trajectory, z: Tensor, start: Node, end: Node, size: Weight) -> Tensor:
+    v = trajectory.velocity(start, z)
+    trial = trajectory.velocity(end, combine((1.0, z), (size, v)))
     return combine((1.0, z), (size / 2, v), (size / 2, trial))
 
 
@@ -229,18 +239,18 @@ def _heun_step(course: Trajectory, z: Tensor, start: Node, end: Node, size: Weig
 # restart are this one move, and any solver can make it.
 
 
-def renoising(course: Trajectory, eta: float) -> tuple[Tensor, list[list[Weight]]]:
+def renoising(trajectory: Trajectory, eta: float) -> tuple[Tensor, list[list[Weight]]]:
     """Angles [steps, 1 or B] to solve down to, and the way back up: (ρ, √(1 − ρ²)) per step.
 
     η = 1 is ancestral sampling; with the rotation it is DDIM-η (Song et al. 2020, arXiv:2010.02502, eq. 16).
     """
-    here, there = course.angles[:-1], course.angles[1:]
+    here, there = trajectory.angles[:-1], trajectory.angles[1:]
     if not eta:
-        return there, [[1.0, 0.0] for _ in range(course.steps)]
+        return there, [[1.0, 0.0] for _ in range(trajectory.steps)]
     fresh = (1 - (there.tan() / here.tan()).square()).clamp(min=0).sqrt() * there.sin() * eta
     kept = (1 - fresh.square()).sqrt()
     down = torch.acos((there.cos() / kept).clamp(max=1))
-    return torch.where(fresh > 0, down, there), course.weights(torch.stack([kept, fresh], -1))
+    return torch.where(fresh > 0, down, there), trajectory.weights(torch.stack([kept, fresh], -1))
 
 
 def rising(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ class Method:
     """A solver: how it walks, what it costs, what it promises.
 
     Args:
-        walk: (course, z, **options) → iterator of z = x_t/r, one a step; it plans before it returns.
+        walk: (trajectory, z, **options) → iterator of z = x_t/r, one a step; it plans before it returns.
         cost: network evaluations of n steps at an order.
         promise: at an order, the power p of the widest step with which the error falls: see `widest`.
         orders: the values `order` may take; empty when it takes none.
@@ -155,14 +155,14 @@ def solve(
     counted = inspect.signature(method.cost).parameters
     extra = {word: value for word, value in options.items() if word in counted}
     times = _times(theory, grid, solver, partial(method.cost, order=order or method.usual, **extra), len(x_T))
-    course = Trajectory(denoise, theory, times, x_T)
+    trajectory = Trajectory(denoise, theory, times, x_T)
     z = start_of(x_T, theory, times[0] if times.ndim == 1 else times[:, 0])
     if method.plain:
-        return method.walk(course, scaled(course.radii[0], z), **settings)
-    walk = method.walk(course, z, **settings)
+        return method.walk(trajectory, scaled(trajectory.radii[0], z), **settings)
+    walk = method.walk(trajectory, z, **settings)
     if method.free:
         return walk
-    return (scaled(r, z) for r, z in zip(course.radii[1:], walk, strict=True))
+    return (scaled(r, z) for r, z in zip(trajectory.radii[1:], walk, strict=True))
 
 
 def integrate(
@@ -213,7 +213,7 @@ def _settings(
     options: dict[str, object],
 ) -> dict[str, object]:
     taken = inspect.signature(method.walk).parameters
-    known = [word for word in taken if word not in ("course", "z", "order", "eta", "noise")]
+    known = [word for word in taken if word not in ("trajectory", "z", "order", "eta", "noise")]
     for word in options:
         if word not in known:
             raise Refused(

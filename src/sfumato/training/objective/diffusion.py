@@ -223,11 +223,11 @@ class DiffusionObjective:
         if self.read_text is not None:
             read = self.read_text(batch.captions)  # pyright: ignore[reportAttributeAccessIssue]
             conditions = [{**row, **words} for row, words in zip(conditions, read, strict=True)]
-        framing = self.model.denoiser.framing
-        if not framing:
+        micro_conditioning = self.model.denoiser.micro_conditioning
+        if not micro_conditioning:
             return conditions
-        cuts = batch.framings.unbind()  # pyright: ignore[reportAttributeAccessIssue]
-        return [{**row, framing: cut} for row, cut in zip(conditions, cuts, strict=True)]
+        cuts = batch.time_ids.unbind()  # pyright: ignore[reportAttributeAccessIssue]
+        return [{**row, micro_conditioning: cut} for row, cut in zip(conditions, cuts, strict=True)]
 
     def draw(self, ids: Sequence[int], x_0: Tensor, step: int, part: int = 0, parts: int = 1) -> NoiseDraw:
         """Times, noise and dropped captions of these samples in this step."""

@@ -42,7 +42,7 @@ def example_inputs(model: Pipeline, words: str = "") -> tuple[Tensor, Any]:
     given: dict[str, Any] = {}
     if sees:
         given = {name: Image.new("RGB", (side, side), (180, 90, 40)) for name in sees}
-        given |= model.codec.pixel_size(shape) if model.conditioner.placed else {}
+        given |= model.codec.pixel_size(shape) if model.conditioner.sizes_images else {}
     said = ["0"] if kind == "labels" else [f"a picture of a red circle {words}".strip()]
     prompt = None if kind == "none" else said
     condition = model.condition(prompt, **given) if prompt is not None else model.condition()

@@ -18,7 +18,7 @@ class AuraFlow(Family):
     pipelines = ("AuraFlowPipeline",)
     layer_names = LayerNames((), "plain", "")
     comfyui_loads_whole = True
-    clock = "share of noise"
+    timestep_input = "share of noise"
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_T − x_0 [B, 4, H, W]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Condition
 from sfumato.models.lora.layer_names import LayerNames
-from sfumato.models.networks.tokens import grid_places, patches, unpatched
+from sfumato.models.networks.tokens import patchify, position_ids, unpatchify
 from sfumato.models.pretrained.families.flux import FLUX
 from sfumato.models.pretrained.family import Family
 
@@ -23,10 +23,10 @@ class Chroma(Family):
 
     pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
     layer_names = LayerNames(tuple(FLUX), "original", "original")
-    clock = "share of noise"
+    timestep_input = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "shift")
-    answers = ("tokens", "", "favoured")
+    prompt_outputs = ("tokens", "", "favoured")
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x_T − x_0 [B, 16, H, W]."""
@@ -34,11 +34,11 @@ class Chroma(Family):
         tokens, favoured = condition["tokens"], condition["favoured"]
         pixels = favoured.new_ones(len(x), height * width // 4)
         out = network(
-            hidden_states=patches(x),
+            hidden_states=patchify(x),
             timestep=clock,
             encoder_hidden_states=tokens,
             txt_ids=torch.zeros(tokens.shape[1], 3, device=x.device, dtype=x.dtype),
-            img_ids=grid_places(height // 2, width // 2, x.device).to(x.dtype),
+            img_ids=position_ids(height // 2, width // 2, x.device).to(x.dtype),
             attention_mask=torch.cat([favoured, pixels], 1),
         ).sample
-        return unpatched(out, height, width)
+        return unpatchify(out, height, width)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sfumato.models.condition import Condition
 from sfumato.models.lora.layer_names import ADDED, BLOCK, SINGLE, LayerNames, Rule, mlp, qkv
-from sfumato.models.networks.tokens import grid_places, patches, unpatched
+from sfumato.models.networks.tokens import patchify, position_ids, unpatchify
 from sfumato.models.pretrained.family import ATTENTION, called_with
 from sfumato.models.pretrained.guidance_embedding import GuidanceDistilled
 from sfumato.models.pretrained.image_inputs import references
@@ -36,10 +36,10 @@ class Flux(GuidanceDistilled):
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     layer_names = LayerNames(tuple(FLUX), "plain", "original")
     comfyui_loads_whole = True
-    clock = "share of noise"
+    timestep_input = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "shift")
-    answers = ("tokens", "pooled")
+    prompt_outputs = ("tokens", "pooled")
     prompt_only = ("prompt_2",)
     lora_targets = (
         *ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
@@ -50,13 +50,13 @@ class Flux(GuidanceDistilled):
         """x_T − x_0 [B, 16, H, W]."""
         height, width = x.shape[-2:]
         beside = references(condition)
-        places = [grid_places(height // 2, width // 2, x.device)]
+        places = [position_ids(height // 2, width // 2, x.device)]
         for latents in beside:
-            places.append(grid_places(latents.shape[-2] // 2, latents.shape[-1] // 2, x.device))
+            places.append(position_ids(latents.shape[-2] // 2, latents.shape[-1] // 2, x.device))
             places[-1][:, 0] = 1  # a reference stands behind the picture
         tokens = condition["tokens"]
         out = network(
-            hidden_states=torch.cat([patches(x), *(patches(latents.to(x.dtype)) for latents in beside)], 1),
+            hidden_states=torch.cat([patchify(x), *(patchify(latents.to(x.dtype)) for latents in beside)], 1),
             timestep=clock,
             guidance=self.guidance_values(x, condition) if self.has_guidance_embed(network) else None,
             pooled_projections=condition["pooled"],
@@ -65,7 +65,7 @@ class Flux(GuidanceDistilled):
             img_ids=torch.cat(places).to(x.dtype),
             return_dict=False,
         )[0]
-        return unpatched(out[:, : height * width // 4], height, width)
+        return unpatchify(out[:, : height * width // 4], height, width)
 
     def info(self, pipe: Any) -> dict[str, Any]:
         """The pipeline's; schnell's four steps, which its pipeline leaves to the user."""

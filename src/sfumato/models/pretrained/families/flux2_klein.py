@@ -24,11 +24,11 @@ class Flux2Klein(Family):
     """Latents are the autoencoder's, 2×2 in channels, normalised by its batch norm: [B, 128, H, W]."""
 
     pipelines = ("Flux2KleinPipeline",)
-    clock = "share of noise"
+    timestep_input = "share of noise"
     even_sigmas = True
     patch = 1
     gather = 2
-    sees = ("image",)
+    image_arguments = ("image",)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj")
 
     def statistics(self, vae: Any) -> tuple[Tensor, Tensor]:

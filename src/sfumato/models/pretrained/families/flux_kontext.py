@@ -20,8 +20,8 @@ class FluxKontext(Flux1):
     """
 
     pipelines = ("FluxKontextPipeline",)
-    sees = ("image",)
-    seeing = ("_auto_resize",)
+    image_arguments = ("image",)
+    image_size_arguments = ("_auto_resize",)
     as_trained: ClassVar[Mapping[str, Any]] = {"_auto_resize": False}
 
     def training_images(self, pipe: Any, encode: Encode) -> dict[str, ImageCondition]:

@@ -33,9 +33,9 @@ class HunyuanVideo(GuidanceDistilled):
 
     pipelines = ("HunyuanVideoPipeline",)
     layer_names = LayerNames(tuple(HUNYUAN), "original", "original")
-    clock = "thousandths"
+    timestep_input = "thousandths"
     video, fps = True, 15.0
-    answers = ("tokens", "pooled", "mask")
+    prompt_outputs = ("tokens", "pooled", "mask")
     usual_guidance = 6.0
     lora_targets = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 

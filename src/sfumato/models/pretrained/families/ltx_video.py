@@ -18,12 +18,12 @@ class LTXVideo(Family):
     pipelines = ("LTXPipeline",)
     layer_names = LayerNames((), "original", "")
     no_context_parallel = "diffusers gives its attention a mask for all heads, of which each process has some"
-    clock = "thousandths"
+    timestep_input = "thousandths"
     even_sigmas = True
     normalizes = ("factor", "channels")
     patch = 1
     video = True
-    answers = ("tokens", "mask")
+    prompt_outputs = ("tokens", "mask")
     per_second, stride, time_stride = 25, 32, 8
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:

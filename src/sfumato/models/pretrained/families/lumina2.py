@@ -28,11 +28,11 @@ class Lumina2(Family):
 
     pipelines = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
     layer_names = LayerNames(tuple(refined_attention("attn")), "original", "original")
-    clock = "share of signal"
+    timestep_input = "share of signal"
     sign = -1
     even_sigmas = True
     normalizes = ("factor", "shift")
-    answers = ("tokens", "mask")
+    prompt_outputs = ("tokens", "mask")
 
     def read_negative(
         self, pipe: Any, prompts: Sequence[str | None], options: Mapping[str, Any]

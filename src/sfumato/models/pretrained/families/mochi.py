@@ -26,11 +26,11 @@ class Mochi(Family):
 
     pipelines = ("MochiPipeline",)
     layer_names = LayerNames(tuple(MOCHI), "original", "")
-    clock = "thousandths of signal"
+    timestep_input = "thousandths of signal"
     sign = -1
     normalizes = ("factor", "channels")
     video, fps = True, 30.0
-    answers = ("tokens", "mask")
+    prompt_outputs = ("tokens", "mask")
 
     def size(self, pipe: Any) -> tuple[int, int]:
         """The pipeline's own."""

@@ -18,7 +18,7 @@ class PixArtSigma(Family):
     pipelines = ("PixArtSigmaPipeline",)
     layer_names = LayerNames((), "plain", "")
     comfyui_loads_whole = True
-    answers = ("tokens", "mask")
+    prompt_outputs = ("tokens", "mask")
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """ε [B, 4, H, W], without the variance."""

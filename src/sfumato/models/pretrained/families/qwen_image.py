@@ -11,7 +11,7 @@ from torch import Tensor
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
 from sfumato.models.lora.layer_names import LayerNames
-from sfumato.models.networks.tokens import patches, unpatched
+from sfumato.models.networks.tokens import patchify, unpatchify
 from sfumato.models.pretrained.family import Family
 from sfumato.models.pretrained.image_inputs import references
 from sfumato.theory import guidance
@@ -27,9 +27,9 @@ class QwenImageGuidance(PipelineGuidance):
     def combine(self, strong: Tensor, weak: Tensor, scale: float) -> Tensor:
         """weak + scale · (strong − weak), each token of 2 × 2 latents of the prompted norm."""
         height, width = strong.shape[-2:]
-        tokens = patches(strong.squeeze(2))
-        guided = patches(super().combine(strong, weak, scale).squeeze(2))
-        return unpatched(guidance.keep_norm(guided, tokens), height, width).unsqueeze(2)
+        tokens = patchify(strong.squeeze(2))
+        guided = patchify(super().combine(strong, weak, scale).squeeze(2))
+        return unpatchify(guidance.keep_norm(guided, tokens), height, width).unsqueeze(2)
 
 
 class QwenImage(Family):
@@ -37,11 +37,11 @@ class QwenImage(Family):
 
     pipelines = ("QwenImagePipeline",)
     layer_names = LayerNames((), "plain", "plain")
-    clock = "share of noise"
+    timestep_input = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "channels")
     guidance = "true_cfg_scale"
-    answers = ("tokens", "mask")
+    prompt_outputs = ("tokens", "mask")
 
     def guidance_policy(self, network: Any) -> GuidancePolicy:
         """The pipeline's own form."""
@@ -53,10 +53,10 @@ class QwenImage(Family):
         mask, beside = condition.get("mask"), references(condition)
         shapes = [(1, one.shape[-2] // 2, one.shape[-1] // 2) for one in (x, *beside)]
         out = network(
-            hidden_states=torch.cat([patches(one.squeeze(2).to(x.dtype)) for one in (x, *beside)], 1),
+            hidden_states=torch.cat([patchify(one.squeeze(2).to(x.dtype)) for one in (x, *beside)], 1),
             timestep=clock,
             encoder_hidden_states=condition["tokens"],
             encoder_hidden_states_mask=None if mask is None or bool(mask.all()) else mask.long(),
             img_shapes=[shapes] * len(x),
         ).sample
-        return unpatched(out[:, : height * width // 4], height, width).unsqueeze(2)
+        return unpatchify(out[:, : height * width // 4], height, width).unsqueeze(2)

@@ -56,8 +56,8 @@ class QwenImageEdit(Qwen):
     """`reference` [B, 16, 1, h, w]: latents of the picture, at about a megapixel."""
 
     pipelines = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
-    sees = ("image",)
-    must_see = True
+    image_arguments = ("image",)
+    requires_image = True
 
     def custom_components(self, folder: Path) -> dict[str, Any]:
         """The processor, from its own files."""

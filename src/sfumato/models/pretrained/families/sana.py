@@ -15,9 +15,9 @@ class Sana(Family):
     """The instruction that enhances a prompt is written before prompts, not before negatives."""
 
     pipelines = ("SanaPipeline",)
-    clock = "thousandths"
+    timestep_input = "thousandths"
     patch = 1
-    answers = ("tokens", "mask")
+    prompt_outputs = ("tokens", "mask")
     prompt_only = ("complex_human_instruction",)
     lora_targets = ("to_q", "to_k", "to_v")
 

@@ -31,9 +31,9 @@ class StableDiffusion3(Family):
     pipelines = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline")
     layer_names = LayerNames(tuple(SD3), "plain", "original")
     comfyui_loads_whole = True
-    clock = "thousandths"
+    timestep_input = "thousandths"
     normalizes = ("factor", "shift")
-    answers = ("tokens", "", "pooled")
+    prompt_outputs = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "prompt_3", "clip_skip")
     lora_targets = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 

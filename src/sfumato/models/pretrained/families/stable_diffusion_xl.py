@@ -30,22 +30,22 @@ class StableDiffusionXL(UNetFamily):
     )
     layer_names = LayerNames((), "kohya", "plain")
     comfyui_loads_whole = True
-    hears_framing = True
+    trains_micro_conditioning = True
     added = "text_time"
     normalizes = ("factor", "channels")
     stride = 8
-    answers = ("tokens", "", "pooled")
+    prompt_outputs = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "clip_skip")
-    framing = "time_ids"
+    micro_conditioning = "time_ids"
 
-    telling = (
+    micro_conditioning_arguments = (
         "original_size", "crops_coords_top_left", "target_size", "negative_original_size",
         "negative_crops_coords_top_left", "negative_target_size",
     )  # fmt: skip
 
     def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:
         """Both CLIPs' words, and what is said of the picture's size and cut."""
-        sizes = {name: options[name] for name in self.telling if name in options}
+        sizes = {name: options[name] for name in self.micro_conditioning_arguments if name in options}
         others = {name: value for name, value in options.items() if name not in sizes}
         answer, told = super().read(pipe, prompts, others), time_ids(sizes)
         if told is None:
@@ -104,5 +104,7 @@ def time_ids(sizes: Mapping[str, Any]) -> Tensor | None:
 
 def of_negative(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the weaker answer is told: the same, unless both of its sizes are given, as the pipeline does."""
-    given = {name: options.get(f"negative_{name}") for name in StableDiffusionXL.telling[:3]}
+    given = {
+        name: options.get(f"negative_{name}") for name in StableDiffusionXL.micro_conditioning_arguments[:3]
+    }
     return given if given["original_size"] and given["target_size"] else {}

@@ -79,7 +79,7 @@ class Wan(Family):
 
     pipelines = ("WanPipeline",)
     layer_names = LayerNames(tuple(WAN), "original", "original")
-    clock = "thousandths"
+    timestep_input = "thousandths"
     normalizes = ("factor", "channels")
     video, fps = True, 16.0
 

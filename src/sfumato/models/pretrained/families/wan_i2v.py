@@ -23,11 +23,11 @@ class WanFromPicture(WanFromText):
     """
 
     pipelines = ("WanImageToVideoPipeline",)
-    sees = ("image", "last_image")
-    seeing = ("height", "width", "num_frames")
-    must_see = True
+    image_arguments = ("image", "last_image")
+    image_size_arguments = ("height", "width", "num_frames")
+    requires_image = True
     more_channels = (20,)
-    idle = ()
+    unused_components = ()
 
     def required_images(self, pipe: Any) -> tuple[str, ...]:
         """A last picture too, where the network was trained between two."""

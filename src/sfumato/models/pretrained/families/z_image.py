@@ -33,7 +33,7 @@ class ZImage(Family):
 
     pipelines = ("ZImagePipeline",)
     layer_names = LayerNames(tuple(refined_attention("attention")), "original", "original")
-    clock = "share of signal"
+    timestep_input = "share of signal"
     sign = -1
     even_sigmas = True
     normalizes = ("factor", "shift")
