@@ -26,7 +26,12 @@ EVENT_KEY = ("kind", "step", "split", "weights", "group")
 PATIENCE_SECONDS = 2.0
 """How long a rename waits for others who read what it replaces, where the system has them hold it."""
 IS_WINDOWS = os.name == "nt"
-RENAMED_KINDS = {"held_out": "validation", "gap": "generalization_gap", "judge": "demo_evaluation"}
+RENAMED_KINDS = {
+    "held_out": "validation",
+    "gap": "generalization_gap",
+    "judge": "demo_evaluation",
+    "set_aside": "damaged_checkpoint",
+}
 RENAMED_METRICS = {
     "kid": "latent_kernel_distance",
     "kid_of_held_out_data": "latent_kernel_distance_floor",
@@ -374,6 +379,8 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
 def _of_today(event: dict[str, Any]) -> dict[str, Any]:
     """An event under the names that are written now, whoever wrote it."""
     event["kind"] = RENAMED_KINDS.get(event["kind"], event["kind"])
+    if event["kind"] == "code" and "own" in event:
+        event["hashes"] = event.pop("own")
     if isinstance(metrics := event.get("metrics"), dict):
         event["metrics"] = {RENAMED_METRICS.get(name, name): value for name, value in metrics.items()}
     if isinstance(settings := event.get("settings"), dict):

@@ -94,7 +94,7 @@ def test_a_recipe_and_python_train_the_same_bits_with_ones_own(kind, world):
     handed = train(world, "handed", *needs, **{kind.split()[0]: [found] if kind == "callbacks" else found})
     assert weights(said) == weights(handed)
     assert (weights(said) == weights(plain)) == (kind in ("callbacks", "dataset"))
-    codes = [event["own"] for event in said.events() if event["kind"] == "code"]
+    codes = [event["hashes"] for event in said.events() if event["kind"] == "code"]
     assert codes[-1][key] == {str(world / word): user_code.code_hash(str(world / word))}
     assert picture(said) == picture(handed)
 
@@ -167,7 +167,7 @@ def test_other_processes_tell_those_callbacks_that_ask_for_it(world, monkeypatch
         monkeypatch.setattr(callbacks, "current_processes", processes.current_processes)
         run = run_folder_of_rank(RunFolder.create(world / f"run-{rank}"))
         some = [callbacks.Callback(one.__name__, one()) for one in (Quietly, Everywhere)]
-        with callbacks.told(callbacks.Callbacks(some, run, torch.nn.Linear(1, 1))):
+        with callbacks.listening(callbacks.Callbacks(some, run, torch.nn.Linear(1, 1))):
             run.event("validation", step=7, split="train", weights="raw", loss=1.0, error=0.0)
         run.event("validation", step=8, split="train", weights="raw", loss=1.0, error=0.0)
         return list(heard)

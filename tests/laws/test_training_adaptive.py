@@ -6,7 +6,7 @@ from training_processes import run_on
 from training_world import fingerprint, make, train
 
 from sfumato.training.objective import timestep_importance
-from sfumato.training.objective.timestep_importance import BINS, PERIOD, Adaptive
+from sfumato.training.objective.timestep_importance import BINS, PERIOD, TimestepImportance
 
 EVENLY = (torch.arange(64_000, dtype=torch.float64) + 0.5) / 64_000
 
@@ -16,9 +16,9 @@ def peaked(quantiles: torch.Tensor) -> torch.Tensor:
     return 0.05 + 4 * torch.exp(-(((quantiles - 0.3) / 0.06) ** 2))
 
 
-def learned(loss=peaked) -> Adaptive:
+def learned(loss=peaked) -> TimestepImportance:
     """A density that has heard a loss for four periods, with samples of its own choice."""
-    found = Adaptive()
+    found = TimestepImportance()
     for step in range(4 * PERIOD):
         u = torch.rand(32, generator=torch.Generator().manual_seed(step))
         quantiles, _ = found(u, step)
@@ -29,7 +29,7 @@ def learned(loss=peaked) -> Adaptive:
 
 def test_the_first_two_periods_are_even():
     for step in (0, PERIOD, 2 * PERIOD - 1):
-        quantiles, weights = Adaptive()(EVENLY, step)
+        quantiles, weights = TimestepImportance()(EVENLY, step)
         torch.testing.assert_close(quantiles, EVENLY)
         assert torch.all(weights == 1)
     assert learned().shares(4 * PERIOD).max() > 2 / BINS
@@ -60,13 +60,13 @@ def test_a_loss_that_is_the_same_everywhere_leaves_the_density_even():
 def test_samples_heard_in_any_order_and_by_anyone_make_the_same_density():
     draw = torch.Generator().manual_seed(0)
     quantiles, losses = torch.rand(512, generator=draw), torch.rand(512, generator=draw) * 3
-    whole, other, part = Adaptive(), Adaptive(), Adaptive()
+    whole, other, part = TimestepImportance(), TimestepImportance(), TimestepImportance()
     whole.record(quantiles, losses)
     order = torch.randperm(512, generator=draw)
     other.record(quantiles[order[:200]], losses[order[:200]])
     part.record(quantiles[order[200:]], losses[order[200:]])
     whole.refresh(PERIOD, lambda tensor: tensor)
-    other.refresh(PERIOD, lambda tensor: tensor + part.heard)
+    other.refresh(PERIOD, lambda tensor: tensor + part.period_sums)
     assert torch.equal(whole.shares(2 * PERIOD), other.shares(2 * PERIOD))
 
 

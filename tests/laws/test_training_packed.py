@@ -151,7 +151,7 @@ def test_the_parts_of_a_packed_batch_have_the_losses_of_the_whole():
     for some in found:
         assert some.of == expected.of
         assert some.per_sample.tolist() == pytest.approx([known[one] for one in some.ids], rel=1e-5)
-    assert divided.replay(0, 1, 3)["ids"] == list(found[1].ids)
+    assert divided.describe_part(0, 1, 3)["ids"] == list(found[1].ids)
 
 
 def test_blocks_that_are_computed_again_and_another_theory_change_no_packed_gradient():

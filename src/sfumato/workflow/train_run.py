@@ -186,7 +186,7 @@ def train(
                 if processes.is_rank_zero:
                     RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
                     if codes := code_of(asked):
-                        run.event("code", own=codes)
+                        run.event("code", hashes=codes)
             prepared = prepare_run(asked, gathered, progress, say, run)
             return Run(run.path, _train(asked, run, prepared, progress, say, profile))
 

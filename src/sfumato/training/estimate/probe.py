@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from sfumato.training.device import kept_memory, trim_memory
+from sfumato.training.device import keep_freed_memory, trim_memory
 from sfumato.training.distributed.processes import BatchSplit, Gradients, Processes
 from sfumato.training.precision import autocast, effective_precision
 from sfumato.training.settings import TrainSettings
@@ -47,7 +47,7 @@ def probe(network: nn.Module, inputs: tuple[Any, ...], settings: TrainSettings) 
     """
     device = next(network.parameters()).device
     shared = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
-    with kept_memory(device):
+    with keep_freed_memory(device):
         before = held_bytes(device)
         with watched(device) as peak:
             own: dict[int, Any] = dict(shared)

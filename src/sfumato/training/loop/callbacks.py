@@ -53,7 +53,7 @@ class Callback:
     """One callback and the word that names it."""
 
     word: str
-    tells: Any
+    target: Any
 
     @classmethod
     def load(cls, word: str) -> "Callback":
@@ -65,13 +65,13 @@ class Callback:
         check(word)
         return cls(word, make_own(word))
 
-    def tell(self, hook: str, known: Mapping[str, Any]) -> None:
+    def call(self, hook: str, known: Mapping[str, Any]) -> None:
         """Call a hook, if there is one.
 
         Raises:
             Failed: it fails, naming file, hook and step.
         """
-        work = getattr(self.tells, hook, None)
+        work = getattr(self.target, hook, None)
         if work is None:
             return
         try:
@@ -93,15 +93,15 @@ class Callbacks:
 
     def __init__(self, listed: Sequence[Callback], run: RunFolder, network: nn.Module) -> None:
         leads = current_processes().is_rank_zero
-        self.listed = [one for one in listed if leads or getattr(one.tells, "every_process", False)]
+        self.listed = [one for one in listed if leads or getattr(one.target, "every_process", False)]
         self.run, self.network = run, network
 
     def step(self, step: int, loss: Tensor) -> None:
         """Tell of an update; `loss` [] stays on its device, where reading it waits."""
         if self.listed:
-            self._tell("on_step", step, {"loss": loss})
+            self._call("on_step", step, {"loss": loss})
 
-    def hear(self, event: Mapping[str, Any]) -> None:
+    def on_event(self, event: Mapping[str, Any]) -> None:
         """Tell of what the run records."""
         hook = EVENTS.get(event["kind"])
         if hook is None:
@@ -111,22 +111,22 @@ class Callbacks:
             known["files"] = [self.run.path / name for name in event["files"]]
         if hook == "on_checkpoint":
             known["folder"] = self.run.path / event["path"]
-        self._tell(hook, event["step"], known)
+        self._call(hook, event["step"], known)
 
-    def _tell(self, hook: str, step: int, known: Mapping[str, Any]) -> None:
+    def _call(self, hook: str, step: int, known: Mapping[str, Any]) -> None:
         training = self.network.training
         everything = {"step": step, "run": self.run.path, "network": self.network, **known}
         for one in self.listed:
-            one.tell(hook, everything)
+            one.call(hook, everything)
         if self.network.training != training:
             self.network.train(training)
 
 
 @contextmanager
-def told(callbacks: Callbacks) -> Iterator[None]:
+def listening(callbacks: Callbacks) -> Iterator[None]:
     """Inside it the callbacks hear what the run records."""
-    callbacks.run.listeners.append(callbacks.hear)
+    callbacks.run.listeners.append(callbacks.on_event)
     try:
         yield
     finally:
-        callbacks.run.listeners.remove(callbacks.hear)
+        callbacks.run.listeners.remove(callbacks.on_event)

@@ -23,7 +23,7 @@ part = record_function
 
 
 @contextmanager
-def watched(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def profiled(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Yield what is to be called after each step; a trace and a table are written into `folder`."""
     if folder is None:
         yield lambda: None

@@ -14,7 +14,7 @@ Scalars = Callable[[dict[str, float], int], None]
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
-def follow(run: RunFolder, names: tuple[str, ...]) -> Callable[[], None]:
+def attach(run: RunFolder, names: tuple[str, ...]) -> Callable[[], None]:
     """Let each named tracker hear the run's events.
 
     Returns:
@@ -25,12 +25,12 @@ def follow(run: RunFolder, names: tuple[str, ...]) -> Callable[[], None]:
     openers = {"tensorboard": _tensorboard, "wandb": _projects("wandb"), "trackio": _projects("trackio")}
     check(names)
     opened = [openers[name](run) for name in names]
-    hearers = [_hearing(log) for log, _ in opened]
-    run.listeners += hearers
+    listeners = [_listener(log) for log, _ in opened]
+    run.listeners += listeners
 
     def end() -> None:
-        for hearer, (_, close) in zip(hearers, opened, strict=True):
-            run.listeners.remove(hearer)
+        for listener, (_, close) in zip(listeners, opened, strict=True):
+            run.listeners.remove(listener)
             close()
 
     return end
@@ -54,12 +54,12 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
     return {}
 
 
-def _hearing(log: Scalars) -> Callable[[dict[str, Any]], None]:
-    def hear(event: dict[str, Any]) -> None:
+def _listener(log: Scalars) -> Callable[[dict[str, Any]], None]:
+    def listen(event: dict[str, Any]) -> None:
         if found := scalars(event):
             log(found, int(event["step"]))
 
-    return hear
+    return listen
 
 
 def _package(name: str, module: str) -> Any:

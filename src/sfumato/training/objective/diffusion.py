@@ -20,7 +20,7 @@ from sfumato.models.interface import Model
 from sfumato.theory import densities, noise
 from sfumato.training.objective.frame_timesteps import FrameTimes, by_frame, mean_of_unknown
 from sfumato.training.objective.prefetch import Reader
-from sfumato.training.objective.timestep_importance import Adaptive
+from sfumato.training.objective.timestep_importance import TimestepImportance
 from sfumato.training.objective.user_loss import UserLoss
 from sfumato.training.settings import TrainSettings
 
@@ -176,7 +176,7 @@ class DiffusionObjective:
         self.stratified = settings.stratified_timesteps
         self.frame_times = FrameTimes.of(settings)
         self.density = densities.density(settings.timestep_sampling)
-        self.adaptive = Adaptive() if settings.timestep_importance_sampling else None
+        self.timestep_importance = TimestepImportance() if settings.timestep_importance_sampling else None
         self.weighting = densities.weighting("unit" if settings.weighting == "none" else settings.weighting)
         self.loss = loss
         self._names: dict[int, str] = {}
@@ -212,9 +212,9 @@ class DiffusionObjective:
 
     def weighed(self, losses: Tensor, drawn: NoiseDraw) -> Tensor:
         """The losses [b], weighed where times are drawn more often than others, which hears of them."""
-        if self.adaptive is None or drawn.quantiles is None or drawn.importance is None:
+        if self.timestep_importance is None or drawn.quantiles is None or drawn.importance is None:
             return losses
-        self.adaptive.record(drawn.quantiles, losses.detach())
+        self.timestep_importance.record(drawn.quantiles, losses.detach())
         return losses * drawn.importance.to(losses)
 
     def rows(self, batch: Batch) -> Sequence[Mapping[str, Tensor]]:
@@ -239,8 +239,8 @@ class DiffusionObjective:
         if self.stratified:
             u = self._spread(u, step, part, parts)
         importance = None
-        if self.adaptive is not None:
-            u, importance = self.adaptive(u, step)
+        if self.timestep_importance is not None:
+            u, importance = self.timestep_importance(u, step)
         dropped = noise.uniform(self.seed, ids, step=step, purpose="caption") < self.caption_dropout
         without = {
             name: noise.uniform(self.seed, ids, step=step, purpose=f"without {name}") < share
@@ -334,7 +334,7 @@ class DiffusionObjective:
                 row |= {one: torch.zeros_like(row[one]) for one in mine}
         return result
 
-    def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
+    def describe_part(self, step: int, part: int, parts: int) -> dict[str, Any]:
         """What one part of a step was made of, for the black box: names, captions and times."""
         return self.describe(self.prepare(step, part, parts))
 

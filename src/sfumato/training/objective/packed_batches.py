@@ -72,7 +72,7 @@ class PackedObjective(DiffusionObjective):
         ]
         return Losses(torch.cat(found), ready.ids, ready.of)
 
-    def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
+    def describe_part(self, step: int, part: int, parts: int) -> dict[str, Any]:
         """What one part of a step was made of, for the black box."""
         groups = self.pack(step, part, parts).groups
         found: dict[str, list[Any]] = {}

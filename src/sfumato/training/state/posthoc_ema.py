@@ -133,7 +133,7 @@ def _thin(run: RunFolder, newest: int, every: int) -> None:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class EMASnapshot:
     """One average that was written down."""
 
     step: int
@@ -146,14 +146,14 @@ class Snapshot:
         return f"power-{self.length:.3f}"
 
 
-def snapshots(run: RunFolder) -> list[Snapshot]:
+def snapshots(run: RunFolder) -> list[EMASnapshot]:
     """All averages of the run, oldest first."""
     found = []
     for folder in sorted((run.path / "averages").glob("step-*")):
         if match := _FOLDER.fullmatch(folder.name):
             files = folder.glob("power-*.safetensors")
             lengths = {float(file.name.split(".safe")[0].split("-")[1]) for file in files}
-            found += [Snapshot(int(match[1]), length, folder) for length in sorted(lengths)]
+            found += [EMASnapshot(int(match[1]), length, folder) for length in sorted(lengths)]
     return found
 
 
@@ -165,7 +165,7 @@ def inner_product(step: Tensor, gamma: Tensor, other_step: Tensor, other_gamma: 
     return (gamma + 1) * (other_gamma + 1) * ratio**power / ((gamma + other_gamma + 1) * longest)
 
 
-def coefficients(taken: Sequence[Snapshot], step: int, length: float) -> tuple[Tensor, float]:
+def snapshot_weights(taken: Sequence[EMASnapshot], step: int, length: float) -> tuple[Tensor, float]:
     """The weights [n] of the snapshots whose sum is nearest to the average of `length` at `step`.
 
     Returns:
@@ -200,9 +200,9 @@ def reconstruct(run: RunFolder, length: float, step: int | None = None) -> tuple
             "say, to write them every 500 steps."
         )
     for folder in {one.folder for one in taken}:
-        if reason := checkpoint.damage(folder):
+        if reason := checkpoint.find_damage(folder):
             raise Failed(f"{reason}. Remove {folder} to reconstruct from the other averages.")
-    weights, missed = coefficients(taken, step or taken[-1].step, length)
+    weights, missed = snapshot_weights(taken, step or taken[-1].step, length)
     total: dict[str, Tensor] = {}
     for share, one in zip(weights.tolist(), taken, strict=True):
         for name, tensor in files.read(one.folder, one.group).items():

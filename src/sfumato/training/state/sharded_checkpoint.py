@@ -39,14 +39,14 @@ def begin(folder: Path, groups: Mapping[str, Tensors], processes: Processes) -> 
         with explain_disk_errors(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
             remove_partial_files(folder.parent)
-            checkpoint.ask_for_room(folder.parent, checkpoint.bytes_of(groups) * processes.count)
+            checkpoint.check_disk_space(folder.parent, checkpoint.bytes_of(groups) * processes.count)
             staging_folder(folder).mkdir()
     processes.wait()
 
 
 def local_shards(
     shards: Shards, groups: Mapping[str, Tensors]
-) -> tuple[dict[str, dict[str, Tensor]], "Firsts"]:
+) -> tuple[dict[str, dict[str, Tensor]], "FirstRows"]:
     """What this process writes of these groups: its rows; what is whole is the leading one's to write.
 
     Returns:
@@ -65,13 +65,13 @@ def local_shards(
     return part, firsts
 
 
-Firsts = Mapping[str, Mapping[str, list[int]]]
+FirstRows = Mapping[str, Mapping[str, list[int]]]
 
 
 def write(
     folder: Path,
     groups: Mapping[str, Tensors],
-    firsts: Firsts,
+    firsts: FirstRows,
     state: Mapping[str, Any],
     processes: Processes,
 ) -> Path:
@@ -88,7 +88,7 @@ def write(
                 if tensors:
                     file = place / f"{group}-{number + 1:05d}-of-{processes.count:05d}.safetensors"
                     checkpoint.write_file(file, tensors, firsts[group])
-                    files[file.name] = checkpoint.proof(file)
+                    files[file.name] = checkpoint.checksum_entry(file)
             write_atomic(_note(place, number), json.dumps(files))
     except (Failed, Refused) as problem:
         (place / f".failed-{number:05d}").mkdir(exist_ok=True)
@@ -118,5 +118,5 @@ def _finish(folder: Path, state: Mapping[str, Any], count: int) -> None:
         files |= json.loads(note.read_bytes())
         note.unlink()
     with explain_disk_errors(folder):
-        checkpoint.write_papers(place, state, files)
+        checkpoint.write_state_and_manifest(place, state, files)
         move_into_place(place, folder)

@@ -79,7 +79,7 @@ def evaluate(
     loss = ValidationLoss(objective, encoded.of("held_out"), encoded.of("train"), run, samples=LEVEL_SAMPLES)
     metrics: dict[str, Measure] = {}
     by_level: dict[str, list[dict[str, float]]] = {}
-    for split, indices in loss.chosen.items():
+    for split, indices in loss.indices.items():
         if indices:
             found = loss.measure(loss.sets[split], indices)
             by_level[split] = [vars(level) for level in found.by_level]

@@ -153,7 +153,7 @@ def cost_summary(
     trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     disk = checkpoint_bytes(recipe, trained)
     if fresh:
-        checkpoint.ask_for_room(Path(recipe.output), disk, "the run's checkpoints")
+        checkpoint.check_disk_space(Path(recipe.output), disk, "the run's checkpoints")
     words = [f"{trained / 1e6:,.1f} M trained weights", f"{disk / 1e9:.2f} GB of checkpoints"]
     try:
         sizes = [item.bucket for item in train.items]
@@ -207,4 +207,4 @@ def saved_bytes(recipe: Recipe, trained: int) -> int:
 def copies_bytes(recipe: Recipe, trained: int) -> int:
     """Host memory of the copy that is written beside the steps; 0 where there is no room for one."""
     size = saved_bytes(recipe, trained)
-    return size if recipe.train.save_async and async_checkpoint.is_small(size) else 0
+    return size if recipe.train.save_async and async_checkpoint.is_small_copy(size) else 0
