@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_training_packed import Encoded, network
+from test_training_sequence_packing import Encoded, network
 from torch import Tensor, nn
 
 from closeness import APART, apart
