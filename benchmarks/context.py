@@ -48,7 +48,7 @@ def work(
         for _ in range(2):
             dit.zero_grad()
             before, began = probe.held_bytes(device), time.process_time()
-            with probe.watched(device) as peak:
+            with probe.peak_memory(device) as peak:
                 loss = dit(clip, torch.tensor([500.0]), told).square().mean()
                 loss.backward()
                 for weight in dit.parameters() if count > 1 else ():

@@ -27,7 +27,7 @@ from PIL import Image
 from sfumato.generation import load
 from sfumato.recipe import Recipe
 from sfumato.training.objective.diffusion import DiffusionObjective
-from sfumato.workflow.encode_samples import course_of
+from sfumato.workflow.encode_samples import dataset_and_sampler
 from sfumato.workflow.finetune import prepare_trainable
 from sfumato.workflow.prepare import prepare_run, resolve_recipe
 
@@ -161,7 +161,7 @@ def our_loop(folder: Path) -> Callable[[int], None]:
     recipe = Recipe.read(folder / "r.toml")
     prepared = prepare_run(recipe, resolve_recipe(recipe), say=lambda sentence: None)
     network = prepare_trainable(prepared.model, recipe)
-    train, order = course_of(recipe, prepared.train, [])
+    train, order = dataset_and_sampler(recipe, prepared.train, [])
     objective = DiffusionObjective(prepared.model, train, order, recipe.train, recipe.seed, 0.1)
     take = optimized(network.parameters())
     return lambda number: take(objective.losses(number, 0, 1).per_sample.mean())

@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from sfumato.commands import data_options, generate_options
-from sfumato.commands.exits import answers
+from sfumato.commands.exits import with_exit_code
 from sfumato.commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
 from sfumato.commands.theory import theories
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 
 
 @app.command(rich_help_panel=None)
-@answers
+@with_exit_code
 def demo(
     task: Annotated[
         str, typer.Option(metavar="TASK", help="What is shown: text, controlnet, ip-adapter, edit, video.")
@@ -58,7 +58,7 @@ def demo(
 
 
 @app.command()
-@answers
+@with_exit_code
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The recipe is written to NAME.toml.")],
     data: Annotated[str, typer.Option(metavar="DIR", help="A folder of captioned pictures.")],
@@ -74,7 +74,7 @@ def new(
 
 
 @app.command()
-@answers
+@with_exit_code
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -96,7 +96,7 @@ def plan(
 
 
 @app.command()
-@answers
+@with_exit_code
 def encode(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -112,7 +112,7 @@ def encode(
 
 
 @app.command()
-@answers
+@with_exit_code
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -128,7 +128,7 @@ def train(
 
 
 @app.command()
-@answers
+@with_exit_code
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder or a model's.")],
     prompt: generate_options.Prompts = None,
@@ -192,7 +192,7 @@ def generate(
 
 
 @app.command()
-@answers
+@with_exit_code
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a pretrained model's.")],
     to: Annotated[str, typer.Option(metavar="WHERE", help="diffusers, comfyui or kohya.")],
@@ -216,7 +216,7 @@ def export(
 
 
 @app.command("eval")
-@answers
+@with_exit_code
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a checkpoint or average in it.")],
     samples: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures drawn for each seed.")] = 64,
@@ -237,7 +237,7 @@ def evaluate(
 
 
 @app.command()
-@answers
+@with_exit_code
 def data(
     what: Annotated[
         str, typer.Argument(metavar="DIR", help="Pictures, an embedded set, a recipe (TOML), or a store.")
@@ -281,7 +281,7 @@ def data(
 
 
 @app.command()
-@answers
+@with_exit_code
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
 ) -> None:
@@ -292,7 +292,7 @@ def report(
 
 
 @app.command()
-@answers
+@with_exit_code
 def ema(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     length: Annotated[
@@ -318,7 +318,7 @@ def ema(
 
 
 @app.command()
-@answers
+@with_exit_code
 def doctor(
     recipe: Annotated[
         Optional[Path],  # noqa: UP045

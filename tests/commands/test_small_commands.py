@@ -12,7 +12,7 @@ import typer
 import sfumato as package
 from sfumato.cli import app
 from sfumato.commands import diffusers_errors, theory_reports
-from sfumato.commands.options import RENAMED_OPTIONS, renamed
+from sfumato.commands.options import RENAMED_OPTIONS, with_present_names
 from sfumato.errors import Refused
 from sfumato.theory import get, methods, names
 
@@ -63,11 +63,11 @@ def test_a_former_option_is_hidden_and_read_with_a_note(old, new, capsys):
     (command,) = [one for one in commands if any(option.name == old for option in one.params)]
     options = {option.name: option for option in command.params}
     assert options[old].hidden and not options[new].hidden
-    assert renamed({"seed": 0, old: 2, new: None}) == {"seed": 0, new: 2}
+    assert with_present_names({"seed": 0, old: 2, new: None}) == {"seed": 0, new: 2}
     former, present = (f"--{name.replace('_', '-')}" for name in (old, new))
     assert capsys.readouterr().err.strip() == f"{former} is called {present} now."
     with pytest.raises(Refused, match=f"former name of {present}"):
-        renamed({old: 2, new: 3})
+        with_present_names({old: 2, new: 3})
     assert former not in sfumato(command.name, "--help").out.split()
 
 

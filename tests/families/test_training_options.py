@@ -198,10 +198,10 @@ def test_under_another_theory_the_first_loss_is_the_base_s_converted(theory, tmp
 
 def _objective(recipe, ready):
     from sfumato.training.objective.diffusion import DiffusionObjective
-    from sfumato.workflow.encode_samples import order_of
+    from sfumato.workflow.encode_samples import batch_sampler_of
 
     return DiffusionObjective(
-        ready.model, ready.train, order_of(recipe, ready.train), recipe.train, recipe.seed, 0.1
+        ready.model, ready.train, batch_sampler_of(recipe, ready.train), recipe.train, recipe.seed, 0.1
     )
 
 

@@ -204,11 +204,11 @@ def test_each_conditioner_is_dropped_by_itself():
 
 
 def test_shares_name_companions_that_are_there():
-    assert condition_encoders.shares(DataSettings(condition_dropout={"control": 0.25}), ["control"]) == {
-        "control": 0.25
-    }
+    assert condition_encoders.condition_dropout(
+        DataSettings(condition_dropout={"control": 0.25}), ["control"]
+    ) == {"control": 0.25}
     with pytest.raises(Refused, match="control"):
-        condition_encoders.shares(DataSettings(condition_dropout={"contrl": 0.1}), ["control"])
+        condition_encoders.condition_dropout(DataSettings(condition_dropout={"contrl": 0.1}), ["control"])
 
 
 def test_a_recipe_words_its_captions(tmp_path):

@@ -221,7 +221,7 @@ def test_a_long_average_that_sees_every_eighth_step_is_the_one_that_sees_them_al
     network = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.constant_(network.weight, 0.0)
     often = EMA(trained_parameters(network), 0.999)
-    monkeypatch.setattr(ema, "stride", lambda step, decay=1.0: 1)
+    monkeypatch.setattr(ema, "update_interval", lambda step, decay=1.0: 1)
     whole = [follows_all(often, network, step) for step in range(1, 3001)]
     monkeypatch.undo()
     torch.nn.init.constant_(network.weight, 0.0)

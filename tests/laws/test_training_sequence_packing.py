@@ -20,8 +20,8 @@ from sfumato.models.networks.packed_sequence import PackedSequence
 from sfumato.run_folder import RunFolder
 from sfumato.theory import get, noise
 from sfumato.training.distributed.processes import current_processes, run_folder_of_rank
-from sfumato.training.estimate import memory as planning
 from sfumato.training.estimate import probe
+from sfumato.training.estimate.memory import count_memory, saved_bytes
 from sfumato.training.loop.loop import fit
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.objective.packed_batches import PackedObjective
@@ -205,8 +205,8 @@ def test_what_is_counted_for_a_packed_step_is_what_it_saves():
     rows = [{"tokens": torch.randn(1 + i, 8), "pooled": torch.randn(8)} for i in range(3)]
     told = [Condition.stack(rows[: len(one)]) for one in x]
     inputs = (x, [torch.full((len(one),), 500.0) for one in x], told)
-    counted = planning.count(dit, inputs)
-    real = planning.saved_bytes(lambda: dit(*inputs), dit)
+    counted = count_memory(dit, inputs)
+    real = saved_bytes(lambda: dit(*inputs), dit)
     assert counted.kept == pytest.approx(real, rel=0.02)  # attention keeps a little less of its own
     assert probe.probe(dit, inputs, TrainSettings(batch=5)).seconds > 0
 

@@ -1,4 +1,4 @@
-"""Laws of timestep importance sampling: the mean stays, its noise falls, and a run is the same function of its steps."""
+"""Laws of timestep importance sampling: means stay, noise falls, a run is the same function of its steps."""
 
 import pytest
 import torch

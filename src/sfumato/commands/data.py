@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.commands.console import progress, result, say
-from sfumato.commands.options import renamed
+from sfumato.commands.options import with_present_names
 from sfumato.data.sources.sample import Collection
 from sfumato.errors import Refused
 from sfumato.models.pretrained import token_count
@@ -51,7 +51,7 @@ def data(what: str, overrides: list[str], options: dict[str, Any], out: Path, as
     from sfumato.data.dataset_report import report
     from sfumato.report import data_page
 
-    options = renamed(options)
+    options = with_present_names(options)
     place = Path(what).expanduser()
     is_recipe = place.suffix == ".toml" or (place / "effective.toml").is_file()
     subject = _of_recipe(place, overrides, options) if is_recipe else _of_folder(what, overrides, options)
@@ -115,18 +115,18 @@ def _of_recipe(file: Path, overrides: list[str], options: dict[str, Any]) -> Rep
         raise Refused(
             f"{file} is a recipe and says data.{name} itself: give data.{name}={kept[name]} instead."
         )
-    gathered = resolve_recipe(recipe)
+    resolved = resolve_recipe(recipe)
     settings = recipe.data
     reading = (
         token_count.of_folder(options["model"])
         if "model" in options
-        else token_count.of_conditioner(gathered.conditioner)
+        else token_count.of_conditioner(resolved.conditioner)
     )
     fewest = int(min([settings.frames or USUAL["frames"], *settings.short_clip_frames]))
     return ReportTarget(
-        gathered.collection,
+        resolved.collection,
         settings.resolution,
-        checks.grain_of(recipe, gathered.base),
+        checks.size_multiple(recipe, resolved.base),
         settings.buckets,
         fewest,
         settings.fps,

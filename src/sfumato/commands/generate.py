@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.commands.console import progress, result
-from sfumato.commands.options import renamed
+from sfumato.commands.options import with_present_names
 from sfumato.errors import Refused, one_of
 from sfumato.report.page import Picture, document, embedded, gallery, section
 from sfumato.run_folder import write_atomic
@@ -54,7 +54,7 @@ class GenerateRequest:
             Refused: a file that cannot be read, or options that do not go together.
         """
         known = {*arguments, "latents", "watch"}
-        rest = renamed(arguments)
+        rest = with_present_names(arguments)
         rest.pop("json", None)
         own = {
             "folder": rest.pop("model"),

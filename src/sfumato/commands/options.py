@@ -32,7 +32,7 @@ RENAMED_OPTIONS = {
 """Options of 0.1 and what they are called now, as recipes call them; the former are hidden in the help."""
 
 
-def renamed(arguments: dict[str, Any]) -> dict[str, Any]:
+def with_present_names(arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments by the names that options have now, with a note for each former one.
 
     Raises:

@@ -68,7 +68,7 @@ def show(name: str, out: Path, as_json: bool) -> None:
 
 def _portrait(theory: Theory) -> list[Markup]:
     """The theory's coefficients and signal-to-noise, and the paths it leads along."""
-    curves = sample(theory)
+    curves = sample_curves(theory)
     figures = [*_definitions(curves), *_derived(theory, curves)]
     return [
         section("Two definitions, and what follows", charts(figures)),
@@ -88,7 +88,7 @@ class Curves:
     told: list[float]
 
 
-def sample(theory: Theory) -> Curves:
+def sample_curves(theory: Theory) -> Curves:
     """The theory's coefficients, as the network meets them: the end at the data is left out."""
     share = torch.linspace(0, 1, POINTS, dtype=torch.float64)
     if theory.t_noise / max(abs(theory.t_data), 1e-3) > 10:

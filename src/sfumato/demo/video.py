@@ -14,7 +14,7 @@ from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
 from sfumato.recipe import Recipe
 from sfumato.training.settings import TrainSettings
-from sfumato.workflow.evaluate.video_metrics import change
+from sfumato.workflow.evaluate.video_metrics import frame_change
 
 _RECIPE = Recipe(
     model=ModelSettings(
@@ -48,7 +48,7 @@ def judge(seen: DemoReport) -> Verdict:
     verdicts = [moving_shapes.judge(clip, prompt) for clip, prompt in zip(drawn, prompts, strict=True)]
     accuracy = {name: sum(one[name] for one in verdicts) / len(verdicts) for name in verdicts[0]}
     accuracy["reader"] = moving_shapes.accuracy(size=int(seen.model.info["resolution"]))
-    changes = [float(np.mean([change(clip) for clip in some])) for some in (drawn, shown(seen))]
+    changes = [float(np.mean([frame_change(clip) for clip in some])) for some in (drawn, shown(seen))]
     accuracy["steadiness"] = min(changes) / max(changes)
     notes = {
         "all": "the shape is followed from frame to frame; training showed no clip of all three words",

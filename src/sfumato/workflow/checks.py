@@ -24,16 +24,16 @@ from sfumato.settings import Table
 from sfumato.training.distributed import context_parallel
 from sfumato.training.loop import callbacks, trackers
 from sfumato.training.objective import user_loss
-from sfumato.training.objective.packed_batches import unpackable
+from sfumato.training.objective.packed_batches import why_not_packable
 from sfumato.training.optim.run_optimizer import RunOptimizer
 from sfumato.user_code import is_user_code, load_user_object
-from sfumato.workflow.dataset import Bucket, known_sizes, named
+from sfumato.workflow.dataset import Bucket, dataset_names, known_sizes
 from sfumato.workflow.finetune import check_latents
 
 NETWORKS: dict[str, type[models.Denoiser]] = {"dit": DiT, "unet": UNet}
 
 
-def theory_of(recipe: Recipe) -> None:
+def check_theory(recipe: Recipe) -> None:
     """Refuse a theory that is unknown, or singular where training asks it, before anything is computed."""
     if recipe.model.base != "scratch" and not recipe.model.theory:
         return
@@ -43,7 +43,7 @@ def theory_of(recipe: Recipe) -> None:
         raise Refused(f"model.theory: {found.problems[0]}")
 
 
-def sizes(
+def choose_sizes(
     recipe: Recipe, samples: list[Sample], codec: models.Codec, base: Pipeline | None
 ) -> Bucket | Callable[[Bucket], Bucket]:
     """What size (width, height) each picture is brought to.
@@ -55,7 +55,7 @@ def sizes(
     check_latents(recipe, codec, base, side, side)
     if recipe.data.frames:
         _check_frames(recipe.data, codec)
-    if wanted == 1 or set(named(recipe.data)) <= set(EMBEDDED):
+    if wanted == 1 or set(dataset_names(recipe.data)) <= set(EMBEDDED):
         check_tokens(recipe, codec, base, [(side, side)])
         return side, side
     known = known_sizes(samples, bool(recipe.data.frames))
@@ -84,7 +84,7 @@ def _check_frames(data: DataSettings, codec: models.Codec) -> None:
             raise Refused(f"{name} = {frames:g}: {refusal}") from None
 
 
-def check_known(recipe: Recipe, base: Pipeline | None) -> None:
+def check_known_frames(recipe: Recipe, base: Pipeline | None) -> None:
     """Raises Refused where frames are to have times of their own, and there are none or they cannot."""
     said = recipe.train
     asked = {
@@ -121,7 +121,7 @@ def check_known(recipe: Recipe, base: Pipeline | None) -> None:
         )
 
 
-def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
+def check_sequence_packing(recipe: Recipe, base: Pipeline | None) -> None:
     """Raises Refused where samples of several shapes are to be joined, and cannot be or there are none."""
     if not recipe.train.sequence_packing:
         return
@@ -132,7 +132,7 @@ def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
         else model.denoiser not in NETWORKS or NETWORKS[model.denoiser].supports_packing
     )
     if not packs:
-        raise Refused(unpackable(model.base if base else f'model.denoiser = "{model.denoiser}"'))
+        raise Refused(why_not_packable(model.base if base else f'model.denoiser = "{model.denoiser}"'))
     if model.train in control.KINDS or data.condition_columns:
         raise Refused(
             "train.sequence_packing joins samples of several shapes, but pictures that guide are read in "
@@ -143,7 +143,7 @@ def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
             "train.compile makes a program for each shape, and with train.sequence_packing every step has "
             "another. Leave one of them out."
         )
-    embedded = set(named(data)) <= set(EMBEDDED)
+    embedded = set(dataset_names(data)) <= set(EMBEDDED)
     if (data.buckets == 1 or embedded) and not data.frames:
         why = "the embedded sets have one shape" if embedded else "data.buckets = 1 crops all of them square"
         raise Refused(
@@ -152,7 +152,7 @@ def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
         )
 
 
-def check_context(recipe: Recipe, base: Pipeline | None, count: int) -> None:
+def check_context_parallel(recipe: Recipe, base: Pipeline | None, count: int) -> None:
     """Raises Refused where samples are to be shared by some of `count` processes, and cannot be."""
     context_parallel.check(recipe.train, count)
     model, group_size = recipe.model, recipe.train.context_parallel
@@ -189,7 +189,7 @@ def check_tokens(recipe: Recipe, codec: models.Codec, base: Pipeline | None, siz
             raise Refused(uneven(tokens, group_size))
 
 
-def grain_of(recipe: Recipe, base: Pipeline | None) -> int:
+def size_multiple(recipe: Recipe, base: Pipeline | None) -> int:
     """The number whose multiples the sides of the recipe's pictures are."""
     codec = base.codec if base else models.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     return _grain(recipe, codec, base)
@@ -233,7 +233,7 @@ def check_guidance(
         raise Refused(f"[sample] {refusal}") from None
 
 
-def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
+def check_idle_settings(recipe: Recipe, device: torch.device, held_out: int) -> None:
     """Raises Refused for settings that are missing what they need.
 
     Args:
@@ -254,7 +254,7 @@ def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
             f"train.patience = {train.patience} waits for the held-out loss, but {missing}. "
             "Change that, or leave train.patience out."
         )
-    if _is_said(recipe, "elastic_max_ranks") and not train.exact_elastic:
+    if _is_given(recipe, "elastic_max_ranks") and not train.exact_elastic:
         raise Refused(
             "train.elastic_max_ranks is about train.exact_elastic = true. Say that too, or leave it out."
         )
@@ -270,7 +270,7 @@ def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
         )
 
 
-def _is_said(recipe: Recipe, name: str) -> bool:
+def _is_given(recipe: Recipe, name: str) -> bool:
     return recipe.origin(f"train.{name}") != DEFAULT
 
 
@@ -283,14 +283,14 @@ def _check_optimizer(recipe: Recipe, device: torch.device) -> None:
     tried = RunOptimizer(
         dict(torch.nn.Linear(2, 2, device=device).named_parameters()), replace(train, lr_multipliers=Table())
     )
-    if tried.keeps_average and train.ema and _is_said(recipe, "ema"):
+    if tried.keeps_average and train.ema and _is_given(recipe, "ema"):
         raise Refused(
             f'train.optimizer = "{train.optimizer}" keeps an average of its own, beside which train.ema does '
             "not act. Leave train.ema out."
         )
 
 
-def warned(recipe: Recipe) -> list[str]:
+def recipe_warnings(recipe: Recipe) -> list[str]:
     """What acts, but hardly as it was meant, in sentences."""
     train, found, cores = recipe.train, list[str](), os.cpu_count() or 1
     if train.warmup_steps >= train.steps:

@@ -45,7 +45,7 @@ def draw_in_sizes(
     return [drawn[index] for index in range(len(prompts))]
 
 
-def square(picture: Tensor, side: int) -> Tensor:
+def squeeze_to_square(picture: Tensor, side: int) -> Tensor:
     """A picture, uint8 [3, H, W], squeezed into [3, side, side], so that all shapes can be compared."""
     if picture.shape[-2:] == (side, side):
         return picture

@@ -28,7 +28,7 @@ from sfumato.workflow.train_codec import Progress
 Say = Callable[[str], None]
 
 
-def order_of(recipe: Recipe, train: EncodedDataset) -> BatchSampler:
+def batch_sampler_of(recipe: Recipe, train: EncodedDataset) -> BatchSampler:
     """Which samples each step of the recipe trains on."""
     return _order(recipe, train, train)
 
@@ -58,12 +58,12 @@ def _as_costly(batch: int, shown: EncodedDataset, typical: EncodedDataset) -> in
     return max(1, round(batch * whole / each))
 
 
-def course_of(
+def dataset_and_sampler(
     recipe: Recipe, final: EncodedDataset, earlier: Sequence[tuple[int, EncodedDataset]]
 ) -> tuple[EncodedDataset, BatchSampler | Curriculum]:
     """All that training reads, and in which order: smaller resolutions first where they are asked."""
     if not earlier:
-        return final, order_of(recipe, final)
+        return final, batch_sampler_of(recipe, final)
     parts, offset = [], 0
     for until, encoded in [*earlier, (None, final)]:
         parts.append(CurriculumStage(_order(recipe, encoded, final), until, offset))
@@ -71,7 +71,7 @@ def course_of(
     return EncodedDataset.joined([*(one for _, one in earlier), final]), Curriculum(parts)
 
 
-def curriculum(recipe: Recipe) -> list[tuple[int, Recipe]]:
+def curriculum_stages(recipe: Recipe) -> list[tuple[int, Recipe]]:
     """The stages before the last: (until which step, the recipe at its resolution).
 
     Raises:
@@ -105,16 +105,16 @@ def encoded_samples(
         stage: which part of a curriculum this is, so that the store knows that the run needs them all.
     """
 
-    guided = is_guided(model) and not finetune.text_plan_of(recipe)  # what learns is asked in every step
+    guided = is_conditional(model) and not finetune.text_plan_of(recipe)  # what learns is asked in every step
     how, data = encoding_of(recipe, model), recipe.data
     store = Store(recipe.data.cache_dir)
     processes, texts = current_processes(), None
     if guided:
-        beside_it = base_images.is_read_beside(model.conditioner)
-        texts = base_images.reader_beside(model, data, samples) if beside_it else reader_of(model)
+        beside_it = base_images.encodes_text_with_image(model.conditioner)
+        texts = base_images.text_image_encoder(model, data, samples) if beside_it else caption_encoder(model)
     part = part or (processes.rank, processes.count)
     beside = condition_encoders.encoders(model, recipe.data)
-    pixels = posterior_of(model)
+    pixels = posterior_encoder(model)
 
     def filled(how: Encoding) -> EncodedDataset:
         return fill(
@@ -133,7 +133,7 @@ def encoded_samples(
 
     found = filled(how)
     if isinstance(found, StreamingDataset) and data.cache_limit:
-        found = encode_ahead.bounded(found, recipe) or filled(replace(how, keeps=True))
+        found = encode_ahead.as_ring_dataset(found, recipe) or filled(replace(how, keeps=True))
     if isinstance(found, StreamingDataset):
         found.say = say
     found.labels = found.labels and not finetune.text_plan_of(recipe)
@@ -150,7 +150,7 @@ def encoding_of(recipe: Recipe, model: Pipeline) -> Encoding:
     data = recipe.data
     return Encoding(
         f"{model.codec.fingerprint()} with deviation",
-        model.conditioner.fingerprint() if is_guided(model) else "",
+        model.conditioner.fingerprint() if is_conditional(model) else "",
         flip=data.flip,
         frames=data.frames,
         rate=data.fps,
@@ -162,11 +162,11 @@ def encoding_of(recipe: Recipe, model: Pipeline) -> Encoding:
     )
 
 
-def reader_of(model: Pipeline) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:
+def caption_encoder(model: Pipeline) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:
     """Captions → the rows of their conditions; the empty one is what guidance leans away from."""
 
     ask: Any = (
-        model.conditioner.words if base_images.is_shown_frames(model.conditioner) else model.conditioner
+        model.conditioner.words if base_images.is_image_to_video(model.conditioner) else model.conditioner
     )
 
     def read(texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
@@ -179,7 +179,7 @@ def reader_of(model: Pipeline) -> Callable[[Sequence[str]], list[dict[str, torch
     return read
 
 
-def posterior_of(model: Pipeline) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+def posterior_encoder(model: Pipeline) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     """Pixels → what the store keeps of the codec's posterior: its mean and, in 16 bits, its deviation."""
 
     def encode(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -190,6 +190,6 @@ def posterior_of(model: Pipeline) -> Callable[[torch.Tensor], dict[str, torch.Te
     return encode
 
 
-def is_guided(model: Pipeline) -> bool:
+def is_conditional(model: Pipeline) -> bool:
     """Whether captions guide the model."""
     return model.conditioner.kind != "none"

@@ -66,7 +66,7 @@ def base_of(recipe: Recipe) -> Pipeline | None:
     if begun:
         asked.pop("merge_loras", None)  # the copy has them in its weights
     base = restore_info(base, {**base.info, **asked})
-    plan = plan_of(recipe, base)
+    plan = adapter_plan_of(recipe, base)
     if plan is not None:
         plan.config(adapter.chosen(adapter.peft_target(base.denoiser), plan, base.denoiser.lora_targets))
     check_text(base, text_plan_of(recipe, plan))
@@ -196,7 +196,7 @@ def prompt_options(said: Mapping[str, object], base: Pipeline) -> dict[str, Any]
     return plain(said)
 
 
-def plan_of(recipe: Recipe, base: Pipeline) -> AdapterPlan | None:
+def adapter_plan_of(recipe: Recipe, base: Pipeline) -> AdapterPlan | None:
     """The adapter the recipe asks for, if any.
 
     Raises:
@@ -244,7 +244,7 @@ def is_fresh(recipe: Recipe) -> bool:
     return not any(checkpoints.glob("step-*"))
 
 
-def within(changes: Mapping[str, WeightDelta], encoder: nn.Module) -> dict[str, WeightDelta]:
+def changes_of_encoder(changes: Mapping[str, WeightDelta], encoder: nn.Module) -> dict[str, WeightDelta]:
     """The changes of layers that are listened to; those of others have no effect."""
     known = {name for name, _ in adapter.adapted(encoder)}
     return {name: change for name, change in changes.items() if name in known}
@@ -292,7 +292,7 @@ def save_base_reference(model: Pipeline, recipe: Recipe, folder: Path) -> None:
     elif recipe.model.base == "scratch" or not is_begun:
         model.info.pop("merge_loras", None)
         models.save(model, folder, text_by_name=True)
-    plan = plan_of(recipe, model)
+    plan = adapter_plan_of(recipe, model)
     if plan is not None:
         adapter_run.write_plan(folder, plan)
     if text := text_plan_of(recipe, plan):
@@ -305,7 +305,7 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
     Raises:
         Refused: a rank or target that matches nothing.
     """
-    network, plan = adapter.peft_target(model.denoiser), plan_of(recipe, model)
+    network, plan = adapter.peft_target(model.denoiser), adapter_plan_of(recipe, model)
     begin = (
         init_from_file.read(model, recipe.model.init_adapter)
         if is_fresh(recipe) and recipe.model.init_adapter
@@ -330,7 +330,7 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
     learning = train_text_encoders.attach_text_training(model, text_plan_of(recipe, plan))
     if begin is not None:
         for name in begin.encoders:
-            init_from_file.fill(learning[name], within(begin.changes[name], learning[name]))
+            init_from_file.fill(learning[name], changes_of_encoder(begin.changes[name], learning[name]))
     return (
         train_text_encoders.DenoiserWithTextEncoders(model.denoiser, learning) if learning else model.denoiser
     )

@@ -92,7 +92,7 @@ def _code_before(run: RunFolder, name: str) -> dict[str, str]:
     return next((one["hashes"].get(name, {}) for one in reversed(run.events()) if one["kind"] == "code"), {})
 
 
-def content_of(samples: Iterable[Sample]) -> str:
+def data_fingerprint(samples: Iterable[Sample]) -> str:
     """A fingerprint of names, captions and split."""
     digest = sha256()
     for sample in samples:

@@ -21,7 +21,7 @@ from sfumato.training.distributed.processes import current_processes, run_folder
 from sfumato.training.loop import loop as training_loop
 from sfumato.training.objective.reconstruction import ReconstructionObjective, to_pixels
 from sfumato.training.settings import TrainSettings
-from sfumato.workflow.dataset import Bucket, Pictures, each, few
+from sfumato.workflow.dataset import Bucket, PicturesInMemory, fitting_in_memory, map_samples
 
 RECIPE = "codec 1: L1 and gradients, AdamW 1e-3, cosine"
 CLIPS = "clips 2: a narrow posterior"
@@ -41,7 +41,7 @@ def codec_key(
         except OSError:
             return ""
 
-    contents = sorted(each(content, samples))
+    contents = sorted(map_samples(content, samples))
     model = recipe.model
     settings = [
         model.codec,
@@ -66,12 +66,12 @@ def codec_key(
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 
 
-def place(recipe: Recipe, key: str) -> Path:
+def codec_folder(recipe: Recipe, key: str) -> Path:
     """Where the codec of a key is kept."""
     return Path(recipe.data.cache_dir).expanduser() / "codecs" / key
 
 
-def ready_codec(
+def trained_codec(
     recipe: Recipe,
     samples: Sequence[Sample],
     bucket_of: Bucket | Callable[[Bucket], Bucket],
@@ -88,7 +88,7 @@ def ready_codec(
     if not needs_training(recipe.model, codec):
         return codec.to(device).eval()
     assert isinstance(codec, TrainableCodec)
-    home = place(recipe, codec_key(recipe, samples, bucket_of))
+    home = codec_folder(recipe, codec_key(recipe, samples, bucket_of))
     if (home / "stage.json").is_file():
         return load_codec(home).to(device).eval()
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
@@ -96,7 +96,7 @@ def ready_codec(
     how = Encoding(
         "", frames=data.frames, rate=data.fps, segments=data.clips_per_video, shorter=data.short_clip_frames
     )
-    pictures = Pictures(few(samples, bucket_of, recipe.data.frames), bucket_of, how)
+    pictures = PicturesInMemory(fitting_in_memory(samples, bucket_of, recipe.data.frames), bucket_of, how)
     train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
     if current_processes().is_rank_zero:
         with atomic_folder(home) as beside:
@@ -105,7 +105,7 @@ def ready_codec(
     return codec.eval()
 
 
-def settings_of(recipe: Recipe) -> TrainSettings:
+def codec_train_settings(recipe: Recipe) -> TrainSettings:
     """How the recipe's codec is trained."""
     steps = recipe.model.codec_steps
     return replace(
@@ -133,7 +133,7 @@ def settings_of(recipe: Recipe) -> TrainSettings:
 def train_codec(
     recipe: Recipe,
     codec: TrainableCodec,
-    pictures: Pictures,
+    pictures: PicturesInMemory,
     folder: Path,
     progress: Progress | None,
     say: Callable[[str], None],
@@ -146,7 +146,7 @@ def train_codec(
     chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:looked_at].tolist()
     sample = to_pixels(pictures.read([alike[i] for i in chosen])).to(device)
     codec.prepare(sample)
-    settings = settings_of(recipe)
+    settings = codec_train_settings(recipe)
     order = BatchSampler(pictures.buckets, min(settings.batch, len(pictures)), recipe.seed)
     objective = ReconstructionObjective(codec, pictures, order, recipe.seed, flip=recipe.data.flip)
     with current_processes().first():

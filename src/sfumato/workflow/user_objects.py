@@ -25,12 +25,12 @@ KEYS = {
     "callbacks": "train.callbacks",
 }
 """The recipe's keys by the arguments of `train`."""
-LOADED_AGAIN = ("theory", "denoiser", "codec", "conditioner")
+NEEDED_TO_LOAD = ("theory", "denoiser", "codec", "conditioner")
 """What a run needs to draw, so that a file has to name it."""
 
 
 @contextmanager
-def handed_over(recipe: Recipe, objects: Mapping[str, Any]) -> Iterator[Recipe]:
+def with_user_objects(recipe: Recipe, objects: Mapping[str, Any]) -> Iterator[Recipe]:
     """Inside it the recipe names these objects, and its words mean them.
 
     Args:
@@ -59,7 +59,7 @@ def _word(name: str, thing: Any, known: dict[str, Any]) -> str:
     if isinstance(thing, str):
         return thing
     word, plain = user_code.word_of(thing), 1
-    if user_code.is_nameless(word) and name in LOADED_AGAIN:
+    if user_code.is_nameless(word) and name in NEEDED_TO_LOAD:
         _check_class(name, thing)
     start = word
     while word in known and known[word] is not thing:

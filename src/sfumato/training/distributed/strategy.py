@@ -79,7 +79,7 @@ def _suitable(settings: TrainSettings, network: nn.Module, count: int) -> Strate
         _check(settings)
     except Refused as refusal:
         return Strategy("ddp", f"{said}, but {str(refusal).partition('. ')[0]}")
-    here = machine_size(count)
+    here = processes_per_machine(count)
     if here < count and need / here <= ROOM * memory:
         return Strategy("hsdp", f"{said}, divided among a machine's {here} processes", here)
     return Strategy("fsdp", said)
@@ -119,7 +119,7 @@ def _shard_size(settings: TrainSettings, count: int) -> int:
     Raises:
         Refused: the others cannot be divided into copies of as many.
     """
-    shard_size = settings.hsdp_shard_size or machine_size(count)
+    shard_size = settings.hsdp_shard_size or processes_per_machine(count)
     if shard_size < 2 or count % shard_size:
         raise Refused(
             f'train.parallel = "hsdp" with {count} processes: copies of {shard_size} processes each cannot '
@@ -128,14 +128,14 @@ def _shard_size(settings: TrainSettings, count: int) -> int:
     return shard_size
 
 
-def machine_size(count: int) -> int:
+def processes_per_machine(count: int) -> int:
     """Processes on each machine, as torchrun says; all of them where it says nothing."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
 def processes_here(count: int, network: nn.Module) -> int:
     """Among how many processes this device's memory is shared: a GPU is one process's own."""
-    return 1 if next(network.parameters()).device.type == "cuda" else machine_size(count)
+    return 1 if next(network.parameters()).device.type == "cuda" else processes_per_machine(count)
 
 
 def memory_of(device: torch.device) -> float:

@@ -49,7 +49,7 @@ def probe(network: nn.Module, inputs: tuple[Any, ...], settings: TrainSettings) 
     shared = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
     with keep_freed_memory(device):
         before = held_bytes(device)
-        with watched(device) as peak:
+        with peak_memory(device) as peak:
             own: dict[int, Any] = dict(shared)
             held = TrainState(copy.deepcopy(network, own).train(), settings)
             seconds = _seconds(held, inputs, settings, device)
@@ -97,10 +97,10 @@ def _clip(gradients: Gradients, settings: TrainSettings) -> None:
         torch.nn.utils.clip_grads_with_norm_(gradients.weights, settings.max_grad_norm, norm, foreach=True)
 
 
-def tried(work: Callable[[], Any], device: torch.device) -> Probe:
+def measure_call(work: Callable[[], Any], device: torch.device) -> Probe:
     """The seconds of a second call of `work`, and the bytes by which memory rises within both."""
     before = held_bytes(device)
-    with watched(device) as peak, torch.no_grad():
+    with peak_memory(device) as peak, torch.no_grad():
         taken = 0.0
         for _ in range(2):
             began = time.perf_counter()
@@ -137,7 +137,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def watched(device: torch.device) -> Iterator[Callable[[], int]]:
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     """Yield a function that says the most bytes in use since the block began.
 
     A GPU and Linux keep the highest number themselves; elsewhere a thread looks every few milliseconds.

@@ -1,6 +1,6 @@
 """The sanity ladder: cheap questions whose wrong answer makes a long run worthless.
 
-Each rung is one sentence that must be true before training starts; a rung that fails says what to do.
+Each check is one sentence that must be true before training starts; one that fails says what to do.
 """
 
 import math
@@ -19,13 +19,13 @@ from sfumato.training.objective.diffusion import DiffusionObjective, PreparedBat
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state.train_state import TrainState
 
-MUCH = 1.5
+MOST_TIMES_BASELINE = 1.5
 """A base whose loss is so many times the guess's does not know this data, or is asked wrongly."""
-DEAF = 0.35
+LEAST_COSINE = 0.35
 """Answers less alike to the target than this (their cosine) are as those of weights drawn at random."""
 
 
-ENOUGH = 8
+CHECK_SAMPLES = 8
 """Samples that answer a question; their times are spread as those of a whole batch are."""
 
 
@@ -41,7 +41,7 @@ class Check:
 
 def parts_of(objective: DiffusionObjective) -> int:
     """Into how many parts the first batch is divided, so that one of them is enough to ask about."""
-    return max(1, len(objective.order.at(0)[0]) // ENOUGH)
+    return max(1, len(objective.order.at(0)[0]) // CHECK_SAMPLES)
 
 
 def first_batch(objective: DiffusionObjective) -> PreparedBatch:
@@ -55,16 +55,16 @@ def beats_baseline(objective: DiffusionObjective) -> Check:
     batch, x_0, drawn, _ = first_batch(objective)
     rows = objective.rows(batch)
     loss = float(objective.measure(x_0, drawn, rows).mean())
-    guess = guessed(objective, x_0, drawn.t, drawn.of(objective.model.theory.mix, x_0))
+    guess = baseline_answer(objective, x_0, drawn.t, drawn.of(objective.model.theory.mix, x_0))
     weight = objective.weighting(objective.model.theory, drawn.t)
     error = objective.error(guess, x_0, drawn, objective.model_inputs(x_0, drawn, rows)[1])
     error = error.flatten(1).mean(1) if error.ndim > 1 else error
     weight = weight.flatten(1).mean(1) if weight.ndim > 1 else weight
     bound = float((error * weight.to(error)).mean())
-    good = math.isfinite(loss) and loss < MUCH * bound
+    good = math.isfinite(loss) and loss < MOST_TIMES_BASELINE * bound
     detail = f"{loss:.3f}, that of a guess from the latents' size alone is {bound:.3f}"
     claim = "the first loss is what is to be expected of the base"
-    if not good and math.isfinite(loss) and (alike := cosine_to_target(objective)) < DEAF:
+    if not good and math.isfinite(loss) and (alike := cosine_to_target(objective)) < LEAST_COSINE:
         detail += (
             f": the base's answers have nothing to do with what is asked (cosine {alike:.2f}), as those of "
             "random weights; if it was trained, its files are not what they should be"
@@ -93,7 +93,7 @@ def cosine_to_target(objective: DiffusionObjective) -> float:
     return float((answer @ target / size).abs())
 
 
-def guessed(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+def baseline_answer(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
     """The answer of one that knows only the latents' mean square."""
     theory = objective.model.theory
     square = x_0.square().mean().double()
@@ -106,7 +106,7 @@ def guessed(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: Tensor) 
 
 
 @contextmanager
-def quietly(network: nn.Module) -> Iterator[None]:
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Inside the block the network drops nothing out, so that it answers the same twice."""
     was_training = network.training
     network.eval()
@@ -117,16 +117,18 @@ def quietly(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def is_the_bases(objective: DiffusionObjective, without: Callable[[], AbstractContextManager[None]]) -> Check:
+def adapter_starts_neutral(
+    objective: DiffusionObjective, without: Callable[[], AbstractContextManager[None]]
+) -> Check:
     """Before the first step an adapter has no effect, so the loss is the base's to the last digits."""
     batch, x_0, drawn, _ = first_batch(objective)
-    with quietly(objective.model.denoiser):
+    with evaluation_mode(objective.model.denoiser):
         mine = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
         with without():
             base = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
     good = abs(mine - base) <= 1e-3 * abs(base)
     detail = f"{mine:.4f}, without the adapter {base:.4f}"
-    if not good and mine < MUCH * base:
+    if not good and mine < MOST_TIMES_BASELINE * base:
         return Check("the first loss is the base's own", True, f"{detail}: the adapter has begun to act")
     advice = ": what the adapter starts from (model.init_adapter) was made for another base; leave it out"
     return Check("the first loss is the base's own", good, detail if good else detail + advice)
@@ -143,7 +145,7 @@ def survives_conversion(objective: DiffusionObjective) -> Check:
     _, x_there, there = new.convert(x_t, x_t, drawn.t, to=model.trained)
     base = copy(model)
     base.theory, base.trained = model.trained, None
-    with quietly(model.denoiser):
+    with evaluation_mode(model.denoiser):
         answer, own = model.predict(x_t, drawn.t, condition), base.predict(x_there, there, condition)
     here, _ = new.split(x_t, answer.to(x_t.dtype), drawn.t)
     mine, _ = model.trained.split(x_there, own.to(x_there.dtype), there)
@@ -156,30 +158,30 @@ def survives_conversion(objective: DiffusionObjective) -> Check:
     )
 
 
-TRIES, FEW = 40, 4
+OVERFIT_STEPS, FEW = 40, 4
 SPARE = 0.15
 """The share of a pretrained network's weights that it may leave unused, within blocks that learn."""
 FAR_APART = (0.995, 0.02, 0.995, 0.5)
 """Shares of the way from data to noise at which every expert is asked, so that each is asked twice."""
 
 
-def climb(
+def run_checks(
     objective: DiffusionObjective,
     settings: TrainSettings,
-    tries: int = TRIES,
+    tries: int = OVERFIT_STEPS,
     without: Callable[[], AbstractContextManager[None]] | None = None,
     network: nn.Module | None = None,
     is_pretrained: bool = False,
 ) -> Iterator[Check]:
     """Answer the questions one by one; the model's weights are left as they were.
 
-    The rungs: two prompts are told apart; latents have unit size; the first loss is what is expected of the
+    The checks: two prompts are told apart; latents have unit size; the first loss is what is expected of the
     network (from scratch that of saying nothing, of a base its own, see `expected`); every trained weight
     gets a gradient; the answer depends on x_t, on the time and on the condition; the adapter changes it; one
     batch can be learned by heart.
 
     Args:
-        tries: steps of the last rung.
+        tries: steps of the last check.
         without: a context in which the adapter is silent, where there is one.
         network: what is trained, where it is more than the model's denoiser.
         is_pretrained: the run goes on from a base.
@@ -192,7 +194,7 @@ def climb(
         yield _unit_latents(objective, is_pretrained)
         yield _first_loss(objective) if not is_pretrained else beats_baseline(objective)
         if without is not None:
-            yield is_the_bases(objective, without)
+            yield adapter_starts_neutral(objective, without)
         if objective.model.trained is not None:
             yield survives_conversion(objective)
         yield _gradients(objective, network, is_pretrained)
@@ -404,8 +406,8 @@ def _overfits(
         for weight in held.weights:
             weight.grad = None
         losses.append(float(loss.detach()))
-    by_heart = tries >= TRIES and not is_pretrained
-    good = losses[-1] < (0.7 if by_heart else 0.98 if tries >= TRIES else 0.999) * losses[0]
+    by_heart = tries >= OVERFIT_STEPS and not is_pretrained
+    good = losses[-1] < (0.7 if by_heart else 0.98 if tries >= OVERFIT_STEPS else 0.999) * losses[0]
     detail = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {tries} steps"
     return Check(
         "four samples can be learned by heart" if by_heart else "four samples can be learned a little",

@@ -89,7 +89,7 @@ ReadText = Callable[[Sequence[str]], list[dict[str, Tensor]]]
 """Captions → what they mean, one mapping of rows each; "" is the caption that says nothing."""
 
 
-def share(count: int, part: int, parts: int) -> slice:
+def part_slice(count: int, part: int, parts: int) -> slice:
     """The positions of part `part` when `count` samples are divided into `parts` as evenly as can be."""
     return slice(count * part // parts, count * (part + 1) // parts)
 
@@ -145,7 +145,7 @@ class DiffusionObjective:
         settings: `timestep_sampling`, `stratified_timesteps`, `weighting`.
         seed: every draw follows from it.
         caption_dropout: share of samples whose caption's tensors are replaced by `encoded.null`.
-        dropout: share of samples shown without a companion ("control", …), whose tensors are then 0.
+        condition_dropout: share of samples shown without a companion ("control", …): its tensors are then 0.
         loss: one's own in place of (answer − target)².
         read_text: reads the captions of each step, where the text encoders are trained too.
     Raises:
@@ -163,7 +163,7 @@ class DiffusionObjective:
         seed: int,
         caption_dropout: float = 0.1,
         loss: UserLoss | None = None,
-        dropout: Mapping[str, float] | None = None,
+        condition_dropout: Mapping[str, float] | None = None,
         read_text: ReadText | None = None,
     ) -> None:
         self.model = model
@@ -171,7 +171,7 @@ class DiffusionObjective:
         self.order = order
         self.seed = seed
         self.caption_dropout = caption_dropout
-        self.dropout = dict(dropout or {})
+        self.condition_dropout = dict(condition_dropout or {})
         self.read_text = read_text
         self.stratified = settings.stratified_timesteps
         self.frame_times = FrameTimes.of(settings)
@@ -195,7 +195,7 @@ class DiffusionObjective:
         coming = getattr(self.encoded, "coming", None)
         if coming is not None:  # a set that encodes ahead
             coming(step)
-        return indices[share(len(indices), part, parts)], epoch, len(indices)
+        return indices[part_slice(len(indices), part, parts)], epoch, len(indices)
 
     def name_of(self, sample: int) -> str:
         """The file or row the sample came from."""
@@ -244,7 +244,7 @@ class DiffusionObjective:
         dropped = noise.uniform(self.seed, ids, step=step, purpose="caption") < self.caption_dropout
         without = {
             name: noise.uniform(self.seed, ids, step=step, purpose=f"without {name}") < share
-            for name, share in self.dropout.items()
+            for name, share in self.condition_dropout.items()
         }
         quantiles = None if importance is None else u
         t = self.density(self.model.theory, u)
@@ -263,7 +263,7 @@ class DiffusionObjective:
     def _spread(self, u: Tensor, step: int, part: int, parts: int) -> Tensor:
         """Put each of the u [b] into its own of the batch's equal strata, which a permutation deals out."""
         count = len(self.order.at(step)[0])
-        strata = noise.permutation(count, self.seed, "strata", step)[share(count, part, parts)]
+        strata = noise.permutation(count, self.seed, "strata", step)[part_slice(count, part, parts)]
         return (strata.to(u) + u) / count
 
     def measure(self, x_0: Tensor, drawn: NoiseDraw, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:

@@ -18,8 +18,14 @@ from sfumato.report.page import duration
 from sfumato.training.device import free_bytes
 from sfumato.training.distributed import strategy
 from sfumato.training.distributed.processes import BatchSplit, Processes, current_processes
-from sfumato.training.estimate import memory as planning
 from sfumato.training.estimate import probe
+from sfumato.training.estimate.memory import (
+    FORWARD_AND_BACKWARD,
+    NEEDS_VALUES,
+    NON_MATMUL_FACTOR,
+    MemoryBreakdown,
+    count_memory,
+)
 from sfumato.training.optim.optimizers import spec_of
 from sfumato.training.state import async_checkpoint, checkpoint
 from sfumato.workflow import base_images, control_training, encode_ahead
@@ -34,7 +40,7 @@ SAFE = 0.7
 
 
 @dataclass(frozen=True)
-class Step:
+class StepEstimate:
     """What a step costs a process.
 
     inputs: what the network is given for one part of a batch, of so many samples; forward: seconds of one
@@ -44,7 +50,7 @@ class Step:
 
     inputs: tuple[Any, ...]
     samples: int
-    memory: planning.MemoryBreakdown
+    memory: MemoryBreakdown
     seconds: float
     forward: float
     how: str
@@ -84,8 +90,8 @@ def inputs_of(
 
 def _alike(recipe: Recipe, model: Pipeline, texts: Sequence[str], size: Sequence[int]) -> tuple:
     """What the denoiser is given for samples of one size, one for each text."""
-    told = base_images.example(model, recipe.data, texts).to(model.device, model.dtype)
-    condition = control_training.blank(model, told, recipe.data.resolution)
+    told = base_images.example_condition(model, recipe.data, texts).to(model.device, model.dtype)
+    condition = control_training.with_blank_control(model, told, recipe.data.resolution)
     latents = torch.zeros(len(texts), *model.codec.latent_shape(*size), device=model.device)
     return latents, torch.full((len(texts),), 500.0, device=model.device), condition
 
@@ -103,7 +109,7 @@ def step_cost(
     network: nn.Module,
     devices: int = 1,
     sizes: Sequence[Sequence[int]] = (),
-) -> Step:
+) -> StepEstimate:
     """A step's memory and seconds: counted, then probed where a few real ones take seconds.
 
     Of `devices` processes each one's; what they send each other takes time that is not counted.
@@ -119,23 +125,23 @@ def step_cost(
     if recipe.train.context_parallel > 1:
         told["context"] = f"{recipe.train.context_parallel} processes share each sample"
     try:
-        counted = planning.count(network, inputs)
-    except planning.ASKS_NUMBERS:
+        counted = count_memory(network, inputs)
+    except NEEDS_VALUES:
         found = probe.probe(network, inputs, recipe.train)
-        memory = planning.MemoryBreakdown(*[0] * 6).probed(found.peak)
-        return Step(inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", told)
+        memory = MemoryBreakdown(*[0] * 6).probed(found.peak)
+        return StepEstimate(inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", told)
     every, group_size = recipe.values().get("train.gradient_checkpointing", 0), recipe.train.context_parallel
     alone = counted.memory(recipe.train, every)
     again = counted.recomputed_share(every) if every else 0
-    forward = planning.BESIDE_PRODUCTS * counted.flops / speed / group_size
-    seconds, how = forward * (planning.FORWARD_AND_BACKWARD + again) * mine, "counted"
+    forward = NON_MATMUL_FACTOR * counted.flops / speed / group_size
+    seconds, how = forward * (FORWARD_AND_BACKWARD + again) * mine, "counted"
     if group_size == 1 and seconds < PROBED_SECONDS and alone.peak < SAFE * free_bytes(model.device):
         found = probe.probe(network, inputs, recipe.train)
         seconds, how = found.seconds, "probed"
         if not chosen.is_divided:
             alone = alone.probed(found.peak)
     memory = counted.shared(alone, chosen, recipe.train, devices)
-    return Step(inputs, samples, memory, seconds, forward, how, told, counted.flops, counted.numbers)
+    return StepEstimate(inputs, samples, memory, seconds, forward, how, told, counted.flops, counted.numbers)
 
 
 def cost_summary(
@@ -158,18 +164,18 @@ def cost_summary(
     try:
         sizes = [item.bucket for item in train.items]
         inputs = inputs_of(recipe, model, [tuple(train.captions[:1])], count, sizes)
-        counted = planning.count(network, inputs)
-    except planning.ASKS_NUMBERS:
+        counted = count_memory(network, inputs)
+    except NEEDS_VALUES:
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
     alone = counted.memory(recipe.train, recipe.values().get("train.gradient_checkpointing", 0))
     memory = counted.shared(alone, chosen, recipe.train, processes.count)
     speed = probe.flops_per_second(0.05, device=model.device) * recipe.train.context_parallel
-    forward = planning.BESIDE_PRODUCTS * counted.flops / speed
+    forward = NON_MATMUL_FACTOR * counted.flops / speed
     if (
         forward < MOMENT and processes.count == 1
     ):  # in small networks other things than products take the time
-        forward = probe.tried(lambda: network(*inputs), model.device).seconds
-    seconds = planning.FORWARD_AND_BACKWARD * len(division.mine) * forward
+        forward = probe.measure_call(lambda: network(*inputs), model.device).seconds
+    seconds = FORWARD_AND_BACKWARD * len(division.mine) * forward
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
     if processes.count > 1:
         words.append(f"{processes.count} processes, {chosen.name} ({chosen.why})")
@@ -187,7 +193,7 @@ def store_bytes(recipe: Recipe, samples: int, codec: models.Codec) -> float:
     side, data = recipe.data.resolution, recipe.data
     numbers = math.prod(codec.latent_shape(side, side, data.frames or 1))
     each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.clips_per_video if data.frames else 1)
-    return 0 if data.stream else min(samples * each, encode_ahead.limit_of(recipe))
+    return 0 if data.stream else min(samples * each, encode_ahead.cache_limit_bytes(recipe))
 
 
 def checkpoint_bytes(recipe: Recipe, trained: int) -> int:
