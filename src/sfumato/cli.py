@@ -140,6 +140,7 @@ def generate(
     lora: generate_options.Loras = None,
     embedding: generate_options.Embeddings = None,
     option: generate_options.Further = None,
+    control_module: generate_options.ControlModules = None,
     guide: generate_options.Guides = None,
     image_encoder: generate_options.ImageEncoder = None,
     control: generate_options.Controls = None,

@@ -78,7 +78,7 @@ def test_a_guide_of_clips_acts_once_it_has_learned(kind, world):
         weight.data += 0.1 * torch.randn(weight.shape)
     guided = add_control_modules(model, [ControlPlan(kind)])
     (encoder,) = guided.encoders(model).values()
-    name = guided.listed[0].name
+    name = guided.control_modules[0].name
     x, t = torch.randn(2, *model.latent_shape()), torch.full((2, 3), 0.5)
     words = model.condition(["a square"] * 2)
     clips = torch.rand(2, 3, 5, 16, 16) * 2 - 1

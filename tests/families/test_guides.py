@@ -123,7 +123,7 @@ def test_a_new_controlnet_leaves_the_picture_as_it_is(name, folders):
     before = model.generate([PROMPT], **options)[0].tobytes()
     add_control_modules(model, [ControlPlan("controlnet")])
     assert model.generate([PROMPT], control=drawing(), **options)[0].tobytes() == before
-    learned = model.denoiser.learned()
+    learned = model.denoiser.trained_weights()
     assert learned and all(name.startswith("guides.") for name in learned)
 
 
@@ -133,9 +133,9 @@ def test_a_controlnet_draws_as_its_pipeline_does(name, folders, tmp_path, modal)
     model = sfumato.load(folders(name))
     whole = hasattr(model.denoiser.backbone, "down_blocks")
     guided = add_control_modules(model, [ControlPlan("controlnet", layers=0 if whole else 2)])
-    net: Any = guided.listed[0].net
+    net: Any = guided.control_modules[0].net
     net.load_state_dict({k: v * 0.3 for k, v in seeded(net, name).state_dict().items()})
-    controlnet.write(guided.listed[0], tmp_path / "controlnet")
+    controlnet.write(guided.control_modules[0], tmp_path / "controlnet")
     trained: Any = type(net).from_pretrained(tmp_path / "controlnet")
     pipe = opened(folders(name), CONTROLLED[name], controlnet=trained)
     image = "image" if type(net).__name__ == "ControlNetModel" else "control_image"
@@ -221,7 +221,7 @@ def test_a_controlnet_that_does_not_fit_is_refused_when_it_is_added(which, folde
     """Law: one of another base, or that reads more than a picture, is named with what differs."""
     name, kind, changed = STRANGE[which]
     model = sfumato.load(folders(name))
-    fresh = add_control_modules(model, [ControlPlan("controlnet")]).listed[0]
+    fresh = add_control_modules(model, [ControlPlan("controlnet")]).control_modules[0]
     config = {**fresh.net.config, **changed, "_use_default_values": []}  # type: ignore[union-attr]
     getattr(diffusers, kind).from_config(config).save_pretrained(tmp_path / "net")
     with pytest.raises(Refused, match=next(iter(changed))):

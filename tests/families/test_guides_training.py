@@ -85,7 +85,7 @@ def test_a_controlnet_is_trained_by_a_recipe_and_goes_elsewhere(name, folders, h
     done = export(run.path, "diffusers", home / "out" / name)
     assert done.difference < 1e-4 and done.effect > 0
     kind = getattr(diffusers, CONTROLLED[name])
-    net = type(model.denoiser.listed[0].net).from_pretrained(home / "out" / name)
+    net = type(model.denoiser.control_modules[0].net).from_pretrained(home / "out" / name)
     kind.from_pretrained(folders(name), controlnet=net)
     again = load(folders(name))
     attach(again, home / "out" / name)
@@ -111,5 +111,5 @@ def test_other_programs_are_refused_guides(folders, home):  # noqa: F811
     run = home / "runs" / "controlnet-stable-diffusion-1.5"
     if not run.is_dir():
         trained(home, folders("stable-diffusion-1.5"), "controlnet", "stable-diffusion-1.5")
-    with pytest.raises(Refused, match="kohya takes no guides"):
+    with pytest.raises(Refused, match="kohya takes no control modules"):
         export(run, "kohya", home / "no")

@@ -26,11 +26,11 @@ MEMBERS = sorted(
 
 CHANGED = {
     ControlledDenoiser: {
-        "supports_packing": "guides read pictures in batches of one shape",
-        "finalize_latents": "the base is told nothing of what guides read",
-        "mask_error": "the base is told nothing of what guides read",
-        "check_context_parallel": "what guides read is not shared among processes",
-        "enable_context_parallel": "what guides read is not shared among processes",
+        "supports_packing": "control modules read pictures in batches of one shape",
+        "finalize_latents": "the base is told nothing of what control modules read",
+        "mask_error": "the base is told nothing of what control modules read",
+        "check_context_parallel": "what control modules read is not shared among processes",
+        "enable_context_parallel": "what control modules read is not shared among processes",
     },
     DenoiserWithTextEncoders: {},
 }
@@ -133,7 +133,7 @@ def test_wrappers_of_wrappers_hand_on_the_same_guidance():
 
 
 def test_our_dit_beside_a_guide_draws_with_perturbed_attention():
-    """Law: what it draws alone it draws beside a guide that says nothing yet, bit for bit."""
+    """Law: what it draws alone it draws beside a control module that says nothing yet, bit for bit."""
     model = painter(conditioner=Letters())
     alone = drawn(model, pag_scale=1.5)
     add_control_modules(model, [ControlPlan("controlnet")])
@@ -142,10 +142,10 @@ def test_our_dit_beside_a_guide_draws_with_perturbed_attention():
 
 
 def test_pictures_that_guide_are_not_shared_among_processes():
-    guided = ControlledDenoiser(DiT(3, width=32, depth=2, heads=2, text_width=0), [])
-    guided.enable_context_parallel(None)
+    controlled = ControlledDenoiser(DiT(3, width=32, depth=2, heads=2, text_width=0), [])
+    controlled.enable_context_parallel(None)
     with pytest.raises(Refused, match=r"train\.context_parallel at 1"):
-        guided.check_context_parallel(2)
+        controlled.check_context_parallel(2)
 
 
 def test_a_policy_says_what_classifier_free_guidance_is():

@@ -55,7 +55,9 @@ def test_a_new_guide_leaves_its_base_as_it_is(kind, model, tmp_path):
     pictures = torch.rand(2, 3, 16, 16) * 2 - 1
     shown = Condition({KINDS[kind]: encoder.encode(pictures)})
     assert torch.equal(model.predict(x, t, shown), before)
-    assert guided.learned() and all(weight.requires_grad for weight in guided.learned().values())
+    assert guided.trained_weights() and all(
+        weight.requires_grad for weight in guided.trained_weights().values()
+    )
     with torch.no_grad():
         for weight in guided.guides.parameters():
             weight.add_(0.1 * torch.randn(weight.shape))
@@ -100,8 +102,8 @@ def test_a_unet_reads_a_control_itself():
     unet = UNet(3, width=16, depth=1, heads=2, text_width=0)
     painter = Pipeline(new_theory(""), PixelCodec(), NoConditioner(), unet, {"resolution": 16, "steps": 2})
     guided = add_control_modules(painter, [ControlPlan("control")])
-    assert any(name.startswith("base.") for name in guided.learned())
-    torch.nn.init.normal_(guided.listed[0].read[-1].weight)
+    assert any(name.startswith("base.") for name in guided.trained_weights())
+    torch.nn.init.normal_(guided.control_modules[0].read[-1].weight)
     once, other = (painter.generate(control=one, seed=3)[0].tobytes() for one in (square(), square(12)))
     assert once != other
 
@@ -333,7 +335,7 @@ def test_a_plan_counts_what_a_guide_costs(tmp_path):
         sfumato.train(beside, ["model.control_layers=9"])
     assert sfumato.train(beside).step == 2, "what was refused before anything was made can be mended"
     base, guide_too = plan(Recipe.read(file)), plan(Recipe.read(beside))
-    learned = sfumato.train(beside).model().denoiser.learned()
+    learned = sfumato.train(beside).model().denoiser.trained_weights()
     assert guide_too["trained_parameters"] == sum(one.numel() for one in learned.values())
     assert guide_too["parameters"] == base["parameters"] + guide_too["trained_parameters"]
     assert guide_too["memory"]["weights"] >= base["memory"]["weights"]

@@ -41,7 +41,7 @@ class GenerateRequest:
     fps: float | None = None
     loras: list[tuple[str, float]] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
-    guides: Sequence[Path] = ()
+    control_modules: Sequence[Path] = ()
     control_from: str = ""
     image_encoder: Path | None = None
     context_parallel: int = 1
@@ -61,7 +61,7 @@ class GenerateRequest:
             "prompts": rest.pop("prompt") or [],
             "labels": rest.pop("label") or [],
             "formats": rest.pop("format") or (),
-            "guides": rest.pop("guide") or [],
+            "control_modules": rest.pop("control_module") or [],
             "image_encoder": rest.pop("image_encoder"),
             "context_parallel": rest.pop("context_parallel") or 1,
             "control_from": rest.pop("control_from"),
@@ -154,7 +154,7 @@ def write(
 
 
 def load_model(request: GenerateRequest, device: str) -> Any:
-    """The model with its LoRAs and guides.
+    """The model with its LoRAs and control modules.
 
     Raises:
         Refused: one that does not fit, or a model of prompts without a prompt.
@@ -169,9 +169,11 @@ def load_model(request: GenerateRequest, device: str) -> Any:
     for one in request.embeddings:
         word, file = parse_embedding(one)
         model.add_embedding(file, word)
-    if request.image_encoder is not None and not any(place.is_file() for place in request.guides):
-        raise Refused("--image-encoder is for an IP-Adapter's file: give --guide FILE too, or leave it out.")
-    for place in request.guides:
+    if request.image_encoder is not None and not any(place.is_file() for place in request.control_modules):
+        raise Refused(
+            "--image-encoder is for an IP-Adapter's file: give --control-module FILE too, or leave it out."
+        )
+    for place in request.control_modules:
         attach(model, place, request.image_encoder if place.is_file() else None)
     if request.labels and (request.prompts or model.conditioner.kind != "labels"):
         raise Refused(

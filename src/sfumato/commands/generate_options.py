@@ -50,11 +50,11 @@ Embeddings = Annotated[
         metavar="[WORD=]FILE", help="A word that others learned (textual inversion) to draw with; repeat it."
     ),
 ]
-Guides = Annotated[
+ControlModules = Annotated[
     Optional[list[Path]],
     typer.Option(
         metavar="PATH",
-        help="A trained guide to add: a ControlNet's folder (diffusers), an IP-Adapter's file, a run's.",
+        help="A trained control module: a ControlNet's folder (diffusers), an IP-Adapter's file, a run's.",
     ),
 ]
 ImageEncoder = Annotated[
@@ -177,6 +177,9 @@ ContextParallel = Annotated[
 ]
 
 # Former names, read with a note: `options.RENAMED_OPTIONS` says of what
+Guides = Annotated[
+    Optional[list[Path]], typer.Option("--guide", hidden=True, help="The former name of --control-module.")
+]
 GuidancePerturbed = Annotated[
     Optional[float], typer.Option(hidden=True, help="The former name of --pag-scale.")
 ]

@@ -24,6 +24,7 @@ Guidance = Annotated[
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
 
 RENAMED_OPTIONS = {
+    "guide": "control_module",
     "guidance_perturbed": "pag_scale",
     "guidance_by": "autoguidance_model",
     "context": "context_parallel",
@@ -43,10 +44,10 @@ def with_present_names(arguments: dict[str, Any]) -> dict[str, Any]:
     arguments = dict(arguments)
     for old, new in RENAMED_OPTIONS.items():
         value = arguments.pop(old, None)
-        if value is None:
+        if value is None or value == []:
             continue
         former, present = (f"--{name.replace('_', '-')}" for name in (old, new))
-        if arguments.get(new) is not None:
+        if arguments.get(new) not in (None, []):
             raise Refused(f"{former} is the former name of {present}. Give {present} alone.")
         say(f"{former} is called {present} now.")
         arguments[new] = value

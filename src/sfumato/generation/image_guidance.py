@@ -1,7 +1,7 @@
 """Pictures that guide a drawing: control, reference, a picture to edit, one to start from, what to repaint.
 
-What a user hands over becomes tensors of the condition, encoded as the model's guides read them; a picture
-to start from becomes the state at a time, and where nothing is to be repainted the answer is known.
+What a user hands over becomes tensors of the condition, encoded as the model's control modules read them; a
+picture to start from becomes the state at a time, and where nothing is to be repainted the answer is known.
 """
 
 import math
@@ -28,13 +28,13 @@ WORDS = (
 )  # fmt: skip
 """Arguments of `generate` that are about pictures that guide."""
 CONTROLS = ("controlnet", "control")
-"""Kinds of guides that read a control picture."""
+"""Kinds of control modules that read a control picture."""
 REFERENCE = ("reference", "reference_scale", "reference_start", "reference_end")
 
 
 @dataclass(frozen=True)
 class StepWindow:
-    """How strongly a guide acts, and between which shares of the steps."""
+    """How strongly a control module acts, and between which shares of the steps."""
 
     weight: float = 1.0
     start: float = 0.0
@@ -50,9 +50,9 @@ class ImageGuidance:
     """What guides some pictures.
 
     tensors: of the condition, [B, …] each; silent: [1, …], what stands in place of some of them beside a
-    negative, where guidance leans away from; windows: by the guides' names. init: latents [B, C, …] to start
-    from, from share `strength` of the steps on. hole: [B, 1, …] in latents, 1 where it is repainted; pixels
-    [B, 3, H, W] and cover [B, 1, H, W] of what is kept.
+    negative, where guidance leans away from; windows: by the control modules' names. init: latents
+    [B, C, …] to start from, from share `strength` of the steps on. hole: [B, 1, …] in latents, 1 where it is
+    repainted; pixels [B, 3, H, W] and cover [B, 1, H, W] of what is kept.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -85,7 +85,7 @@ class ImageGuidance:
         return Condition({**condition, **own}, size=condition.size, negative=condition.negative)
 
     def at_step(self, condition: Condition, t: Tensor, times: Sequence[float]) -> Condition:
-        """The condition with the guides' weights in the step that begins at time t, of those at `times`."""
+        """The condition with the modules' weights in the step that begins at time t, of those at `times`."""
         if all(window == StepWindow() for window in self.windows.values()):
             return condition
         near = float(t.flatten()[0]) - 1e-6 * abs(times[0] - times[-1])
@@ -172,7 +172,7 @@ def one_each(shown: Any, count: int, name: str) -> list[Any]:
 
 
 def numbers(said: Any, count: int, name: str, otherwise: float) -> list[float]:
-    """One number for each of `count` guides.
+    """One number for each of `count` control modules.
 
     Raises:
         Refused: a list of another length.
@@ -183,7 +183,7 @@ def numbers(said: Any, count: int, name: str, otherwise: float) -> list[float]:
     if not all(math.isfinite(one) for one in listed):
         raise Refused(f"{name} must be a number, not {listed}.")
     if len(listed) != count:
-        raise Refused(f"{name} holds {len(listed)} numbers, but the model has {count} such guides.")
+        raise Refused(f"{name} holds {len(listed)} numbers, but the model has {count} such control modules.")
     return listed
 
 
@@ -200,12 +200,13 @@ def parse_image_guidance(
         frames: a clip of so many is begun from a clip, and guided by clips or pictures.
 
     Raises:
-        Refused: pictures or numbers for a model without such a guide, or that do not fit.
+        Refused: pictures or numbers for a model without such a control module, or that do not fit.
     """
     said = {word: options.pop(word) for word in WORDS if options.get(word) is not None}
     denoiser = model.denoiser
-    guides = denoiser.encoders(model) if isinstance(denoiser, ControlledDenoiser) else {}
-    kinds = {g.name: g.kind for g in denoiser.listed} if isinstance(denoiser, ControlledDenoiser) else {}
+    encoders = denoiser.encoders(model) if isinstance(denoiser, ControlledDenoiser) else {}
+    modules = denoiser.control_modules if isinstance(denoiser, ControlledDenoiser) else []
+    kinds = {module.name: module.kind for module in modules}
     if kinds.get("edit_source") and "image" in options:
         said["edit_source"] = options.pop("image")
     check_arguments(said, kinds)
@@ -217,9 +218,11 @@ def parse_image_guidance(
     for name, listed in shown.items():
         if kinds[name] != "ip-adapter" and any(isinstance(one, list | tuple) for one in listed):
             raise Refused(f"{name} takes one picture for each drawing; only a reference may be several.")
-    tensors = {name: encoded(model, guides[name], listed, size, frames) for name, listed in shown.items()}
+    tensors = {name: encoded(model, encoders[name], listed, size, frames) for name, listed in shown.items()}
     silent = {
-        name: null_image_tokens(guides[name], tensors[name]) for name in shown if kinds[name] == "ip-adapter"
+        name: null_image_tokens(encoders[name], tensors[name])
+        for name in shown
+        if kinds[name] == "ip-adapter"
     }
     found = ImageGuidance(
         tensors,
@@ -246,7 +249,7 @@ def check_arguments(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
         if asked and not set(some) & set(kinds.values()):
             raise Refused(
                 f'{asked[0]}: this model has no {what}. Train one (model.train = "{some[0]}"), or give a '
-                "trained one as guide."
+                "trained one as a control module."
             )
         if asked and words[0] not in said:
             raise Refused(f"{asked[0]} acts on a picture: give {words[0]} too, or leave {asked[0]} out.")
@@ -259,7 +262,7 @@ def check_arguments(said: Mapping[str, Any], kinds: Mapping[str, str]) -> None:
 
 
 def images_of_modules(said: Mapping[str, Any], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """The pictures by the guides' names; several ControlNets take a list, one for each."""
+    """The pictures by the control modules' names; several ControlNets take a list, one for each."""
     nets = [name for name, kind in kinds.items() if kind in CONTROLS]
     found: dict[str, Any] = {name: said.get(name) for name in ("reference", "edit_source") if name in said}
     if "control" in said and len(nets) == 1:
@@ -275,7 +278,7 @@ def images_of_modules(said: Mapping[str, Any], kinds: Mapping[str, str]) -> dict
 
 
 def windows(said: Mapping[str, Any], nets: Sequence[str], kinds: Mapping[str, str]) -> dict[str, StepWindow]:
-    """Weights and shares of the steps, by the guides' names.
+    """Weights and shares of the steps, by the control modules' names.
 
     Raises:
         Refused: shares that are none.
@@ -312,7 +315,7 @@ def window(word: str, weight: float, start: float, end: float) -> StepWindow:
 def encoded(
     model: Model, how: ImageConditionEncoder, shown: Sequence[Any], size: tuple[int, int], frames: int = 0
 ) -> Tensor:
-    """The tensor [B, …] a guide reads; each picture, or clip of so many frames, is encoded once.
+    """The tensor [B, …] a control module reads; each picture, or clip of so many frames, is encoded once.
 
     What is seen of several pictures for one drawing lies side by side: [B, L + L, D].
 

@@ -1,4 +1,4 @@
-"""What a recipe says of guides: which is trained, where its pictures come from, what previews are shown."""
+"""What a recipe says of control modules: which is trained, and which pictures it is shown."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +29,7 @@ CONTROL = "data.control_image"
 
 
 def check(recipe: Recipe) -> None:
-    """Raises Refused for a key about guides that could not act."""
+    """Raises Refused for a key about control modules that could not act."""
     kind, base = recipe.model.train, recipe.model.base
     if kind == "controlnet" and base == "scratch":
         raise Refused(
@@ -68,7 +68,7 @@ def check_column(recipe: Recipe, samples: Sequence[Sample]) -> None:
 
 
 def control_plan_of(recipe: Recipe) -> ControlPlan | None:
-    """The guide the recipe asks for, if any."""
+    """The control module the recipe asks for, if any."""
     model = recipe.model
     kind = "control" if model.train == "full" and recipe.origin(CONTROL) != DEFAULT else model.train
     if kind not in models_control.KINDS:
@@ -78,26 +78,26 @@ def control_plan_of(recipe: Recipe) -> ControlPlan | None:
 
 
 def attach_control(model: Pipeline, recipe: Recipe) -> None:
-    """Put the recipe's guide around the model's denoiser.
+    """Put the recipe's control module around the model's denoiser.
 
     Raises:
-        Refused: a second guide that reads a control.
+        Refused: a second control module that reads a control.
     """
     plan = control_plan_of(recipe)
-    known = model.denoiser.listed if isinstance(model.denoiser, ControlledDenoiser) else []
+    known = model.denoiser.control_modules if isinstance(model.denoiser, ControlledDenoiser) else []
     if plan is None or any(one.kind == plan.kind for one in known):
         return
     if plan.kind in CONTROLS and any(one.kind in CONTROLS for one in known):
         raise Refused(
-            f"{recipe.model.base} reads a control already. Train the new guide beside a base that reads "
-            "none; both act at: sfumato generate RUN --guide OTHER."
+            f"{recipe.model.base} reads a control already. Train the new control module beside a base that "
+            "reads none; both act at: sfumato generate RUN --control-module OTHER."
         )
     models_control.add_control_modules(model, [plan])
 
 
 @torch.no_grad()
 def with_blank_control(model: Pipeline, condition: Condition, side: int) -> Condition:
-    """The condition with what the model's guides read of grey pictures of this side."""
+    """The condition with what the model's control modules read of grey pictures of this side."""
     if not isinstance(model.denoiser, ControlledDenoiser):
         return condition
     seen: dict[str, Tensor] = {}
@@ -110,7 +110,7 @@ def with_blank_control(model: Pipeline, condition: Condition, side: int) -> Cond
 
 
 def column(settings: DataSettings, name: str) -> str:
-    """Which picture of a sample a guide's tensor is made from: a column, or ITSELF."""
+    """Which picture of a sample a control module's tensor is made from: a column, or ITSELF."""
     if name.startswith("control"):
         return (
             ITSELF
@@ -150,19 +150,19 @@ def with_control_images(
 
 
 def control_arguments(model: Pipeline, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, Any]:
-    """The samples' pictures that guide, as arguments of `generate`; {} for a model without guides."""
+    """The samples' pictures that guide, as arguments of `generate`; {} without control modules."""
     if not isinstance(model.denoiser, ControlledDenoiser):
         return base_images.image_arguments(model, settings, samples)
     word = {"edit_source": "image"}
     return {
         word.get(one.name, one.name): [picture_for(settings, one.name, sample) for sample in samples]
-        for one in model.denoiser.listed
+        for one in model.denoiser.control_modules
         if "_" not in one.name or one.name == "edit_source"
     }
 
 
 def picture_for(settings: DataSettings, name: str, sample: Sample) -> Any:
-    """The picture of a sample that a guide is shown, at data.resolution; of clips uint8 [F, H, W, 3].
+    """The picture of a sample for a control module, at data.resolution; of clips uint8 [F, H, W, 3].
 
     Raises:
         Refused: the sample has none.

@@ -312,7 +312,7 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
         else None
     )
     if isinstance(model.denoiser, ControlledDenoiser):
-        model.denoiser.free()
+        model.denoiser.unfreeze()
     elif plan is None:
         model.denoiser.requires_grad_(recipe.model.train != "tokens")
     else:

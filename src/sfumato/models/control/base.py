@@ -1,4 +1,4 @@
-"""A guide is a network beside a denoiser; a guided denoiser is its base with guides around it."""
+"""A control module is a network beside a denoiser; a controlled denoiser is a base with such modules."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ class Hook(NamedTuple):
     act: Callable[..., Any]
     before: bool = False
 
-    def put(self) -> torch.utils.hooks.RemovableHandle:
+    def register(self) -> torch.utils.hooks.RemovableHandle:
         """Let it act from now on."""
         if self.before:
             return self.place.register_forward_pre_hook(self.act, with_kwargs=True)
@@ -34,7 +34,7 @@ class Hook(NamedTuple):
 @contextmanager
 def hooks_applied(hooks: Sequence[Hook]) -> Iterator[None]:
     """While this lasts the hooks act."""
-    handles = [hook.put() for hook in hooks]
+    handles = [hook.register() for hook in hooks]
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ class ControlModule(nn.Module, ABC):
     kind = ""
     trains_base = False
     """Whether the base learns along."""
-    always = False
+    always_active = False
     """Whether it acts (to no effect) where its tensor is missing."""
 
     def __init__(self, name: str) -> None:
@@ -67,7 +67,7 @@ class ControlModule(nn.Module, ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Plain values from which the same guide is built around the same base."""
+        """Plain values from which the same control module is built around the same base."""
 
     @abstractmethod
     def encoder(self, model: Model) -> ImageConditionEncoder:
@@ -77,71 +77,72 @@ class ControlModule(nn.Module, ABC):
     def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """What lets the tensor act, for one answer of the base."""
 
-    def free(self, base: Denoiser) -> None:
+    def unfreeze(self, base: Denoiser) -> None:
         """Let its weights be trained."""
         self.requires_grad_(True)
 
     @contextmanager
-    def aside(self, base: Denoiser) -> Iterator[None]:
-        """While this lasts the base is as it would be without the guide, to be written down."""
+    def removed(self, base: Denoiser) -> Iterator[None]:
+        """While this lasts the base is as it would be without the control module, to be written down."""
         yield
 
-    def acts(self, condition: Condition) -> bool:
+    def is_active(self, condition: Condition) -> bool:
         """Whether it has something to say here: its tensor, and a weight that is not 0."""
-        return self.always or (self.name in condition and bool(weight_of(condition, self.name)))
+        return self.always_active or (self.name in condition and bool(weight_of(condition, self.name)))
 
 
 class ControlledDenoiser(DenoiserWrapper):
-    """A denoiser and its guides; all but what is said here is as the base has it.
+    """A denoiser and its control modules; all but what is said here is as the base has it.
 
     Args:
-        base: the denoiser that is guided.
-        guides: each reads a tensor of its own name.
+        base: the denoiser that they act on.
+        modules: each reads a tensor of its own name.
     """
 
     kind = "guided"
 
-    def __init__(self, base: Denoiser, guides: Sequence[ControlModule]) -> None:
+    def __init__(self, base: Denoiser, modules: Sequence[ControlModule]) -> None:
         super().__init__()
-        self.base, self.guides = base, nn.ModuleList(guides)
-        self.free()
+        self.base, self.guides = base, nn.ModuleList(modules)  # `guides.` is what checkpoints call them
+        self.unfreeze()
 
-    def free(self) -> Self:
-        """Let train what is to be trained: the guides, and the base where one of them asks for it."""
-        self.base.requires_grad_(any(guide.trains_base for guide in self.listed))
-        for guide in self.listed:
-            guide.free(self.base)
+    def unfreeze(self) -> Self:
+        """Let train what is to be trained: the control modules, and the base where one asks for it."""
+        self.base.requires_grad_(any(module.trains_base for module in self.control_modules))
+        for module in self.control_modules:
+            module.unfreeze(self.base)
         return self
 
     @property
-    def listed(self) -> list[ControlModule]:
-        """The guides, in order."""
-        return list(self.guides)  # type: ignore[arg-type]  # only guides are put in
+    def control_modules(self) -> list[ControlModule]:
+        """The control modules, in order."""
+        return list(self.guides)  # type: ignore[arg-type]  # only control modules are put in
 
     def config(self) -> dict[str, Any]:
-        """The base's config, and each guide's."""
-        return {"base": self.base.config(), "guides": [guide.config() for guide in self.listed]}
+        """The base's config, and each control module's."""
+        return {"base": self.base.config(), "guides": [module.config() for module in self.control_modules]}
 
     def encoders(self, model: Model) -> dict[str, ImageConditionEncoder]:
-        """How each guide's picture becomes its tensor."""
-        return {guide.name: guide.encoder(model) for guide in self.listed}
+        """How each control module's picture becomes its tensor."""
+        return {module.name: module.encoder(model) for module in self.control_modules}
 
-    def learned(self) -> dict[str, Tensor]:
+    def trained_weights(self) -> dict[str, Tensor]:
         """The tensors that are trained, by the names of this denoiser's parameters."""
         return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
 
-    def without(self, condition: Condition) -> Condition:
-        """The condition as the base hears it: without what guides read."""
-        own = {end for guide in self.listed for end in (guide.name, f"{guide.name}_weight")} | {WEAK}
+    def base_condition(self, condition: Condition) -> Condition:
+        """The condition as the base hears it: without what control modules read."""
+        names = [module.name for module in self.control_modules]
+        own = {*names, *(f"{name}_weight" for name in names), WEAK}
         kept = {name: tensor for name, tensor in condition.items() if name not in own}
         return Condition(kept, size=condition.size, negative=condition.negative)
 
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
-        """The base's answer while the guides act on it, now and when a block is computed again."""
-        active = [guide for guide in self.listed if guide.acts(condition)]
-        hooks = [hook for guide in active for hook in guide.hooks(self.base, x, condition)]
+        """The base's answer while the control modules act on it, now and when a block is computed again."""
+        active = [module for module in self.control_modules if module.is_active(condition)]
+        hooks = [hook for module in active for hook in module.hooks(self.base, x, condition)]
         with hooks_applied(hooks), again_within(lambda: hooks_applied(hooks)):
-            return self.base(x, clock, self.without(condition))
+            return self.base(x, clock, self.base_condition(condition))
 
     # ---------------------------------------------------------------- what is not as the base has it
 
@@ -149,15 +150,15 @@ class ControlledDenoiser(DenoiserWrapper):
     """Guides read pictures in batches of one shape."""
 
     def finalize_latents(self, x: Tensor, condition: Condition) -> Tensor:
-        """As the base, which knows nothing of what guides read."""
-        return self.base.finalize_latents(x, self.without(condition))
+        """As the base, which knows nothing of what control modules read."""
+        return self.base.finalize_latents(x, self.base_condition(condition))
 
     def mask_error(self, error: Tensor, condition: Condition) -> Tensor:
-        """As the base, which knows nothing of what guides read."""
-        return self.base.mask_error(error, self.without(condition))
+        """As the base, which knows nothing of what control modules read."""
+        return self.base.mask_error(error, self.base_condition(condition))
 
     def check_context_parallel(self, count: int) -> None:
-        """Raises Refused: what guides read is not shared among processes."""
+        """Raises Refused: what control modules read is not shared among processes."""
         raise Refused(
             "train.context_parallel shares the tokens of each sample among processes; pictures that guide "
             "are not shared. Leave train.context_parallel at 1."

@@ -1,4 +1,4 @@
-"""Plans: what guides a model has, as plain values; beside a base they build the same guides again."""
+"""Plans: a model's control modules as plain values; beside a base they build the same modules again."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ KINDS = ("controlnet", "ip-adapter", "edit", "control")
 
 @dataclass(frozen=True)
 class ControlPlan:
-    """One guide.
+    """One control module.
 
     Args:
         kind: controlnet, ip-adapter, edit, or control: read by the denoiser itself, which learns along.
@@ -34,7 +34,7 @@ class ControlPlan:
         image: the image encoder of an IP-Adapter: "codec" or a folder.
         control: how its picture is made from a picture ("sketch", …), or which column holds it.
         seed: what new weights are drawn from.
-        built: further values, once the guide is there.
+        built: further values, once the control module is there.
     """
 
     kind: str
@@ -46,30 +46,32 @@ class ControlPlan:
 
 
 def add_control_modules(model: Model, plans: Sequence[ControlPlan]) -> ControlledDenoiser:
-    """The model's denoiser with new guides around it; further ones where it has some. Sets `model.denoiser`.
+    """The model's denoiser with new control modules around it, beside those it has. Sets `model.denoiser`.
 
     Raises:
-        Refused: a guide that its base cannot have.
+        Refused: a control module that its base cannot have.
     """
     base = model.denoiser
     known: list[ControlModule] = []
     if isinstance(base, ControlledDenoiser):
-        base, known = base.base, base.listed
+        base, known = base.base, base.control_modules
     for plan in plans:
-        known.append(seeded(plan.seed, lambda plan=plan, base=base: made(model, base, plan, known)))
-    guided = ControlledDenoiser(base, known).to(model.device, model.dtype)
-    model.denoiser = guided
+        known.append(seeded(plan.seed, lambda plan=plan, base=base: build_module(model, base, plan, known)))
+    controlled = ControlledDenoiser(base, known).to(model.device, model.dtype)
+    model.denoiser = controlled
     kept = model.info.get("guides", [])
     described = [
         {"kind": one.kind, "control": plan.control, "built": one.config()}
         for one, plan in zip(known[len(kept) :], plans, strict=True)
     ]
     model.info["guides"] = [*kept, *described]
-    return guided
+    return controlled
 
 
-def made(model: Model, base: Denoiser, plan: ControlPlan, known: Sequence[ControlModule]) -> ControlModule:
-    """The guide a plan describes, around this base."""
+def build_module(
+    model: Model, base: Denoiser, plan: ControlPlan, known: Sequence[ControlModule]
+) -> ControlModule:
+    """The control module a plan describes, around this base."""
     built = dict(plan.built)
     alike = sum(one.kind == plan.kind for one in known)
     ours = isinstance(base, DiT)
@@ -83,7 +85,7 @@ def made(model: Model, base: Denoiser, plan: ControlPlan, known: Sequence[Contro
             return OwnControlNet(base, stride, layers, built.get("name", name), deep)
         return ControlNet(base, layers, built.get("name", name), built.get("folder", ""), stride)
     if plan.kind not in KINDS:
-        raise Refused(f'There is no guide "{plan.kind}"; there are {", ".join(KINDS)}.')
+        raise Refused(f'There is no control module "{plan.kind}"; there are {", ".join(KINDS)}.')
     if plan.kind == "control" and isinstance(base, DiT | UNet):
         return ControlInput(base, stride, built.get("name", name), deep)
     if plan.kind == "control":
@@ -93,7 +95,7 @@ def made(model: Model, base: Denoiser, plan: ControlPlan, known: Sequence[Contro
             'beside it. Say model.train = "controlnet".'
         )
     if alike:
-        raise Refused(f'This model has a guide "{plan.kind}" already, and takes one.')
+        raise Refused(f'This model has a control module "{plan.kind}" already, and takes one.')
     if plan.kind == "ip-adapter":
         said: Any = built.get("image", {"source": plan.image, **features_of(base)})
         side = int(model.info.get("resolution", 64))
@@ -115,7 +117,7 @@ def plans_of(described: Sequence[Mapping[str, Any]]) -> list[ControlPlan]:
 
 
 def write_plans(folder: Path, model: Model) -> None:
-    """Write down the model's guides; their weights are elsewhere."""
+    """Write down the model's control modules; their weights are elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
     described = {"format": FORMAT, "guides": model.info.get("guides", [])}
     write_atomic(folder / FILE, json.dumps(described, indent=1))
@@ -140,18 +142,18 @@ def read_plans(folder: Path) -> list[ControlPlan]:
     return plans
 
 
-def fill(guided: ControlledDenoiser, tensors: Mapping[str, Tensor], source: Path) -> None:
+def load_weights(controlled: ControlledDenoiser, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Put trained tensors into their places.
 
     Raises:
         Refused: naming the first that does not fit.
     """
-    own, rest = guided.learned(), set(guided.state_dict())
+    own, rest = controlled.trained_weights(), set(controlled.state_dict())
     strange = sorted(own.keys() - tensors.keys()) + sorted(tensors.keys() - rest)
     strange = strange or sorted(name for name in own if own[name].shape != tensors[name].shape)
     if strange:
         raise Refused(
-            f'{source} does not fit the guides its folder describes: "{strange[0]}" differs '
+            f'{source} does not fit the control modules its folder describes: "{strange[0]}" differs '
             f"({len(strange)} of {len(own)}). The base may be another one than they were trained on."
         )
     for name, weight in own.items():

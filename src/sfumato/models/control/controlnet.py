@@ -384,6 +384,6 @@ def summed(before: Any, more: Any) -> Any:
     return [one + other for one, other in zip(before, more, strict=True)]
 
 
-def write(guide: ControlNet, folder: Path) -> None:
+def write(module: ControlNet, folder: Path) -> None:
     """The ControlNet as diffusers writes it."""
-    guide.net.save_pretrained(folder, safe_serialization=True)
+    module.net.save_pretrained(folder, safe_serialization=True)

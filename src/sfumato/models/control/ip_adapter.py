@@ -167,7 +167,9 @@ class IPAdapter(ControlModule):
                 f"There is no IP-Adapter for a {self.network_class}; there are for {', '.join(KINDS)} "
                 "and for our own DiT."
             )
-        self.always = not self.network_class.startswith("SD3")  # the others insist on being shown a picture
+        self.always_active = not self.network_class.startswith(
+            "SD3"
+        )  # the others insist on being shown a picture
         self.width = width or (image.width if image is not None else 0)
         state = read(Path(file).expanduser()) if file else KINDS[self.network_class](network, self.width)
         self.width = width_of(state["image_proj"], file)
@@ -183,7 +185,7 @@ class IPAdapter(ControlModule):
         self.put(network, state)
 
     @contextmanager
-    def aside(self, base: Denoiser) -> Iterator[None]:
+    def removed(self, base: Denoiser) -> Iterator[None]:
         """The network with its own processors."""
         network: Any = base.backbone
         now = dict(network.attn_processors)
@@ -226,7 +228,7 @@ class IPAdapter(ControlModule):
             )
         return self.image.encoder(model)
 
-    def free(self, base: Denoiser) -> None:
+    def unfreeze(self, base: Denoiser) -> None:
         """Processors and projection, which lie in the base's network."""
         self.requires_grad_(False)
         for part in self.parts(base.backbone):
@@ -290,10 +292,10 @@ def read(file: Path) -> dict[str, Tensors]:
     return found
 
 
-def tensors_of(guide: IPAdapter, network: Any) -> Tensors:
+def tensors_of(module: IPAdapter, network: Any) -> Tensors:
     """The adapter as a file holds it: what diffusers' load_ip_adapter reads."""
     found: Tensors = {}
-    is_sd3 = guide.network_class.startswith("SD3")
+    is_sd3 = module.network_class.startswith("SD3")
     head = network.image_proj if is_sd3 else network.encoder_hid_proj.image_projection_layers[0]
     for name, tensor in head.state_dict().items():
         told = written(name) if is_sd3 else name.replace("image_embeds", "proj")
@@ -305,9 +307,9 @@ def tensors_of(guide: IPAdapter, network: Any) -> Tensors:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
-def write(guide: IPAdapter, base: Denoiser, file: Path) -> None:
+def write(module: IPAdapter, base: Denoiser, file: Path) -> None:
     """The adapter as diffusers reads it."""
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors_of(guide, base.backbone), file)
+    save_file(tensors_of(module, base.backbone), file)

@@ -1,4 +1,4 @@
-"""Trained guides that are added to a model: diffusers' ControlNets and IP-Adapters, and other runs'."""
+"""Trained control modules for a model: diffusers' ControlNets and IP-Adapters, and other runs'."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +16,7 @@ from sfumato.models.interface import Denoiser, Model
 from sfumato.models.locate import chosen_weights, weights_of
 
 WEIGHTS = "guides.safetensors"
-"""What guides have learned, beside the base they guide."""
+"""What control modules have learned, beside the base they act on."""
 
 
 ENCODER = "image_encoder"
@@ -24,8 +24,8 @@ ENCODER = "image_encoder"
 
 
 def attach(model: Model, place: str | Path, image_encoder: str | Path | None = None) -> ControlledDenoiser:
-    """Give a model a trained guide: a diffusers ControlNet's folder, an IP-Adapter's file, or a run (or a
-    saved model) whose guides stand beside the same base.
+    """Give a model a trained control module: a diffusers ControlNet's folder, an IP-Adapter's file, or a run
+    (or a saved model) whose control modules stand beside the same base.
 
     Args:
         image_encoder: what an IP-Adapter sees through, a folder of transformers; default `image_encoder`
@@ -36,8 +36,8 @@ def attach(model: Model, place: str | Path, image_encoder: str | Path | None = N
     path = Path(place).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise Refused(f"{path} is no guide: an IP-Adapter is a .safetensors file.")
-        return _looking(model, path.absolute(), image_encoder)
+            raise Refused(f"{path} is no control module: an IP-Adapter is a .safetensors file.")
+        return _attach_ip_adapter(model, path.absolute(), image_encoder)
     if image_encoder is not None:
         raise Refused(f"image_encoder is for an IP-Adapter's file; {path} is none. Leave it out.")
     if (path / "config.json").is_file():
@@ -46,14 +46,14 @@ def attach(model: Model, place: str | Path, image_encoder: str | Path | None = N
     home = run / "model" if (run / "model" / FILE).is_file() else run
     if (home / FILE).is_file():
         weights = home / WEIGHTS if home == run else chosen_weights(run, checkpoint)
-        return _of_run(model, path, home, weights)
+        return _attach_run(model, path, home, weights)
     raise Refused(
-        f"{path} is no guide: give the folder of a diffusers ControlNet (config.json), the .safetensors file "
-        "of an IP-Adapter, or a run that trained one."
+        f"{path} is no control module: give the folder of a diffusers ControlNet (config.json), the "
+        ".safetensors file of an IP-Adapter, or a run that trained one."
     )
 
 
-def _looking(model: Model, file: Path, image_encoder: str | Path | None) -> ControlledDenoiser:
+def _attach_ip_adapter(model: Model, file: Path, image_encoder: str | Path | None) -> ControlledDenoiser:
     """An IP-Adapter's file, with its image encoder where there is one."""
     base = model.denoiser.base if isinstance(model.denoiser, ControlledDenoiser) else model.denoiser
     folder = file.parent / ENCODER if image_encoder is None else Path(image_encoder).expanduser().absolute()
@@ -63,23 +63,23 @@ def _looking(model: Model, file: Path, image_encoder: str | Path | None) -> Cont
     return add_control_modules(model, [ControlPlan("ip-adapter", built={"file": str(file), "image": image})])
 
 
-def _of_run(model: Model, path: Path, home: Path, weights: Path) -> ControlledDenoiser:
-    """The guides of a run beside the model's own."""
+def _attach_run(model: Model, path: Path, home: Path, weights: Path) -> ControlledDenoiser:
+    """The control modules of a run beside the model's own."""
     plans = read_plans(home)
     if changing := next((one.kind for one in plans if one.kind in ("edit", "control")), ""):
         raise Refused(
             f"{path} cannot be added to a model: its base learned along ({changing}), so it draws by itself. "
             f"Say sfumato generate {path}."
         )
-    known = len(model.denoiser.listed) if isinstance(model.denoiser, ControlledDenoiser) else 0
+    known = len(model.denoiser.control_modules) if isinstance(model.denoiser, ControlledDenoiser) else 0
     base = model.denoiser.base if isinstance(model.denoiser, ControlledDenoiser) else model.denoiser
     if (own := home / "denoiser" / "weights.safetensors").is_file() and not _is_same(base, read_tensors(own)):
         raise Refused(f"{path} was trained beside another base than this model. Add it to the base it knows.")
     nameless = [{name: said for name, said in one.built.items() if name != "name"} for one in plans]
     plans = [replace(one, built=built) for one, built in zip(plans, nameless, strict=True)]
-    guided = add_control_modules(model, plans)
-    _fill(guided, read_tensors(weights), known, path)
-    return guided.eval()
+    controlled = add_control_modules(model, plans)
+    _fill(controlled, read_tensors(weights), known, path)
+    return controlled.eval()
 
 
 def _is_same(base: Denoiser, tensors: Mapping[str, Tensor]) -> bool:
@@ -90,15 +90,15 @@ def _is_same(base: Denoiser, tensors: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(own[name], one.to(own[name])) for name, one in tensors.items())
 
 
-def _fill(guided: ControlledDenoiser, tensors: Mapping[str, Tensor], known: int, path: Path) -> None:
-    """Put the tensors of a run's guides into those after the first `known`."""
+def _fill(controlled: ControlledDenoiser, tensors: Mapping[str, Tensor], known: int, path: Path) -> None:
+    """Put the tensors of a run's control modules into those after the first `known`."""
     moved: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         head, _, rest = name.removeprefix("guides.").partition(".")
         moved[f"guides.{int(head) + known}.{rest}"] = tensor
     own = {
         name: weight
-        for name, weight in guided.learned().items()
+        for name, weight in controlled.trained_weights().items()
         if name.startswith("guides.") and int(name.split(".")[1]) >= known
     }
     strange = sorted(own.keys() ^ moved.keys())

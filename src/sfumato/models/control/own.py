@@ -1,4 +1,4 @@
-"""Guides of our own networks: a ControlNet, an IP-Adapter, a control or a source that the network reads.
+"""Control modules of our own networks: a ControlNet, an IP-Adapter, or a picture that the network reads.
 
 Sources: Zhang et al. 2023, arXiv:2302.05543 (copied blocks, outputs that start at zero);
 Ye et al. 2023, arXiv:2308.06721 (decoupled cross-attention); Brooks et al. 2023, arXiv:2211.09800 (the
@@ -38,21 +38,21 @@ def patched(x: Tensor, size: int) -> Tensor:
     return F.pixel_unshuffle(flat, size).flatten(2).transpose(1, 2)
 
 
-def resample_frames(guide: Tensor, x: Tensor, name: str) -> Tensor:
-    """A guide [B, C, (K,) H, W] with as many latent frames as x [B, C, (K,) h, w]; a still one stands still.
+def resample_frames(control: Tensor, x: Tensor, name: str) -> Tensor:
+    """A control [B, C, (K,) H, W] with as many latent frames as x [B, C, (K,) h, w]; a still one is repeated.
 
     Raises:
         Refused: a clip of another length.
     """
-    if guide.ndim == 4:
-        return guide
+    if control.ndim == 4:
+        return control
     frames = x.shape[2] if x.ndim == 5 else 1
-    if guide.shape[2] not in (1, frames):
+    if control.shape[2] not in (1, frames):
         raise Refused(
-            f"{name} has {guide.shape[2]} latent frames, but {frames} are drawn. Give a clip as long as what "
-            "is drawn, or a picture."
+            f"{name} has {control.shape[2]} latent frames, but {frames} are drawn. Give a clip as long as "
+            "what is drawn, or a picture."
         )
-    return guide.expand(-1, -1, frames, -1, -1)
+    return control.expand(-1, -1, frames, -1, -1)
 
 
 def image_features(pixels: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class OwnIPAdapter(ControlModule):
         """The image encoder's features."""
         return self.image.encoder(model)
 
-    def free(self, base: Denoiser) -> None:
+    def unfreeze(self, base: Denoiser) -> None:
         """All but the image encoder."""
         self.requires_grad_(True)
         self.image.requires_grad_(False)

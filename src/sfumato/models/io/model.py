@@ -20,7 +20,7 @@ from sfumato.errors import Refused
 from sfumato.models import locate
 from sfumato.models.build import new_theory
 from sfumato.models.control import ControlledDenoiser, add_control_modules
-from sfumato.models.control.control_plan import fill as fill_guides
+from sfumato.models.control.control_plan import load_weights as load_control_weights
 from sfumato.models.control.control_plan import read_plans, write_plans
 from sfumato.models.control.load import WEIGHTS as GUIDES
 from sfumato.models.files import (
@@ -51,17 +51,19 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
     Args:
         text_by_name: the frozen text encoder is not copied, only where it came from.
     """
-    guided = model.denoiser if isinstance(model.denoiser, ControlledDenoiser) else None
-    denoiser = plain(model.denoiser if guided is None else guided.base)
+    controlled = model.denoiser if isinstance(model.denoiser, ControlledDenoiser) else None
+    denoiser = plain(model.denoiser if controlled is None else controlled.base)
     with atomic_folder(Path(folder)) as beside:
-        if guided is not None:
+        if controlled is not None:
             write_plans(beside, model)
-            learned = {name: one.detach().cpu().contiguous() for name, one in guided.learned().items()}
+            learned = {
+                name: one.detach().cpu().contiguous() for name, one in controlled.trained_weights().items()
+            }
             save_file(learned, beside / GUIDES)
         if model.origin is not None:
             with ExitStack() as apart:
-                for one in [] if guided is None else guided.listed:
-                    apart.enter_context(one.aside(denoiser))
+                for one in [] if controlled is None else controlled.control_modules:
+                    apart.enter_context(one.removed(denoiser))
                 save_pipeline(model, beside, denoiser)
             keep_fitted(model, beside)
             write_checksums(beside)
@@ -122,10 +124,10 @@ def load(
     model.fitted_times = fitted_times.read_times(home) or model.fitted_times
     plans = read_plans(home)
     if plans:
-        guides = add_control_modules(model, plans)
+        controlled = add_control_modules(model, plans)
         place = chosen_weights(path, checkpoint) if is_run else home / GUIDES
-        fill_guides(guides, read_tensors(place), place)
-        guides.eval()
+        load_control_weights(controlled, read_tensors(place), place)
+        controlled.eval()
     elif is_run:
         plan = adapter_run.read_plan(home)
         weights = chosen_weights(path, checkpoint)

@@ -52,9 +52,9 @@ def export(
     text = train_text_encoders.read_plan(home) or TextPlan()
     info = metadata_of(run, model, plan, [*triggers, *(word for word, _ in text.tokens)])
     if isinstance(model.denoiser, ControlledDenoiser):
-        from sfumato.workflow.export.control import export_guides
+        from sfumato.workflow.export.control import export_control_modules
 
-        return export_guides(model, adapter_run.read_base(home)[0], to, out, info)
+        return export_control_modules(model, adapter_run.read_base(home)[0], to, out, info)
     if plan is None and not text.alone:
         return export_whole(model, to, out, info)
     base = adapter_run.read_base(home)[0] if (home / adapter_run.BASE).is_file() else home
