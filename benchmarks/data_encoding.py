@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from sfumato.data.encoding import views
-from sfumato.data.encoding.encode import fill
-from sfumato.data.encoding.encode_plan import lay_out
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.encode import encode_to_store
+from sfumato.data.encoding.encode_plan import plan_encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources import folder, media
 from sfumato.data.store.store import Store
 from sfumato.models import new_codec
@@ -73,12 +73,12 @@ def spent(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(data: str, encoder: str, side: int, count: int, pairs: int) -> dict[str, Any]:
-    collection = folder.open(data, captions="none", empty=True)
+    collection = folder.open_collection(data, captions="none", empty=True)
     samples = collection.samples[:: max(1, len(collection.samples) // count)][:count]
     encode = ENCODERS[encoder]()
     frames = FRAMES if encoder == "clip" else 0
-    how = Encoding("net", batch=BATCH, frames=frames, rate=RATE)
-    tasks = lay_out(samples, (side, side), how, {}, False, lambda *told: None).tasks
+    how = EncodingOptions("net", batch=BATCH, frames=frames, fps=RATE)
+    tasks = plan_encoding(samples, (side, side), how, {}, False, lambda *told: None).tasks
 
     def straight(folder: Path) -> None:
         with torch.no_grad():
@@ -98,8 +98,12 @@ def measure(data: str, encoder: str, side: int, count: int, pairs: int) -> dict[
         for run in range(pairs):
             loops.append(spent(lambda: straight(whole)))
             root = whole / str(run)
-            fills.append(spent(lambda root=root: fill(Store(root), samples, (side, side), encode, None, how)))
-        again = spent(lambda: fill(Store(whole / "0"), samples, (side, side), encode, None, how))
+            fills.append(
+                spent(
+                    lambda root=root: encode_to_store(Store(root), samples, (side, side), encode, None, how)
+                )
+            )
+        again = spent(lambda: encode_to_store(Store(whole / "0"), samples, (side, side), encode, None, how))
         size = sum(file.stat().st_size for file in (whole / "0").rglob("*") if file.is_file())
     ratios = [[a[i] / b[i] for a, b in zip(loops, fills, strict=True)] for i in (0, 1)]
     middle = statistics.median

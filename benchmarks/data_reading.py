@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sfumato.data.encoding import encoded_dataset
-from sfumato.data.encoding.encode import fill
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.encode import encode_to_store
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources.sample import Sample
 from sfumato.data.store.store import Store
 
@@ -53,7 +53,7 @@ def made(count: int, folder: Path, entry: str) -> encoded_dataset.EncodedDataset
     def pixels(x: Tensor) -> Tensor:
         return torch.randn(len(x), *latent).bfloat16()
 
-    return fill(Store(folder), samples, (8, 8), pixels, texts, Encoding("p", "t", batch=64))
+    return encode_to_store(Store(folder), samples, (8, 8), pixels, texts, EncodingOptions("p", "t", batch=64))
 
 
 def ways(data: encoded_dataset.EncodedDataset, folder: Path, count: int) -> dict[str, Read]:

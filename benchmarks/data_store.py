@@ -59,7 +59,7 @@ def measure_index(count: int) -> None:
         begin = time.perf_counter()
         opened = Index(folder)
         middle = time.perf_counter()
-        places = opened.places(keys)
+        places = opened.locations(keys)
         tell(
             measure="index",
             entries=len(opened),
@@ -72,7 +72,9 @@ def measure_index(count: int) -> None:
 
 def measure_buckets(data: str) -> None:
     """What is cut off the pictures of a folder with 1, 3, 5 and 9 shapes."""
-    sizes = [media.size_of(sample.source()) for sample in folder.open(data, captions="none").samples]
+    sizes = [
+        media.size_of(sample.source()) for sample in folder.open_collection(data, captions="none").samples
+    ]
     for count in (1, 3, 5, 9):
         plan = buckets.choose(sizes, 256, 16, count)
         tell(measure="buckets", data=Path(data).name, shapes=len(plan.shapes), cut_off=plan.waste(sizes))

@@ -21,7 +21,7 @@ from scipy.ndimage import binary_dilation, binary_fill_holes
 import sfumato
 from sfumato.data import condition_images
 from sfumato.data.sources import folder
-from sfumato.data.sources.media import fit, read_picture, to_pixels
+from sfumato.data.sources.media import center_crop_resize, read_picture, to_pixels
 from sfumato.generation import to_pictures
 
 WHITE = 24
@@ -54,7 +54,7 @@ def edges_of(pixels: torch.Tensor) -> np.ndarray:
 
 def pixels_of(pictures: list[Image.Image], side: int) -> torch.Tensor:
     """[B, 3, side, side] in [-1, 1]."""
-    return torch.cat([to_pixels(fit(read_picture(one), side, side)[None]) for one in pictures])
+    return torch.cat([to_pixels(center_crop_resize(read_picture(one), side, side)[None]) for one in pictures])
 
 
 def sheet(rows: list[list[Image.Image]], file: Path) -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     asked = parser.parse_args()
     model = sfumato.load(asked.run)
     side = int(model.info["resolution"])
-    held_out = folder.open(asked.data).of("held_out")
+    held_out = folder.open_collection(asked.data).with_split("held_out")
     chosen = held_out[:: max(1, len(held_out) // asked.count)][: asked.count]
     pixels = pixels_of([one.source() for one in chosen], side)
     originals, given = (

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a line of JSON is appended")
     said = parser.parse_args()
     torch.set_num_threads(1)
-    sizes = known_sizes(folder.open(said.folder).samples)
+    sizes = known_sizes(folder.open_collection(said.folder).samples)
     found: dict[str, Any] = {"folder": Path(said.folder).name, "pictures": len(sizes), **vars(said)}
     ways: dict[str, Callable[[int], int]] = {}
     for count in (1, 5, 64):

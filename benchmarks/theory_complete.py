@@ -3,9 +3,10 @@
     python benchmarks/theory_complete.py --out FOLDER [--only flow]
 
 An order is promised of the widest step along the coordinate in which a solver carries its answers on
-(sfumato.theory.widest). A grid is made fine enough for that step to be a 12th of the whole way, then twice as
-fine. "Worked" is finite, and either an order, measured between the two, above the promise less a half, or an
-error below 1e-5; if not, again from a 40th, a 100th, a 400th. Where noise is drawn: means and widths.
+(sfumato.theory.widest_step). A grid is made fine enough for that step to be a 12th of the whole way, then
+twice as fine. "Worked" is finite, and either an order, measured between the two, above the promise less a
+half, or an error below 1e-5; if not, again from a 40th, a 100th, a 400th. Where noise is drawn: means and
+widths.
 Beside ours, the combinations of diffusers, k-diffusion and azula (theory_complete_peers.py, which asks less).
 Rows are added to FOLDER/theory_complete.jsonl, so that a run can be cut in pieces; the table is made of all.
 """
@@ -25,7 +26,7 @@ from theory_complete_peers import azula, diffusers_schedulers, k_diffusion
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.theory import Theory, get, integrate, methods, names, noise, times, widest
+from sfumato.theory import Theory, get, integrate, methods, names, noise, times, widest_step
 from sfumato.theory.solvers.multistep import coordinate
 from sfumato.theory.types import Denoise
 from sfumato.theory.verify import SMOOTH
@@ -82,9 +83,9 @@ def ours(title: str, theory: Theory) -> list[Row]:
             for kind in GRIDS:
                 row: Row = {"theory": title, "solver": name, "order": order, "grid": kind}
                 try:
-                    if method.draws or method.eta == 1:
+                    if method.needs_noise or method.eta == 1:
                         row |= resembles(theory, denoise, many, kind, name, order)
-                    elif method.free:
+                    elif method.own_times:
                         row |= within(theory, denoise, x_T, wanted, kind)
                     else:
                         row |= converges(theory, denoise, x_T, wanted, kind, name, order)
@@ -117,12 +118,12 @@ def converges(
 ) -> Row:
     """Whether the error falls as promised with the widest step."""
     method = methods()[name]
-    promise, row = method.promise(order or method.usual), {}
+    promise, row = method.expected_order(order or method.default_order), {}
     for share in SHARES:
         steps = fine_enough(theory, kind, method.carries, share)
         grids = [grid_of(kind, theory, n) for n in (steps, 2 * steps)]
         coarse, fine = (root(integrate(denoise, x_T, theory, grid, name, order) - wanted) for grid in grids)
-        wide, narrow = (widest(theory, grid, name) for grid in grids)
+        wide, narrow = (widest_step(theory, grid, name) for grid in grids)
         row = {"promise": promise, "steps": 2 * steps, "error": fine, "found": "wrong"}
         if math.isfinite(fine):
             row["measured"] = round(math.log(coarse / max(fine, 1e-16)) / math.log(wide / narrow), 2)

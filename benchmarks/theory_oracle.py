@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sfumato.theory import Theory, get, guidance, integrate, noise, oracle, times
 from sfumato.theory.oracle import Mixture
-from sfumato.theory.verify import trimmed
+from sfumato.theory.verify import trimmed_rms
 
 torch.set_num_threads(1)
 AUTO, FITTED = "sfumato auto", "sfumato fitted"
@@ -83,13 +83,13 @@ class Problem:
 
 
 def problems() -> list[Problem]:
-    ring, wide = oracle.ring(), oracle.random_mixture(5, 64, 211, spread=0.6, least=0.0015)
+    ring, wide = oracle.ring(), oracle.random_mixture(5, 64, 211, mean_std=0.6, least=0.0015)
     return [
         Problem("ring, 2-D 8 modes", ring),
         Problem("random, 64-D 5 modes", wide),
-        Problem("random, 16-D 12 modes", oracle.random_mixture(12, 16, 221, spread=0.8)),
-        Problem("sharp, 4-D 20 modes", oracle.random_mixture(20, 4, 231, spread=0.9, least=0.0002)),
-        Problem("two far modes, 8-D", oracle.random_mixture(2, 8, 241, spread=1.3)),
+        Problem("random, 16-D 12 modes", oracle.random_mixture(12, 16, 221, mean_std=0.8)),
+        Problem("sharp, 4-D 20 modes", oracle.random_mixture(20, 4, 231, mean_std=0.9, least=0.0002)),
+        Problem("two far modes, 8-D", oracle.random_mixture(2, 8, 241, mean_std=1.3)),
         Problem("ring, guided by 4", ring, (0, 1, 2), 4.0),
         Problem("random 64-D, guided by 4", wide, (1, 3), 4.0),
         Problem("random 16-D, guided by 7", oracle.random_mixture(6, 16, 251), (0, 3), 7.0),
@@ -141,7 +141,7 @@ def run(budgets: list[int], samples: int, only: str, asked: list[Problem]) -> li
                     end = one(problem.posterior, x_T, budget)
                     if end is not None and bool(end.x.isfinite().all()):
                         found[name] = problem.miss(end)
-                errors = {k: (trimmed(m), float(m.square().mean().sqrt())) for k, m in found.items()}
+                errors = {k: (trimmed_rms(m), float(m.square().mean().sqrt())) for k, m in found.items()}
                 rows.append({"problem": problem.name, "setting": setting, "budget": budget, "errors": errors})
                 print(line(rows[-1]), flush=True)
     return rows

@@ -64,7 +64,7 @@ def by_angle(model: Pipeline, recipe: Recipe, most: int = 131) -> list[float]:
     """Mean squared error of v on held-out pictures at each of ANGLES."""
     collection = collect(recipe.data)
     bucket = (recipe.data.resolution, recipe.data.resolution)
-    held = encoded_samples(recipe, collection.samples, bucket, model, None).of("held_out")
+    held = encoded_samples(recipe, collection.samples, bucket, model, None).with_split("held_out")
     batch = held.read(list(range(min(most, len(held)))), 0, 0)
     x_0, condition = batch.latents.float(), Condition.stack([dict(row) for row in batch.conditions])
     found = []
@@ -72,7 +72,7 @@ def by_angle(model: Pipeline, recipe: Recipe, most: int = 131) -> list[float]:
         x_T = noise.normal(tuple(x_0.shape[1:]), 7, batch.ids, step=index, purpose="by angle")
         t = model.theory.time_of(angle).expand(len(x_0))
         x_t = model.theory.mix(x_0, x_T, t)
-        r, from_out, from_z = (float(c[0]) for c in model.theory.reader(t))
+        r, from_out, from_z = (float(c[0]) for c in model.theory.velocity_coefficients(t))
         v = from_out * model.predict(x_t, t, condition) + from_z * x_t / r
         found.append(float((v - (math.cos(angle) * x_T - math.sin(angle) * x_0)).square().mean()))
     return found
@@ -80,7 +80,7 @@ def by_angle(model: Pipeline, recipe: Recipe, most: int = 131) -> list[float]:
 
 def accuracy(model: Pipeline, recipe: Recipe, count: int) -> dict[str, float]:
     """Shares of pictures of unseen combinations that show what was asked."""
-    prompts = chosen([one.captions[0] for one in collect(recipe.data).of("held_out")], count)
+    prompts = chosen([one.captions[0] for one in collect(recipe.data).with_split("held_out")], count)
     drawn = model.generate(prompts, seed=[1_000_003 + i for i in range(len(prompts))])
     verdicts = [shape_reader.judge(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
     return {name: sum(v[name] for v in verdicts) / len(verdicts) for name in ("shape_and_color", "position")}

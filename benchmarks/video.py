@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.generation import load
 from sfumato.generation.video import image_pixels
 from sfumato.models.codecs.tiling import Tiling, decode_tiled
@@ -56,8 +56,8 @@ def quality(model, recipe: Recipe, count: int) -> dict[str, object]:
     """Steadiness beside the training clips', and the first frame's fate."""
     data = recipe.data
     collection = collect(data)
-    held_out = list(collection.of("held_out") or collection.of("train"))[: 2 * count]
-    how = Encoding("", frames=data.frames, rate=data.fps)
+    held_out = list(collection.with_split("held_out") or collection.with_split("train"))[: 2 * count]
+    how = EncodingOptions("", frames=data.frames, fps=data.fps)
     real = PicturesInMemory(held_out, (data.resolution, data.resolution), how)
     captions = {one.name: one.captions[0] for one in held_out}
     clips = [p.permute(1, 2, 3, 0).numpy() for p in real.pictures if p.ndim == 4 and p.shape[1] > 1][:count]

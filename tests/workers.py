@@ -19,9 +19,9 @@ LONGEST = 300.0
 
 
 def _join(
-    rank: int, count: int, port: int, said: Path, job: Callable[..., object], given: tuple[object, ...]
+    rank: int, count: int, port: int, error_files: Path, job: Callable[..., object], given: tuple[object, ...]
 ) -> None:
-    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)  # torch's own words go there too
+    os.dup2(os.open(error_files, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)  # torch's own words go there too
     torch.set_num_threads(1)
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(number) for name, number in where.items()})
@@ -30,16 +30,16 @@ def _join(
         job(*given)
 
 
-def spread(count: int, job: Callable[..., object], *given: object) -> None:
+def run_processes(count: int, job: Callable[..., object], *given: object) -> None:
     """Do a job on `count` processes that have joined; where one fails, the test fails with their words."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        said = [Path(folder) / f"{rank}.txt" for rank in range(count)]
+        error_files = [Path(folder) / f"{rank}.txt" for rank in range(count)]
         workers = [
-            fork.Process(target=_join, args=(rank, count, port, said[rank], job, given))
+            fork.Process(target=_join, args=(rank, count, port, error_files[rank], job, given))
             for rank in range(count)
         ]
         for worker in workers:
@@ -53,6 +53,6 @@ def spread(count: int, job: Callable[..., object], *given: object) -> None:
             words = [
                 f"process {rank} of {count} {'did not end' if code is None else f'ended with {code}'}:\n"
                 + (file.read_text(errors="replace") if file.exists() else "")
-                for rank, (code, file) in enumerate(zip(codes, said, strict=True))
+                for rank, (code, file) in enumerate(zip(codes, error_files, strict=True))
             ]
             pytest.fail("\n".join(words), pytrace=False)

@@ -19,7 +19,9 @@ def few(collection, train: int, held_out: int):
 
     def small(*arguments, **options):
         whole = collection(*arguments, **options)
-        return Collection(whole.name, whole.of("train")[:train] + whole.of("held_out")[:held_out])
+        return Collection(
+            whole.name, whole.with_split("train")[:train] + whole.with_split("held_out")[:held_out]
+        )
 
     return small
 

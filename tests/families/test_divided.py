@@ -13,7 +13,7 @@ from sfumato.errors import Refused
 from sfumato.models import files
 from sfumato.run_folder import RunFolder
 from sfumato.training.distributed.processes import Processes
-from workers import spread
+from workers import run_processes
 
 from .test_training import SHOWN, write_recipe
 from .zoo import ZOO
@@ -26,7 +26,7 @@ def work(recipe: Path, overrides: list[str]) -> None:
 
 
 def train_on_two(recipe: Path, *overrides: str) -> None:
-    spread(2, work, recipe, list(overrides))
+    run_processes(2, work, recipe, list(overrides))
 
 
 def distance(recipe: Path, folder: Path, *many: str) -> float:

@@ -22,7 +22,7 @@ from sfumato.models.networks import blocks
 from sfumato.models.pretrained import context_parallel
 from sfumato.models.pretrained.families.ltx_video import LTXVideo
 from sfumato.training.distributed.processes import current_processes
-from workers import spread
+from workers import run_processes
 
 
 def noise(*shape: int) -> Tensor:
@@ -98,7 +98,7 @@ def _keep(folder: Path) -> None:
 
 
 def test_two_processes_that_share_a_sample_answer_and_learn_as_one(tmp_path):
-    spread(2, _keep, tmp_path)
+    run_processes(2, _keep, tmp_path)
     for kind in NETWORKS:
         found, alone = load_file(tmp_path / kind), answered(*made(kind))
         assert torch.equal(found.pop("alone again"), alone["answer"])

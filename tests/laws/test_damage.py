@@ -186,7 +186,7 @@ def make_npz(folder: Path) -> Path:
 
 
 def read_npz(folder: Path) -> str:
-    found = sources_folder.open(folder / "set.npz", held_out=0)
+    found = sources_folder.open_collection(folder / "set.npz", held_out=0)
     return told({one.name: [one.captions, told(np.asarray(one.source()))] for one in found.samples})
 
 

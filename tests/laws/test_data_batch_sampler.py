@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 
 from sfumato.data.buckets import candidates, choose, crop_waste, token_budget
-from sfumato.data.encoding.batch_sampler import BatchSampler, Curriculum, CurriculumStage, share
+from sfumato.data.encoding.batch_sampler import BatchSampler, Curriculum, CurriculumStage, rank_slice
 from sfumato.data.sources import media
 from sfumato.errors import Refused
 
@@ -51,12 +51,12 @@ def test_epochs_never_fall_and_differ_in_order():
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_processes_share_the_same_global_batch(world):
     indices, _ = BatchSampler(BUCKETS["one"], 8, seed=0).at(5)
-    assert [index for rank in range(world) for index in share(indices, rank, world)] == indices
+    assert [index for rank in range(world) for index in rank_slice(indices, rank, world)] == indices
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(Refused, match="multiple of 3"):
-        share(list(range(8)), 0, 3)
+        rank_slice(list(range(8)), 0, 3)
 
 
 def test_repeats_are_seen_so_much_more_often():
@@ -132,5 +132,5 @@ def test_a_picture_of_nearly_the_shape_of_its_bucket_is_not_looked_at_past_its_s
         for width, height in product(
             *[[round(side * times) + more for more in (-1, 0, 1)] for side in shape]
         ):
-            left, top, right, bottom = media.window((width, height), *shape)
+            left, top, right, bottom = media.center_crop_box((width, height), *shape)
             assert 0 <= left < right <= width and 0 <= top < bottom <= height

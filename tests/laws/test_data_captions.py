@@ -6,7 +6,7 @@ from PIL import Image
 from sfumato.data import dataset_report
 from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.data.sources import captions, folder
-from sfumato.data.sources.captions import Wording, expand_captions
+from sfumato.data.sources.captions import CaptionOptions, expand_captions
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.report import data_page
@@ -15,25 +15,25 @@ ONE = Sample("a", ("fox, red, small, night, in the snow",), extra={"artist": "An
 
 
 def test_template_and_trigger_surround_the_caption():
-    (sample,) = expand_captions([ONE], Wording(template="{caption}, by {artist}", trigger="sks"))
+    (sample,) = expand_captions([ONE], CaptionOptions(template="{caption}, by {artist}", trigger_words="sks"))
     assert sample.captions == ("sks fox, red, small, night, in the snow, by Anna",)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_shuffling_keeps_the_prefix_and_loses_no_tag(keep):
-    (sample,) = expand_captions([ONE], Wording(shuffles=6, keep=keep))
+    (sample,) = expand_captions([ONE], CaptionOptions(tag_shuffles=6, keep_tags=keep))
     tags = ONE.captions[0].split(", ")
     assert 1 < len(sample.captions) <= 6
     for caption in sample.captions:
         assert caption.split(", ")[:keep] == tags[:keep]
         assert sorted(caption.split(", ")) == sorted(tags)
-    assert expand_captions([ONE], Wording(shuffles=6, keep=keep))[0] == sample
+    assert expand_captions([ONE], CaptionOptions(tag_shuffles=6, keep_tags=keep))[0] == sample
 
 
 @pytest.mark.parametrize("template", ["no place", "{caption} by {painter}", "{caption} {0}", "{caption"])
 def test_a_template_that_cannot_be_filled_is_refused(template):
     with pytest.raises(Refused, match="template"):
-        expand_captions([ONE], Wording(template=template))
+        expand_captions([ONE], CaptionOptions(template=template))
 
 
 def test_long_captions_are_found_by_the_given_tokenizer():
@@ -53,9 +53,10 @@ def two_sets(tmp_path):
 
 def test_sets_are_joined_with_their_weights(two_sets):
     sets = [
-        (folder.open(two_sets / name, held_out=0), times) for name, times in (("photos", 1), ("drawings", 3))
+        (folder.open_collection(two_sets / name, held_out=0), times)
+        for name, times in (("photos", 1), ("drawings", 3))
     ]
-    whole = folder.joined(sets)
+    whole = folder.concatenate(sets)
     assert len({sample.id for sample in whole.samples}) == 6
     repeats = [sample.repeat for sample in whole.samples]
     order = BatchSampler([(1,)] * 6, 5, seed=0, repeats=repeats)
@@ -66,7 +67,9 @@ def test_sets_are_joined_with_their_weights(two_sets):
 def test_the_report_counts_truncated_captions_and_kinds_not_read(two_sets):
     (two_sets / "photos" / "x.heic").write_bytes(b"heic")
     told = dataset_report.report(
-        folder.open(two_sets / "photos"), tokens=lambda texts: [len(text) for text in texts], most_tokens=4
+        folder.open_collection(two_sets / "photos"),
+        tokens=lambda texts: [len(text) for text in texts],
+        most_tokens=4,
     )
     assert len(told.summary["truncated"]) == 4 and "Longer than the model reads (4)" in data_page.render(
         told.summary, told.sheets, told.twins

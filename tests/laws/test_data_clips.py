@@ -11,7 +11,7 @@ from PIL import Image
 
 from sfumato.data import dataset_report
 from sfumato.data.encoding import encode
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources import clips, folder, media
 from sfumato.data.sources.clips import ClipSpan
 from sfumato.data.sources.sample import Sample
@@ -19,7 +19,7 @@ from sfumato.data.store.store import Store
 from sfumato.report import data_page
 
 SIDE = 32
-HOW = Encoding(pixels="codec", batch=2, shard=4, frames=4, rate=4, threads=1)
+HOW = EncodingOptions(pixels="codec", batch=2, shard=4, frames=4, fps=4, threads=1)
 
 
 def grey(level):
@@ -63,9 +63,9 @@ KINDS = {
 def test_a_clip_is_resampled_by_time(name, tmp_path):
     file = KINDS[name](tmp_path / name)
     assert clips.is_clip(name, file)
-    found = clips.facts(name, file)
+    found = clips.video_info(name, file)
     assert found.size == (SIDE, SIDE) and abs(found.seconds - 2) < 0.13
-    clip = clips.read(name, file, ClipSpan(frames=4, rate=4), 16, 16)
+    clip = clips.read_frames(name, file, ClipSpan(frames=4, fps=4), 16, 16)
     assert clip.shape == (3, 4, 16, 16)
     expected = torch.tensor([50, 75, 100, 125.0])  # the middle second of two
     assert (levels(clip) - expected).abs().max() <= 17
@@ -74,13 +74,15 @@ def test_a_clip_is_resampled_by_time(name, tmp_path):
 def test_a_variable_rate_is_no_special_case(tmp_path):
     moments = [0, 0.04, 0.08, 0.5, 0.54, 1.0, 1.5, 1.9, 1.95]
     file = movie(tmp_path / "uneven.mp4", moments)
-    clip = clips.read(file.name, file, ClipSpan(frames=4, rate=2), 16, 16)
+    clip = clips.read_frames(file.name, file, ClipSpan(frames=4, fps=2), 16, 16)
     assert (levels(clip) - torch.tensor([0, 50, 100, 150.0])).abs().max() <= 6
 
 
 def test_segments_are_spread_from_beginning_to_end(tmp_path):
     file = animation(tmp_path / "clip.webp")
-    means = [float(levels(clips.read(file.name, file, ClipSpan(4, 8, i, 3), 8, 8)).mean()) for i in range(3)]
+    means = [
+        float(levels(clips.read_frames(file.name, file, ClipSpan(4, 8, i, 3), 8, 8)).mean()) for i in range(3)
+    ]
     assert means == sorted(means) and means[0] < 30 and means[2] > 150
 
 
@@ -108,7 +110,7 @@ BROKEN = {
 def test_what_is_no_usable_clip_has_a_reason(name, tmp_path):
     BROKEN[name](tmp_path / name)
     with pytest.raises(media.Unreadable) as told:
-        clips.read(name, tmp_path / name, ClipSpan(frames=4, rate=4), 16, 16)
+        clips.read_frames(name, tmp_path / name, ClipSpan(frames=4, fps=4), 16, 16)
     assert 5 < len(str(told.value)) < 200
 
 
@@ -116,7 +118,7 @@ def fill(tmp_path, given, how=HOW, bucket=(16, 16)):
     def look(pixels):
         return pixels.mean(1, keepdim=True)
 
-    return encode.fill(Store(tmp_path / "store"), given, bucket, look, None, how)
+    return encode.encode_to_store(Store(tmp_path / "store"), given, bucket, look, None, how)
 
 
 @pytest.fixture
@@ -141,7 +143,7 @@ def test_clips_too_short_are_taken_with_fewer_frames(given, tmp_path):
     """Law: each clip has the most frames of those allowed that it lasts for; one frame is a still."""
     movie(tmp_path / "half.mp4", [i / 25 for i in range(15)])
     given.append(Sample("half.mp4", ("",), file=tmp_path / "half.mp4"))
-    encoded = fill(tmp_path, given, replace(HOW, shorter=(1, 2, 3)))
+    encoded = fill(tmp_path, given, replace(HOW, short_clip_frames=(1, 2, 3)))
     assert not encoded.set_aside
     frames = dict(zip(encoded.names, (bucket[1] for bucket in encoded.buckets), strict=True))
     assert frames["0.webp"] == 4 and frames["half.mp4"] == 2
@@ -149,7 +151,7 @@ def test_clips_too_short_are_taken_with_fewer_frames(given, tmp_path):
 
 
 def test_mirrored_segments_are_so_many_views(given, tmp_path):
-    encoded = fill(tmp_path, given[:1], replace(HOW, segments=2, flip=True))
+    encoded = fill(tmp_path, given[:1], replace(HOW, clips_per_video=2, flip=True))
     assert len(encoded.items[0].pictures) == 4
     shown = {tuple(np.round(levels(encoded.read([0], 0, e).latents[0]).tolist(), 4)) for e in range(40)}
     assert len(shown) == 2  # the frames are grey, so mirrored ones look the same
@@ -163,7 +165,7 @@ def test_a_model_of_pictures_sets_videos_aside_and_takes_first_frames_of_animati
 
 def test_the_report_tells_how_long_clips_are(given, tmp_path):
     (tmp_path / "noise.mp4").write_bytes(b"no video")
-    told = dataset_report.report(folder.open(tmp_path, captions="none"))
+    told = dataset_report.report(folder.open_collection(tmp_path, captions="none"))
     assert told.summary["clips"]["count"] == 4 and told.summary["samples"] == 5
     assert [one["file"] for one in told.summary["set_aside"]] == ["noise.mp4"]
     assert "4 of them move" in data_page.render(told.summary, told.sheets, told.twins)

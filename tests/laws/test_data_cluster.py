@@ -8,7 +8,7 @@ import pytest
 from test_data_store import HOW, Encoder, fill, hashes, samples
 
 from sfumato.data.encoding import encode
-from sfumato.data.encoding.ray_cluster import spread
+from sfumato.data.encoding.ray_cluster import run_on_ray
 from sfumato.data.store.store import Store
 from sfumato.errors import Refused
 
@@ -16,7 +16,7 @@ from sfumato.errors import Refused
 def test_without_ray_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(Refused, match=r"sfumato\[cluster\]"):
-        spread(lambda rank, world: None, 2)
+        run_on_ray(lambda rank, world: None, 2)
 
 
 @pytest.mark.slow
@@ -32,11 +32,11 @@ def test_a_killed_worker_changes_nothing(tmp_path, monkeypatch):
             os._exit(9)
         encoder = Encoder()
         store = Store(tmp_path / "cluster")
-        found = encode.fill(
+        found = encode.encode_to_store(
             store, samples(50), (16, 16), encoder.look, encoder.hear, HOW, part=(rank, world), patience=60
         )
         return len(found)
 
-    assert spread(work, 2) == [50, 50] and died.exists()
+    assert run_on_ray(work, 2) == [50, 50] and died.exists()
     fill(tmp_path / "one", 50)
     assert hashes(tmp_path / "cluster") == hashes(tmp_path / "one")

@@ -19,9 +19,9 @@ def test_openmoji_has_hundreds_of_named_pictures_and_a_few_held_out():
     assert {sample.name for sample in chosen.samples} < {sample.name for sample in every.samples}
     for collection in (chosen, every):
         assert len({sample.id for sample in collection.samples}) == len(collection.samples)
-        assert len(collection.of("held_out")) == len(openmoji.UNSEEN)
-        trained = {sample.captions for sample in collection.of("train")}
-        assert not trained & {sample.captions for sample in collection.of("held_out")}
+        assert len(collection.with_split("held_out")) == len(openmoji.UNSEEN)
+        trained = {sample.captions for sample in collection.with_split("train")}
+        assert not trained & {sample.captions for sample in collection.with_split("held_out")}
 
 
 @pytest.mark.parametrize("size", [32, 64, 200])
@@ -75,7 +75,7 @@ def test_mild_blur_or_noise_does_no_harm(spoil):
 
 def test_a_caption_that_says_something_else_is_judged_wrong():
     chance = np.random.default_rng(5)
-    drawn = [shapes.scene(chance) for _ in range(60)]
+    drawn = [shapes.random_scene(chance) for _ in range(60)]
     told = [{(thing.shape, thing.color) for thing in scene.things} for scene in drawn]
     other_things = [pair for pair, (a, b) in zip(pairwise(drawn), pairwise(told), strict=True) if a != b]
     assert len(other_things) > 50
@@ -86,7 +86,9 @@ def test_a_caption_that_says_something_else_is_judged_wrong():
 @pytest.mark.parametrize(("relation", "opposite"), [("above", "below"), ("left of", "right of")])
 def test_the_opposite_position_is_wrong(relation, opposite):
     chance = np.random.default_rng(2)
-    drawn = [scene for scene in (shapes.scene(chance) for _ in range(60)) if scene.relation == relation]
+    drawn = [
+        scene for scene in (shapes.random_scene(chance) for _ in range(60)) if scene.relation == relation
+    ]
     assert len(drawn) >= 5
     for scene in drawn:
         picture = shapes.draw(scene, 64)
@@ -98,7 +100,7 @@ def test_things_of_a_held_out_picture_are_in_no_training_picture_together():
     collection = shapes.collection(800, 0, 32, 64)
 
     def together(split: str) -> set[frozenset[tuple[str, str]]]:
-        scenes_of = [shapes.parse(sample.captions[0]).things for sample in collection.of(split)]
+        scenes_of = [shapes.parse(sample.captions[0]).things for sample in collection.with_split(split)]
         return {frozenset((thing.shape, thing.color) for thing in things) for things in scenes_of}
 
     seen, held_out = together("train"), together("held_out")
@@ -112,10 +114,20 @@ def test_things_of_a_held_out_picture_are_in_no_training_picture_together():
 def test_a_caption_is_read_back_as_the_scene_it_was_made_of():
     chance = np.random.default_rng(8)
     for _ in range(100):
-        scene = shapes.scene(chance)
+        scene = shapes.random_scene(chance)
         again = shapes.parse(scene.caption)
         assert again.caption == scene.caption
         assert again.relation == scene.relation and again.background == scene.background
+
+
+def test_a_scene_is_written_into_the_store_keys_as_ever():
+    """Law: what names an embedded picture in the store does not change with the names of classes."""
+    scene = shapes.parse("a small red circle above a large blue square on black")
+    things = (
+        "Thing(shape='circle', color='red', size='small', x=0, y=0, radius=0)",
+        "Thing(shape='square', color='blue', size='large', x=0, y=0, radius=0)",
+    )
+    assert repr(scene) == f"Scene(things=({', '.join(things)}), background='black', relation='above')"
 
 
 def test_other_words_are_refused():

@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from sfumato.data import dataset_report
 from sfumato.data.encoding import views
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources import folder as sources_folder
 from sfumato.data.sources import media, metadata
 from sfumato.errors import Refused
@@ -159,10 +159,10 @@ def test_no_path_leaves_the_data_folder(name, folder):
     (folder / "link.png").symlink_to(folder.parent / "secrets" / "secret.png")
     (folder / "out").symlink_to(folder.parent / "secrets")
     table(folder, [{"file_name": "a.png", "caption": "a"}, {"file_name": name, "caption": "secret"}])
-    found = sources_folder.open(folder)
+    found = sources_folder.open_collection(folder)
     assert reasons(found)[name] == "refused: outside the data folder"
     assert [sample.name for sample in found.samples] == ["a.png"]
-    everything = sources_folder.open(folder, captions="none")
+    everything = sources_folder.open_collection(folder, captions="none")
     assert all("secret" not in str(sample.file.resolve()) for sample in everything.samples)
 
 
@@ -172,7 +172,7 @@ def test_links_within_the_folder_are_followed_and_loops_do_no_harm(folder):
     (folder / "self.png").symlink_to(folder / "self.png")
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     os.mkfifo(folder / "pipe.png")
-    found = sources_folder.open(folder, captions="none")
+    found = sources_folder.open_collection(folder, captions="none")
     assert [sample.name for sample in found.samples] == ["a.png", "again.png", "b.png"]
     assert set(reasons(found)) == {"self.png", "gone.png", "pipe.png"}
 
@@ -200,7 +200,7 @@ ROWS = {
 def test_a_bad_row_is_set_aside_with_its_reason_and_the_others_stay(kind, folder):
     row, file, reason = ROWS[kind]
     table(folder, [{"file_name": "a.png", "caption": "fine"}, row])
-    found = sources_folder.open(folder)
+    found = sources_folder.open_collection(folder)
     assert [sample.name for sample in found.samples] == ["a.png"]
     assert reasons(found)[file].startswith(reason)
 
@@ -210,7 +210,7 @@ def test_repeated_rows_give_one_sample_with_all_captions(folder):
     table(
         folder, [row, row, {"file_name": "a.png", "caption": "two"}, {"file_name": "b.png", "caption": "b"}]
     )
-    found = sources_folder.open(folder)
+    found = sources_folder.open_collection(folder)
     assert [sample.captions for sample in found.samples] == [("one", "two"), ("b",)]
     assert "listed 2 times" in reasons(found)["a.png"]
 
@@ -221,7 +221,7 @@ def test_strange_names_are_kept_and_can_be_printed(folder):
         save(folder / f"{name}.png", Image.new("RGB", (20, 20), RED))
         (folder / f"{name}.txt").write_text("words")
     (folder / "a.txt").write_text("a")
-    found = dataset_report.report(sources_folder.open(folder))
+    found = dataset_report.report(sources_folder.open_collection(folder))
     assert found.summary["samples"] == 6
     json.dumps(found.summary).encode()
     shown = [metadata.printable(name) for name in names]
@@ -231,40 +231,40 @@ def test_strange_names_are_kept_and_can_be_printed(folder):
 
 def test_one_picture_without_caption_is_set_aside_but_all_are_refused(folder):
     (folder / "a.txt").write_text("words", encoding="utf-8-sig")
-    found = sources_folder.open(folder)
+    found = sources_folder.open_collection(folder)
     assert found.samples[0].captions == ("words",) and "b.png" in reasons(found)
     (folder / "a.txt").unlink()
     with pytest.raises(Refused, match=r'2 pictures but no captions.*"folder".*"none"'):
-        sources_folder.open(folder)
+        sources_folder.open_collection(folder)
 
 
 def test_a_report_is_made_even_if_every_file_was_set_aside(folder):
     table(folder, [{"file_name": "a.png", "caption": ""}, {"file_name": "../x.png", "caption": "x"}])
     (folder / "b.png").unlink()
     with pytest.raises(Refused, match="all 2 pictures were set aside"):
-        sources_folder.open(folder)
-    told = dataset_report.report(sources_folder.open(folder, empty=True))
+        sources_folder.open_collection(folder)
+    told = dataset_report.report(sources_folder.open_collection(folder, empty=True))
     assert told.summary["samples"] == 0 and len(told.summary["set_aside"]) == 2
     assert "its caption is empty" in data_page.render(told.summary, told.sheets, told.twins)
 
 
 def test_nothing_no_folder_no_pictures_no_column_are_refused(folder, tmp_path):
     with pytest.raises(Refused, match="does not exist"):
-        sources_folder.open(tmp_path / "nowhere")
+        sources_folder.open_collection(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(Refused, match="no pictures"):
-        sources_folder.open(tmp_path / "empty")
+        sources_folder.open_collection(tmp_path / "empty")
     table(folder, [{"file_name": "a.png", "description": "a"}])
     with pytest.raises(Refused, match=r'no column of captions: it has file_name, description.*"caption"'):
-        sources_folder.open(folder)
+        sources_folder.open_collection(folder)
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text("name,caption\na.png,a\n")
     with pytest.raises(Refused, match=r'no column of files: it has name, caption.*"file_name"'):
-        sources_folder.open(folder)
+        sources_folder.open_collection(folder)
     with pytest.raises(Refused, match="no folders inside"):
-        sources_folder.open(folder, captions="folder")
+        sources_folder.open_collection(folder, captions="folder")
     with pytest.raises(Refused, match="not known"):
-        sources_folder.open(folder, captions="fils")
+        sources_folder.open_collection(folder, captions="fils")
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet", "txt", "json", "tar"])
@@ -291,7 +291,7 @@ def test_all_forms_of_captions_say_the_same(form, folder):
         with tarfile.open(folder.parent / "shard.tar", "w") as archive:
             archive.add(folder, "things")
         folder = folder.parent / "shard.tar"
-    found = sources_folder.open(folder)
+    found = sources_folder.open_collection(folder)
     assert [sample.captions[0] for sample in found.samples] == [row["caption"] for row in rows]
     assert all(media.read_picture(sample.source()).size == (20, 20) for sample in found.samples)
 
@@ -306,7 +306,7 @@ def test_a_tar_that_names_outside_files_gives_only_what_it_holds(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         archive.addfile(link)
     (tmp_path / "cut.tar").write_bytes((tmp_path / "evil.tar").read_bytes()[:700])
-    found = sources_folder.open(tmp_path)
+    found = sources_folder.open_collection(tmp_path)
     assert [sample.captions for sample in found.samples] == [("evil",)]
     assert not (tmp_path.parent.parent / "evil.png").exists()
 
@@ -325,18 +325,20 @@ def test_every_source_has_a_held_out_part(form, tmp_path):
         with tarfile.open(tmp_path / "all.tar", "w") as archive:
             archive.add(place, "things")
         place = tmp_path / "all.tar"
-    found = sources_folder.open(place, captions=form if form in ("folder", "none") else "files", held_out=0.2)
-    assert 4 <= len(found.of("held_out")) <= 32
-    assert len(found.of("train")) + len(found.of("held_out")) == 80
+    found = sources_folder.open_collection(
+        place, captions=form if form in ("folder", "none") else "files", held_out=0.2
+    )
+    assert 4 <= len(found.with_split("held_out")) <= 32
+    assert len(found.with_split("train")) + len(found.with_split("held_out")) == 80
 
 
 def test_an_npz_of_objects_is_refused_and_one_of_pictures_is_read(tmp_path):
     np.savez(tmp_path / "objects.npz", images=np.array([{"a": 1}], dtype=object))
     with pytest.raises(Refused, match="plain arrays"):
-        sources_folder.open(tmp_path / "objects.npz", captions="folder")
+        sources_folder.open_collection(tmp_path / "objects.npz", captions="folder")
     images = np.zeros((5, 12, 12), np.uint8)
     np.savez(tmp_path / "digits.npz", images=images, labels=np.arange(5), classes=np.array(list("vwxyz")))
-    found = sources_folder.open(tmp_path / "digits.npz", captions="folder")
+    found = sources_folder.open_collection(tmp_path / "digits.npz", captions="folder")
     assert [sample.captions[0] for sample in found.samples] == list("vwxyz")
     assert [sample.label for sample in found.samples] == [0, 1, 2, 3, 4]
 
@@ -344,7 +346,7 @@ def test_an_npz_of_objects_is_refused_and_one_of_pictures_is_read(tmp_path):
 def test_folders_are_classes(tmp_path):
     for name in ("red_apple/1.png", "red_apple/2.png", "pear/1.png", "stray.png"):
         save(tmp_path / name, Image.new("RGB", (20, 20), RED))
-    found = sources_folder.open(tmp_path, captions="folder")
+    found = sources_folder.open_collection(tmp_path, captions="folder")
     assert [(sample.captions[0], sample.label) for sample in found.samples] == [
         ("pear", 0), ("red apple", 1), ("red apple", 1)
     ]  # fmt: skip
@@ -359,11 +361,11 @@ def test_a_caption_is_never_on_both_sides_and_a_split_column_is_honoured(tmp_pat
             {"file_name": f"{index}.png", "caption": [f"thing {index % 60}", f"alias {index // 2 % 50}"]}
         )
     table(tmp_path, rows)
-    found = sources_folder.open(tmp_path, held_out=0.3)
-    sides = {side: {c for s in found.of(side) for c in s.captions} for side in ("train", "held_out")}
+    found = sources_folder.open_collection(tmp_path, held_out=0.3)
+    sides = {side: {c for s in found.with_split(side) for c in s.captions} for side in ("train", "held_out")}
     assert sides["train"] and not sides["train"] & sides["held_out"]
     table(tmp_path, [{**row, "split": "validation" if i < 7 else "train"} for i, row in enumerate(rows)])
-    assert len(sources_folder.open(tmp_path).of("held_out")) == 7
+    assert len(sources_folder.open_collection(tmp_path).with_split("held_out")) == 7
 
 
 def test_the_report_counts_what_is_there_and_names_what_is_not(folder):
@@ -373,7 +375,7 @@ def test_the_report_counts_what_is_there_and_names_what_is_not(folder):
             (folder / name).with_suffix(".txt").write_text("broken")
     (folder / "a.txt").write_text("same <b>words</b>")
     (folder / "b.txt").write_text("other words")
-    told = dataset_report.report(sources_folder.open(folder))
+    told = dataset_report.report(sources_folder.open_collection(folder))
     summary = told.summary
     assert summary["samples"] == 2 and summary["captions"] == 2
     assert {one["file"] for one in summary["set_aside"]} >= {name for name, data in BROKEN.items() if data}
@@ -391,7 +393,7 @@ def test_companions_stay_in_the_folder_and_are_no_samples_themselves(folder):
     ]
     save(folder / "c.png", Image.new("RGB", (20, 20), RED))
     table(folder, rows)
-    found = sources_folder.open(folder)
+    found = sources_folder.open_collection(folder)
     (sample,) = found.samples
     assert sample.companions == {"control": folder / "b.png"} and sample.extra["mask"] == "not a picture"
     assert reasons(found) == {"c.png": "its control ../secrets/secret.png: refused: outside the data folder"}
@@ -429,21 +431,26 @@ def test_an_archive_that_cannot_be_used_is_refused_in_a_sentence(name, tmp_path)
     make, why = ARCHIVES[name]
     make(tmp_path / name)
     with pytest.raises(Refused, match=why):
-        sources_folder.open(tmp_path / name)
+        sources_folder.open_collection(tmp_path / name)
 
 
 def test_tables_of_pictures_are_read_and_what_they_lack_is_said(tmp_path):
     given = [whole_png(), None, b"no picture", whole_png()]
     cells(tmp_path / "test-0.parquet", image=given, text=["a", "b", "c", None], label=[0, 1, 2, 3])
     np.savez(tmp_path / "some.npz", x=ARRAYS, labels=np.array([-1, 0, 0, 1]))
-    found = sources_folder.open(tmp_path / "some.npz")
+    found = sources_folder.open_collection(tmp_path / "some.npz")
     assert [one.label for one in found.samples] == [0, 0, 1] and len(found.set_aside) == 1
     np.savez(tmp_path / "some.npz", x=ARRAYS, labels=np.array([3, 0, 0, 1], np.uint8))
-    assert [one.label for one in sources_folder.open(tmp_path / "some.npz").samples] == [3, 0, 0, 1]
+    assert [one.label for one in sources_folder.open_collection(tmp_path / "some.npz").samples] == [
+        3,
+        0,
+        0,
+        1,
+    ]
     (tmp_path / "some.npz").unlink()
-    found = sources_folder.open(tmp_path)
+    found = sources_folder.open_collection(tmp_path)
     assert [one.reason for one in found.set_aside] == ["no caption"]
     assert [(one.captions, one.label) for one in found.samples] == [(("a",), 0), (("b",), 1), (("c",), 2)]
-    reasons = [views.plan(one, lambda size: size, Encoding("x")) for one in found.samples]
+    reasons = [views.plan_task(one, lambda size: size, EncodingOptions("x")) for one in found.samples]
     assert reasons[0].size == (24, 24)
     assert [one.reason[:19] for one in reasons[1:]] == ["there is no picture", "no picture in any k"]

@@ -71,7 +71,9 @@ from sfumato.data.store.store import Store
 encoder = Encoder()
 given = samples(50)
 given[7] = type(given[7])("007", ("x",), picture=lambda: b"broken")
-encoded = encode.fill(Store({root!r}), given, (16, 16), encoder.look, encoder.hear, HOW, part=({rank}, 2))
+encoded = encode.encode_to_store(
+    Store({root!r}), given, (16, 16), encoder.look, encoder.hear, HOW, part=({rank}, 2)
+)
 print(len(encoded), encoder.pixels, [one.file for one in encoded.set_aside])
 """
 
@@ -97,7 +99,7 @@ def test_two_processes_fill_one_store_with_the_same_bytes(tmp_path):
 
 def test_who_died_is_waited_for_no_longer_than_patience(tmp_path):
     encoder = Encoder()
-    encoded = encode.fill(
+    encoded = encode.encode_to_store(
         Store(tmp_path), samples(20), (16, 16), encoder.look, encoder.hear, HOW, part=(1, 2), patience=0.3
     )
     assert len(encoded) == 20 and encoder.pixels == 20

@@ -8,7 +8,9 @@ from sfumato.errors import Refused
 
 
 def some(count=12, seed=4):
-    return [moving_shapes.crossing(np.random.default_rng([seed, i]), unseen=i % 3 == 0) for i in range(count)]
+    return [
+        moving_shapes.random_clip(np.random.default_rng([seed, i]), unseen=i % 3 == 0) for i in range(count)
+    ]
 
 
 def test_clean_clips_are_judged_right_in_every_word():
@@ -52,7 +54,7 @@ def test_held_out_are_combinations_whose_pairs_are_all_trained_on():
         assert {(one[a], one[b]) for one in unseen} <= {(one[a], one[b]) for one in seen}
     drawn = moving_shapes.collection(40, held_out=10)
     asked = {
-        split: [moving_shapes.parse(sample.captions[0]) for sample in drawn.of(split)]
+        split: [moving_shapes.parse(sample.captions[0]) for sample in drawn.with_split(split)]
         for split in ("train", "held_out")
     }
     triples = {split: {(one.shape, one.color, one.way) for one in some} for split, some in asked.items()}
@@ -62,7 +64,16 @@ def test_held_out_are_combinations_whose_pairs_are_all_trained_on():
 def test_a_sample_is_read_as_the_clip_that_was_drawn():
     sample = moving_shapes.collection(1, held_out=0).samples[0]
     piece = clips.ClipSpan(moving_shapes.FRAMES, moving_shapes.RATE)
-    frames = clips.read(sample.name, sample.source(), piece, 32, 32)
+    frames = clips.read_frames(sample.name, sample.source(), piece, 32, 32)
     assert frames.shape == (3, moving_shapes.FRAMES, 32, 32)
     shown = frames.permute(1, 2, 3, 0).numpy()
     assert moving_shapes.judge(shown, sample.captions[0])["all"]
+
+
+def test_a_clip_is_written_into_the_store_keys_as_ever():
+    """Law: what names an embedded clip in the store does not change with the names of classes."""
+    clip = moving_shapes.parse("a red circle moving left")
+    assert repr(clip) == (
+        "Crossing(shape='circle', color='red', way='left', background='white', x=0.5, y=0.5, far=0.33, "
+        "radius=0.26)"
+    )

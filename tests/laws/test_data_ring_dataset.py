@@ -12,12 +12,12 @@ from sfumato.data.encoding import encode
 from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.data.encoding.ring_dataset import RingDataset
 from sfumato.data.encoding.streaming_dataset import StreamingDataset
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources.sample import Sample
 from sfumato.data.store.store import Store
 from sfumato.errors import Failed, Refused
 
-HOW = Encoding("codec", batch=4, keeps=False, flip=True)
+HOW = EncodingOptions("codec", batch=4, use_store=False, flip=True)
 BYTES = 2 * 3 * 4 * 4 * 4  # mean and deviation of one picture
 
 
@@ -37,7 +37,7 @@ def streamed(root, count=24):
         Image.fromarray(noise).save(file)
         samples.append(Sample(file.name, (f"number {index}",), file=file))
     look.count = 0
-    return encode.fill(Store(root / "store"), samples, (16, 16), look, None, HOW)
+    return encode.encode_to_store(Store(root / "store"), samples, (16, 16), look, None, HOW)
 
 
 def ringed(plain, root, limit):
@@ -49,7 +49,7 @@ def ringed(plain, root, limit):
         indices, epoch = order.at(step)
         return [(indices[:2], epoch), (indices[2:], epoch)]
 
-    found.follow(asked, order.largest, 5)
+    found.start_prefetch(asked, order.largest, 5)
     return found, order
 
 
@@ -59,7 +59,7 @@ def walk(data, order, steps, size=lambda: None):
     for step in steps:
         indices, epoch = order.at(step)
         if isinstance(data, RingDataset):
-            data.coming(step)
+            data.prefetch(step)
         seen += [data.read(indices[:2], 5, epoch).latents, data.read(indices[2:], 5, epoch).latents]
         size()
     return seen

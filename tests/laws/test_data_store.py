@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from sfumato.data.encoding import encode
 from sfumato.data.encoding.encoded_dataset import NO_LABEL
-from sfumato.data.encoding.views import Companion, Encoding
+from sfumato.data.encoding.views import Companion, EncodingOptions
 from sfumato.data.sources.sample import Sample
 from sfumato.data.store import formats, shard
 from sfumato.data.store.gc import collect
@@ -23,7 +23,7 @@ from sfumato.data.store.index import Index
 from sfumato.data.store.store import Store, key
 from sfumato.errors import Failed, Refused
 
-HOW = Encoding(pixels="codec-1", texts="text-1", batch=4, shard=8, threads=2)
+HOW = EncodingOptions(pixels="codec-1", texts="text-1", batch=4, shard=8, threads=2)
 
 
 def picture(number):
@@ -64,7 +64,9 @@ class Encoder:
 
 def fill(root, count=20, how=HOW, encoder=None, given=None, bucket=(16, 16)):
     encoder = encoder or Encoder()
-    return encode.fill(Store(root), given or samples(count), bucket, encoder.look, encoder.hear, how), encoder
+    return encode.encode_to_store(
+        Store(root), given or samples(count), bucket, encoder.look, encoder.hear, how
+    ), encoder
 
 
 def hashes(root):
@@ -83,7 +85,7 @@ def test_a_stored_latent_equals_a_fresh_one(tmp_path):
     assert batch.conditions[1]["tokens"].shape == (2, 6) and batch.conditions[1]["mask"].all()
     assert batch.ids == [encoded.ids[i] for i in (3, 7, 1)]
     assert encoded.null["tokens"].shape == (0, 6)
-    assert len(encoded.of("train")) == 16 and len(encoded.of("held_out")) == 4
+    assert len(encoded.with_split("train")) == 16 and len(encoded.with_split("held_out")) == 4
 
 
 def test_what_is_stored_is_never_encoded_again(tmp_path):
@@ -215,7 +217,7 @@ def test_a_store_can_be_moved_and_swept(tmp_path):
     assert torch.equal(moved.read([5]).latents, before)
     store = Store(tmp_path / "there")
     files = {place.path for item in moved.items for place in item.pictures}
-    keys = set(sorted(one for file in files for one in shard.header(Path(file)))[:7])
+    keys = set(sorted(one for file in files for one in shard.read_header(Path(file)))[:7])
     assert collect(store, {"pixels": keys}, days=0, remove=True).freed_bytes > 0
     assert store.has("pixels", keys) == keys
     _, encoder = fill(tmp_path / "there")
@@ -248,10 +250,10 @@ def test_a_full_disk_is_one_sentence_and_the_store_stays_valid(tmp_path, monkeyp
 )
 def test_a_smaller_format_has_a_small_error(form, worst, tmp_path):
     tensors = {"tokens": torch.randn(12, 64), "mask": torch.ones(12) > 0, "labels": torch.tensor(7)}
-    assert formats.error(tensors, form) < worst
-    stored = formats.shrink(tensors, form)
+    assert formats.quantization_error(tensors, form) < worst
+    stored = formats.quantize(tensors, form)
     assert stored["tokens"].element_size() == (2 if "16" in form else 1)
-    back = formats.restore(stored)
+    back = formats.dequantize(stored)
     assert back["mask"].dtype == torch.bool and int(back["labels"]) == 7
     encoded, _ = fill(tmp_path, how=replace(HOW, pixels_format=form, texts_format=form))
     exact, _ = fill(tmp_path)
@@ -313,7 +315,7 @@ def test_a_sample_reads_the_same_alone_and_in_a_batch_and_may_be_written_into(tm
         assert torch.equal(one.latents[0], together.latents[index]) and one.ids == together.ids[index:][:1]
         assert one.captions == together.captions[index:][:1]
         assert torch.equal(one.conditions[0]["tokens"], together.conditions[index]["tokens"])
-        assert torch.equal(one.framings[0], together.framings[index]) and one.labels.tolist() == [NO_LABEL]
+        assert torch.equal(one.time_ids[0], together.time_ids[index]) and one.labels.tolist() == [NO_LABEL]
     assert torch.equal(encoded._tensors([encoded.items[2].pictures[0]])["latents"][0], whole["latents"][2])
 
 
@@ -333,9 +335,9 @@ def _timed(work):
 
 def test_without_a_text_encoder_there_are_no_conditions_but_labels(tmp_path):
     given = [replace(one, label=i % 3) for i, one in enumerate(samples(6))]
-    plain = encode.fill(Store(tmp_path), samples(6), (16, 16), Encoder().look, None, HOW)
+    plain = encode.encode_to_store(Store(tmp_path), samples(6), (16, 16), Encoder().look, None, HOW)
     assert plain.read([0, 1]).conditions == [{}, {}] and plain.null == {}
-    classes = encode.fill(Store(tmp_path), given, (16, 16), Encoder().look, None, HOW)
+    classes = encode.encode_to_store(Store(tmp_path), given, (16, 16), Encoder().look, None, HOW)
     assert [int(one["labels"]) for one in classes.read([4, 5]).conditions] == [1, 2]
 
 
@@ -353,9 +355,9 @@ def test_how_a_picture_was_cut_is_told(tmp_path):
     wide = replace(samples(1)[0], picture=None, file=tmp_path / "wide.png")
     picture(0).resize((64, 32)).save(wide.file)
     encoded, _ = fill(tmp_path / "store", given=[wide], bucket=(16, 16))
-    assert encoded.read([0]).framings.tolist() == [[32, 64, 0, 8, 16, 16]]
+    assert encoded.read([0]).time_ids.tolist() == [[32, 64, 0, 8, 16, 16]]
     whole, _ = fill(tmp_path / "store", given=[wide], bucket=lambda size: size)
-    assert whole.read([0]).framings.tolist() == [[32, 64, 0, 0, 32, 64]]
+    assert whole.read([0]).time_ids.tolist() == [[32, 64, 0, 0, 32, 64]]
 
 
 def test_companions_are_cut_and_mirrored_with_their_pictures(tmp_path):
@@ -367,7 +369,7 @@ def test_companions_are_cut_and_mirrored_with_their_pictures(tmp_path):
         else:
             given.append(one)
     how = replace(HOW, flip=True)
-    encoded = encode.fill(
+    encoded = encode.encode_to_store(
         Store(tmp_path / "store"),
         given,
         (16, 16),

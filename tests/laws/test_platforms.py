@@ -269,7 +269,7 @@ def test_locks_that_an_older_version_left_hinder_nobody(tmp_path):
     (store.root / ".gate").touch()
     for is_busy in (True, False):
         with leases.collecting(store.root):
-            assert [one.busy for one in leases.read(store.root)] == [is_busy]
+            assert [one.busy for one in leases.read_leases(store.root)] == [is_busy]
         store._held.clear()
     assert not use.with_suffix(".lock").exists()
 

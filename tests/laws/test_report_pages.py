@@ -16,7 +16,7 @@ from sfumato.commands import eval as commands_eval
 from sfumato.data import dataset_report as data_report
 from sfumato.data.sources import folder as sources_folder
 from sfumato.report import data_page, page, run_page
-from sfumato.report.charts import Axis, Line, chart, smoothed, thinned
+from sfumato.report.charts import Axis, Line, chart, downsample, smooth
 from sfumato.report.page import Picture, amount, document, duration, embedded, section, table, tiles
 from sfumato.run_folder import RunFolder
 
@@ -161,7 +161,7 @@ def page_of_data(folder):
     Image.new("RGB", (32, 32)).save(folder / "b.png")
     (folder / "a.txt").write_text("a")
     (folder / "torn.png").write_text("no picture")
-    found = data_report.report(sources_folder.open(folder))
+    found = data_report.report(sources_folder.open_collection(folder))
     summary = hostile(found.summary)
     for name in ("labels", "sizes", "kinds", "companions"):
         summary[name] = {HOSTILE: 1} if name != "labels" else [[HOSTILE, 1]]
@@ -287,10 +287,10 @@ def test_ticks_lie_between_the_ends_and_are_a_few(low, high, log):
 
 
 def test_smoothing_keeps_a_line_and_thinning_keeps_the_mean():
-    assert smoothed([2.0] * 50, 5) == pytest.approx([2.0] * 50)
+    assert smooth([2.0] * 50, 5) == pytest.approx([2.0] * 50)
     rough = [1.0, 3.0] * 50
-    assert max(smoothed(rough, 10)[5:-5]) - min(smoothed(rough, 10)[5:-5]) < 0.3
-    x, y = thinned(range(1000), rough * 10, 100)
+    assert max(smooth(rough, 10)[5:-5]) - min(smooth(rough, 10)[5:-5]) < 0.3
+    x, y = downsample(range(1000), rough * 10, 100)
     assert len(x) == 100 and sum(y) / 100 == pytest.approx(2.0)
 
 

@@ -92,7 +92,7 @@ def test_a_weighted_loss_is_the_same_in_every_theory_of_a_path(name):
     costs = []
     for kind in ("ddpm-epsilon", "ddpm-x0", "ddpm-velocity", "score"):
         theory, t = get(kind), torch.tensor([0.1, 0.5, 0.9], dtype=F64)
-        _, s, _, _, det = theory.rows(t)
+        _, s, _, _, det = theory.coefficients(t)
         miss = det / s  # what an error of 1 in x_0 is in the answer
         costs.append(times.weighting(name)(theory, t) * miss.square())
     for cost in costs[1:]:

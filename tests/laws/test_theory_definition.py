@@ -75,7 +75,7 @@ def test_a_change_of_theory_keeps_the_perfect_answer(theory, there):
 
 
 @each_theory
-@pytest.mark.parametrize("ask", ["log_snr", "angle", "rows", "reader", "singular"])
+@pytest.mark.parametrize("ask", ["log_snr", "angle", "coefficients", "velocity_coefficients", "singular"])
 def test_outside_its_times_a_theory_answers_with_a_sentence(theory, ask):
     low, high = sorted((theory.t_data, theory.t_noise))
     for t in (low - 0.1, 1.1 * high, [0.5 * (low + high), high + 5], math.nan):
@@ -105,7 +105,7 @@ def test_the_textbook_coefficients():
 def test_a_trained_step_is_a_time_and_the_network_hears_its_number():
     table = [0.1, 0.2, 0.4, 0.5]
     theory, steps = get("ddpm-velocity", betas=table), torch.arange(4)
-    t = times.trained(steps, steps=4)
+    t = times.time_of_step(steps, steps=4)
     kept = (1 - torch.tensor(table, dtype=F64)).cumprod(0)
     torch.testing.assert_close(theory.data(t)[0].square(), kept)
     torch.testing.assert_close(theory.clock(t), steps.double())
@@ -175,7 +175,7 @@ def test_a_shuffled_angle_a_negative_level_and_a_wrong_shape_are_found():
         (lambda: get("flow-matching").step_weights(0.5, -0.5), "outside"),
         (lambda: Theory(data=lambda t: (1, t, t), model=lambda t: (-1, 1)).data(0.5), "not 3"),
         (lambda: get("flow-matching").data(torch.ones(2) + 1j), "no time"),
-        (lambda: times.trained(1000), "from 0 to 999"),
+        (lambda: times.time_of_step(1000), "from 0 to 999"),
         (lambda: get("trigflow").mix(torch.randn(2, 2), torch.randn(2, 3), 0.5), "make them equal"),
         (lambda: get("trigflow").mix(torch.randn(2, 2), torch.randn(2, 2), torch.ones(3)), "one per sample"),
     ],

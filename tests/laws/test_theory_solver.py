@@ -19,7 +19,7 @@ from sfumato.theory import (
     oracle,
     solve,
     times,
-    widest,
+    widest_step,
 )
 
 F64 = torch.float64
@@ -42,7 +42,7 @@ def error(theory, steps, **how):
 SOLVERS = [
     (name, k)
     for name, method in methods().items()
-    if method.eta != 1 and not method.draws and not method.free
+    if method.eta != 1 and not method.needs_noise and not method.own_times
     for k in method.orders or (None,)
 ]
 
@@ -50,7 +50,7 @@ SOLVERS = [
 @pytest.mark.parametrize("solver, order", SOLVERS)
 def test_halving_the_step_divides_the_error_by_two_to_the_order(solver, order):
     theory = get("trigflow")
-    promised = methods()[solver].promise(order or methods()[solver].usual)
+    promised = methods()[solver].expected_order(order or methods()[solver].default_order)
     coarse, fine = (error(theory, steps, solver=solver, order=order) for steps in (32, 64))
     assert math.log2(coarse / fine) > promised - 0.3, (coarse, fine)
 
@@ -65,7 +65,7 @@ def test_a_fourth_order_is_fourth_wherever_it_starts(solver, most):
         grid = times.linear(theory, count)
         found = integrate(SMOOTH.denoiser(theory), X_T[:16], theory, grid, solver, 4)
         errors.append(float((found - wanted).square().mean().sqrt()))
-        steps.append(widest(theory, grid, solver))
+        steps.append(widest_step(theory, grid, solver))
     assert math.log(errors[0] / errors[1]) / math.log(steps[0] / steps[1]) > 3.7
 
 
@@ -81,11 +81,11 @@ def test_a_last_step_that_ends_close_to_the_data_is_as_exact_as_one_that_reaches
 
 def test_the_widest_step_is_along_what_a_solver_carries():
     flow, edm = get("flow-matching"), get("edm")
-    assert math.isclose(widest(flow, times.cosine(flow, 10)), math.pi / 20)
+    assert math.isclose(widest_step(flow, times.cosine(flow, 10)), math.pi / 20)
     assert math.isclose(
-        widest(edm, times.linear(edm, 80), "euler"), math.pi / 4
+        widest_step(edm, times.linear(edm, 80), "euler"), math.pi / 4
     )  # the last step: σ from 1 to 0
-    assert widest(edm, times.linear(edm, 80), "dpm++") > 2  # … is nearly half of all log-SNR there is
+    assert widest_step(edm, times.linear(edm, 80), "dpm++") > 2  # … is nearly half of all log-SNR there is
 
 
 @pytest.mark.parametrize("solver, order", SOLVERS)
@@ -119,7 +119,7 @@ def test_evaluations_are_as_many_as_the_solver_says_and_never_at_the_data(name, 
         return SMOOTH.denoiser(theory)(x, t)
 
     last = integrate(denoise, X_T[:4], theory, 9, solver, noise=noise.of(1))
-    if not methods()[solver].free:
+    if not methods()[solver].own_times:
         assert 7 <= len(seen) <= 9
         assert len(seen) in [evaluations(solver, steps) for steps in range(1, 10)]
     assert all(float(t[0]) != theory.t_data and t.shape == (4,) for t in seen)

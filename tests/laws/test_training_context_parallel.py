@@ -27,7 +27,7 @@ from sfumato.training.loop.loop import fit
 from sfumato.training.loop.validation import ValidationLoss
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.settings import TrainSettings
-from workers import spread
+from workers import run_processes
 
 CLIP, PICTURE = (2, 3, 4, 4), (2, 4, 6)
 WORLDS = {
@@ -75,7 +75,7 @@ def _keep(folder: Path, within: int) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_losses_and_gradients_are_those_of_one_process(count, tmp_path):
     """Two processes that share each sample, alone and beside two others."""
-    spread(count, _keep, tmp_path, 2)
+    run_processes(count, _keep, tmp_path, 2)
     for kind in WORLDS:
         found = load_file(tmp_path / f"{kind}.safetensors")
         for name, wanted in gradients(kind, 1).items():
@@ -101,11 +101,11 @@ def test_a_run_that_moves_between_shared_and_whole_samples_is_one_run(way, preci
     changes = {"parallel": way, "timestep_importance_sampling": way == "ddp"}
     _train(tmp_path / "one", 1, 4, changes)
     _train(tmp_path / "moved", 1, 1, changes)
-    spread(2, _train, tmp_path / "moved", 2, 2, changes)
-    spread(4, _train, tmp_path / "moved", 2, 3, changes)
+    run_processes(2, _train, tmp_path / "moved", 2, 2, changes)
+    run_processes(4, _train, tmp_path / "moved", 2, 3, changes)
     _train(tmp_path / "moved", 1, 4, changes)
     _train(tmp_path / "one", 1, 5, changes)
-    spread(2, _train, tmp_path / "moved", 2, 5, changes)
+    run_processes(2, _train, tmp_path / "moved", 2, 5, changes)
     one, moved = (RunFolder.open(tmp_path / name) for name in ("one", "moved"))
     wanted, found = (files.read(run.checkpoint_folders()[-1], "model") for run in (one, moved))
     start = objective("clips", TrainSettings(batch=4)).model.denoiser.state_dict()

@@ -7,7 +7,7 @@ from training_world import Network, make
 from sfumato.models import interface
 from sfumato.models.condition import Condition
 from sfumato.theory import get
-from sfumato.theory.convert import question
+from sfumato.theory.convert import translate_inputs
 from sfumato.training.estimate import memory as memory_estimate
 from sfumato.training.estimate import probe, sanity
 from sfumato.training.estimate.sanity import run_checks
@@ -109,10 +109,10 @@ def test_a_change_of_theory_is_seen_to_lose_nothing(other, monkeypatch):
     assert sanity.survives_conversion(objective).holds
 
     def wrongly(*of):
-        x_t, t, read = question(*of)
+        x_t, t, read = translate_inputs(*of)
         return x_t, t, lambda out: 0.5 * read(out)
 
-    monkeypatch.setattr(interface, "question", wrongly)
+    monkeypatch.setattr(interface, "translate_inputs", wrongly)
     assert not sanity.survives_conversion(objective).holds
 
 

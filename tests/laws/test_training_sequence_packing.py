@@ -26,7 +26,7 @@ from sfumato.training.loop.loop import fit
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.objective.packed_batches import PackedObjective
 from sfumato.training.settings import TrainSettings
-from workers import spread
+from workers import run_processes
 
 PICTURES = [(2, 4, 6), (2, 4, 6), (2, 6, 4), (2, 2, 8), (2, 4, 6), (2, 6, 4), (2, 4, 4)]
 CLIPS = [(2, 3, 4, 4), (2, 1, 4, 6), (2, 2, 4, 4), (2, 3, 4, 4), (2, 1, 4, 6)]
@@ -192,7 +192,7 @@ def test_a_packed_run_that_was_stopped_ends_with_the_bits_of_one_that_was_not(tm
 def test_a_packed_run_of_two_processes_is_that_of_one(way, precision, tmp_path):
     """Bit for bit where that is asked, else up to rounding."""
     train(tmp_path / "one", 3, way)
-    spread(2, train, tmp_path / "two", 3, way)
+    run_processes(2, train, tmp_path / "two", 3, way)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     if "exact_elastic" in way:
         assert all(torch.equal(two[name], weight) for name, weight in one.items())

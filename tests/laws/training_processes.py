@@ -4,7 +4,7 @@ from pathlib import Path
 
 from training_world import fingerprint, train
 
-from workers import spread
+from workers import run_processes
 
 
 def _train(folder: Path, changes: dict[str, object]) -> None:
@@ -13,5 +13,5 @@ def _train(folder: Path, changes: dict[str, object]) -> None:
 
 def run_on(count: int, folder: Path, **changes: object) -> str:
     """Train on `count` processes; the fingerprint of what they end with."""
-    spread(count, _train, folder, changes)
+    run_processes(count, _train, folder, changes)
     return fingerprint(folder)

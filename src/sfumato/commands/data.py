@@ -66,7 +66,7 @@ def data(what: str, overrides: list[str], options: dict[str, Any], out: Path, as
             tokens=reading.count if reading else None,
             most_tokens=reading.most if reading else 0,
             frames=subject.frames,
-            rate=subject.fps,
+            fps=subject.fps,
         )
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
@@ -89,7 +89,7 @@ def _of_folder(what: str, overrides: list[str], options: dict[str, Any]) -> Repo
     if overrides:
         raise Refused(f'"{overrides[0]}" is a recipe\'s value, but {what} is no recipe.')
     values = {**USUAL, **options}
-    collection = folder.open(what, captions=values["captions"], empty=True)
+    collection = folder.open_collection(what, captions=values["captions"], empty=True)
     resolution = values["resolution"] // STRIDE * STRIDE
     reading = token_count.of_folder(values["model"])
     return ReportTarget(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.theory import Theory, get, noise, oracle
-from sfumato.theory.verify import trimmed
+from sfumato.theory.verify import trimmed_rms
 
 TABLE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -32,7 +32,7 @@ def rows(theory: Theory, budget: int, samples: int = 128) -> list[dict[str, Any]
         miss, count = _drive(make(budget), space, data, x_T, budget)
         row["evaluations"] = count
         if bool(miss.isfinite().all()):
-            row["error"] = trimmed(miss)
+            row["error"] = trimmed_rms(miss)
         else:
             row["refused"] = "it ends in nan"
         found.append(row)

@@ -45,7 +45,7 @@ def evaluate(
         pair = numpy.concatenate([one.permute(1, 2, 0).numpy() for one in (drawn, original)], 1)
         Image.fromarray(pair).save(file)
         pairs.append(Picture(embedded(file), Path(name).name, f"ratio {ratio:.2f}"))
-    metrics = {name: one.plain() for name, one in found.metrics.items()}
+    metrics = {name: one.to_dict() for name, one in found.metrics.items()}
     value = {"run": str(folder), "step": found.step, "metrics": metrics, "by_level": found.by_level}
     write_atomic(out / "metrics.json", json.dumps(value, indent=1, ensure_ascii=False))
     page = out / "report.html"

@@ -310,10 +310,10 @@ def still_or_clip(file: Any) -> Any:
 def make_control(one: Any, kind: str, width: int, height: int) -> Any:
     """A control picture of this kind, made of a picture as it is cut to what is drawn, as in training."""
     from sfumato.data.condition_images import control_image
-    from sfumato.data.sources.media import fit, to_pixels
+    from sfumato.data.sources.media import center_crop_resize, to_pixels
     from sfumato.generation import to_images
 
-    return to_images(control_image(to_pixels(fit(one, width, height)[None]), kind))[0]
+    return to_images(control_image(to_pixels(center_crop_resize(one, width, height)[None]), kind))[0]
 
 
 def further_options(images: list[Path], options: list[str], taken: Collection[str]) -> dict[str, Any]:

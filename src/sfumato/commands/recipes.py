@@ -82,7 +82,7 @@ def _captions(data: str, embedded: tuple[str, ...]) -> str:
     from sfumato.data.sources.metadata import FILES
 
     folder = Path(data).expanduser()
-    if data in embedded or archives.recognise(folder) is not None:
+    if data in embedded or archives.find_reader(folder) is not None:
         return "files"
     named = (FILES, tuple(f"*{suffix}" for suffix in SIDECARS))
     if any(next(folder.rglob(name), None) for names in named for name in names):

@@ -14,7 +14,7 @@ from sfumato.errors import Failed, Refused
 from sfumato.report.charts import Line, chart
 from sfumato.report.page import charts, document, section, table, tiles
 from sfumato.run_folder import write_atomic
-from sfumato.theory import Theory, about, arguments, get, methods, names, times, verify
+from sfumato.theory import Theory, arguments, describe, get, methods, names, times, verify
 from sfumato.user_code import is_user_code, load_user_object
 
 POINTS = 121
@@ -40,7 +40,7 @@ def find(name: str) -> Theory:
 
 def show_list(as_json: bool) -> None:
     """Print every theory and solver."""
-    theories = {name: {"about": about(name), "arguments": arguments(name)} for name in names()}
+    theories = {name: {"about": describe(name), "arguments": arguments(name)} for name in names()}
     solvers = {name: {"orders": list(one.orders), "eta": one.eta} for name, one in methods().items()}
     found = {"theories": theories, "solvers": solvers, "grids": times.grids()}
     lines = [f"{name:<32} {entry['about']}" for name, entry in theories.items()]
@@ -51,7 +51,7 @@ def show_list(as_json: bool) -> None:
 def show(name: str, out: Path, as_json: bool) -> None:
     """Write a page that shows the theory, and print its path."""
     theory = find(name)
-    lead = about(name) if not is_user_code(name) else name
+    lead = describe(name) if not is_user_code(name) else name
     facts = [
         ("Noise at", f"t = {theory.t_noise:g}", ""),
         ("Data at", f"t = {theory.t_data:g}", ""),

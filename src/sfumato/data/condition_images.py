@@ -23,24 +23,24 @@ from sfumato.errors import Refused, one_of
 VERSION = 1
 
 
-def _canny(grey: np.ndarray) -> np.ndarray:
+def _canny(gray: np.ndarray) -> np.ndarray:
     from skimage.feature import canny
 
-    return canny(grey, sigma=max(1.0, min(grey.shape) / 256), low_threshold=0.05, high_threshold=0.12)
+    return canny(gray, sigma=max(1.0, min(gray.shape) / 256), low_threshold=0.05, high_threshold=0.12)
 
 
-def _soft_edge(grey: np.ndarray) -> np.ndarray:
+def _soft_edge(gray: np.ndarray) -> np.ndarray:
     from skimage.filters import gaussian, sobel
 
-    strength = sobel(gaussian(grey, max(0.5, min(grey.shape) / 256)))
+    strength = sobel(gaussian(gray, max(0.5, min(gray.shape) / 256)))
     return np.clip(strength / 0.25, 0, 1) ** 0.7
 
 
-def _sketch(grey: np.ndarray) -> np.ndarray:
+def _sketch(gray: np.ndarray) -> np.ndarray:
     from skimage.filters import difference_of_gaussians
 
-    sigma = max(0.7, min(grey.shape) / 160)
-    difference = np.abs(difference_of_gaussians(grey, sigma, 1.6 * sigma))
+    sigma = max(0.7, min(gray.shape) / 160)
+    difference = np.abs(difference_of_gaussians(gray, sigma, 1.6 * sigma))
     return np.clip(difference / 0.05 - 0.35, 0, 1)
 
 
@@ -122,7 +122,7 @@ def mask_of_sample(sample: Sample, seed: int, number: int) -> Image.Image:
     return random_mask(media.size_of(sample.source()), seed, sample.name, number)
 
 
-def masked(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+def with_random_masks(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
     """The samples with `count` masks each, held-out ones with one.
 
     Raises:

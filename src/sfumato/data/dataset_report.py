@@ -57,7 +57,7 @@ def report(
     tokens: Callable[[list[str]], list[int]] | None = None,
     most_tokens: int = 77,
     frames: int = 16,
-    rate: float = 8.0,
+    fps: float = 8.0,
 ) -> Report:
     """Open every picture of a collection and describe what is there.
 
@@ -65,11 +65,11 @@ def report(
         resolution, stride, count: of the bucket plan that is shown.
         progress: called with (done, total, phase).
         tokens: lengths of captions by the model's own tokenizer; those above most_tokens are listed.
-        frames, rate: what a clip must have, to name those that would be dropped.
+        frames, fps: what a clip must have, to name those that would be dropped.
     """
     tell = progress or (lambda done, total, phase: None)
-    shown = survey.spread(len(collection.samples), SHOWN)
-    seen, broken = survey.look(collection.samples, shown, tell)
+    shown = survey.evenly_spaced(len(collection.samples), SHOWN)
+    seen, broken = survey.inspect_images(collection.samples, shown, tell)
     set_aside = [*collection.set_aside, *broken]
     sizes = [one.size for one in seen]
     near = survey.near_pairs(seen)
@@ -91,7 +91,7 @@ def report(
         "kinds": dict(Counter(_kind(one.sample.name) for one in seen).most_common()),
         "aspect": _histogram([w / h for w, h in sizes], ASPECTS),
         "megapixels": _histogram([w * h / 1e6 for w, h in sizes], MEGAPIXELS),
-        "clips": _clips(seen, frames, rate),
+        "clips": _clips(seen, frames, fps),
         "bucket_plan": {
             "resolution": resolution,
             "stride": stride,
@@ -152,25 +152,25 @@ def _twins(
     return shown
 
 
-def _clips(seen: Sequence[survey.ImageInfo], frames: int, rate: float) -> dict[str, Any] | None:
+def _clips(seen: Sequence[survey.ImageInfo], frames: int, fps: float) -> dict[str, Any] | None:
     """How long the clips are, their rates, and which are too short; None where there are none."""
     named = [(one.sample.name, one.clip) for one in seen if one.clip is not None]
     if not named:
         return None
     found = [clip for _, clip in named]
     short = [
-        {"file": printable(name), "reason": f"{clip.seconds:.2f} s, {frames / rate:.2f} s are needed"}
+        {"file": printable(name), "reason": f"{clip.seconds:.2f} s, {frames / fps:.2f} s are needed"}
         for name, clip in named
-        if is_short(clip.seconds, frames, rate)
+        if is_short(clip.seconds, frames, fps)
     ]
-    fitting = {n: sum(not is_short(clip.seconds, n, rate) for clip in found) for n in FRAMES}
+    fitting = {n: sum(not is_short(clip.seconds, n, fps) for clip in found) for n in FRAMES}
     return {
         "count": len(found),
         "total_seconds": round(sum(one.seconds for one in found), 2),
         "seconds": _histogram([one.seconds for one in found], (0.5, 1, 2, 3, 5, 8, 15, 30, 60, 300)),
-        "rates": _histogram([one.rate for one in found], (6, 8, 10, 12, 15, 24, 25, 30, 50, 60)),
+        "rates": _histogram([one.fps for one in found], (6, 8, 10, 12, 15, 24, 25, 30, 50, 60)),
         "frames": frames,
-        "rate": rate,
+        "rate": fps,
         "long_enough": [[str(n), number] for n, number in fitting.items()],
         "dropped": short,
     }

@@ -34,7 +34,7 @@ class ImageInfo:
     clip: clips.VideoInfo | None = None
 
 
-def look(
+def inspect_images(
     samples: Sequence[Sample], thumbnails: set[int], progress: Callable[[int, int, str], None]
 ) -> tuple[list[ImageInfo], list[SetAside]]:
     """Open every picture; those numbered in `thumbnails` also give a small WebP for the contact sheet.
@@ -47,9 +47,11 @@ def look(
         number, sample = numbered
         try:
             content, source = sample.content_hash(), sample.source()
-            clip = clips.facts(sample.name, source) if clips.is_clip(sample.name, source) else None
+            clip = clips.video_info(sample.name, source) if clips.is_clip(sample.name, source) else None
             video = clip is not None and sample.name.lower().endswith(media.CLIPS)
-            picture = media.read_picture(clips.poster(source, clip.seconds) if clip and video else source)
+            picture = media.read_picture(
+                clips.middle_frame(source, clip.seconds) if clip and video else source
+            )
         except (media.Unreadable, OSError) as problem:
             return SetAside(sample.name, str(problem))
         small = (
@@ -85,7 +87,7 @@ def thumbnail_of(one: ImageInfo) -> str:
     source = one.sample.source()
     is_video = one.clip is not None and one.sample.name.lower().endswith(media.CLIPS)
     return _thumbnail(
-        media.read_picture(clips.poster(source, one.clip.seconds) if one.clip and is_video else source)
+        media.read_picture(clips.middle_frame(source, one.clip.seconds) if one.clip and is_video else source)
     )
 
 
@@ -145,6 +147,6 @@ def _sides(a: ImageInfo, b: ImageInfo, why: str) -> tuple[str, str, str]:
     return first.sample.name, second.sample.name, why
 
 
-def spread(count: int, wanted: int) -> set[int]:
+def evenly_spaced(count: int, wanted: int) -> set[int]:
     """`wanted` numbers below `count`, evenly spread."""
     return set(range(count)) if count <= wanted else {i * count // wanted for i in range(wanted)}

@@ -46,7 +46,7 @@ class Plan:
     frames: int = 0
 
 
-def planned(plan: Plan, data: str, out: Path, minutes: float | None, device: str) -> Recipe:
+def recipe_for_budget(plan: Plan, data: str, out: Path, minutes: float | None, device: str) -> Recipe:
     """The recipe that fills the minutes on this machine."""
     minutes = minutes or plan.minutes
     model = plan.recipe.model

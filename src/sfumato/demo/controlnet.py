@@ -6,12 +6,12 @@ from PIL import Image
 from sfumato.data.settings import DataSettings
 from sfumato.data.sources import shape_reader
 from sfumato.demo.drawing import draw, picture_of
-from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.demo.runner import DemoReport, Scores, Task
 from sfumato.demo.two_step import GuideDemo, plan_of, unseen
 from sfumato.settings import Table
 from sfumato.workflow.control_training import picture_for
 
-BESIDE = GuideDemo(
+DEMO = GuideDemo(
     plan_of("controlnet", minutes=5.0, guidance=3.0, fewest=300),
     base_share=3.0,
     guide_cost=1.3,
@@ -31,13 +31,13 @@ def overlap(drawn: Image.Image, asked: Image.Image) -> float:
     return float((one & other).sum() / max(1, (one | other).sum()))
 
 
-def judge(seen: DemoReport) -> Verdict:
+def judge(trained: DemoReport) -> Scores:
     """How well outlines of unseen combinations are followed, and whether words are, read from the pixels."""
-    samples = unseen(seen)
-    settings = DataSettings(control_image="sketch", resolution=int(seen.model.info["resolution"]))
+    samples = unseen(trained)
+    settings = DataSettings(control_image="sketch", resolution=int(trained.model.info["resolution"]))
     prompts = [sample.captions[0] for sample in samples]
     outlines = [picture_for(settings, "control", sample) for sample in samples]
-    drawn = draw(seen, prompts, "judged_held_out", control=outlines)
+    drawn = draw(trained, prompts, "judged_held_out", control=outlines)
     followed = [overlap(one, picture_of(sample)) for one, sample in zip(drawn, samples, strict=True)]
     right = [
         shape_reader.judge(one, prompt)["shape_and_color"] for one, prompt in zip(drawn, prompts, strict=True)
@@ -47,4 +47,4 @@ def judge(seen: DemoReport) -> Verdict:
     return found, {"outline_iou": f"{how}intersection over union, unseen combinations"}
 
 
-TASK = Task(BESIDE.recipe, judge, BESIDE.train)
+TASK = Task(DEMO.recipe, judge, DEMO.train)

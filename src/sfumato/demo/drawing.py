@@ -16,32 +16,34 @@ FIRST_SEED = 1_000_003
 """Judged pictures start from noise that no preview used."""
 
 
-def chosen(captions: list[str], count: int) -> list[str]:
+def sample_prompts(captions: list[str], count: int) -> list[str]:
     """`count` of the captions at random, the same every time."""
     distinct = sorted(set(captions))
     order = noise.permutation(len(distinct), 0, "judged prompts", 0).tolist()
     return [distinct[index] for index in order[:count]]
 
 
-def draw(seen: DemoReport, prompts: list[str], group: str, **guides: Any) -> list[Any]:
+def draw(trained: DemoReport, prompts: list[str], group: str, **guides: Any) -> list[Any]:
     """Draw the prompts, guided by what else `generate` takes, and enter what was drawn into the run."""
     seeds = [FIRST_SEED + index for index in range(len(prompts))]
 
     def watch(done: int, total: int) -> None:
-        if seen.progress is not None:
-            seen.progress(done, total, f"drawing {group.replace('_', ' ')}")
+        if trained.progress is not None:
+            trained.progress(done, total, f"drawing {group.replace('_', ' ')}")
 
-    pictures = seen.model.generate(prompts, seed=seeds, watch=watch, **guides)
+    pictures = trained.model.generate(prompts, seed=seeds, watch=watch, **guides)
     kind = "webp" if is_clip(pictures[0]) else "png"
-    names = [f"{group}-{seen.step:06d}-{index:02d}.{kind}" for index in range(len(pictures))]
-    fps = float(seen.model.info.get("fps", DEFAULT_FPS))
+    names = [f"{group}-{trained.step:06d}-{index:02d}.{kind}" for index in range(len(pictures))]
+    fps = float(trained.model.info.get("fps", DEFAULT_FPS))
     for index, (picture, name) in enumerate(zip(pictures, names, strict=True)):
-        said = {"prompt": prompts[index], "seed": seeds[index], "step": seen.step}
-        write_atomic(seen.folder.samples / name, contents(picture, kind, said, fps)[f".{kind}"])
-    told: dict[str, Any] = {"prompts": prompts, "seeds": seeds, "group": group}
+        metadata = {"prompt": prompts[index], "seed": seeds[index], "step": trained.step}
+        write_atomic(trained.folder.samples / name, contents(picture, kind, metadata, fps)[f".{kind}"])
+    event_fields: dict[str, Any] = {"prompts": prompts, "seeds": seeds, "group": group}
     if guides:
-        told["shown"] = write_shown(seen.folder, group, guides, fps)
-    seen.folder.event("pictures", step=seen.step, files=[f"samples/{name}" for name in names], **told)
+        event_fields["shown"] = write_shown(trained.folder, group, guides, fps)
+    trained.folder.event(
+        "pictures", step=trained.step, files=[f"samples/{name}" for name in names], **event_fields
+    )
     return pictures
 
 

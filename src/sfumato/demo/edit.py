@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from sfumato.data.sources import shape_reader
-from sfumato.demo.budget import planned
+from sfumato.demo.budget import recipe_for_budget
 from sfumato.demo.controlnet import overlap
 from sfumato.demo.drawing import draw
-from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.demo.runner import DemoReport, Scores, Task
 from sfumato.demo.two_step import companion, plan_of, unseen
 from sfumato.recipe import Recipe
 
@@ -15,15 +15,15 @@ PLAN = plan_of("edit", minutes=5.0, guidance=2.0, fewest=1500)
 
 def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
     """The recipe that fills the minutes on this machine."""
-    return planned(PLAN, data, out, minutes, device)
+    return recipe_for_budget(PLAN, data, out, minutes, device)
 
 
-def judge(seen: DemoReport) -> Verdict:
+def judge(trained: DemoReport) -> Scores:
     """Whether the thing is in the color asked for, and else as it was, of unseen shapes in new colors."""
-    samples = unseen(seen)
+    samples = unseen(trained)
     sources = [companion(sample, "edit_source") for sample in samples]
     prompts = [sample.captions[0] for sample in samples]
-    drawn = draw(seen, prompts, "judged_held_out", image=sources)
+    drawn = draw(trained, prompts, "judged_held_out", image=sources)
     done, kept = 0, 0.0
     for picture, source, prompt in zip(drawn, sources, prompts, strict=True):
         wanted = [(one.shape, prompt.split()[-1]) for one in shape_reader.read(source)]

@@ -2,11 +2,11 @@
 
 from sfumato.data.sources import shape_reader
 from sfumato.demo.drawing import draw
-from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.demo.runner import DemoReport, Scores, Task
 from sfumato.demo.two_step import GuideDemo, companion, plan_of, unseen
 from sfumato.settings import Table
 
-BESIDE = GuideDemo(
+DEMO = GuideDemo(
     plan_of("ip-adapter", minutes=6.0, guidance=2.0, fewest=500),
     base_share=2.5,
     guide_cost=1.8,
@@ -15,15 +15,15 @@ BESIDE = GuideDemo(
 )
 
 
-def judge(seen: DemoReport) -> Verdict:
+def judge(trained: DemoReport) -> Scores:
     """Whether a drawing has the color of its reference and the shape of its words, read from the pixels.
 
     The adapter's training showed neither that shape in that color, nor the color's name.
     """
-    samples = unseen(seen)
+    samples = unseen(trained)
     prompts = [sample.captions[0] for sample in samples]
     references = [companion(sample, "reference") for sample in samples]
-    drawn = draw(seen, prompts, "judged_held_out", reference=references)
+    drawn = draw(trained, prompts, "judged_held_out", reference=references)
     color, shape, both = 0, 0, 0
     for prompt, reference, picture in zip(prompts, references, drawn, strict=True):
         wanted = shape_reader.read(reference)[0].color
@@ -41,4 +41,4 @@ def judge(seen: DemoReport) -> Verdict:
     return {"reference_color": color / count, "shape": shape / count, "shape_and_color": both / count}, notes
 
 
-TASK = Task(BESIDE.recipe, judge, BESIDE.train)
+TASK = Task(DEMO.recipe, judge, DEMO.train)

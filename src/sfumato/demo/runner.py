@@ -28,7 +28,7 @@ from sfumato.workflow import Run, train
 from sfumato.workflow.dataset import collect
 
 Progress = Callable[..., None]
-Verdict = tuple[dict[str, float], dict[str, str]]
+Scores = tuple[dict[str, float], dict[str, str]]
 """Shares that are right, and how each was judged."""
 MARK = "demo.json"
 
@@ -54,7 +54,7 @@ class Task:
     """
 
     recipe: Callable[[str, Path, float | None, str], Recipe]
-    judge: Callable[[DemoReport], Verdict]
+    judge: Callable[[DemoReport], Scores]
     train: Callable[[Recipe, Progress | None], Run] = lambda recipe, progress: train(
         recipe, progress=progress
     )
@@ -74,7 +74,7 @@ def run_task(
     out, task = out.absolute(), task_of(name)
     data = data or TASKS[name][0]
     one_of("data", data, TASKS[name])
-    recipe = begun(name, data, out) or task.recipe(data, out, minutes, device)
+    recipe = started_recipe(name, data, out) or task.recipe(data, out, minutes, device)
     RunFolder.create(out)
     write_atomic(out / MARK, json.dumps({"task": name, "data": data}))
     trained = task.train(recipe, progress)
@@ -87,8 +87,8 @@ def run_task(
         seconds = {name: round(value, 1) for name, value in seconds.items()}
         peak = peak_memory_gb()
         folder.event("phase", name="generate", seconds=seconds["generate"])
-        told = {"accuracy": accuracy, "notes": notes, "seconds": seconds, "peak_memory_gb": peak}
-        folder.event("demo_evaluation", step=trained.step, **told)
+        event_fields = {"accuracy": accuracy, "notes": notes, "seconds": seconds, "peak_memory_gb": peak}
+        folder.event("demo_evaluation", step=trained.step, **event_fields)
         if data.startswith("openmoji") and LICENSE not in [one.get("text") for one in folder.events()]:
             folder.event("note", text=LICENSE)
         run_page.write(folder)
@@ -96,7 +96,7 @@ def run_task(
     return {**found, "report": str(folder.report)}
 
 
-def begun(name: str, data: str, out: Path) -> Recipe | None:
+def started_recipe(name: str, data: str, out: Path) -> Recipe | None:
     """The recipe of a demo that was begun in this folder, or None.
 
     Raises:

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from sfumato.data.sources import shape_reader
-from sfumato.data.sources.media import fit
-from sfumato.demo.budget import Plan, planned
-from sfumato.demo.drawing import JUDGED, chosen, draw, picture_of
-from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.data.sources.media import center_crop_resize
+from sfumato.demo.budget import Plan, recipe_for_budget
+from sfumato.demo.drawing import JUDGED, draw, picture_of, sample_prompts
+from sfumato.demo.runner import DemoReport, Scores, Task
 from sfumato.evaluation import Neighbors
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
@@ -52,47 +52,51 @@ PLANS = {
 
 def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
     """The recipe that fills the minutes on this machine."""
-    return planned(PLANS[data], data, out, minutes, device)
+    return recipe_for_budget(PLANS[data], data, out, minutes, device)
 
 
-def judge(seen: DemoReport) -> Verdict:
+def judge(trained: DemoReport) -> Scores:
     """By the data: shapes are read, drawings compared with the training pictures."""
-    return judge_shapes(seen) if seen.data.name == "shapes" else judge_openmoji(seen)
+    return judge_shapes(trained) if trained.data.name == "shapes" else judge_openmoji(trained)
 
 
-def judge_openmoji(seen: DemoReport) -> Verdict:
+def judge_openmoji(trained: DemoReport) -> Scores:
     """Share of pictures whose nearest training picture is the one asked for, or its namesake."""
-    known = seen.data.of("train")
-    side = int(seen.model.info["resolution"])
-    pictures = torch.stack([fit(picture_of(sample), side, side) for sample in known])
+    known = trained.data.with_split("train")
+    side = int(trained.model.info["resolution"])
+    pictures = torch.stack([center_crop_resize(picture_of(sample), side, side) for sample in known])
     neighbors = Neighbors(pictures, [sample.captions for sample in known])
-    prompts = chosen([sample.captions[0] for sample in known], JUDGED)
-    drawn = draw(seen, prompts, "judged")
-    right = neighbors.judge(torch.stack([fit(picture, side, side) for picture in drawn]), prompts)
-    unseen = seen.data.of("held_out")[:JUDGED]
+    prompts = sample_prompts([sample.captions[0] for sample in known], JUDGED)
+    drawn = draw(trained, prompts, "judged")
+    right = neighbors.judge(
+        torch.stack([center_crop_resize(picture, side, side) for picture in drawn]), prompts
+    )
+    unseen = trained.data.with_split("held_out")[:JUDGED]
     accuracy = {"trained": sum(right) / len(right)}
     if unseen:
         asked = [sample.captions[0] for sample in unseen]
-        fresh = draw(seen, asked, "judged_held_out")
-        truth = torch.stack([fit(picture_of(sample), side, side) for sample in unseen])
+        fresh = draw(trained, asked, "judged_held_out")
+        truth = torch.stack([center_crop_resize(picture_of(sample), side, side) for sample in unseen])
         everything = Neighbors(
             torch.cat([pictures, truth]), [*(one.captions for one in known), *([text] for text in asked)]
         )
-        found = everything.judge(torch.stack([fit(picture, side, side) for picture in fresh]), asked)
+        found = everything.judge(
+            torch.stack([center_crop_resize(picture, side, side) for picture in fresh]), asked
+        )
         accuracy["held_out"] = sum(found) / len(found)
     return accuracy, {"trained": neighbors.how, "held_out": "the same, the held-out pictures added"}
 
 
-def judge_shapes(seen: DemoReport) -> Verdict:
+def judge_shapes(trained: DemoReport) -> Scores:
     """Shares of pictures of unseen combinations in which every named thing is right, read from the pixels."""
-    prompts = chosen([sample.captions[0] for sample in seen.data.of("held_out")], JUDGED)
-    drawn = draw(seen, prompts, "judged_held_out")
+    prompts = sample_prompts([sample.captions[0] for sample in trained.data.with_split("held_out")], JUDGED)
+    drawn = draw(trained, prompts, "judged_held_out")
     verdicts = [shape_reader.judge(picture, prompt) for picture, prompt in zip(drawn, prompts, strict=True)]
     accuracy = {
         name: sum(verdict[name] for verdict in verdicts) / len(verdicts)
         for name in ("shape_and_color", "position")
     }
-    accuracy["reader"] = shape_reader.accuracy(size=int(seen.model.info["resolution"]))
+    accuracy["reader"] = shape_reader.accuracy(size=int(trained.model.info["resolution"]))
     how = "every thing named is read from the pixels; training never showed a prompt's two things together"
     return accuracy, {"shape_and_color": how, "reader": "the same, on clean drawings"}
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sfumato.data.settings import DataSettings
 from sfumato.data.sources.sample import HELD_OUT, Sample
-from sfumato.demo.budget import Plan, planned
+from sfumato.demo.budget import Plan, recipe_for_budget
 from sfumato.demo.drawing import JUDGED
 from sfumato.demo.runner import DemoReport, Progress
 from sfumato.demo.text import PLANS
@@ -45,7 +45,7 @@ class GuideDemo:
 
     def recipe(self, name: str, out: Path, minutes: float | None, device: str) -> Recipe:
         """The guide's recipe; its base is trained in `out/base`."""
-        whole = planned(self.plan, name, out, minutes, device)
+        whole = recipe_for_budget(self.plan, name, out, minutes, device)
         steps = max(self.plan.fewest, int(whole.train.steps / (self.base_share + self.guide_cost)))
         return replace(
             whole,
@@ -79,9 +79,9 @@ class GuideDemo:
         return train(recipe, progress=progress)
 
 
-def unseen(seen: DemoReport) -> list[Sample]:
+def unseen(trained: DemoReport) -> list[Sample]:
     """The held-out samples that are judged."""
-    return seen.data.of(HELD_OUT)[:JUDGED]
+    return trained.data.with_split(HELD_OUT)[:JUDGED]
 
 
 def companion(sample: Sample, name: str) -> Image.Image:

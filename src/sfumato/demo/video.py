@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from sfumato.data.sources import clips, moving_shapes
-from sfumato.demo.budget import Plan, planned
-from sfumato.demo.drawing import JUDGED, chosen, draw
-from sfumato.demo.runner import DemoReport, Task, Verdict
+from sfumato.demo.budget import Plan, recipe_for_budget
+from sfumato.demo.drawing import JUDGED, draw, sample_prompts
+from sfumato.demo.runner import DemoReport, Scores, Task
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
 from sfumato.recipe import Recipe
@@ -36,19 +36,21 @@ PLANS = {
 
 def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:
     """The recipe that fills the minutes on this machine."""
-    made = planned(PLANS[data], data, out, minutes, device)
+    made = recipe_for_budget(PLANS[data], data, out, minutes, device)
     return replace(made, data=replace(made.data, fps=float(moving_shapes.RATE)))
 
 
-def judge(seen: DemoReport) -> Verdict:
+def judge(trained: DemoReport) -> Scores:
     """Shares of clips of unseen combinations that are right in shape, color, direction, and all three."""
-    unseen = chosen([sample.captions[0] for sample in seen.data.of("held_out")], JUDGED)
+    unseen = sample_prompts([sample.captions[0] for sample in trained.data.with_split("held_out")], JUDGED)
     prompts = (unseen * TIMES)[:JUDGED]
-    drawn = draw(seen, prompts, "judged_held_out")
+    drawn = draw(trained, prompts, "judged_held_out")
     verdicts = [moving_shapes.judge(clip, prompt) for clip, prompt in zip(drawn, prompts, strict=True)]
     accuracy = {name: sum(one[name] for one in verdicts) / len(verdicts) for name in verdicts[0]}
-    accuracy["reader"] = moving_shapes.accuracy(size=int(seen.model.info["resolution"]))
-    changes = [float(np.mean([frame_change(clip) for clip in some])) for some in (drawn, shown(seen))]
+    accuracy["reader"] = moving_shapes.accuracy(size=int(trained.model.info["resolution"]))
+    changes = [
+        float(np.mean([frame_change(clip) for clip in some])) for some in (drawn, training_clips(trained))
+    ]
     accuracy["steadiness"] = min(changes) / max(changes)
     notes = {
         "all": "the shape is followed from frame to frame; training showed no clip of all three words",
@@ -59,12 +61,12 @@ def judge(seen: DemoReport) -> Verdict:
     return accuracy, notes
 
 
-def shown(seen: DemoReport) -> list[Any]:
+def training_clips(trained: DemoReport) -> list[Any]:
     """As many training clips as are judged, uint8 [F, H, W, 3]."""
     piece = clips.ClipSpan(moving_shapes.FRAMES, float(moving_shapes.RATE))
-    side = int(seen.model.info["resolution"])
-    some = seen.data.of("train")[:JUDGED]
-    read = (clips.read(sample.name, sample.source(), piece, side, side) for sample in some)
+    side = int(trained.model.info["resolution"])
+    some = trained.data.with_split("train")[:JUDGED]
+    read = (clips.read_frames(sample.name, sample.source(), piece, side, side) for sample in some)
     return [frames.permute(1, 2, 3, 0).numpy() for frames in read]
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sfumato.evaluation.measure import Measure, over
+from sfumato.evaluation.measure import Measure, mean_with_error
 from sfumato.theory import noise
 
 
@@ -35,11 +35,11 @@ def kernel_distance(
     for index in range(subsets):
         ours = real[noise.permutation(len(real), seed, "kid-real", index)[:size]]
         theirs = drawn[noise.permutation(len(drawn), seed, "kid-drawn", index)[:size]]
-        values.append(_unbiased(ours, theirs))
-    return over(values, note)
+        values.append(_unbiased_mmd(ours, theirs))
+    return mean_with_error(values, note)
 
 
-def _unbiased(x: Tensor, y: Tensor) -> float:
+def _unbiased_mmd(x: Tensor, y: Tensor) -> float:
     count, dimension = x.shape
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ class Measure:
     def __str__(self) -> str:
         return f"{self.value:.4g}" + (f" ± {self.error:.2g}" if self.error is not None else "")
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a table for JSON."""
         return {name: value for name, value in asdict(self).items() if value is not None and value != ""}
 
 
-def over(values: Sequence[float], note: str = "") -> Measure:
+def mean_with_error(values: Sequence[float], note: str = "") -> Measure:
     """The mean of repetitions, with its standard error from their spread.
 
     Raises:
@@ -37,7 +37,7 @@ def over(values: Sequence[float], note: str = "") -> Measure:
     return Measure(mean, math.sqrt(variance / len(values)), note)
 
 
-def share(right: Sequence[bool], note: str = "") -> Measure:
+def proportion(right: Sequence[bool], note: str = "") -> Measure:
     """The share that is right, with its binomial standard error (rule of succession, so never 0)."""
     count = len(right)
     if not count:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sfumato.evaluation.measure import Measure, share
-from sfumato.evaluation.neighbors import averaged
+from sfumato.evaluation.measure import Measure, proportion
+from sfumato.evaluation.neighbors import downsample_2x2
 
 OTHERS = 20
 QUANTILE = 0.05
@@ -33,14 +33,14 @@ class Memorization:
         return sorted(range(len(self.ratio)), key=self.ratio.__getitem__)[:count]
 
 
-def ratios(pictures: Tensor, train: Tensor) -> tuple[list[int], list[float]]:
+def nearest_distance_ratios(pictures: Tensor, train: Tensor) -> tuple[list[int], list[float]]:
     """The nearest training picture of each of these, and its distance over the mean of the next ones.
 
     Args:
         pictures [B, 3, H, W], train [N, 3, H, W]: uint8 or in [-1, 1]; N ≥ 3.
     """
     count = min(OTHERS + 1, len(train))
-    found = torch.cdist(averaged(pictures), averaged(train)).topk(count, largest=False)
+    found = torch.cdist(downsample_2x2(pictures), downsample_2x2(train)).topk(count, largest=False)
     ratio = found.values[:, 0] / found.values[:, 1:].mean(1).clamp_min(1e-12)
     return [int(index) for index in found.indices[:, 0]], [float(one) for one in ratio]
 
@@ -53,10 +53,10 @@ def measure_memorization(drawn: Tensor, train: Tensor, held_out: Tensor | None =
     """
     if len(train) < 3:
         raise ValueError("memorisation is measured against at least three training pictures")
-    nearest, ratio = ratios(drawn, train)
+    nearest, ratio = nearest_distance_ratios(drawn, train)
     line, note = PLAINLY, f"nearest training picture within {PLAINLY:g} of the next {OTHERS}"
     if held_out is not None and len(held_out) >= 1 / QUANTILE:
-        own = torch.tensor(ratios(held_out, train)[1])
+        own = torch.tensor(nearest_distance_ratios(held_out, train)[1])
         line = float(own.quantile(QUANTILE))
         note = f"as near to one training picture as {QUANTILE:.0%} of held-out pictures are"
-    return Memorization(nearest, ratio, share([value < line for value in ratio], note))
+    return Memorization(nearest, ratio, proportion([value < line for value in ratio], note))

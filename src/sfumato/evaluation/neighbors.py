@@ -16,7 +16,7 @@ HOW = (
 )
 
 
-def averaged(pictures: Tensor) -> Tensor:
+def downsample_2x2(pictures: Tensor) -> Tensor:
     """Pictures [B, 3, H, W], uint8 or in [-1, 1] → their 2×2 averages in [-1, 1], flat: [B, 3·H/2·W/2]."""
     pixels = pictures.float() / 127.5 - 1 if pictures.dtype == torch.uint8 else pictures.float()
     return F.avg_pool2d(pixels, 2).flatten(1)
@@ -31,7 +31,7 @@ class Neighbors:
     """
 
     def __init__(self, pictures: Tensor, captions: Sequence[Sequence[str]]) -> None:
-        self.points = averaged(pictures)
+        self.points = downsample_2x2(pictures)
         self.squares = self.points.square().sum(1)
         self.captions = [tuple(words) for words in captions]
 
@@ -42,7 +42,7 @@ class Neighbors:
 
     def nearest(self, pictures: Tensor) -> list[int]:
         """Which of the set's pictures each of these [B, 3, H, W] is most like."""
-        asked = averaged(pictures)
+        asked = downsample_2x2(pictures)
         return [int(index) for index in (self.squares - 2 * asked @ self.points.T).argmin(1)]
 
     def judge(self, pictures: Tensor, prompts: Sequence[str]) -> list[bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sfumato.generation.pipeline import DEFAULT_GUIDANCE, Pipeline, SamplingSchedule, parse_requests
 from sfumato.theory import integrate
 from sfumato.theory.schedule_search import FINE, FittedGrid, cost, fit
-from sfumato.theory.verify import trimmed
+from sfumato.theory.verify import trimmed_rms
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def fit_times(
         exact = integrate(net, x, model.theory, FINE).double()
         for n in budgets:
             runs = (integrate(net, x, model.theory, times) for times in (n, pilot.grid(model.theory, n)))
-            before, after = (max(trimmed(run.double() - exact), 1e-12) for run in runs)
+            before, after = (max(trimmed_rms(run.double() - exact), 1e-12) for run in runs)
             errors[n] = (before, after)
     if watch is not None:
         watch(total, total)

@@ -21,7 +21,7 @@ from sfumato.errors import Refused
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy
 from sfumato.theory import Theory
-from sfumato.theory.convert import question
+from sfumato.theory.convert import translate_inputs
 
 
 def seeded(seed: int, make: Callable[[], Any]) -> Any:
@@ -408,7 +408,7 @@ class Model:
         theory, read = self.theory, lambda out: out
         times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
         if self.trained is not None:
-            x_t, times, read = question(self.trained, self.theory, x_t, times)
+            x_t, times, read = translate_inputs(self.trained, self.theory, x_t, times)
             theory, times = self.trained, times.double()
         times = times.expand(len(x_t)) if times.ndim < 2 else times
         scale = theory.input_scale(times).to(x_t.dtype)

@@ -114,7 +114,7 @@ def chart(
     horizontal = Axis(low, high, LEFT, width - RIGHT, log_x)
     vertical = Axis(*_bounds(up, log_y, zero), height - BOTTOM, TOP, log_y)
     drawing = _frame(horizontal, vertical, x, y, width, height)
-    drawing += "".join(_drawn(line, horizontal, vertical) for line in lines)
+    drawing += "".join(_svg_line(line, horizontal, vertical) for line in lines)
     drawing += f'<line class="guide" y1="{TOP}" y2="{height - BOTTOM}" hidden></line>'
     return Markup(
         f'<figure class="chart"><h3>{escape(title)}</h3>{_legend(lines)}'
@@ -136,15 +136,13 @@ def _frame(horizontal: Axis, vertical: Axis, x: str, y: str, width: int, height:
     """Grid, ticks and names of the axes."""
     parts = []
     for value in vertical.ticks():
-        at = vertical(value)
+        at, label = vertical(value), format_number(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 8}" y="{at + 3.5:.1f}" text-anchor="end">{short(value)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{at + 3.5:.1f}" text-anchor="end">{label}</text>')
     for value in horizontal.ticks(6):
         at = horizontal(value)
         place = f'x="{at:.1f}" y="{height - BOTTOM + 16}" text-anchor="middle"'
-        parts.append(f'<text class="tick" {place}>{short(value)}</text>')
+        parts.append(f'<text class="tick" {place}>{format_number(value)}</text>')
     floor = height - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{width - RIGHT}" y1="{floor}" y2="{floor}"/>')
     middle = (LEFT + width - RIGHT) / 2
@@ -158,11 +156,11 @@ def _style(line: Line) -> str:
     return f"c{line.color % 6}" if isinstance(line.color, int) else ""
 
 
-def _paint(line: Line) -> str:
+def _color(line: Line) -> str:
     return "" if isinstance(line.color, int) else f' style="--c:{line.color}"'
 
 
-def _drawn(line: Line, horizontal: Axis, vertical: Axis) -> str:
+def _svg_line(line: Line, horizontal: Axis, vertical: Axis) -> str:
     """A line with its error bars and points; broken where a value is not finite."""
     pieces: list[list[str]] = [[]]
     for px, py in zip(line.x, line.y, strict=True):
@@ -178,7 +176,7 @@ def _drawn(line: Line, horizontal: Axis, vertical: Axis) -> str:
     if line.points or len(line.x) == 1:
         dots = [point.split(",") for piece in pieces for point in piece]
         marks += "".join(f'<circle cx="{a}" cy="{b}" r="2.6"/>' for a, b in dots)
-    return f'<g class="line {_style(line)}{kind}"{_paint(line)}>{marks}</g>'
+    return f'<g class="line {_style(line)}{kind}"{_color(line)}>{marks}</g>'
 
 
 def _legend(lines: Sequence[Line]) -> str:
@@ -186,7 +184,7 @@ def _legend(lines: Sequence[Line]) -> str:
     if len(named) < 2:
         return ""
     items = (
-        f'<li><i class="{_style(line)}{" dashed" * line.dashed}"{_paint(line)}></i>{escape(line.name)}</li>'
+        f'<li><i class="{_style(line)}{" dashed" * line.dashed}"{_color(line)}></i>{escape(line.name)}</li>'
         for line in named
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
@@ -198,13 +196,14 @@ def _values(lines: Sequence[Line], horizontal: Axis, vertical: Axis, x: str) -> 
         {
             "name": line.name,
             "style": _style(line),
-            "paint": line.color if isinstance(line.color, str) else "",
+            "color": line.color if isinstance(line.color, str) else "",
             "points": [
                 [
                     round(horizontal(px), 1),
                     round(vertical(py), 1),
-                    f"{x} {short(px)}",
-                    short(py) + (f" ± {short(line.error[index])}" if line.error is not None else ""),
+                    f"{x} {format_number(px)}",
+                    format_number(py)
+                    + (f" ± {format_number(line.error[index])}" if line.error is not None else ""),
                 ]
                 for index, (px, py) in enumerate(zip(line.x, line.y, strict=True))
                 if math.isfinite(py) and (py > 0 or not vertical.log)
@@ -216,7 +215,7 @@ def _values(lines: Sequence[Line], horizontal: Axis, vertical: Axis, x: str) -> 
     return json.dumps(shown, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def short(value: float) -> str:
+def format_number(value: float) -> str:
     """A number for a tick or a tip: 2000, 0.25, 3e-05."""
     if value == 0:
         return "0"
@@ -227,7 +226,7 @@ def short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
-def thinned(x: Sequence[float], y: Sequence[float], most: int = 500) -> tuple[list[float], list[float]]:
+def downsample(x: Sequence[float], y: Sequence[float], most: int = 500) -> tuple[list[float], list[float]]:
     """At most `most` points: neighbors are averaged."""
     if len(x) <= most:
         return list(x), list(y)
@@ -239,7 +238,7 @@ def thinned(x: Sequence[float], y: Sequence[float], most: int = 500) -> tuple[li
     )
 
 
-def smoothed(y: Sequence[float], width: float) -> list[float]:
+def smooth(y: Sequence[float], width: float) -> list[float]:
     """y averaged over about `width` neighbors on both sides, with exponential weights; nothing lags.
 
     A forward and a backward average of the same decay are combined, each counting its own weights.

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from sfumato.report.charts import Line, chart, smoothed, thinned
+from sfumato.report.charts import Line, chart, downsample, smooth
 
 Event = dict[str, Any]
 MOST_LEVELS = 6
@@ -37,8 +37,8 @@ def _over_steps(steps: list[Event], held_out: list[Event]) -> Markup:
     x, y = [event["step"] for event in finite], [event["loss"] for event in finite]
     lines = []
     if x:
-        lines.append(Line("each step", *thinned(x, y), color=0, faint=True))
-        lines.append(Line("training, smoothed", *thinned(x, smoothed(y, len(y) / 60), 240), color=0))
+        lines.append(Line("each step", *downsample(x, y), color=0, faint=True))
+        lines.append(Line("training, smoothed", *downsample(x, smooth(y, len(y) / 60), 240), color=0))
     for split, name, color in (
         ("train", "training, fixed noise", 2),
         ("held_out", "held out, fixed noise", 1),
@@ -101,7 +101,7 @@ def _levels_over_steps(held_out: list[Event]) -> Markup:
     if len(found) < 3:
         return Markup("")
     levels = [one["level"] for one in found[0]["by_level"]]
-    chosen = levels if len(levels) <= MOST_LEVELS else _spread(levels, MOST_LEVELS)
+    chosen = levels if len(levels) <= MOST_LEVELS else _evenly_spaced(levels, MOST_LEVELS)
     lines = []
     for index, level in enumerate(chosen):
         share = index / max(len(chosen) - 1, 1)
@@ -124,7 +124,7 @@ def _levels_over_steps(held_out: list[Event]) -> Markup:
     )
 
 
-def _spread(levels: list[float], most: int) -> list[float]:
+def _evenly_spaced(levels: list[float], most: int) -> list[float]:
     return [levels[round(index * (len(levels) - 1) / (most - 1))] for index in range(most)]
 
 
@@ -133,5 +133,5 @@ def _figure(title: str, steps: list[Event], name: str, color: int, log: bool = F
     x, y = [event["step"] for event in found], [event[name] for event in found]
     if not x or (log and min(y) <= 0):
         log = False
-    lines = [] if not x else [Line(title.lower(), *thinned(x, y, 240), color=color)]
+    lines = [] if not x else [Line(title.lower(), *downsample(x, y, 240), color=color)]
     return chart(title, lines, x="step", y="", log_y=log, zero=not log, width=380, height=220)

@@ -94,17 +94,17 @@ def _classes(number: int) -> str:
     return "Classes" if number <= MOST_CLASSES else f"The {MOST_CLASSES} largest of {number:,} classes"
 
 
-def _clips(told: Mapping[str, Any] | None) -> str:
-    if told is None:
+def _clips(clips: Mapping[str, Any] | None) -> str:
+    if clips is None:
         return ""
-    dropped, wanted = told["dropped"], f"{told['frames']} frames at {told['rate']:g} a second"
+    dropped, wanted = clips["dropped"], f"{clips['frames']} frames at {clips['rate']:g} a second"
     verdict = (
         f"All of them are long enough for {wanted}."
         if not dropped
         else f"{count(len(dropped), 'is', 'are')} too short for {wanted} and would be dropped."
     )
-    seconds = f"{told['total_seconds']:,.0f} seconds in all"
-    return f"{told['count']:,} of them move, {seconds}; the middle frame is shown. {verdict}"
+    seconds = f"{clips['total_seconds']:,.0f} seconds in all"
+    return f"{clips['count']:,} of them move, {seconds}; the middle frame is shown. {verdict}"
 
 
 def _buckets(plan: Mapping[str, Any]) -> str:
@@ -132,8 +132,8 @@ def _shapes(buckets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _captions(told: Mapping[str, Any], tokens: Mapping[str, Any] | None) -> str:
-    if not told["different"]:
+def _captions(captions: Mapping[str, Any], tokens: Mapping[str, Any] | None) -> str:
+    if not captions["different"]:
         return "There are none."
     read, again = "", ""
     if tokens is not None:
@@ -141,10 +141,10 @@ def _captions(told: Mapping[str, Any], tokens: Mapping[str, Any] | None) -> str:
         read = (
             f" The model reads {tokens['most']} tokens; {cut if tokens['truncated'] else 'none is longer'}."
         )
-    if told["most_repeated"]:
-        text, number = told["most_repeated"]
+    if captions["most_repeated"]:
+        text, number = captions["most_repeated"]
         again = f" The most repeated, {number:,} times: “{text}”."
-    return f"{told['mean_words']:.1f} words on average, {told['longest_words']} at most.{read}{again}"
+    return f"{captions['mean_words']:.1f} words on average, {captions['longest_words']} at most.{read}{again}"
 
 
 def _duplicates(summary: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ class Picture:
     address: str
     words: str
     note: str = ""
-    beside: Sequence[tuple[str, str]] = ()
+    drawn_from: Sequence[tuple[str, str]] = ()
 
 
 @cache

@@ -149,7 +149,7 @@ def _error(held_out: list[Event]) -> str:
     return f"± {held_out[-1]['error']:.2g}" if held_out and held_out[-1].get("error") else ""
 
 
-def _drawn(events: list[Event]) -> dict[str | None, list[Event]]:
+def _drawn_by_group(events: list[Event]) -> dict[str | None, list[Event]]:
     """Events that drew pictures, by group, each in order of steps."""
     found: dict[str | None, list[Event]] = {}
     for event in of_kind(events, "pictures"):
@@ -204,7 +204,7 @@ def _notes_of(event: Event) -> dict[str, str]:
 def _latest(run: RunFolder, events: list[Event], judged: bool) -> list[dict[str, Any]]:
     """The groups drawn last, each its heading and its pictures."""
     found = []
-    for group, drawn in _drawn(events).items():
+    for group, drawn in _drawn_by_group(events).items():
         if (group or "").startswith(JUDGED) != judged:
             continue
         last = drawn[-1]
@@ -226,10 +226,10 @@ def _latest(run: RunFolder, events: list[Event], judged: bool) -> list[dict[str,
 def _strips(run: RunFolder, events: list[Event]) -> list[dict[str, Any]]:
     """For each group a table: a row for each prompt, a column for each step."""
     found = []
-    for group, drawn in _drawn(events).items():
+    for group, drawn in _drawn_by_group(events).items():
         if len(drawn) < 2:
             continue
-        chosen = _spread(drawn, MOST_STEPS)
+        chosen = _evenly_spaced(drawn, MOST_STEPS)
         prompts, shown = chosen[-1].get("prompts") or [], chosen[-1].get("shown") or ()
         rows = []
         for row in range(min(len(chosen[-1].get("files", ())), MOST_ROWS)):
@@ -249,7 +249,7 @@ def _cell(run: RunFolder, event: Event, row: int, words: str) -> dict[str, str]:
     return {"address": address, "words": f"{words} (step {event.get('step') or 0:,})"}
 
 
-def _spread(items: list[Event], most: int) -> list[Event]:
+def _evenly_spaced(items: list[Event], most: int) -> list[Event]:
     """At most `most` of the items, spread evenly, first and last among them."""
     if len(items) <= most:
         return items

@@ -1,16 +1,16 @@
 """Theory: two definitions, and everything that follows from them."""
 
 from sfumato.theory import guidance, noise, oracle, times
-from sfumato.theory.catalogue import about, arguments, get, names, preconditioned
+from sfumato.theory.catalog import arguments, describe, get, names, preconditioned
 from sfumato.theory.convert import translate
 from sfumato.theory.definition import Report, Theory
-from sfumato.theory.solvers.solver import evaluations, integrate, methods, solve, widest
+from sfumato.theory.solvers.solver import evaluations, integrate, methods, solve, widest_step
 
 __all__ = [
     "Report",
     "Theory",
-    "about",
     "arguments",
+    "describe",
     "evaluations",
     "get",
     "guidance",
@@ -23,5 +23,5 @@ __all__ = [
     "solve",
     "times",
     "translate",
-    "widest",
+    "widest_step",
 ]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.theory.definition import Theory, exact, spread
-from sfumato.theory.types import Denoise, Moment
+from sfumato.theory.definition import Theory, as_float64, broadcast_like
+from sfumato.theory.types import Denoise, TimeLike
 
 OUTSIDE = 0.05
 """How far past the trained angles a network may be asked at its last: pure noise, for EDM at s/a = 80."""
@@ -28,27 +28,31 @@ def translate(denoise: Denoise, trained: Theory, to: Theory) -> Denoise:
             is singular.
     """
 
-    def answer(x_t: Tensor, t: Moment) -> Tensor:
-        x, told, read = question(trained, to, x_t, t)
-        return read(denoise(x, told))
+    def answer(x_t: Tensor, t: TimeLike) -> Tensor:
+        x, network_t, read = translate_inputs(trained, to, x_t, t)
+        return read(denoise(x, network_t))
 
     return answer
 
 
-def question(
-    trained: Theory, to: Theory, x_t: Tensor, t: Moment
+def translate_inputs(
+    trained: Theory, to: Theory, x_t: Tensor, t: TimeLike
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     """(x', t', read): what the network is asked instead of (x_t, t), and how its answer reads in `to`.
 
-    Raises as `translation`.
+    Raises as `translation_coefficients`.
     """
-    there, ratio, ask, keep = translation(trained, to, to.within(exact(t)))
-    told = there.to(x_t.dtype if x_t.dtype == torch.float64 else torch.float32).to(x_t.device)
-    told = told.expand(len(x_t)) if told.ndim < 2 else told
-    return spread(ratio, x_t) * x_t, told, lambda out: spread(ask, x_t) * out + spread(keep, x_t) * x_t
+    there, ratio, ask, keep = translation_coefficients(trained, to, to.clamp_time(as_float64(t)))
+    network_t = there.to(x_t.dtype if x_t.dtype == torch.float64 else torch.float32).to(x_t.device)
+    network_t = network_t.expand(len(x_t)) if network_t.ndim < 2 else network_t
+    return (
+        broadcast_like(ratio, x_t) * x_t,
+        network_t,
+        lambda out: broadcast_like(ask, x_t) * out + broadcast_like(keep, x_t) * x_t,
+    )
 
 
-def translation(trained: Theory, to: Theory, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def translation_coefficients(trained: Theory, to: Theory, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(t', ratio, ask, keep), each like t: the network hears t' and ratio·x; it becomes ask·out + keep·x.
 
     Raises:
@@ -62,7 +66,7 @@ def translation(trained: Theory, to: Theory, t: Tensor) -> tuple[Tensor, Tensor,
             f'"{trained.name}" was never trained at the log-SNR of t = {where:g} in "{to.name}". '
             f"Sample between the times both know."
         )
-    r_there, from_out, from_z = trained.reader(there)
+    r_there, from_out, from_z = trained.velocity_coefficients(there)
     a, s = to.data(t)
     p, q = to.model(t)
     r = torch.hypot(a, s)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.theory.types import Anything, Moment, Rows
+from sfumato.theory.types import AnyFloats, CoefficientFunction, TimeLike
 
 SINGULAR = 1e-6
 """|sin| of the angle between the rows C_t and C^ε_t below which the split is no longer defined."""
 
 
-def exact(t: Moment) -> Tensor:
+def as_float64(t: TimeLike) -> Tensor:
     """t as float64, where formulas are evaluated (on the CPU for devices that lack float64).
 
     Raises:
@@ -38,7 +38,7 @@ def exact(t: Moment) -> Tensor:
         raise Refused(f"{t!r} is no time: give a real number, or a tensor with one per sample.") from error
 
 
-def spread(coefficient: Tensor, like: Tensor) -> Tensor:
+def broadcast_like(coefficient: Tensor, like: Tensor) -> Tensor:
     """A scalar or [B] turned to [1 or B, 1, …, 1] with the dtype and device of `like` [B, …]."""
     placed = coefficient.to(like.device, like.dtype)
     return placed if placed.ndim == 0 else placed.reshape(-1, *[1] * (like.ndim - 1))
@@ -51,7 +51,7 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def listed(values: Tensor) -> list[Any]:
+def to_lists(values: Tensor) -> list[Any]:
     """The values as Python's numbers, in lists of lists where there are several axes."""
     return cast(Any, values).tolist()
 
@@ -59,18 +59,18 @@ def listed(values: Tensor) -> list[Any]:
 class CoefficientPair:
     """A user's pair of coefficients; what it returns is checked and brought to the shape of t."""
 
-    def __init__(self, rows: Rows, title: str) -> None:
-        self.rows, self.title = rows, title
+    def __init__(self, definition: CoefficientFunction, title: str) -> None:
+        self.definition, self.title = definition, title
 
-    def __call__(self, t: Moment) -> tuple[Tensor, Tensor]:
+    def __call__(self, t: TimeLike) -> tuple[Tensor, Tensor]:
         """t of any shape → two tensors of that shape.
 
         Raises:
             Refused: unless the definition returns two coefficients with the shape of t.
         """
-        t = t if isinstance(t, Tensor) and t.is_floating_point() else exact(t)
+        t = t if isinstance(t, Tensor) and t.is_floating_point() else as_float64(t)
         try:
-            pair = cast(object, self.rows(t))
+            pair = cast(object, self.definition(t))
         except Exception as error:
             raise Refused(
                 f"{self.title} failed on t of shape {tuple(t.shape)}: {error}. Write it with torch functions "
@@ -96,7 +96,7 @@ class CoefficientPair:
         return tensor.expand(t.shape)
 
 
-def by_the_way(t: Tensor) -> Tensor:
+def default_clock(t: Tensor) -> Tensor:
     """The clock of a theory that brings none: 1000 × the way from data to noise."""
     return 1000 * t
 
@@ -128,12 +128,12 @@ class Theory:
         input_scale: t → what the network's input is multiplied by; by default 1.
     """
 
-    data: Rows
-    model: Rows
+    data: CoefficientFunction
+    model: CoefficientFunction
     t_noise: float | int = 1.0
     t_data: float | int = 0.0
     name: str = "a theory of one's own"
-    clock: Callable[[Tensor], Tensor] = by_the_way
+    clock: Callable[[Tensor], Tensor] = default_clock
     input_scale: Callable[[Tensor], Tensor] = torch.ones_like
 
     def __post_init__(self) -> None:
@@ -147,7 +147,7 @@ class Theory:
                 raise Refused(
                     f'Theory "{self.name}": {role} must be a function of t, as lambda t: 1000 * t is.'
                 )
-        ends = exact(self.t_noise), exact(self.t_data)
+        ends = as_float64(self.t_noise), as_float64(self.t_data)
         if any(end.numel() != 1 for end in ends):
             raise Refused(f'Theory "{self.name}": t_noise and t_data must be one number each.')
         t_noise, t_data = (float(end) for end in ends)
@@ -160,96 +160,96 @@ class Theory:
         put(self, "t_data", t_data)
         put(self, "data", CoefficientPair(self.data, f'Theory "{self.name}": data(t)'))
         put(self, "model", CoefficientPair(self.model, f'Theory "{self.name}": model(t)'))
-        if self.clock is by_the_way:
+        if self.clock is default_clock:
 
-            def on_the_way(t: Tensor) -> Tensor:
+            def linear_clock(t: Tensor) -> Tensor:
                 return (t - t_data) * (1000 / (t_noise - t_data))
 
-            put(self, "clock", on_the_way)
+            put(self, "clock", linear_clock)
 
     # ---------------------------------------------------------------- the four forms of one solve
 
-    def mix(self, x_0: Anything, x_T: Anything, t: Moment) -> Tensor:
+    def mix(self, x_0: AnyFloats, x_T: AnyFloats, t: TimeLike) -> Tensor:
         """a_t·x_0 + s_t·x_T. Shapes: x [B, …], t a number or [B]."""
-        self._same(x_0, x_T, "x_0", "x_T")
-        a, s = (spread(c, x_0) for c in self.data(self._moment(t, x_0)))
+        self._check_same_shape(x_0, x_T, "x_0", "x_T")
+        a, s = (broadcast_like(c, x_0) for c in self.data(self._valid_time(t, x_0)))
         return a * x_0 + s * x_T
 
-    def target(self, x_0: Anything, x_T: Anything, t: Moment) -> Tensor:
+    def target(self, x_0: AnyFloats, x_T: AnyFloats, t: TimeLike) -> Tensor:
         """p_t·x_0 + q_t·x_T: what a perfect network answers."""
-        self._same(x_0, x_T, "x_0", "x_T")
-        p, q = (spread(c, x_0) for c in self.model(self._moment(t, x_0)))
+        self._check_same_shape(x_0, x_T, "x_0", "x_T")
+        p, q = (broadcast_like(c, x_0) for c in self.model(self._valid_time(t, x_0)))
         return p * x_0 + q * x_T
 
-    def split(self, x_t: Anything, out: Anything, t: Moment) -> tuple[Tensor, Tensor]:
+    def split(self, x_t: AnyFloats, out: AnyFloats, t: TimeLike) -> tuple[Tensor, Tensor]:
         """(x_0, x_T) behind a state and the network's answer.
 
         Raises:
             Refused: where det = 0; the message names the time and the remedy.
         """
-        self._same(x_t, out, "x_t", "out")
-        a, s, p, q, det = self.rows(self._moment(t, x_t))
-        x0_x, x0_o, xT_x, xT_o = (spread(c / det, x_t) for c in (q, -s, -p, a))
+        self._check_same_shape(x_t, out, "x_t", "out")
+        a, s, p, q, det = self.coefficients(self._valid_time(t, x_t))
+        x0_x, x0_o, xT_x, xT_o = (broadcast_like(c / det, x_t) for c in (q, -s, -p, a))
         return x0_x * x_t + x0_o * out, xT_x * x_t + xT_o * out
 
-    def step(self, x_t: Anything, out: Anything, t: Moment, s: Moment) -> Tensor:
+    def step(self, x_t: AnyFloats, out: AnyFloats, t: TimeLike, s: TimeLike) -> Tensor:
         """x_s = C_s·(x_0, x_T): from time t to any time s with one answer (DDIM, for every theory)."""
-        self._same(x_t, out, "x_t", "out")
-        keep, add = self.step_weights(self._moment(t, x_t), self._moment(s, x_t))
-        return spread(keep, x_t) * x_t + spread(add, x_t) * out
+        self._check_same_shape(x_t, out, "x_t", "out")
+        keep, add = self.step_weights(self._valid_time(t, x_t), self._valid_time(s, x_t))
+        return broadcast_like(keep, x_t) * x_t + broadcast_like(add, x_t) * out
 
     # ---------------------------------------------------------------- coefficients
 
-    def rows(self, t: Moment) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def coefficients(self, t: TimeLike) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(a, s, p, q, det) in float64.
 
         Raises:
             Refused: where det vanishes or is not finite, and outside the theory's times.
         """
-        t = self.within(exact(t))
+        t = self.clamp_time(as_float64(t))
         (a, s), (p, q) = self.data(t), self.model(t)
         det = a * q - s * p
-        self._invertible(t, a, s, p, q, det)
+        self._check_invertible(t, a, s, p, q, det)
         return a, s, p, q, det
 
-    def singular(self, t: Moment) -> Tensor:
+    def singular(self, t: TimeLike) -> Tensor:
         """Where the split is not defined: a boolean per time, of the shape of t."""
-        t = self.within(exact(t))
+        t = self.clamp_time(as_float64(t))
         (a, s), (p, q) = self.data(t), self.model(t)
         return _parallel(a, s, p, q, a * q - s * p)
 
-    def step_weights(self, t: Moment, s: Moment) -> tuple[Tensor, Tensor]:
+    def step_weights(self, t: TimeLike, s: TimeLike) -> tuple[Tensor, Tensor]:
         """(w_x, w_out) with x_s = w_x·x_t + w_out·out: C_s·[C_t; C^ε_t]⁻¹."""
-        a, n, p, q, det = self.rows(t)
-        a_next, n_next = self.data(self.within(exact(s)))
+        a, n, p, q, det = self.coefficients(t)
+        a_next, n_next = self.data(self.clamp_time(as_float64(s)))
         return (a_next * q - n_next * p) / det, (a * n_next - n * a_next) / det
 
-    def reader(self, t: Moment) -> tuple[Tensor, Tensor, Tensor]:
+    def velocity_coefficients(self, t: TimeLike) -> tuple[Tensor, Tensor, Tensor]:
         """(r, k_out, k_z) with z = x/r and v = k_out·out + k_z·z, the canonical velocity dz/dφ.
 
         v = cos φ·x_T − sin φ·x_0 = (r·out − (a·p + s·q)·z) / det.
         """
-        a, s, p, q, det = self.rows(t)
+        a, s, p, q, det = self.coefficients(t)
         r = torch.hypot(a, s)
         return r, r / det, -(a * p + s * q) / det
 
-    def angle(self, t: Moment) -> Tensor:
+    def angle(self, t: TimeLike) -> Tensor:
         """φ = atan2(s, a): 0 at data, π/2 at pure noise, the same for every theory. Radians, float64.
 
         Raises:
             Refused: outside the theory's times.
         """
-        return self._angle(self.within(exact(t)))
+        return self._angle(self.clamp_time(as_float64(t)))
 
-    def log_snr(self, t: Moment) -> Tensor:
+    def log_snr(self, t: TimeLike) -> Tensor:
         """log(a²/s²): +inf where there is no noise, −inf where there is no signal. Nats, float64.
 
         Raises:
             Refused: outside the theory's times.
         """
-        return self._log_snr(self.within(exact(t)))
+        return self._log_snr(self.clamp_time(as_float64(t)))
 
-    def time_at(self, log_snr: Moment) -> Tensor:
+    def time_at(self, log_snr: TimeLike) -> Tensor:
         """The time with this log-SNR, the nearest end where there is none. Any shape, float64.
 
         Raises:
@@ -257,7 +257,7 @@ class Theory:
         """
         return self._search(lambda t: -self._log_snr(t), -self._number(log_snr, "log-SNR"))
 
-    def time_of(self, angle: Moment) -> Tensor:
+    def time_of(self, angle: TimeLike) -> Tensor:
         """The time with this angle φ, the nearest end where there is none. Any shape, float64.
 
         Raises:
@@ -265,22 +265,24 @@ class Theory:
         """
         return self._search(self._angle, self._number(angle, "angle"))
 
-    def convert(self, out: Anything, x_t: Anything, t: Moment, to: "Theory") -> tuple[Tensor, Tensor, Tensor]:
+    def convert(
+        self, out: AnyFloats, x_t: AnyFloats, t: TimeLike, to: "Theory"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(out', x'_t, t'): the same (x_0, x_T) at the same signal-to-noise, as `to` writes it.
 
         Raises:
             Refused: where this theory is singular, or `to` has no time with this signal-to-noise.
         """
-        t = self._moment(t, x_t)
-        self._within(t, to)
+        t = self._valid_time(t, x_t)
+        self._check_reached(t, to)
         there = to.time_at(self.log_snr(t))
         x_0, x_T = self.split(x_t, out, t)
         ratio = torch.hypot(*to.data(there)) / torch.hypot(*self.data(t))
-        return to.target(x_0, x_T, there), spread(ratio, x_t) * x_t, there
+        return to.target(x_0, x_T, there), broadcast_like(ratio, x_t) * x_t, there
 
     # ---------------------------------------------------------------- the check
 
-    def check(self, times: Moment | None = None) -> Report:
+    def check(self, times: TimeLike | None = None) -> Report:
         """Is the theory sound at these times (by default 257 from t_noise to t_data)?
 
         Finds definitions that fail or have wrong shapes, negative or vanishing coefficients, times at
@@ -300,8 +302,8 @@ class Theory:
         a, s = self.data(t)
         return 2 * (a.log() - s.log())
 
-    def _number(self, wanted: Moment, what: str) -> Tensor:
-        value = exact(wanted)
+    def _number(self, wanted: TimeLike, what: str) -> Tensor:
+        value = as_float64(wanted)
         if bool(value.isnan().any()):
             raise Refused(f'"{self.name}" has no time whose {what} is not a number.')
         return value
@@ -325,16 +327,16 @@ class Theory:
         first, last = (rising(found.new_tensor(end)) for end in (self.t_data, self.t_noise))
         return torch.where(wanted >= last, self.t_noise, torch.where(wanted <= first, self.t_data, found))
 
-    def _moment(self, t: Moment, x: Tensor) -> Tensor:
-        t = exact(t)
+    def _valid_time(self, t: TimeLike, x: Tensor) -> Tensor:
+        t = as_float64(t)
         if t.ndim > 1 or (t.ndim == 1 and (x.ndim == 0 or t.shape[0] not in (1, x.shape[0]))):
             raise Refused(
                 f"Time of shape {tuple(t.shape)} does not fit x of shape {tuple(x.shape)}: "
                 f"give one time, or one per sample."
             )
-        return self.within(t)
+        return self.clamp_time(t)
 
-    def within(self, t: Tensor) -> Tensor:
+    def clamp_time(self, t: Tensor) -> Tensor:
         """t, where float32 rounded an end outwards at the end itself.
 
         Raises:
@@ -352,7 +354,7 @@ class Theory:
             raise Refused(f'Time {where:g} is outside "{self.name}", {ends}{trained}')
         return t.clamp(low, high)
 
-    def _same(self, one: Tensor, other: Tensor, name: str, other_name: str) -> None:
+    def _check_same_shape(self, one: Tensor, other: Tensor, name: str, other_name: str) -> None:
         for x, called in ((cast(object, one), name), (cast(object, other), other_name)):
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -362,7 +364,7 @@ class Theory:
                 f"{name} has shape {tuple(one.shape)}, {other_name} {tuple(other.shape)}; make them equal."
             )
 
-    def _within(self, t: Tensor, to: "Theory") -> None:
+    def _check_reached(self, t: Tensor, to: "Theory") -> None:
         angle = self.angle(t)
         low, high = (float(to.angle(end)) for end in (to.t_data, to.t_noise))
         outside = (angle < low - 1e-9) | (angle > high + 1e-9)
@@ -374,7 +376,7 @@ class Theory:
                 f"{to.log_snr(to.t_data):.3g}."
             )
 
-    def _invertible(self, t: Tensor, a: Tensor, s: Tensor, p: Tensor, q: Tensor, det: Tensor) -> None:
+    def _check_invertible(self, t: Tensor, a: Tensor, s: Tensor, p: Tensor, q: Tensor, det: Tensor) -> None:
         bad = _parallel(a, s, p, q, det)
         if not bool(bad.any()):
             return
@@ -406,18 +408,18 @@ def _why(a: float, s: float, p: float, q: float) -> str:
 # What can be wrong with a theory, in sentences: the check behind `Theory.check`.
 
 
-def problems_of(theory: Theory, times: Moment | None) -> list[str]:
+def problems_of(theory: Theory, times: TimeLike | None) -> list[str]:
     """One sentence per problem, the gravest first; an empty list when the theory is sound."""
 
     try:
-        t = _everywhere(theory) if times is None else exact(times).flatten()
+        t = _everywhere(theory) if times is None else as_float64(times).flatten()
         if not len(t):
             return ["There is no time to check at; give some, or leave them out."]
-        theory.within(t)
+        theory.clamp_time(t)
         asked = t[t != theory.t_data]
         problems = _shapes(theory, t) or _levels(theory, t)
         if not problems:
-            problems = _order(theory, t) + _split(theory, asked) + _told(theory, asked)
+            problems = _order(theory, t) + _split(theory, asked) + _clock_and_input_scale(theory, asked)
         if not problems and times is None:
             problems = _between(theory, t) + _jump(theory, t)
     except Refused as refusal:
@@ -466,14 +468,14 @@ def _levels(theory: Theory, t: Tensor) -> list[str]:
 
 
 def _order(theory: Theory, t: Tensor) -> list[str]:
-    towards_noise = t.sort(descending=theory.t_noise < theory.t_data)[0]
-    towards_noise = torch.cat([towards_noise[:1], towards_noise[1:][towards_noise.diff() != 0]])
-    angle = theory.angle(towards_noise)
+    toward_noise = t.sort(descending=theory.t_noise < theory.t_data)[0]
+    toward_noise = torch.cat([toward_noise[:1], toward_noise[1:][toward_noise.diff() != 0]])
+    angle = theory.angle(toward_noise)
     flat = angle.diff() <= 0
     if not bool(flat.any()):
         return []
     i = int(flat.nonzero()[0])
-    here, there = towards_noise[i].item(), towards_noise[i + 1].item()
+    here, there = toward_noise[i].item(), toward_noise[i + 1].item()
     return [
         f"Between t = {here:g} and {there:g} the noise does not rise against the signal (φ goes from "
         f"{angle[i].item():.6g} to {angle[i + 1].item():.6g}); s/a must grow strictly from t_data to t_noise."
@@ -486,7 +488,7 @@ def _split(theory: Theory, asked: Tensor) -> list[str]:
     problems: list[str] = []
     for t in asked[singular][:3]:
         try:
-            theory.rows(t)
+            theory.coefficients(t)
         except Refused as refusal:
             problems.append(str(refusal))
     if int(singular.sum()) > 3:
@@ -557,23 +559,23 @@ def _jump(theory: Theory, t: Tensor) -> list[str]:
     ]
 
 
-def _told(theory: Theory, asked: Tensor) -> list[str]:
+def _clock_and_input_scale(theory: Theory, asked: Tensor) -> list[str]:
     problems: list[str] = []
     for name in ("clock", "input_scale"):
         try:
-            told = getattr(theory, name)(asked)
+            found = getattr(theory, name)(asked)
         except Exception as error:
             problems.append(f'Theory "{theory.name}": {name}(t) failed: {error}.')
             continue
-        if not isinstance(told, Tensor) or told.shape != asked.shape:
+        if not isinstance(found, Tensor) or found.shape != asked.shape:
             problems.append(f'Theory "{theory.name}": {name}(t) must return a tensor of the shape of t.')
-        elif not bool(torch.isfinite(told).all()):
-            where = asked[~torch.isfinite(told)][0].item()
+        elif not bool(torch.isfinite(found).all()):
+            where = asked[~torch.isfinite(found)][0].item()
             problems.append(
                 f'Theory "{theory.name}": {name}(t) is not finite at the asked time t = {where:g}.'
             )
-        elif name == "input_scale" and bool((told == 0).any()):
-            where = asked[told == 0][0].item()
+        elif name == "input_scale" and bool((found == 0).any()):
+            where = asked[found == 0][0].item()
             problems.append(
                 f'Theory "{theory.name}": input_scale(t) is 0 at t = {where:g}, where the network would see '
                 f"nothing. Keep it away from 0."

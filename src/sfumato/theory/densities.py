@@ -18,14 +18,14 @@ from torch import Tensor
 
 from sfumato.errors import Refused, nearest, one_of
 from sfumato.theory import noise
-from sfumato.theory.definition import Theory, exact
-from sfumato.theory.types import Anything
+from sfumato.theory.definition import Theory, as_float64
+from sfumato.theory.types import AnyFloats
 
 Curve = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Law:
+class Distribution:
     """A distribution of one number y that grows with the noise: share below y, its inverse, its slope."""
 
     cdf: Curve
@@ -39,33 +39,33 @@ class Density:
 
     Args:
         name: as the catalogue has it.
-        of: the law of the coordinate.
+        distribution: of the coordinate.
         coordinate: "time" (the theory's own, 0 at data and 1 at noise) or "ratio" (log s/a).
     """
 
     name: str
-    of: Law
+    distribution: Distribution
     coordinate: str
 
-    def __call__(self, theory: Theory, u: Anything) -> Tensor:
+    def __call__(self, theory: Theory, u: AnyFloats) -> Tensor:
         """u [B] in (0, 1), even → t [B] float64, distributed as this density says."""
-        share = exact(u)
+        share = as_float64(u)
         if not bool(((share >= 0) & (share <= 1)).all()):
             raise Refused("u must lie between 0 and 1; noise.uniform or times.stratified draw it.")
         low, high = self._ends(theory)
-        y = self.of.quantile(low + (high - low) * share)
+        y = self.distribution.quantile(low + (high - low) * share)
         if self.coordinate == "time":
             return theory.t_data + (theory.t_noise - theory.t_data) * y
         return theory.time_at(-2 * y)
 
-    def pdf(self, theory: Theory, t: Anything) -> Tensor:
+    def pdf(self, theory: Theory, t: AnyFloats) -> Tensor:
         """How densely times are drawn at t [B], per unit of t; it integrates to 1 over the theory's times."""
         low, high = self._ends(theory)
         with torch.enable_grad():
-            moment = exact(t).detach().requires_grad_()
+            moment = as_float64(t).detach().requires_grad_()
             y = self._coordinate(theory, moment)
             (slope,) = torch.autograd.grad(y.sum(), moment)
-        return (self.of.pdf(y) * slope.abs() / (high - low)).detach()
+        return (self.distribution.pdf(y) * slope.abs() / (high - low)).detach()
 
     def _coordinate(self, theory: Theory, t: Tensor) -> Tensor:
         if self.coordinate == "time":
@@ -73,37 +73,37 @@ class Density:
         return -theory.log_snr(t) / 2
 
     def _ends(self, theory: Theory) -> tuple[Tensor, Tensor]:
-        low, high = (self._coordinate(theory, exact(end)) for end in (theory.t_data, theory.t_noise))
-        return self.of.cdf(low), self.of.cdf(high)
+        low, high = (self._coordinate(theory, as_float64(end)) for end in (theory.t_data, theory.t_noise))
+        return self.distribution.cdf(low), self.distribution.cdf(high)
 
 
-# ---------------------------------------------------------------- laws
+# ---------------------------------------------------------------- distributions
 
 
-def _even(low: float, high: float) -> Law:
-    return Law(
+def _even(low: float, high: float) -> Distribution:
+    return Distribution(
         cdf=lambda y: ((y - low) / (high - low)).clamp(0, 1),
         quantile=lambda u: low + (high - low) * u,
         pdf=lambda y: torch.where((y >= low) & (y <= high), 1 / (high - low), 0.0),
     )
 
 
-def _normal(mean: float, std: float) -> Law:
+def _normal(mean: float, std: float) -> Distribution:
     if not std > 0:
         raise Refused(f"std is {std:g}; it must be above 0.")
-    return Law(
+    return Distribution(
         cdf=lambda y: 0.5 * torch.erfc((mean - y) / (std * math.sqrt(2))),
         quantile=lambda u: mean + std * math.sqrt(2) * torch.erfinv(2 * u - 1),
         pdf=lambda y: torch.exp(-0.5 * ((y - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi)),
     )
 
 
-def uniform() -> tuple[Law, str]:
+def uniform() -> tuple[Distribution, str]:
     """Even in the theory's own time."""
     return _even(0.0, 1.0), "time"
 
 
-def logit_normal(mean: float = 0.0, std: float = 1.0) -> tuple[Law, str]:
+def logit_normal(mean: float = 0.0, std: float = 1.0) -> tuple[Distribution, str]:
     """log(s/a) is normal; in flow matching t is logit-normal.
 
     Source: Esser et al. 2024, arXiv:2403.03206, section 3.1.
@@ -111,12 +111,12 @@ def logit_normal(mean: float = 0.0, std: float = 1.0) -> tuple[Law, str]:
     return _normal(mean, std), "ratio"
 
 
-def log_normal(mean: float = -1.2, std: float = 1.2) -> tuple[Law, str]:
+def log_normal(mean: float = -1.2, std: float = 1.2) -> tuple[Distribution, str]:
     """EDM's: log σ is normal. Source: Karras et al. 2022, arXiv:2206.00364, table 1."""
     return _normal(mean, std), "ratio"
 
 
-def log_snr(lowest: float = 0.002, highest: float = 80.0) -> tuple[Law, str]:
+def log_snr(lowest: float = 0.002, highest: float = 80.0) -> tuple[Distribution, str]:
     """Even in log-SNR between two ratios s/a.
 
     Raises:
@@ -128,17 +128,17 @@ def log_snr(lowest: float = 0.002, highest: float = 80.0) -> tuple[Law, str]:
     return _even(math.log(lowest), math.log(highest)), "ratio"
 
 
-def cosmap() -> tuple[Law, str]:
+def cosmap() -> tuple[Distribution, str]:
     """Even in the angle φ = atan(s/a). Source: Esser et al. 2024, arXiv:2403.03206, section 3.1."""
     half = math.pi / 2
-    return Law(
+    return Distribution(
         cdf=lambda y: y.exp().atan() / half,
         quantile=lambda u: (half * u).tan().log(),
         pdf=lambda y: 1 / (half * 2 * y.cosh()),
     ), "ratio"
 
 
-def mode(scale: float = 1.29) -> tuple[Law, str]:
+def mode(scale: float = 1.29) -> tuple[Distribution, str]:
     """Flow time 1 − u − scale·(cos²(πu/2) − 1 + u): crowded in the middle, positive at both ends.
 
     Raises:
@@ -164,10 +164,10 @@ def mode(scale: float = 1.29) -> tuple[Law, str]:
         u, share = cdf(y.detach()), torch.sigmoid(y)
         return share * (1 - share) / (1 + scale - scale * half * (math.pi * u).sin())
 
-    return Law(cdf, lambda u: torch.logit(flow(u)), pdf), "ratio"
+    return Distribution(cdf, lambda u: torch.logit(flow(u)), pdf), "ratio"
 
 
-_DENSITIES: dict[str, Callable[..., tuple[Law, str]]] = {
+_DENSITIES: dict[str, Callable[..., tuple[Distribution, str]]] = {
     "uniform": uniform,
     "logit-normal": logit_normal,
     "log-normal": log_normal,
@@ -215,21 +215,21 @@ Weighting = Callable[[Theory, Tensor], Tensor]
 
 def _on_data(weigh: Curve) -> Weighting:
     """weigh(log-SNR) of the x_0 loss, as a weight of the theory's own."""
-    return lambda theory, t: _carried(theory, t, weigh, on_data=True)
+    return lambda theory, t: _of_model_loss(theory, t, weigh, on_data=True)
 
 
 def _on_noise(weigh: Curve) -> Weighting:
-    return lambda theory, t: _carried(theory, t, weigh, on_data=False)
+    return lambda theory, t: _of_model_loss(theory, t, weigh, on_data=False)
 
 
-def _carried(theory: Theory, t: Tensor, weigh: Curve, on_data: bool) -> Tensor:
-    a, s, _, _, det = theory.rows(t)
+def _of_model_loss(theory: Theory, t: Tensor, weigh: Curve, on_data: bool) -> Tensor:
+    a, s, _, _, det = theory.coefficients(t)
     return weigh(theory.log_snr(t)) * ((s if on_data else a) / det).square()
 
 
 def unit() -> Weighting:
     """1 on the theory's own answer."""
-    return lambda theory, t: torch.ones_like(exact(t))
+    return lambda theory, t: torch.ones_like(as_float64(t))
 
 
 def min_snr(gamma: float = 5.0) -> Weighting:

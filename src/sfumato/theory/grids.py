@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Refused, nearest, one_of
-from sfumato.theory.definition import Theory, exact
-from sfumato.theory.types import Anything
+from sfumato.theory.definition import Theory, as_float64
+from sfumato.theory.types import AnyFloats
 
 
 def linear(theory: Theory, steps: int) -> Tensor:
@@ -125,10 +125,10 @@ def two_sided(theory: Theory, steps: int, data: float = NEAR_DATA, noise: float 
         raise Refused(f"data {data:g} and noise {noise:g} must lie between 0 and 1.")
     ends = torch.stack([theory.angle(end) for end in (theory.t_noise, theory.t_data)])
     high, low = (float(end) for end in progress(ends, data, noise))
-    return _at_angles(theory, angle_at(high + (low - high) * places(_count(steps)), data, noise))
+    return _at_angles(theory, angle_at(high + (low - high) * node_positions(_count(steps)), data, noise))
 
 
-def places(steps: int) -> Tensor:
+def node_positions(steps: int) -> Tensor:
     """Where the nodes of a grid stand between 0 and 1: evenly, but for a shorter first and last step."""
     i = torch.arange(steps + 1, dtype=torch.float64)
     where = (i - EARLY) / max(steps - EARLY - LATE, 1e-9)
@@ -150,7 +150,7 @@ def angle_at(share: Tensor, delta: float = NEAR_DATA, epsilon: float = NEAR_NOIS
     return torch.atan2((g - delta).clamp(min=0), (1 - epsilon * g).clamp(min=0))
 
 
-def trained(step: int | Sequence[int] | Tensor, steps: int = 1000) -> Tensor:
+def time_of_step(step: int | Sequence[int] | Tensor, steps: int = 1000) -> Tensor:
     """The time (n + 1)/N of a discrete model's trained step n, 0 … N − 1; float64, like `step` in shape.
 
     Raises:
@@ -164,13 +164,13 @@ def trained(step: int | Sequence[int] | Tensor, steps: int = 1000) -> Tensor:
     return (n.double() + 1) / steps
 
 
-def custom(theory: Theory, moments: Sequence[float] | Anything) -> Tensor:
+def custom(theory: Theory, times: Sequence[float] | AnyFloats) -> Tensor:
     """One's own times [N + 1] or [B, N + 1], checked; float64.
 
     Raises:
         Refused: fewer than two times, times outside the theory, times that do not go strictly one way.
     """
-    t = exact(torch.as_tensor(moments, dtype=torch.float64))
+    t = as_float64(torch.as_tensor(times, dtype=torch.float64))
     if t.ndim not in (1, 2) or t.shape[-1] < 2:
         raise Refused(f"A grid has at least two times; this one has shape {tuple(t.shape)}.")
     low, high = sorted((theory.t_data, theory.t_noise))
@@ -205,7 +205,7 @@ def grids() -> list[str]:
 
 
 def grid(name: str, theory: Theory, steps: int, **args: object) -> Tensor:
-    """The grid with this name (`custom` takes moments=[…] and no steps).
+    """The grid with this name (`custom` takes times=[…] and no steps).
 
     Raises:
         Refused: for a name or an argument that is not known, with the nearest that is.

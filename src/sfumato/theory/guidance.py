@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.theory.definition import Theory, exact, spread
+from sfumato.theory.definition import Theory, as_float64, broadcast_like
 from sfumato.theory.types import Denoise
 
 Stacked = Callable[[Tensor, Tensor], Tensor]
@@ -137,13 +137,13 @@ def only_in_interval(
         raise Refused(f"low {low:g} and high {high:g} must satisfy 0 ≤ low < high.")
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        a, s = theory.data(exact(t))
+        a, s = theory.data(as_float64(t))
         inside = (s >= low * a) & (s <= high * a if math.isfinite(high) else s >= 0)
         if bool(inside.all()):
             return guided(x_t, t)
         if not bool(inside.any()):
             return strong(x_t, t)
-        return torch.where(spread(inside, x_t).bool(), guided(x_t, t), strong(x_t, t))
+        return torch.where(broadcast_like(inside, x_t).bool(), guided(x_t, t), strong(x_t, t))
 
     return denoise
 
@@ -161,11 +161,11 @@ def zero_star(strong: Denoise, weak: Denoise, scale: float, theory: Theory, sile
     quiet = (1 - silent) * float(theory.angle(theory.t_noise))
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        r, from_out, from_z = (spread(c, x_t) for c in theory.reader(t))
+        r, from_out, from_z = (broadcast_like(c, x_t) for c in theory.velocity_coefficients(t))
         z = x_t / r
         prompted, weaker = (from_out * net(x_t, t) + from_z * z for net in (strong, weak))
         velocity = guide(prompted, _along(prompted, weaker), scale)
-        moving = spread((theory.angle(t) <= quiet).double(), x_t)
+        moving = broadcast_like((theory.angle(t) <= quiet).double(), x_t)
         return (moving * velocity - from_z * z) / from_out
 
     return denoise
@@ -212,7 +212,7 @@ def _data(theory: Theory, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
 
 def _answer(theory: Theory, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
     """What the network would have answered had it meant this x_0."""
-    _, s, _, q, det = (spread(c, x_t) for c in theory.rows(t))
+    _, s, _, q, det = (broadcast_like(c, x_t) for c in theory.coefficients(t))
     return q / s * x_t - det / s * x_0
 
 

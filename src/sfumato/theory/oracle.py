@@ -15,11 +15,11 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.theory import noise
-from sfumato.theory.definition import Theory, eigh, exact
-from sfumato.theory.trajectory import start_of
-from sfumato.theory.types import Anything, Denoise, Moment
+from sfumato.theory.definition import Theory, as_float64, eigh
+from sfumato.theory.trajectory import initial_state
+from sfumato.theory.types import AnyFloats, Denoise, TimeLike
 
-Numbers = Anything | Sequence[float] | Sequence[Sequence[float]]
+Numbers = AnyFloats | Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,23 +38,23 @@ class Mixture:
 
     def posterior(self, x_t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """(E[x_0 | x_t], E[x_T | x_t]) for x_t [B, D], a and s [] or [B]; finite unless both are 0."""
-        if self.is_round:
-            return self._round_posterior(x_t, a.reshape(-1, 1), s.reshape(-1, 1))
+        if self.is_isotropic:
+            return self._isotropic_posterior(x_t, a.reshape(-1, 1), s.reshape(-1, 1))
         a, s = a.reshape(-1, 1, 1), s.reshape(-1, 1, 1)
         variance = a * a * self.spectra + s * s  # [B, K, D]
         turned = torch.einsum("bkd,kde->bke", x_t[:, None] - a * self.means, self.bases)
         fit = self.weights.log() - 0.5 * (turned.square() / variance + variance.log()).sum(-1)
         scaled = fit.softmax(-1)[..., None] * turned / variance
         x_T = s[:, 0] * torch.einsum("bke,kde->bd", scaled, self.bases)
-        spread = a[:, 0] * torch.einsum("bke,kde->bd", scaled * self.spectra, self.bases)
-        return fit.softmax(-1) @ self.means + spread, x_T
+        turned_back = a[:, 0] * torch.einsum("bke,kde->bd", scaled * self.spectra, self.bases)
+        return fit.softmax(-1) @ self.means + turned_back, x_T
 
     @cached_property
-    def is_round(self) -> bool:
+    def is_isotropic(self) -> bool:
         """Whether every covariance is a multiple of the identity: no directions to turn into."""
         return bool((self.spectra == self.spectra[:, :1]).all())
 
-    def _round_posterior(self, x_t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    def _isotropic_posterior(self, x_t: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         level = self.spectra[:, 0]
         variance = a * a * level + s * s  # [B, K]
         off = x_t[:, None] - a[..., None] * self.means
@@ -74,7 +74,7 @@ class Mixture:
         def denoise(x_t: Tensor, t: Tensor) -> Tensor:
             if x_t[0].numel() != self.dimension:
                 raise Refused(f"A sample holds {x_t[0].numel()} numbers, this mixture {self.dimension}.")
-            moment = exact(t)
+            moment = as_float64(t)
             x_0, x_T = self.posterior(x_t.reshape(len(x_t), -1).double(), *theory.data(moment))
             p, q = (c.reshape(-1, 1) for c in theory.model(moment))
             return (p * x_0 + q * x_T).reshape(x_t.shape).to(x_t.dtype)
@@ -109,12 +109,12 @@ class Mixture:
             size *= min(3.0, max(0.2, 0.8 * (tolerance / max(error, 1e-300)) ** (1 / 15)))
         return z
 
-    def reference(self, x_T: Anything, theory: Theory, t: Moment | None = None) -> Tensor:
+    def reference(self, x_T: AnyFloats, theory: Theory, t: TimeLike | None = None) -> Tensor:
         """x at t_data reached from x_T by the exact flow; x_T is read as in `solve`, at t or t_noise."""
-        begin = theory.t_noise if t is None else float(exact(t))
-        z = start_of(x_T.double(), theory, begin).reshape(len(x_T), -1)
+        begin = theory.t_noise if t is None else float(as_float64(t))
+        z = initial_state(x_T.double(), theory, begin).reshape(len(x_T), -1)
         end = float(theory.angle(theory.t_data))
-        r = float(torch.hypot(*theory.data(exact(theory.t_data))))
+        r = float(torch.hypot(*theory.data(as_float64(theory.t_data))))
         return r * self.endpoint(z, float(theory.angle(begin)), end).reshape(x_T.shape)
 
     def _extrapolate(self, z: Tensor, here: float, size: float) -> tuple[Tensor, float]:
@@ -147,10 +147,10 @@ def mixture(means: Numbers, covariances: Numbers | float, weights: Numbers | Non
     Raises:
         Refused: for shapes that do not fit, covariances that are not positive definite, weights ≤ 0.
     """
-    centre = torch.as_tensor(means, dtype=torch.float64)
-    if centre.ndim != 2 or not centre.numel():
-        raise Refused(f"means has shape {tuple(centre.shape)}; it must be [modes, dimensions].")
-    modes, size = centre.shape
+    center = torch.as_tensor(means, dtype=torch.float64)
+    if center.ndim != 2 or not center.numel():
+        raise Refused(f"means has shape {tuple(center.shape)}; it must be [modes, dimensions].")
+    modes, size = center.shape
     cover = torch.as_tensor(covariances, dtype=torch.float64)
     if cover.shape == (modes, size, size):
         spectra, bases = eigh(cover)
@@ -167,7 +167,7 @@ def mixture(means: Numbers, covariances: Numbers | float, weights: Numbers | Non
         raise Refused(f"weights must be {modes} positive numbers, one per mode.")
     if not bool((spectra > 0).all()):
         raise Refused("covariances must be positive definite: every variance above 0.")
-    return Mixture(centre, spectra.contiguous(), bases.contiguous(), share / share.sum())
+    return Mixture(center, spectra.contiguous(), bases.contiguous(), share / share.sum())
 
 
 def ring(modes: int = 8, radius: float = 1.4, deviation: float = 0.1) -> Mixture:
@@ -177,11 +177,11 @@ def ring(modes: int = 8, radius: float = 1.4, deviation: float = 0.1) -> Mixture
 
 
 def random_mixture(
-    modes: int, dimensions: int, seed: int, spread: float = 0.7, least: float = 0.003
+    modes: int, dimensions: int, seed: int, mean_std: float = 0.7, least: float = 0.003
 ) -> Mixture:
     """Modes, orientations, spectra (log-uniform from `least` to 0.5) and weights drawn from a seed."""
     rows = range(modes)
-    means = spread * noise.normal((dimensions,), seed, rows, purpose="means").double()
+    means = mean_std * noise.normal((dimensions,), seed, rows, purpose="means").double()
     frame = noise.normal((dimensions, dimensions), seed, rows, purpose="frames").double()
     linalg: Any = torch.linalg  # its functions have no types
     bases: Tensor = linalg.qr(frame)[0]

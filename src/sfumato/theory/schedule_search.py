@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.theory.definition import Theory, listed
-from sfumato.theory.grids import angle_at, custom, interpolate, places, progress, two_sided
+from sfumato.theory.definition import Theory, to_lists
+from sfumato.theory.grids import angle_at, custom, interpolate, node_positions, progress, two_sided
 from sfumato.theory.solvers.solver import integrate
-from sfumato.theory.types import Anything, Denoise
+from sfumato.theory.types import AnyFloats, Denoise
 
 KNOTS, POINTS, FINE = 7, 65, 96
 """Knots of the bend, points of the table that is kept, evaluations of the run that counts as exact."""
@@ -52,7 +52,7 @@ class FittedGrid:
         way = progress(angles)
         ends = progress(torch.stack([theory.angle(end) for end in (theory.t_noise, theory.t_data)]))
         high, low = (float(end) for end in interpolate(ends, way, shares))
-        inner = interpolate(high + (low - high) * places(steps)[1:-1], shares, way)
+        inner = interpolate(high + (low - high) * node_positions(steps)[1:-1], shares, way)
         middle = theory.time_of(angle_at(inner))
         first, last = (middle.new_tensor([end]) for end in (theory.t_noise, theory.t_data))
         return custom(theory, torch.cat([first, middle, last]))
@@ -80,12 +80,12 @@ class FittedGrid:
         knots = torch.linspace(0, 1, len(bend), dtype=torch.float64)
         density = interpolate(way, knots, torch.tensor(bend, dtype=torch.float64)).exp()
         share = torch.cat([density.new_zeros(1), ((density[1:] + density[:-1]) / 2).cumsum(0)])
-        return FittedGrid(tuple(listed(angle_at(way))), tuple(listed(share / share[-1])))
+        return FittedGrid(tuple(to_lists(angle_at(way))), tuple(to_lists(share / share[-1])))
 
 
 def fit(
     denoise: Denoise,
-    x_T: Anything,
+    x_T: AnyFloats,
     theory: Theory,
     budgets: Sequence[int] = (5, 8, 16),
     solver: str = "auto",

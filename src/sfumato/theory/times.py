@@ -12,7 +12,7 @@ from sfumato.theory.grids import (
     log_snr,
     resolution_shift,
     shifted,
-    trained,
+    time_of_step,
     two_sided,
 )
 from sfumato.theory.schedule_search import FittedGrid, fit
@@ -34,7 +34,7 @@ __all__ = [
     "resolution_shift",
     "shifted",
     "stratified",
-    "trained",
+    "time_of_step",
     "two_sided",
     "weighting",
     "weightings",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.theory.definition import Theory, exact, listed
+from sfumato.theory.definition import Theory, as_float64, to_lists
 from sfumato.theory.types import Denoise, Grid, Samples
 
 Weight = float | Tensor
@@ -64,16 +64,16 @@ class Trajectory:
         """[steps, 1 or B, terms] → weights per step and term; 1 but for rounding is 1, and costs nothing."""
         table = torch.where((table - 1).abs() < 1e-14, 1.0, table)
         if table.shape[1] == 1:
-            return listed(table[:, 0])
+            return to_lists(table[:, 0])
         return [[self.weight(column) for column in row.T] for row in table]
 
-    def readers(self) -> tuple[Tensor, Tensor]:
+    def velocity_coefficients(self) -> tuple[Tensor, Tensor]:
         """(of out, of x) [steps, 1 or B] float64: v = of_out·out + of_x·x_t at every asked time.
 
         Raises:
             Refused: where the theory is singular, before anything is sampled.
         """
-        r, from_out, from_z = self.theory.reader(self.times[:-1])
+        r, from_out, from_z = self.theory.velocity_coefficients(self.times[:-1])
         return from_out, from_z / r
 
     def network_times(self, times: Tensor) -> list[Tensor]:
@@ -97,7 +97,7 @@ class Trajectory:
         Raises:
             Refused: where the theory is singular, before anything is sampled.
         """
-        readers = self.weights(torch.stack(self.theory.reader(times), -1))
+        readers = self.weights(torch.stack(self.theory.velocity_coefficients(times), -1))
         return [Node(t, *reader) for t, reader in zip(self.network_times(times), readers, strict=True)]
 
     def velocity(self, node: Node, z: Samples) -> Tensor:
@@ -144,7 +144,7 @@ def _added(total: Tensor, weight: Weight, x: Tensor) -> Tensor:
     return torch.add(total, x, alpha=weight)
 
 
-def start_of(x_T: Samples, theory: Theory, t: float | Sequence[float] | Tensor) -> Tensor:
+def initial_state(x_T: Samples, theory: Theory, t: float | Sequence[float] | Tensor) -> Tensor:
     """z at the start of a grid.
 
     At t_noise, x_T is unit noise: the state is x_T itself where the path keeps the variance (a² + s² = 1)
@@ -153,9 +153,9 @@ def start_of(x_T: Samples, theory: Theory, t: float | Sequence[float] | Tensor) 
     """
     moment = torch.as_tensor(t, dtype=torch.float64)
     if bool((moment == theory.t_noise).all()):
-        a, s = (float(level) for level in theory.data(exact(theory.t_noise)))
+        a, s = (float(level) for level in theory.data(as_float64(theory.t_noise)))
         r = math.hypot(a, s)
-        told_as_state = r > 4 and float(x_T.double().square().mean()) > r
-        return x_T if abs(r - 1) < 1e-9 else x_T / r if told_as_state else x_T * (s / r)
+        is_state = r > 4 and float(x_T.double().square().mean()) > r
+        return x_T if abs(r - 1) < 1e-9 else x_T / r if is_state else x_T * (s / r)
     r = torch.hypot(*theory.data(moment)).to(x_T.device, x_T.dtype)
     return x_T / (r if r.ndim == 0 else r.reshape(-1, *[1] * (x_T.ndim - 1)))

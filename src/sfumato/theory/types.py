@@ -7,16 +7,16 @@ from torch import Tensor
 
 Samples = Float[Tensor, "batch *rest"]
 """A batch of states, pictures or noise."""
-Anything = Float[Tensor, "..."]
+AnyFloats = Float[Tensor, "..."]
 """Floating point, of any shape; a function that takes it speaks for itself about shapes."""
 Grid = Float[Tensor, "*batch nodes"]
 """Times to sample at, from noise to data: [steps + 1], or [B, steps + 1] with a row per sample."""
 
-Moment = Tensor | Sequence[float] | float | int
+TimeLike = Tensor | Sequence[float] | float | int
 """A time: a number, or one per sample."""
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """denoise(x_t [B, ...], t [B]) → out [B, ...], as the theory's model definition says."""
-Rows = Callable[[Tensor], tuple[Tensor, Tensor]]
+CoefficientFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A definition: t of any shape → two coefficients of that shape."""
-Renoise = Callable[[Tensor, int], Tensor]
+NoiseSource = Callable[[Tensor, int], Tensor]
 """noise(like [B, ...], step) → unit normal like it."""

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.theory import noise, oracle
-from sfumato.theory.catalogue import get
+from sfumato.theory.catalog import get
 from sfumato.theory.convert import translate
-from sfumato.theory.definition import Theory, exact, listed
+from sfumato.theory.definition import Theory, as_float64, to_lists
 from sfumato.theory.grids import grid, grids
 from sfumato.theory.schedule_search import fit
-from sfumato.theory.solvers.solver import evaluations, integrate, methods, solve, widest
+from sfumato.theory.solvers.solver import evaluations, integrate, methods, solve, widest_step
 from sfumato.theory.types import Denoise
 
 SMOOTH = oracle.mixture([[0.9, -0.3], [-0.6, 0.8], [-0.2, -0.9]], 0.3)
@@ -72,26 +72,26 @@ def verify(theory: Theory, samples: int = 32) -> Verification:
     findings += [*_ends(theory), _changed(theory)]
     denoise = SMOOTH.denoiser(theory)
     for name, method in methods().items():
-        if method.draws or method.free or method.eta == 1:
+        if method.needs_noise or method.own_times or method.eta == 1:
             continue
         for order in method.orders or (None,):
-            promise = method.promise(order or method.usual)
+            expected = method.expected_order(order or method.default_order)
             grids = [grid("two-sided", theory, n) for n in (32, 64)]
             coarse, fine = (_miss(denoise, x_T, theory, g, wanted, name, order) for g in grids)
-            wide, narrow = (widest(theory, g, name) for g in grids)
+            wide, narrow = (widest_step(theory, g, name) for g in grids)
             measured = math.log(coarse / fine) / math.log(wide / narrow) if fine > 1e-12 else math.inf
-            ok = measured > promise - 0.35 or fine < 1e-9
+            ok = measured > expected - 0.35 or fine < 1e-9
             title = f"{name} {order}" if order else name
             findings.append(
-                Finding(title, ok, f"order {promise}", f"order {measured:.2f}, error {fine:.1e} at 64")
+                Finding(title, ok, f"order {expected}", f"order {measured:.2f}, error {fine:.1e} at 64")
             )
     return Verification(theory.name, findings)
 
 
 def _ends(theory: Theory) -> list[Finding]:
-    a, s = (float(level) for level in theory.data(exact(theory.t_data)))
+    a, s = (float(level) for level in theory.data(as_float64(theory.t_data)))
     left = s / math.hypot(a, s)
-    a, s = (float(level) for level in theory.data(exact(theory.t_noise)))
+    a, s = (float(level) for level in theory.data(as_float64(theory.t_noise)))
     kept = a / math.hypot(a, s)
     return [
         Finding("data end", left < 0.02, "no noise left, s/r < 0.02", f"s/r = {left:.2e}"),
@@ -133,7 +133,7 @@ def trajectories(theory: Theory, samples: int = 24, steps: int = 60, seed: int =
     times = grid("cosine", theory, steps)
     states = [theory.mix(torch.zeros_like(x_T), x_T, theory.t_noise)]
     states += list(solve(data.denoiser(theory), x_T, theory, times, "auto"))
-    return {"t": listed(times), "x": listed(torch.stack(states, 1)[..., 0])}
+    return {"t": to_lists(times), "x": to_lists(torch.stack(states, 1)[..., 0])}
 
 
 def errors(
@@ -143,17 +143,17 @@ def errors(
     data: oracle.Mixture | None = None,
     samples: int = 128,
 ) -> dict[str, list[float]]:
-    """Endpoint error of each solver at each number of evaluations, as `trimmed` measures it."""
+    """Endpoint error of each solver at each number of evaluations, as `trimmed_rms` measures it."""
     data = data or oracle.ring()
     x_T = noise.normal((data.dimension,), 0, range(samples), purpose="errors").double()
     wanted, denoise = data.reference(x_T, theory), data.denoiser(theory)
     return {
-        name: [trimmed(integrate(denoise, x_T, theory, budget, name) - wanted) for budget in budgets]
+        name: [trimmed_rms(integrate(denoise, x_T, theory, budget, name) - wanted) for budget in budgets]
         for name in solvers
     }
 
 
-def trimmed(miss: Tensor, keep: float = 0.98) -> float:
+def trimmed_rms(miss: Tensor, keep: float = 0.98) -> float:
     """Root mean square of a miss [B, …] over the best 98 % of samples: a few change mode and would rule."""
     each = miss.flatten(1).square().mean(1).sort()[0]
     return float(each[: max(1, round(keep * len(each)))].mean().sqrt())
@@ -173,7 +173,7 @@ def compare(
     fitted = fit(denoise, noise.normal((data.dimension,), 1, range(32), purpose="pilot").double(), theory)
     rows: list[dict[str, Any]] = []
     for name, method in methods().items():
-        if method.draws or method.free or method.eta == 1:
+        if method.needs_noise or method.own_times or method.eta == 1:
             continue
         steps = max(n for n in range(1, budget + 1) if n == 1 or evaluations(name, n) <= budget)
         for kind in [*(k for k in grids() if k != "custom"), "fitted"]:
@@ -181,7 +181,7 @@ def compare(
             began = time.perf_counter()
             try:
                 times = fitted.grid(theory, steps) if kind == "fitted" else grid(kind, theory, steps)
-                row["error"] = trimmed(integrate(denoise, x_T, theory, times, name) - wanted)
+                row["error"] = trimmed_rms(integrate(denoise, x_T, theory, times, name) - wanted)
             except Refused as refusal:
                 row["refused"] = str(refusal)
             row["seconds"] = time.perf_counter() - began

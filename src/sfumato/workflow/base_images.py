@@ -17,7 +17,7 @@ from sfumato.data.encoding.encode_plan import SEEN
 from sfumato.data.encoding.views import Companion
 from sfumato.data.settings import DataSettings
 from sfumato.data.sources import clips
-from sfumato.data.sources.media import fit, read_picture, to_pixels
+from sfumato.data.sources.media import center_crop_resize, read_picture, to_pixels
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.generation import Pipeline
@@ -137,7 +137,7 @@ def picture_key(model: Pipeline, settings: DataSettings) -> Callable[[Sample], s
 def fit_picture(settings: DataSettings, source: Any) -> Image.Image:
     """A picture at data.resolution, as it is encoded too."""
     side = settings.resolution
-    return picture(to_pixels(fit(read_picture(source), side, side)[None])[0])
+    return picture(to_pixels(center_crop_resize(read_picture(source), side, side)[None])[0])
 
 
 # ---------------------------------------------------------------- drawing and counting
@@ -161,10 +161,12 @@ def first_and_last_frame(settings: DataSettings, sample: Sample) -> tuple[Image.
     """The first and the last frame of a sample's clip."""
     side, source = settings.resolution, sample.source()
     if clips.is_clip(sample.name, source):
-        piece = clips.middle(sample.name, source, settings.frames, settings.fps, settings.short_clip_frames)
-        clip = clips.read(sample.name, source, piece, side, side)
+        piece = clips.middle_clip(
+            sample.name, source, settings.frames, settings.fps, settings.short_clip_frames
+        )
+        clip = clips.read_frames(sample.name, source, piece, side, side)
     else:
-        clip = fit(read_picture(source), side, side)[:, None]
+        clip = center_crop_resize(read_picture(source), side, side)[:, None]
     first, last = (picture(to_pixels(clip[None, :, place])[0]) for place in (0, -1))
     return first, last
 

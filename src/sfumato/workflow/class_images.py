@@ -69,7 +69,7 @@ def folder_samples(recipe: Recipe) -> list[Sample]:
     if not data.class_images:
         return []
     said = data.class_prompt
-    found = folder.open(data.class_images, "none" if said else data.captions, held_out=0.0).samples
+    found = folder.open_collection(data.class_images, "none" if said else data.captions, held_out=0.0).samples
     return [
         replace(
             one,

@@ -75,8 +75,8 @@ def _mask(model: Model) -> Companion:
     stride = model.codec.stride
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
-        grey = (pixels.mean(1, keepdim=True) + 1) / 2
-        return F.avg_pool2d(grey, stride) if grey.ndim == 4 else F.avg_pool3d(grey, (1, stride, stride))
+        gray = (pixels.mean(1, keepdim=True) + 1) / 2
+        return F.avg_pool2d(gray, stride) if gray.ndim == 4 else F.avg_pool3d(gray, (1, stride, stride))
 
     return Companion(encode, f"mask 1, mean over {stride} pixels")
 

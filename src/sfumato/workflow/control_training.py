@@ -11,7 +11,7 @@ from torch import Tensor
 from sfumato.data import condition_images
 from sfumato.data.settings import DataSettings
 from sfumato.data.sources import clips
-from sfumato.data.sources.media import fit, read_picture, to_pixels
+from sfumato.data.sources.media import center_crop_resize, read_picture, to_pixels
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused, nearest
 from sfumato.generation import Pipeline, to_pictures
@@ -183,7 +183,7 @@ def _frames(settings: DataSettings, source: Any, name: str) -> Tensor:
     name = source.name if isinstance(source, Path) else name
     side = settings.resolution
     if settings.frames and clips.is_clip(name, source):
-        piece = clips.middle(name, source, settings.frames, settings.fps, settings.short_clip_frames)
-        return clips.read(name, source, piece, side, side)
-    still = fit(read_picture(source), side, side)
+        piece = clips.middle_clip(name, source, settings.frames, settings.fps, settings.short_clip_frames)
+        return clips.read_frames(name, source, piece, side, side)
+    still = center_crop_resize(read_picture(source), side, side)
     return still[:, None] if settings.frames else still

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from sfumato.data import condition_images
 from sfumato.data.encoding import views
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.settings import EMBEDDED, DataSettings
 from sfumato.data.sources import clips, folder, media, user_dataset
-from sfumato.data.sources.captions import Wording, expand_captions
+from sfumato.data.sources.captions import CaptionOptions, expand_captions
 from sfumato.data.sources.sample import Collection, Sample
 from sfumato.errors import Refused
 from sfumato.recipe import Recipe
@@ -46,8 +46,8 @@ def collect(settings: DataSettings) -> Collection:
     parts = [
         (_source(replace(settings, train=one)), weight) for one, weight in zip(sets, weights, strict=True)
     ]
-    found = folder.joined(parts) if len(parts) > 1 else _repeated(*parts[0])
-    return replace(found, samples=expand_captions(found.samples, _wording(settings)))
+    found = folder.concatenate(parts) if len(parts) > 1 else _repeated(*parts[0])
+    return replace(found, samples=expand_captions(found.samples, _caption_options(settings)))
 
 
 def collection_of(recipe: Recipe) -> Collection:
@@ -61,7 +61,9 @@ def collection_of(recipe: Recipe) -> Collection:
         raise Refused("data.random_masks draws masks of pictures, not of clips. Leave it out.")
     if data.random_masks:
         found = _collection_of(replace(recipe, data=replace(data, random_masks=0)))
-        return replace(found, samples=condition_images.masked(found.samples, data.random_masks, recipe.seed))
+        return replace(
+            found, samples=condition_images.with_random_masks(found.samples, data.random_masks, recipe.seed)
+        )
     return _collection_of(recipe)
 
 
@@ -107,8 +109,8 @@ def _repeated(found: Collection, weight: float) -> Collection:
     return replace(found, samples=samples or found.samples)
 
 
-def _wording(settings: DataSettings) -> Wording:
-    return Wording(
+def _caption_options(settings: DataSettings) -> CaptionOptions:
+    return CaptionOptions(
         settings.template,
         settings.trigger_words,
         settings.tag_shuffles,
@@ -123,7 +125,7 @@ def _source(settings: DataSettings) -> Collection:
         found = user_dataset.collection(
             settings.train, control_training.columns(settings), captioned=settings.captions != "none"
         )
-        return replace(found, samples=folder.split(found.samples, settings.held_out))
+        return replace(found, samples=folder.split_held_out(found.samples, settings.held_out))
     if settings.train in ("shapes-alone", "shapes-reference", "shapes-edit"):
         from sfumato.data.sources import guided_shapes
 
@@ -146,7 +148,7 @@ def _source(settings: DataSettings) -> Collection:
         from sfumato.data.sources import openmoji
 
         return openmoji.collection(every=settings.train == "openmoji-all", size=settings.resolution)
-    return folder.open(
+    return folder.open_collection(
         settings.train,
         captions=settings.captions,
         held_out=settings.held_out,
@@ -169,7 +171,7 @@ def known_sizes(samples: Sequence[Sample], moving: bool = False) -> list[Bucket]
     def size(sample: Sample) -> Bucket | None:
         try:
             if moving and sample.name.lower().endswith(media.CLIPS):
-                return clips.facts(sample.name, sample.source()).size
+                return clips.video_info(sample.name, sample.source()).size
             return media.size_of(sample.source())
         except (media.Unreadable, OSError):
             return None
@@ -187,7 +189,7 @@ class PicturesInMemory:
         self,
         samples: Sequence[Sample],
         bucket_of: Bucket | Callable[[Bucket], Bucket],
-        how: Encoding | None = None,
+        how: EncodingOptions | None = None,
     ) -> None:
         if how is not None and how.frames:
             decoded = map_samples(lambda sample: _clip(sample, bucket_of, how), samples)
@@ -217,11 +219,13 @@ def _decoded(sample: Sample, bucket_of: Bucket | Callable[[Bucket], Bucket]) -> 
     except (media.Unreadable, OSError):
         return None
     width, height = bucket_of(image.size) if callable(bucket_of) else bucket_of
-    return media.fit(image, width, height)
+    return media.center_crop_resize(image, width, height)
 
 
-def _clip(sample: Sample, bucket_of: Bucket | Callable[[Bucket], Bucket], how: Encoding) -> Tensor | None:
-    task = views.plan(sample, bucket_of, how)
+def _clip(
+    sample: Sample, bucket_of: Bucket | Callable[[Bucket], Bucket], how: EncodingOptions
+) -> Tensor | None:
+    task = views.plan_task(sample, bucket_of, how)
     pieces = views.decode(task) if isinstance(task, views.Task) else ""
     return None if isinstance(pieces, str) else pieces[len(pieces) // 2]
 

@@ -79,7 +79,7 @@ def start_encoding_ahead(train: EncodedDataset, order: BatchSampler | Curriculum
         return [(some, epoch) for some in read]
 
     largest = -(-order.largest // division.parts) * len(division.mine)
-    train.follow(asked, largest, recipe.seed)
+    train.start_prefetch(asked, largest, recipe.seed)
 
 
 def stop_encoding_ahead(train: EncodedDataset, finished: bool) -> None:

@@ -9,10 +9,10 @@ import torch
 
 from sfumato.data import buckets
 from sfumato.data.encoding.batch_sampler import BatchSampler, Curriculum, CurriculumStage, PackedSampler
-from sfumato.data.encoding.encode import fill
+from sfumato.data.encoding.encode import encode_to_store
 from sfumato.data.encoding.encoded_dataset import EncodedDataset
 from sfumato.data.encoding.streaming_dataset import StreamingDataset
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources.sample import Sample
 from sfumato.data.store.leases import Owner
 from sfumato.data.store.store import Store
@@ -68,7 +68,7 @@ def dataset_and_sampler(
     for until, encoded in [*earlier, (None, final)]:
         parts.append(CurriculumStage(_order(recipe, encoded, final), until, offset))
         offset += len(encoded)
-    return EncodedDataset.joined([*(one for _, one in earlier), final]), Curriculum(parts)
+    return EncodedDataset.concatenate([*(one for _, one in earlier), final]), Curriculum(parts)
 
 
 def curriculum_stages(recipe: Recipe) -> list[tuple[int, Recipe]]:
@@ -116,8 +116,8 @@ def encoded_samples(
     beside = condition_encoders.encoders(model, recipe.data)
     pixels = posterior_encoder(model)
 
-    def filled(how: Encoding) -> EncodedDataset:
-        return fill(
+    def filled(how: EncodingOptions) -> EncodedDataset:
+        return encode_to_store(
             store,
             samples,
             bucket_of,
@@ -133,32 +133,32 @@ def encoded_samples(
 
     found = filled(how)
     if isinstance(found, StreamingDataset) and data.cache_limit:
-        found = encode_ahead.as_ring_dataset(found, recipe) or filled(replace(how, keeps=True))
+        found = encode_ahead.as_ring_dataset(found, recipe) or filled(replace(how, use_store=True))
     if isinstance(found, StreamingDataset):
         found.say = say
     found.labels = found.labels and not finetune.text_plan_of(recipe)
     found.caption_dropout = data.caption_dropout
-    found.samples_posterior, found.has_time_ids = (
+    found.samples_posterior, found.adds_time_ids = (
         data.latent_sampling == "sample",
         model.denoiser.trains_micro_conditioning,
     )
     return found
 
 
-def encoding_of(recipe: Recipe, model: Pipeline) -> Encoding:
+def encoding_of(recipe: Recipe, model: Pipeline) -> EncodingOptions:
     """How the recipe's samples are encoded by the model's frozen stages."""
     data = recipe.data
-    return Encoding(
+    return EncodingOptions(
         f"{model.codec.fingerprint()} with deviation",
         model.conditioner.fingerprint() if is_conditional(model) else "",
         flip=data.flip,
         frames=data.frames,
-        rate=data.fps,
-        segments=data.clips_per_video,
-        shorter=data.short_clip_frames,
+        fps=data.fps,
+        clips_per_video=data.clips_per_video,
+        short_clip_frames=data.short_clip_frames,
         pixels_format=data.latent_format,
         texts_format=data.text_format,
-        keeps=not (data.stream or data.cache_limit),
+        use_store=not (data.stream or data.cache_limit),
     )
 
 

@@ -98,7 +98,7 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
     shapes = choose_sizes(recipe, collection.samples, codec, base)
-    check_idle_settings(recipe, device, len(collection.of("held_out")))
+    check_idle_settings(recipe, device, len(collection.with_split("held_out")))
     return ResolvedRecipe(collection, shapes, device, base, conditioner, class_images.folder_samples(recipe))
 
 
@@ -121,7 +121,7 @@ def prepare_run(
         resolved.device,
         resolved.base,
     )
-    trained_on = collection.of("train") or collection.samples
+    trained_on = collection.with_split("train") or collection.samples
     with phase(run, "codec"):
         codec = base.codec if base else trained_codec(recipe, trained_on, bucket_of, device, progress, say)
     model = model_of(recipe, resolved, codec)
@@ -135,7 +135,7 @@ def prepare_run(
             shapes = choose_sizes(smaller, collection.samples, codec, base)
             stage = f"until step {until}"
             found = encoded_samples(smaller, collection.samples, shapes, model, progress, say, part, stage)
-            earlier.append((until, found.of("train")))
+            earlier.append((until, found.with_split("train")))
         of_class = None
         if others:
             shapes = choose_sizes(recipe, others, codec, base)
@@ -143,7 +143,7 @@ def prepare_run(
     aside = [*collection.set_aside, *encoded.set_aside]
     listed = [{"file": one.file, "reason": one.reason} for one in aside]
     _record_data(listed, encoded, collection.name, data_fingerprint(resolved.samples), run, say)
-    train, held_out = encoded.of("train"), encoded.of("held_out")
+    train, held_out = encoded.with_split("train"), encoded.with_split("held_out")
     return PreparedRun(model, collection, train, held_out, listed, device, earlier, of_class)
 
 
@@ -193,10 +193,10 @@ def _record_data(
     summary = {
         "name": name,
         "content": content,
-        "samples": len(encoded.of("train")),
+        "samples": len(encoded.with_split("train")),
         "captions": captions,
     }
-    held_out = len(encoded.of("held_out"))
+    held_out = len(encoded.with_split("held_out"))
     run.event("data", summary={**summary, "held_out": held_out, "sizes": sizes, "set_aside": aside})
 
 

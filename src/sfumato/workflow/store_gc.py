@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato import models
-from sfumato.data.encoding.encode_plan import lay_out
+from sfumato.data.encoding.encode_plan import plan_encoding
 from sfumato.data.store import leases
 from sfumato.data.store.gc import DAY, collect
 from sfumato.data.store.store import KINDS, Store
@@ -74,7 +74,7 @@ def _add_needs(recipe: Recipe, needed: dict[str, set[str]], encoders: set[str]) 
     for stage in [*(one for _, one in curriculum_stages(recipe)), recipe]:
         how, samples = encoding_of(stage, model), resolved.collection.samples
         shapes = choose_sizes(stage, samples, codec, resolved.base)
-        work = lay_out(
+        work = plan_encoding(
             samples,
             shapes,
             how,
@@ -93,7 +93,7 @@ def _codec_of(recipe: Recipe, resolved: Any) -> models.Codec | None:
     fresh = models.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     if not models.needs_training(recipe.model, fresh):
         return fresh.eval()
-    trained_on = resolved.collection.of("train") or resolved.collection.samples
+    trained_on = resolved.collection.with_split("train") or resolved.collection.samples
     home = codec_folder(recipe, codec_key(recipe, trained_on, resolved.bucket_of))
     return models.load_codec(home).eval() if (home / "stage.json").is_file() else None
 

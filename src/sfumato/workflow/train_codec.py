@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sfumato.data.encoding.batch_sampler import BatchSampler
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources import media
 from sfumato.data.sources.sample import Sample
 from sfumato.models import Codec, TrainableCodec, load_codec, needs_training, new_codec, save_stage
@@ -93,8 +93,12 @@ def trained_codec(
         return load_codec(home).to(device).eval()
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
     data = recipe.data
-    how = Encoding(
-        "", frames=data.frames, rate=data.fps, segments=data.clips_per_video, shorter=data.short_clip_frames
+    how = EncodingOptions(
+        "",
+        frames=data.frames,
+        fps=data.fps,
+        clips_per_video=data.clips_per_video,
+        short_clip_frames=data.short_clip_frames,
     )
     pictures = PicturesInMemory(fitting_in_memory(samples, bucket_of, recipe.data.frames), bucket_of, how)
     train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)

@@ -114,13 +114,13 @@ def encode_on_cluster(
     Raises:
         Refused: Ray is not installed, or what `encode` refuses. Failed: the workers could not finish.
     """
-    from sfumato.data.encoding.ray_cluster import spread
+    from sfumato.data.encoding.ray_cluster import run_on_ray
 
     parsed = read_recipe(recipe, overrides)
     tell_notes(parsed, say)
     resolved = resolve_recipe(parsed)
     if resolved.base is None:
-        samples = resolved.collection.of("train") or resolved.collection.samples
+        samples = resolved.collection.with_split("train") or resolved.collection.samples
         trained_codec(parsed, samples, resolved.bucket_of, resolved.device, progress, say)
 
     def share(rank: int, world: int) -> int:
@@ -129,7 +129,7 @@ def encode_on_cluster(
         )
 
     cards = 1.0 if resolved.device.type == "cuda" else 0.0
-    spread(share, workers, gpus=cards)
+    run_on_ray(share, workers, gpus=cards)
     return prepare_run(parsed, resolved, progress, say)
 
 

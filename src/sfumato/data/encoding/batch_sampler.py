@@ -238,7 +238,7 @@ class Curriculum:
         raise ValueError("the last stage of a course has no end")
 
 
-def share(indices: Sequence[int], rank: int, world: int) -> list[int]:
+def rank_slice(indices: Sequence[int], rank: int, world: int) -> list[int]:
     """The part of a global batch that process `rank` of `world` takes; together they take all, in order.
 
     Raises:

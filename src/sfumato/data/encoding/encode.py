@@ -14,13 +14,20 @@ import torch
 from torch import Tensor
 
 from sfumato.data.encoding import streaming_dataset, views, workers
-from sfumato.data.encoding.encode_plan import EncodePlan, Progress, lay_out, of_companion, prefetch, threads
+from sfumato.data.encoding.encode_plan import (
+    EncodePlan,
+    Progress,
+    companion_reason,
+    plan_encoding,
+    prefetch,
+    threads,
+)
 from sfumato.data.encoding.encoded_dataset import EncodedDataset, Item
 from sfumato.data.encoding.streaming_dataset import StreamingDataset
-from sfumato.data.encoding.views import Companion, Encoding, Size, Task
+from sfumato.data.encoding.views import Companion, EncodingOptions, Size, Task
 from sfumato.data.sources.sample import Sample, SetAside
 from sfumato.data.store import formats
-from sfumato.data.store.index import Place
+from sfumato.data.store.index import EntryLocation
 from sfumato.data.store.leases import Owner
 from sfumato.data.store.store import Store
 from sfumato.errors import Failed, Refused
@@ -35,10 +42,10 @@ MEASURED = 64  # entries of which the error of a smaller number format is measur
 
 @dataclass
 class _Run:
-    """What one call of `fill` has found so far."""
+    """What one call of `encode_to_store` has found so far."""
 
     store: Store
-    how: Encoding
+    options: EncodingOptions
     progress: Progress
     part: tuple[int, int] = (0, 1)
     set_aside: list[SetAside] = field(default_factory=list)
@@ -46,11 +53,11 @@ class _Run:
     counts: dict[str, int] = field(default_factory=dict)
     errors: dict[str, list[float]] = field(default_factory=dict)
 
-    def shrink(self, kind: str, tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
+    def quantize(self, kind: str, tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
         """The tensors as they are stored; of the first entries of a kind it is measured what that costs."""
         if form != "same" and len(seen := self.errors.setdefault(f"{kind} as {form}", [])) < MEASURED:
-            seen.append(formats.error(tensors, form))
-        return formats.shrink(tensors, form)
+            seen.append(formats.quantization_error(tensors, form))
+        return formats.quantize(tensors, form)
 
     def count(self, what: str, number: int = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + number
@@ -60,13 +67,13 @@ class _Run:
         return items[self.part[0] :: self.part[1]]
 
 
-def fill(
+def encode_to_store(
     store: Store,
     samples: Sequence[Sample],
     bucket_of: Size | Callable[[Size], Size],
     encode_pixels: Pixels,
     encode_captions: Texts | None,
-    how: Encoding,
+    options: EncodingOptions,
     progress: Progress | None = None,
     part: tuple[int, int] = (0, 1),
     patience: float = 600.0,
@@ -94,17 +101,19 @@ def fill(
     Raises:
         Refused: no sample is left. Failed: the disk is full (what was stored stays valid).
     """
-    run = _Run(store, how, progress or (lambda done, total, phase: None), part)
-    work = lay_out(samples, bucket_of, how, companions or {}, encode_captions is not None, run.progress, seen)
+    run = _Run(store, options, progress or (lambda done, total, phase: None), part)
+    work = plan_encoding(
+        samples, bucket_of, options, companions or {}, encode_captions is not None, run.progress, seen
+    )
     run.set_aside, pictures, texts = work.set_aside, work.pictures, work.texts
     encoders = {"": encode_pixels, **{name: one.encode for name, one in (companions or {}).items()}}
     owners = {one: task.sample.name for task in pictures for one in task.keys}
     if owner is not None:
         _hold(run, owner, work)
     mine = workers.begin(store.root, workers.name_of([*owners, *texts.values()]), *part)
-    _repair(run, "pixels", owners if how.keeps else {})
+    _repair(run, "pixels", owners if options.use_store else {})
     _repair(run, "text", {one: f'the caption "{caption}"' for caption, one in texts.items()})
-    kept = pictures if how.keeps else []
+    kept = pictures if options.use_store else []
     failed = _fill_pictures(run, kept, encoders)
     if encode_captions is not None:
         _fill_texts(run, texts, encode_captions)
@@ -115,24 +124,26 @@ def fill(
         failed |= _fill_pictures(run, [task for task in kept if task.keys not in failed], encoders)
         if encode_captions is not None:
             _fill_texts(run, texts, encode_captions)
-    if how.keeps:
-        places = dict(zip(owners, store.places("pixels", list(owners)), strict=True))
-        return _gather(run, work, places, failed)
-    return _promised(run, work, how, encoders)
+    if options.use_store:
+        locations = dict(zip(owners, store.locations("pixels", list(owners)), strict=True))
+        return _gather(run, work, locations, failed)
+    return _streaming_dataset(run, work, options, encoders)
 
 
-def _promised(run: _Run, work: EncodePlan, how: Encoding, encoders: Mapping[str, Pixels]) -> StreamingDataset:
+def _streaming_dataset(
+    run: _Run, work: EncodePlan, options: EncodingOptions, encoders: Mapping[str, Pixels]
+) -> StreamingDataset:
     """The set of a collection whose pictures are encoded when they are asked for."""
-    promised, failed = streaming_dataset.promise(work.pictures, how, encoders)
-    found = vars(_gather(run, work, promised, failed))
+    entries, failed = streaming_dataset.lazy_entries(work.pictures, options, encoders)
+    found = vars(_gather(run, work, entries, failed))
     named = {one.name: found[one.name] for one in fields(EncodedDataset)}
-    return StreamingDataset(**named, how=how, encoders=encoders)
+    return StreamingDataset(**named, options=options, encoders=encoders)
 
 
 def _hold(run: _Run, owner: Owner, work: EncodePlan) -> None:
     """Keep what the owner needs from being collected, where that can be written down."""
     try:
-        run.store.hold(owner, work.keys(run.how), [run.how.pixels, run.how.texts])
+        run.store.hold(owner, work.keys(run.options), [run.options.pixels, run.options.texts])
     except Refused as problem:
         run.notes.append(f"The store does not know that this run needs it: {problem}")
 
@@ -152,25 +163,27 @@ def _fill_pictures(
     run: _Run, tasks: Sequence[Task], encoders: Mapping[str, Pixels]
 ) -> dict[tuple[str, ...], str]:
     """Encode the pictures that the store lacks, chunk by chunk; returns the reasons of those that failed."""
-    how = run.how
+    options = run.options
     first = {task.keys: task for task in reversed(tasks)}  # equal pictures are encoded once
     ordered = sorted(first.values(), key=lambda task: (task.companion, task.bucket, task.keys))
     stored = run.store.has("pixels", [one for task in ordered for one in task.keys])
     chunks = [
         [task for task in chunk if not stored.issuperset(task.keys)]
         for _, members in groupby(ordered, key=lambda task: (task.companion, task.bucket))
-        for chunk in _cut(list(members), how.shard)
+        for chunk in _cut(list(members), options.shard)
     ]
     run.count("pictures_stored_before", len(ordered) - sum(map(len, chunks)))
     chunks = run.share(chunks)
     total = sum(map(len, chunks))
     failed: dict[tuple[str, ...], str] = {}
     done = 0
-    with threads(how.threads) as pool:
-        decoded = prefetch(pool, views.decode, (task for chunk in chunks for task in chunk), 3 * how.batch)
+    with threads(options.threads) as pool:
+        decoded = prefetch(
+            pool, views.decode, (task for chunk in chunks for task in chunk), 3 * options.batch
+        )
         for chunk in chunks:
             entries: dict[str, Mapping[str, Tensor]] = {}
-            for group in _cut(chunk, how.batch):
+            for group in _cut(chunk, options.batch):
                 pieces = list(islice(decoded, len(group)))
                 failed |= _encode_group(group, pieces, encoders[group[0].companion], run, stored, entries)
                 done += len(group)
@@ -190,7 +203,7 @@ def _encode_group(
     entries: dict[str, Mapping[str, Tensor]],
 ) -> dict[tuple[str, ...], str]:
     """Encode one batch into `entries`, every view not yet stored; returns why some failed."""
-    how = run.how
+    options = run.options
     pairs = list(zip(group, decoded, strict=True))
     failed = {task.keys: pieces for task, pieces in pairs if isinstance(pieces, str)}
     sound = [(task, pieces) for task, pieces in pairs if not isinstance(pieces, str)]
@@ -199,14 +212,16 @@ def _encode_group(
         if not wanted:
             continue
         with torch.no_grad():
-            answer = encode(views.stack([views.show(pieces, view, how.flip) for _, pieces in wanted]))
+            answer = encode(
+                views.to_batch([views.select_view(pieces, view, options.flip) for _, pieces in wanted])
+            )
         given = {"latents": answer} if isinstance(answer, Tensor) else answer
         named = {name: tensor.detach().cpu() for name, tensor in given.items()}
         finite = [torch.isfinite(tensor).flatten(1).all(1).tolist() for tensor in named.values()]
         for row, (task, _) in enumerate(wanted):
             if all(each[row] for each in finite):
                 own = {name: tensor[row] for name, tensor in named.items()}
-                entries[task.keys[view]] = run.shrink("pixels", own, how.pixels_format)
+                entries[task.keys[view]] = run.quantize("pixels", own, options.pixels_format)
             else:
                 failed[task.keys] = "its encoding is not finite"
     return failed
@@ -214,11 +229,12 @@ def _encode_group(
 
 def _fill_texts(run: _Run, texts: Mapping[str, str], encode: Texts) -> None:
     """Encode the captions that the store lacks, those of like length together."""
-    how = run.how
+    options = run.options
     ordered = sorted(texts, key=lambda caption: (len(caption), caption))
     stored = run.store.has("text", texts.values())
     chunks = [
-        [caption for caption in chunk if texts[caption] not in stored] for chunk in _cut(ordered, how.shard)
+        [caption for caption in chunk if texts[caption] not in stored]
+        for chunk in _cut(ordered, options.shard)
     ]
     run.count("captions_stored_before", len(ordered) - sum(map(len, chunks)))
     chunks = run.share(chunks)
@@ -226,16 +242,16 @@ def _fill_texts(run: _Run, texts: Mapping[str, str], encode: Texts) -> None:
     run.count("captions_encoded", total)
     for chunk in chunks:
         entries: dict[str, Mapping[str, Tensor]] = {}
-        for group in _cut(chunk, how.texts_batch):
+        for group in _cut(chunk, options.texts_batch):
             with torch.no_grad():
-                answers = encode(list(group))
-            for caption, answer in zip(group, answers, strict=True):
+                run_encoder = encode(list(group))
+            for caption, answer in zip(group, run_encoder, strict=True):
                 if not all(bool(torch.isfinite(tensor).all()) for tensor in answer.values()):
                     raise Failed(
                         f'The encoding of the caption "{caption}" is not finite; use a wider precision.'
                     )
                 own = {name: tensor.detach().cpu() for name, tensor in answer.items()}
-                entries[texts[caption]] = run.shrink("text", own, how.texts_format)
+                entries[texts[caption]] = run.quantize("text", own, options.texts_format)
             done += len(group)
             run.progress(done, total, "captions")
         if entries:
@@ -243,12 +259,15 @@ def _fill_texts(run: _Run, texts: Mapping[str, str], encode: Texts) -> None:
 
 
 def _gather(
-    run: _Run, work: EncodePlan, places: Mapping[str, Place | None], failed: Mapping[tuple[str, ...], str]
+    run: _Run,
+    work: EncodePlan,
+    by_key: Mapping[str, EntryLocation | None],
+    failed: Mapping[tuple[str, ...], str],
 ) -> EncodedDataset:
     """The samples whose encodings are all there, in the order they were given."""
     texts = work.texts
     others: dict[str, dict[str, Task]] = {}
-    for (sample, name), other in work.beside.items():
+    for (sample, name), other in work.companion_tasks.items():
         others.setdefault(sample, {})[name] = other
     items = []
     for task in work.tasks:
@@ -256,32 +275,32 @@ def _gather(
         reasons = [(one.sample.name, failed[one.keys]) for one in (task, *own.values()) if one.keys in failed]
         if reasons:
             where = SetAside(*reasons[0])
-            run.set_aside.append(SetAside(task.sample.name, of_companion(task, where)))
+            run.set_aside.append(SetAside(task.sample.name, companion_reason(task, where)))
             continue
         captions = tuple((caption, work.text(task.sample, caption)) for caption in task.sample.captions)
-        with_them = {name: _places(other, places) for name, other in own.items()}
+        with_them = {name: _locations(other, by_key) for name, other in own.items()}
         null = work.text(task.sample, "") if work.seen else ""
-        places_of = _places(task, places)
-        items.append(Item(task.sample, places_of, captions, task.size, task.bucket, with_them, null))
+        pictures = _locations(task, by_key)
+        items.append(Item(task.sample, pictures, captions, task.size, task.bucket, with_them, null))
     if not items:
         reasons = "; ".join(sorted({one.reason for one in run.set_aside})[:3]) or "there were none"
         raise Refused(f"No picture is left to train on: {reasons}. Look at them with: sfumato data DIR")
-    null = formats.restore(run.store.get("text", texts[""])) if "" in texts else {}
+    null = formats.dequantize(run.store.get("text", texts[""])) if "" in texts else {}
     labels = not texts and any(task.sample.label is not None for task in work.tasks)
     for what, found in run.errors.items():
         rms = sum(one**2 for one in found) / len(found)
         run.notes.append(f"stored {what}: relative error {rms**0.5:.2%}, measured on {len(found)}.")
     run.count("samples", len(items))
     run.count("set_aside", len(run.set_aside))
-    found = zip(texts.values(), run.store.places("text", list(texts.values())), strict=True)
-    written = {one: place for one, place in found if place is not None}
+    found = zip(texts.values(), run.store.locations("text", list(texts.values())), strict=True)
+    text_locations = {one: location for one, location in found if location is not None}
     return EncodedDataset(
-        run.store, items, null, run.set_aside, run.counts, run.notes, labels, written=written
+        run.store, items, null, run.set_aside, run.counts, run.notes, labels, text_locations=text_locations
     )
 
 
-def _places(task: Task, places: Mapping[str, Place | None]) -> tuple[Place, ...]:
-    return tuple(place for place in map(places.get, task.keys) if place is not None)
+def _locations(task: Task, by_key: Mapping[str, EntryLocation | None]) -> tuple[EntryLocation, ...]:
+    return tuple(location for location in map(by_key.get, task.keys) if location is not None)
 
 
 def _cut(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

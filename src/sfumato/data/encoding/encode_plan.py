@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TypeVar
 
 from sfumato.data.encoding import views
-from sfumato.data.encoding.views import Companion, Encoding, Size, Task
+from sfumato.data.encoding.views import Companion, EncodingOptions, Size, Task
 from sfumato.data.sources.sample import Sample, SetAside
 from sfumato.data.store.store import key
 
@@ -23,12 +23,12 @@ Progress = Callable[[int, int, str], None]
 class EncodePlan:
     """What is to be in the store, and the samples that cannot be used.
 
-    tasks are of the samples, beside those of their companions by (sample's name, which), texts the captions
-    with their keys. seen: where words are read beside a picture, its content by the sample's name.
+    tasks are of the samples, companion_tasks those of their companions by (sample's name, which), texts the
+    captions with their keys. seen: where words are read beside a picture, its content by the sample's name.
     """
 
     tasks: list[Task]
-    beside: dict[tuple[str, str], Task]
+    companion_tasks: dict[tuple[str, str], Task]
     texts: dict[str, str]
     set_aside: list[SetAside]
     seen: dict[str, str] = field(default_factory=dict)
@@ -40,18 +40,18 @@ class EncodePlan:
     @property
     def pictures(self) -> list[Task]:
         """The tasks of samples and companions."""
-        return [*self.tasks, *self.beside.values()]
+        return [*self.tasks, *self.companion_tasks.values()]
 
-    def keys(self, how: Encoding) -> dict[str, list[str]]:
+    def keys(self, options: EncodingOptions) -> dict[str, list[str]]:
         """The keys of everything that is kept, by kind."""
-        kept = [one for task in self.pictures for one in task.keys] if how.keeps else []
+        kept = [one for task in self.pictures for one in task.keys] if options.use_store else []
         return {"pixels": kept, "text": list(self.texts.values())}
 
 
-def lay_out(
+def plan_encoding(
     samples: Sequence[Sample],
     bucket_of: Size | Callable[[Size], Size],
-    how: Encoding,
+    options: EncodingOptions,
     companions: Mapping[str, Companion],
     with_texts: bool,
     progress: Progress,
@@ -64,18 +64,18 @@ def lay_out(
     """
 
     def look(sample: Sample) -> Task | SetAside:
-        return views.plan(sample, bucket_of, how)
+        return views.plan_task(sample, bucket_of, options)
 
     tasks: list[Task] = []
     set_aside: list[SetAside] = []
-    with threads(how.threads) as pool:
+    with threads(options.threads) as pool:
         for done, found in enumerate(prefetch(pool, look, samples, 64)):
             if isinstance(found, SetAside):
                 set_aside.append(found)
             else:
                 tasks.append(found)
             progress(done + 1, len(samples), "reading")
-    whole, beside = _companions(tasks, companions, how, set_aside)
+    whole, companion_tasks = _companions(tasks, companions, options, set_aside)
     contents = {task.sample.name: seen(task.sample) for task in whole} if seen and with_texts else {}
     captions = {
         text_key(caption, contents.get(task.sample.name, ""))
@@ -83,8 +83,8 @@ def lay_out(
         for caption in (*task.sample.captions, "")
     }
     captions |= set() if contents or seen else {""}
-    texts = {caption: _text_key(how, caption) for caption in captions} if with_texts else {}
-    return EncodePlan(whole, beside, texts, set_aside, contents)
+    texts = {caption: _text_key(options, caption) for caption in captions} if with_texts else {}
+    return EncodePlan(whole, companion_tasks, texts, set_aside, contents)
 
 
 SEEN = "\0"
@@ -96,33 +96,36 @@ def text_key(caption: str, content: str) -> str:
 
 
 def _companions(
-    tasks: Sequence[Task], companions: Mapping[str, Companion], how: Encoding, set_aside: list[SetAside]
+    tasks: Sequence[Task],
+    companions: Mapping[str, Companion],
+    options: EncodingOptions,
+    set_aside: list[SetAside],
 ) -> tuple[list[Task], dict[tuple[str, str], Task]]:
     """The tasks whose samples have all companions, and the companions' own by (sample's name, which)."""
     whole: list[Task] = []
-    beside: dict[tuple[str, str], Task] = {}
+    companion_tasks: dict[tuple[str, str], Task] = {}
     for task in tasks:
         found = {
-            (task.sample.name, name): views.companion_task(task, name, how, companion)
+            (task.sample.name, name): views.companion_task(task, name, options, companion)
             for name, companion in companions.items()
         }
         missing = next((one for one in found.values() if isinstance(one, SetAside)), None)
         if missing is None:
             whole.append(task)
-            beside |= {place: one for place, one in found.items() if isinstance(one, Task)}
+            companion_tasks |= {place: one for place, one in found.items() if isinstance(one, Task)}
         else:
-            set_aside.append(SetAside(task.sample.name, of_companion(task, missing)))
-    return whole, beside
+            set_aside.append(SetAside(task.sample.name, companion_reason(task, missing)))
+    return whole, companion_tasks
 
 
-def of_companion(task: Task, missing: SetAside) -> str:
+def companion_reason(task: Task, missing: SetAside) -> str:
     """The reason that a companion gives for setting its sample aside."""
     where = missing.file.removeprefix(f"{task.sample.name}: ")
     return missing.reason if missing.file == task.sample.name else f"{where}: {missing.reason}"
 
 
-def _text_key(how: Encoding, caption: str) -> str:
-    return key(hashlib.sha256(caption.encode()).hexdigest(), "caption", how.texts, how.texts_format)
+def _text_key(options: EncodingOptions, caption: str) -> str:
+    return key(hashlib.sha256(caption.encode()).hexdigest(), "caption", options.texts, options.texts_format)
 
 
 @contextmanager
@@ -137,11 +140,11 @@ def threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 def prefetch(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
     """work(item) for each item in order, up to `depth` of them under way at once."""
-    coming, waiting = iter(items), deque[Future[R]]()
-    for item in islice(coming, depth):
+    upcoming, waiting = iter(items), deque[Future[R]]()
+    for item in islice(upcoming, depth):
         waiting.append(pool.submit(work, item))
     while waiting:
         result = waiting.popleft().result()
-        for item in islice(coming, 1):
+        for item in islice(upcoming, 1):
             waiting.append(pool.submit(work, item))
         yield result

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sfumato.data.sources.sample import TRAIN, Sample, SetAside
 from sfumato.data.store import entries
-from sfumato.data.store.index import Place
+from sfumato.data.store.index import EntryLocation
 from sfumato.data.store.store import Store
 from sfumato.theory import noise
 
@@ -31,11 +31,13 @@ class Item:
     """One sample in the store: where each variant of its picture and each of its captions lies."""
 
     sample: Sample
-    pictures: tuple[Place, ...]
+    pictures: tuple[EntryLocation, ...]
     captions: tuple[tuple[str, str], ...]  # (caption, its key or "")
     size: tuple[int, int] = (0, 0)  # of the picture itself; (0, 0) where nobody looked
     bucket: tuple[int, ...] = ()  # (width, height) in pixels
-    companions: dict[str, tuple[Place, ...]] = field(default_factory=dict)  # one place for each variant
+    companions: dict[str, tuple[EntryLocation, ...]] = field(
+        default_factory=dict
+    )  # one place for each variant
     null: str = ""  # key of the empty caption, where words are read beside the sample's picture
 
     @property
@@ -90,9 +92,10 @@ class EncodedDataset:
     """Samples whose encodings are in the store; reads batches of them.
 
     null holds the tensors of the empty caption; set_aside the files that could not be encoded; counts and
-    notes say what `fill` did. labels: conditions say the class too, as `labels`. samples_posterior: show a
-    new draw of the codec's posterior every epoch, not its mode. has_time_ids: conditions say how each picture
-    was cut, as `time_ids` [6] (`Item.time_ids`). written: where the captions' encodings lie, by key.
+    notes say what `encode_to_store` did. labels: conditions say the class too, as `labels`.
+    samples_posterior: show a new draw of the codec's posterior every epoch, not its mode. adds_time_ids:
+    conditions say how each picture was cut, as `time_ids` [6] (`Item.time_ids`). text_locations: where the
+    captions' encodings lie, by key.
     """
 
     store: Store
@@ -105,8 +108,8 @@ class EncodedDataset:
     samples_posterior: bool = True
     caption_dropout: float = 0.0
     """Share shown without their caption, where words are read beside a picture and the empty one too."""
-    has_time_ids: bool = False
-    written: dict[str, Place] = field(default_factory=dict, repr=False)
+    adds_time_ids: bool = False
+    text_locations: dict[str, EntryLocation] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.ids = [item.sample.id for item in self.items]
@@ -129,12 +132,12 @@ class EncodedDataset:
         """The tensors of a picture that are read, all if empty."""
         return () if self.samples_posterior else ("latents", "mean")
 
-    def of(self, split: str) -> "EncodedDataset":
+    def with_split(self, split: str) -> "EncodedDataset":
         """The part with that split, "train" or "held_out"."""
         return replace(self, items=[item for item in self.items if item.sample.split == split])
 
     @classmethod
-    def joined(cls, parts: Sequence["EncodedDataset"]) -> "EncodedDataset":
+    def concatenate(cls, parts: Sequence["EncodedDataset"]) -> "EncodedDataset":
         """The samples of all parts, one part after the other; everything else as in the last."""
         return replace(parts[-1], items=[item for part in parts for item in part.items])
 
@@ -144,7 +147,7 @@ class EncodedDataset:
         Raises:
             ValueError: they are of different shapes.
         """
-        if len(indices) == 1 and self._plain and not (self.labels or self.has_time_ids):
+        if len(indices) == 1 and self._plain and not (self.labels or self.adds_time_ids):
             return self._alone(indices[0], seed, epoch)
         items = [self.items[i] for i in indices]
         ids = [self.ids[i] for i in indices]
@@ -157,10 +160,10 @@ class EncodedDataset:
             for item, sample, (_, key) in zip(items, ids, chosen, strict=True)
         ]
         conditions = [self.condition(key) if key else {} for key in keys]
-        places = self.places_of(indices, seed, epoch)
-        latents = self._latents(places.pop(""), ids, seed, epoch)
+        locations = self.locations_of(indices, seed, epoch)
+        latents = self._latents(locations.pop(""), ids, seed, epoch)
         companions: dict[str, Tensor] = {}
-        for name, some in places.items():
+        for name, some in locations.items():
             tensors = self._tensors(some)
             companions |= {name if one == "latents" else f"{name}.{one}": x for one, x in tensors.items()}
         if companions:
@@ -169,12 +172,12 @@ class EncodedDataset:
                 for row, own in enumerate(conditions)
             ]
         batch = Batch(ids, latents, conditions, [words for words, _ in chosen], items, companions)
-        for name, told in (
+        for name, values in (
             ("labels", batch.labels if self.labels else None),
-            ("time_ids", batch.time_ids.float() if self.has_time_ids else None),
+            ("time_ids", batch.time_ids.float() if self.adds_time_ids else None),
         ):
-            if told is not None:
-                pairs = zip(batch.conditions, told, strict=True)
+            if values is not None:
+                pairs = zip(batch.conditions, values, strict=True)
                 batch.conditions = [{**own, name: row} for own, row in pairs]
         return batch
 
@@ -192,7 +195,7 @@ class EncodedDataset:
         drawn = xxhash.xxh3_64_intdigest(f"{seed} {sample} {epoch} dropped".encode())
         return drawn < self.caption_dropout * 2**64
 
-    def places_of(self, indices: Sequence[int], seed: int, epoch: int) -> dict[str, list[Place]]:
+    def locations_of(self, indices: Sequence[int], seed: int, epoch: int) -> dict[str, list[EntryLocation]]:
         """Where the views lie that these samples show: of their pictures (""), and of each companion."""
         items = [self.items[i] for i in indices]
         if self._one_view and not items[0].companions:
@@ -201,33 +204,33 @@ class EncodedDataset:
         chosen = _choose([range(len(item.pictures)) for item in items], ids, seed, epoch, "variant")
         views = [view or 0 for view in chosen]
         pictures = [item.pictures[view] for item, view in zip(items, views, strict=True)]
-        beside = {
+        others = {
             name: [_turn(item.companions[name], view) for item, view in zip(items, views, strict=True)]
             for name in items[0].companions
         }
-        return {"": pictures, **beside}
+        return {"": pictures, **others}
 
-    def _latents(self, places: list[Place], ids: list[int], seed: int, epoch: int) -> Tensor:
-        tensors = self._tensors(places, self.fields_to_read)
+    def _latents(self, locations: list[EntryLocation], ids: list[int], seed: int, epoch: int) -> Tensor:
+        tensors = self._tensors(locations, self.fields_to_read)
         if len(tensors) == 1:
             return next(iter(tensors.values()))
         shape = tuple(tensors["mean"].shape[1:])
         return tensors["mean"] + tensors["std"] * noise.normal(shape, seed, ids, epoch, "posterior")
 
-    def _tensors(self, places: list[Place], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    def _tensors(self, locations: list[EntryLocation], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """The entries at these places, stacked by name: all their tensors, or `only` some."""
-        return entries.tensors(self.store, places, only)
+        return entries.read_batch(self.store, locations, only)
 
     def condition(self, key: str) -> dict[str, Tensor]:
         """The tensors of a caption's encoding; do not write into them."""
         found = self._texts.get(key)
         if found is None:
-            place = self.written.get(key) or self.store.places("text", [key])[0]
-            if place is None:
+            location = self.text_locations.get(key) or self.store.locations("text", [key])[0]
+            if location is None:
                 raise KeyError(f"text/{key} is not in the store {self.store.root}")
-            found = entries.alone(self.store, place)
+            found = entries.read_one(self.store, location)
             if found is None:
-                found = {name: one[0] for name, one in entries.tensors(self.store, [place]).items()}
+                found = {name: one[0] for name, one in entries.read_batch(self.store, [location]).items()}
             self._texts[key] = found
             if len(self._texts) > REMEMBERED:
                 self._texts.popitem(last=False)
@@ -248,6 +251,6 @@ def _choose(
     ]
 
 
-def _turn(places: tuple[Place, ...], view: int) -> Place:
+def _turn(locations: tuple[EntryLocation, ...], view: int) -> EntryLocation:
     """A companion's variant for a picture's: a still beside a clip of many pieces has the same for each."""
-    return places[view % len(places)]
+    return locations[view % len(locations)]

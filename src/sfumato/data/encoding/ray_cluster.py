@@ -12,7 +12,9 @@ from typing import Any
 from sfumato.errors import Failed, Refused
 
 
-def spread(work: Callable[[int, int], Any], workers: int, cpus: float = 0.5, gpus: float = 0.0) -> list[Any]:
+def run_on_ray(
+    work: Callable[[int, int], Any], workers: int, cpus: float = 0.5, gpus: float = 0.0
+) -> list[Any]:
     """work(rank, world) for every rank below `workers`, on whatever machines Ray has; its answers, by rank.
 
     Args:
@@ -41,7 +43,7 @@ def spread(work: Callable[[int, int], Any], workers: int, cpus: float = 0.5, gpu
 
     table = rows.range(workers, override_num_blocks=workers).map(one, num_cpus=cpus, num_gpus=gpus)
     try:
-        answers = {row["rank"]: row["answer"] for row in table.iter_rows()}
+        run_encoder = {row["rank"]: row["answer"] for row in table.iter_rows()}
     except ray.exceptions.RayError as problem:
         raise Failed(f"A worker of the cluster failed: {str(problem).strip().splitlines()[-1]}") from problem
-    return [answers[rank] for rank in range(workers)]
+    return [run_encoder[rank] for rank in range(workers)]

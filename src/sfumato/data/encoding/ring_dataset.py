@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sfumato.data.encoding.streaming_dataset import LazyEntry, StreamingDataset
 from sfumato.data.store import formats, shard
-from sfumato.data.store.index import Place
+from sfumato.data.store.index import EntryLocation
 from sfumato.errors import Refused
 from sfumato.run_folder import explain_disk_errors
 
@@ -28,7 +28,7 @@ SPARE = 4  # a smaller ring is still cut into so many shards
 Asked = Callable[[int], Sequence[tuple[Sequence[int], int]]]
 """The parts of a step that this process reads: (indices, epoch) of each."""
 Stored = dict[str, Tensor]
-Group = tuple[list[Place], tuple[str, ...]]
+Group = tuple[list[EntryLocation], tuple[str, ...]]
 """Views that are encoded together, and which of their tensors are kept (all if none is named)."""
 
 
@@ -37,8 +37,8 @@ class RingDataset(StreamingDataset):
     """A streamed set whose next steps are encoded before they are asked for.
 
     ring is its folder, limit the bytes its numbers may take (headers come on top). It encodes ahead once it
-    is told what will be asked (`follow`) and which step is about to be read (`coming`); until then it is a
-    streamed set.
+    knows what will be asked (`start_prefetch`) and which step is about to be read (`prefetch`); until then it
+    is a streamed set.
     """
 
     ring: Path = field(default_factory=Path)
@@ -48,7 +48,7 @@ class RingDataset(StreamingDataset):
         super().__post_init__()
         self._worker: _Worker | None = None
 
-    def follow(self, asked: Asked, largest: int, seed: int) -> None:
+    def start_prefetch(self, asked: Asked, largest: int, seed: int) -> None:
         """Begin to look ahead.
 
         Args:
@@ -70,16 +70,18 @@ class RingDataset(StreamingDataset):
         def groups(step: int) -> list[Group]:
             found: list[Group] = []
             for indices, epoch in asked(step):
-                shown = self.places_of(indices, seed, epoch)
-                found += [(places, self.fields_to_read if not name else ()) for name, places in shown.items()]
+                shown = self.locations_of(indices, seed, epoch)
+                found += [
+                    (locations, self.fields_to_read if not name else ()) for name, locations in shown.items()
+                ]
             return found
 
         self._worker = _Worker(self, groups, steps, room)
 
-    def coming(self, step: int) -> None:
+    def prefetch(self, step: int) -> None:
         """Say that `step` is about to be read."""
         if self._worker is not None:
-            self._worker.coming(step)
+            self._worker.prefetch(step)
 
     def close(self, finished: bool = False) -> None:
         """Stop looking ahead; the ring is kept for a run that goes on, and removed when it has `finished`."""
@@ -89,9 +91,9 @@ class RingDataset(StreamingDataset):
         if finished:
             shutil.rmtree(self.ring, ignore_errors=True)
 
-    def _tensors(self, places: list[Place], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        stored = self._worker.take(_name(places, only)) if self._worker is not None else None
-        return formats.restore(self.encoded(places, only) if stored is None else stored)
+    def _tensors(self, locations: list[EntryLocation], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        stored = self._worker.take(_name(locations, only)) if self._worker is not None else None
+        return formats.dequantize(self.encoded(locations, only) if stored is None else stored)
 
 
 class _Worker:
@@ -104,7 +106,7 @@ class _Worker:
         self.expected: set[str] = set()
         self.alone: set[str] = set()  # what was asked for before it was encoded, and so was encoded then
         self.fresh: dict[str, Stored] = {}
-        self.places: dict[str, Place] = {}
+        self.locations: dict[str, EntryLocation] = {}
         self.problem: BaseException | None = None
         self.stopped = False
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="encode-ahead")
@@ -119,7 +121,7 @@ class _Worker:
             else:
                 shutil.rmtree(folder, ignore_errors=True)  # of a ring of another size
 
-    def coming(self, step: int) -> None:
+    def prefetch(self, step: int) -> None:
         """Take on the blocks that there is room for, from this step on."""
         self.here = step
         block = step // self.steps
@@ -137,12 +139,12 @@ class _Worker:
                 raise self.problem
             if name in self.fresh:
                 return self.fresh[name]
-            place = self.places.get(name)
-            if place is None:
+            location = self.locations.get(name)
+            if location is None:
                 self.alone.add(name)
                 return None
-            data = self.of.store.view(place.path)[place.begin : place.begin + place.length]
-            return shard.unpack(data, place.fields)
+            data = self.of.store.view(location.path)[location.begin : location.begin + location.length]
+            return shard.unpack(data, location.fields)
 
     def close(self) -> None:
         """Stop after the group under way."""
@@ -156,21 +158,21 @@ class _Worker:
         """Encode what the steps of a block show, from the step `first` on, and write it as a shard."""
         try:
             asked = {
-                _name(places, only): (places, only)
+                _name(locations, only): (locations, only)
                 for step in range(first, (block + 1) * self.steps)
-                for places, only in self.groups(step)
+                for locations, only in self.groups(step)
             }
-            lacking = {name: group for name, group in asked.items() if name not in self.places}
+            lacking = {name: group for name, group in asked.items() if name not in self.locations}
             with self.changed:
                 self.expected |= set(lacking)
             made: dict[str, Stored] = {}
-            for name, (places, only) in lacking.items():
+            for name, (locations, only) in lacking.items():
                 if self.stopped:
                     return
                 if name in self.alone:
                     self._no_longer(name)
                     continue
-                made[name] = self.of.encoded(places, only)
+                made[name] = self.of.encoded(locations, only)
                 self.fresh[name] = made[name]
                 self._no_longer(name)
             if made:
@@ -205,15 +207,15 @@ class _Worker:
 
     def _open(self, block: int) -> None:
         """Take a block's groups in; a damaged one is said and dropped, to be encoded again."""
-        for path in shard.listed(self.blocks[block]):
+        for path in shard.shard_files(self.blocks[block]):
             try:
-                entries, data = shard.header(path), shard.view(path)
+                entries, data = shard.read_header(path), shard.memory_map(path)
                 for name, one in entries.items():
                     if shard.digest(data[one.begin : one.begin + one.length].data) != one.checksum:
                         raise shard.DamagedShard(f"{path.name} is damaged: group {name}")
-                found = {k: Place(str(path), e.begin, e.length, e.fields) for k, e in entries.items()}
+                found = {k: EntryLocation(str(path), e.begin, e.length, e.fields) for k, e in entries.items()}
                 with self.changed:
-                    self.places |= found
+                    self.locations |= found
             except (shard.DamagedShard, OSError, ValueError) as problem:
                 self.of.say(f"damaged: {problem} in the ring {self.of.ring}; encoded again.")
                 path.unlink(missing_ok=True)
@@ -221,24 +223,26 @@ class _Worker:
     def _drop(self, block: int) -> None:
         folder = self.blocks.pop(block)
         with self.changed:
-            for path in shard.listed(folder):
+            for path in shard.shard_files(folder):
                 self.of.store.release(str(path))
-            self.places = {k: one for k, one in self.places.items() if Path(one.path).parent != folder}
+            self.locations = {k: one for k, one in self.locations.items() if Path(one.path).parent != folder}
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _bytes_of(pictures: tuple[Place, ...], companions: Mapping[str, tuple[Place, ...]]) -> int:
+def _bytes_of(
+    pictures: tuple[EntryLocation, ...], companions: Mapping[str, tuple[EntryLocation, ...]]
+) -> int:
     """Bytes of one sample's encodings."""
     return max(one.length for one in pictures) + sum(some[0].length for some in companions.values())
 
 
-def _name(places: Sequence[Place], only: tuple[str, ...]) -> str:
+def _name(locations: Sequence[EntryLocation], only: tuple[str, ...]) -> str:
     """The key of a group: which views of which files, as they are now, are encoded together."""
     parts: list[object] = [only]
-    for place in places:
-        if isinstance(place, LazyEntry) and place.task is not None:
-            task = place.task
+    for location in locations:
+        if isinstance(location, LazyEntry) and location.task is not None:
+            task = location.task
             file = task.sample.file
             state = file.stat() if file is not None else None
-            parts.append([task.keys[place.view], state and [state.st_size, state.st_mtime_ns]])
+            parts.append([task.keys[location.view], state and [state.st_size, state.st_mtime_ns]])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

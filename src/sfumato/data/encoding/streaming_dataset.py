@@ -13,17 +13,17 @@ from torch import Tensor
 
 from sfumato.data.encoding import views
 from sfumato.data.encoding.encoded_dataset import EncodedDataset
-from sfumato.data.encoding.views import Encoding, Task
+from sfumato.data.encoding.views import EncodingOptions, Task
 from sfumato.data.sources.media import to_pixels
 from sfumato.data.store import formats, shard
-from sfumato.data.store.index import Place
+from sfumato.data.store.index import EntryLocation
 from sfumato.errors import Failed
 
 Encoder = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class LazyEntry(Place):
+class LazyEntry(EntryLocation):
     """A place that is nowhere yet: view number `view` of a task, encoded when it is asked for."""
 
     task: Task | None = None
@@ -37,26 +37,26 @@ class StreamingDataset(EncodedDataset):
     encoders: by companion, "" for the pictures themselves; say: told of a picture that turned out broken.
     """
 
-    how: Encoding = field(default_factory=lambda: Encoding(""))
+    options: EncodingOptions = field(default_factory=lambda: EncodingOptions(""))
     encoders: Mapping[str, Encoder] = field(default_factory=dict)
     say: Callable[[str], None] = lambda sentence: None
 
-    def _tensors(self, places: list[Place], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
-        return formats.restore(self.encoded(places, only))
+    def _tensors(self, locations: list[EntryLocation], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        return formats.dequantize(self.encoded(locations, only))
 
-    def encoded(self, places: list[Place], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    def encoded(self, locations: list[EntryLocation], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """These views, encoded together now: stacked by name, as a store would keep them.
 
         Raises:
             Failed: none of the pictures can be read any more.
         """
-        wanted = [place for place in places if isinstance(place, LazyEntry)]
-        tasks = [place.task for place in wanted if place.task is not None]
-        if any(place.fields != wanted[0].fields for place in wanted):
+        wanted = [location for location in locations if isinstance(location, LazyEntry)]
+        tasks = [location.task for location in wanted if location.task is not None]
+        if any(location.fields != wanted[0].fields for location in wanted):
             raise ValueError(
                 "the samples of a batch have latents of different shapes; take them from one bucket"
             )
-        with ThreadPoolExecutor(max(1, self.how.threads)) as pool:
+        with ThreadPoolExecutor(max(1, self.options.threads)) as pool:
             decoded = list(pool.map(views.decode, tasks))
         sound = next((pieces for pieces in decoded if not isinstance(pieces, str)), None)
         for task, pieces in zip(tasks, decoded, strict=True):
@@ -65,15 +65,15 @@ class StreamingDataset(EncodedDataset):
         if sound is None:
             raise Failed(f"No picture of a batch can be read any more: {tasks[0].sample.name}: {decoded[0]}")
         shown = [
-            views.show(sound if isinstance(pieces, str) else pieces, place.view, self.how.flip)
-            for place, pieces in zip(wanted, decoded, strict=True)
+            views.select_view(sound if isinstance(pieces, str) else pieces, location.view, self.options.flip)
+            for location, pieces in zip(wanted, decoded, strict=True)
         ]
-        named = answers(self.encoders[tasks[0].companion], torch.stack(shown))
-        stored = formats.shrink(named, self.how.pixels_format)
+        named = run_encoder(self.encoders[tasks[0].companion], torch.stack(shown))
+        stored = formats.quantize(named, self.options.pixels_format)
         return {name: x for name, x in stored.items() if not only or name.removesuffix(formats.SCALE) in only}
 
 
-def answers(encode: Encoder, pictures: Tensor) -> dict[str, Tensor]:
+def run_encoder(encode: Encoder, pictures: Tensor) -> dict[str, Tensor]:
     """What an encoder says of pictures [B, 3, …] uint8: named tensors [B, …]."""
     with torch.no_grad():
         answer = encode(to_pixels(pictures))
@@ -81,8 +81,8 @@ def answers(encode: Encoder, pictures: Tensor) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in named.items()}
 
 
-def promise(
-    tasks: Sequence[Task], how: Encoding, encoders: Mapping[str, Encoder]
+def lazy_entries(
+    tasks: Sequence[Task], options: EncodingOptions, encoders: Mapping[str, Encoder]
 ) -> tuple[dict[str, LazyEntry], dict[tuple[str, ...], str]]:
     """(places by key, reasons by the keys of tasks that cannot be shown); one sample a bucket is encoded.
 
@@ -90,7 +90,7 @@ def promise(
         Failed: a whole bucket cannot be read.
     """
     layouts: dict[tuple[object, ...], tuple[shard.Field, ...]] = {}
-    places: dict[str, LazyEntry] = {}
+    locations: dict[str, LazyEntry] = {}
     failed: dict[tuple[str, ...], str] = {}
     for task in tasks:
         kind = (task.companion, task.bucket)
@@ -99,11 +99,11 @@ def promise(
             if isinstance(pieces, str):
                 failed[task.keys] = pieces
                 continue
-            named = answers(encoders[task.companion], views.show(pieces, 0, how.flip)[None])
+            named = run_encoder(encoders[task.companion], views.select_view(pieces, 0, options.flip)[None])
             own = {name: tensor[0] for name, tensor in named.items()}
-            layouts[kind] = shard.fields_of(formats.shrink(own, how.pixels_format))
+            layouts[kind] = shard.fields_of(formats.quantize(own, options.pixels_format))
         fields = layouts[kind]
         length = sum(one.length for one in fields)
         for view, one in enumerate(task.keys):
-            places[one] = LazyEntry("", 0, length, fields, task, view)
-    return places, failed
+            locations[one] = LazyEntry("", 0, length, fields, task, view)
+    return locations, failed

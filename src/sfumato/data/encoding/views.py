@@ -18,15 +18,15 @@ Bucket = tuple[int, ...]  # width, height in pixels, and frames where clips are 
 
 
 @dataclass(frozen=True)
-class Encoding:
+class EncodingOptions:
     """How samples are encoded.
 
     pixels, texts: fingerprints of the encoders. batch, texts_batch: pictures, captions in one call.
     shard: entries a shard holds at most, and so what a kill can cost. flip: also store mirrored pictures.
-    frames > 0 takes clips of so many frames at `rate` a second (pictures are clips of one frame), in
-    `segments` pieces each; of clips too short for that the most of `shorter` that they have.
+    frames > 0 takes clips of so many frames at `fps` a second (pictures are clips of one frame), in
+    `clips_per_video` pieces each; of clips too short for that the most of `short_clip_frames` that they have.
     pixels_format, texts_format: see `formats`. threads decode while others encode.
-    Not keeps: pictures are encoded whenever they are shown (see `streaming_dataset`).
+    Not use_store: pictures are encoded whenever they are shown (see `streaming_dataset`).
     """
 
     pixels: str
@@ -36,13 +36,13 @@ class Encoding:
     shard: int = 256
     flip: bool = False
     frames: int = 0
-    rate: float = 8.0
-    segments: int = 1
-    shorter: tuple[float, ...] = ()
+    fps: float = 8.0
+    clips_per_video: int = 1
+    short_clip_frames: tuple[float, ...] = ()
     pixels_format: str = "same"
     texts_format: str = "same"
     threads: int = 2
-    keeps: bool = True
+    use_store: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Task:
     companion: str = ""
 
 
-def companion_task(task: Task, name: str, how: Encoding, companion: Companion) -> Task | SetAside:
+def companion_task(task: Task, name: str, options: EncodingOptions, companion: Companion) -> Task | SetAside:
     """The task of a sample's companion: the same cut, mirrored and cut into pieces alike."""
     sample = task.sample
     found = sample.companions.get(companion.of or name)
@@ -96,11 +96,11 @@ def companion_task(task: Task, name: str, how: Encoding, companion: Companion) -
     size = companion.size or (task.bucket[0], task.bucket[1])
     still = 1 if companion.size else task.bucket[-1]  # what is cut as its clip is also as long
     if task.pieces:  # as long as its clip
-        how = replace(how, frames=task.pieces[0].frames, shorter=())
-    planned = plan(other, size, replace(how, pixels=companion.fingerprint), still)
+        options = replace(options, frames=task.pieces[0].frames, short_clip_frames=())
+    planned = plan_task(other, size, replace(options, pixels=companion.fingerprint), still)
     if isinstance(planned, SetAside):
         return planned
-    if how.frames and not companion.size and planned.bucket != task.bucket:
+    if options.frames and not companion.size and planned.bucket != task.bucket:
         return SetAside(sample.name, f"its {name} is a clip, but it is a picture")
     return replace(planned, companion=name)
 
@@ -113,41 +113,49 @@ def mask_out(sample: Sample, cover: Picture) -> Image.Image:
     return image
 
 
-def plan(
-    sample: Sample, bucket_of: Size | Callable[[Size], Size], how: Encoding, still: int = 1
+def plan_task(
+    sample: Sample, bucket_of: Size | Callable[[Size], Size], options: EncodingOptions, still: int = 1
 ) -> Task | SetAside:
     """The task of a sample, or why it can have none; where clips are wanted a picture is `still` frames."""
     video = sample.name.lower().endswith(media.CLIPS)
-    if video and not how.frames:
+    if video and not options.frames:
         return SetAside(sample.name, "a clip; this model is trained on pictures")
     try:
-        source = None if sample.content and not callable(bucket_of) and not how.frames else sample.source()
-        if isinstance(source, Path) and not video and how.keeps:
+        source = (
+            None if sample.content and not callable(bucket_of) and not options.frames else sample.source()
+        )
+        if isinstance(source, Path) and not video and options.use_store:
             source = source.read_bytes()
-        content = sample.content_hash(source) if how.keeps else sample.name
-        clip = bool(how.frames) and source is not None and clips.is_clip(sample.name, source)
-        size, frames = (0, 0), how.frames
-        if source is not None and clip and (callable(bucket_of) or how.shorter):
-            known = clips.facts(sample.name, source)
-            size, frames = known.size, clips.longest(known.seconds, frames, how.rate, how.shorter)
+        content = sample.content_hash(source) if options.use_store else sample.name
+        clip = bool(options.frames) and source is not None and clips.is_clip(sample.name, source)
+        size, frames = (0, 0), options.frames
+        if source is not None and clip and (callable(bucket_of) or options.short_clip_frames):
+            known = clips.video_info(sample.name, source)
+            size, frames = (
+                known.size,
+                clips.usable_frames(known.seconds, frames, options.fps, options.short_clip_frames),
+            )
         elif source is not None and not clip:
             size = media.size_of(source)
     except (media.Unreadable, OSError) as problem:
-        return SetAside(sample.name, reason(problem))
+        return SetAside(sample.name, reason_of(problem))
     bucket: Bucket = bucket_of(size) if callable(bucket_of) else bucket_of
     transform = f"{media.TRANSFORM} to {bucket[0]}x{bucket[1]}"
     pieces: tuple[clips.ClipSpan, ...] = ()
-    if how.frames:
+    if options.frames:
         bucket = (*bucket, frames if clip else still)
         transform += f", standing still for {still} frames" if still > 1 and not clip else ""
     if clip:
-        pieces = tuple(clips.ClipSpan(frames, how.rate, i, how.segments) for i in range(how.segments))
+        pieces = tuple(
+            clips.ClipSpan(frames, options.fps, i, options.clips_per_video)
+            for i in range(options.clips_per_video)
+        )
     views = [f"{transform}, {piece.words}" for piece in pieces] or [
-        f"{transform}{', a clip' * bool(how.frames)}"
+        f"{transform}{', a clip' * bool(options.frames)}"
     ]
-    if how.flip:
+    if options.flip:
         views = [view for plain in views for view in (plain, f"{plain} mirrored")]
-    keys = tuple(key(content, view, how.pixels, how.pixels_format) for view in views)
+    keys = tuple(key(content, view, options.pixels, options.pixels_format) for view in views)
     return Task(sample, bucket, size, keys, pieces)
 
 
@@ -157,26 +165,28 @@ def decode(task: Task) -> list[Tensor] | str:
     try:
         source = task.sample.source()
         if task.pieces:
-            return [clips.read(task.sample.name, source, piece, width, height) for piece in task.pieces]
-        still = media.fit(media.read_picture(source, (width, height)), width, height)
+            return [
+                clips.read_frames(task.sample.name, source, piece, width, height) for piece in task.pieces
+            ]
+        still = media.center_crop_resize(media.read_picture(source, (width, height)), width, height)
         return [still[:, None].expand(-1, frames[0], -1, -1) if frames else still]
     except (media.Unreadable, OSError) as problem:
-        return reason(problem)
+        return reason_of(problem)
 
 
-def show(pieces: list[Tensor], view: int, flip: bool) -> Tensor:
+def select_view(pieces: list[Tensor], view: int, flip: bool) -> Tensor:
     """What the encoder sees as view number `view`: uint8 like the piece."""
     if not flip:
         return pieces[view]
     return pieces[view // 2].flip(-1) if view % 2 else pieces[view // 2]
 
 
-def stack(pictures: list[Tensor]) -> Tensor:
+def to_batch(pictures: list[Tensor]) -> Tensor:
     """Pixels [B, 3, …] in [−1, 1] of pictures [3, …] uint8."""
     return media.to_pixels(torch.stack(pictures))
 
 
-def reason(problem: Exception) -> str:
+def reason_of(problem: Exception) -> str:
     """What went wrong, for the list of files set aside."""
     if isinstance(problem, OSError):
         return f"cannot be opened: {problem.strerror or problem}"

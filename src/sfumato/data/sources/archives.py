@@ -14,16 +14,16 @@ import numpy as np
 from PIL import Image
 
 from sfumato.data.sources import media, metadata, tables
-from sfumato.data.sources.metadata import MetadataTable
+from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import Collection, Picture, Sample, SetAside
 from sfumato.errors import Refused
 
 MOST_CLASSES = 100_000
 
-Kind = Callable[[Path, MetadataTable], Collection]
+Kind = Callable[[Path, SourceOptions], Collection]
 
 
-def recognise(root: Path) -> Kind | None:
+def find_reader(root: Path) -> Kind | None:
     """What reads this path, if it is an archive of some kind; None for a plain folder."""
     if root.is_file():
         return {".tar": tars, ".npz": arrays, ".parquet": tables.parquet}.get(root.suffix.lower())
@@ -39,7 +39,7 @@ def recognise(root: Path) -> Kind | None:
     return tables.parquet if tables.is_folder_of_parquet(root) else None
 
 
-def tars(root: Path, how: MetadataTable) -> Collection:
+def tars(root: Path, options: SourceOptions) -> Collection:
     """Tar shards in the webdataset layout: members of one stem are one sample. Never unpacked."""
     result = Collection(root.stem, [])
     base = (root if root.is_dir() else root.parent).resolve()
@@ -48,13 +48,13 @@ def tars(root: Path, how: MetadataTable) -> Collection:
             result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
             continue
         try:
-            _one_tar(path, how, result)
+            _one_tar(path, options, result)
         except (tarfile.TarError, OSError, EOFError) as problem:
             result.set_aside.append(SetAside(path.name, f"the archive is broken: {problem}"))
     return result
 
 
-def _one_tar(path: Path, how: MetadataTable, result: Collection) -> None:
+def _one_tar(path: Path, options: SourceOptions, result: Collection) -> None:
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
     with tarfile.open(path, "r:") as archive:
         for member in archive:
@@ -69,24 +69,26 @@ def _one_tar(path: Path, how: MetadataTable, result: Collection) -> None:
             if picture is None:
                 continue
             name = f"{path.name}/{picture.name}"
-            found, reason = _tar_captions(archive, members) if how.captions == "files" else (("",), "")
+            found, reason = _tar_captions(archive, members) if options.captions == "files" else (("",), "")
             label = _label(archive, members)
-            if how.captions == "folder":
+            if options.captions == "folder":
                 found, reason, label = _class(archive, members)
             if reason:
                 result.set_aside.append(SetAside(metadata.printable(name), reason))
                 continue
-            others = _beside_in_tar(path, members, how)
+            others = _beside_in_tar(path, members, options)
             read = partial(_slice, path, picture.offset_data, picture.size)
             result.samples.append(Sample(name, found, picture=read, label=label, split="", companions=others))
 
 
-def _beside_in_tar(path: Path, members: dict[str, tarfile.TarInfo], how: MetadataTable) -> dict[str, Picture]:
+def _beside_in_tar(
+    path: Path, members: dict[str, tarfile.TarInfo], options: SourceOptions
+) -> dict[str, Picture]:
     """Members called STEM.control.png, STEM.mask.png and the like."""
     found: dict[str, Picture] = {}
     for suffix, member in members.items():
         what, _, kind = suffix[1:].rpartition(".")
-        what = what if what in how.companions else metadata.COMPANIONS.get(what, "")
+        what = what if what in options.companions else metadata.COMPANIONS.get(what, "")
         if what and f".{kind}" in media.PICTURES + media.CLIPS:
             found[what] = partial(_slice, path, member.offset_data, member.size)
     return found
@@ -126,10 +128,10 @@ def _label(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> int
     if ".json" not in members:
         return None
     try:
-        told: Any = json.loads(_member(archive, members[".json"]))
+        parsed: Any = json.loads(_member(archive, members[".json"]))
     except (ValueError, RecursionError):
         return None  # said where its captions are read
-    found = [told.get(name) for name in metadata.LABELS] if isinstance(told, dict) else []
+    found = [parsed.get(name) for name in metadata.LABELS] if isinstance(parsed, dict) else []
     return next((number for one in found if (number := metadata.class_number(one)) is not None), None)
 
 
@@ -142,7 +144,7 @@ def _class(
     return (text,), "", int(text) if text.isdecimal() else None
 
 
-def arrays(root: Path, how: MetadataTable) -> Collection:
+def arrays(root: Path, options: SourceOptions) -> Collection:
     """An .npz of pictures [N, H, W] or [N, H, W, C] (uint8), with labels [N] and perhaps captions or classes.
 
     Raises:
@@ -161,15 +163,15 @@ def arrays(root: Path, how: MetadataTable) -> Collection:
         for name, a in named.items()
         if a.dtype == np.uint8 and a.ndim in (3, 4) and _is_pictures(a.shape)
     }
-    beside = {what: drawn[name] for name in drawn if (what := _what(name, how))}
-    pictures = next((a for name, a in drawn.items() if not _what(name, how)), None)
+    beside = {what: drawn[name] for name in drawn if (what := _what(name, options))}
+    pictures = next((a for name, a in drawn.items() if not _what(name, options)), None)
     if pictures is None:
         raise Refused(f"{root} has no pictures: uint8 [N, H, W] or [N, H, W, 3] is wanted; it has {shapes}.")
     others = {name: a for name, a in named.items() if a.shape[:1] == pictures.shape[:1] and a.ndim == 1}
     labels = next((a for a in others.values() if a.dtype.kind in "iu"), None)
     texts = next((a for a in others.values() if a.dtype.kind == "U"), None)
     classes = _class_names(root, named, labels)
-    if how.captions == "files" and texts is None and labels is None:
+    if options.captions == "files" and texts is None and labels is None:
         raise Refused(
             f"{root} has neither captions nor labels of its {len(pictures)} pictures; it has {shapes}. "
             'Set data.captions = "none" to train without.'
@@ -179,7 +181,7 @@ def arrays(root: Path, how: MetadataTable) -> Collection:
         label = None if labels is None or labels[index] < 0 else int(labels[index])
         caption = str(texts[index]) if texts is not None else "" if label is None else classes[label]
         name = f"{root.name}/{index:08d}"
-        if not caption and how.captions != "none":
+        if not caption and options.captions != "none":
             result.set_aside.append(SetAside(name, "no caption and no class"))
             continue
         read = partial(_array_picture, pictures, index)
@@ -199,23 +201,23 @@ def _is_pictures(shape: tuple[int, ...]) -> bool:
     return shape[:1] > (0,) and (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3, 4)))
 
 
-def _folder_of_arrays(root: Path, how: MetadataTable) -> Collection:
+def _folder_of_arrays(root: Path, options: SourceOptions) -> Collection:
     """The .npz files of a folder, as one; of train.npz and test.npz the names say the split."""
     whole = Collection(root.name, [])
     for path in sorted(root.glob("*.npz")):
         if not path.resolve().is_relative_to(root.resolve()):
             whole.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
             continue
-        part = arrays(path, how)
+        part = arrays(path, options)
         split = metadata.SPLITS.get(path.stem.lower(), "")
         whole.samples += [replace(one, split=split) for one in part.samples]
         whole.classes = max(whole.classes, part.classes, key=len)
     return whole
 
 
-def _what(column: str, how: MetadataTable) -> str:
+def _what(column: str, options: SourceOptions) -> str:
     """The companion that a column of pictures is, "" for none."""
-    return metadata.companion(column, "any.png", how.companions)
+    return metadata.companion(column, "any.png", options.companions)
 
 
 def _class_names(root: Path, named: dict[str, np.ndarray], labels: np.ndarray | None) -> list[str]:

@@ -14,19 +14,19 @@ from sfumato.errors import Refused
 
 
 @dataclass(frozen=True)
-class Wording:
+class CaptionOptions:
     """How captions are put.
 
     template holds "{caption}" and may hold the name of any column ("a photo, {caption}, by {artist}").
-    trigger is put in front. shuffles > 0 gives so many orders of a caption's tags (parts between separators),
-    of which the first `keep` stay where they are.
+    trigger_words are put in front. tag_shuffles > 0 gives so many orders of a caption's tags (parts between
+    separators), of which the first `keep_tags` stay where they are.
     """
 
     template: str = "{caption}"
-    trigger: str = ""
-    shuffles: int = 0
-    keep: int = 1
-    separator: str = ","
+    trigger_words: str = ""
+    tag_shuffles: int = 0
+    keep_tags: int = 1
+    tag_separator: str = ","
 
     def __post_init__(self) -> None:
         if "{caption}" not in self.template:
@@ -35,43 +35,43 @@ class Wording:
             )
 
 
-def expand_captions(samples: Iterable[Sample], wording: Wording) -> list[Sample]:
-    """The samples with every caption put as `wording` says.
+def expand_captions(samples: Iterable[Sample], options: CaptionOptions) -> list[Sample]:
+    """The samples with every caption put as `options` says.
 
     Raises:
         Refused: the template names a column that a sample does not have.
     """
-    return [replace(sample, captions=tuple(dict.fromkeys(_all(sample, wording)))) for sample in samples]
+    return [replace(sample, captions=tuple(dict.fromkeys(_all(sample, options)))) for sample in samples]
 
 
-def _all(sample: Sample, wording: Wording) -> Iterable[str]:
+def _all(sample: Sample, options: CaptionOptions) -> Iterable[str]:
     for caption in sample.captions:
         if not caption:
             yield caption
             continue
-        for version in shuffled(caption, sample.id, wording):
+        for version in shuffled(caption, sample.id, options):
             try:
-                text = wording.template.format(**{**sample.extra, "caption": version})
+                text = options.template.format(**{**sample.extra, "caption": version})
             except (KeyError, IndexError, ValueError) as problem:
                 raise Refused(
-                    f'The template "{wording.template}" cannot be filled for {sample.name}: {problem}. '
+                    f'The template "{options.template}" cannot be filled for {sample.name}: {problem}. '
                     f"Known: {', '.join(sorted({'caption', *sample.extra}))}."
                 ) from problem
-            yield f"{wording.trigger} {text}".strip()
+            yield f"{options.trigger_words} {text}".strip()
 
 
-def shuffled(caption: str, sample: int, wording: Wording) -> list[str]:
+def shuffled(caption: str, sample: int, options: CaptionOptions) -> list[str]:
     """Orders of a caption's tags, a function of its id alone; without shuffles the caption itself."""
-    tags = [tag.strip() for tag in caption.split(wording.separator)]
-    if not wording.shuffles or len(tags) <= wording.keep + 1:
+    tags = [tag.strip() for tag in caption.split(options.tag_separator)]
+    if not options.tag_shuffles or len(tags) <= options.keep_tags + 1:
         return [caption]
-    kept, rest = tags[: wording.keep], tags[wording.keep :]
+    kept, rest = tags[: options.keep_tags], tags[options.keep_tags :]
 
     def order(version: int) -> list[str]:
         return sorted(rest, key=lambda tag: xxhash.xxh3_64_intdigest(f"{sample} {version} {tag}".encode()))
 
-    joint = wording.separator.strip() + " "
-    return [joint.join(kept + order(version)) for version in range(wording.shuffles)]
+    joint = options.tag_separator.strip() + " "
+    return [joint.join(kept + order(version)) for version in range(options.tag_shuffles)]
 
 
 def truncated(

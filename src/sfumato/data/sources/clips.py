@@ -27,26 +27,26 @@ class VideoInfo:
 
     size: tuple[int, int]
     seconds: float
-    rate: float
+    fps: float
 
 
 @dataclass(frozen=True)
 class ClipSpan:
-    """Which frames: `frames` of them, `rate` a second, from segment `number` of `segments` evenly spread."""
+    """Which frames: `frames` of them, `fps` a second, from segment `number` of `segments` evenly spread."""
 
     frames: int
-    rate: float
+    fps: float
     number: int = 0
     segments: int = 1
 
     @property
     def words(self) -> str:
         """As part of the store's keys."""
-        return f"{self.frames} frames at {self.rate:g}/s, segment {self.number} of {self.segments}"
+        return f"{self.frames} frames at {self.fps:g}/s, segment {self.number} of {self.segments}"
 
     def start(self, seconds: float) -> float:
         """When the piece begins, in a clip of so many seconds: a single one lies in the middle."""
-        spare = max(0.0, seconds - self.frames / self.rate)
+        spare = max(0.0, seconds - self.frames / self.fps)
         return spare * (0.5 if self.segments == 1 else self.number / (self.segments - 1))
 
 
@@ -62,7 +62,7 @@ def is_clip(name: str, source: Path | bytes | Image.Image) -> bool:
         return False
 
 
-def facts(name: str, source: Path | bytes | Image.Image) -> VideoInfo:
+def video_info(name: str, source: Path | bytes | Image.Image) -> VideoInfo:
     """Size (upright), length and rate of a clip, from its head.
 
     Raises:
@@ -76,16 +76,16 @@ def facts(name: str, source: Path | bytes | Image.Image) -> VideoInfo:
         stream = _stream(container)
         length = float(stream.duration * stream.time_base) if stream.duration else 0.0
         seconds = length or float(container.duration or 0) / 1e6
-        rate = float(stream.average_rate or 0)
+        fps = float(stream.average_rate or 0)
         width, height = stream.codec_context.width, stream.codec_context.height
         first = next(iter(_video(container)), None)
         if first is None:
             raise media.Unreadable("a video without a frame")
         turned = first[1].size != (width, height)
-        return VideoInfo((height, width) if turned else (width, height), seconds, rate)
+        return VideoInfo((height, width) if turned else (width, height), seconds, fps)
 
 
-def poster(source: Path | bytes | Image.Image, seconds: float) -> Image.Image:
+def middle_frame(source: Path | bytes | Image.Image, seconds: float) -> Image.Image:
     """A video's frame near its middle.
 
     Raises:
@@ -99,61 +99,69 @@ def poster(source: Path | bytes | Image.Image, seconds: float) -> Image.Image:
     raise media.Unreadable("a video without a frame")
 
 
-def is_short(seconds: float, frames: int, rate: float) -> bool:
+def is_short(seconds: float, frames: int, fps: float) -> bool:
     """Whether a clip of so many seconds ends before that many frames; half a frame's time is forgiven.
 
     A single frame every clip has.
     """
-    return frames > 1 and seconds + 0.5 / rate + SLACK < frames / rate
+    return frames > 1 and seconds + 0.5 / fps + SLACK < frames / fps
 
 
-def longest(seconds: float, frames: int, rate: float, shorter: Sequence[float] = ()) -> int:
-    """`frames`, or of a clip that is too short for them the most of `shorter` that it has.
+def usable_frames(seconds: float, frames: int, fps: float, short_clip_frames: Sequence[float] = ()) -> int:
+    """`frames`, or of a clip that is too short for them the most of `short_clip_frames` that it has.
 
     `frames` as well where it has none of them, or does not tell its seconds (0).
     """
-    lengths = sorted({frames, *map(int, shorter)}, reverse=True)
-    return next((one for one in lengths if not is_short(seconds, one, rate)), frames) if seconds else frames
+    lengths = sorted({frames, *map(int, short_clip_frames)}, reverse=True)
+    return next((one for one in lengths if not is_short(seconds, one, fps)), frames) if seconds else frames
 
 
-def middle(
-    name: str, source: Path | bytes | Image.Image, frames: int, rate: float, shorter: Sequence[float] = ()
+def middle_clip(
+    name: str,
+    source: Path | bytes | Image.Image,
+    frames: int,
+    fps: float,
+    short_clip_frames: Sequence[float] = (),
 ) -> ClipSpan:
-    """The piece in the middle of a clip, of as many frames as `longest` says.
+    """The piece in the middle of a clip, of as many frames as `usable_frames` says.
 
     Raises:
         media.Unreadable: its head cannot be read.
     """
-    known = facts(name, source) if shorter else None
-    return ClipSpan(longest(known.seconds, frames, rate, shorter) if known else frames, rate)
+    known = video_info(name, source) if short_clip_frames else None
+    return ClipSpan(usable_frames(known.seconds, frames, fps, short_clip_frames) if known else frames, fps)
 
 
-def read(name: str, source: Path | bytes | Image.Image, piece: ClipSpan, width: int, height: int) -> Tensor:
+def read_frames(
+    name: str, source: Path | bytes | Image.Image, piece: ClipSpan, width: int, height: int
+) -> Tensor:
     """The frames of a piece fitted to width × height, uint8 [3, frames, height, width].
 
     Raises:
         media.Unreadable: no video, broken, or too short.
     """
-    known = facts(name, source)
-    needed = piece.frames / piece.rate
-    if known.seconds and is_short(known.seconds, piece.frames, piece.rate):
+    known = video_info(name, source)
+    needed = piece.frames / piece.fps
+    if known.seconds and is_short(known.seconds, piece.frames, piece.fps):
         raise media.Unreadable(
-            f"a clip of {known.seconds:.2f} s; {piece.frames} frames at {piece.rate:g} a second "
+            f"a clip of {known.seconds:.2f} s; {piece.frames} frames at {piece.fps:g} a second "
             f"need {needed:.2f} s"
         )
     start = piece.start(known.seconds)
-    moments = [start + index / piece.rate + SLACK for index in range(piece.frames)]
+    moments = [start + index / piece.fps + SLACK for index in range(piece.frames)]
     if name.lower().endswith(media.CLIPS):
         with _opened(source) as container:
-            frames = _at(moments, _video(container))
+            frames = _sample_frames(moments, _video(container))
     else:
-        frames = _at(moments, ((when, image) for when, image, _ in _animation(source, decode=True)))
+        frames = _sample_frames(
+            moments, ((when, image) for when, image, _ in _animation(source, decode=True))
+        )
     if len(frames) < piece.frames:
         raise media.Unreadable(f"a clip that ends after {len(frames)} of the {piece.frames} frames asked for")
-    return torch.stack([media.fit(frame, width, height) for frame in frames], 1)
+    return torch.stack([media.center_crop_resize(frame, width, height) for frame in frames], 1)
 
 
-def _at(moments: list[float], frames: Iterator[tuple[float, Image.Image]]) -> list[Image.Image]:
+def _sample_frames(moments: list[float], frames: Iterator[tuple[float, Image.Image]]) -> list[Image.Image]:
     """The frame shown at each moment; the last frame is held for half a frame's time at most."""
     found: list[Image.Image] = []
     shown: Image.Image | None = None

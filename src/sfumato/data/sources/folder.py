@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from sfumato.data.sources import media, metadata
-from sfumato.data.sources.metadata import MetadataTable
+from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, Collection, Picture, Sample, SetAside
 from sfumato.errors import Refused, one_of
 
@@ -21,7 +21,7 @@ OUTSIDE = "refused: outside the data folder"
 SIDECARS = (".txt", ".caption", ".json")
 
 
-def open(
+def open_collection(
     path: str | Path,
     captions: str = "files",
     held_out: float = 0.05,
@@ -52,16 +52,16 @@ def open(
             f"{root} does not exist. data.train takes a folder of pictures, a .tar, .npz or .parquet file, "
             f"or one of: {', '.join(_embedded())}."
         )
-    found = _read(root, MetadataTable(captions, tuple(companions)))
+    found = _read(root, SourceOptions(captions, tuple(companions)))
     found.samples.sort(key=lambda sample: sample.name)
     if captions == "none":
         found.samples = [replace(sample, captions=("",)) for sample in found.samples]
     if not found.samples and (not empty or _lacks_captions(captions, found.set_aside)):
         raise Refused(_nothing_left(root, captions, found.set_aside))
-    return replace(found, samples=split(found.samples, held_out))
+    return replace(found, samples=split_held_out(found.samples, held_out))
 
 
-def joined(parts: Sequence[tuple[Collection, float]]) -> Collection:
+def concatenate(parts: Sequence[tuple[Collection, float]]) -> Collection:
     """Collections as one, each with its number of repeats."""
     whole = Collection(" + ".join(found.name for found, _ in parts), [])
     for number, (found, repeat) in enumerate(parts):
@@ -83,21 +83,21 @@ def _embedded() -> dict[str, Callable[[], Collection]]:
     }
 
 
-def _read(root: Path, how: MetadataTable) -> Collection:
+def _read(root: Path, options: SourceOptions) -> Collection:
     """Whatever kind of source `root` is."""
     from sfumato.data.sources import archives
 
-    kind = archives.recognise(root)
+    kind = archives.find_reader(root)
     if kind is not None:
-        return kind(root, how)
+        return kind(root, options)
     if not root.is_dir():
         raise Refused(f"{root} is no folder, and no .tar, .npz or .parquet file; data.train cannot read it.")
-    return folder(root, how)
+    return folder(root, options)
 
 
-def folder(root: Path, how: MetadataTable) -> Collection:
+def folder(root: Path, options: SourceOptions) -> Collection:
     """The pictures and clips below a folder."""
-    files, refused = walk(root)
+    files, refused = list_files(root)
     result = Collection(root.name, [], refused)
     unread = [name for name in files if name.lower().endswith(media.UNREAD)]
     refused += [
@@ -108,15 +108,15 @@ def folder(root: Path, how: MetadataTable) -> Collection:
         raise Refused(
             f"{root} holds no pictures; it was searched for {', '.join(media.PICTURES + media.CLIPS)}."
         )
-    if how.captions == "folder":
+    if options.captions == "folder":
         _from_folders(root, pictures, result)
     else:
-        _from_files(root, files, pictures, how, result)
+        _from_files(root, files, pictures, options, result)
         _name_classes(result)
     return result
 
 
-def walk(root: Path) -> tuple[list[str], list[SetAside]]:
+def list_files(root: Path) -> tuple[list[str], list[SetAside]]:
     """Names of all regular files below `root` (with "/", hidden ones left out), and what is refused."""
     base, found, refused = root.resolve(), [], []
     for place, folders, names in os.walk(root, followlinks=False):
@@ -179,42 +179,42 @@ def words(name: str) -> str:
 
 
 def _from_files(
-    root: Path, files: list[str], pictures: list[str], how: MetadataTable, result: Collection
+    root: Path, files: list[str], pictures: list[str], options: SourceOptions, result: Collection
 ) -> None:
     """Captions from metadata files where there are any, else from the files beside the pictures."""
     tables = [name for name in files if _is_metadata(name)]
     known = set(files)
     rows: dict[str, list[metadata.Row]] = {}
     for table in tables:
-        for row in metadata.read(root, table, result.set_aside, how):
+        for row in metadata.read(root, table, result.set_aside, options):
             inside = row.file
             if inside in known:
                 rows.setdefault(inside, []).append(row)
             else:
                 reason = _why_unknown(root, inside)
-                result.set_aside.append(SetAside(metadata.printable(row.said), reason))
+                result.set_aside.append(SetAside(metadata.printable(row.file_cell), reason))
     taken = {inside for some in rows.values() for row in some for inside in row.companions.values()}
-    beside = _companions_beside(pictures, how)
+    beside = _companions_beside(pictures, options)
     taken |= {other for found in beside.values() for other in found.values()} - set(rows)
     for name in sorted((set(pictures) - taken) | set(rows)):
         others = {what: root / other for what, other in beside.get(name, {}).items()}
         if name in rows:
-            _take(root, name, rows[name], known, how, others, result)
+            _take(root, name, rows[name], known, options, others, result)
         else:
-            captions, reason = ((), "") if how.captions == "none" else _beside(root, name, known)
+            captions, reason = ((), "") if options.captions == "none" else _beside(root, name, known)
             if reason:
                 result.set_aside.append(SetAside(metadata.printable(name), reason))
             else:
                 result.samples.append(Sample(name, captions, file=root / name, split="", companions=others))
 
 
-def _companions_beside(pictures: Iterable[str], how: MetadataTable) -> dict[str, dict[str, str]]:
+def _companions_beside(pictures: Iterable[str], options: SourceOptions) -> dict[str, dict[str, str]]:
     """Pictures called NAME.control.png, NAME.mask.png and the like, by the picture NAME.… they belong to."""
     by_stem = {str(PurePosixPath(name).with_suffix("")): name for name in pictures}
     found: dict[str, dict[str, str]] = {}
     for stem, name in by_stem.items():
         owner, _, what = stem.rpartition(".")
-        what = what if what in how.companions else metadata.COMPANIONS.get(what, "")
+        what = what if what in options.companions else metadata.COMPANIONS.get(what, "")
         if what and owner in by_stem:
             found.setdefault(by_stem[owner], {})[what] = name
     return found
@@ -246,7 +246,7 @@ def _take(
     name: str,
     rows: list[metadata.Row],
     known: set[str],
-    how: MetadataTable,
+    options: SourceOptions,
     beside: Mapping[str, Picture],
     result: Collection,
 ) -> None:
@@ -256,7 +256,9 @@ def _take(
     for row in rows:
         reasons += [row.reason] if row.reason else []
         captions += [caption for caption in row.captions if caption not in captions]
-    if not captions and (how.captions != "none" or any(not one.startswith("no caption") for one in reasons)):
+    if not captions and (
+        options.captions != "none" or any(not one.startswith("no caption") for one in reasons)
+    ):
         result.set_aside.append(SetAside(metadata.printable(name), reasons[0] if reasons else "no caption"))
         return
     repeated = sum(row == rows[0] for row in rows[1:])
@@ -312,7 +314,7 @@ def _nothing_left(root: Path, captions: str, set_aside: list[SetAside]) -> str:
     )
 
 
-def split(samples: Iterable[Sample], share: float) -> list[Sample]:
+def split_held_out(samples: Iterable[Sample], share: float) -> list[Sample]:
     """Give every sample without a split one: `share` of the captions are held out, chosen by their hash.
 
     A caption is never on both sides. Where there are hardly any captions, or they are names of classes,

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, Collection, Sample
-from sfumato.data.sources.shapes import BACKGROUNDS, COLORS, PAIRS, SHAPES, SIZES, Scene, Thing, draw
+from sfumato.data.sources.shapes import BACKGROUNDS, COLORS, PAIRS, SHAPES, SIZES, Scene, SceneObject, draw
 
 UNSEEN = tuple(pair for index, pair in enumerate(PAIRS) if index % 5 == 2)
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
@@ -33,7 +33,7 @@ def alone(
     radius = radii[size] * float(chance.uniform(0.97, 1.03))
     reach = 0.5 - 1.45 * radius - 0.03 if free else 0.01
     x, y = (float(one) for one in chance.uniform(0.5 - reach, 0.5 + reach, 2))
-    return Scene((Thing(*pair, size, x, y, radius),), str(chance.choice(list(BACKGROUNDS))), None)
+    return Scene((SceneObject(*pair, size, x, y, radius),), str(chance.choice(list(BACKGROUNDS))), None)
 
 
 def named(scene: Scene) -> str:

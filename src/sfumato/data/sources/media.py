@@ -32,7 +32,7 @@ PICTURES = (
 UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw")
 CLIPS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
 TRANSFORM = "picture 1: upright, on white, sRGB, centre crop, Lanczos, large JPEGs by halves"
-"""What `read_picture` and `fit` do, as part of the store's keys; a change of theirs changes it."""
+"""What `read_picture` and `center_crop_resize` do, as part of the store's keys; a change changes it."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000", "PPM")
 """What Pillow may take a file for, whatever its name says: no format that would start another program."""
 MOST_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
@@ -112,7 +112,7 @@ def read_picture(source: Path | bytes | Image.Image, least: tuple[int, int] | No
             side = 2 * max(least)
             image.draft(None, (side, side))
         image.load()
-        return _on_white(_eight_bits(_in_srgb(_upright(image))))
+        return _flatten_alpha(_to_8_bit(_to_srgb(_apply_exif_orientation(image))))
     except Unreadable:
         raise
     except Exception as problem:  # decoders fail in every way there is; each is one reason
@@ -120,14 +120,14 @@ def read_picture(source: Path | bytes | Image.Image, least: tuple[int, int] | No
         raise Unreadable(f"its pixels cannot be decoded: {reason}") from problem
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _apply_exif_orientation(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # a broken EXIF block: the picture is taken as it lies
         return image
 
 
-def _in_srgb(image: Image.Image) -> Image.Image:
+def _to_srgb(image: Image.Image) -> Image.Image:
     """Apply an embedded colour profile; one that is broken is ignored, as browsers do."""
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("RGB", "CMYK") or b"sRGB" in profile[:4096]:
@@ -140,7 +140,7 @@ def _in_srgb(image: Image.Image) -> Image.Image:
         return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _to_8_bit(image: Image.Image) -> Image.Image:
     """Modes of more than 8 bits as "L": 16 bits divided by 257, floats taken in [0, 1] or else [0, 255]."""
     if not image.mode.startswith(("I", "F")):
         return image
@@ -154,7 +154,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(values + 0.5, 0, 255).astype(np.uint8))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _flatten_alpha(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         clear = image.convert("RGBA")
         white = Image.new("RGBA", clear.size, (255, 255, 255, 255))
@@ -162,7 +162,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def window(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
+def center_crop_box(size: tuple[int, int], width: int, height: int) -> tuple[float, float, float, float]:
     """The centred part (left, top, right, bottom) of a picture of `size` with the shape width × height."""
     full_width, full_height = size
     scale = min(full_width / width, full_height / height)
@@ -172,10 +172,10 @@ def window(size: tuple[int, int], width: int, height: int) -> tuple[float, float
     return left, top, min(left + wide, full_width), min(top + high, full_height)
 
 
-def fit(image: Image.Image, width: int, height: int) -> Tensor:
+def center_crop_resize(image: Image.Image, width: int, height: int) -> Tensor:
     """The picture cropped centrally and scaled to width × height, uint8 [3, height, width]."""
     if image.size != (width, height):
-        box = window(image.size, width, height)
+        box = center_crop_box(image.size, width, height)
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 

@@ -49,7 +49,7 @@ csv.field_size_limit(10_000_000)
 
 
 @dataclass(frozen=True)
-class MetadataTable:
+class SourceOptions:
     """How a source is read: where captions come from, and which columns of the user's own are companions."""
 
     captions: str = "files"
@@ -58,10 +58,10 @@ class MetadataTable:
 
 @dataclass(frozen=True)
 class Row:
-    """One row: `file` relative to the data folder, `said` as the table has it, `reason` if unusable."""
+    """One row: `file` relative to the data folder, `file_cell` as the table has it, `reason` if unusable."""
 
     file: str
-    said: str
+    file_cell: str
     captions: tuple[str, ...]
     split: str | None = None
     label: int | None = None
@@ -88,7 +88,7 @@ def read(
     root: Path,
     table: str,
     set_aside: list[SetAside],
-    how: MetadataTable = MetadataTable(),
+    options: SourceOptions = SourceOptions(),
 ) -> Iterator[Row]:
     """The rows of one table; those that say nothing usable go to `set_aside`.
 
@@ -102,7 +102,7 @@ def read(
     caption_column = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if not rows:
         raise Refused(f"{path} has no rows that can be read. Each row needs file_name and caption.")
-    needed = how.captions != "none"
+    needed = options.captions != "none"
     for what, found, wanted in (("files", file_column, "file_name"), ("captions", caption_column, "caption")):
         if found is None and (needed or what == "files"):
             raise Refused(
@@ -111,14 +111,14 @@ def read(
             )
     assert file_column is not None
     for number, row in rows:
-        said = row.get(file_column)
-        if not isinstance(said, str) or not said:
+        file_cell = row.get(file_column)
+        if not isinstance(file_cell, str) or not file_cell:
             set_aside.append(SetAside(f"{table}:{number}", "the row names no file"))
             continue
-        yield _row(table, said, row, caption_column or "", how.companions)
+        yield _row(table, file_cell, row, caption_column or "", options.companions)
 
 
-def _row(table: str, said: str, row: Mapping[str, Any], caption_column: str, own: Sequence[str]) -> Row:
+def _row(table: str, file_cell: str, row: Mapping[str, Any], caption_column: str, own: Sequence[str]) -> Row:
     captions, reason = captions_of(row.get(caption_column))
     extra = {
         column: value
@@ -135,7 +135,7 @@ def _row(table: str, said: str, row: Mapping[str, Any], caption_column: str, own
         for column in list(extra)
         if (name := companion(column, extra[column], own))
     }
-    return Row(_inside(table, said), said, captions, known, whole, reason, extra, companions)
+    return Row(_inside(table, file_cell), file_cell, captions, known, whole, reason, extra, companions)
 
 
 def class_number(value: Any) -> int | None:
@@ -161,12 +161,12 @@ def companion(column: str, value: Any, own: Sequence[str] = ()) -> str:
     return COMPANIONS.get(stem, stem if column.endswith("_file_name") else "")
 
 
-def _inside(table: str, said: str) -> str:
+def _inside(table: str, file_cell: str) -> str:
     """The named file relative to the data folder, "." resolved; ".." and "/" are kept, for refusal."""
-    said = said.replace("\\", "/") if "\\" in said and "/" not in said else said
-    if said.startswith("/") or ".." in PurePosixPath(said).parts:
-        return said
-    return str(PurePosixPath(table).parent / said)
+    file_cell = file_cell.replace("\\", "/") if "\\" in file_cell and "/" not in file_cell else file_cell
+    if file_cell.startswith("/") or ".." in PurePosixPath(file_cell).parts:
+        return file_cell
+    return str(PurePosixPath(table).parent / file_cell)
 
 
 def captions_of(value: Any) -> tuple[tuple[str, ...], str]:

@@ -7,7 +7,7 @@ the shape from frame to frame, so that a generated clip is judged exactly, with 
 
 import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from itertools import product
 
@@ -47,11 +47,16 @@ class MovingShape:
         words = f"{article} {self.color} {self.shape} moving {self.way}"
         return words if self.background == "white" else f"{words} on {self.background}"
 
+    def __repr__(self) -> str:
+        """As the store's keys have it: in 0.1 the class was called Crossing."""
+        values = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
+        return f"Crossing({values})"
+
     def frame(self, when: float, size: int) -> Image.Image:
         """The picture at `when` in [0, 1]."""
         dx, dy = WAYS[self.way]
         x, y = self.x + dx * self.far * (when - 0.5), self.y + dy * self.far * (when - 0.5)
-        thing = shapes.Thing(self.shape, self.color, "large", x, y, self.radius)
+        thing = shapes.SceneObject(self.shape, self.color, "large", x, y, self.radius)
         return shapes.draw(shapes.Scene((thing,), self.background, None), size)
 
 
@@ -77,7 +82,7 @@ def is_unseen(shape: str, color: str, way: str) -> bool:
     return sum(parts) % 4 == 3 and parts[1] != 5
 
 
-def crossing(chance: np.random.Generator, unseen: bool = False) -> MovingShape:
+def random_clip(chance: np.random.Generator, unseen: bool = False) -> MovingShape:
     """A random clip, of an unseen combination or of one that training shows."""
     fitting = [triple for triple in TRIPLES if is_unseen(*triple) == unseen]
     shape, color, way = fitting[chance.integers(len(fitting))]
@@ -112,7 +117,7 @@ def collection(count: int = 1200, seed: int = 0, size: int = 32, held_out: int =
 
     def sample(index: int, split: str) -> Sample:
         unseen = split == HELD_OUT
-        drawn = crossing(np.random.default_rng([seed, index, unseen]), unseen)
+        drawn = random_clip(np.random.default_rng([seed, index, unseen]), unseen)
         name = f"moving-shapes/{seed}/{size}/{split}-{index:06d}.webp"
         content = f"moving 3, {size} pixels: {drawn!r}"
         picture = partial(as_webp, drawn, size)
@@ -185,5 +190,5 @@ def judge(frames: np.ndarray, caption: str) -> dict[str, bool]:
 
 def accuracy(count: int = 60, seed: int = 1, size: int = 32) -> float:
     """The judge's own: share of clean clips it finds right."""
-    drawn = [crossing(np.random.default_rng([seed, i])) for i in range(count)]
+    drawn = [random_clip(np.random.default_rng([seed, i])) for i in range(count)]
     return sum(judge(clip(one, size), one.caption)["all"] for one in drawn) / max(1, count)

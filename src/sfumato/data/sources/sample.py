@@ -90,6 +90,6 @@ class Collection:
     set_aside: list[SetAside] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
 
-    def of(self, split: str) -> list[Sample]:
+    def with_split(self, split: str) -> list[Sample]:
         """The samples of one split, "train" or "held_out"."""
         return [sample for sample in self.samples if sample.split == split]

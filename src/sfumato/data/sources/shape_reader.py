@@ -13,7 +13,7 @@ from sfumato.data.sources.shapes import (
     SHAPES,
     SIZES,
     Scene,
-    Thing,
+    SceneObject,
     collection,
     draw,
     is_unseen,
@@ -93,7 +93,7 @@ def _cut_out(cover: np.ndarray) -> tuple[np.ndarray, int, int]:
     return padded, left, top
 
 
-def _recognise(cover: np.ndarray, color: str) -> Thing:
+def _classify(cover: np.ndarray, color: str) -> SceneObject:
     """The thing whose silhouette overlaps a cover [S, S] most (soft intersection over union)."""
     side = cover.shape[0]
     cover, left, top = _cut_out(cover)
@@ -108,10 +108,10 @@ def _recognise(cover: np.ndarray, color: str) -> Thing:
     _, shape, at_x, at_y, radius = best
     at_x, at_y = at_x + left, at_y + top
     size = min(SIZES, key=lambda one: abs(SIZES[one] - radius / side))
-    return Thing(shape, color, size, at_x / side, at_y / side, radius / side)
+    return SceneObject(shape, color, size, at_x / side, at_y / side, radius / side)
 
 
-def read(image: Image.Image) -> list[Thing]:
+def read(image: Image.Image) -> list[SceneObject]:
     """The things a square drawing shows, the largest first; mild blur and noise do no harm."""
     pixels = np.asarray(image.convert("RGB"), np.float32)
     if pixels.shape[0] != pixels.shape[1]:
@@ -131,11 +131,11 @@ def read(image: Image.Image) -> list[Thing]:
             if patch.sum() < SMALLEST * patch.size:
                 continue
             wide = _smooth(patch.astype(np.float32)) > 0  # takes the soft edge in
-            things.append(_recognise(share[..., index] * wide, name))
+            things.append(_classify(share[..., index] * wide, name))
     return sorted(things, key=lambda thing: -thing.radius)
 
 
-def _stands(first: Thing, second: Thing, relation: str) -> bool:
+def _stands(first: SceneObject, second: SceneObject, relation: str) -> bool:
     dx, dy = first.x - second.x, first.y - second.y
     upright = abs(dy) > abs(dx)
     return {
@@ -188,7 +188,7 @@ def accuracy(count: int = 200, seed: int = 1, size: int = 64) -> float:
 
 __all__ = [
     "Scene",
-    "Thing",
+    "SceneObject",
     "accuracy",
     "background",
     "collection",

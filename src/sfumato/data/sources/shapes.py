@@ -7,7 +7,7 @@ goes the other way, so that a generated picture is judged exactly, with no netwo
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import product
 
@@ -37,7 +37,7 @@ FINE = 8  # a pixel is drawn as FINE × FINE dots and averaged
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One shape; x, y (centre) and radius are parts of the picture's side, y downwards."""
 
     shape: str
@@ -51,12 +51,17 @@ class Thing:
     def words(self) -> str:
         return f"a {self.size} {self.color} {self.shape}"
 
+    def __repr__(self) -> str:
+        """As the store's keys have it: in 0.1 the class was called Thing."""
+        values = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
+        return f"Thing({values})"
+
 
 @dataclass(frozen=True)
 class Scene:
     """What a picture shows: things[0] stands in `relation` to things[1], if there are two."""
 
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
     background: str
     relation: str | None
 
@@ -140,7 +145,7 @@ def is_unseen(one: tuple[str, str], other: tuple[str, str]) -> bool:
     return (PAIRS.index(one) + PAIRS.index(other)) % 5 == 0
 
 
-def scene(chance: np.random.Generator, unseen: bool = False) -> Scene:
+def random_scene(chance: np.random.Generator, unseen: bool = False) -> Scene:
     """A random scene; `unseen` ones have two things that training never shows together."""
     two = unseen or chance.random() < 0.8
     pairs = [PAIRS[chance.integers(len(PAIRS))]]
@@ -151,10 +156,10 @@ def scene(chance: np.random.Generator, unseen: bool = False) -> Scene:
     sizes = [str(chance.choice(list(SIZES))) for _ in pairs]
     relation = str(chance.choice(DRAWN)) if two else None
     radii = [SIZES[size] * float(chance.uniform(0.97, 1.03)) for size in sizes]
-    centres = _place(relation, radii, chance)
+    centers = _place(relation, radii, chance)
     things = tuple(
-        Thing(shape, color, size, x, y, radius)
-        for (shape, color), size, (x, y), radius in zip(pairs, sizes, centres, radii, strict=True)
+        SceneObject(shape, color, size, x, y, radius)
+        for (shape, color), size, (x, y), radius in zip(pairs, sizes, centers, radii, strict=True)
     )
     return Scene(things, str(chance.choice(list(BACKGROUNDS))), relation)
 
@@ -175,9 +180,9 @@ def parse(caption: str) -> Scene:
             f'blue square on black", with {", ".join(SHAPES)}; {", ".join(COLORS)}; {", ".join(RELATIONS)}.'
         )
     size, color, shape, relation, size_2, color_2, shape_2, background = found.groups()
-    things = [Thing(shape, color, size or "", 0, 0, 0)]
+    things = [SceneObject(shape, color, size or "", 0, 0, 0)]
     if relation:
-        things.append(Thing(shape_2, color_2, size_2 or "", 0, 0, 0))
+        things.append(SceneObject(shape_2, color_2, size_2 or "", 0, 0, 0))
     return Scene(tuple(things), background or "white", relation)
 
 
@@ -189,7 +194,7 @@ def collection(count: int = 2500, seed: int = 0, size: int = 64, held_out: int =
 
     def sample(index: int, split: str) -> Sample:
         unseen = split == HELD_OUT
-        drawn = scene(np.random.default_rng([seed, index, unseen]), unseen)
+        drawn = random_scene(np.random.default_rng([seed, index, unseen]), unseen)
         picture: Callable[[], Image.Image] = partial(draw, drawn, size)
         name = f"shapes/{seed}/{size}/{split}-{index:06d}"
         content = f"drawing 1, {size} pixels: {drawn!r}"

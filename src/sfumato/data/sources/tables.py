@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any
 
 from sfumato.data.sources import media, metadata
-from sfumato.data.sources.metadata import MetadataTable
+from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import Collection, Sample, SetAside
 from sfumato.errors import Refused
 
@@ -30,7 +30,7 @@ Cell = Callable[[str, int], Reader | None]
 
 
 @dataclass(frozen=True)
-class Table:
+class TableFile:
     """One file: where it lies in the data set, its columns' types, those without pictures, its cells."""
 
     inside: str
@@ -40,7 +40,7 @@ class Table:
     split: str
 
 
-def saved(root: Path, how: MetadataTable) -> Collection:
+def saved(root: Path, options: SourceOptions) -> Collection:
     """A Hub data set that `save_to_disk` wrote (Arrow files), read with pyarrow.
 
     Raises:
@@ -66,7 +66,7 @@ def saved(root: Path, how: MetadataTable) -> Collection:
         def cell(column: str, row: int, table: Any = table) -> Reader | None:
             return partial(_cell, table[column], row) if table[column][row].is_valid else None
 
-        _add(Table(inside, table.schema, table, cell, split), how, result)
+        _add(TableFile(inside, table.schema, table, cell, split), options, result)
     return result
 
 
@@ -78,7 +78,7 @@ def is_folder_of_parquet(root: Path) -> bool:
     return not any(path.suffix.lower() in media.PICTURES + media.CLIPS for path in root.rglob("*"))
 
 
-def parquet(root: Path, how: MetadataTable) -> Collection:
+def parquet(root: Path, options: SourceOptions) -> Collection:
     """Parquet files whose cells hold the pictures, as the Hub keeps data sets; a file's name says its split.
 
     Raises:
@@ -106,11 +106,11 @@ def parquet(root: Path, how: MetadataTable) -> Collection:
         def cell(column: str, row: int, path: Path = path) -> Reader | None:
             return partial(_parquet_cell, path, column, row)
 
-        _add(Table(inside, schema, table, cell, split), how, result)
+        _add(TableFile(inside, schema, table, cell, split), options, result)
     return result
 
 
-def _add(table: Table, how: MetadataTable, result: Collection) -> None:
+def _add(table: TableFile, options: SourceOptions, result: Collection) -> None:
     """The rows of one table as samples.
 
     Raises:
@@ -122,8 +122,8 @@ def _add(table: Table, how: MetadataTable, result: Collection) -> None:
     text = next((name for name in metadata.CAPTION_COLUMNS if name in names), None)
     label = next((name for name in metadata.LABELS if name in names), None)
     classes = _class_names(table.schema, label)
-    beside = {column: what for column in holds if column != picture and (what := _what(column, how))}
-    if picture is None or (how.captions == "files" and text is None and not classes):
+    beside = {column: what for column in holds if column != picture and (what := _what(column, options))}
+    if picture is None or (options.captions == "files" and text is None and not classes):
         wanted = "image" if picture is None else "caption or text"
         raise Refused(f"{table.inside} has no column {wanted}; it has {', '.join(names)}.")
     result.classes = max(result.classes, classes, key=len)
@@ -132,7 +132,7 @@ def _add(table: Table, how: MetadataTable, result: Collection) -> None:
     for row in range(table.plain.num_rows):
         number, read = labels[row] if labels else None, table.cell(picture, row)
         name = f"{table.inside}/{row:08d}{_ending(read, picture in ('video', 'clip'))}"
-        found, reason = _captions(how, texts and texts[row], number, classes, text is not None)
+        found, reason = _captions(options, texts and texts[row], number, classes, text is not None)
         if reason or read is None:
             result.set_aside.append(SetAside(name, reason or "there is no picture"))
             continue
@@ -145,28 +145,28 @@ def _add(table: Table, how: MetadataTable, result: Collection) -> None:
 
 
 def _captions(
-    how: MetadataTable, text: Any, number: Any, classes: Sequence[str], has_text: bool
+    options: SourceOptions, text: Any, number: Any, classes: Sequence[str], has_text: bool
 ) -> tuple[tuple[str, ...], str]:
     """A row's captions, or why it has none."""
-    if how.captions == "none":
+    if options.captions == "none":
         return ("",), ""
-    if how.captions == "files" and has_text:
+    if options.captions == "files" and has_text:
         return metadata.captions_of(text)
     if not isinstance(number, int | str):
         return (), "no class"
     return (classes[number] if isinstance(number, int) and 0 <= number < len(classes) else str(number),), ""
 
 
-def _what(column: str, how: MetadataTable) -> str:
+def _what(column: str, options: SourceOptions) -> str:
     """The companion that a column of pictures is, "" for none."""
-    return metadata.companion(column, "any.png", how.companions)
+    return metadata.companion(column, "any.png", options.companions)
 
 
 def _class_names(schema: Any, label: str | None) -> list[str]:
     """The names of the classes, where the data set's own description of its columns says them."""
     try:
-        told = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = told["info"]["features"][label]["names"]
+        described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = described["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
         return []
     return [str(one) for one in names] if isinstance(names, list) else []
@@ -208,9 +208,9 @@ def _starts(path: Path) -> list[int]:
     """The first row of each row group of a Parquet file."""
     import pyarrow.parquet as pq
 
-    told, starts = pq.ParquetFile(path).metadata, [0]
-    for group in range(told.num_row_groups):
-        starts.append(starts[-1] + told.row_group(group).num_rows)
+    footer, starts = pq.ParquetFile(path).metadata, [0]
+    for group in range(footer.num_row_groups):
+        starts.append(starts[-1] + footer.row_group(group).num_rows)
     return starts
 
 

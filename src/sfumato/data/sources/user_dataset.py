@@ -28,7 +28,7 @@ CONTRACT = (
 
 
 @dataclass(frozen=True)
-class Drawn:
+class LazyPicture:
     """The picture of an item, asked for when it is wanted."""
 
     word: str
@@ -104,7 +104,9 @@ def _sample(
     if label is not None and int(label) < 0:
         raise Refused(f"data.train: item {index} of {word} has the label {label}; classes count from 0.")
     others: dict[str, Picture] = {
-        field: Path(item[field]) if isinstance(item[field], str | Path) else Drawn(word, items, index, field)
+        field: Path(item[field])
+        if isinstance(item[field], str | Path)
+        else LazyPicture(word, items, index, field)
         for field in companions
         if field in item
     }
@@ -112,7 +114,7 @@ def _sample(
         k: str(v) for k, v in item.items() if k not in (*FIELDS, *others) and isinstance(v, str | int | float)
     }
     content = f"{fingerprint} {name}" if fingerprint and file is None else ""
-    drawn = None if file is not None else Drawn(word, items, index, "picture")
+    drawn = None if file is not None else LazyPicture(word, items, index, "picture")
     if drawn is not None:
         as_picture(picture, word, index, look=True)
     number = None if label is None else int(label)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sfumato.data.store import formats
-from sfumato.data.store.index import Place
+from sfumato.data.store.index import EntryLocation
 from sfumato.data.store.shard import Field
 from sfumato.data.store.store import Store
 
@@ -39,44 +39,49 @@ _parts: dict[tuple[int, tuple[str, ...]], tuple[Layout, list[_Part] | None]] = {
 """By layout (one object for all entries that have it) and what is wanted: how it is read alone."""
 
 
-def tensors(store: Store, places: Sequence[Place], only: tuple[str, ...] = ()) -> dict[str, Tensor]:
+def read_batch(
+    store: Store, locations: Sequence[EntryLocation], only: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     """The entries at these places, stacked by name [B, …]: all their tensors, or `only` some.
 
     Raises:
         ValueError: they are of different layouts.
     """
-    first = places[0].fields
-    if len(places) == 1:
-        found = alone(store, places[0], only, batched=True)
+    first = locations[0].fields
+    if len(locations) == 1:
+        found = read_one(store, locations[0], only, batched=True)
         if found is not None:
             return found
-    elif any(place.fields is not first and place.fields != first for place in places):
+    elif any(location.fields is not first and location.fields != first for location in locations):
         raise ValueError("the samples of a batch have latents of different shapes; take them from one bucket")
     wanted = _wanted(first, only)
     length = max(one.begin + one.length for one in wanted)
-    rows = np.empty((len(places), length), np.uint8)
-    for row, place in zip(rows, places, strict=True):
-        row[:] = store.view(place.path)[place.begin : place.begin + length]
+    rows = np.empty((len(locations), length), np.uint8)
+    for row, location in zip(rows, locations, strict=True):
+        row[:] = store.view(location.path)[location.begin : location.begin + length]
     all_rows = torch.from_numpy(rows)
-    return formats.restore({one.name: _column(all_rows, one) for one in wanted})
+    return formats.dequantize({one.name: _column(all_rows, one) for one in wanted})
 
 
-def alone(
-    store: Store, place: Place, only: tuple[str, ...] = (), batched: bool = False
+def read_one(
+    store: Store, location: EntryLocation, only: tuple[str, ...] = (), batched: bool = False
 ) -> dict[str, Tensor] | None:
     """One entry, read where it lies; `batched` as a batch of one.
 
     None where its numbers do not lie on their boundaries, or share scales: then its bytes are copied first.
     """
-    known = _parts.get((id(place.fields), only))
+    known = _parts.get((id(location.fields), only))
     if known is None:
-        known = _parts[id(place.fields), only] = (place.fields, _read_alone(_wanted(place.fields, only)))
+        known = _parts[id(location.fields), only] = (
+            location.fields,
+            _read_alone(_wanted(location.fields, only)),
+        )
     found: dict[str, Tensor] = {}
     for part in known[1] or ():
-        begin = place.begin + part.begin
+        begin = location.begin + part.begin
         if begin % part.size:
             return None
-        numbers = store.numbers(place.path, part.dtype)
+        numbers = store.numbers(location.path, part.dtype)
         shape, strides = part.whole if batched else part.alone
         there = torch.as_strided(numbers, shape, strides, begin // part.size)
         found[part.name] = there.float() if part.is_narrow else there.clone()

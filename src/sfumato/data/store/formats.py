@@ -18,7 +18,7 @@ _KIND = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 SCALE = ".scale"
 
 
-def shrink(tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
+def quantize(tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
     """The tensors as they are stored; integers and masks stay as they are.
 
     Raises:
@@ -41,8 +41,8 @@ def shrink(tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
     return stored
 
 
-def restore(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `shrink` took in, its real numbers as float32."""
+def dequantize(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `quantize` took in, its real numbers as float32."""
     return {
         name: _grown(tensor, stored.get(name + SCALE))
         for name, tensor in stored.items()
@@ -56,9 +56,9 @@ def _grown(tensor: Tensor, scale: Tensor | None) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def error(tensors: Mapping[str, Tensor], form: str) -> float:
+def quantization_error(tensors: Mapping[str, Tensor], form: str) -> float:
     """Root mean square error of storing as `form`, relative to the numbers' own root mean square."""
-    back = restore(shrink(tensors, form))
+    back = dequantize(quantize(tensors, form))
     real = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
     off = sum(float((back[name] - tensors[name].float()).square().sum()) for name in real)
     size = sum(float(tensors[name].float().square().sum()) for name in real)

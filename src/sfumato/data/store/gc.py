@@ -63,14 +63,14 @@ def collect(
         needed = {kind: set((keep or {}).get(kind, ())) for kind in KINDS}
         busy: dict[str, set[str]] = {kind: set() for kind in KINDS}
         young = time.time() - days * DAY
-        for use in leases.read(store.root):
+        for use in leases.read_leases(store.root):
             alive = use.busy or use.written > young or Path(use.owner.folder).exists()
             found.users.append(
                 {"owner": use.owner.folder, "part": use.owner.part, "busy": use.busy, "kept": alive}
             )
             if not alive:
                 if remove:
-                    leases.forget(use)
+                    leases.remove(use)
                 continue
             found.encoders |= set(use.encoders)
             for kind, keys in use.keys.items():
@@ -79,7 +79,7 @@ def collect(
                     busy[kind] |= keys
         for kind in KINDS:
             share = found.shares[kind] = KindUsage()
-            for path in shard.listed(store.root / kind):
+            for path in shard.shard_files(store.root / kind):
                 found.freed_bytes += _one_shard(path, needed[kind], busy[kind], young, share, remove)
             found.freed_bytes += _leftovers(store.root / kind, found, remove)
         if remove:
@@ -92,7 +92,7 @@ def _one_shard(
 ) -> int:
     """Count a shard's entries and `remove` those that nobody needs; returns the bytes freed."""
     try:
-        entries = shard.header(path)
+        entries = shard.read_header(path)
     except shard.DamagedShard:
         share.damaged += 1
         return 0
@@ -107,8 +107,8 @@ def _one_shard(
         return 0
     before, after = path.stat().st_size, 0
     if len(unused) < len(entries):
-        data = shard.view(path)
-        kept = {key: shard.entry(data, one) for key, one in entries.items() if key not in unused}
+        data = shard.memory_map(path)
+        kept = {key: shard.read_entry(data, one) for key, one in entries.items() if key not in unused}
         del data  # no longer mapped: some systems do not remove what is
         after = shard.write(path.parent, kept).stat().st_size
     path.unlink()

@@ -26,7 +26,7 @@ COLUMNS = ("high", "low", "shard", "begin", "layout")
 
 
 @dataclass(frozen=True)
-class Place:
+class EntryLocation:
     """Where an entry lies: bytes begin … begin + length of a shard, and the tensors in them."""
 
     path: str
@@ -49,13 +49,13 @@ class Index:
         self.folder = folder
         self.file = folder / "index.safetensors"
         self.damaged: list[tuple[str, str]] = []
-        self._young: dict[str, Place] = {}
+        self._young: dict[str, EntryLocation] = {}
         self._shards: list[str] = []
         self._layouts: list[tuple[Field, ...]] = []
         self._known: dict[tuple[Field, ...], tuple[Field, ...]] = {}  # one object per layout
         self._columns = {name: np.zeros(0, np.uint64) for name in COLUMNS}
         self._load()
-        there = {path.name for path in shard.listed(folder)}
+        there = {path.name for path in shard.shard_files(folder)}
         self._forget(there)
         fresh = sorted(there - set(self._shards))
         for name in fresh:
@@ -72,17 +72,17 @@ class Index:
     def add(self, path: Path) -> None:
         """Take a shard's entries in; the first shard that holds a key keeps it."""
         name = str(path)
-        for key, entry in shard.header(path).items():
+        for key, entry in shard.read_header(path).items():
             fields = self._known.setdefault(entry.fields, entry.fields)
-            self._young.setdefault(key, Place(name, entry.begin, entry.length, fields))
+            self._young.setdefault(key, EntryLocation(name, entry.begin, entry.length, fields))
 
-    def places(self, keys: list[str]) -> list[Place | None]:
+    def locations(self, keys: list[str]) -> list[EntryLocation | None]:
         """Where each key's entry lies, None where there is none."""
         if not keys:
             return []
         rows = self._rows(keys)
         return [
-            self._young.get(key) or (self._place(row) if row >= 0 else None)
+            self._young.get(key) or (self._location(row) if row >= 0 else None)
             for key, row in zip(keys, rows.tolist(), strict=True)
         ]
 
@@ -101,11 +101,11 @@ class Index:
             row = row + 1
         return found
 
-    def _place(self, row: int) -> Place:
+    def _location(self, row: int) -> EntryLocation:
         fields = self._layouts[int(self._columns["layout"][row])]
         length = sum(field.length for field in fields)
         name = self._shards[int(self._columns["shard"][row])]
-        return Place(str(self.folder / name), int(self._columns["begin"][row]), length, fields)
+        return EntryLocation(str(self.folder / name), int(self._columns["begin"][row]), length, fields)
 
     def _forget(self, there: set[str]) -> None:
         """Drop the rows of shards that are no longer in the folder."""
@@ -119,16 +119,16 @@ class Index:
         shards = {name: number for number, name in enumerate(self._shards)}
         layouts = {layout: number for number, layout in enumerate(self._layouts)}
         young = list(self._young.items())
-        for _, place in young:
-            shards.setdefault(Path(place.path).name, len(shards))
-            layouts.setdefault(place.fields, len(layouts))
+        for _, location in young:
+            shards.setdefault(Path(location.path).name, len(shards))
+            layouts.setdefault(location.fields, len(layouts))
         high, low = _halves([key for key, _ in young])
         rows = {
             "high": high,
             "low": low,
-            "shard": np.array([shards[Path(place.path).name] for _, place in young], np.uint64),
-            "begin": np.array([place.begin for _, place in young], np.uint64),
-            "layout": np.array([layouts[place.fields] for _, place in young], np.uint64),
+            "shard": np.array([shards[Path(location.path).name] for _, location in young], np.uint64),
+            "begin": np.array([location.begin for _, location in young], np.uint64),
+            "layout": np.array([layouts[location.fields] for _, location in young], np.uint64),
         }
         columns = {name: np.concatenate([self._columns[name], rows[name]]) for name in COLUMNS}
         order = np.lexsort((columns["low"], columns["high"]))
@@ -137,15 +137,15 @@ class Index:
         self._save()
 
     def _save(self) -> None:
-        told = {
+        metadata = {
             "format": FORMAT,
             "shards": json.dumps(self._shards),
-            "layouts": json.dumps([[_told(field) for field in layout] for layout in self._layouts]),
+            "layouts": json.dumps([[_layout_to_json(field) for field in layout] for layout in self._layouts]),
         }
-        told["checksum"] = _checksum(self._columns.values(), told["shards"], told["layouts"])
+        metadata["checksum"] = _checksum(self._columns.values(), metadata["shards"], metadata["layouts"])
         columns = {name: torch.from_numpy(column.view(np.int64)) for name, column in self._columns.items()}
         try:
-            write_atomic(self.file, save(columns, told))
+            write_atomic(self.file, save(columns, metadata))
         except (Failed, Refused):
             self.file.unlink(missing_ok=True)  # only a cache: the shards themselves are enough
 
@@ -155,14 +155,18 @@ class Index:
             return
         try:
             with safe_open(self.file, "pt") as file:
-                told = file.metadata() or {}
+                metadata = file.metadata() or {}
                 columns = {name: file.get_tensor(name).numpy().view(np.uint64) for name in COLUMNS}
         except (SafetensorError, OSError):
             return
-        words = told.get("shards", ""), told.get("layouts", "")
-        if told.get("format") == FORMAT and told.get("checksum") == _checksum(columns.values(), *words):
-            self._columns, self._shards = columns, json.loads(told["shards"])
-            self._layouts = [tuple(map(_heard, layout)) for layout in json.loads(told["layouts"])]
+        words = metadata.get("shards", ""), metadata.get("layouts", "")
+        if metadata.get("format") == FORMAT and metadata.get("checksum") == _checksum(
+            columns.values(), *words
+        ):
+            self._columns, self._shards = columns, json.loads(metadata["shards"])
+            self._layouts = [
+                tuple(map(_layout_from_json, layout)) for layout in json.loads(metadata["layouts"])
+            ]
             self._known = {layout: layout for layout in self._layouts}
 
 
@@ -173,10 +177,10 @@ def _checksum(columns: Iterable[np.ndarray], *words: str) -> str:
     return state.hexdigest()
 
 
-def _told(field: Field) -> list[object]:
+def _layout_to_json(field: Field) -> list[object]:
     return [field.name, shard.NAMES[field.dtype], list(field.shape), field.begin, field.length]
 
 
-def _heard(item: list) -> Field:
+def _layout_from_json(item: list) -> Field:
     name, dtype, shape, begin, length = item
     return Field(name, shard.DTYPES[dtype], tuple(shape), begin, length)

@@ -49,7 +49,9 @@ class Lease:
     file: Path
 
 
-def hold(root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: Iterable[str]) -> FileLease:
+def acquire(
+    root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: Iterable[str]
+) -> FileLease:
     """Write down what `owner` needs, and hold it; returns what holds it until it is released.
 
     Waits while the store is being collected.
@@ -62,8 +64,8 @@ def hold(root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: 
         folder.mkdir(exist_ok=True)
     whose = json.dumps([owner.folder, owner.part])
     file = folder / f"{hashlib.sha256(whose.encode()).hexdigest()[:24]}.safetensors"
-    told = {"format": FORMAT, "owner": whose, "encoders": json.dumps(sorted(encoders))}
-    data = save({kind: _bytes(some) for kind, some in keys.items()}, told)
+    metadata = {"format": FORMAT, "owner": whose, "encoders": json.dumps(sorted(encoders))}
+    data = save({kind: _bytes(some) for kind, some in keys.items()}, metadata)
     with explain_disk_errors(folder), exclusive(root / GATE):
         is_leased(file)  # removes what killed processes left
         lease = FileLease(file)
@@ -74,26 +76,26 @@ def hold(root: Path, owner: Owner, keys: Mapping[str, Iterable[str]], encoders: 
     return lease
 
 
-def read(root: Path) -> list[Lease]:
+def read_leases(root: Path) -> list[Lease]:
     """All uses of a store; a damaged one is left out (its run writes it again). Ask inside `collecting`."""
     found = []
     for file in sorted((root / FOLDER).glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as held:
-                told = held.metadata() or {}
+                metadata = held.metadata() or {}
                 keys = {kind: _texts(held.get_tensor(kind)) for kind in held.keys()}  # noqa: SIM118
         except (SafetensorError, OSError):
             continue
-        if told.get("format") == FORMAT:
-            encoders = tuple(json.loads(told["encoders"]))
+        if metadata.get("format") == FORMAT:
+            encoders = tuple(json.loads(metadata["encoders"]))
             written = file.stat().st_mtime
             found.append(
-                Lease(Owner(*json.loads(told["owner"])), keys, encoders, written, is_leased(file), file)
+                Lease(Owner(*json.loads(metadata["owner"])), keys, encoders, written, is_leased(file), file)
             )
     return found
 
 
-def forget(use: Lease) -> None:
+def remove(use: Lease) -> None:
     """Remove a use that nobody works with."""
     use.file.unlink(missing_ok=True)
 

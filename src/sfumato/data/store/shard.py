@@ -61,7 +61,7 @@ class Entry:
     fields: tuple[Field, ...]
 
 
-def listed(folder: Path) -> list[Path]:
+def shard_files(folder: Path) -> list[Path]:
     """The shards of a folder, by name; other people's files are not looked at."""
     return sorted(path for path in folder.glob("*.safetensors") if NAME.fullmatch(path.name))
 
@@ -130,7 +130,7 @@ def write(folder: Path, entries: Mapping[str, Mapping[str, Tensor]]) -> Path:
     return path
 
 
-def header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
     """The entries of a shard, key → Entry, its header verified against its name and its length.
 
     Raises:
@@ -143,12 +143,12 @@ def header(path: Path) -> dict[str, Entry]:
         size = file.seek(0, 2)
     if hashlib.sha256(text).hexdigest()[:32] != path.name.partition(".")[0]:
         raise DamagedShard(f"{path.name} is damaged: its header is not the one that was written")
-    listed = json.loads(text)
-    checks = json.loads(listed.pop("__metadata__")["checksums"])
+    shard_files = json.loads(text)
+    checks = json.loads(shard_files.pop("__metadata__")["checksums"])
     fields: dict[str, list[Field]] = {key: [] for key in checks}
     begins: dict[str, int] = {}
     end = 0
-    for name, item in listed.items():
+    for name, item in shard_files.items():
         key, _, part = name.partition("/")
         begin, end = item["data_offsets"]
         start = begins.setdefault(key, begin)
@@ -168,7 +168,7 @@ def header(path: Path) -> dict[str, Entry]:
     }
 
 
-def view(path: Path) -> np.ndarray:
+def memory_map(path: Path) -> np.ndarray:
     """The shard's bytes [size] uint8, mapped, not read; they stay valid if the file is removed."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -181,7 +181,7 @@ def unpack(data: np.ndarray, fields: tuple[Field, ...]) -> dict[str, Tensor]:
     return {field.name: _typed(own[field.begin : field.begin + field.length], field) for field in fields}
 
 
-def entry(data: np.ndarray, one: Entry) -> dict[str, Tensor]:
+def read_entry(data: np.ndarray, one: Entry) -> dict[str, Tensor]:
     """The tensors of an entry, from its shard's bytes."""
     return unpack(data[one.begin : one.begin + one.length], one.fields)
 

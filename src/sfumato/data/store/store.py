@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sfumato.data.store import leases, shard
-from sfumato.data.store.index import Index, Place
+from sfumato.data.store.index import EntryLocation, Index
 from sfumato.data.store.leases import Owner
 from sfumato.errors import Failed
 from sfumato.locks import FileLease
@@ -106,7 +106,7 @@ class Store:
         Raises:
             Refused: the store cannot be written. Failed: the disk is full.
         """
-        self._held.append(leases.hold(self.root, owner, keys, encoders))
+        self._held.append(leases.acquire(self.root, owner, keys, encoders))
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,11 +133,13 @@ class Store:
     def has(self, kind: str, keys: Iterable[str]) -> set[str]:
         """Those of `keys` that are stored."""
         wanted = list(keys)
-        return {one for one, place in zip(wanted, self.index(kind).places(wanted), strict=True) if place}
+        return {
+            one for one, location in zip(wanted, self.index(kind).locations(wanted), strict=True) if location
+        }
 
-    def places(self, kind: str, keys: list[str]) -> list[Place | None]:
+    def locations(self, kind: str, keys: list[str]) -> list[EntryLocation | None]:
         """Where each key's entry lies, None if it is not stored."""
-        return self.index(kind).places(keys)
+        return self.index(kind).locations(keys)
 
     def get(self, kind: str, key: str) -> dict[str, Tensor]:
         """The tensors of an entry.
@@ -145,18 +147,18 @@ class Store:
         Raises:
             KeyError: it is not stored.
         """
-        place = self.index(kind).places([key])[0]
-        if place is None:
+        location = self.index(kind).locations([key])[0]
+        if location is None:
             raise KeyError(f"{kind}/{key} is not in the store {self.root}")
-        data = self.view(place.path)[place.begin : place.begin + place.length]
-        return shard.unpack(data, place.fields)
+        data = self.view(location.path)[location.begin : location.begin + location.length]
+        return shard.unpack(data, location.fields)
 
     def view(self, path: str) -> np.ndarray:
         """A shard's bytes, mapped once."""
         found = self._views.get(path)
         if found is None:
             try:
-                found = self._views[path] = shard.view(Path(path))
+                found = self._views[path] = shard.memory_map(Path(path))
             except FileNotFoundError:
                 raise Failed(
                     f"{path} was taken out of the store meanwhile. Give the same command again: "
@@ -183,9 +185,9 @@ class Store:
         damaged = self.index(kind).damaged[:]
         by_shard: dict[str, set[str]] = {}
         wanted = list(keys)
-        for one, place in zip(wanted, self.index(kind).places(wanted), strict=True):
-            if place:
-                by_shard.setdefault(place.path, set()).add(one)
+        for one, location in zip(wanted, self.index(kind).locations(wanted), strict=True):
+            if location:
+                by_shard.setdefault(location.path, set()).add(one)
         found = [Damaged("*", name, reason) for name, reason in damaged]
         for path, members in sorted(by_shard.items()):
             found += _check(Path(path), members)
@@ -199,12 +201,12 @@ class Store:
         for name, members in bad.items():
             path = self.root / kind / name
             if "*" not in members:
-                entries = shard.header(path)
+                entries = shard.read_header(path)
                 sound = [one for one in entries if one not in members]
                 sound = [one for one in sound if one not in {bad.key for bad in _check(path, set(sound))}]
                 if sound:
-                    data = shard.view(path)
-                    shard.write(path.parent, {one: shard.entry(data, entries[one]) for one in sound})
+                    data = shard.memory_map(path)
+                    shard.write(path.parent, {one: shard.read_entry(data, entries[one]) for one in sound})
             self.release(str(path))
             with explain_disk_errors(path):
                 path.unlink(missing_ok=True)
@@ -214,8 +216,8 @@ class Store:
         """One hash of all entries (or of `keys`); stores that hold the same have the same."""
         wanted = None if keys is None else set(keys)
         lines: set[str] = set()
-        for path in shard.listed(self.root / kind):
-            for one, entry in shard.header(path).items():
+        for path in shard.shard_files(self.root / kind):
+            for one, entry in shard.read_header(path).items():
                 if wanted is None or one in wanted:
                     lines.add(f"{one} {entry.checksum}")
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -224,7 +226,7 @@ class Store:
 def _check(path: Path, members: set[str]) -> list[Damaged]:
     """The damaged ones among `members` of a shard."""
     try:
-        entries, data = shard.header(path), shard.view(path)
+        entries, data = shard.read_header(path), shard.memory_map(path)
     except (shard.DamagedShard, OSError, ValueError) as problem:
         return [Damaged("*", path.name, str(problem))]
     found = []

@@ -29,8 +29,8 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     const rows = found
       .filter(([, point]) => Math.abs(point[0] - at[0]) < 6)
       .map(([line, point]) => {
-        const paint = line.paint ? ` style="--c:${line.paint}"` : "";
-        return `<div><i class="${line.style}"${paint}></i>${clean(line.name)} <b>${clean(point[3])}</b></div>`;
+        const color = line.color ? ` style="--c:${line.color}"` : "";
+        return `<div><i class="${line.style}"${color}></i>${clean(line.name)} <b>${clean(point[3])}</b></div>`;
       });
     show(`<small>${clean(at[2])}</small>${rows.join("")}`, event.clientX, event.clientY);
   });

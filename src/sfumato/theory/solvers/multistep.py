@@ -19,7 +19,7 @@ from torch import Tensor
 from sfumato.theory.definition import eigh
 from sfumato.theory.solvers.one_step import renoised, renoising
 from sfumato.theory.trajectory import Trajectory, Weight, combine
-from sfumato.theory.types import Renoise
+from sfumato.theory.types import NoiseSource
 
 SOFT = 0.1
 """How far from the ends log((s + δ·a)/(a + δ·s)) follows log(s/a): the log-SNR, with both ends finite."""
@@ -192,7 +192,7 @@ def reading(trajectory: Trajectory, kind: str) -> Tensor:
     """(of out, of x_t) [steps, 1 or B, 2]: what is carried on, from the answer and the state."""
     sin, cos = trajectory.angles[:-1].sin(), trajectory.angles[:-1].cos()
     of_z, of_v = {"velocity": (0 * sin, 1 + 0 * cos), "data": (cos, -sin), "noise": (sin, cos)}[kind]
-    of_out, of_x = trajectory.readers()
+    of_out, of_x = trajectory.velocity_coefficients()
     return torch.stack([of_v * of_out, of_z / trajectory.lengths[:-1] + of_v * of_x], -1)
 
 
@@ -203,7 +203,7 @@ def walk_on(
     order: int,
     corrected: int = 0,
     eta: float = 0.0,
-    noise: Renoise | None = None,
+    noise: NoiseSource | None = None,
 ) -> Iterator[Tensor]:
     """The walk behind every name below, in x_t itself.
 
@@ -253,7 +253,7 @@ def adams(trajectory: Trajectory, z: Tensor, order: int = 2) -> Iterator[Tensor]
 
 
 def dpm(
-    trajectory: Trajectory, z: Tensor, order: int = 2, eta: float = 0.0, noise: Renoise | None = None
+    trajectory: Trajectory, z: Tensor, order: int = 2, eta: float = 0.0, noise: NoiseSource | None = None
 ) -> Iterator[Tensor]:
     """x_0 as a polynomial in log-SNR; with eta > 0 its stochastic sibling.
 
@@ -263,7 +263,7 @@ def dpm(
 
 
 def deis(
-    trajectory: Trajectory, z: Tensor, order: int = 2, eta: float = 0.0, noise: Renoise | None = None
+    trajectory: Trajectory, z: Tensor, order: int = 2, eta: float = 0.0, noise: NoiseSource | None = None
 ) -> Iterator[Tensor]:
     """x_T as a polynomial in φ; at pure noise, where x_T says nothing of the data, order 3 errs like order 2.
 

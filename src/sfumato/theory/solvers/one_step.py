@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.theory.trajectory import Node, Trajectory, Weight, combine
-from sfumato.theory.types import Renoise
+from sfumato.theory.types import NoiseSource
 
 
 def rotation(trajectory: Trajectory, start: Tensor, end: Tensor) -> list[list[Weight]]:
@@ -22,22 +22,22 @@ def rotation(trajectory: Trajectory, start: Tensor, end: Tensor) -> list[list[We
 
 
 def euler(
-    trajectory: Trajectory, x: Tensor, eta: float = 0.0, noise: Renoise | None = None
+    trajectory: Trajectory, x: Tensor, eta: float = 0.0, noise: NoiseSource | None = None
 ) -> Iterator[Tensor]:
     """First order: the theory's own step, exact for a single data point. One evaluation a step.
 
     Walks in x_t itself: one pass over the state where the step keeps it whole (flow matching), else two.
     """
-    of_out, of_x = trajectory.readers()
+    of_out, of_x = trajectory.velocity_coefficients()
     down, back = renoising(trajectory, eta)
-    turn, grown = down - trajectory.angles[:-1], trajectory.lengths[1:]
+    turn, scale_next = down - trajectory.angles[:-1], trajectory.lengths[1:]
     keep = turn.cos() / trajectory.lengths[:-1] + turn.sin() * of_x
-    weights = trajectory.weights(torch.stack([grown * keep, grown * turn.sin() * of_out], -1))
+    weights = trajectory.weights(torch.stack([scale_next * keep, scale_next * turn.sin() * of_out], -1))
     fresh = [trajectory.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
-    told = trajectory.network_times(trajectory.times[:-1])
+    network_times = trajectory.network_times(trajectory.times[:-1])
 
     def walk(x: Tensor) -> Iterator[Tensor]:
-        for i, (t, (of_state, of_answer)) in enumerate(zip(told, weights, strict=True)):
+        for i, (t, (of_state, of_answer)) in enumerate(zip(network_times, weights, strict=True)):
             x = combine((of_state, x), (of_answer, trajectory.answer(t, x)))
             x = renoised(x, [back[i][0], fresh[i]], noise, i)
             yield x
@@ -62,7 +62,7 @@ def runge_kutta(
     rule: Tableau,
     last: Tableau,
     eta: float = 0.0,
-    noise: Renoise | None = None,
+    noise: NoiseSource | None = None,
 ) -> Iterator[Tensor]:
     """`rule` on every step but the last, where `last` does not ask at the end; both in φ."""
     down, back = renoising(trajectory, eta)
@@ -104,7 +104,7 @@ def runge_kutta(
 
 
 def heun(
-    trajectory: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None
+    trajectory: Trajectory, z: Tensor, eta: float = 0.0, noise: NoiseSource | None = None
 ) -> Iterator[Tensor]:
     """Second order: each step redone with the velocity at its end, the last a rotation. 2n − 1 evaluations.
 
@@ -114,14 +114,14 @@ def heun(
 
 
 def midpoint(
-    trajectory: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None
+    trajectory: Trajectory, z: Tensor, eta: float = 0.0, noise: NoiseSource | None = None
 ) -> Iterator[Tensor]:
     """Second order: the velocity half-way carries the whole step. 2n evaluations."""
     return runge_kutta(trajectory, z, MIDPOINT, MIDPOINT, eta, noise)
 
 
 def rk4(
-    trajectory: Trajectory, z: Tensor, eta: float = 0.0, noise: Renoise | None = None
+    trajectory: Trajectory, z: Tensor, eta: float = 0.0, noise: NoiseSource | None = None
 ) -> Iterator[Tensor]:
     """Fourth order (Kutta 1901); the last step uses three stages. 4n − 1 evaluations."""
     return runge_kutta(trajectory, z, KUTTA, OPEN_THIRD, eta, noise)
@@ -130,7 +130,7 @@ def rk4(
 def churn(
     trajectory: Trajectory,
     z: Tensor,
-    noise: Renoise | None = None,
+    noise: NoiseSource | None = None,
     amount: float = 0.4,
     least: float = 0.05,
     most: float = 50.0,
@@ -173,7 +173,7 @@ def churn(
 def restart(
     trajectory: Trajectory,
     z: Tensor,
-    noise: Renoise | None = None,
+    noise: NoiseSource | None = None,
     low: float = 0.3,
     high: float = 1.5,
     repeats: int = 1,
@@ -259,7 +259,7 @@ def rising(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return kept, (1 - kept.square()).clamp(min=0).sqrt()
 
 
-def renoised(z: Tensor, back: list[Weight], noise: Renoise | None, step: int) -> Tensor:
+def renoised(z: Tensor, back: list[Weight], noise: NoiseSource | None, step: int) -> Tensor:
     """ρ·z + √(1 − ρ²)·n, or z where nothing is drawn."""
     if noise is None or (isinstance(back[1], float) and back[1] == 0.0):
         return z

@@ -19,10 +19,10 @@ from sfumato.theory.grids import custom, two_sided
 from sfumato.theory.solvers import multistep, one_step
 from sfumato.theory.solvers.adaptive import adaptive
 from sfumato.theory.solvers.damped_adams import damped_adams
-from sfumato.theory.trajectory import Trajectory, scaled, start_of
-from sfumato.theory.types import Anything, Denoise, Renoise
+from sfumato.theory.trajectory import Trajectory, initial_state, scaled
+from sfumato.theory.types import AnyFloats, Denoise, NoiseSource
 
-__all__ = ["Method", "evaluations", "integrate", "methods", "solve", "start_of", "widest"]
+__all__ = ["Method", "evaluations", "initial_state", "integrate", "methods", "solve", "widest_step"]
 
 
 def _asked(each: int, less: int = 0) -> Callable[[int, int], int]:
@@ -44,26 +44,27 @@ class Method:
     Args:
         walk: (trajectory, z, **options) → iterator of z = x_t/r, one a step; it plans before it returns.
         cost: network evaluations of n steps at an order.
-        promise: at an order, the power p of the widest step with which the error falls: see `widest`.
+        expected_order: at an order, the power p of the widest step with which the error falls: see
+            `widest_step`.
         orders: the values `order` may take; empty when it takes none.
-        usual: the order when none is named.
+        default_order: the order when none is named.
         eta: the eta when none is named; None where the walk takes no eta.
-        draws: whether it needs noise even at eta = 0.
-        free: whether it yields states x_t of its own times instead of one z per step of the grid.
-        plain: whether it takes and yields x_t, one per step of the grid, instead of z.
+        needs_noise: whether it needs noise even at eta = 0.
+        own_times: whether it yields states x_t of its own times instead of one z per step of the grid.
+        yields_x: whether it takes and yields x_t, one per step of the grid, instead of z.
         carries: what its polynomials carry on; x_0 ("data") is carried along the softened log-SNR, all
             else along φ.
     """
 
     walk: Callable[..., Iterator[Tensor]]
     cost: Callable[..., int] = _once
-    promise: Callable[[int], int] = lambda order: order
+    expected_order: Callable[[int], int] = lambda order: order
     orders: tuple[int, ...] = ()
-    usual: int = 1
+    default_order: int = 1
     eta: float | None = None
-    draws: bool = False
-    free: bool = False
-    plain: bool = False
+    needs_noise: bool = False
+    own_times: bool = False
+    yields_x: bool = False
     carries: str = "velocity"
 
 
@@ -76,24 +77,31 @@ def _restarted(n: int, order: int, repeats: int = 1, parts: int = 3) -> int:
 
 
 _METHODS: dict[str, Method] = {
-    "auto": Method(damped_adams, usual=3),
-    "euler": Method(one_step.euler, eta=0.0, plain=True),
-    "ancestral": Method(one_step.euler, eta=1.0, plain=True),
-    "heun": Method(one_step.heun, _asked(2, 1), usual=2, eta=0.0),
-    "midpoint": Method(one_step.midpoint, _asked(2), usual=2, eta=0.0),
-    "rk4": Method(one_step.rk4, _asked(4, 1), usual=4, eta=0.0),
-    "multistep": Method(multistep.adams, _once_more, orders=(1, 2, 3, 4), usual=2, plain=True),
-    "dpm++": Method(multistep.dpm, orders=(1, 2, 3), usual=2, eta=0.0, plain=True, carries="data"),
+    "auto": Method(damped_adams, default_order=3),
+    "euler": Method(one_step.euler, eta=0.0, yields_x=True),
+    "ancestral": Method(one_step.euler, eta=1.0, yields_x=True),
+    "heun": Method(one_step.heun, _asked(2, 1), default_order=2, eta=0.0),
+    "midpoint": Method(one_step.midpoint, _asked(2), default_order=2, eta=0.0),
+    "rk4": Method(one_step.rk4, _asked(4, 1), default_order=4, eta=0.0),
+    "multistep": Method(multistep.adams, _once_more, orders=(1, 2, 3, 4), default_order=2, yields_x=True),
+    "dpm++": Method(multistep.dpm, orders=(1, 2, 3), default_order=2, eta=0.0, yields_x=True, carries="data"),
     "deis": Method(
-        multistep.deis, promise=lambda order: min(order, 2), orders=(1, 2, 3), usual=2, eta=0.0, plain=True
+        multistep.deis,
+        expected_order=lambda order: min(order, 2),
+        orders=(1, 2, 3),
+        default_order=2,
+        eta=0.0,
+        yields_x=True,
     ),
-    "unipc": Method(multistep.unipc, _once_more, orders=(1, 2, 3, 4), usual=2, plain=True, carries="data"),
+    "unipc": Method(
+        multistep.unipc, _once_more, orders=(1, 2, 3, 4), default_order=2, yields_x=True, carries="data"
+    ),
     "sde-multistep": Method(
-        multistep.dpm, _once, lambda order: 1, (1, 2, 3), 2, eta=1.0, plain=True, carries="data"
+        multistep.dpm, _once, lambda order: 1, (1, 2, 3), 2, eta=1.0, yields_x=True, carries="data"
     ),
-    "churn": Method(one_step.churn, _asked(2, 1), lambda order: 1, draws=True),
-    "restart": Method(one_step.restart, _restarted, lambda order: 1, draws=True),
-    "adaptive": Method(adaptive, _asked(3), usual=3, free=True),
+    "churn": Method(one_step.churn, _asked(2, 1), lambda order: 1, needs_noise=True),
+    "restart": Method(one_step.restart, _restarted, lambda order: 1, needs_noise=True),
+    "adaptive": Method(adaptive, _asked(3), default_order=3, own_times=True),
 }
 
 
@@ -105,10 +113,10 @@ def methods() -> dict[str, Method]:
 def evaluations(solver: str, grid_steps: int, order: int | None = None) -> int:
     """How often a solver asks the network over a grid of this many steps."""
     method = _METHODS[one_of("Solver", solver, _METHODS)]
-    return method.cost(grid_steps, order or method.usual)
+    return method.cost(grid_steps, order or method.default_order)
 
 
-def widest(theory: Theory, grid: Sequence[float] | Tensor, solver: str = "auto") -> float:
+def widest_step(theory: Theory, grid: Sequence[float] | Tensor, solver: str = "auto") -> float:
     """The widest step of a grid [N + 1] along the coordinate in which a solver carries its answers on.
 
     A solver's promise is about this number: halve it, and the error of a method of order p falls 2^p-fold.
@@ -122,13 +130,13 @@ def widest(theory: Theory, grid: Sequence[float] | Tensor, solver: str = "auto")
 
 def solve(
     denoise: Denoise,
-    x_T: Anything,
+    x_T: AnyFloats,
     theory: Theory,
     grid: int | Sequence[float] | Tensor = 20,
     solver: str = "auto",
     order: int | None = None,
     eta: float = 0.0,
-    noise: Renoise | None = None,
+    noise: NoiseSource | None = None,
     **options: object,
 ) -> Iterator[Tensor]:
     """Yield the states x_t along a grid, the last one at its end.
@@ -154,26 +162,28 @@ def solve(
     settings = _settings(solver, method, order, eta, noise, options)
     counted = inspect.signature(method.cost).parameters
     extra = {word: value for word, value in options.items() if word in counted}
-    times = _times(theory, grid, solver, partial(method.cost, order=order or method.usual, **extra), len(x_T))
+    times = _times(
+        theory, grid, solver, partial(method.cost, order=order or method.default_order, **extra), len(x_T)
+    )
     trajectory = Trajectory(denoise, theory, times, x_T)
-    z = start_of(x_T, theory, times[0] if times.ndim == 1 else times[:, 0])
-    if method.plain:
+    z = initial_state(x_T, theory, times[0] if times.ndim == 1 else times[:, 0])
+    if method.yields_x:
         return method.walk(trajectory, scaled(trajectory.radii[0], z), **settings)
     walk = method.walk(trajectory, z, **settings)
-    if method.free:
+    if method.own_times:
         return walk
     return (scaled(r, z) for r, z in zip(trajectory.radii[1:], walk, strict=True))
 
 
 def integrate(
     denoise: Denoise,
-    x_T: Anything,
+    x_T: AnyFloats,
     theory: Theory,
     grid: int | Sequence[float] | Tensor = 20,
     solver: str = "auto",
     order: int | None = None,
     eta: float = 0.0,
-    noise: Renoise | None = None,
+    noise: NoiseSource | None = None,
     **options: object,
 ) -> Tensor:
     """The last state of `solve`, whose arguments it takes."""
@@ -209,7 +219,7 @@ def _settings(
     method: Method,
     order: int | None,
     eta: float,
-    noise: Renoise | None,
+    noise: NoiseSource | None,
     options: dict[str, object],
 ) -> dict[str, object]:
     taken = inspect.signature(method.walk).parameters
@@ -220,21 +230,21 @@ def _settings(
                 f'Solver "{solver}" takes no argument "{word}".{nearest(word, known) if known else ""}'
             )
     settings = dict(options)
-    orders = method.orders or (method.usual,)
+    orders = method.orders or (method.default_order,)
     if order is not None and order not in orders:
         raise Refused(f'Solver "{solver}" has no order {order}; it has {", ".join(map(str, orders))}.')
     if method.orders:
-        settings["order"] = order or method.usual
+        settings["order"] = order or method.default_order
     if not 0 <= eta <= 1:
         raise Refused(f"eta is {eta:g}; it runs from 0 (no new noise) to 1 (ancestral).")
     if eta and method.eta is None:
         able = ", ".join(name for name, m in _METHODS.items() if m.eta is not None)
         raise Refused(f'Solver "{solver}" takes no eta; these do: {able}.')
     strength = eta or method.eta or 0.0
-    if (strength or method.draws) and noise is None:
+    if (strength or method.needs_noise) and noise is None:
         raise Refused(f'Solver "{solver}" draws noise here: pass noise=noise.of(seed).')
     if method.eta is not None:
         settings |= {"eta": strength, "noise": noise if strength else None}
-    elif method.draws:
+    elif method.needs_noise:
         settings["noise"] = noise
     return settings

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.models.condition import Condition
-from sfumato.theory.definition import spread
+from sfumato.theory.definition import broadcast_like
 from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.objective.diffusion import DiffusionObjective, PreparedBatch
 from sfumato.training.settings import TrainSettings
@@ -102,7 +102,7 @@ def baseline_answer(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: 
     share = (p * a * square + q * s) / size
     if share.ndim > 1:  # frames with times of their own: [B, F] stands beside [B, C, F, H, W]
         return share[:, None, :, None, None].to(x_t) * x_t
-    return spread(share, x_t).to(x_t) * x_t
+    return broadcast_like(share, x_t).to(x_t) * x_t
 
 
 @contextmanager

@@ -192,9 +192,9 @@ class DiffusionObjective:
     def taken(self, step: int, part: int, parts: int) -> tuple[Sequence[int], int, int]:
         """The samples that one part of a batch takes, their epoch, and the whole batch's size."""
         indices, epoch = self.order.at(step)
-        coming = getattr(self.encoded, "coming", None)
-        if coming is not None:  # a set that encodes ahead
-            coming(step)
+        prefetch = getattr(self.encoded, "prefetch", None)
+        if prefetch is not None:  # a set that encodes ahead
+            prefetch(step)
         return indices[part_slice(len(indices), part, parts)], epoch, len(indices)
 
     def name_of(self, sample: int) -> str:

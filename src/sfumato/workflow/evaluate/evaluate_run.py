@@ -66,17 +66,19 @@ def evaluate(
     bucket_of = choose_sizes(recipe, collection.samples, model.codec, model)
     encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress)
     step = step_of(run, Path(folder), model)
-    order = batch_sampler_of(recipe, encoded.of("train"))
+    order = batch_sampler_of(recipe, encoded.with_split("train"))
     objective = DiffusionObjective(
         model,
-        encoded.of("train"),
+        encoded.with_split("train"),
         order,
         recipe.train,
         recipe.seed,
         0.0,
         read_text=caption_encoder(model) if model.conditioner.learns else None,
     )
-    loss = ValidationLoss(objective, encoded.of("held_out"), encoded.of("train"), run, samples=LEVEL_SAMPLES)
+    loss = ValidationLoss(
+        objective, encoded.with_split("held_out"), encoded.with_split("train"), run, samples=LEVEL_SAMPLES
+    )
     metrics: dict[str, Measure] = {}
     by_level: dict[str, list[dict[str, float]]] = {}
     for split, indices in loss.indices.items():
@@ -87,7 +89,7 @@ def evaluate(
                 found.loss, found.error, f"{len(indices)} samples, fixed noise"
             )
     drawing = {"steps": steps, "guidance": guidance}
-    split = {name: collection.of(name) for name in ("train", "held_out")}
+    split = {name: collection.with_split(name) for name in ("train", "held_out")}
     closest: list[ClosestMatch] = []
     if recipe.data.frames:
         painted, drawn = measure_videos(recipe, model, split["train"], bucket_of, samples, drawing)
@@ -127,7 +129,7 @@ def _record(run: RunFolder, step: int, metrics: dict[str, Measure], say: Callabl
     """Write the numbers into the run, unless it is being written or read-only."""
     try:
         with run.lock():
-            run.event("evaluation", step=step, metrics={name: one.plain() for name, one in metrics.items()})
+            run.event("evaluation", step=step, metrics={name: one.to_dict() for name, one in metrics.items()})
             run_page.write(run)
     except Refused as refusal:
         say(f"The numbers are not written into the run: {refusal}")

@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import models
-from sfumato.data.sources.media import fit
+from sfumato.data.sources.media import center_crop_resize
 from sfumato.data.sources.sample import Sample
-from sfumato.evaluation import Measure, Neighbors, kernel_distance, measure_memorization, over
+from sfumato.evaluation import Measure, Neighbors, kernel_distance, mean_with_error, measure_memorization
 from sfumato.evaluation.latent_kernel_distance import latent_features
-from sfumato.evaluation.measure import share
+from sfumato.evaluation.measure import proportion
 from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
 from sfumato.theory import noise
@@ -90,7 +90,9 @@ def measure_images(
         phase = f"drawing {seed + 1} of {seeds}"
         asked_sizes = [sizes.get(prompt) for prompt in prompts]
         pictures = _draw(model, prompts, seed, drawing, progress, phase, asked_sizes)
-        pixels = torch.stack([squeeze_to_square(fit(picture, *picture.size), side) for picture in pictures])
+        pixels = torch.stack(
+            [squeeze_to_square(center_crop_resize(picture, *picture.size), side) for picture in pictures]
+        )
         seen.append(pixels)
         right.append(sum(neighbors.judge(pixels, prompts)) / len(prompts))
         distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
@@ -100,7 +102,9 @@ def measure_images(
             shown = _draw(model, asked, 7919 + seed, drawing, progress, f"unseen {seed + 1} of {seeds}")
             for name, value in _judged(shown, asked).items():
                 judged.setdefault(name, []).append(value)
-    metrics = {"latent_kernel_distance": over(distances, CODEC)} | _floor(model, features, unseen, seeds)
+    metrics = {"latent_kernel_distance": mean_with_error(distances, CODEC)} | _floor(
+        model, features, unseen, seeds
+    )
     if captions != [""]:
         metrics["nearest_neighbor_accuracy"] = _merged(right, samples, neighbors.how)
     metrics |= {
@@ -117,7 +121,7 @@ def _floor(model: Pipeline, features: Tensor, unseen: RealImages, seeds: int) ->
         return {}
     clean = [kernel_distance(features, _features(model, unseen.squares), seed=s).value for s in range(seeds)]
     note = "the floor: held-out pictures against training pictures"
-    return {"latent_kernel_distance_floor": over(clean, note)}
+    return {"latent_kernel_distance_floor": mean_with_error(clean, note)}
 
 
 def _copies(
@@ -142,9 +146,11 @@ def _copies(
 
 def _merged(rates: list[float], samples: int, note: str) -> Measure:
     """A rate over seeds; its error is the larger of the seeds' spread and the binomial one."""
-    spread = over(rates, note)
+    spread = mean_with_error(rates, note)
     total = samples * len(rates)
-    binomial = share([True] * round(spread.value * total) + [False] * (total - round(spread.value * total)))
+    binomial = proportion(
+        [True] * round(spread.value * total) + [False] * (total - round(spread.value * total))
+    )
     return Measure(spread.value, max(spread.error or 0.0, binomial.error or 0.0), note)
 
 
@@ -201,4 +207,4 @@ def _reconstruction(model: models.Model, pictures: list[Tensor]) -> Measure:
         again = model.decode(model.encode(pixels)).clamp(-1, 1)
         errors = (again - pixels).square().flatten(1).mean(1).clamp_min(1e-12)
         ratios += (10 * torch.log10(4 / errors)).tolist()
-    return over(ratios, "dB, training pictures through the codec and back")
+    return mean_with_error(ratios, "dB, training pictures through the codec and back")

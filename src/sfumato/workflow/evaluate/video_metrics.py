@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources.sample import Sample
-from sfumato.evaluation import Measure, over
+from sfumato.evaluation import Measure, mean_with_error
 from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
 from sfumato.workflow.dataset import Bucket, PicturesInMemory, fitting_in_memory
@@ -25,8 +25,12 @@ def measure_videos(
 ) -> tuple[dict[str, Measure], list[tuple[str, Any]]]:
     """Numbers about `count` clips of these samples' captions beside the samples themselves, and the clips."""
     data = recipe.data
-    how = Encoding(
-        "", frames=data.frames, rate=data.fps, segments=data.clips_per_video, shorter=data.short_clip_frames
+    how = EncodingOptions(
+        "",
+        frames=data.frames,
+        fps=data.fps,
+        clips_per_video=data.clips_per_video,
+        short_clip_frames=data.short_clip_frames,
     )
     found = PicturesInMemory(fitting_in_memory(samples, bucket_of, data.frames)[: 2 * count], bucket_of, how)
     captions = {sample.name: sample.captions[0] if sample.captions else "" for sample in samples}
@@ -43,9 +47,9 @@ def measure_videos(
         ratios.append(float(10 * torch.log10(4 / (again - pixels).square().mean().clamp_min(1e-12))))
     note = "mean difference of consecutive frames, levels of 255"
     metrics = {
-        "change_drawn": over([frame_change(clip) for clip in drawn], f"{note}, drawn clips"),
-        "change_real": over([frame_change(clip) for clip in real], f"{note}, training clips"),
-        "codec_psnr": over(ratios, "dB, training clips through the codec and back"),
+        "change_drawn": mean_with_error([frame_change(clip) for clip in drawn], f"{note}, drawn clips"),
+        "change_real": mean_with_error([frame_change(clip) for clip in real], f"{note}, training clips"),
+        "codec_psnr": mean_with_error(ratios, "dB, training clips through the codec and back"),
     }
     return metrics if chosen else {}, list(zip(prompts, drawn, strict=True))
 

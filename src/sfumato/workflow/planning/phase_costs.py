@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato import models
 from sfumato.data.encoding import views
-from sfumato.data.encoding.encode_plan import EncodePlan, lay_out
-from sfumato.data.encoding.views import Encoding
+from sfumato.data.encoding.encode_plan import EncodePlan, plan_encoding
+from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.store.store import Store
 from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
@@ -99,7 +99,7 @@ def phase_costs(
     found["encode"] = encoding(recipe, model, samples, resolved.bucket_of, machine)
     asked = evaluation(network, step, machine)
     each = asked.seconds / step.samples
-    held_out = len(resolved.collection.of("held_out"))
+    held_out = len(resolved.collection.with_split("held_out"))
     if seconds := measuring(recipe, held_out, each):
         found["measure"] = PhaseCost(seconds, asked.peak)
     found["draw"] = drawing(recipe, model, bool(held_out), each, machine)
@@ -167,16 +167,19 @@ def encoding(
 
 
 def _wanted(
-    recipe: Recipe, model: Pipeline, samples: Sequence[Any], bucket_of: Any, how: Encoding
+    recipe: Recipe, model: Pipeline, samples: Sequence[Any], bucket_of: Any, how: EncodingOptions
 ) -> tuple[EncodePlan | None, dict[str, int]]:
     """What has to be encoded first: the layout of the work, and how many pictures and texts."""
     guided = is_conditional(model) and not model.conditioner.learns
     if len(samples) > LOOKED_UP:
-        return None, {"pictures": len(samples) * how.keeps, "texts": len(samples) * guided}
+        return None, {"pictures": len(samples) * how.use_store, "texts": len(samples) * guided}
     seen = base_images.picture_key(model, recipe.data)
     beside = condition_encoders.encoders(model, recipe.data)
-    work = lay_out(samples, bucket_of, how, beside, guided, lambda *_: None, seen)
-    keys = {"pixels": {one.keys[0] for one in work.pictures if how.keeps}, "text": set(work.texts.values())}
+    work = plan_encoding(samples, bucket_of, how, beside, guided, lambda *_: None, seen)
+    keys = {
+        "pixels": {one.keys[0] for one in work.pictures if how.use_store},
+        "text": set(work.texts.values()),
+    }
     if Path(recipe.data.cache_dir).expanduser().is_dir():
         store = Store(recipe.data.cache_dir)
         keys = {kind: set(some) - store.has(kind, some) for kind, some in keys.items()}

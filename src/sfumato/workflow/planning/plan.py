@@ -55,7 +55,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     resolved = resolve_recipe(recipe)
     collection, base = resolved.collection, resolved.base
     check_context_parallel(recipe, base, many or started_processes())
-    train, held_out = collection.of("train"), collection.of("held_out")
+    train, held_out = collection.with_split("train"), collection.with_split("held_out")
     found: dict[str, Any] = {
         "samples": len(train),
         "held_out": len(held_out),
@@ -226,7 +226,7 @@ def fit_to_memory(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dic
     model = as_pipeline(built)
     control_training.attach_control(model, recipe)
     network = prepare_trainable(model, recipe)
-    train = resolved.collection.of("train")
+    train = resolved.collection.with_split("train")
     captions, sizes = [sample.captions for sample in train], _sizes(recipe, train, resolved.bucket_of)
     on_gpu = resolved.device.type == "cuda"
     processes = many or max(started_processes(), torch.cuda.device_count() if on_gpu else 1)

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Refused, nearest, one_of
-from sfumato.theory.definition import Theory, by_the_way, exact
-from sfumato.theory.types import Rows
+from sfumato.theory.definition import Theory, as_float64, default_clock
+from sfumato.theory.types import CoefficientFunction
 
 Betas = str | Sequence[float] | Tensor
 
-_CATALOGUE: dict[str, Callable[..., Theory]] = {}
+_CATALOG: dict[str, Callable[..., Theory]] = {}
 
 
 def names() -> list[str]:
     """The names `get` knows."""
-    return sorted(_CATALOGUE)
+    return sorted(_CATALOG)
 
 
 def get(name: str, **args: object) -> Theory:
@@ -33,7 +33,7 @@ def get(name: str, **args: object) -> Theory:
     Raises:
         Refused: for a name or an argument that is not known, with the nearest that is.
     """
-    make = _CATALOGUE[one_of("Theory", str(name).replace("_", "-"), _CATALOGUE)]
+    make = _CATALOG[one_of("Theory", str(name).replace("_", "-"), _CATALOG)]
     known = inspect.signature(make).parameters
     args = {word: v.item() if isinstance(v, Tensor) and v.ndim == 0 else v for word, v in args.items()}
     for word, value in args.items():
@@ -41,11 +41,11 @@ def get(name: str, **args: object) -> Theory:
             raise Refused(
                 f'Theory "{name}" takes no argument "{word}".{nearest(word, known) if known else ""}'
             )
-        _fits(word, value, known[word].default)
+        _check_argument(word, value, known[word].default)
     return make(**args)
 
 
-def _fits(word: str, value: object, default: object) -> None:
+def _check_argument(word: str, value: object, default: object) -> None:
     """Refuse a value that is not of its default's kind; betas speak for themselves."""
     if word == "betas" or (value is None and default is None):
         return
@@ -59,26 +59,26 @@ def _fits(word: str, value: object, default: object) -> None:
         raise Refused(f"{word} is {value!r}; it must be {name}.")
 
 
-def about(name: str) -> str:
+def describe(name: str) -> str:
     """The first line of what the catalogue says about a theory."""
-    return (inspect.getdoc(_CATALOGUE[one_of("Theory", name, _CATALOGUE)]) or "").split("\n")[0]
+    return (inspect.getdoc(_CATALOG[one_of("Theory", name, _CATALOG)]) or "").split("\n")[0]
 
 
 def arguments(name: str) -> dict[str, object]:
     """A theory's arguments with their defaults."""
-    make = _CATALOGUE[one_of("Theory", name, _CATALOGUE)]
+    make = _CATALOG[one_of("Theory", name, _CATALOG)]
     return {key: parameter.default for key, parameter in inspect.signature(make).parameters.items()}
 
 
-def _listed(name: str) -> Callable[[Callable[..., Theory]], Callable[..., Theory]]:
+def _register(name: str) -> Callable[[Callable[..., Theory]], Callable[..., Theory]]:
     def put(make: Callable[..., Theory]) -> Callable[..., Theory]:
-        _CATALOGUE[name] = make
+        _CATALOG[name] = make
         return make
 
     return put
 
 
-def _thousand(t: Tensor) -> Tensor:
+def _times_1000(t: Tensor) -> Tensor:
     return 1000 * t
 
 
@@ -91,7 +91,7 @@ def _shifted(shift: float) -> Callable[[Tensor], Tensor]:
     return (lambda t: t) if shift == 1 else (lambda t: shift * t / (1 + (shift - 1) * t))
 
 
-@_listed("flow-matching")
+@_register("flow-matching")
 def flow_matching(shift: float = 1.0) -> Theory:
     """A straight line from data to noise, answered with its velocity x_T − x_0.
 
@@ -107,7 +107,7 @@ def flow_matching(shift: float = 1.0) -> Theory:
     )
 
 
-@_listed("flow-x0")
+@_register("flow-x0")
 def flow_x0(shift: float = 1.0) -> Theory:
     """A straight line from data to noise, answered with the data x_0.
 
@@ -122,7 +122,7 @@ def flow_x0(shift: float = 1.0) -> Theory:
     )
 
 
-@_listed("trigflow")
+@_register("trigflow")
 def trigflow() -> Theory:
     """A quarter circle, answered with its velocity; t is the angle φ itself.
 
@@ -136,7 +136,7 @@ def trigflow() -> Theory:
     )
 
 
-@_listed("gvp")
+@_register("gvp")
 def generalized_variance_preserving() -> Theory:
     """A quarter circle in t ∈ [0, 1], answered with dx_t/dt = π/2·(cos·x_T − sin·x_0).
 
@@ -147,14 +147,14 @@ def generalized_variance_preserving() -> Theory:
         data=lambda t: (torch.cos(turn * t), torch.sin(turn * t)),
         model=lambda t: (-turn * torch.sin(turn * t), turn * torch.cos(turn * t)),
         name="gvp",
-        clock=_thousand,
+        clock=_times_1000,
     )
 
 
 # ---------------------------------------------------------------- noise that explodes: a = 1
 
 
-def _highest(sigma_max: float) -> float:
+def _check_sigma_max(sigma_max: float) -> float:
     if not (sigma_max > 0 and math.isfinite(sigma_max)):
         raise Refused(
             f"sigma_max is {sigma_max:g}; it is the noise at the start and must be finite and above 0."
@@ -162,7 +162,7 @@ def _highest(sigma_max: float) -> float:
     return sigma_max
 
 
-@_listed("edm")
+@_register("edm")
 def edm(sigma_data: float = 0.5, sigma_max: float = 80.0) -> Theory:
     """Noise of level t = σ on whole data, answered with EDM's preconditioned F.
 
@@ -180,14 +180,14 @@ def edm(sigma_data: float = 0.5, sigma_max: float = 80.0) -> Theory:
             t / (sigma_data * (t**2 + sigma_data**2).sqrt()),
             -sigma_data / (t**2 + sigma_data**2).sqrt(),
         ),
-        t_noise=_highest(sigma_max),
+        t_noise=_check_sigma_max(sigma_max),
         name="edm",
         clock=lambda t: t.log() / 4,
         input_scale=lambda t: 1 / (t**2 + sigma_data**2).sqrt(),
     )
 
 
-@_listed("variance-exploding")
+@_register("variance-exploding")
 def variance_exploding(sigma_max: float = 80.0) -> Theory:
     """Noise of level t = σ on whole data, answered with the noise x_T; the network hears log σ.
 
@@ -196,7 +196,7 @@ def variance_exploding(sigma_max: float = 80.0) -> Theory:
     return Theory(
         data=lambda t: (torch.ones_like(t), t),
         model=lambda t: (torch.zeros_like(t), torch.ones_like(t)),
-        t_noise=_highest(sigma_max),
+        t_noise=_check_sigma_max(sigma_max),
         name="variance-exploding",
         clock=torch.log,
         input_scale=lambda t: 1 / (t**2 + 1).sqrt(),
@@ -206,10 +206,10 @@ def variance_exploding(sigma_max: float = 80.0) -> Theory:
 def preconditioned(
     skip: Callable[[Tensor], Tensor],
     out: Callable[[Tensor], Tensor],
-    data: Rows,
+    data: CoefficientFunction,
     t_noise: float,
     name: str = "preconditioned",
-    clock: Callable[[Tensor], Tensor] = by_the_way,
+    clock: Callable[[Tensor], Tensor] = default_clock,
     input_scale: Callable[[Tensor], Tensor] = torch.ones_like,
 ) -> Theory:
     """A network F inside one's own preconditioning x_0 ≈ c_skip(t)·x_t + c_out(t)·F, as a theory.
@@ -238,7 +238,7 @@ def beta_table(
     (scaled-linear 0.00085 … 0.012); Nichol & Dhariwal 2021, arXiv:2102.09672 (cosine).
     """
     if not isinstance(betas, str):
-        return _own_table(betas, steps, (beta_start, beta_end))
+        return _check_custom_betas(betas, steps, (beta_start, beta_end))
     if steps < 1:
         raise Refused(f"steps is {steps}; a table of betas needs at least 1.")
     word = betas.replace("_", "-").replace("squaredcos-cap-v2", "cosine")  # as diffusers calls it
@@ -257,11 +257,11 @@ def beta_table(
     return torch.linspace(low ** (1 / power), high ** (1 / power), steps, dtype=torch.float64) ** power
 
 
-def _own_table(betas: Sequence[float] | Tensor, steps: int, ends: tuple[object, object]) -> Tensor:
+def _check_custom_betas(betas: Sequence[float] | Tensor, steps: int, ends: tuple[object, object]) -> Tensor:
     given = cast(object, betas)  # a user's
     if not isinstance(given, Tensor | Sequence) or any(isinstance(beta, str) for beta in betas):
         raise Refused(f"betas is {betas!r}; name a schedule, or give a list of numbers.")
-    table = exact(betas)
+    table = as_float64(betas)
     good = table.ndim == 1 and len(table) and bool(((table > 0) & (table <= 1)).all())
     if not good or not bool((table[:-1] < 1).all()):
         raise Refused("betas must be a list of numbers in (0, 1), one per step; only the last may be 1.")
@@ -272,20 +272,20 @@ def _own_table(betas: Sequence[float] | Tensor, steps: int, ends: tuple[object, 
     return table
 
 
-def zero_terminal(kept: Tensor) -> Tensor:
+def rescale_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """√ᾱ stretched so that the last is 0 and the first stays (Lin et al. 2023, arXiv:2305.08891).
 
     Raises:
         Refused: a single step, which cannot be both.
     """
-    if len(kept) < 2:
+    if len(alphas_cumprod) < 2:
         raise Refused("Zero terminal SNR keeps the first step and darkens the last; one step cannot be both.")
-    root = kept.sqrt()
+    root = alphas_cumprod.sqrt()
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
+class DiscreteSchedule:
     """(√ᾱ, √(1 − ᾱ)) at any t ∈ [0, 1] from N trained steps.
 
     Step n sits at t = (n + 1)/N, ᾱ(0) = 1, and log ᾱ is interpolated between; where the last ᾱ is 0 the
@@ -304,9 +304,9 @@ class Table:
         low, high = logs[i], logs[i + 1]
         ends_dark = torch.isneginf(high)
         log = low + part * torch.where(ends_dark, 0.0, high - low)
-        kept = torch.where(ends_dark, (low.exp().sqrt() * (1 - part)).square(), log.exp())
-        lost = torch.where(ends_dark, 1 - kept, 0.0 - torch.expm1(log))
-        return kept.sqrt(), lost.sqrt()
+        alphas_cumprod = torch.where(ends_dark, (low.exp().sqrt() * (1 - part)).square(), log.exp())
+        lost = torch.where(ends_dark, 1 - alphas_cumprod, 0.0 - torch.expm1(log))
+        return alphas_cumprod.sqrt(), lost.sqrt()
 
 
 def _ddpm(
@@ -318,14 +318,14 @@ def _ddpm(
     beta_end: float | None,
     zero_terminal_snr: bool,
 ) -> Theory:
-    kept = (1 - beta_table(betas, steps, beta_start, beta_end)).cumprod(0)
-    kept = zero_terminal(kept) if zero_terminal_snr else kept
-    table = Table(torch.cat([kept.new_zeros(1), kept.log()]))
-    count = len(kept)
+    alphas_cumprod = (1 - beta_table(betas, steps, beta_start, beta_end)).cumprod(0)
+    alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod) if zero_terminal_snr else alphas_cumprod
+    table = DiscreteSchedule(torch.cat([alphas_cumprod.new_zeros(1), alphas_cumprod.log()]))
+    count = len(alphas_cumprod)
     return Theory(data=table, model=lambda t: model(*table(t)), name=name, clock=lambda t: count * t - 1)
 
 
-@_listed("ddpm-epsilon")
+@_register("ddpm-epsilon")
 def ddpm_epsilon(
     betas: Betas = "linear",
     steps: int = 1000,
@@ -344,7 +344,7 @@ def ddpm_epsilon(
     return _ddpm("ddpm-epsilon", answer, betas, steps, beta_start, beta_end, zero_terminal_snr)
 
 
-@_listed("ddpm-x0")
+@_register("ddpm-x0")
 def ddpm_x0(
     betas: Betas = "linear",
     steps: int = 1000,
@@ -363,7 +363,7 @@ def ddpm_x0(
     return _ddpm("ddpm-x0", answer, betas, steps, beta_start, beta_end, zero_terminal_snr)
 
 
-@_listed("ddpm-velocity")
+@_register("ddpm-velocity")
 def ddpm_velocity(
     betas: Betas = "linear",
     steps: int = 1000,
@@ -382,7 +382,7 @@ def ddpm_velocity(
     return _ddpm("ddpm-velocity", answer, betas, steps, beta_start, beta_end, zero_terminal_snr)
 
 
-@_listed("score")
+@_register("score")
 def score(
     betas: Betas = "linear",
     steps: int = 1000,

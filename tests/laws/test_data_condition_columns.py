@@ -106,13 +106,13 @@ FORMS = {one.__name__: one for one in (in_metadata, beside, in_a_tar, in_arrays,
 def encoded(samples, root, **given):
     look = Encoder().look
     given.setdefault("companions", {"control": Companion(look, "codec-1")})
-    return encode.fill(Store(root), samples, (SIDE, SIDE), look, Encoder().hear, HOW, **given)
+    return encode.encode_to_store(Store(root), samples, (SIDE, SIDE), look, Encoder().hear, HOW, **given)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_source_gives_companions(form, tmp_path):
     (tmp_path / "data").mkdir()
-    found = folder.open(FORMS[form](tmp_path / "data"), held_out=0)
+    found = folder.open_collection(FORMS[form](tmp_path / "data"), held_out=0)
     assert len(found.samples) == 3 and not found.set_aside
     assert [one.captions for one in found.samples] == [(f"number {i}",) for i in range(3)]
     batch = encoded(found.samples, tmp_path / "store").read(range(3))
@@ -125,7 +125,7 @@ def test_a_column_of_ones_own_is_a_companion_when_it_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(png(1))
     (tmp_path / "b.png").write_bytes(png(2))
     (tmp_path / "metadata.csv").write_text("file_name,caption,scribble\na.png,words,b.png\n")
-    (sample,) = folder.open(tmp_path, held_out=0, companions=["scribble"]).samples
+    (sample,) = folder.open_collection(tmp_path, held_out=0, companions=["scribble"]).samples
     assert sample.companions == {"scribble": tmp_path / "b.png"}
 
 
@@ -133,7 +133,7 @@ def test_classes_in_words_are_numbered(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(png(1))
     (tmp_path / "metadata.csv").write_text("file_name,caption,class\na.png,x,dog\nb.png,y,cat\nc.png,z,dog\n")
-    found = folder.open(tmp_path, held_out=0)
+    found = folder.open_collection(tmp_path, held_out=0)
     assert found.classes == ["cat", "dog"] and [one.label for one in found.samples] == [1, 0, 1]
 
 

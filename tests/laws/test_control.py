@@ -231,7 +231,7 @@ def test_a_control_is_white_where_the_picture_has_edges(kind):
 def test_held_out_things_are_never_trained_on():
     """Law: what is judged are shapes in colors that no training picture shows."""
     whole = guided_shapes.edit(count=60, held_out=20, size=32)
-    asked = {sample.captions[0] for sample in whole.of(HELD_OUT)}
+    asked = {sample.captions[0] for sample in whole.with_split(HELD_OUT)}
     assert asked and all(caption.startswith("make it ") for caption in asked)
     assert not set(guided_shapes.UNSEEN) & set(guided_shapes.SEEN)
 

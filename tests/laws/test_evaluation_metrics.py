@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from sfumato.evaluation import Neighbors, is_right, kernel_distance, over
+from sfumato.evaluation import Neighbors, is_right, kernel_distance, mean_with_error
 from sfumato.evaluation.latent_kernel_distance import latent_features
-from sfumato.evaluation.measure import share
+from sfumato.evaluation.measure import proportion
 from sfumato.theory import noise
 
 
@@ -57,11 +57,11 @@ def test_a_feature_that_hardly_varies_does_not_drown_the_others():
 
 def test_errors_shrink_with_the_root_of_repetitions():
     values = noise.normal((1,), 0, range(4000), purpose="x").flatten().tolist()
-    few, many = over(values[:400]), over(values)
+    few, many = mean_with_error(values[:400]), mean_with_error(values)
     assert few.error and many.error
     assert math.isclose(few.error / many.error, math.sqrt(10), rel_tol=0.15)
-    assert over([1.0]).error is None
-    assert share([True] * 64).error and share([True] * 64).value == 1.0
+    assert mean_with_error([1.0]).error is None
+    assert proportion([True] * 64).error and proportion([True] * 64).value == 1.0
 
 
 def test_latent_features_have_one_length_whatever_the_size():
