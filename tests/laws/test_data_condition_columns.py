@@ -190,7 +190,13 @@ def test_each_conditioner_is_dropped_by_itself():
     model: Any = type("Drawn", (), {"theory": get("flow-matching")})()
     order: Any = None
     objective = DiffusionObjective(
-        model, Still(), order, TrainSettings(stratified_timesteps=False), 0, 0.5, dropout={"control": 0.25}
+        model,
+        Still(),
+        order,
+        TrainSettings(stratified_timesteps=False),
+        0,
+        0.5,
+        condition_dropout={"control": 0.25},
     )
     rows = [{"tokens": torch.ones(3, 2), "control": torch.ones(4)} for _ in range(4000)]
     drawn = objective.draw(range(4000), torch.zeros(4000, 1), 0)

@@ -32,7 +32,7 @@ def test_the_first_two_periods_are_even():
         quantiles, weights = TimestepImportance()(EVENLY, step)
         torch.testing.assert_close(quantiles, EVENLY)
         assert torch.all(weights == 1)
-    assert learned().shares(4 * PERIOD).max() > 2 / BINS
+    assert learned().probabilities(4 * PERIOD).max() > 2 / BINS
 
 
 @pytest.mark.parametrize("wanted", [peaked, torch.sin, lambda q: q**3], ids=["the loss", "sine", "cube"])
@@ -54,7 +54,7 @@ def test_the_estimate_of_the_mean_is_less_noisy():
 
 def test_a_loss_that_is_the_same_everywhere_leaves_the_density_even():
     found = learned(lambda quantiles: torch.ones_like(quantiles))
-    torch.testing.assert_close(found.shares(4 * PERIOD), torch.full((BINS,), 1 / BINS).double())
+    torch.testing.assert_close(found.probabilities(4 * PERIOD), torch.full((BINS,), 1 / BINS).double())
 
 
 def test_samples_heard_in_any_order_and_by_anyone_make_the_same_density():
@@ -67,7 +67,7 @@ def test_samples_heard_in_any_order_and_by_anyone_make_the_same_density():
     part.record(quantiles[order[200:]], losses[order[200:]])
     whole.refresh(PERIOD, lambda tensor: tensor)
     other.refresh(PERIOD, lambda tensor: tensor + part.period_sums)
-    assert torch.equal(whole.shares(2 * PERIOD), other.shares(2 * PERIOD))
+    assert torch.equal(whole.probabilities(2 * PERIOD), other.probabilities(2 * PERIOD))
 
 
 SLOW = {
