@@ -119,8 +119,8 @@ class Holder:
     def of(cls, file: Path) -> "Holder | None":
         """Who wrote `file`; None if nobody did, or it is torn."""
         try:
-            said = json.loads(file.read_bytes())
-            return cls(int(said["pid"]), said["started"], str(said["host"]))
+            written = json.loads(file.read_bytes())
+            return cls(int(written["pid"]), written["started"], str(written["host"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 

@@ -134,7 +134,7 @@ def key(
     return field(default=default, metadata={**rules, **kinds, **tables})
 
 
-def table_of(name: str, said: Any, rules: Mapping[str, Any], is_file: Callable[[str], bool]) -> Table[Any]:
+def table_of(name: str, given: Any, rules: Mapping[str, Any], is_file: Callable[[str], bool]) -> Table[Any]:
     """What was said of a key as its table: a mapping, or "NAME=VALUE" texts as format 1 wrote them.
 
     Args:
@@ -142,10 +142,10 @@ def table_of(name: str, said: Any, rules: Mapping[str, Any], is_file: Callable[[
     Raises:
         Refused: an entry of another kind or out of bounds, or a name that stands there twice.
     """
-    if isinstance(said, Mapping):
-        entries = list(_joined(said)) if rules["values"] is not object else list(said.items())
+    if isinstance(given, Mapping):
+        entries = list(_joined(given)) if rules["values"] is not object else list(given.items())
     else:
-        words = [said] * bool(said) if isinstance(said, str) else list(said)
+        words = [given] * bool(given) if isinstance(given, str) else list(given)
         entries = [_entry(name, word, rules, is_file) for word in words]
     found: dict[str, Any] = {}
     for entry, value in entries:
@@ -156,7 +156,7 @@ def table_of(name: str, said: Any, rules: Mapping[str, Any], is_file: Callable[[
     return Table(found)
 
 
-def rows_of(name: str, said: Any, rules: Mapping[str, Any]) -> tuple[Any, ...]:
+def rows_of(name: str, given: Any, rules: Mapping[str, Any]) -> tuple[Any, ...]:
     """What was said of a key as its rows: tables, or "NUMBER:NUMBER" texts as format 1 wrote them.
 
     Raises:
@@ -164,7 +164,7 @@ def rows_of(name: str, said: Any, rules: Mapping[str, Any]) -> tuple[Any, ...]:
     """
     names = [one.name for one in fields(rules["rows"])]
     found = []
-    for row in [said] if isinstance(said, str | Mapping) else said:
+    for row in [given] if isinstance(given, str | Mapping) else given:
         values: dict[str, Any] = {}
         if isinstance(row, str):
             parts = [part.strip() for part in row.split(rules["sign"])]

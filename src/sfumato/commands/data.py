@@ -56,13 +56,13 @@ def data(what: str, overrides: list[str], options: dict[str, Any], out: Path, as
     is_recipe = place.suffix == ".toml" or (place / "effective.toml").is_file()
     subject = _of_recipe(place, overrides, options) if is_recipe else _of_folder(what, overrides, options)
     reading = subject.reading
-    with progress() as shown:
+    with progress() as bars:
         found = report(
             subject.collection,
             subject.resolution,
             subject.stride,
             subject.buckets,
-            progress=shown,
+            progress=bars,
             tokens=reading.count if reading else None,
             most_tokens=reading.most if reading else 0,
             frames=subject.frames,
@@ -135,5 +135,5 @@ def _of_recipe(file: Path, overrides: list[str], options: dict[str, Any]) -> Rep
 
 
 def _sizes(sizes: dict[str, int], most: int = 5) -> str:
-    shown = [f"{size} ({count:,})" for size, count in list(sizes.items())[:most]]
-    return ", ".join(shown) + (f" and {len(sizes) - most} more" if len(sizes) > most else "")
+    listed = [f"{size} ({count:,})" for size, count in list(sizes.items())[:most]]
+    return ", ".join(listed) + (f" and {len(sizes) - most} more" if len(sizes) > most else "")

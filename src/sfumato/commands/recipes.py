@@ -108,10 +108,10 @@ def plan(recipe: Path, overrides: list[str], fit: str, devices: int, as_json: bo
     }
     if fitted:
         found["fit"] = fitted
-    told = _plan_text({name: value for name, value in found.items() if name != "fit"}, values)
+    plan_text = _plan_text({name: value for name, value in found.items() if name != "fit"}, values)
     if fitted:
-        told += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))
-    result({**found, "recipe": values}, told, as_json)
+        plan_text += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))
+    result({**found, "recipe": values}, plan_text, as_json)
 
 
 def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str], devices: int) -> str:
@@ -123,9 +123,9 @@ def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str]
         words = _words(one["keys"]) or "the recipe as it is"
         lines.append(f"  faster, but {one['memory_gb']} GB: {words}")
     if found["keys"]:
-        asked = "".join(f" {word}" for word in overrides)
+        override_text = "".join(f" {word}" for word in overrides)
         many = f"torchrun --nproc-per-node {devices} -m " if devices > 1 else ""
-        lines.append(f"{many}sfumato train {recipe}{asked} {_words(found['keys'])}")
+        lines.append(f"{many}sfumato train {recipe}{override_text} {_words(found['keys'])}")
     return "\n".join(lines)
 
 

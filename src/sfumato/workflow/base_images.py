@@ -35,8 +35,8 @@ def training_images(conditioner: Conditioner, settings: DataSettings) -> dict[st
     if not isinstance(conditioner, PretrainedConditioner):
         return {}
     found = conditioner.training_images()
-    asked = bool(conditioner.shows) or bool(settings.source_image)
-    return {name: one for name, one in found.items() if one.own or asked}
+    is_wanted = bool(conditioner.shows) or bool(settings.source_image)
+    return {name: one for name, one in found.items() if one.own or is_wanted}
 
 
 def companions(model: Any, settings: DataSettings) -> dict[str, Companion]:
@@ -114,7 +114,7 @@ def text_image_encoder(
     """Captions with their pictures (`encode_plan.text_key`) → rows of what is read, without what is seen."""
     column = settings.source_image or SOURCE
     known = {source_image_hash(settings, one): one for one in samples if column in one.companions}
-    shown = training_images(model.conditioner, settings)
+    image_names = training_images(model.conditioner, settings)
 
     def read(texts: Sequence[str]) -> Rows:
         rows = []
@@ -123,7 +123,7 @@ def text_image_encoder(
             one = fit_picture(settings, source_image(settings, known[content]))
             ask: Any = model.conditioner if caption else model.conditioner.encode_negative
             row = ask([caption or None], image=[one]).row(0)
-            rows.append({name: tensor for name, tensor in row.items() if name not in shown})
+            rows.append({name: tensor for name, tensor in row.items() if name not in image_names})
         return rows
 
     return read
@@ -179,11 +179,11 @@ def example_condition(model: Pipeline, settings: DataSettings, texts: Sequence[s
         return model.condition(texts)
     grey = Image.new("RGB", (side, side), (128, 128, 128))
     if encodes_text_with_image(conditioner):
-        told = model.condition(texts, image=[grey] * count)
+        condition = model.condition(texts, image=[grey] * count)
     else:
-        told = conditioner.words(texts)  # type: ignore[attr-defined]
+        condition = conditioner.words(texts)  # type: ignore[attr-defined]
     frames = (settings.frames,) if settings.frames else ()
     pixels = torch.zeros(count, 3, *frames, side, side)
     with torch.no_grad():
-        shown = {name: on_device(model, one)(pixels) for name, one in found.items()}
-    return Condition({**told, **shown})
+        encodings = {name: on_device(model, one)(pixels) for name, one in found.items()}
+    return Condition({**condition, **encodings})

@@ -86,13 +86,13 @@ def _check_frames(data: DataSettings, codec: models.Codec) -> None:
 
 def check_known_frames(recipe: Recipe, base: Pipeline | None) -> None:
     """Raises Refused where frames are to have times of their own, and there are none or they cannot."""
-    said = recipe.train
-    asked = {
-        "frame_timesteps": said.frame_timesteps != "shared",
-        "first_frame_share": said.first_frame_share,
-        "last_frame_share": said.last_frame_share,
+    train = recipe.train
+    wanted = {
+        "frame_timesteps": train.frame_timesteps != "shared",
+        "first_frame_share": train.first_frame_share,
+        "last_frame_share": train.last_frame_share,
     }
-    named = [name for name, is_asked in asked.items() if is_asked]
+    named = [name for name, is_asked in wanted.items() if is_asked]
     cut = {
         "data.clips_per_video": recipe.data.clips_per_video > 1,
         "data.short_clip_frames": recipe.data.short_clip_frames,
@@ -103,7 +103,7 @@ def check_known_frames(recipe: Recipe, base: Pipeline | None) -> None:
         raise Refused(f"train.{named[0]} is about the frames of clips: set data.frames, or leave it out.")
     if named and base is not None and not base.denoiser.frames_apart:
         raise Refused(f"train.{named[0]}: {recipe.model.base} is told one time for all frames. Leave it out.")
-    if said.timestep_importance_sampling and (named or recipe.data.class_images or recipe.data.class_prompt):
+    if train.timestep_importance_sampling and (named or recipe.data.class_images or recipe.data.class_prompt):
         other = (
             f"train.{named[0]}"
             if named
@@ -115,7 +115,7 @@ def check_known_frames(recipe: Recipe, base: Pipeline | None) -> None:
             f"train.timestep_importance_sampling follows one loss of one time a sample, which {other} has "
             "not. Leave one of them out."
         )
-    if said.last_frame_share and not said.first_frame_share:
+    if train.last_frame_share and not train.first_frame_share:
         raise Refused(
             "train.last_frame_share is a share of train.first_frame_share, which is 0. Set that too."
         )
@@ -212,17 +212,17 @@ def check_guidance(
     recipe: Recipe, codec: models.Codec, conditioner: models.Conditioner, base: Pipeline | None
 ) -> None:
     """Raises Refused where [sample] says something about guidance that would not act on what is drawn."""
-    said, has_negative = recipe.sample, bool(recipe.sample.negative)
+    sample, has_negative = recipe.sample, bool(recipe.sample.negative)
     network = base.denoiser if base else NETWORKS.get(recipe.model.denoiser)
-    if not said.guidance_options or network is None:  # a network of one's own is asked when it draws
+    if not sample.guidance_options or network is None:  # a network of one's own is asked when it draws
         return
-    guidance = said.guidance
+    guidance = sample.guidance
     if base is not None and recipe.origin("sample.guidance") == DEFAULT:
         guidance = float(base.info.get("guidance", guidance))
-    options = {ARGUMENTS[name]: value for name, value in said.guidance_options.items()}
+    options = {ARGUMENTS[name]: value for name, value in sample.guidance_options.items()}
     try:
-        if said.autoguidance_model:
-            options["autoguidance_model"] = load(said.autoguidance_model)
+        if sample.autoguidance_model:
+            options["autoguidance_model"] = load(sample.autoguidance_model)
         how = GuidanceOptions.pop_from(options)
         policy = network.guidance
         scale = policy.guidance_at(guidance, base.theory.t_noise if base else 1.0, policy.options)

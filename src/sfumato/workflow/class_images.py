@@ -68,14 +68,16 @@ def folder_samples(recipe: Recipe) -> list[Sample]:
     data = recipe.data
     if not data.class_images:
         return []
-    said = data.class_prompt
-    found = folder.open_collection(data.class_images, "none" if said else data.captions, held_out=0.0).samples
+    prompt = data.class_prompt
+    found = folder.open_collection(
+        data.class_images, "none" if prompt else data.captions, held_out=0.0
+    ).samples
     return [
         replace(
             one,
             name=f"prior/{one.name}",
             split="train",
-            captions=(said,) if said else one.captions,
+            captions=(prompt,) if prompt else one.captions,
             file=one.file,
         )
         for one in found
@@ -133,9 +135,9 @@ def draw(recipe: Recipe, model: Pipeline, place: Path, progress: Progress | None
             width=data.resolution,
         )
         for index, picture in zip(group, drawn, strict=True):
-            said = {"prompt": data.class_prompt, "seed": recipe.seed + index}
+            metadata = {"prompt": data.class_prompt, "seed": recipe.seed + index}
             place.mkdir(parents=True, exist_ok=True)
-            write_atomic(place / name(index), png(picture, said))
+            write_atomic(place / name(index), png(picture, metadata))
         if progress is not None:
             progress(first + len(group), len(missing), "drawing the prior")
 

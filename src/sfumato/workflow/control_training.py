@@ -100,13 +100,13 @@ def with_blank_control(model: Pipeline, condition: Condition, side: int) -> Cond
     """The condition with what the model's control modules read of grey pictures of this side."""
     if not isinstance(model.denoiser, ControlledDenoiser):
         return condition
-    seen: dict[str, Tensor] = {}
+    encodings: dict[str, Tensor] = {}
     for name, how in model.denoiser.encoders(model).items():
         width, height = how.size or (side, side)
         grey = torch.zeros(1, 3, height, width, device=model.device, dtype=model.dtype)
-        told = how.encode(grey)
-        seen[name] = told.expand(condition.size, *told.shape[1:])
-    return Condition({**condition, **seen}, size=condition.size)
+        encoding = how.encode(grey)
+        encodings[name] = encoding.expand(condition.size, *encoding.shape[1:])
+    return Condition({**condition, **encodings}, size=condition.size)
 
 
 def column(settings: DataSettings, name: str) -> str:
@@ -124,8 +124,8 @@ def column(settings: DataSettings, name: str) -> str:
 
 def columns(settings: DataSettings) -> tuple[str, ...]:
     """Columns of the user's own that name pictures."""
-    asked = [column(settings, name) for name in ("control", "reference", "edit_source")]
-    return tuple(dict.fromkeys([*settings.condition_columns, *(one for one in asked if one != ITSELF)]))
+    names = [column(settings, name) for name in ("control", "reference", "edit_source")]
+    return tuple(dict.fromkeys([*settings.condition_columns, *(one for one in names if one != ITSELF)]))
 
 
 def with_control_images(

@@ -28,22 +28,22 @@ def cache_limit_bytes(recipe: Recipe) -> float:
     Raises:
         Refused: it is no size, or the recipe streams already.
     """
-    said = recipe.data.cache_limit
-    if not said:
+    limit = recipe.data.cache_limit
+    if not limit:
         return float("inf")
     if recipe.data.stream:
         raise Refused("data.stream keeps no pictures, data.cache_limit says how many: leave one of them out.")
     try:
-        return parse_bytes(said)
+        return parse_bytes(limit)
     except Refused:
-        raise Refused(f'data.cache_limit = "{said}" is no size. Write, for example, "20GB".') from None
+        raise Refused(f'data.cache_limit = "{limit}" is no size. Write, for example, "20GB".') from None
 
 
 def as_ring_dataset(found: StreamingDataset, recipe: Recipe) -> RingDataset | None:
     """The set as one that is encoded ahead into a ring of the recipe's size; None if all of it fits."""
     limit = cache_limit_bytes(recipe)
-    shown = [some for item in found.items for some in (item.pictures, *item.companions.values())]
-    if sum(place.length for some in shown for place in some) <= limit:
+    locations = [some for item in found.items for some in (item.pictures, *item.companions.values())]
+    if sum(place.length for some in locations for place in some) <= limit:
         return None
     processes = current_processes()
     home = home_of(recipe)
@@ -69,7 +69,7 @@ def start_encoding_ahead(train: EncodedDataset, order: BatchSampler | Curriculum
         return
     division = BatchSplit.of(recipe.train, current_processes())
 
-    def asked(step: int) -> Sequence[tuple[Sequence[int], int]]:
+    def reads_of(step: int) -> Sequence[tuple[Sequence[int], int]]:
         indices, epoch = order.at(step)
         read = [indices[part_slice(len(indices), part, division.parts)] for part in division.mine]
         if recipe.train.sequence_packing:
@@ -79,7 +79,7 @@ def start_encoding_ahead(train: EncodedDataset, order: BatchSampler | Curriculum
         return [(some, epoch) for some in read]
 
     largest = -(-order.largest // division.parts) * len(division.mine)
-    train.start_prefetch(asked, largest, recipe.seed)
+    train.start_prefetch(reads_of, largest, recipe.seed)
 
 
 def stop_encoding_ahead(train: EncodedDataset, finished: bool) -> None:

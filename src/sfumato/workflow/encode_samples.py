@@ -33,28 +33,30 @@ def batch_sampler_of(recipe: Recipe, train: EncodedDataset) -> BatchSampler:
     return _order(recipe, train, train)
 
 
-def _order(recipe: Recipe, shown: EncodedDataset, typical: EncodedDataset) -> BatchSampler:
+def _order(recipe: Recipe, dataset: EncodedDataset, typical: EncodedDataset) -> BatchSampler:
     """The order of `shown`; with a token budget, a batch of it costs as one of `typical` samples."""
     settings = recipe.train
     size: int | Callable[[Any], int] = settings.batch
     if settings.sequence_packing and recipe.data.token_budget:
         least = BatchSplit.of(settings, current_processes()).parts
-        tokens = [math.prod(shape[1:]) for shape in shown.buckets]
+        tokens = [math.prod(shape[1:]) for shape in dataset.buckets]
         return PackedSampler(
-            tokens, _as_costly(settings.batch, shown, typical), recipe.seed, shown.repeats, least
+            tokens, _as_costly(settings.batch, dataset, typical), recipe.seed, dataset.repeats, least
         )
     if settings.sequence_packing:
-        return BatchSampler([0] * len(shown), size, recipe.seed, shown.repeats)
+        return BatchSampler([0] * len(dataset), size, recipe.seed, dataset.repeats)
     if recipe.data.token_budget:
         parts = settings.gradient_accumulation * settings.elastic_max_ranks
         multiple = parts if settings.batch % parts == 0 else settings.gradient_accumulation
         size = buckets.token_budget(settings.batch, typical.buckets, multiple)
-    return BatchSampler(shown.buckets, size, recipe.seed, shown.repeats)
+    return BatchSampler(dataset.buckets, size, recipe.seed, dataset.repeats)
 
 
-def _as_costly(batch: int, shown: EncodedDataset, typical: EncodedDataset) -> int:
+def _as_costly(batch: int, dataset: EncodedDataset, typical: EncodedDataset) -> int:
     """Samples of `shown`, on average, that have as many tokens as a batch of `typical` ones."""
-    whole, each = (buckets.mean([math.prod(shape[1:]) for shape in one.buckets]) for one in (typical, shown))
+    whole, each = (
+        buckets.mean([math.prod(shape[1:]) for shape in one.buckets]) for one in (typical, dataset)
+    )
     return max(1, round(batch * whole / each))
 
 
@@ -170,8 +172,8 @@ def caption_encoder(model: Pipeline) -> Callable[[Sequence[str]], list[dict[str,
     )
 
     def read(texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        said = list(dict.fromkeys(text for text in texts if text or model.origin is None))
-        rows = dict(zip(said, ask(said).rows(), strict=True)) if said else {}
+        distinct = list(dict.fromkeys(text for text in texts if text or model.origin is None))
+        rows = dict(zip(distinct, ask(distinct).rows(), strict=True)) if distinct else {}
         if model.origin is not None and "" in texts:
             rows[""] = model.conditioner.encode_empty(1).row(0)
         return [rows[text] for text in texts]

@@ -75,10 +75,10 @@ class Preview:
         model: Pipeline,
         recipe: Recipe,
         run: RunFolder,
-        shown: list[PreviewGroup],
+        groups: list[PreviewGroup],
         after: Callable[[], Any],
     ) -> None:
-        self.model, self.recipe, self.run, self.groups, self.after = model, recipe, run, shown, after
+        self.model, self.recipe, self.run, self.groups, self.after = model, recipe, run, groups, after
 
     def __call__(self, network: nn.Module, step: int) -> None:
         """Draw with the weights the network has now; processes share the pictures."""
@@ -87,11 +87,11 @@ class Preview:
             seeds = [seed + index for index in range(len(group.prompts))]
             seed += len(group.prompts)
             names = self._draw(group, seeds, step)
-            told: dict[str, Any] = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
+            fields: dict[str, Any] = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
             if group.guides and current_processes().is_rank_zero:
-                told["shown"] = write_shown(self.run, group.name or "prompt", group.guides, self.fps)
+                fields["shown"] = write_shown(self.run, group.name or "prompt", group.guides, self.fps)
             current_processes().wait()
-            self.run.event("pictures", step=step, files=names, **told)
+            self.run.event("pictures", step=step, files=names, **fields)
         if current_processes().is_rank_zero:
             self.after()
 
@@ -118,7 +118,7 @@ class Preview:
             for index in range(len(seeds))
         ]
         for index, picture in zip(mine, pictures, strict=True) if current_processes().is_group_leader else ():
-            said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
-            (content,) = contents(picture, kind, said, self.fps).values()
+            metadata = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
+            (content,) = contents(picture, kind, metadata, self.fps).values()
             write_atomic(files[index], content)
         return [file.relative_to(self.run.path).as_posix() for file in files]

@@ -90,9 +90,11 @@ def memory_check(objective: DiffusionObjective, recipe: Recipe, network: nn.Modu
     parts = BatchSplit.of(recipe.train, Processes()).parts
     batch = encoded.read([largest] * samples_in_memory(recipe, parts), recipe.seed, 0)
     x = batch.latents.to(objective.model.device, torch.float32)
-    told = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x.device, x.dtype)
+    condition = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x.device, x.dtype)
     try:
-        needed = predict_step(network, (x, torch.full((len(x),), 500.0, device=x.device), told), recipe.train)
+        needed = predict_step(
+            network, (x, torch.full((len(x),), 500.0, device=x.device), condition), recipe.train
+        )
     except NEEDS_VALUES as problem:
         return Check(claim, True, f"not counted: the network asks for numbers ({type(problem).__name__})")
     there, kept = devices.free_bytes(x.device), needed.memory.weights

@@ -52,10 +52,10 @@ def codec_key(
         model.codec_batch,
     ]
     size = bucket_of if isinstance(bucket_of, tuple) else [recipe.data.resolution, recipe.data.buckets]
-    said = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
+    parts = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
     if recipe.data.frames:
         data = recipe.data
-        said += [
+        parts += [
             model.codec_time_stride,
             data.frames,
             data.fps,
@@ -63,7 +63,7 @@ def codec_key(
             CLIPS,
             *data.short_clip_frames,
         ]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def codec_folder(recipe: Recipe, key: str) -> Path:
@@ -144,10 +144,10 @@ def train_codec(
 ) -> None:
     """Train `codec` on `pictures`, resuming what `folder` holds."""
     device = next(codec.parameters()).device
-    seen = pictures.buckets.index(max(set(pictures.buckets), key=pictures.buckets.count))
-    alike = [i for i, bucket in enumerate(pictures.buckets) if bucket == pictures.buckets[seen]]
-    looked_at = LOOKED_AT // max(1, recipe.data.frames) + 1 if recipe.data.frames else LOOKED_AT
-    chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:looked_at].tolist()
+    commonest = pictures.buckets.index(max(set(pictures.buckets), key=pictures.buckets.count))
+    alike = [i for i, bucket in enumerate(pictures.buckets) if bucket == pictures.buckets[commonest]]
+    most = LOOKED_AT // max(1, recipe.data.frames) + 1 if recipe.data.frames else LOOKED_AT
+    chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:most].tolist()
     sample = to_pixels(pictures.read([alike[i] for i in chosen])).to(device)
     codec.prepare(sample)
     settings = codec_train_settings(recipe)

@@ -58,9 +58,9 @@ class Processes:
         """The number the leading process has."""
         if self.count == 1:
             return number
-        told = torch.tensor([number], device=_own_device())
-        dist.broadcast(told, 0)
-        return int(told)
+        leading = torch.tensor([number], device=_own_device())
+        dist.broadcast(leading, 0)
+        return int(leading)
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors that the groups have, on the CPU."""

@@ -226,11 +226,11 @@ class ShardedGradients:
     def total(self, stop: bool) -> tuple[Tensor, Tensor]:
         """(the batch's mean loss, how many processes were asked to stop)."""
         self.shards.take_gradients()
-        told = torch.stack([self.loss, self.loss.new_tensor(float(stop)), self.shards.square()])
-        dist.all_reduce(told)
+        sums = torch.stack([self.loss, self.loss.new_tensor(float(stop)), self.shards.square()])
+        dist.all_reduce(sums)
         self.loss = torch.zeros_like(self.loss)
-        self.squared = told[2]
-        return told[0], told[1]
+        self.squared = sums[2]
+        return sums[0], sums[1]
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of the whole gradient, of which this process holds rows."""

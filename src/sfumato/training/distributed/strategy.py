@@ -48,18 +48,18 @@ def choose(settings: TrainSettings, network: nn.Module, processes: Processes) ->
     Raises:
         Refused: what is asked for cannot be, and what can.
     """
-    count, asked = processes.count, settings.parallel
-    if asked in ("fsdp", "hsdp"):
+    count, wanted = processes.count, settings.parallel
+    if wanted in ("fsdp", "hsdp"):
         _check(settings)
     if count == 1:
         return Strategy("one", "one process")
     if settings.exact_elastic:
         return Strategy("exact", "train.exact_elastic adds whole gradients in one tree")
-    if asked == "ddp":
+    if wanted == "ddp":
         return Strategy("ddp", "train.parallel says so")
-    if asked == "fsdp":
+    if wanted == "fsdp":
         return Strategy("fsdp", "train.parallel says so")
-    if asked == "hsdp":
+    if wanted == "hsdp":
         return Strategy("hsdp", "train.parallel says so", _shard_size(settings, count))
     return _suitable(settings, network, count)
 
@@ -72,17 +72,17 @@ def _suitable(settings: TrainSettings, network: nn.Module, count: int) -> Strate
         return Strategy("ddp", f"an adapter: {trained / max(1, everything):.1%} of the weights are trained")
     need = trained * spec_of(settings.optimizer).bytes_per_weight
     memory = memory_of(next(network.parameters()).device) / processes_here(count, network)
-    said = f"weights, gradients and moments are {need / 1e9:.2g} GB of a device's {memory / 1e9:.2g} GB"
+    reason = f"weights, gradients and moments are {need / 1e9:.2g} GB of a device's {memory / 1e9:.2g} GB"
     if need <= ROOM * memory:
-        return Strategy("ddp", said)
+        return Strategy("ddp", reason)
     try:
         _check(settings)
     except Refused as refusal:
-        return Strategy("ddp", f"{said}, but {str(refusal).partition('. ')[0]}")
+        return Strategy("ddp", f"{reason}, but {str(refusal).partition('. ')[0]}")
     here = processes_per_machine(count)
     if here < count and need / here <= ROOM * memory:
-        return Strategy("hsdp", f"{said}, divided among a machine's {here} processes", here)
-    return Strategy("fsdp", said)
+        return Strategy("hsdp", f"{reason}, divided among a machine's {here} processes", here)
+    return Strategy("fsdp", reason)
 
 
 def _check(settings: TrainSettings) -> None:

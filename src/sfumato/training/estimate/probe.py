@@ -51,18 +51,18 @@ def probe(network: nn.Module, inputs: tuple[Any, ...], settings: TrainSettings) 
         before = held_bytes(device)
         with peak_memory(device) as peak:
             own: dict[int, Any] = dict(shared)
-            held = TrainState(copy.deepcopy(network, own).train(), settings)
-            seconds = _seconds(held, inputs, settings, device)
+            train_state = TrainState(copy.deepcopy(network, own).train(), settings)
+            seconds = _seconds(train_state, inputs, settings, device)
             highest = peak()
-        del held, own
+        del train_state, own
     return Probe(seconds, highest - before + sum(weight.nbytes for weight in shared.values()))
 
 
 def _seconds(
-    held: TrainState, inputs: tuple[Any, ...], settings: TrainSettings, device: torch.device
+    train_state: TrainState, inputs: tuple[Any, ...], settings: TrainSettings, device: torch.device
 ) -> float:
     division = BatchSplit.of(settings, Processes())
-    gradients = Gradients(held.weights, Processes(), division.exact)
+    gradients = Gradients(train_state.weights, Processes(), division.exact)
     precision = effective_precision(settings.precision, device, settings.weight_dtype)
     middle, taken = settings.steps // 2, []
     while len(taken) < 2 or (len(taken) < MOST and sum(taken) < SECONDS):
@@ -70,14 +70,14 @@ def _seconds(
         for part in division.mine:
             gradients.begin(part == division.mine[-1])
             with autocast(precision, device):
-                error = squared(held.network(*inputs)) / division.parts
+                error = squared(train_state.network(*inputs)) / division.parts
             error.backward()
             gradients.add(error.detach())
         gradients.total(False)
         _clip(gradients, settings)
-        held.optimizer.step(middle + len(taken))
+        train_state.optimizer.step(middle + len(taken))
         gradients.clear()
-        held.update(middle + len(taken) + 1)
+        train_state.update(middle + len(taken) + 1)
         _finish(device)
         taken.append(time.perf_counter() - began)
     return statistics.median(taken[1:])

@@ -82,12 +82,12 @@ def cosine_to_target(objective: DiffusionObjective) -> float:
     """|cosine| of the network's own answers, in its own theory, with what that theory asks for."""
     batch, x_0, drawn, _ = first_batch(objective)
     model, new, t = objective.model, objective.model.theory, drawn.t
-    told = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x_0.device, x_0.dtype)
+    condition = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x_0.device, x_0.dtype)
     base, x_t = copy(model), drawn.of(new.mix, x_0)
     if model.trained is not None:
         base.theory, base.trained = model.trained, None
         _, x_t, t = new.convert(x_t, x_t, t, to=model.trained)
-    answer = base.predict(x_t, t, told).float().flatten()
+    answer = base.predict(x_t, t, condition).float().flatten()
     target = replace(drawn, t=t).of(base.theory.target, x_0).to(answer).flatten()
     size = (answer.norm() * target.norm()).clamp(min=1e-12)
     return float((answer @ target / size).abs())
@@ -221,8 +221,8 @@ def _prompts(objective: DiffusionObjective) -> Iterator[Check]:
     same = all(
         first[name].shape == second[name].shape and torch.equal(first[name], second[name]) for name in first
     )
-    told = f'"{captions[0]}" and "{captions[other]}"'
-    detail = f"{told} become the same tensors: the text encoder does not read them" if same else told
+    pair = f'"{captions[0]}" and "{captions[other]}"'
+    detail = f"{pair} become the same tensors: the text encoder does not read them" if same else pair
     yield Check("two prompts are told apart", not same, detail)
 
 
@@ -284,30 +284,39 @@ def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained:
 
     Where a large part was not asked, others follow at times far apart: of several experts, each has its own.
     """
-    held = TrainState(network, TrainSettings(warmup_steps=0, learning_rate=1e-3, ema=0))
+    train_state = TrainState(network, TrainSettings(warmup_steps=0, learning_rate=1e-3, ema=0))
     names = [name for name, weight in network.named_parameters() if weight.requires_grad]
-    seen: set[str] = set()
-    asked: set[str] = set()
+    with_gradient: set[str] = set()
+    reached_ever: set[str] = set()
     places: list[float | None] = [None] * 3
     for step, at in enumerate(places):
         _losses(objective, step, at).mean().backward()
         reached = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
-        asked |= reached.keys()
-        seen |= {name for name, gradient in reached.items() if bool(gradient.any())}
-        held.optimizer.step(step)
+        reached_ever |= reached.keys()
+        with_gradient |= {name for name, gradient in reached.items() if bool(gradient.any())}
+        train_state.optimizer.step(step)
         for weight in network.parameters():
             weight.grad = None
-        if step == 2 and len(asked) < (1 - SPARE) * len(names):
+        if step == 2 and len(reached_ever) < (1 - SPARE) * len(names):
             places += FAR_APART
-    deaf = [name for name in names if name not in seen]
-    if is_pretrained and len(deaf) < SPARE * len(names):  # some networks use only a part of their last block
-        heard = {block_of(name) for name in seen}
-        deaf = [name for name in deaf if name in asked and block_of(name) not in heard]
-    detail = "all of them" if not deaf else f"none reaches {', '.join(deaf[:3])} ({len(deaf)} in all)"
-    if not deaf and len(seen) < len(names):
-        spare = [name for name in names if name not in seen]
+    without_gradient = [name for name in names if name not in with_gradient]
+    if is_pretrained and len(without_gradient) < SPARE * len(names):
+        # Some networks use only a part of their last block.
+        learning_blocks = {block_of(name) for name in with_gradient}
+        without_gradient = [
+            name
+            for name in without_gradient
+            if name in reached_ever and block_of(name) not in learning_blocks
+        ]
+    detail = (
+        "all of them"
+        if not without_gradient
+        else f"none reaches {', '.join(without_gradient[:3])} ({len(without_gradient)} in all)"
+    )
+    if not without_gradient and len(with_gradient) < len(names):
+        spare = [name for name in names if name not in with_gradient]
         detail = f"all but {len(spare)} that this network does not use: {', '.join(spare[:2])}"
-    return Check("every trained weight gets a gradient", not deaf, detail)
+    return Check("every trained weight gets a gradient", not without_gradient, detail)
 
 
 def block_of(name: str) -> str:
@@ -337,9 +346,9 @@ def _dependences(objective: DiffusionObjective) -> Iterator[Check]:
     rows = [dict(row) for row in objective.rows(batch)]
     x_t = drawn.of(theory.mix, x_0)
 
-    def answer(x: torch.Tensor, t: torch.Tensor, told: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    def answer(x: torch.Tensor, t: torch.Tensor, rows_of_x: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         with torch.no_grad():
-            return model.predict(x, t, Condition.stack(told).to(x.device, x.dtype))
+            return model.predict(x, t, Condition.stack(rows_of_x).to(x.device, x.dtype))
 
     network = model.denoiser
     was_training = network.training
@@ -368,9 +377,9 @@ def _dependences(objective: DiffusionObjective) -> Iterator[Check]:
 def _another(objective: DiffusionObjective, here: int) -> list[dict[str, torch.Tensor]]:
     """What guides a sample of the same shape that is told something else than the one here; none: []."""
     encoded = objective.encoded
-    said = list(getattr(encoded, "captions", ())) or list(range(len(encoded)))
+    labels = list(getattr(encoded, "captions", ())) or list(range(len(encoded)))
     for index in range(len(encoded)):
-        if said[index] != said[here] and _shape(objective, index) == _shape(objective, here):
+        if labels[index] != labels[here] and _shape(objective, index) == _shape(objective, here):
             return [dict(row) for row in objective.rows(encoded.read([index], 0, 0))]
     return []
 
@@ -393,7 +402,7 @@ def _overfits(
         ema=0,
         max_grad_norm=1,
     )
-    held = TrainState(network, fast)
+    train_state = TrainState(network, fast)
     batch, x_0, drawn, _ = first_batch(objective)
     few = slice(0, min(FEW, len(x_0)))
     small = drawn.rows(few)
@@ -401,9 +410,9 @@ def _overfits(
     for step in range(tries):
         loss = objective.measure(x_0[few], small, list(objective.rows(batch))[few]).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(held.weights, 1.0)
-        held.optimizer.step(step)
-        for weight in held.weights:
+        torch.nn.utils.clip_grad_norm_(train_state.weights, 1.0)
+        train_state.optimizer.step(step)
+        for weight in train_state.weights:
             weight.grad = None
         losses.append(float(loss.detach()))
     by_heart = tries >= OVERFIT_STEPS and not is_pretrained

@@ -61,11 +61,11 @@ def write(
             for part in range(settings.gradient_accumulation)
         ]
     write_atomic(run.path / "black_box.json", json.dumps(box, indent=1, ensure_ascii=False))
-    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     where = f"; the first such value came out of {module}" if module else ""
     run.event("note", text=f"step {step}: the {what} is not finite", samples=names[:NAMED], sync=True)
     return (
-        f"The {what} of step {step} is not finite for {shown}{where}. The weights did not move; details are "
+        f"The {what} of step {step} is not finite for {listed}{where}. The weights did not move; details are "
         f"in {run.path / 'black_box.json'}. Look at these samples, or lower train.learning_rate and start "
         "again from an earlier checkpoint."
     )

@@ -78,9 +78,9 @@ class Callback:
             with torch.no_grad():
                 work(**{name: known[name] for name in asked_of(work, known)})
         except Exception as problem:
-            said = problem_in(self.word, problem)
+            where = problem_in(self.word, problem)
             raise Failed(
-                f"train.callbacks: {hook} fails at step {known['step']} in {said}. Mend it or leave it out; "
+                f"train.callbacks: {hook} fails at step {known['step']} in {where}. Mend it or leave it out; "
                 "the same command goes on from the last checkpoint."
             ) from problem
 

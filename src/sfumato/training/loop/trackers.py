@@ -90,9 +90,9 @@ def _projects(name: str) -> Callable[[RunFolder], tuple[Scalars, Callable[[], No
         try:
             package.init(project="sfumato", name=run.path.name)
         except Exception as problem:  # a service answers in errors of its own: no key, no network, no project
-            said = " ".join(str(problem).split())
+            message = " ".join(str(problem).split())
             raise Refused(
-                f'train.trackers names "{name}", which could not begin: {said} Mend that, or leave it out: '
+                f'train.trackers names "{name}", which could not begin: {message} Mend that or leave it out: '
                 "events.jsonl and the report have everything."
             ) from problem
         return (lambda values, step: package.log(values, step=step)), package.finish

@@ -268,8 +268,8 @@ class DiffusionObjective:
 
     def measure(self, x_0: Tensor, drawn: NoiseDraw, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The weighted losses [b] of the model's answers."""
-        shown, condition = self.model_inputs(x_0, drawn, rows)
-        return self.weighted_loss(self.model.predict(shown, drawn.t, condition), x_0, drawn, condition)
+        x_t, condition = self.model_inputs(x_0, drawn, rows)
+        return self.weighted_loss(self.model.predict(x_t, drawn.t, condition), x_0, drawn, condition)
 
     def model_inputs(
         self, x_0: Tensor, drawn: NoiseDraw, rows: Sequence[Mapping[str, Tensor]]

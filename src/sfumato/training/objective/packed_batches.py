@@ -63,9 +63,9 @@ class PackedObjective(DiffusionObjective):
         """The losses [b] of one part of the batch of `step`, shape by shape."""
         with record_function("data"):
             ready = self._packs(step, part, parts)
-        asked = [self.model_inputs(one.x_0, one.drawn, self.rows(one.batch)) for one in ready.groups]
-        shown, conditions = [x for x, _ in asked], [condition for _, condition in asked]
-        answers = self.model.predict_together(shown, [one.drawn.t for one in ready.groups], conditions)
+        inputs = [self.model_inputs(one.x_0, one.drawn, self.rows(one.batch)) for one in ready.groups]
+        latents, conditions = [x for x, _ in inputs], [condition for _, condition in inputs]
+        answers = self.model.predict_together(latents, [one.drawn.t for one in ready.groups], conditions)
         found = [
             self.weighed(self.weighted_loss(answer, one.x_0, one.drawn, condition), one.drawn)
             for answer, one, condition in zip(answers, ready.groups, conditions, strict=True)

@@ -84,7 +84,7 @@ def measure_images(
     distances: list[float] = []
     judged: dict[str, list[float]] = {}
     drawn: list[tuple[str, Image.Image]] = []
-    seen: list[Tensor] = []
+    drawn_pixels: list[Tensor] = []
     for seed in range(seeds):
         prompts = _drawn_prompts(captions, samples, seed)
         phase = f"drawing {seed + 1} of {seeds}"
@@ -93,14 +93,16 @@ def measure_images(
         pixels = torch.stack(
             [squeeze_to_square(center_crop_resize(picture, *picture.size), side) for picture in pictures]
         )
-        seen.append(pixels)
+        drawn_pixels.append(pixels)
         right.append(sum(neighbors.judge(pixels, prompts)) / len(prompts))
         distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
         drawn = drawn or list(zip(prompts, pictures, strict=True))
         if recipe.data.train == "shapes" and unseen.texts:
-            asked = _drawn_prompts(unseen.texts, samples, seed)
-            shown = _draw(model, asked, 7919 + seed, drawing, progress, f"unseen {seed + 1} of {seeds}")
-            for name, value in _judged(shown, asked).items():
+            unseen_prompts = _drawn_prompts(unseen.texts, samples, seed)
+            unseen_drawn = _draw(
+                model, unseen_prompts, 7919 + seed, drawing, progress, f"unseen {seed + 1} of {seeds}"
+            )
+            for name, value in _judged(unseen_drawn, unseen_prompts).items():
                 judged.setdefault(name, []).append(value)
     metrics = {"latent_kernel_distance": mean_with_error(distances, CODEC)} | _floor(
         model, features, unseen, seeds
@@ -111,7 +113,7 @@ def measure_images(
         name: _merged(values, samples, "unseen captions, read from pixels") for name, values in judged.items()
     }
     metrics["codec_psnr"] = _reconstruction(model, real.squares[:256])
-    copied, closest = _copies(torch.cat(seen), real, unseen)
+    copied, closest = _copies(torch.cat(drawn_pixels), real, unseen)
     return metrics | copied, drawn, closest
 
 
@@ -125,17 +127,17 @@ def _floor(model: Pipeline, features: Tensor, unseen: RealImages, seeds: int) ->
 
 
 def _copies(
-    shown: Tensor, real: RealImages, unseen: RealImages
+    drawn: Tensor, real: RealImages, unseen: RealImages
 ) -> tuple[dict[str, Measure], list[ClosestMatch]]:
     """How many drawn pictures are nearly a training picture, and the most alike."""
     if len(real.squares) < 3:
         return {}, []
     others = torch.stack(unseen.squares) if len(unseen.squares) > 1 else None
-    learned = measure_memorization(shown, torch.stack(real.squares), others)
+    learned = measure_memorization(drawn, torch.stack(real.squares), others)
     closest = [
         (
             real.names[learned.nearest[at]],
-            shown[at],
+            drawn[at],
             real.squares[learned.nearest[at]],
             learned.ratio[at],
         )

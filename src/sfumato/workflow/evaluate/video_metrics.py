@@ -37,9 +37,9 @@ def measure_videos(
     chosen = [i for i, one in enumerate(found.pictures) if one.shape[1] > 1][:count]
     real = [found.pictures[i].permute(1, 2, 3, 0).numpy() for i in chosen]
     prompts = [captions[found.names[i]] for i in chosen]
-    asked = prompts if model.conditioner.kind != "none" else None
+    texts = prompts if model.conditioner.kind != "none" else None
     seeds = [2_000_003 + i for i in range(len(chosen))]
-    drawn = model.generate(asked, seed=seeds, watch=watch, **drawing) if chosen else []
+    drawn = model.generate(texts, seed=seeds, watch=watch, **drawing) if chosen else []
     ratios = []
     for i in chosen:
         pixels = found.pictures[i][None].to(model.device).float() / 127.5 - 1

@@ -43,8 +43,8 @@ def example_inputs(model: Pipeline, words: str = "") -> tuple[Tensor, Any]:
     if sees:
         given = {name: Image.new("RGB", (side, side), (180, 90, 40)) for name in sees}
         given |= model.codec.pixel_size(shape) if model.conditioner.sizes_images else {}
-    said = ["0"] if kind == "labels" else [f"a picture of a red circle {words}".strip()]
-    prompt = None if kind == "none" else said
+    prompts = ["0"] if kind == "labels" else [f"a picture of a red circle {words}".strip()]
+    prompt = None if kind == "none" else prompts
     condition = model.condition(prompt, **given) if prompt is not None else model.condition()
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(1)), condition
 

@@ -107,5 +107,5 @@ def _load(pipe: Any, folder: Path) -> None:
     try:
         pipe.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER_FILE, **{words[flux]: None})
     except (ValueError, RuntimeError, KeyError, OSError) as problem:
-        said = " ".join(str(problem).split())
-        raise Failed(f"diffusers does not load the IP-Adapter that was written: {said}") from problem
+        message = " ".join(str(problem).split())
+        raise Failed(f"diffusers does not load the IP-Adapter that was written: {message}") from problem

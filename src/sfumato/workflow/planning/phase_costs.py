@@ -97,11 +97,11 @@ def phase_costs(
     elif home is not None:
         found["codec"] = codec_training(recipe, model.codec, machine)
     found["encode"] = encoding(recipe, model, samples, resolved.bucket_of, machine)
-    asked = evaluation(network, step, machine)
-    each = asked.seconds / step.samples
+    one_answer = evaluation(network, step, machine)
+    each = one_answer.seconds / step.samples
     held_out = len(resolved.collection.with_split("held_out"))
     if seconds := measuring(recipe, held_out, each):
-        found["measure"] = PhaseCost(seconds, asked.peak)
+        found["measure"] = PhaseCost(seconds, one_answer.peak)
     found["draw"] = drawing(recipe, model, bool(held_out), each, machine)
     return found
 
@@ -157,11 +157,11 @@ def encoding(
             each += probe.measure_call(lambda: views.decode(work.tasks[0]), torch.device("cpu")).seconds
         seconds, peaks = each * wanted["pictures"], [picture.peak or 0]
     if wanted["texts"] and not base_images.encodes_text_with_image(model.conditioner):
-        said = [text for one in samples for text in one.captions][:FEW] or [""]
+        texts = [text for one in samples for text in one.captions][:FEW] or [""]
         weights = sum(weight.numel() for weight in model.conditioner.parameters())
         read = caption_encoder(model)
-        text = machine.cost(lambda: read(said), 2.0 * weights * TOKENS * len(said))
-        seconds += text.seconds / len(said) * wanted["texts"]
+        text = machine.cost(lambda: read(texts), 2.0 * weights * TOKENS * len(texts))
+        seconds += text.seconds / len(texts) * wanted["texts"]
         peaks.append(text.peak or 0)
     return PhaseCost(seconds, max(peaks) or None)
 
@@ -205,19 +205,19 @@ def measuring(recipe: Recipe, held_out: int, each: float) -> float:
     """Seconds of all measurements of the loss, an answer for one sample taking `each`."""
     if not (recipe.train.validate_every and held_out):
         return 0.0
-    asked = SPLITS * min(MEASURED, held_out) * LEVELS * (1 + bool(recipe.train.ema))
-    return -(-recipe.train.steps // recipe.train.validate_every) * asked * each
+    answers = SPLITS * min(MEASURED, held_out) * LEVELS * (1 + bool(recipe.train.ema))
+    return -(-recipe.train.steps // recipe.train.validate_every) * answers * each
 
 
 def drawing(recipe: Recipe, model: Pipeline, has_held_out: bool, each: float, machine: Machine) -> PhaseCost:
     """Of all previews."""
     guided, sample, side = is_conditional(model), recipe.sample, recipe.data.resolution
-    shown = len(sample.prompts) or SHOWN * (1 + (guided and has_held_out))
+    count = len(sample.prompts) or SHOWN * (1 + (guided and has_held_out))
     shape = model.codec.latent_shape(side, side, recipe.data.frames or 1)
     latents = torch.zeros(1, *shape, device=machine.device, dtype=model.dtype)
     flops = flops_of(model.codec, lambda codec: codec.decode(latents.to("meta")))
     decoded = machine.cost(lambda: model.codec.decode(latents), flops)
-    asked = model.info.get("steps", sample.steps) * (1 + (guided and sample.guidance != 1))
+    evaluations = model.info.get("steps", sample.steps) * (1 + (guided and sample.guidance != 1))
     times = -(-recipe.train.steps // sample.every) if sample.every else 1
-    peak = None if decoded.peak is None else decoded.peak * min(shown, SHOWN)
-    return PhaseCost(times * shown * (asked * each + decoded.seconds), peak)
+    peak = None if decoded.peak is None else decoded.peak * min(count, SHOWN)
+    return PhaseCost(times * count * (evaluations * each + decoded.seconds), peak)

@@ -62,7 +62,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         "captions": len({caption for sample in collection.samples for caption in sample.captions}),
         "set_aside": [{"file": one.file, "reason": one.reason} for one in collection.set_aside],
     }
-    found |= {"tokens": told} if (told := truncation(resolved.conditioner, collection.samples)) else {}
+    found |= {"tokens": cut} if (cut := truncation(resolved.conditioner, collection.samples)) else {}
     frames = recipe.data.frames
     codec = base.codec if base else models.new_codec(recipe.model, recipe.seed, bool(frames))
     model = as_pipeline(
@@ -77,8 +77,8 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
     found["parameters"] = sum(one.numel() for one in network.parameters())
     found["trained_parameters"] = parameters
-    shown = sum(sample.repeat for sample in train)
-    found["steps_per_epoch"] = max(1, round(shown) // recipe.train.batch)
+    epoch_samples = sum(sample.repeat for sample in train)
+    found["steps_per_epoch"] = max(1, round(epoch_samples) // recipe.train.batch)
     if callable(resolved.bucket_of):
         found["buckets"] = _buckets(recipe, train, resolved.bucket_of)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
@@ -136,7 +136,7 @@ def step_report(
     on_host = 0 if device.type == "cuda" else most
     whole = probe.held_bytes(host) + on_host + copies_bytes(recipe, step.numbers)
     return {
-        **step.told,
+        **step.sharing,
         "memory_gb": gigabytes(step.memory.peak),
         "memory": {name: gigabytes(size) for name, size in vars(step.memory).items()},
         "seconds_per_step": round(step.seconds, 3),
@@ -247,7 +247,7 @@ def fit_to_memory(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dic
         options,
     )
     way, faster = fit_memory.fastest_fitting(found, room)
-    told = {
+    report = {
         "room_gb": round(room / 1e9, 3),
         "memory_gb": round(way.memory.peak / 1e9, 3),
         "keys": dict(way.keys),
@@ -261,7 +261,7 @@ def fit_to_memory(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dic
         f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in way.keys.items()
     ]
-    return recipe.overridden(words, f"fit {size}"), told
+    return recipe.overridden(words, f"fit {size}"), report
 
 
 def _codec(recipe: Recipe, home: Path | None) -> str:

@@ -45,7 +45,7 @@ class StepEstimate:
 
     inputs: what the network is given for one part of a batch, of so many samples; forward: seconds of one
     forward pass of them, and flops its operations; how: "counted" or "probed"; numbers: how many weights
-    learn; told: of many processes, how they share the run.
+    learn; sharing: of many processes, how they share the run.
     """
 
     inputs: tuple[Any, ...]
@@ -54,7 +54,7 @@ class StepEstimate:
     seconds: float
     forward: float
     how: str
-    told: dict[str, Any]
+    sharing: dict[str, Any]
     flops: float = 0.0
     numbers: int = 0
 
@@ -90,8 +90,8 @@ def inputs_of(
 
 def _alike(recipe: Recipe, model: Pipeline, texts: Sequence[str], size: Sequence[int]) -> tuple:
     """What the denoiser is given for samples of one size, one for each text."""
-    told = base_images.example_condition(model, recipe.data, texts).to(model.device, model.dtype)
-    condition = control_training.with_blank_control(model, told, recipe.data.resolution)
+    unguided = base_images.example_condition(model, recipe.data, texts).to(model.device, model.dtype)
+    condition = control_training.with_blank_control(model, unguided, recipe.data.resolution)
     latents = torch.zeros(len(texts), *model.codec.latent_shape(*size), device=model.device)
     return latents, torch.full((len(texts),), 500.0, device=model.device), condition
 
@@ -119,17 +119,19 @@ def step_cost(
     samples = samples_in_memory(recipe, division.parts)
     inputs = inputs_of(recipe, model, longest_first(captions), samples, sizes)
     mine, speed = len(division.mine), probe.flops_per_second(device=model.device)
-    told: dict[str, Any] = {}
+    sharing: dict[str, Any] = {}
     if devices > 1:
-        told = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"}
+        sharing = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"}
     if recipe.train.context_parallel > 1:
-        told["context"] = f"{recipe.train.context_parallel} processes share each sample"
+        sharing["context"] = f"{recipe.train.context_parallel} processes share each sample"
     try:
         counted = count_memory(network, inputs)
     except NEEDS_VALUES:
         found = probe.probe(network, inputs, recipe.train)
         memory = MemoryBreakdown(*[0] * 6).probed(found.peak)
-        return StepEstimate(inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", told)
+        return StepEstimate(
+            inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", sharing
+        )
     every, group_size = recipe.values().get("train.gradient_checkpointing", 0), recipe.train.context_parallel
     alone = counted.memory(recipe.train, every)
     again = counted.recomputed_share(every) if every else 0
@@ -141,7 +143,9 @@ def step_cost(
         if not chosen.is_divided:
             alone = alone.probed(found.peak)
     memory = counted.shared(alone, chosen, recipe.train, devices)
-    return StepEstimate(inputs, samples, memory, seconds, forward, how, told, counted.flops, counted.numbers)
+    return StepEstimate(
+        inputs, samples, memory, seconds, forward, how, sharing, counted.flops, counted.numbers
+    )
 
 
 def cost_summary(
