@@ -9,7 +9,7 @@ from sfumato.data.sources import shape_reader
 from sfumato.data.sources.media import center_crop_resize
 from sfumato.demo.budget import Plan, recipe_for_budget
 from sfumato.demo.drawing import JUDGED, draw, picture_of, sample_prompts
-from sfumato.demo.runner import DemoReport, Scores, Task
+from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.evaluation import Neighbors
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
@@ -101,4 +101,4 @@ def judge_shapes(trained: DemoReport) -> Scores:
     return accuracy, {"shape_and_color": how, "reader": "the same, on clean drawings"}
 
 
-TASK = Task(recipe, judge)
+TASK = DemoTask(recipe, judge)

@@ -9,7 +9,7 @@ import numpy as np
 from sfumato.data.sources import clips, moving_shapes
 from sfumato.demo.budget import Plan, recipe_for_budget
 from sfumato.demo.drawing import JUDGED, draw, sample_prompts
-from sfumato.demo.runner import DemoReport, Scores, Task
+from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
 from sfumato.recipe import Recipe
@@ -70,4 +70,4 @@ def training_clips(trained: DemoReport) -> list[Any]:
     return [frames.permute(1, 2, 3, 0).numpy() for frames in read]
 
 
-TASK = Task(recipe, judge)
+TASK = DemoTask(recipe, judge)

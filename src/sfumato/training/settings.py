@@ -99,7 +99,7 @@ class TrainSettings:
         "how trained weights are kept: fp32; bf16, rounded stochastically; bf16-masters, with fp32 copies",
         choices=("fp32", "bf16", "bf16-masters"),
     )
-    sanity: bool = key(True, "climb the sanity ladder before the first step, in seconds")
+    sanity: bool = key(True, "run the sanity checks before the first step, in seconds")
     gradient_checkpointing: int = key(
         0, "every n-th block is computed again in the backward pass, to need less memory; 0: none", least=0
     )

@@ -226,7 +226,7 @@ def _clip(
     sample: Sample, bucket_of: Bucket | Callable[[Bucket], Bucket], how: EncodingOptions
 ) -> Tensor | None:
     task = views.plan_task(sample, bucket_of, how)
-    pieces = views.decode(task) if isinstance(task, views.Task) else ""
+    pieces = views.decode(task) if isinstance(task, views.EncodingTask) else ""
     return None if isinstance(pieces, str) else pieces[len(pieces) // 2]
 
 

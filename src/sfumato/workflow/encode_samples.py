@@ -20,7 +20,7 @@ from sfumato.errors import Refused
 from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
 from sfumato.training.distributed.processes import BatchSplit, current_processes
-from sfumato.training.loop.loop import to_stderr
+from sfumato.training.loop.loop import print_to_stderr
 from sfumato.workflow import base_images, condition_encoders, encode_ahead, finetune
 from sfumato.workflow.dataset import Bucket
 from sfumato.workflow.train_codec import Progress
@@ -97,7 +97,7 @@ def encoded_samples(
     bucket_of: Bucket | Callable[[Bucket], Bucket],
     model: Pipeline,
     progress: Progress | None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
     part: tuple[int, int] | None = None,
     stage: str = "",
 ) -> EncodedDataset:

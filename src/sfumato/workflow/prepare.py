@@ -15,7 +15,7 @@ from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
 from sfumato.training import device as devices
 from sfumato.training.estimate import probe
-from sfumato.training.loop.loop import to_stderr
+from sfumato.training.loop.loop import print_to_stderr
 from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
 from sfumato.workflow.checks import (
     check_guidance,
@@ -106,7 +106,7 @@ def prepare_run(
     recipe: Recipe,
     resolved: ResolvedRecipe,
     progress: Progress | None = None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
     run: RunFolder | None = None,
     part: tuple[int, int] | None = None,
 ) -> PreparedRun:

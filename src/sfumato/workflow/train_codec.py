@@ -77,7 +77,7 @@ def trained_codec(
     bucket_of: Bucket | Callable[[Bucket], Bucket],
     device: torch.device,
     progress: Progress | None = None,
-    say: Callable[[str], None] = training_loop.to_stderr,
+    say: Callable[[str], None] = training_loop.print_to_stderr,
 ) -> Codec:
     """The recipe's codec, trained on these samples first if it is missing.
 

@@ -14,7 +14,7 @@ from sfumato.report import run_page
 from sfumato.run_folder import RunFolder
 from sfumato.training.distributed.processes import current_processes, join_processes, run_folder_of_rank
 from sfumato.training.loop.callbacks import Callback
-from sfumato.training.loop.loop import fit, to_stderr
+from sfumato.training.loop.loop import fit, print_to_stderr
 from sfumato.training.loop.validation import ValidationLoss
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.objective.packed_batches import PackedObjective
@@ -65,7 +65,7 @@ def read_recipe(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
     return recipe.checked() if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
 
 
-def tell_notes(recipe: Recipe, say: Say) -> None:
+def say_notes(recipe: Recipe, say: Say) -> None:
     """Say what whoever wrote the recipe should know."""
     for note in recipe.notes:
         say(note)
@@ -75,7 +75,7 @@ def encode(
     recipe: RecipeLike,
     overrides: Iterable[str] = (),
     progress: Progress | None = None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
     *,
     dataset: Any = None,
     codec: Any = None,
@@ -98,7 +98,7 @@ def encode(
     ):
         if not processes.is_rank_zero:
             progress, say = None, lambda sentence: None
-        tell_notes(parsed, say)
+        say_notes(parsed, say)
         return prepare_run(parsed, resolve_recipe(parsed), progress, say)
 
 
@@ -107,7 +107,7 @@ def encode_on_cluster(
     overrides: Iterable[str],
     workers: int,
     progress: Progress | None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
 ) -> PreparedRun:
     """`encode` by so many workers that Ray starts; the store must be on a disk that all of them see.
 
@@ -117,7 +117,7 @@ def encode_on_cluster(
     from sfumato.data.encoding.ray_cluster import run_on_ray
 
     parsed = read_recipe(recipe, overrides)
-    tell_notes(parsed, say)
+    say_notes(parsed, say)
     resolved = resolve_recipe(parsed)
     if resolved.base is None:
         samples = resolved.collection.with_split("train") or resolved.collection.samples
@@ -137,7 +137,7 @@ def train(
     recipe: RecipeLike,
     overrides: Iterable[str] = (),
     progress: Progress | None = None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
     profile: bool = False,
     *,
     theory: Any = None,
@@ -174,7 +174,7 @@ def train(
     ):
         if not processes.is_rank_zero:
             progress, say = None, lambda sentence: None
-        tell_notes(parsed, say)
+        say_notes(parsed, say)
         resolved = resolve_recipe(parsed)
         check_context_parallel(parsed, resolved.base, processes.count)
         with processes.first():
@@ -271,7 +271,7 @@ def _train(
 def run_sanity_checks(
     recipe: Recipe, run: RunFolder, prepared: PreparedRun, network: nn.Module, say: Say
 ) -> None:
-    """Climb the sanity ladder quickly and say what does not hold; the run goes on."""
+    """Run the sanity checks quickly and say what does not hold; the run goes on."""
     from sfumato.workflow import sanity_checks
 
     for check in sanity_checks.sanity_checks(recipe, prepared, network, sanity_checks.FEW):

@@ -46,7 +46,7 @@ Progress = Callable[..., None]
 """progress(done, total, phase, **figures)."""
 
 
-def to_stderr(sentence: str) -> None:
+def print_to_stderr(sentence: str) -> None:
     """Say a sentence to whoever watches the run."""
     print(sentence, file=sys.stderr, flush=True)
 
@@ -79,7 +79,7 @@ def fit(
     held_out: Measure | None = None,
     progress: Progress | None = None,
     phase: str = "train",
-    say: Callable[[str], None] = to_stderr,
+    say: Callable[[str], None] = print_to_stderr,
     counts: Mapping[str, int] | None = None,
     profile: Path | None = None,
     callbacks: Sequence[Callback] = (),

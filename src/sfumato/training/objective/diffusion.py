@@ -45,7 +45,7 @@ class Objective(Protocol):
         ...
 
 
-class Batch(Protocol):
+class EncodedBatch(Protocol):
     """Samples as they are stored: latents [B, C, …], one mapping of condition rows each."""
 
     @property
@@ -72,7 +72,7 @@ class Encoded(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Sequence[int], seed: int, epoch: int) -> Batch:
+    def read(self, indices: Sequence[int], seed: int, epoch: int) -> EncodedBatch:
         """The samples at these indices."""
         ...
 
@@ -130,7 +130,7 @@ class NoiseDraw:
 class PreparedBatch(NamedTuple):
     """One part of a batch, ready to be computed: as stored, x_0 on the device, draws, the batch's size."""
 
-    batch: Batch
+    batch: EncodedBatch
     x_0: Tensor
     drawn: NoiseDraw
     of: int
@@ -217,7 +217,7 @@ class DiffusionObjective:
         self.timestep_importance.record(drawn.quantiles, losses.detach())
         return losses * drawn.importance.to(losses)
 
-    def rows(self, batch: Batch) -> Sequence[Mapping[str, Tensor]]:
+    def rows(self, batch: EncodedBatch) -> Sequence[Mapping[str, Tensor]]:
         """What guides each sample; where the network hears it, also how its picture was cut."""
         conditions = batch.conditions
         if self.read_text is not None:

@@ -12,7 +12,7 @@ from sfumato.recipe import Recipe
 from sfumato.report import run_page
 from sfumato.run_folder import RunFolder
 from sfumato.training import device as devices
-from sfumato.training.loop.loop import to_stderr
+from sfumato.training.loop.loop import print_to_stderr
 from sfumato.training.loop.validation import ValidationLoss
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.workflow.checks import choose_sizes
@@ -47,7 +47,7 @@ def evaluate(
     guidance: float | None = None,
     device: str = "auto",
     progress: Progress | None = None,
-    say: Callable[[str], None] = to_stderr,
+    say: Callable[[str], None] = print_to_stderr,
 ) -> Evaluation:
     """Measure a run's newest averaged weights; the numbers also go into the run's record and page.
 
