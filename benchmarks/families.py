@@ -27,7 +27,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from tests.families import clips, pictures, test_parity, test_shown_training, test_training
+from tests.families import clips, pictures, test_image_conditioned_training, test_parity, test_training
 from tests.families.zoo import NEGATIVE, PROMPT, ZOO
 
 import sfumato
@@ -99,10 +99,10 @@ def recipe_of(name: str, home: Path, *model: str) -> tuple[Path, list[str]]:
     """(a recipe on data that this family learns from, further keys): pictures, edits of some, or clips."""
     side = f"data.resolution={64 if name == 'wan-2.2-ti2v' else 32}"
     if name in CLIPS:
-        return test_shown_training.moving(name, home, *model), ["data.frames=5", side]
+        return test_image_conditioned_training.moving(name, home, *model), ["data.frames=5", side]
     if name in EDITS:
         keys = ["data.captions=files", "data.source_image=edit_source"]
-        return test_shown_training.beside(name, home, *model), keys
+        return test_image_conditioned_training.beside(name, home, *model), keys
     return test_training.write_recipe(name, home, *model), []
 
 

@@ -6,8 +6,8 @@ import diffusers as D
 import torch
 import transformers as T
 
-from . import words
-from .parts import clip, drawn, seeded, t5
+from . import tokenizers
+from .components import clip, drawn, seeded, t5
 from .zoo import BETAS, case, flow
 
 CLIP = {"height": 32, "width": 48, "num_frames": 9}
@@ -115,7 +115,7 @@ def cogvideox(key: str):
 
 @case("hunyuan-video", call={**CLIP, "guidance_scale": 6.0}, options=SHORT, negative=False)
 def hunyuan_video(key: str):
-    tokenizer = words.llama_tokenizer()
+    tokenizer = tokenizers.llama_tokenizer()
     config = T.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,

@@ -10,7 +10,7 @@ import transformers as T
 from PIL import Image
 
 from .clips import CLIP, SHORT, wan_22_coder, wan_coder, wan_network
-from .parts import seeded, t5
+from .components import seeded, t5
 from .zoo import BY_TOKENS, SIZE, case, flow, flux, flux_2_klein, qwen_image_parts
 
 

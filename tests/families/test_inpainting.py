@@ -14,9 +14,9 @@ from sfumato.errors import Refused
 from sfumato.models.condition import Condition
 from sfumato.models.pretrained import inpainting
 
-from .parts import seeded
-from .test_guides import CLOSE, modal, opened, our_pixels, pipeline_pixels  # noqa: F401
-from .test_guides import called as called_as
+from .components import seeded
+from .test_control import CLOSE, modal, opened, our_pixels, pipeline_pixels  # noqa: F401
+from .test_control import called as called_as
 from .zoo import PROMPT, ZOO
 
 PIPELINES = {

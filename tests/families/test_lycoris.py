@@ -10,7 +10,7 @@ from sfumato.models.lora import adapter, lora_file
 from sfumato.workflow.export import export
 
 from .test_export import raw, runs
-from .test_starts import begun
+from .test_init_adapter import begun
 from .zoo import ZOO
 
 __all__ = ["runs"]

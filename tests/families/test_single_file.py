@@ -12,7 +12,7 @@ import sfumato
 from sfumato.errors import Refused
 from sfumato.workflow.export.compare import answers, example_inputs
 
-from . import original
+from . import single_files
 from .test_training import losses, write_recipe
 from .zoo import ZOO
 
@@ -77,7 +77,7 @@ def one_file(name: str, home: Path) -> tuple[Path, Path, Path]:
     torch.manual_seed(0)
     pipe = ZOO[name].make(name)
     pipe.save_pretrained(home / "whole")
-    save_file(original.whole(name, pipe), home / "model.safetensors")
+    save_file(single_files.whole(name, pipe), home / "model.safetensors")
     shutil.copytree(home / "whole", home / "model")
     for part in HELD[name]:
         for weights in (home / "model" / part).glob("*.safetensors"):

@@ -116,14 +116,16 @@ def test_checkpointing_of_a_narrow_base_changes_nothing(form, pixart):
     assert fewer < 0.6 * kept
 
 
-def test_lent_weights_give_the_same_gradients(pixart):
+def test_offloaded_weights_give_the_same_gradients(pixart):
     """Law: blocks whose weights come and go answer as before; two blocks are there at most."""
     model = copy.deepcopy(pixart)
     before = gradients(model)
-    lent = blocks.OffloadedBlocks(blocks.blocks_of(adapter.peft_target(model.denoiser)), torch.device("cpu"))
+    offloaded = blocks.OffloadedBlocks(
+        blocks.blocks_of(adapter.peft_target(model.denoiser)), torch.device("cpu")
+    )
     after = gradients(model)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    assert lent.copies >= 3
+    assert offloaded.copies >= 3
 
 
 def test_an_attention_backend_is_used_by_this_network_alone(tmp_path):

@@ -15,7 +15,7 @@ from sfumato.errors import Refused
 from sfumato.models.pretrained.families.stable_diffusion_xl import StableDiffusionXL
 
 from . import clips, pictures
-from .parts import clip, seeded, t5, vae
+from .components import clip, seeded, t5, vae
 from .zoo import BETAS, PROMPT, SIZE, ZOO, flow, stable_diffusion
 
 CLOSE = 1e-4
@@ -195,7 +195,7 @@ def ours(folder: Path, call: dict[str, Any], how: dict[str, Any], monkeypatch: A
     ("part", "words"),
     [
         (lambda key: vae(key, channels=16), "takes latents of 4 channels, but its vae makes 16"),
-        (lambda key: ZOO["stable-diffusion-xl"].make(key).unet, "hears text_time beside the words"),
+        (lambda key: ZOO["stable-diffusion-xl"].make(key).unet, "reads text_time beside the words"),
         (lambda key: clip(key, width=48)[0], "gives words of 48 numbers, its unet reads 32"),
     ],
     ids=["vae", "unet", "text_encoder"],
@@ -236,7 +236,7 @@ def test_an_editor_whose_index_names_transformers_own_processor_loads_and_is_sav
     assert condition["reference"].isfinite().all()
 
 
-def test_a_negative_that_a_unet_would_not_hear_is_refused(tmp_path):
+def test_a_negative_that_a_unet_would_not_read_is_refused(tmp_path):
     """Law: where guidance is heard, there is nothing to lean away from."""
     make = sd(D.DDIMScheduler(**BETAS, clip_sample=False), time_cond_proj_dim=16)
     make("heard").save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ import diffusers as D
 import torch
 import transformers as T
 
-from .parts import clip, drawn, gemma, qwen3, qwen_vl, seeded, t5, vae
+from .components import clip, drawn, gemma, qwen3, qwen_vl, seeded, t5, vae
 
 PROMPT, NEGATIVE = "a red circle on a blue background", "blurry, low quality"
 SIZE = {"height": 64, "width": 96}

@@ -1,4 +1,4 @@
-"""Laws of guides: new ones change nothing, trained ones act, and all come back from disk."""
+"""Laws of control modules: new ones change nothing, trained ones act, and all come back from disk."""
 
 import base64
 import json

@@ -54,7 +54,7 @@ ControlModules = Annotated[
     Optional[list[Path]],
     typer.Option(
         metavar="PATH",
-        help="A trained control module: a ControlNet's folder (diffusers), an IP-Adapter's file, a run's.",
+        help="A trained ControlNet's folder (diffusers), an IP-Adapter's file, or a run of either, to add.",
     ),
 ]
 ImageEncoder = Annotated[

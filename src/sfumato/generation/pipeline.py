@@ -414,7 +414,7 @@ class Pipeline(Model):
         """The denoiser of these requests: leaning away from the weaker answer unless guidance is 1.
 
         Raises:
-            Refused: a negative that this network would not hear, a form of guidance that would not act.
+            Refused: a negative that would not act on this network, a form of guidance that would not act.
         """
         guidance, images, given = plan.guidance, plan.images, plan.options
         policy, extra = self.denoiser.guidance, plan.extra_guidance

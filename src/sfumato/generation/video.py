@@ -98,8 +98,8 @@ class Windows:
             total, counted = torch.zeros_like(x_t), torch.zeros(x_t.shape[2], device=x_t.device)
             for piece in pieces:
                 times = t[:, piece] if t.ndim == 2 else t
-                weight, told = self.weights(self.size).to(x_t), of_frames(condition, piece, x_t.shape[2])
-                total[:, :, piece] += ask(x_t[:, :, piece], times, told) * weight.view(-1, 1, 1)
+                weight, own = self.weights(self.size).to(x_t), of_frames(condition, piece, x_t.shape[2])
+                total[:, :, piece] += ask(x_t[:, :, piece], times, own) * weight.view(-1, 1, 1)
                 counted[piece] += weight
             return total / counted.view(-1, 1, 1).to(x_t)
 

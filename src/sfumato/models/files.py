@@ -60,9 +60,9 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return state.hexdigest()
 
 
-def save_sealed(tensors: Mapping[str, Tensor], file: Path, told: Mapping[str, str]) -> None:
+def save_sealed(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whose header has, beside what is `told`, the hash of its tensors."""
-    save_file(dict(tensors), file, {**told, HEADER: digest(tensors)})
+    save_file(dict(tensors), file, {**metadata, HEADER: digest(tensors)})
 
 
 def read_json(file: Path) -> Mapping[str, Any]:
@@ -174,9 +174,9 @@ def read(folder: Path, group: str, wanted: Wanted | None = None) -> dict[str, Te
 
 
 def _pieces(file: Any) -> Iterator[tuple[str, _Piece]]:
-    told = json.loads((file.metadata() or {}).get(SHARDING, "{}"))
+    shards = json.loads((file.metadata() or {}).get(SHARDING, "{}"))
     for name in file.keys():  # noqa: SIM118
-        place = told.get(name, {}).get(OFFSETS) or [0]
+        place = shards.get(name, {}).get(OFFSETS) or [0]
         yield name, _Piece(file, int(place[0]), tuple(file.get_slice(name).get_shape()))
 
 

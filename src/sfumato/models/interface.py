@@ -391,20 +391,22 @@ class Model:
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
-        x, told, read = self._question(x_t, t)
-        return read(self._answer(x, told, condition, x_t.dtype))
+        x, clock, read = self._network_inputs(x_t, t)
+        return read(self._network_answer(x, clock, condition, x_t.dtype))
 
-    def predict_together(
+    def predict_packed(
         self, x_t: Sequence[Tensor], t: Sequence[Tensor], conditions: Sequence[Condition]
     ) -> list[Tensor]:
         """`predict` of batches of different shapes, computed as one; for networks that pack."""
-        asked = [self._question(x, one) for x, one in zip(x_t, t, strict=True)]
-        xs, told = [x for x, _, _ in asked], [one for _, one, _ in asked]
-        answers = self._answer(xs, told, list(conditions), x_t[0].dtype)
+        asked = [self._network_inputs(x, one) for x, one in zip(x_t, t, strict=True)]
+        xs, clocks = [x for x, _, _ in asked], [one for _, one, _ in asked]
+        answers = self._network_answer(xs, clocks, list(conditions), x_t[0].dtype)
         return [read(answer) for (_, _, read), answer in zip(asked, answers, strict=True)]
 
-    def _question(self, x_t: Tensor, t: Tensor | float) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-        """(x, what is told about time, read): as the network hears it, and how its answer is read."""
+    def _network_inputs(
+        self, x_t: Tensor, t: Tensor | float
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """(x, clock, read): the network's inputs, and how its answer is read."""
         theory, read = self.theory, lambda out: out
         times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
         if self.trained is not None:
@@ -416,13 +418,13 @@ class Model:
         x = x_t * scale.view(*places, *[1] * (x_t.ndim - len(places)))
         return x, theory.clock(times).to(x_t.dtype), read
 
-    def _answer(self, x: Any, told: Any, condition: Any, dtype: torch.dtype) -> Any:
+    def _network_answer(self, x: Any, clock: Any, condition: Any, dtype: torch.dtype) -> Any:
         """The network's own answer; as wide as its input where it computes narrower."""
         narrow = self.denoiser.compute_dtype
         if narrow is None:
-            return self.denoiser(x, told, condition)
+            return self.denoiser(x, clock, condition)
         with torch.autocast(self.device.type, narrow):
-            out = self.denoiser(x, told, condition)
+            out = self.denoiser(x, clock, condition)
         return out.to(dtype) if isinstance(out, Tensor) else [one.to(dtype) for one in out]
 
     def retarget(self, theory: Theory) -> None:

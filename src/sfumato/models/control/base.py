@@ -131,7 +131,7 @@ class ControlledDenoiser(DenoiserWrapper):
         return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
 
     def base_condition(self, condition: Condition) -> Condition:
-        """The condition as the base hears it: without what control modules read."""
+        """The condition as the base reads it: without what control modules read."""
         names = [module.name for module in self.control_modules]
         own = {*names, *(f"{name}_weight" for name in names), WEAK}
         kept = {name: tensor for name, tensor in condition.items() if name not in own}

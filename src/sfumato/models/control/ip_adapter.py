@@ -1,14 +1,16 @@
 """IP-Adapters of pretrained families, by diffusers' own attention processors; what is written, it loads.
 
-UNets and FLUX read one summary of a picture as a few tokens; SD3 reads all its features, resampled at each
-time. Keys begin as the base's own, values at zero, so that a new adapter leaves the base as it is.
+Most read one summary of a picture as a few tokens; SD3 reads all its features, resampled at each time. Keys
+begin as the base's own, values at zero, so that a new adapter leaves the base as it is. How one is made and
+called stands in its family's file, as `Family.ip_adapter`; that of the UNets stands here.
 Source: Ye et al. 2023, arXiv:2308.06721.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ TOKENS = 4
 Tensors = dict[str, Tensor]
 
 
-def drawn(*shape: int) -> Tensor:
+def small_normal(*shape: int) -> Tensor:
     """Small normal weights."""
     return torch.randn(shape) * 0.02
 
@@ -40,97 +42,59 @@ def summary_projection(width: int, into: int) -> Tensors:
     }
 
 
-def of_unet(network: Any, width: int) -> dict[str, Tensors]:
-    """A new adapter of a UNet; `width` of the image's summary."""
-    into, tensors = network.config.cross_attention_dim, {}
-    for place, name in enumerate(network.attn_processors):
-        if name.endswith("attn2.processor"):
-            layer = network.get_submodule(name.removesuffix(".processor"))
-            tensors[f"{place}.to_k_ip.weight"] = layer.to_k.weight.data.clone()
-            tensors[f"{place}.to_v_ip.weight"] = torch.zeros_like(layer.to_v.weight.data)
-    return {"image_proj": summary_projection(width, into), "ip_adapter": tensors}
-
-
-def of_flux(network: Any, width: int) -> dict[str, Tensors]:
-    """A new adapter of FLUX's double blocks."""
-    into, inner, tensors = network.config.joint_attention_dim, network.inner_dim, {}
-    for place in range(network.config.num_layers):
-        for which, weight in (("k", drawn(inner, into)), ("v", torch.zeros(inner, into))):
-            tensors[f"{place}.to_{which}_ip.weight"] = weight
-            tensors[f"{place}.to_{which}_ip.bias"] = torch.zeros(inner)
-    return {"image_proj": summary_projection(width, into), "ip_adapter": tensors}
-
-
-def of_sd3(network: Any, width: int) -> dict[str, Tensors]:
-    """A new adapter of SD3: a resampler that hears the time, keys and values in every block."""
-    from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
-    from diffusers.models.embeddings import IPAdapterTimeImageProjection
-
-    head, inner = network.config.attention_head_dim, network.inner_dim
-    resampler = IPAdapterTimeImageProjection(
-        embed_dim=width,
-        output_dim=inner,
-        hidden_dim=64 * max(1, inner // 64),
-        heads=max(1, inner // 64),
-        num_queries=16,
-        timestep_in_dim=320,
-    )
-    tensors: Tensors = {}
-    for place in range(len(network.attn_processors)):
-        processor = SD3IPAdapterJointAttnProcessor2_0(
-            hidden_size=inner,
-            ip_hidden_states_dim=inner,
-            head_dim=head,
-            timesteps_emb_dim=resampler.proj_out.weight.shape[1],
-        )
-        processor.to_v_ip.weight.data.zero_()
-        tensors |= {f"{place}.{name}": tensor.clone() for name, tensor in processor.state_dict().items()}
-    projection = {written(name): tensor.clone() for name, tensor in resampler.state_dict().items()}
-    return {"image_proj": projection, "ip_adapter": tensors}
-
-
-BACK = (
-    ("ln0", "0.norm1"), ("ln1", "0.norm2"), ("attn.to_q", "0.to_q"), ("attn.to_kv", "0.to_kv"),
-    ("attn.to_out.0", "0.to_out"), ("adaln_norm", "1.0"), ("ff.net.0.proj", "1.1"), ("ff.net.2", "1.3"),
-    ("adaln_proj", "2.1"),
-)  # fmt: skip
-"""diffusers' names in a layer of SD3's resampler, and those of the file it reads."""
-
-
-def written(name: str) -> str:
-    """A resampler's tensor by the name it has in a file."""
-    if not name.startswith("layers."):
-        return name
-    _, layer, rest = name.split(".", 2)
-    for ours, theirs in BACK:
-        if rest.startswith(f"{ours}."):
-            return f"layers.{layer}.{theirs}.{rest.removeprefix(f'{ours}.')}"
-    raise ValueError(f"{name} is no tensor of the resampler that is known")
-
-
-KINDS: dict[str, Callable[[Any, int], dict[str, Tensors]]] = {
-    "UNet2DConditionModel": of_unet,
-    "FluxTransformer2DModel": of_flux,
-    "SD3Transformer2DModel": of_sd3,
-}
-"""By the class of the base's network."""
-
-
 WHOLE = {"tokens": True, "layer": -2}
 """Of an image encoder: the features of all patches, of the layer before the last."""
 
 
-def features_of(base: Denoiser, file: str = "") -> dict[str, Any]:
-    """What of an image encoder's answers an adapter of this base reads, as diffusers' pipelines give it.
+class IPAdapterLayout(ABC):
+    """How the IP-Adapter of one network class is made, put into the network and fed."""
 
-    Args:
-        file: a trained adapter's; a new one of a UNet or FLUX reads the summary.
-    Raises:
-        Refused: an adapter of faces, which no image encoder feeds.
-    """
-    network = type(base.backbone).__name__
-    if network.startswith("SD3"):
-        return dict(WHOLE)
+    network: ClassVar[str]
+    """The class of the base's network."""
+    always_active: ClassVar[bool] = True
+    """Whether a network with an adapter must be shown a picture."""
+    projection: ClassVar[str] = "encoder_hid_proj"
+    """The network's part that projects a picture's features."""
+    stacks: ClassVar[bool] = True
+    """Whether the network takes a list of adapters."""
+    grey_negative: ClassVar[bool] = False
+    """Whether a grey picture's features stand beside a negative, where all features are read."""
+
+    @abstractmethod
+    def create(self, network: Any, width: int) -> dict[str, Tensors]:
+        """A new adapter's tensors, as files hold them; `width` of the image encoder's features."""
+
+    def image_features(self, file: str = "") -> dict[str, Any]:
+        """What of an image encoder's answers an adapter reads, as diffusers' pipelines give it.
+
+        Args:
+            file: a trained adapter's; a new one reads the summary.
+        Raises:
+            Refused: an adapter of faces, which no image encoder feeds.
+        """
+        return read_features(file, self.grey_negative)
+
+    def load(self, network: Any, state: Mapping[str, Tensors]) -> None:
+        """Set the processors and the projection."""
+        network._load_ip_adapter_weights([state] if self.stacks else state, low_cpu_mem_usage=False)
+
+    def projector(self, network: Any) -> nn.Module:
+        """The projection of the one adapter."""
+        return network.encoder_hid_proj.image_projection_layers[0]
+
+    def file_name(self, name: str) -> str:
+        """A tensor of the projection by the name it has in a file."""
+        return name.replace("image_embeds", "proj")
+
+    def feed(self, network: Any, given: dict[str, Any], features: Tensor) -> dict[str, Any]:
+        """The network's arguments with the features of the picture."""
+        shown: Any = [features] if self.stacks else features
+        attention = {**(given.get("joint_attention_kwargs") or {}), "ip_adapter_image_embeds": shown}
+        return {**given, "joint_attention_kwargs": attention}
+
+
+def read_features(file: str, grey: bool) -> dict[str, Any]:
+    """What a trained adapter's projection reads of an image encoder; of a new one ("") the summary."""
     head = read(Path(file)).get("image_proj", {}) if file else {}
     faces = "proj.0.weight" in head and "proj.3.weight" not in head
     if faces or any("perceiver" in one for one in head):
@@ -138,7 +102,43 @@ def features_of(base: Denoiser, file: str = "") -> dict[str, Any]:
             f"{file} looks at faces' embeddings, which sfumato does not make. Give a plain IP-Adapter."
         )
     plain = not file or "proj.weight" in head
-    return {} if plain else {**WHOLE, "grey": network.startswith("UNet")}
+    return {} if plain else {**WHOLE, "grey": grey}
+
+
+class UNetIPAdapter(IPAdapterLayout):
+    """UNets: a few tokens beside those of the text, in every cross-attention."""
+
+    network = "UNet2DConditionModel"
+    grey_negative = True
+
+    def create(self, network: Any, width: int) -> dict[str, Tensors]:
+        """A new adapter of a UNet; `width` of the image's summary."""
+        into, tensors = network.config.cross_attention_dim, {}
+        for place, name in enumerate(network.attn_processors):
+            if name.endswith("attn2.processor"):
+                layer = network.get_submodule(name.removesuffix(".processor"))
+                tensors[f"{place}.to_k_ip.weight"] = layer.to_k.weight.data.clone()
+                tensors[f"{place}.to_v_ip.weight"] = torch.zeros_like(layer.to_v.weight.data)
+        return {"image_proj": summary_projection(width, into), "ip_adapter": tensors}
+
+    def feed(self, network: Any, given: dict[str, Any], features: Tensor) -> dict[str, Any]:
+        """By what is added beside the time."""
+        head = network.encoder_hid_proj.image_projection_layers[0]
+        pictures = features if type(head).__name__ == "ImageProjection" else features[:, None]
+        added = {**(given.get("added_cond_kwargs") or {}), "image_embeds": [pictures]}
+        return {**given, "added_cond_kwargs": added}
+
+
+def layout_of(base: Denoiser) -> IPAdapterLayout | None:
+    """How the IP-Adapter of this base is made and fed: its family says it, of our own UNet the one above."""
+    found: IPAdapterLayout | None = UNetIPAdapter() if base.family is None else base.family.ip_adapter
+    return found if found is not None and found.network == type(base.backbone).__name__ else None
+
+
+def features_of(base: Denoiser, file: str = "") -> dict[str, Any]:
+    """What of an image encoder's answers an adapter of this base reads (`IPAdapterLayout.image_features`)."""
+    layout = layout_of(base)
+    return read_features(file, False) if layout is None else layout.image_features(file)
 
 
 class IPAdapter(ControlModule):
@@ -161,17 +161,17 @@ class IPAdapter(ControlModule):
         """image: what sees the reference, or None where features are given; file: a trained adapter."""
         super().__init__(name)
         network: Any = base.backbone
-        self.network_class, self.image, self.file = type(network).__name__, image, file
-        if self.network_class not in KINDS:
+        layout = layout_of(base)
+        if layout is None:
+            known = ", ".join(one.network for one in IPAdapterLayout.__subclasses__())
             raise Refused(
-                f"There is no IP-Adapter for a {self.network_class}; there are for {', '.join(KINDS)} "
-                "and for our own DiT."
+                f"There is no IP-Adapter for a {type(network).__name__}; there are for {known} and for our "
+                "own DiT."
             )
-        self.always_active = not self.network_class.startswith(
-            "SD3"
-        )  # the others insist on being shown a picture
+        self.layout, self.image, self.file = layout, image, file
+        self.always_active = layout.always_active
         self.width = width or (image.width if image is not None else 0)
-        state = read(Path(file).expanduser()) if file else KINDS[self.network_class](network, self.width)
+        state = read(Path(file).expanduser()) if file else layout.create(network, self.width)
         self.width = width_of(state["image_proj"], file)
         if file and image is not None and image.width != self.width:
             raise Refused(
@@ -182,14 +182,14 @@ class IPAdapter(ControlModule):
             dict(network.attn_processors),
             network.config.get("encoder_hid_dim_type"),
         )
-        self.put(network, state)
+        layout.load(network, state)
 
     @contextmanager
     def removed(self, base: Denoiser) -> Iterator[None]:
         """The network with its own processors."""
         network: Any = base.backbone
         now = dict(network.attn_processors)
-        word = "image_proj" if self.network_class.startswith("SD3") else "encoder_hid_proj"
+        word = self.layout.projection
         head, kind = getattr(network, word), network.config.get("encoder_hid_dim_type")
         network.set_attn_processor(dict(self.before[0]))
         setattr(network, word, None)
@@ -203,16 +203,12 @@ class IPAdapter(ControlModule):
             if "encoder_hid_dim_type" in network.config:
                 network.register_to_config(encoder_hid_dim_type=kind)
 
-    def put(self, network: Any, state: Mapping[str, Tensors]) -> None:
-        """Set the processors and the projection."""
-        network._load_ip_adapter_weights(
-            state if self.network_class.startswith("SD3") else [state], low_cpu_mem_usage=False
-        )
-
     def parts(self, network: Any) -> list[nn.Module]:
         """The modules in the network that are the adapter's."""
-        head = network.image_proj if self.network_class.startswith("SD3") else network.encoder_hid_proj
-        return [head, *(one for one in network.attn_processors.values() if hasattr(one, "to_k_ip"))]
+        return [
+            getattr(network, self.layout.projection),
+            *(one for one in network.attn_processors.values() if hasattr(one, "to_k_ip")),
+        ]
 
     def config(self) -> dict[str, Any]:
         """The image encoder, the width of what it says, the name; the file of a trained one."""
@@ -245,17 +241,10 @@ class IPAdapter(ControlModule):
             elif hasattr(processor, "to_k_ip"):
                 processor.scale = weight
 
-        def hand(network: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
-            if self.network_class == "UNet2DConditionModel":
-                head = network.encoder_hid_proj.image_projection_layers[0]
-                pictures = seen if type(head).__name__ == "ImageProjection" else seen[:, None]
-                added = {**(given.get("added_cond_kwargs") or {}), "image_embeds": [pictures]}
-                return args, {**given, "added_cond_kwargs": added}
-            features: Any = [seen] if self.network_class.startswith("Flux") else seen
-            attention = {**(given.get("joint_attention_kwargs") or {}), "ip_adapter_image_embeds": features}
-            return args, {**given, "joint_attention_kwargs": attention}
+        def show(network: Any, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, Any]:
+            return args, self.layout.feed(network, given, seen)
 
-        yield Hook(network, hand, before=True)
+        yield Hook(network, show, before=True)
 
 
 def width_of(head: Tensors, file: str) -> int:
@@ -295,11 +284,8 @@ def read(file: Path) -> dict[str, Tensors]:
 def tensors_of(module: IPAdapter, network: Any) -> Tensors:
     """The adapter as a file holds it: what diffusers' load_ip_adapter reads."""
     found: Tensors = {}
-    is_sd3 = module.network_class.startswith("SD3")
-    head = network.image_proj if is_sd3 else network.encoder_hid_proj.image_projection_layers[0]
-    for name, tensor in head.state_dict().items():
-        told = written(name) if is_sd3 else name.replace("image_embeds", "proj")
-        found[f"image_proj.{told}"] = tensor
+    for name, tensor in module.layout.projector(network).state_dict().items():
+        found[f"image_proj.{module.layout.file_name(name)}"] = tensor
     for place, processor in enumerate(network.attn_processors.values()):
         if hasattr(processor, "to_k_ip"):
             for name, tensor in processor.state_dict().items():

@@ -162,7 +162,7 @@ class OwnIPAdapter(ControlModule):
         self.image.requires_grad_(False)
 
     def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
-        """Two on each block: one hears the queries, one adds what is seen."""
+        """Two on each block: one takes the queries, one adds what is seen."""
         assert isinstance(base, DiT)
         weight = weight_of(condition, self.name)
         features = self.read(self.enter(condition[self.name].to(x.dtype)))

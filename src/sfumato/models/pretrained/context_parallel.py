@@ -106,10 +106,10 @@ def _evener(network: Any, count: int) -> Any:
             )
         more, mask = -words.shape[1] % count, named["encoder_hidden_states_mask"]
         mask = torch.ones(words.shape[:2], dtype=torch.long, device=words.device) if mask is None else mask
-        told = {
+        evened = {
             "encoder_hidden_states": F.pad(words, (0, 0, 0, more)),
             "encoder_hidden_states_mask": F.pad(mask, (0, more)),
         }
-        return given, named | told
+        return given, named | evened
 
     return even

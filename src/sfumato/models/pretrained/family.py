@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from sfumato.models.codecs.pretrained import statistics
 from sfumato.models.condition import Condition
+from sfumato.models.control.controlnet import ControlNetAdapter
+from sfumato.models.control.ip_adapter import IPAdapterLayout
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
 from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.pretrained import schedulers
@@ -75,10 +77,14 @@ class Family:
     """What its layers are called in the original code, ComfyUI and kohya's trainers."""
     comfyui_loads_whole: ClassVar[bool] = False
     """Whether ComfyUI loads its denoiser under diffusers' names."""
+    controlnet: ClassVar[ControlNetAdapter | None] = None
+    """How its ControlNets are made and called; None where diffusers has none that we can call."""
+    ip_adapter: ClassVar[IPAdapterLayout | None] = None
+    """How its IP-Adapters are made and fed; None where diffusers has none."""
     no_context_parallel: ClassVar[str] = ""
     """Why processes cannot share its samples, where diffusers has a plan that does not work."""
     micro_conditioning: ClassVar[str] = ""
-    """The condition's tensor that says how a picture was cut from its file, where the network hears it."""
+    """The condition's tensor that says how a picture was cut from its file, where the network reads it."""
 
     def theory(self, scheduler: Any) -> Theory:
         """The theory this network was trained under."""

@@ -1,4 +1,4 @@
-"""Networks that were distilled to hear the guidance: one answer a step where others need two."""
+"""Networks that were distilled to read the guidance: one answer a step where others need two."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.models.condition import Condition
+from sfumato.models.control.controlnet import UNetControlNet
+from sfumato.models.control.ip_adapter import UNetIPAdapter
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
 from sfumato.models.pretrained.family import Family
 
@@ -27,8 +29,8 @@ class EmbeddedGuidance(PipelineGuidance):
         """The condition with the guidance, where the network reads it."""
         if not self.has_guidance_embed:
             return condition
-        heard = torch.full((condition.size,), scale)
-        return Condition({**condition, "guidance": heard}, negative=condition.negative)
+        scales = torch.full((condition.size,), scale)
+        return Condition({**condition, "guidance": scales}, negative=condition.negative)
 
 
 class TrueCfgGuidance(EmbeddedGuidance):
@@ -46,7 +48,7 @@ class TrueCfgGuidance(EmbeddedGuidance):
         """
         if has_negative and not scale > 1:
             raise Refused(
-                "This model hears its guidance and does not lean away from a negative by itself: "
+                "This model reads its guidance and does not lean away from a negative by itself: "
                 "leave the negative out, or give true_cfg_scale above 1 with it."
             )
         return has_negative
@@ -63,7 +65,7 @@ class GuidanceOrEmbedding(EmbeddedGuidance):
         """
         if has_negative and self.has_guidance_embed:
             raise Refused(
-                "This UNet hears its guidance, which leaves no way to lean from a negative: leave it out."
+                "This UNet reads its guidance, which leaves no way to lean from a negative: leave it out."
             )
         return scale > 1 and not self.has_guidance_embed
 
@@ -95,18 +97,20 @@ class UNetFamily(GuidanceDistilled):
     """UNets, of which those that consistency distillation made read the guidance beside the time."""
 
     network = "unet"
+    controlnet = UNetControlNet()
+    ip_adapter = UNetIPAdapter()
     patch = 1
     more_channels = (5,)
-    added: ClassVar[str | None] = None
-    """What the UNet hears beside its tokens, as its config names it."""
+    addition_embed: ClassVar[str | None] = None
+    """What the UNet reads beside its tokens, as its config names it."""
     usual_guidance = 7.5
 
     def why_incompatible(self, network: Any, pipe: Any, channels: int) -> str:
-        """Also what is read, and what is heard beside it."""
+        """Also what is read, and what is read beside it."""
         config = network.config
-        if config.addition_embed_type != self.added:
-            said = (one or "nothing" for one in (config.addition_embed_type, self.added))
-            return "its unet hears {} beside the words, not {}".format(*said)
+        if config.addition_embed_type != self.addition_embed:
+            said = (one or "nothing" for one in (config.addition_embed_type, self.addition_embed))
+            return "its unet reads {} beside the words, not {}".format(*said)
         readers = (part for name, part in pipe.components.items() if name.startswith("text_encoder"))
         width = sum(part.config.hidden_size for part in readers if part is not None)
         taken = config.cross_attention_dim
@@ -122,8 +126,8 @@ class UNetFamily(GuidanceDistilled):
         """The scale is read, or the two answers are combined by it."""
         return GuidanceOrEmbedding(has_guidance_embed=self.has_guidance_embed(network))
 
-    def beside_time(self, network: Any, x: Tensor, condition: Condition) -> Tensor | None:
-        """What is heard beside the time [B, D]; None where nothing is."""
+    def timestep_cond(self, network: Any, x: Tensor, condition: Condition) -> Tensor | None:
+        """What is embedded beside the time [B, D]; None where nothing is."""
         if not self.has_guidance_embed(network):
             return None
         return guidance_scale_embedding(

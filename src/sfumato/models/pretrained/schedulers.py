@@ -150,9 +150,9 @@ def times_of(scheduler: Any) -> Tensor:
         noise = torch.as_tensor(scheduler.sigmas).double()
         noise = 1 - noise if scheduler.config.get("invert_sigmas") else noise
         return torch.unique_consecutive(noise)
-    told = torch.unique_consecutive(torch.as_tensor(scheduler.timesteps).double())
+    steps = torch.unique_consecutive(torch.as_tensor(scheduler.timesteps).double())
     count = scheduler.config.num_train_timesteps
-    return torch.cat([(told + 1) / count, told.new_tensor([end_of(scheduler) / count])])
+    return torch.cat([(steps + 1) / count, steps.new_tensor([end_of(scheduler) / count])])
 
 
 def steps_as_we_do(scheduler: Any, steps: int) -> bool:

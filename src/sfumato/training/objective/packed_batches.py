@@ -65,7 +65,7 @@ class PackedObjective(DiffusionObjective):
             ready = self._packs(step, part, parts)
         inputs = [self.model_inputs(one.x_0, one.drawn, self.rows(one.batch)) for one in ready.groups]
         latents, conditions = [x for x, _ in inputs], [condition for _, condition in inputs]
-        answers = self.model.predict_together(latents, [one.drawn.t for one in ready.groups], conditions)
+        answers = self.model.predict_packed(latents, [one.drawn.t for one in ready.groups], conditions)
         found = [
             self.weighed(self.weighted_loss(answer, one.x_0, one.drawn, condition), one.drawn)
             for answer, one, condition in zip(answers, ready.groups, conditions, strict=True)

@@ -3,12 +3,15 @@
 Source: Black Forest Labs 2024; Labs et al. 2025, arXiv:2506.15742.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.models.condition import Condition
+from sfumato.models.control.controlnet import ControlNetAdapter, Given
+from sfumato.models.control.ip_adapter import IPAdapterLayout, Tensors, small_normal, summary_projection
 from sfumato.models.lora.layer_names import ADDED, BLOCK, SINGLE, LayerNames, Rule, mlp, qkv
 from sfumato.models.networks.tokens import patchify, position_ids, unpatchify
 from sfumato.models.pretrained.family import ATTENTION, called_with
@@ -30,13 +33,72 @@ FLUX: list[Rule] = [
 ]
 
 
+class FluxControlNet(ControlNetAdapter):
+    """Packed latents; residuals of double and single blocks."""
+
+    network = "FluxTransformer2DModel"
+    control = "FluxControlNetModel"
+    encoding = "Flux"
+    prompted_only = True
+    shared_config = (
+        "attention_head_dim", "num_attention_heads", "in_channels", "joint_attention_dim", "guidance_embeds",
+        "pooled_projection_dim",
+    )  # fmt: skip
+    plain_config: ClassVar[Mapping[str, Any]] = {"num_mode": None, "conditioning_embedding_channels": None}
+
+    def create(self, base: Any, layers: int, stride: int) -> nn.Module:
+        """A fifth of the blocks of each kind unless said otherwise, as diffusers' script has it."""
+        double, single = base.config["num_layers"], base.config["num_single_layers"]
+        net = self.copy_of(base, layers or -(-double // 5), layers or -(-single // 5))
+        for part in (net.controlnet_x_embedder,):
+            nn.init.zeros_(part.weight)
+            nn.init.zeros_(part.bias)
+        return net
+
+    def residuals(
+        self, net: Any, args: tuple[Any, ...], given: Given, control: Tensor, weight: float
+    ) -> Given:
+        """Residuals of both kinds of blocks."""
+        names = (
+            "hidden_states", "timestep", "pooled_projections", "encoder_hidden_states", "txt_ids", "img_ids"
+        )  # fmt: skip
+        shared = {name: given[name] for name in names}
+        guidance = given.get("guidance") if net.config.guidance_embeds else None
+        double, single = net(
+            **shared,
+            guidance=guidance,
+            controlnet_cond=patchify(control),
+            conditioning_scale=weight,
+            return_dict=False,
+        )
+        found = {"controlnet_block_samples": double, "controlnet_single_block_samples": single}
+        return {name: list(value) for name, value in found.items() if value is not None}
+
+
+class FluxIPAdapter(IPAdapterLayout):
+    """A few tokens beside those of the text, in every double block."""
+
+    network = "FluxTransformer2DModel"
+
+    def create(self, network: Any, width: int) -> dict[str, Tensors]:
+        """A new adapter of FLUX's double blocks."""
+        into, inner, tensors = network.config.joint_attention_dim, network.inner_dim, {}
+        for place in range(network.config.num_layers):
+            for which, weight in (("k", small_normal(inner, into)), ("v", torch.zeros(inner, into))):
+                tensors[f"{place}.to_{which}_ip.weight"] = weight
+                tensors[f"{place}.to_{which}_ip.bias"] = torch.zeros(inner)
+        return {"image_proj": summary_projection(width, into), "ip_adapter": tensors}
+
+
 class Flux(GuidanceDistilled):
-    """dev was distilled to hear its guidance (`guidance` [B] in the condition, by default 3.5)."""
+    """dev was distilled to read its guidance (`guidance` [B] in the condition, by default 3.5)."""
 
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
     layer_names = LayerNames(tuple(FLUX), "plain", "original")
     comfyui_loads_whole = True
     timestep_input = "share of noise"
+    controlnet = FluxControlNet()
+    ip_adapter = FluxIPAdapter()
     even_sigmas = True
     normalizes = ("factor", "shift")
     prompt_outputs = ("tokens", "pooled")

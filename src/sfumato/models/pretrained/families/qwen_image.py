@@ -3,12 +3,14 @@
 Source: Wu et al. 2025, arXiv:2508.02324.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.models.condition import Condition
+from sfumato.models.control.controlnet import ControlNetAdapter, Given
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
 from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.networks.tokens import patchify, unpatchify
@@ -32,12 +34,46 @@ class QwenImageGuidance(PipelineGuidance):
         return unpatchify(guidance.keep_norm(guided, tokens), height, width).unsqueeze(2)
 
 
+class QwenImageControlNet(ControlNetAdapter):
+    """Packed latents; residuals of the blocks."""
+
+    network = "QwenImageTransformer2DModel"
+    control = "QwenImageControlNetModel"
+    encoding = "QwenImage"
+    prompted_only = True
+    shared_config = ("attention_head_dim", "num_attention_heads", "in_channels", "joint_attention_dim")
+    plain_config: ClassVar[Mapping[str, Any]] = {"extra_condition_channels": 0}
+
+    def create(self, base: Any, layers: int, stride: int) -> nn.Module:
+        """A twelfth of the blocks unless said otherwise (5 of 60)."""
+        net = self.copy_of(base, layers or -(-base.config["num_layers"] // 12))
+        nn.init.zeros_(net.controlnet_x_embedder.weight)
+        nn.init.zeros_(net.controlnet_x_embedder.bias)
+        return net
+
+    def residuals(
+        self, net: Any, args: tuple[Any, ...], given: Given, control: Tensor, weight: float
+    ) -> Given:
+        """Residuals of the blocks."""
+        names = (
+            "hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_mask", "img_shapes"
+        )  # fmt: skip
+        blocks = net(
+            **{name: given.get(name) for name in names},
+            controlnet_cond=patchify(control.squeeze(2)),
+            conditioning_scale=weight,
+            return_dict=False,
+        )
+        return {"controlnet_block_samples": list(blocks)}
+
+
 class QwenImage(Family):
     """Latents [B, 16, 1, H, W]; the pipeline leans only away from a negative that is given."""
 
     pipelines = ("QwenImagePipeline",)
     layer_names = LayerNames((), "plain", "plain")
     timestep_input = "share of noise"
+    controlnet = QwenImageControlNet()
     even_sigmas = True
     normalizes = ("factor", "channels")
     guidance = "true_cfg_scale"

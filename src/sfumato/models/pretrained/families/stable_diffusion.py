@@ -16,7 +16,7 @@ from sfumato.models.pretrained.inpainting import beside
 
 
 class StableDiffusion(UNetFamily):
-    """Tokens [B, 77, D] of CLIP's last layer; steps are told as whole numbers."""
+    """Tokens [B, 77, D] of CLIP's last layer; steps are ids as whole numbers."""
 
     pipelines = (
         "StableDiffusionPipeline",
@@ -42,10 +42,10 @@ class StableDiffusion(UNetFamily):
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """ε or v [B, 4, H, W]."""
-        heard = self.beside_time(network, x, condition)
+        guidance = self.timestep_cond(network, x, condition)
         return network(
             beside(network, x, condition),
             clock,
             encoder_hidden_states=condition["tokens"],
-            timestep_cond=heard,
+            timestep_cond=guidance,
         ).sample

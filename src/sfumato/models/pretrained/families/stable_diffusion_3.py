@@ -4,11 +4,15 @@ Source: Esser et al. 2024, arXiv:2403.03206.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from sfumato.models.condition import Condition
+from sfumato.models.control.controlnet import ControlNetAdapter, Given
+from sfumato.models.control.ip_adapter import WHOLE, IPAdapterLayout, Tensors
+from sfumato.models.interface import Model
 from sfumato.models.lora.layer_names import ADDED, BLOCK, LayerNames, Rule, mlp, qkv
 from sfumato.models.pretrained import schedulers
 from sfumato.models.pretrained.family import ATTENTION, Family
@@ -25,6 +29,124 @@ SD3: list[Rule] = [
 ]
 
 
+class StableDiffusion3ControlNet(ControlNetAdapter):
+    """Latents beside the noise's; by InstantX's convention (the default) without summary and shift."""
+
+    network = "SD3Transformer2DModel"
+    control = "SD3ControlNetModel"
+    encoding = "SD3"
+    shared_config = (
+        "attention_head_dim",
+        "num_attention_heads",
+        "in_channels",
+        "patch_size",
+        "pooled_projection_dim",
+    )
+    plain_config: ClassVar[Mapping[str, Any]] = {"extra_conditioning_channels": 0}
+
+    def create(self, base: Any, layers: int, stride: int) -> nn.Module:
+        """Half the blocks unless said otherwise."""
+        return self.copy_of(base, layers or -(-base.config["num_layers"] // 2))
+
+    def residuals(
+        self, net: Any, args: tuple[Any, ...], given: Given, control: Tensor, weight: float
+    ) -> Given:
+        """Residuals of the blocks."""
+        pooled, tokens = given["pooled_projections"], given["encoder_hidden_states"]
+        blocks = net(
+            hidden_states=given["hidden_states"],
+            timestep=given["timestep"],
+            controlnet_cond=control,
+            encoder_hidden_states=None if net.config.joint_attention_dim is None else tokens,
+            pooled_projections=torch.zeros_like(pooled) if self.ignores_pooled(net) else pooled,
+            conditioning_scale=weight,
+            return_dict=False,
+        )[0]
+        return {"block_controlnet_hidden_states": list(blocks)}
+
+    def ignores_pooled(self, net: Any) -> bool:
+        """Whether it reads no pooled embedding."""
+        return bool(net.config.force_zeros_for_pooled_projection)
+
+    def encode(self, net: Any, model: Model, pixels: Tensor) -> Tensor:
+        """Without the shift for one that reads no pooled embedding."""
+        latents, codec = model.encode(pixels), model.codec
+        if not self.ignores_pooled(net):
+            return latents
+        return latents + codec.get_buffer("shift") / codec.get_buffer("scale")
+
+    def encoding_of(self, net: Any) -> str:
+        """Two ways to encode."""
+        return f"{self.encoding} {self.ignores_pooled(net)}"
+
+
+RESAMPLER_NAMES = (
+    ("ln0", "0.norm1"), ("ln1", "0.norm2"), ("attn.to_q", "0.to_q"), ("attn.to_kv", "0.to_kv"),
+    ("attn.to_out.0", "0.to_out"), ("adaln_norm", "1.0"), ("ff.net.0.proj", "1.1"), ("ff.net.2", "1.3"),
+    ("adaln_proj", "2.1"),
+)  # fmt: skip
+"""diffusers' names in a layer of SD3's resampler, and those of the file it reads."""
+
+
+def resampler_file_name(name: str) -> str:
+    """A resampler's tensor by the name it has in a file."""
+    if not name.startswith("layers."):
+        return name
+    _, layer, rest = name.split(".", 2)
+    for ours, theirs in RESAMPLER_NAMES:
+        if rest.startswith(f"{ours}."):
+            return f"layers.{layer}.{theirs}.{rest.removeprefix(f'{ours}.')}"
+    raise ValueError(f"{name} is no tensor of the resampler that is known")
+
+
+class StableDiffusion3IPAdapter(IPAdapterLayout):
+    """All features of a picture, resampled at each time, in every block."""
+
+    network = "SD3Transformer2DModel"
+    always_active = False
+    projection = "image_proj"
+    stacks = False
+
+    def image_features(self, file: str = "") -> dict[str, Any]:
+        """All patches, of the layer before the last."""
+        return dict(WHOLE)
+
+    def projector(self, network: Any) -> nn.Module:
+        """The resampler."""
+        return network.image_proj
+
+    def file_name(self, name: str) -> str:
+        """A tensor of the resampler by the name it has in a file."""
+        return resampler_file_name(name)
+
+    def create(self, network: Any, width: int) -> dict[str, Tensors]:
+        """A new adapter of SD3: a resampler that reads the time, keys and values in every block."""
+        from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+        from diffusers.models.embeddings import IPAdapterTimeImageProjection
+
+        head, inner = network.config.attention_head_dim, network.inner_dim
+        resampler = IPAdapterTimeImageProjection(
+            embed_dim=width,
+            output_dim=inner,
+            hidden_dim=64 * max(1, inner // 64),
+            heads=max(1, inner // 64),
+            num_queries=16,
+            timestep_in_dim=320,
+        )
+        tensors: Tensors = {}
+        for place in range(len(network.attn_processors)):
+            processor = SD3IPAdapterJointAttnProcessor2_0(
+                hidden_size=inner,
+                ip_hidden_states_dim=inner,
+                head_dim=head,
+                timesteps_emb_dim=resampler.proj_out.weight.shape[1],
+            )
+            processor.to_v_ip.weight.data.zero_()
+            tensors |= {f"{place}.{name}": tensor.clone() for name, tensor in processor.state_dict().items()}
+        projection = {self.file_name(name): tensor.clone() for name, tensor in resampler.state_dict().items()}
+        return {"image_proj": projection, "ip_adapter": tensors}
+
+
 class StableDiffusion3(Family):
     """Tokens are the CLIPs' (padded to T5's width) followed by T5's; padding is seen."""
 
@@ -32,6 +154,8 @@ class StableDiffusion3(Family):
     layer_names = LayerNames(tuple(SD3), "plain", "original")
     comfyui_loads_whole = True
     timestep_input = "thousandths"
+    controlnet = StableDiffusion3ControlNet()
+    ip_adapter = StableDiffusion3IPAdapter()
     normalizes = ("factor", "shift")
     prompt_outputs = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "prompt_3", "clip_skip")

@@ -31,7 +31,7 @@ class StableDiffusionXL(UNetFamily):
     layer_names = LayerNames((), "kohya", "plain")
     comfyui_loads_whole = True
     trains_micro_conditioning = True
-    added = "text_time"
+    addition_embed = "text_time"
     normalizes = ("factor", "channels")
     stride = 8
     prompt_outputs = ("tokens", "", "pooled")
@@ -47,22 +47,22 @@ class StableDiffusionXL(UNetFamily):
         """Both CLIPs' words, and what is said of the picture's size and cut."""
         sizes = {name: options[name] for name in self.micro_conditioning_arguments if name in options}
         others = {name: value for name, value in options.items() if name not in sizes}
-        answer, told = super().read(pipe, prompts, others), time_ids(sizes)
-        if told is None:
+        answer, ids = super().read(pipe, prompts, others), time_ids(sizes)
+        if ids is None:
             return answer
-        return answer | {"time_ids": told.to(pipe.device).repeat(len(prompts), 1)}
+        return answer | {"time_ids": ids.to(pipe.device).repeat(len(prompts), 1)}
 
     def read_negative(
         self, pipe: Any, prompts: Sequence[str | None], options: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """No negative is all zeros where the pipeline's config says so; an empty one is not."""
         answer = super().read_negative(pipe, prompts, {**options, **of_negative(options)})
-        told = answer.pop("time_ids", None)
+        ids = answer.pop("time_ids", None)
         if pipe.config.force_zeros_for_empty_prompt:
             silent = [prompt is None for prompt in prompts]
             for tensor in answer.values():
                 tensor[silent] = 0
-        return answer if told is None else answer | {"time_ids": told}
+        return answer if ids is None else answer | {"time_ids": ids}
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """ε [B, 4, H, W]."""
@@ -73,13 +73,13 @@ class StableDiffusionXL(UNetFamily):
             sizes = torch.where(condition["time_ids"].isnan(), sizes, condition["time_ids"]).to(x.dtype)
         added = {"text_embeds": condition["pooled"], "time_ids": sizes}
         tokens = condition["tokens"]
-        heard = self.beside_time(network, x, condition)
+        guidance = self.timestep_cond(network, x, condition)
         return network(
             beside(network, x, condition),
             clock,
             encoder_hidden_states=tokens,
             added_cond_kwargs=added,
-            timestep_cond=heard,
+            timestep_cond=guidance,
         ).sample
 
 
@@ -89,7 +89,7 @@ def time_ids(sizes: Mapping[str, Any]) -> Tensor | None:
     Raises:
         Refused: something that is no pair of numbers.
     """
-    told = torch.full((1, 6), torch.nan)
+    ids = torch.full((1, 6), torch.nan)
     for place, name in enumerate(("original_size", "crops_coords_top_left", "target_size")):
         pair = sizes.get(name)
         if pair is None:
@@ -97,9 +97,9 @@ def time_ids(sizes: Mapping[str, Any]) -> Tensor | None:
         numbers = list(pair) if isinstance(pair, Sequence) and not isinstance(pair, str) else []
         if len(numbers) != 2 or not all(isinstance(number, int | float) for number in numbers):
             raise Refused(f"{name} = {pair} is no pair of numbers. Say, for example, {name}=[1024, 1024].")
-        told[0, 2 * place : 2 * place + 2] = torch.tensor([float(number) for number in numbers])
-    told[0, 2:4] = told[0, 2:4].nan_to_num(0.0)
-    return told if any(pair is not None and any(pair) for pair in sizes.values()) else None
+        ids[0, 2 * place : 2 * place + 2] = torch.tensor([float(number) for number in numbers])
+    ids[0, 2:4] = ids[0, 2:4].nan_to_num(0.0)
+    return ids if any(pair is not None and any(pair) for pair in sizes.values()) else None
 
 
 def of_negative(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from sfumato.workflow import finetune, prepare, train_run
 from sfumato.workflow.encode_samples import dataset_and_sampler, is_conditional
 
 from . import pictures
-from .test_shown_training import beside
+from .test_image_conditioned_training import beside
 from .test_training import write_recipe
 from .zoo import ZOO
 

@@ -1,4 +1,4 @@
-"""Laws of guides that a recipe trains on pretrained pipelines: drawn with, exported, loaded elsewhere."""
+"""Laws of control modules that a recipe trains on pretrained pipelines: drawn with and exported."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from sfumato.generation import load
 from sfumato.models.control import attach
 from sfumato.workflow.export import export
 
-from .test_guides import CONTROLLED, LOOKING, folders, seer  # noqa: F401
+from .test_control import CONTROLLED, LOOKING, folders, seer  # noqa: F401
 from .zoo import PROMPT, ZOO
 
 RECIPE = """output = "{name}"
@@ -107,7 +107,7 @@ def test_an_ip_adapter_is_trained_by_a_recipe_and_goes_elsewhere(name, folders, 
     assert (np.asarray(drawn) != np.asarray(plain)).any()
 
 
-def test_other_programs_are_refused_guides(folders, home):  # noqa: F811
+def test_other_programs_are_refused_control_modules(folders, home):  # noqa: F811
     run = home / "runs" / "controlnet-stable-diffusion-1.5"
     if not run.is_dir():
         trained(home, folders("stable-diffusion-1.5"), "controlnet", "stable-diffusion-1.5")

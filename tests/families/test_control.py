@@ -1,4 +1,4 @@
-"""Laws of guides on pretrained families: what diffusers' pipelines draw with them, we draw."""
+"""Laws of ControlNets and IP-Adapters on pretrained families: their pipelines and we draw alike."""
 
 import shutil
 from typing import Any
@@ -16,7 +16,7 @@ from sfumato.errors import Refused
 from sfumato.models.control import ControlPlan, add_control_modules, attach, controlnet, ip_adapter
 from sfumato.models.control.image_encoders import ImageConditionEncoder
 
-from .parts import seeded
+from .components import seeded
 from .test_parity import grid_of
 from .zoo import NEGATIVE, PROMPT, ZOO
 
@@ -353,7 +353,7 @@ def test_an_added_ip_adapter_sees_as_its_pipeline_does(name, folders, tmp_path):
     attach(sfumato.load(folders(name)), file, image_encoder=tmp_path / "elsewhere")
 
 
-def test_a_model_without_a_guide_refuses_its_picture(folders):
+def test_a_model_without_a_control_module_refuses_its_picture(folders):
     """Law: every option acts or refuses."""
     model = sfumato.load(folders("stable-diffusion-1.5"))
     for word in ("control", "reference"):

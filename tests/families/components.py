@@ -11,7 +11,7 @@ import diffusers as D
 import torch
 import transformers as T
 
-from . import words
+from . import tokenizers
 
 
 def drawn(*key: str) -> torch.Generator:
@@ -40,7 +40,7 @@ def clip(
     key: str, pooled: bool = False, width: int = 32, pad: str = "<|endoftext|>", act: str = "quick_gelu"
 ):
     """(text encoder, tokenizer) of CLIP's kind."""
-    tokenizer = words.clip_tokenizer(pad)
+    tokenizer = tokenizers.clip_tokenizer(pad)
     config = T.CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
         num_attention_heads=4, hidden_act=act, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
@@ -52,7 +52,7 @@ def clip(
 
 def t5(key: str, width: int = 32, many: bool = False):
     """(text encoder, tokenizer) of T5's kind, or UMT5's."""
-    tokenizer = words.t5_tokenizer()
+    tokenizer = tokenizers.t5_tokenizer()
     config, kind = (T.UMT5Config, T.UMT5EncoderModel) if many else (T.T5Config, T.T5EncoderModel)
     settings = config(
         vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=4,
@@ -63,7 +63,7 @@ def t5(key: str, width: int = 32, many: bool = False):
 
 def gemma(key: str, width: int = 32):
     """(text encoder, tokenizer) of Gemma 2's kind."""
-    tokenizer = words.gemma_tokenizer()
+    tokenizer = tokenizers.gemma_tokenizer()
     config = T.Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, query_pre_attn_scalar=8, sliding_window=64,
@@ -74,7 +74,7 @@ def gemma(key: str, width: int = 32):
 
 def qwen3(key: str, kind: Any, width: int = 32):
     """(text encoder, tokenizer) of Qwen 3's kind."""
-    tokenizer = words.qwen_tokenizer()
+    tokenizer = tokenizers.qwen_tokenizer()
     config = T.Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=2048,
@@ -86,7 +86,7 @@ def qwen3(key: str, kind: Any, width: int = 32):
 
 def qwen_vl(key: str, width: int = 32):
     """(text encoder, tokenizer) of Qwen 2.5-VL's kind."""
-    tokenizer = words.qwen_tokenizer()
+    tokenizer = tokenizers.qwen_tokenizer()
     number = tokenizer.convert_tokens_to_ids
     rope = {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]}
     text = {

@@ -10,7 +10,7 @@ import sfumato
 from sfumato.cli import app
 from sfumato.errors import Refused
 
-from .test_text_training import kept, train
+from .test_text_encoder_training import kept, train
 from .test_training import write_recipe
 from .zoo import ZOO
 
