@@ -69,44 +69,44 @@ def report(
     """
     tell = progress or (lambda done, total, phase: None)
     shown = survey.evenly_spaced(len(collection.samples), SHOWN)
-    seen, broken = survey.inspect_images(collection.samples, shown, tell)
+    images, broken = survey.inspect_images(collection.samples, shown, tell)
     set_aside = [*collection.set_aside, *broken]
-    sizes = [one.size for one in seen]
-    near = survey.near_pairs(seen)
+    sizes = [one.size for one in images]
+    near = survey.near_pairs(images)
     plan = buckets.choose(sizes, resolution, stride, count)
-    captions = [caption for one in seen for caption in one.sample.captions if caption]
+    captions = [caption for one in images for caption in one.sample.captions if caption]
     summary = {
         "name": collection.name,
-        "samples": len(seen),
+        "samples": len(images),
         "captions": len(captions),
-        "train": sum(one.sample.split == TRAIN for one in seen),
-        "held_out": sum(one.sample.split == HELD_OUT for one in seen),
+        "train": sum(one.sample.split == TRAIN for one in images),
+        "held_out": sum(one.sample.split == HELD_OUT for one in images),
         "sizes": {f"{w}x{h}": n for (w, h), n in sorted(Counter(sizes).items(), key=lambda item: -item[1])},
         "caption_statistics": _captions(captions),
         "tokens": _tokens(captions, tokens, most_tokens),
         "truncated": truncated(sorted(set(captions)), tokens, most_tokens) if tokens else [],
         "classes": collection.classes,
-        "labels": _labels(seen, collection.classes),
-        "companions": dict(Counter(name for one in seen for name in one.sample.companions)),
-        "kinds": dict(Counter(_kind(one.sample.name) for one in seen).most_common()),
+        "labels": _labels(images, collection.classes),
+        "companions": dict(Counter(name for one in images for name in one.sample.companions)),
+        "kinds": dict(Counter(_kind(one.sample.name) for one in images).most_common()),
         "aspect": _histogram([w / h for w, h in sizes], ASPECTS),
         "megapixels": _histogram([w * h / 1e6 for w, h in sizes], MEGAPIXELS),
-        "clips": _clips(seen, frames, fps),
+        "clips": _clips(images, frames, fps),
         "bucket_plan": {
             "resolution": resolution,
             "stride": stride,
             **_fitted(sizes, plan, resolution, stride),
         },
-        "equal_pictures": [[printable(name) for name in names] for names in survey.equal_groups(seen)],
+        "equal_pictures": [[printable(name) for name in names] for names in survey.equal_groups(images)],
         "near_duplicates": [
-            [printable(seen[i].sample.name), printable(seen[j].sample.name), round(apart, 4)]
+            [printable(images[i].sample.name), printable(images[j].sample.name), round(apart, 4)]
             for i, j, apart in near[:200]
         ],
         "near_duplicate_pairs": len(near),
-        "leaks": [[printable(a), printable(b), why] for a, b, why in survey.leaks(seen, near)],
+        "leaks": [[printable(a), printable(b), why] for a, b, why in survey.leaks(images, near)],
         "set_aside": [{"file": printable(one.file), "reason": one.reason} for one in set_aside],
     }
-    return DatasetReport(summary, _sheets(seen, plan), _twins(seen, near))
+    return DatasetReport(summary, _sheets(images, plan), _twins(images, near))
 
 
 def _fitted(
@@ -126,9 +126,9 @@ def _kind(name: str) -> str:
     return PurePosixPath(name).suffix.lower().lstrip(".") or "drawn"
 
 
-def _labels(seen: Sequence[survey.ImageInfo], classes: Sequence[str]) -> list[list[Any]]:
+def _labels(images: Sequence[survey.ImageInfo], classes: Sequence[str]) -> list[list[Any]]:
     """[class, pictures] of those that have a class, the largest first."""
-    counted = Counter(one.sample.label for one in seen if one.sample.label is not None)
+    counted = Counter(one.sample.label for one in images if one.sample.label is not None)
     return [
         [classes[label] if 0 <= label < len(classes) else str(label), number]
         for label, number in counted.most_common()
@@ -136,13 +136,13 @@ def _labels(seen: Sequence[survey.ImageInfo], classes: Sequence[str]) -> list[li
 
 
 def _twins(
-    seen: Sequence[survey.ImageInfo], near: Sequence[tuple[int, int, float]]
+    images: Sequence[survey.ImageInfo], near: Sequence[tuple[int, int, float]]
 ) -> list[tuple[str, list[tuple[str, str]]]]:
     """Some of the pictures that are equal or look alike, to be shown side by side."""
-    by_name = {one.sample.name: one for one in seen}
-    groups = [(names[:2], f"{len(names)} equal pictures") for names in survey.equal_groups(seen)]
+    by_name = {one.sample.name: one for one in images}
+    groups = [(names[:2], f"{len(names)} equal pictures") for names in survey.equal_groups(images)]
     groups += [
-        ([seen[i].sample.name, seen[j].sample.name], f"alike, {apart:.1%} apart") for i, j, apart in near
+        ([images[i].sample.name, images[j].sample.name], f"alike, {apart:.1%} apart") for i, j, apart in near
     ]
     shown = []
     for names, why in groups[:PAIRS]:
@@ -152,9 +152,9 @@ def _twins(
     return shown
 
 
-def _clips(seen: Sequence[survey.ImageInfo], frames: int, fps: float) -> dict[str, Any] | None:
+def _clips(images: Sequence[survey.ImageInfo], frames: int, fps: float) -> dict[str, Any] | None:
     """How long the clips are, their rates, and which are too short; None where there are none."""
-    named = [(one.sample.name, one.clip) for one in seen if one.clip is not None]
+    named = [(one.sample.name, one.clip) for one in images if one.clip is not None]
     if not named:
         return None
     found = [clip for _, clip in named]
@@ -225,9 +225,9 @@ def _histogram(values: Sequence[float], edges: Sequence[float]) -> list[list[Any
     return [[labels[i], counts[i]] for i in range(filled[0], filled[-1] + 1)]
 
 
-def _sheets(seen: Sequence[survey.ImageInfo], plan: buckets.Buckets) -> list[tuple[str, list[Thumbnail]]]:
+def _sheets(images: Sequence[survey.ImageInfo], plan: buckets.Buckets) -> list[tuple[str, list[Thumbnail]]]:
     sheets: dict[buckets.Size, list[Thumbnail]] = {shape: [] for shape in plan.shapes}
-    for one in seen:
+    for one in images:
         if one.thumbnail:
             caption = one.sample.captions[0] if one.sample.captions else ""
             shape = plan(one.size)

@@ -60,16 +60,16 @@ def inspect_images(
         shown = _thumbnail(picture) if number in thumbnails else ""
         return ImageInfo(sample, picture.size, content, small.reshape(-1), shown, clip)
 
-    seen: list[ImageInfo] = []
+    images: list[ImageInfo] = []
     broken: list[SetAside] = []
     with ThreadPoolExecutor(2) as pool:
         for done, found in enumerate(pool.map(one, enumerate(samples), chunksize=1)):
             if isinstance(found, ImageInfo):
-                seen.append(found)
+                images.append(found)
             else:
                 broken.append(found)
             progress(done + 1, len(samples), "looking")
-    return seen, broken
+    return images, broken
 
 
 def _thumbnail(picture: Image.Image) -> str:
@@ -91,24 +91,24 @@ def thumbnail_of(one: ImageInfo) -> str:
     )
 
 
-def equal_groups(seen: Sequence[ImageInfo]) -> list[list[str]]:
+def equal_groups(images: Sequence[ImageInfo]) -> list[list[str]]:
     """Names of pictures whose bytes are the same."""
     by_content: dict[str, list[str]] = {}
-    for one in seen:
+    for one in images:
         by_content.setdefault(one.content, []).append(one.sample.name)
     return [names for names in by_content.values() if len(names) > 1]
 
 
-def near_pairs(seen: Sequence[ImageInfo]) -> list[tuple[int, int, float]]:
+def near_pairs(images: Sequence[ImageInfo]) -> list[tuple[int, int, float]]:
     """(i, j, difference) of pictures that look alike though their bytes differ, the likest first.
 
     At most MOST_PAIRS. All pairs are compared; of more than MOST_COMPARED pictures, so many, evenly spread.
     """
-    step = max(1, -(-len(seen) // MOST_COMPARED))
-    chosen = range(0, len(seen), step)
+    step = max(1, -(-len(images) // MOST_COMPARED))
+    chosen = range(0, len(images), step)
     if len(chosen) < 2:
         return []
-    table = np.stack([seen[i].descriptor for i in chosen])
+    table = np.stack([images[i].descriptor for i in chosen])
     squares = np.square(table).sum(1)
     limit = NEAR**2 * table.shape[1]
     found: list[tuple[int, int, float]] = []
@@ -118,23 +118,25 @@ def near_pairs(seen: Sequence[ImageInfo]) -> list[tuple[int, int, float]]:
         rows, columns = np.nonzero(np.triu(apart < limit, 1))
         for row, column in zip((rows + at).tolist(), (columns + at).tolist(), strict=True):
             i, j = chosen[row], chosen[column]
-            if seen[i].content != seen[j].content:
-                difference = float(np.square(seen[i].descriptor - seen[j].descriptor).mean()) ** 0.5
+            if images[i].content != images[j].content:
+                difference = float(np.square(images[i].descriptor - images[j].descriptor).mean()) ** 0.5
                 found.append((i, j, difference))
             if len(found) >= MOST_PAIRS:
                 return sorted(found, key=lambda pair: pair[2])
     return sorted(found, key=lambda pair: pair[2])
 
 
-def leaks(seen: Sequence[ImageInfo], near: Sequence[tuple[int, int, float]]) -> list[tuple[str, str, str]]:
+def leaks(images: Sequence[ImageInfo], near: Sequence[tuple[int, int, float]]) -> list[tuple[str, str, str]]:
     """(train name, held-out name, why) of samples that stand on both sides of the split."""
     found = []
     by_content: dict[str, list[ImageInfo]] = {}
-    for one in seen:
+    for one in images:
         by_content.setdefault(one.content, []).append(one)
     for group in by_content.values():
         found += [_sides(a, b, "equal pictures") for a, b in combinations(group[:20], 2) if _crosses(a, b)]
-    found += [_sides(seen[i], seen[j], "near duplicates") for i, j, _ in near if _crosses(seen[i], seen[j])]
+    found += [
+        _sides(images[i], images[j], "near duplicates") for i, j, _ in near if _crosses(images[i], images[j])
+    ]
     return found
 
 

@@ -16,7 +16,7 @@ from sfumato.theory import noise
 
 
 def kernel_distance(
-    real: Tensor, drawn: Tensor, subset: int = 100, subsets: int = 50, seed: int = 0, note: str = ""
+    real: Tensor, generated: Tensor, subset: int = 100, subsets: int = 50, seed: int = 0, note: str = ""
 ) -> Measure:
     """The distance of features [N, D] and [M, D], averaged over random subsets, with the mean's error.
 
@@ -24,17 +24,17 @@ def kernel_distance(
     one that hardly varies among the real ones counts by a tenth of the usual deviation, or it would drown
     all others.
     """
-    real, drawn = real.double(), drawn.double()
+    real, generated = real.double(), generated.double()
     mean, deviation = real.mean(0), real.std(0)
     deviation = deviation.clamp_min(max(float(deviation.mean()) / 10, 1e-12))
-    real, drawn = (real - mean) / deviation, (drawn - mean) / deviation
-    size = min(subset, len(real), len(drawn))
+    real, generated = (real - mean) / deviation, (generated - mean) / deviation
+    size = min(subset, len(real), len(generated))
     if size < 2:
         raise ValueError("the kernel distance needs two pictures of each set")
     values: list[float] = []
     for index in range(subsets):
         ours = real[noise.permutation(len(real), seed, "kid-real", index)[:size]]
-        theirs = drawn[noise.permutation(len(drawn), seed, "kid-drawn", index)[:size]]
+        theirs = generated[noise.permutation(len(generated), seed, "kid-drawn", index)[:size]]
         values.append(_unbiased_mmd(ours, theirs))
     return mean_with_error(values, note)
 

@@ -45,7 +45,7 @@ def nearest_distance_ratios(pictures: Tensor, train: Tensor) -> tuple[list[int],
     return [int(index) for index in found.indices[:, 0]], [float(one) for one in ratio]
 
 
-def measure_memorization(drawn: Tensor, train: Tensor, held_out: Tensor | None = None) -> Memorization:
+def measure_memorization(generated: Tensor, train: Tensor, held_out: Tensor | None = None) -> Memorization:
     """Measure drawn pictures against the training pictures, and against held-out ones if there are enough.
 
     Raises:
@@ -53,7 +53,7 @@ def measure_memorization(drawn: Tensor, train: Tensor, held_out: Tensor | None =
     """
     if len(train) < 3:
         raise ValueError("memorisation is measured against at least three training pictures")
-    nearest, ratio = nearest_distance_ratios(drawn, train)
+    nearest, ratio = nearest_distance_ratios(generated, train)
     line, note = PLAINLY, f"nearest training picture within {PLAINLY:g} of the next {OTHERS}"
     if held_out is not None and len(held_out) >= 1 / QUANTILE:
         own = torch.tensor(nearest_distance_ratios(held_out, train)[1])

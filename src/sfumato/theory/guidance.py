@@ -77,22 +77,22 @@ def batched_call(every: Stacked, form: Callable[..., Denoise], answers: int = 2)
         Refused: unless every row of the stacked batch is answered.
     """
 
-    heard: list[Tensor] = []
-    formed = form(*(_heard(heard, index) for index in range(answers)))  # once: a form may remember
+    outputs: list[Tensor] = []
+    formed = form(*(_fixed_output(outputs, index) for index in range(answers)))  # once: a form may remember
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         t = t.expand(len(x_t)) if t.ndim == 0 else t
         out = every(torch.cat([x_t] * answers), torch.cat([t] * answers))
         if len(out) != answers * len(x_t):
             raise Refused(f"A batch of {answers} × {len(x_t)} was answered with {len(out)} rows; answer all.")
-        heard[:] = out.chunk(answers)
+        outputs[:] = out.chunk(answers)
         return formed(x_t, t)
 
     return denoise
 
 
-def _heard(heard: list[Tensor], index: int) -> Denoise:
-    return lambda x_t, t: heard[index]
+def _fixed_output(outputs: list[Tensor], index: int) -> Denoise:
+    return lambda x_t, t: outputs[index]
 
 
 def plus_perturbed(guided: Denoise, strong: Denoise, perturbed: Denoise, scale: float) -> Denoise:

@@ -97,8 +97,8 @@ class Trajectory:
         Raises:
             Refused: where the theory is singular, before anything is sampled.
         """
-        readers = self.weights(torch.stack(self.theory.velocity_coefficients(times), -1))
-        return [Node(t, *reader) for t, reader in zip(self.network_times(times), readers, strict=True)]
+        coefficients = self.weights(torch.stack(self.theory.velocity_coefficients(times), -1))
+        return [Node(t, *row) for t, row in zip(self.network_times(times), coefficients, strict=True)]
 
     def velocity(self, node: Node, z: Samples) -> Tensor:
         """v at z: the network asked once."""

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 
-from sfumato.data.encoding.encode_plan import SEEN
+from sfumato.data.encoding.encode_plan import PROMPT_IMAGE_MARK
 from sfumato.data.encoding.views import Companion
 from sfumato.data.settings import DataSettings
 from sfumato.data.sources import clips
@@ -119,7 +119,7 @@ def text_image_encoder(
     def read(texts: Sequence[str]) -> Rows:
         rows = []
         for text in texts:
-            caption, _, content = text.partition(SEEN)
+            caption, _, content = text.partition(PROMPT_IMAGE_MARK)
             one = fit_picture(settings, source_image(settings, known[content]))
             ask: Any = model.conditioner if caption else model.conditioner.encode_negative
             row = ask([caption or None], image=[one]).row(0)

@@ -130,7 +130,7 @@ def encoded_samples(
             part,
             companions=beside,
             owner=Owner(recipe.output, stage),
-            seen=base_images.picture_key(model, data),
+            prompt_image=base_images.picture_key(model, data),
         )
 
     found = filled(how)

@@ -55,8 +55,8 @@ class _Run:
 
     def quantize(self, kind: str, tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
         """The tensors as they are stored; of the first entries of a kind it is measured what that costs."""
-        if form != "same" and len(seen := self.errors.setdefault(f"{kind} as {form}", [])) < MEASURED:
-            seen.append(formats.quantization_error(tensors, form))
+        if form != "same" and len(costs := self.errors.setdefault(f"{kind} as {form}", [])) < MEASURED:
+            costs.append(formats.quantization_error(tensors, form))
         return formats.quantize(tensors, form)
 
     def count(self, what: str, number: int = 1) -> None:
@@ -79,7 +79,7 @@ def encode_to_store(
     patience: float = 600.0,
     companions: Mapping[str, Companion] | None = None,
     owner: Owner | None = None,
-    seen: Callable[[Sample], str] | None = None,
+    prompt_image: Callable[[Sample], str] | None = None,
 ) -> EncodedDataset:
     """Encode what the store lacks of these samples, verify what it has, and return them ready to be read.
 
@@ -93,8 +93,8 @@ def encode_to_store(
             shard, waits for the others (while shards come, and `patience` seconds more) and takes over from
             those that died.
         companions: which further pictures of the samples ("control", "mask", …) to encode too, and how.
-        seen: the content of the picture that a sample's words are read beside, where they are; captions are
-            then asked as `encode_plan.text_key` writes them.
+        prompt_image: the content of the picture that a sample's words are read beside, where they are;
+            captions are then asked as `encode_plan.text_key` writes them.
         owner: the run that all this is for; while its folder exists, the entries are not collected.
     Returns:
         The set, its `set_aside` naming every sample that could not be used, its `notes` what was repaired.
@@ -103,7 +103,7 @@ def encode_to_store(
     """
     run = _Run(store, options, progress or (lambda done, total, phase: None), part)
     work = plan_encoding(
-        samples, bucket_of, options, companions or {}, encode_captions is not None, run.progress, seen
+        samples, bucket_of, options, companions or {}, encode_captions is not None, run.progress, prompt_image
     )
     run.set_aside, pictures, texts = work.set_aside, work.pictures, work.texts
     encoders = {"": encode_pixels, **{name: one.encode for name, one in (companions or {}).items()}}
@@ -279,7 +279,7 @@ def _gather(
             continue
         captions = tuple((caption, work.text(task.sample, caption)) for caption in task.sample.captions)
         with_them = {name: _locations(other, by_key) for name, other in own.items()}
-        null = work.text(task.sample, "") if work.seen else ""
+        null = work.text(task.sample, "") if work.prompt_images else ""
         pictures = _locations(task, by_key)
         items.append(Item(task.sample, pictures, captions, task.size, task.bucket, with_them, null))
     if not items:

@@ -24,18 +24,19 @@ class EncodePlan:
     """What is to be in the store, and the samples that cannot be used.
 
     tasks are of the samples, companion_tasks those of their companions by (sample's name, which), texts the
-    captions with their keys. seen: where words are read beside a picture, its content by the sample's name.
+    captions with their keys. prompt_images: where words are read beside a picture, its content by the
+    sample's name.
     """
 
     tasks: list[EncodingTask]
     companion_tasks: dict[tuple[str, str], EncodingTask]
     texts: dict[str, str]
     set_aside: list[SetAside]
-    seen: dict[str, str] = field(default_factory=dict)
+    prompt_images: dict[str, str] = field(default_factory=dict)
 
     def text(self, sample: Sample, caption: str) -> str:
         """The key of a sample's caption; "" without texts."""
-        return self.texts.get(text_key(caption, self.seen.get(sample.name, "")), "")
+        return self.texts.get(text_key(caption, self.prompt_images.get(sample.name, "")), "")
 
     @property
     def pictures(self) -> list[EncodingTask]:
@@ -55,12 +56,12 @@ def plan_encoding(
     companions: Mapping[str, Companion],
     with_texts: bool,
     progress: Progress,
-    seen: Callable[[Sample], str] | None = None,
+    prompt_image: Callable[[Sample], str] | None = None,
 ) -> EncodePlan:
     """Look at every sample and say what is to be encoded; nothing is decoded or written.
 
     Args:
-        seen: the content of the picture that a sample's words are read beside, where they are.
+        prompt_image: the content of the picture that a sample's words are read beside, where they are.
     """
 
     def look(sample: Sample) -> EncodingTask | SetAside:
@@ -76,23 +77,25 @@ def plan_encoding(
                 tasks.append(found)
             progress(done + 1, len(samples), "reading")
     whole, companion_tasks = _companions(tasks, companions, options, set_aside)
-    contents = {task.sample.name: seen(task.sample) for task in whole} if seen and with_texts else {}
+    contents = (
+        {task.sample.name: prompt_image(task.sample) for task in whole} if prompt_image and with_texts else {}
+    )
     captions = {
         text_key(caption, contents.get(task.sample.name, ""))
         for task in whole
         for caption in (*task.sample.captions, "")
     }
-    captions |= set() if contents or seen else {""}
+    captions |= set() if contents or prompt_image else {""}
     texts = {caption: _text_key(options, caption) for caption in captions} if with_texts else {}
     return EncodePlan(whole, companion_tasks, texts, set_aside, contents)
 
 
-SEEN = "\0"
+PROMPT_IMAGE_MARK = "\0"
 
 
 def text_key(caption: str, content: str) -> str:
     """What a text encoder is asked: a caption, and the content of the picture beside it, if there is one."""
-    return f"{caption}{SEEN}{content}" if content else caption
+    return f"{caption}{PROMPT_IMAGE_MARK}{content}" if content else caption
 
 
 def _companions(

@@ -25,10 +25,10 @@ from sfumato.run_folder import explain_disk_errors
 BLOCK = 256  # samples that one shard of the ring holds, about
 SPARE = 4  # a smaller ring is still cut into so many shards
 
-Asked = Callable[[int], Sequence[tuple[Sequence[int], int]]]
+StepIndices = Callable[[int], Sequence[tuple[Sequence[int], int]]]
 """The parts of a step that this process reads: (indices, epoch) of each."""
 Stored = dict[str, Tensor]
-Group = tuple[list[EntryLocation], tuple[str, ...]]
+ViewGroup = tuple[list[EntryLocation], tuple[str, ...]]
 """Views that are encoded together, and which of their tensors are kept (all if none is named)."""
 
 
@@ -48,11 +48,11 @@ class RingDataset(StreamingDataset):
         super().__post_init__()
         self._worker: _Worker | None = None
 
-    def start_prefetch(self, asked: Asked, largest: int, seed: int) -> None:
+    def start_prefetch(self, reads: StepIndices, largest: int, seed: int) -> None:
         """Begin to look ahead.
 
         Args:
-            asked: what this process reads in each step; largest: samples in the largest step.
+            reads: what this process reads in each step; largest: samples in the largest step.
         Raises:
             Refused: the limit cannot hold the encodings of one step.
         """
@@ -67,9 +67,9 @@ class RingDataset(StreamingDataset):
         steps = max(1, min(self.limit // (SPARE * step_bytes), -(-BLOCK // largest)))
         room = self.limit // (steps * step_bytes)
 
-        def groups(step: int) -> list[Group]:
-            found: list[Group] = []
-            for indices, epoch in asked(step):
+        def groups(step: int) -> list[ViewGroup]:
+            found: list[ViewGroup] = []
+            for indices, epoch in reads(step):
                 shown = self.locations_of(indices, seed, epoch)
                 found += [
                     (locations, self.fields_to_read if not name else ()) for name, locations in shown.items()
@@ -99,7 +99,9 @@ class RingDataset(StreamingDataset):
 class _Worker:
     """The thread that encodes ahead, and what it has encoded: in memory until its shard is written."""
 
-    def __init__(self, of: RingDataset, groups: Callable[[int], list[Group]], steps: int, room: int) -> None:
+    def __init__(
+        self, of: RingDataset, groups: Callable[[int], list[ViewGroup]], steps: int, room: int
+    ) -> None:
         self.of, self.groups, self.steps, self.room = of, groups, steps, room
         self.changed = threading.Condition()
         self.here, self.taken = 0, -1  # the step being read; the last block that was taken on
@@ -157,12 +159,12 @@ class _Worker:
     def _fill(self, block: int, first: int) -> None:
         """Encode what the steps of a block show, from the step `first` on, and write it as a shard."""
         try:
-            asked = {
+            reads = {
                 _name(locations, only): (locations, only)
                 for step in range(first, (block + 1) * self.steps)
                 for locations, only in self.groups(step)
             }
-            lacking = {name: group for name, group in asked.items() if name not in self.locations}
+            lacking = {name: group for name, group in reads.items() if name not in self.locations}
             with self.changed:
                 self.expected |= set(lacking)
             made: dict[str, Stored] = {}

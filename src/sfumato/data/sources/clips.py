@@ -148,20 +148,18 @@ def read_frames(
             f"need {needed:.2f} s"
         )
     start = piece.start(known.seconds)
-    moments = [start + index / piece.fps + SLACK for index in range(piece.frames)]
+    times = [start + index / piece.fps + SLACK for index in range(piece.frames)]
     if name.lower().endswith(media.CLIPS):
         with _opened(source) as container:
-            frames = _sample_frames(moments, _video(container))
+            frames = _sample_frames(times, _video(container))
     else:
-        frames = _sample_frames(
-            moments, ((when, image) for when, image, _ in _animation(source, decode=True))
-        )
+        frames = _sample_frames(times, ((when, image) for when, image, _ in _animation(source, decode=True)))
     if len(frames) < piece.frames:
         raise media.Unreadable(f"a clip that ends after {len(frames)} of the {piece.frames} frames asked for")
     return torch.stack([media.center_crop_resize(frame, width, height) for frame in frames], 1)
 
 
-def _sample_frames(moments: list[float], frames: Iterator[tuple[float, Image.Image]]) -> list[Image.Image]:
+def _sample_frames(times: list[float], frames: Iterator[tuple[float, Image.Image]]) -> list[Image.Image]:
     """The frame shown at each moment; the last frame is held for half a frame's time at most."""
     found: list[Image.Image] = []
     shown: Image.Image | None = None
@@ -169,14 +167,12 @@ def _sample_frames(moments: list[float], frames: Iterator[tuple[float, Image.Ima
     for looked, (when, image) in enumerate(frames):
         begin = when if begin is None else begin
         when -= begin
-        while shown is not None and len(found) < len(moments) and moments[len(found)] < when:
+        while shown is not None and len(found) < len(times) and times[len(found)] < when:
             found.append(shown)
-        if len(found) == len(moments) or looked > MOST_DECODED:
+        if len(found) == len(times) or looked > MOST_DECODED:
             return found
         shown, step, last = image, max(step, when - last), when
-    while (
-        shown is not None and len(found) < len(moments) and moments[len(found)] <= last + 1.5 * step + SLACK
-    ):
+    while shown is not None and len(found) < len(times) and times[len(found)] <= last + 1.5 * step + SLACK:
         found.append(shown)
     return found
 

@@ -62,8 +62,8 @@ class MovingShape:
 
 def clip(crossing: MovingShape, size: int, frames: int = FRAMES) -> np.ndarray:
     """The frames, uint8 [frames, size, size, 3]."""
-    moments = [index / max(1, frames - 1) for index in range(frames)]
-    return np.stack([np.asarray(crossing.frame(when, size)) for when in moments])
+    times = [index / max(1, frames - 1) for index in range(frames)]
+    return np.stack([np.asarray(crossing.frame(when, size)) for when in times])
 
 
 @lru_cache(maxsize=4096)
@@ -159,13 +159,13 @@ def follow(frames: np.ndarray, color: str) -> Track:
     """Follow the thing of a color through frames uint8 [F, H, W, 3]."""
     places, kinds, alone = [], [], 0
     for index, frame in enumerate(frames):
-        seen = shape_reader.read(Image.fromarray(frame))
-        mine = [thing for thing in seen if thing.color == color]
+        found = shape_reader.read(Image.fromarray(frame))
+        mine = [thing for thing in found if thing.color == color]
         if mine:
             largest = max(mine, key=lambda thing: thing.radius)
             places.append((index, largest.x, largest.y))
             kinds.append(largest.shape)
-            alone += len(seen) == 1
+            alone += len(found) == 1
     return Track(places, kinds, alone, len(frames))
 
 

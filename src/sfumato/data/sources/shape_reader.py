@@ -156,10 +156,10 @@ def judge(image: Image.Image, caption: str) -> dict[str, bool]:
     Raises:
         Refused: when the caption is not in the words of this data set.
     """
-    asked, seen = parse(caption), read(image)
+    asked, things = parse(caption), read(image)
     wanted = sorted((thing.shape, thing.color) for thing in asked.things)
-    exact = wanted == sorted((thing.shape, thing.color) for thing in seen)
-    by_color = {thing.color: thing for thing in reversed(seen)}
+    exact = wanted == sorted((thing.shape, thing.color) for thing in things)
+    by_color = {thing.color: thing for thing in reversed(things)}
     there = [by_color.get(thing.color) for thing in asked.things]
     found = [thing for thing in there if thing is not None]
     complete = len(found) == len(asked.things)

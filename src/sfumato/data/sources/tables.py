@@ -35,7 +35,7 @@ class TableFile:
 
     inside: str
     schema: Any
-    plain: Any
+    rows: Any
     cell: Cell
     split: str
 
@@ -96,8 +96,8 @@ def parquet(root: Path, options: SourceOptions) -> Collection:
             continue
         try:
             schema = pq.ParquetFile(path).schema_arrow
-            plain = [name for name in schema.names if not _holds_pictures(schema.field(name).type)]
-            table = pq.read_table(path, columns=plain)
+            columns = [name for name in schema.names if not _holds_pictures(schema.field(name).type)]
+            table = pq.read_table(path, columns=columns)
         except (OSError, ValueError) as problem:  # pyarrow's own errors are both
             result.set_aside.append(SetAside(inside, f"no Parquet file that can be read: {problem}"))
             continue
@@ -122,21 +122,23 @@ def _add(table: TableFile, options: SourceOptions, result: Collection) -> None:
     text = next((name for name in metadata.CAPTION_COLUMNS if name in names), None)
     label = next((name for name in metadata.LABELS if name in names), None)
     classes = _class_names(table.schema, label)
-    beside = {column: what for column in holds if column != picture and (what := _what(column, options))}
+    companion_columns = {
+        column: what for column in holds if column != picture and (what := _what(column, options))
+    }
     if picture is None or (options.captions == "files" and text is None and not classes):
         wanted = "image" if picture is None else "caption or text"
         raise Refused(f"{table.inside} has no column {wanted}; it has {', '.join(names)}.")
     result.classes = max(result.classes, classes, key=len)
-    texts = table.plain[text].to_pylist() if text else None
-    labels = table.plain[label].to_pylist() if label else None
-    for row in range(table.plain.num_rows):
+    texts = table.rows[text].to_pylist() if text else None
+    labels = table.rows[label].to_pylist() if label else None
+    for row in range(table.rows.num_rows):
         number, read = labels[row] if labels else None, table.cell(picture, row)
         name = f"{table.inside}/{row:08d}{_ending(read, picture in ('video', 'clip'))}"
         found, reason = _captions(options, texts and texts[row], number, classes, text is not None)
         if reason or read is None:
             result.set_aside.append(SetAside(name, reason or "there is no picture"))
             continue
-        others = {what: table.cell(column, row) for column, what in beside.items()}
+        others = {what: table.cell(column, row) for column, what in companion_columns.items()}
         companions = {what: other for what, other in others.items() if other is not None}
         whole = number if isinstance(number, int) else None
         result.samples.append(

@@ -59,10 +59,10 @@ def collection(word: str, companions: Sequence[str] = (), captioned: bool = True
             raise Refused(f"data.train: {problem_in(word, problem)}. {CONTRACT}") from problem
     if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
         raise Refused(f"data.train: {word} is a {type(items).__name__}. {CONTRACT}")
-    count, said = len(cast(Any, items)), getattr(items, "fingerprint", "")
+    count, own = len(cast(Any, items)), getattr(items, "fingerprint", "")
     if not count:
         raise Refused(f"data.train: {word} has no items.")
-    fingerprint = str(said() if callable(said) else said)
+    fingerprint = str(own() if callable(own) else own)
     samples = [_sample(word, items, index, companions, captioned, fingerprint) for index in range(count)]
     names = [sample.name for sample in samples]
     if len(set(names)) < len(names):
@@ -110,7 +110,7 @@ def _sample(
         for field in companions
         if field in item
     }
-    said = {
+    extra = {
         k: str(v) for k, v in item.items() if k not in (*FIELDS, *others) and isinstance(v, str | int | float)
     }
     content = f"{fingerprint} {name}" if fingerprint and file is None else ""
@@ -118,7 +118,9 @@ def _sample(
     if drawn is not None:
         as_picture(picture, word, index, look=True)
     number = None if label is None else int(label)
-    return Sample(name, captions or ("",), file, split, number, drawn, content, companions=others, extra=said)
+    return Sample(
+        name, captions or ("",), file, split, number, drawn, content, companions=others, extra=extra
+    )
 
 
 def _is_many(caption: Any) -> bool:

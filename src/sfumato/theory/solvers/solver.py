@@ -42,7 +42,7 @@ class Method:
     """A solver: how it walks, what it costs, what it promises.
 
     Args:
-        walk: (trajectory, z, **options) → iterator of z = x_t/r, one a step; it plans before it returns.
+        sampler: (trajectory, z, **options) → iterator of z = x_t/r, one a step; it plans before it returns.
         cost: network evaluations of n steps at an order.
         expected_order: at an order, the power p of the widest step with which the error falls: see
             `widest_step`.
@@ -56,7 +56,7 @@ class Method:
             else along φ.
     """
 
-    walk: Callable[..., Iterator[Tensor]]
+    sampler: Callable[..., Iterator[Tensor]]
     cost: Callable[..., int] = _once
     expected_order: Callable[[int], int] = lambda order: order
     orders: tuple[int, ...] = ()
@@ -168,11 +168,11 @@ def solve(
     trajectory = Trajectory(denoise, theory, times, x_T)
     z = initial_state(x_T, theory, times[0] if times.ndim == 1 else times[:, 0])
     if method.yields_x:
-        return method.walk(trajectory, scaled(trajectory.radii[0], z), **settings)
-    walk = method.walk(trajectory, z, **settings)
+        return method.sampler(trajectory, scaled(trajectory.radii[0], z), **settings)
+    states = method.sampler(trajectory, z, **settings)
     if method.own_times:
-        return walk
-    return (scaled(r, z) for r, z in zip(trajectory.radii[1:], walk, strict=True))
+        return states
+    return (scaled(r, z) for r, z in zip(trajectory.radii[1:], states, strict=True))
 
 
 def integrate(
@@ -222,7 +222,7 @@ def _settings(
     noise: NoiseSource | None,
     options: dict[str, object],
 ) -> dict[str, object]:
-    taken = inspect.signature(method.walk).parameters
+    taken = inspect.signature(method.sampler).parameters
     known = [word for word in taken if word not in ("trajectory", "z", "order", "eta", "noise")]
     for word in options:
         if word not in known:
