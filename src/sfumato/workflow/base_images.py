@@ -177,9 +177,9 @@ def example_condition(model: Pipeline, settings: DataSettings, texts: Sequence[s
     found = training_images(conditioner, settings)
     if not found:
         return model.condition(texts)
-    grey = Image.new("RGB", (side, side), (128, 128, 128))
+    gray = Image.new("RGB", (side, side), (128, 128, 128))
     if encodes_text_with_image(conditioner):
-        condition = model.condition(texts, image=[grey] * count)
+        condition = model.condition(texts, image=[gray] * count)
     else:
         condition = conditioner.words(texts)  # type: ignore[attr-defined]
     frames = (settings.frames,) if settings.frames else ()

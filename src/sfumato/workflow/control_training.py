@@ -103,8 +103,8 @@ def with_blank_control(model: Pipeline, condition: Condition, side: int) -> Cond
     encodings: dict[str, Tensor] = {}
     for name, how in model.denoiser.encoders(model).items():
         width, height = how.size or (side, side)
-        grey = torch.zeros(1, 3, height, width, device=model.device, dtype=model.dtype)
-        encoding = how.encode(grey)
+        gray = torch.zeros(1, 3, height, width, device=model.device, dtype=model.dtype)
+        encoding = how.encode(gray)
         encodings[name] = encoding.expand(condition.size, *encoding.shape[1:])
     return Condition({**condition, **encodings}, size=condition.size)
 

@@ -54,7 +54,7 @@ class Processes:
         """Whether this process reports what its group computed."""
         return self.rank % self.group_size == 0
 
-    def agree(self, number: int) -> int:
+    def broadcast_number(self, number: int) -> int:
         """The number the leading process has."""
         if self.count == 1:
             return number

@@ -95,7 +95,7 @@ class Shards:
         return total
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         """Within it every process has all weights as they are now, and computes without the others."""
         for module in self.gathering_modules:
             module.set_reshard_after_forward(False, recurse=False)

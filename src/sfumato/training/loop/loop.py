@@ -396,7 +396,7 @@ class _Loop:
         """Take up the newest checkpoint that is whole; all processes the same."""
         folder = checkpoint.newest_intact(self.run, self.say) if self.processes.is_rank_zero else None
         number = -1 if folder is None else int(folder.name.removeprefix("step-"))
-        number = self.processes.agree(number)
+        number = self.processes.broadcast_number(number)
         if number < 0:
             if self.train_state.shards is None:
                 self.processes.broadcast_weights(self.network)

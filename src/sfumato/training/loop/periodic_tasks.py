@@ -100,7 +100,7 @@ class PeriodicTasks:
         shards = self.train_state.shards
         network.eval()
         try:
-            with torch.no_grad(), context, nullcontext() if shards is None else shards.gathered():
+            with torch.no_grad(), context, nullcontext() if shards is None else shards.unsharded():
                 return work(*args, **words)
         finally:
             network.train()

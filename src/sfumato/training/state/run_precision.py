@@ -21,4 +21,4 @@ def precision_of(settings: TrainSettings, device: torch.device, run: RunFolder) 
     found = effective_precision(settings.precision, device, settings.weight_dtype)
     if settings.precision == "auto" and settings.weight_dtype == "fp32":
         found = saved_precision(run) or found
-    return PRECISIONS[current_processes().agree(PRECISIONS.index(found))]
+    return PRECISIONS[current_processes().broadcast_number(PRECISIONS.index(found))]

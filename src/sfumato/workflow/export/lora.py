@@ -113,7 +113,7 @@ def write_lora(
     scale = alpha / plan.rank**0.5 if plan.rslora else alpha / plan.rank
     text = text_encoders.lora_of(model, tensors, to, scale)
     if "" not in tensors:
-        save_sealed(text.tensors, folder / LORA_FILE, {**info, **text.said})
+        save_sealed(text.tensors, folder / LORA_FILE, {**info, **text.metadata})
         return
     for second, part, network in experts(model, tensors[""]):
         config = network.peft_config[adapter.NAME]

@@ -31,7 +31,7 @@ class TextLora:
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def said(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """The metadata of a file that holds nothing else."""
         import json
 

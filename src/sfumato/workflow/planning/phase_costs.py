@@ -110,7 +110,7 @@ def codec_training(recipe: Recipe, codec: models.Codec, machine: Machine) -> Pha
     """Of training the codec first."""
     assert isinstance(codec, models.TrainableCodec)
     settings, frames = train_codec.codec_train_settings(recipe), recipe.data.frames or 1
-    pixels = _grey(recipe, settings.batch, machine.device)
+    pixels = _gray_pixels(recipe, settings.batch, machine.device)
     side = recipe.data.resolution
     noise = torch.zeros(settings.batch, *codec.latent_shape(side, side, frames), device=machine.device)
     network = _Again(codec)
@@ -122,7 +122,7 @@ def codec_training(recipe: Recipe, codec: models.Codec, machine: Machine) -> Pha
     return PhaseCost(found.seconds * settings.steps, found.peak)
 
 
-def _grey(recipe: Recipe, count: int, device: torch.device) -> Tensor:
+def _gray_pixels(recipe: Recipe, count: int, device: torch.device) -> Tensor:
     side, frames = recipe.data.resolution, recipe.data.frames
     return torch.zeros(count, 3, *([frames] if frames else []), side, side, device=device)
 
@@ -149,7 +149,7 @@ def encoding(
     work, wanted = _wanted(recipe, model, samples, bucket_of, how)
     seconds, peaks = 0.0, [0]
     if wanted["pictures"]:
-        pixels, encode = to_pixels(_grey(recipe, 1, machine.device)), posterior_encoder(model)
+        pixels, encode = to_pixels(_gray_pixels(recipe, 1, machine.device)), posterior_encoder(model)
         flops = flops_of(model.codec, lambda codec: codec.distribution(pixels.to("meta", model.dtype)))
         picture = machine.cost(lambda: encode(pixels), flops)
         each = picture.seconds * (1 + recipe.data.flip)
