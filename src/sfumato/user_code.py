@@ -1,6 +1,6 @@
 """One's own: `file.py:name` names anything a user wrote, wherever a recipe or a command takes a name.
 
-Python hands the object itself over: `word_of` names it, and inside `given` that word means this very object.
+Python hands the object itself over: `object_name` names it, and inside `use_objects` that word means it.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ def load_user_object(name: str) -> Any:
     if name in _GIVEN:
         return _GIVEN[name]
     where, _, what = name.rpartition(":")
-    if is_nameless(name):
+    if is_unnamed(name):
         raise Refused(
             f"{name} is an object that Python handed over and that {where} does not name: hand it over again "
             "in sfumato.train(…), or let a name at the top level of a file stand for it, as FILE.py:NAME."
@@ -60,7 +60,7 @@ def load_user_object(name: str) -> Any:
     return getattr(module, what)
 
 
-def make_own(name: str) -> Any:
+def make_user_object(name: str) -> Any:
     """What `file.py:name` stands for; a class is called without arguments.
 
     Raises:
@@ -74,7 +74,7 @@ def make_own(name: str) -> Any:
     except Refused:
         raise
     except Exception as problem:
-        raise Refused(f"{problem_in(name, problem)}. A class is made without arguments.") from problem
+        raise Refused(f"{describe_error(name, problem)}. A class is made without arguments.") from problem
 
 
 def check_call(
@@ -90,7 +90,7 @@ def check_call(
     except ValueError as problem:  # of what is written in C
         raise TypeError(str(problem)) from None
     before = first + (of_class and inspect.isfunction(work))
-    signature.bind(*[None] * before, **dict.fromkeys(asked_of(work, known)))
+    signature.bind(*[None] * before, **dict.fromkeys(accepted_arguments(work, known)))
 
 
 def code_hash(name: str) -> str:
@@ -99,12 +99,12 @@ def code_hash(name: str) -> str:
     return sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
 
 
-def is_nameless(name: str) -> bool:
+def is_unnamed(name: str) -> bool:
     """Whether the word stands for an object that its file has no name for: file.py:<Class>."""
     return name.endswith(">")
 
 
-def word_of(thing: Any) -> str:
+def object_name(thing: Any) -> str:
     """`file.py:name` of an object; `file.py:<Class>` where no file names it at its top level."""
     is_home = inspect.isclass(thing) or inspect.isfunction(thing)
     home: Any = thing if is_home else type(thing)
@@ -124,14 +124,14 @@ def file_of(module: Any) -> Path | None:
     return Path(file).absolute() if isinstance(file, str) and file.endswith(".py") else None
 
 
-def class_word(name: str) -> str:
+def named_class(name: str) -> str:
     """`file.py:Class` where the word is that of a nameless object, else the word itself."""
     where, _, what = name.rpartition(":")
-    return f"{where}:{what.strip('<>')}" if is_nameless(name) else name
+    return f"{where}:{what.strip('<>')}" if is_unnamed(name) else name
 
 
 @contextmanager
-def given(objects: Mapping[str, Any]) -> Iterator[None]:
+def use_objects(objects: Mapping[str, Any]) -> Iterator[None]:
     """Inside it these words mean these objects."""
     before = dict(_GIVEN)
     _GIVEN.update(objects)
@@ -142,7 +142,7 @@ def given(objects: Mapping[str, Any]) -> Iterator[None]:
         _GIVEN.update(before)
 
 
-def asked_of(work: Callable[..., Any], known: Iterable[str]) -> list[str]:
+def accepted_arguments(work: Callable[..., Any], known: Iterable[str]) -> list[str]:
     """Those of the known names that a function takes; all where it takes **rest."""
     parameters = inspect.signature(work).parameters
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
@@ -150,7 +150,7 @@ def asked_of(work: Callable[..., Any], known: Iterable[str]) -> list[str]:
     return [name for name in known if name in parameters]
 
 
-def problem_in(name: str, problem: BaseException) -> str:
+def describe_error(name: str, problem: BaseException) -> str:
     """`file.py:name, line 3: ValueError: …`: what went wrong in a user's code, in one line."""
     line = _line_in(problem, Path(name.rpartition(":")[0]))
     said = " ".join(str(problem).split())

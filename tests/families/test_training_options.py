@@ -120,9 +120,8 @@ def test_offloaded_weights_give_the_same_gradients(pixart):
     """Law: blocks whose weights come and go answer as before; two blocks are there at most."""
     model = copy.deepcopy(pixart)
     before = gradients(model)
-    offloaded = blocks.OffloadedBlocks(
-        blocks.blocks_of(adapter.peft_target(model.denoiser)), torch.device("cpu")
-    )
+    parts = blocks.blocks_of(adapter.peft_target(model.denoiser))
+    offloaded = blocks.OffloadedBlocks(parts, torch.device("cpu"))
     after = gradients(model)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert offloaded.copies >= 3

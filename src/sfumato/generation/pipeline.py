@@ -426,13 +426,13 @@ class Pipeline(Model):
         how.validate(self.denoiser, leans, has_negative)
         times = self.step_times(plan.schedule)
 
-        def asked_of(*conditions: Condition) -> Denoise:
+        def denoiser_of(*conditions: Condition) -> Denoise:
             joined = conditions[0] if len(conditions) == 1 else Condition.join(*conditions)
             embedded = policy.embed_guidance(joined, guidance).to(self.device, self.dtype)
             return lambda x_t, t: self.predict(x_t, t, images.at_step(embedded, t, times))
 
         answers = [images.add_to(prompted).to(self.device)]
-        alone = asked_of(*answers)
+        alone = denoiser_of(*answers)
         if not leans and not how.pag_scale:
             return alone
         other = how.autoguidance_denoiser(self, [request.prompt for request in todo], given)
@@ -448,7 +448,7 @@ class Pipeline(Model):
             perturbed = others[-1] if others else strong
             return how.apply(self.theory, policy, guidance, extra, strong, weak, perturbed)
 
-        guided = forms.batched_call(asked_of(*answers), form, len(answers))
+        guided = forms.batched_call(denoiser_of(*answers), form, len(answers))
         if how.interval is None:
             return guided
         return forms.only_in_interval(alone, guided, self.theory, *how.interval)

@@ -65,7 +65,7 @@ class Stage(nn.Module, ABC):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in RENAMED_MEMBERS and isinstance(value, PLAIN):
-            super().__setattr__(RENAMED_MEMBERS[name], value)
+            object.__setattr__(self, RENAMED_MEMBERS[name], value)
 
     def write_weights(self, folder: Path, by_name: bool = False) -> dict[str, Any]:
         """Write the weights into a folder; returns what the config says of them there, if anything.

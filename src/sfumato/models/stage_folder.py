@@ -30,14 +30,14 @@ def load_user_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
             stage = made(**arguments)
         except TypeError as problem:
             raise Refused(
-                f"{user_code.problem_in(word, problem)}. A {kind.__name__} is made by calling it with "
+                f"{user_code.describe_error(word, problem)}. A {kind.__name__} is made by calling it with "
                 f"{', '.join(arguments) or 'nothing'}."
             ) from problem
     else:
         stage = copy.deepcopy(made) if isinstance(made, Denoiser) else made
     if not isinstance(stage, kind):
         raise Refused(f"{word} gives a {type(stage).__name__}, but here a {kind.__name__} is needed.")
-    stage.own_name = "" if is_ours(type(stage)) else user_code.class_word(word)
+    stage.own_name = "" if is_ours(type(stage)) else user_code.named_class(word)
     return stage
 
 

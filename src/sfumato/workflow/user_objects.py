@@ -45,7 +45,7 @@ def with_user_objects(recipe: Recipe, objects: Mapping[str, Any]) -> Iterator[Re
             many = name == "callbacks" or (name == "dataset" and _are_several(given))
             words = [_word(name, one, known) for one in (given if many else [given])]
             values[KEYS[name]] = tuple(words) if many else words[0]
-    with user_code.given(known):
+    with user_code.use_objects(known):
         yield _with(recipe, values) if values else recipe
 
 
@@ -58,8 +58,8 @@ def _word(name: str, thing: Any, known: dict[str, Any]) -> str:
     """The word that stands for an object, which `known` learns."""
     if isinstance(thing, str):
         return thing
-    word, plain = user_code.word_of(thing), 1
-    if user_code.is_nameless(word) and name in NEEDED_TO_LOAD:
+    word, plain = user_code.object_name(thing), 1
+    if user_code.is_unnamed(word) and name in NEEDED_TO_LOAD:
         _check_class(name, thing)
     start = word
     while word in known and known[word] is not thing:
@@ -72,7 +72,7 @@ def _word(name: str, thing: Any, known: dict[str, Any]) -> str:
 def _check_class(name: str, thing: Any) -> None:
     """Raises Refused unless the thing is a stage whose class a file names."""
     kind = type(thing)
-    if isinstance(thing, Stage) and (is_ours(kind) or not user_code.is_nameless(user_code.word_of(kind))):
+    if isinstance(thing, Stage) and (is_ours(kind) or not user_code.is_unnamed(user_code.object_name(kind))):
         return
     what = thing.__qualname__ if inspect.isclass(thing) or inspect.isfunction(thing) else kind.__qualname__
     raise Refused(

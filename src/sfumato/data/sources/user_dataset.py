@@ -16,7 +16,7 @@ from PIL import Image
 
 from sfumato.data.sources.sample import Collection, Picture, Sample
 from sfumato.errors import Refused
-from sfumato.user_code import load_user_object, problem_in
+from sfumato.user_code import describe_error, load_user_object
 
 FIELDS = ("picture", "caption", "name", "label", "split")
 CONTRACT = (
@@ -56,7 +56,7 @@ def collection(word: str, companions: Sequence[str] = (), captioned: bool = True
         except Refused:
             raise
         except Exception as problem:
-            raise Refused(f"data.train: {problem_in(word, problem)}. {CONTRACT}") from problem
+            raise Refused(f"data.train: {describe_error(word, problem)}. {CONTRACT}") from problem
     if not (hasattr(items, "__len__") and hasattr(items, "__getitem__")):
         raise Refused(f"data.train: {word} is a {type(items).__name__}. {CONTRACT}")
     count, own = len(cast(Any, items)), getattr(items, "fingerprint", "")
@@ -81,7 +81,7 @@ def item_of(word: str, items: Any, index: int) -> Mapping[str, Any]:
     try:
         item = items[index]
     except Exception as problem:
-        raise Refused(f"data.train: item {index} fails in {problem_in(word, problem)}") from problem
+        raise Refused(f"data.train: item {index} fails in {describe_error(word, problem)}") from problem
     if not isinstance(item, Mapping) or "picture" not in item:
         what = f"without `picture` (it has {', '.join(map(str, item))})" if isinstance(item, Mapping) else ""
         raise Refused(f"data.train: item {index} of {word} is a {type(item).__name__} {what}. {CONTRACT}")

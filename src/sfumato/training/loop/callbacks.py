@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from sfumato.errors import Failed, Refused
 from sfumato.run_folder import RunFolder
 from sfumato.training.distributed.processes import current_processes
-from sfumato.user_code import asked_of, check_call, load_user_object, make_own, problem_in
+from sfumato.user_code import (
+    accepted_arguments,
+    check_call,
+    describe_error,
+    load_user_object,
+    make_user_object,
+)
 
 COMMON = ("step", "run", "network")
 HOOKS: Mapping[str, tuple[str, ...]] = {
@@ -63,7 +69,7 @@ class Callback:
             Refused: it has none of the hooks, or one that takes what is not known.
         """
         check(word)
-        return cls(word, make_own(word))
+        return cls(word, make_user_object(word))
 
     def call(self, hook: str, known: Mapping[str, Any]) -> None:
         """Call a hook, if there is one.
@@ -76,9 +82,9 @@ class Callback:
             return
         try:
             with torch.no_grad():
-                work(**{name: known[name] for name in asked_of(work, known)})
+                work(**{name: known[name] for name in accepted_arguments(work, known)})
         except Exception as problem:
-            where = problem_in(self.word, problem)
+            where = describe_error(self.word, problem)
             raise Failed(
                 f"train.callbacks: {hook} fails at step {known['step']} in {where}. Mend it or leave it out; "
                 "the same command goes on from the last checkpoint."

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused
-from sfumato.user_code import asked_of, check_call, load_user_object, make_own, problem_in
+from sfumato.user_code import (
+    accepted_arguments,
+    check_call,
+    describe_error,
+    load_user_object,
+    make_user_object,
+)
 
 KNOWN = ("t", "x_0", "x_t", "condition", "theory")
 """What a loss may be told beside answer and target: it is given those that its signature names."""
@@ -48,10 +54,10 @@ class UserLoss:
 
     def __init__(self, word: str, device: torch.device) -> None:
         check(word)
-        self.word, self.loss = word, make_own(word)
+        self.word, self.loss = word, make_user_object(word)
         if isinstance(self.loss, nn.Module):
             self.loss.to(device).eval().requires_grad_(False)
-        self.arguments = asked_of(signed(self.loss), KNOWN)
+        self.arguments = accepted_arguments(signed(self.loss), KNOWN)
 
     def __call__(self, answer: Tensor, target: Tensor, known: Mapping[str, Any]) -> Tensor:
         """Losses [B], or errors shaped like the answer.
@@ -64,7 +70,7 @@ class UserLoss:
         except (Refused, Failed, torch.OutOfMemoryError):
             raise
         except Exception as problem:
-            raise Failed(f"train.loss fails in {problem_in(self.word, problem)}") from problem
+            raise Failed(f"train.loss fails in {describe_error(self.word, problem)}") from problem
         if not isinstance(found, Tensor) or found.shape not in (answer.shape[:1], answer.shape):
             given = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
             raise Refused(
