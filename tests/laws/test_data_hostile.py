@@ -353,7 +353,7 @@ def test_folders_are_classes(tmp_path):
     assert reasons(found) == {"stray.png": "it lies in no class folder"}
 
 
-def test_a_caption_is_never_on_both_sides_and_a_split_column_is_honoured(tmp_path):
+def test_a_caption_is_never_on_both_sides_and_a_split_column_is_honored(tmp_path):
     rows = []
     for index in range(120):
         save(tmp_path / f"{index}.png", Image.new("RGB", (8, 8), RED))

@@ -15,7 +15,7 @@ def pictures(count: int, seed: int = 0) -> torch.Tensor:
     return noise.normal((3, 8, 8), seed, range(count), purpose="pictures").clamp(-1, 1)
 
 
-def test_a_picture_is_its_own_nearest_neighbour_whatever_its_dtype():
+def test_a_picture_is_its_own_nearest_neighbor_whatever_its_dtype():
     known = pictures(40)
     neighbors = Neighbors(known, [(f"thing {i}",) for i in range(40)])
     assert neighbors.nearest(known) == list(range(40))

@@ -106,7 +106,7 @@ def test_every_network_draws_under_every_theory(denoiser, theory, pixels):
 
 
 @pytest.mark.parametrize("codec", ["auto", "kl", "tiny"])
-def test_latents_of_a_settled_codec_are_normalised(codec, pixels):
+def test_latents_of_a_settled_codec_are_normalized(codec, pixels):
     made = new_codec(tiny(codec=codec))
     made.prepare(pixels)
     made.fit_normalization(pixels)

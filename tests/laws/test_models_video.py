@@ -78,7 +78,7 @@ def test_frames_see_each_other_and_know_when_they_are(attention):
     assert (asked(net, changed, clock, words(1))[:, :, 0] - out[:, :, 0]).abs().max() > 1e-4
 
 
-def test_factorised_attention_is_over_space_then_over_time():
+def test_factorized_attention_is_over_space_then_over_time():
     """In a network of one block a frame sees itself alone."""
     net = lively(DiT(4, 32, 1, 2, text_width=0, frames=3, attention="factorised"))
     x, clock = drawn(1, 4, 3, 4, 4), torch.tensor([500.0])

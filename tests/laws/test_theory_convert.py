@@ -54,7 +54,7 @@ def test_gradients_pass_through_a_change_of_theory():
 
 @each_theory
 @pytest.mark.parametrize("name", times.densities())
-def test_a_density_is_normalised_and_is_what_its_quantiles_draw(name, theory):
+def test_a_density_is_normalized_and_is_what_its_quantiles_draw(name, theory):
     density = times.density(name)
     u = torch.linspace(0.001, 0.999, 41, dtype=F64)
     t = density(theory, u)

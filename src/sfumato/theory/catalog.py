@@ -71,11 +71,11 @@ def arguments(name: str) -> dict[str, object]:
 
 
 def _register(name: str) -> Callable[[Callable[..., Theory]], Callable[..., Theory]]:
-    def put(make: Callable[..., Theory]) -> Callable[..., Theory]:
+    def add(make: Callable[..., Theory]) -> Callable[..., Theory]:
         _CATALOG[name] = make
         return make
 
-    return put
+    return add
 
 
 def _times_1000(t: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class _Part(NamedTuple):
     dtype: torch.dtype
     size: int
     begin: int
-    whole: tuple[tuple[int, ...], tuple[int, ...]]
+    batched: tuple[tuple[int, ...], tuple[int, ...]]
     alone: tuple[tuple[int, ...], tuple[int, ...]]
     is_narrow: bool
 
@@ -82,7 +82,7 @@ def read_one(
         if begin % part.size:
             return None
         numbers = store.numbers(location.path, part.dtype)
-        shape, strides = part.whole if batched else part.alone
+        shape, strides = part.batched if batched else part.alone
         there = torch.as_strided(numbers, shape, strides, begin // part.size)
         found[part.name] = there.float() if part.is_narrow else there.clone()
     return found or None
@@ -95,9 +95,9 @@ def _read_alone(wanted: Sequence[Field]) -> list[_Part] | None:
     parts = []
     for one in wanted:
         strides = [torch.empty(shape, device="meta").stride() for shape in ((1, *one.shape), one.shape)]
-        whole, single = ((1, *one.shape), strides[0]), (one.shape, strides[1])
+        batched, single = ((1, *one.shape), strides[0]), (one.shape, strides[1])
         narrow = one.dtype.is_floating_point and one.dtype != torch.float32
-        parts.append(_Part(one.name, one.dtype, one.dtype.itemsize, one.begin, whole, single, narrow))
+        parts.append(_Part(one.name, one.dtype, one.dtype.itemsize, one.begin, batched, single, narrow))
     return parts
 
 

@@ -44,13 +44,13 @@ def quantize(tensors: Mapping[str, Tensor], form: str) -> dict[str, Tensor]:
 def dequantize(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What `quantize` took in, its real numbers as float32."""
     return {
-        name: _grown(tensor, stored.get(name + SCALE))
+        name: _to_float(tensor, stored.get(name + SCALE))
         for name, tensor in stored.items()
         if not name.endswith(SCALE)
     }
 
 
-def _grown(tensor: Tensor, scale: Tensor | None) -> Tensor:
+def _to_float(tensor: Tensor, scale: Tensor | None) -> Tensor:
     if scale is not None:
         return tensor.float() * scale
     return tensor.float() if tensor.is_floating_point() else tensor

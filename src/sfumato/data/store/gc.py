@@ -64,7 +64,7 @@ def collect(
         busy: dict[str, set[str]] = {kind: set() for kind in KINDS}
         young = time.time() - days * DAY
         for use in leases.read_leases(store.root):
-            alive = use.busy or use.written > young or Path(use.owner.folder).exists()
+            alive = use.busy or use.written_at > young or Path(use.owner.folder).exists()
             found.users.append(
                 {"owner": use.owner.folder, "part": use.owner.part, "busy": use.busy, "kept": alive}
             )

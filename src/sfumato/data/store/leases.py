@@ -44,7 +44,7 @@ class Lease:
     owner: Owner
     keys: Mapping[str, frozenset[str]]
     encoders: tuple[str, ...]
-    written: float
+    written_at: float
     busy: bool
     file: Path
 
@@ -88,9 +88,11 @@ def read_leases(root: Path) -> list[Lease]:
             continue
         if metadata.get("format") == FORMAT:
             encoders = tuple(json.loads(metadata["encoders"]))
-            written = file.stat().st_mtime
+            written_at = file.stat().st_mtime
             found.append(
-                Lease(Owner(*json.loads(metadata["owner"])), keys, encoders, written, is_leased(file), file)
+                Lease(
+                    Owner(*json.loads(metadata["owner"])), keys, encoders, written_at, is_leased(file), file
+                )
             )
     return found
 

@@ -34,7 +34,7 @@ def adaptive(
     trajectory.between(start + (end - start) * inner)  # a singular time between the ends is refused now
     trajectory.step_nodes()
 
-    def walk(z: Tensor) -> Iterator[Tensor]:
+    def states(z: Tensor) -> Iterator[Tensor]:
         here, size = start.clone(), 0.05 * (end - start)
         done = torch.zeros(len(z), dtype=torch.bool)
         for _ in range(most):
@@ -57,7 +57,7 @@ def adaptive(
             f"float32 states meet nothing below about 1e-6."
         )
 
-    return walk(z)
+    return states(z)
 
 
 def _trial(trajectory: Trajectory, z: Tensor, asked: Tensor, size: Weight) -> tuple[Tensor, Tensor]:

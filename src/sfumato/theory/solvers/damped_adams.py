@@ -31,7 +31,7 @@ def damped_adams(trajectory: Trajectory, z: Tensor) -> Iterator[Tensor]:
     predicted, corrected = (share * min(trajectory.steps, 20) for share in (PREDICTED, CORRECTED))
     sizes = trajectory.column(trajectory.angles.diff(dim=0))
 
-    def walk(z: Tensor) -> Iterator[Tensor]:
+    def states(z: Tensor) -> Iterator[Tensor]:
         past: list[Tensor] = []
         before = z
         for i, (node, leg) in enumerate(zip(nodes, legs, strict=True)):
@@ -55,7 +55,7 @@ def damped_adams(trajectory: Trajectory, z: Tensor) -> Iterator[Tensor]:
                 z = combine((1.0, z), (sizes[0], v))
             yield z
 
-    return walk(z)
+    return states(z)
 
 
 def damped_step(base: Tensor, move: Tensor, unit: Tensor, share: Weight, least: Weight) -> Tensor:

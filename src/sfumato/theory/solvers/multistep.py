@@ -147,7 +147,7 @@ def plan(
         if not rows:
             continue
         turn = goal[rows] - angles[rows]
-        if terms == 1 and kind != "velocity":  # x_0 and x_T held: cos Δ·z + sin Δ·v, see `walk`
+        if terms == 1 and kind != "velocity":  # x_0 and x_T held: cos Δ·z + sin Δ·v, see `states`
             keep, past = turn.cos(), turn.sin()[..., None]
         else:
             pace = None
@@ -221,7 +221,7 @@ def walk_on(
         for leg, after in zip(legs, [*legs[1:], StepCoefficients()], strict=True)
     ]
 
-    def walk(x: Tensor) -> Iterator[Tensor]:
+    def states(x: Tensor) -> Iterator[Tensor]:
         past: list[Tensor] = []
         v = before = begun = x
         for i, (t, leg) in enumerate(zip(told, legs, strict=True)):
@@ -244,7 +244,7 @@ def walk_on(
             x = renoised(x, [back[i][0], fresh[i]], noise, i)
             yield x
 
-    return walk(x)
+    return states(x)
 
 
 def adams(trajectory: Trajectory, z: Tensor, order: int = 2) -> Iterator[Tensor]:

@@ -36,13 +36,13 @@ def euler(
     fresh = [trajectory.radii[i + 1] * ours for i, (_, ours) in enumerate(back)]
     network_times = trajectory.network_times(trajectory.times[:-1])
 
-    def walk(x: Tensor) -> Iterator[Tensor]:
+    def states(x: Tensor) -> Iterator[Tensor]:
         for i, (t, (of_state, of_answer)) in enumerate(zip(network_times, weights, strict=True)):
             x = combine((of_state, x), (of_answer, trajectory.answer(t, x)))
             x = renoised(x, [back[i][0], fresh[i]], noise, i)
             yield x
 
-    return walk(x)
+    return states(x)
 
 
 Tableau = tuple[tuple[float, ...], ...]
@@ -86,7 +86,7 @@ def runge_kutta(
     steps = trajectory.column(sizes)
     turns = rotation(trajectory, here, down)
 
-    def walk(z: Tensor) -> Iterator[Tensor]:
+    def states(z: Tensor) -> Iterator[Tensor]:
         for i, (nodes, tableau) in enumerate(zip(stages, rules, strict=True)):
             slopes: list[Tensor] = []
             place = z
@@ -100,7 +100,7 @@ def runge_kutta(
             z = renoised(place, back[i], noise, i)
             yield z
 
-    return walk(z)
+    return states(z)
 
 
 def heun(
@@ -158,7 +158,7 @@ def churn(
     sizes = [trajectory.weight(h) for h in trajectory.angles[1:] - lifted]
     turns = rotation(trajectory, lifted, trajectory.angles[1:])
 
-    def walk(z: Tensor) -> Iterator[Tensor]:
+    def states(z: Tensor) -> Iterator[Tensor]:
         for i, node in enumerate(nodes):
             z = renoised(z, up[i], noise, i)
             if i + 1 < len(nodes):
@@ -167,7 +167,7 @@ def churn(
                 z = combine((turns[i][0], z), (turns[i][1], trajectory.velocity(node, z)))
             yield z
 
-    return walk(z)
+    return states(z)
 
 
 def restart(
@@ -209,7 +209,7 @@ def restart(
     strides = trajectory.column(trajectory.angles.diff(dim=0))
     turns = rotation(trajectory, trajectory.angles[:-1], trajectory.angles[1:])
 
-    def walk(z: Tensor) -> Iterator[Tensor]:
+    def states(z: Tensor) -> Iterator[Tensor]:
         for i, node in enumerate(nodes):
             if i == turn_at:
                 for again in range(repeats):
@@ -222,7 +222,7 @@ def restart(
                 z = combine((turns[i][0], z), (turns[i][1], trajectory.velocity(node, z)))
             yield z
 
-    return walk(z)
+    return states(z)
 
 
 def _heun_step(trajectory: Trajectory, z: Tensor, start: Node, end: Node, size: Weight) -> Tensor:
