@@ -22,7 +22,7 @@ import torch.distributed as dist
 from sfumato.models.condition import Condition
 from sfumato.models.networks.dit import DiT
 from sfumato.training.distributed import context_parallel
-from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.distributed.processes import join_processes
 from sfumato.training.estimate import probe
 from sfumato.training.settings import TrainSettings
 
@@ -42,13 +42,13 @@ def work(
     told = Condition({"tokens": torch.randn(1, 8, 384), "pooled": torch.randn(1, 384)})
     device = torch.device("cpu")
     with (
-        distributed_processes.joined("cpu") as processes,
-        context_parallel.shared(dit, TrainSettings(context_parallel=count), processes),
+        join_processes("cpu") as processes,
+        context_parallel.enabled_for_training(dit, TrainSettings(context_parallel=count), processes),
     ):
         for _ in range(2):
             dit.zero_grad()
             before, began = probe.held_bytes(device), time.process_time()
-            with probe.watched(device) as peak:
+            with probe.peak_memory(device) as peak:
                 loss = dit(clip, torch.tensor([500.0]), told).square().mean()
                 loss.backward()
                 for weight in dit.parameters() if count > 1 else ():

@@ -33,7 +33,7 @@ from tests.families.zoo import NEGATIVE, PROMPT, ZOO
 import sfumato
 from sfumato.errors import Refused
 from sfumato.run_folder import RunFolder
-from sfumato.workflow.export.export import export
+from sfumato.workflow.export import export
 
 assert clips
 EDITS = ("qwen-image-edit", "qwen-image-edit-plus", "flux-kontext", "flux-2-klein-edit")

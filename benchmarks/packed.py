@@ -26,7 +26,7 @@ from sfumato.models.interface import Model
 from sfumato.models.networks.dit import DiT
 from sfumato.theory import get, noise
 from sfumato.training.objective.diffusion import DiffusionObjective
-from sfumato.training.objective.packed_batches import PackedObjective, alike
+from sfumato.training.objective.packed_batches import PackedObjective, indices_by_shape
 from sfumato.training.settings import TrainSettings
 from sfumato.workflow.dataset import known_sizes
 
@@ -86,7 +86,7 @@ def stepper(objective: DiffusionObjective, apart: bool = False) -> Callable[[int
     def one_by_one(step: int) -> int:
         indices, epoch = objective.order.at(step)
         told = objective.draw_times(indices, step)
-        for places in alike(indices, objective.encoded.buckets):
+        for places in indices_by_shape(indices, objective.encoded.buckets):
             batch = objective.encoded.read([indices[place] for place in places], 0, epoch)
             drawn = objective.draw_noise(told.rows(places), batch.ids, batch.latents, step)
             loss = objective.measure(batch.latents, drawn, objective.rows(batch))

@@ -34,7 +34,7 @@ from sfumato.theory import noise
 from sfumato.workflow import train
 from sfumato.workflow.dataset import collect
 from sfumato.workflow.encode_samples import encoded_samples
-from sfumato.workflow.train_codec import codec_key, place, ready_codec
+from sfumato.workflow.train_codec import codec_folder, codec_key, trained_codec
 
 ANGLES = [
     math.pi / 2 * share
@@ -195,8 +195,8 @@ def codec_of(recipe: Recipe) -> str:
     """The folder of the one codec that all runs share, trained first if it is missing."""
     collection = collect(recipe.data)
     side = (recipe.data.resolution, recipe.data.resolution)
-    ready_codec(recipe, collection.samples, side, torch.device("cpu"))
-    return str(place(recipe, codec_key(recipe, collection.samples, side)))
+    trained_codec(recipe, collection.samples, side, torch.device("cpu"))
+    return str(codec_folder(recipe, codec_key(recipe, collection.samples, side)))
 
 
 if __name__ == "__main__":

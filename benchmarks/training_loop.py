@@ -190,7 +190,7 @@ def bare(network: nn.Module, samples: Samples, batch: int, steps: int) -> float:
         for weight in held.weights:
             weight.grad = None
 
-    with device.kept_memory(torch.device("cpu")):
+    with device.keep_freed_memory(torch.device("cpu")):
         return timed(step, steps)
 
 

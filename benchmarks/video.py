@@ -26,7 +26,7 @@ from sfumato.models.codecs.tiling import Tiling, decode_tiled
 from sfumato.models.codecs.video import ClipCodec
 from sfumato.recipe import Recipe
 from sfumato.theory import noise
-from sfumato.workflow.dataset import Pictures, collect
+from sfumato.workflow.dataset import PicturesInMemory, collect
 
 SIZE = (33, 480, 832)
 
@@ -58,7 +58,7 @@ def quality(model, recipe: Recipe, count: int) -> dict[str, object]:
     collection = collect(data)
     held_out = list(collection.with_split("held_out") or collection.with_split("train"))[: 2 * count]
     how = EncodingOptions("", frames=data.frames, fps=data.fps)
-    real = Pictures(held_out, (data.resolution, data.resolution), how)
+    real = PicturesInMemory(held_out, (data.resolution, data.resolution), how)
     captions = {one.name: one.captions[0] for one in held_out}
     clips = [p.permute(1, 2, 3, 0).numpy() for p in real.pictures if p.ndim == 4 and p.shape[1] > 1][:count]
     asked = [captions[name] for name in real.names][: len(clips)]

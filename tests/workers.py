@@ -12,7 +12,7 @@ import torch
 import torch._dynamo  # here, so that no forked process imports it
 import torch.distributed.fsdp
 
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import join_processes
 
 LONGEST = 300.0
 """Seconds that a worker may take."""
@@ -26,7 +26,7 @@ def _join(
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(number) for name, number in where.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with processes.joined("cpu"):
+    with join_processes("cpu"):
         job(*given)
 
 

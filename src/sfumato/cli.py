@@ -13,9 +13,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from sfumato.commands import data_options as about
-from sfumato.commands import generate_options as options
-from sfumato.commands.exits import answers
+from sfumato.commands import data_options, generate_options
+from sfumato.commands.exits import with_exit_code
 from sfumato.commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
 from sfumato.commands.theory import theories
 
@@ -32,7 +31,7 @@ app = typer.Typer(
 
 
 @app.command(rich_help_panel=None)
-@answers
+@with_exit_code
 def demo(
     task: Annotated[
         str, typer.Option(metavar="TASK", help="What is shown: text, controlnet, ip-adapter, edit, video.")
@@ -59,7 +58,7 @@ def demo(
 
 
 @app.command()
-@answers
+@with_exit_code
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The recipe is written to NAME.toml.")],
     data: Annotated[str, typer.Option(metavar="DIR", help="A folder of captioned pictures.")],
@@ -75,7 +74,7 @@ def new(
 
 
 @app.command()
-@answers
+@with_exit_code
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -97,7 +96,7 @@ def plan(
 
 
 @app.command()
-@answers
+@with_exit_code
 def encode(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -113,7 +112,7 @@ def encode(
 
 
 @app.command()
-@answers
+@with_exit_code
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -129,52 +128,56 @@ def train(
 
 
 @app.command()
-@answers
+@with_exit_code
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder or a model's.")],
-    prompt: options.Prompts = None,
-    label: options.Labels = None,
-    region: options.Regions = None,
-    negative: options.Negative = "",
-    image: options.Images = None,
-    last_image: options.LastImage = None,
-    lora: options.Loras = None,
-    embedding: options.Embeddings = None,
-    option: options.Further = None,
-    control_module: options.ControlModules = None,
-    image_encoder: options.ImageEncoder = None,
-    control: options.Controls = None,
-    control_from: options.ControlFrom = "",
-    control_weight: options.ControlWeights = None,
-    control_start: options.ControlStarts = None,
-    control_end: options.ControlEnds = None,
-    reference: options.References = None,
-    reference_scale: options.ReferenceScale = None,
-    reference_start: options.ReferenceStart = None,
-    reference_end: options.ReferenceEnd = None,
-    init: options.Init = None,
-    strength: options.Strength = None,
-    mask: options.Mask = None,
-    count: options.Count = 1,
-    seed: options.Seed = 0,
+    prompt: generate_options.Prompts = None,
+    label: generate_options.Labels = None,
+    region: generate_options.Regions = None,
+    negative: generate_options.Negative = "",
+    image: generate_options.Images = None,
+    last_image: generate_options.LastImage = None,
+    lora: generate_options.Loras = None,
+    embedding: generate_options.Embeddings = None,
+    option: generate_options.Further = None,
+    control_module: generate_options.ControlModules = None,
+    guide: generate_options.Guides = None,
+    image_encoder: generate_options.ImageEncoder = None,
+    control: generate_options.Controls = None,
+    control_from: generate_options.ControlFrom = "",
+    control_weight: generate_options.ControlWeights = None,
+    control_start: generate_options.ControlStarts = None,
+    control_end: generate_options.ControlEnds = None,
+    reference: generate_options.References = None,
+    reference_scale: generate_options.ReferenceScale = None,
+    reference_start: generate_options.ReferenceStart = None,
+    reference_end: generate_options.ReferenceEnd = None,
+    init: generate_options.Init = None,
+    strength: generate_options.Strength = None,
+    mask: generate_options.Mask = None,
+    count: generate_options.Count = 1,
+    seed: generate_options.Seed = 0,
     steps: Steps = None,
     guidance: Guidance = None,
-    guidance_form: options.GuidanceForm = None,
-    guidance_rescale: options.GuidanceRescale = None,
-    guidance_interval: options.GuidanceInterval = None,
-    pag_scale: options.PagScale = None,
-    autoguidance_model: options.AutoguidanceModel = None,
-    solver: options.Solver = "",
-    width: options.Width = 0,
-    height: options.Height = 0,
-    frames: options.Frames = 0,
-    fps: options.Fps = None,
-    format: options.Formats = None,
-    context: options.Context = 1,
-    window: options.WindowFrames = 0,
-    overlap: options.Overlap = None,
-    tile: options.Tile = 0,
-    chunk: options.Chunk = 0,
+    guidance_form: generate_options.GuidanceForm = None,
+    guidance_rescale: generate_options.GuidanceRescale = None,
+    guidance_interval: generate_options.GuidanceInterval = None,
+    pag_scale: generate_options.PagScale = None,
+    autoguidance_model: generate_options.AutoguidanceModel = None,
+    guidance_perturbed: generate_options.GuidancePerturbed = None,
+    guidance_by: generate_options.GuidanceBy = None,
+    solver: generate_options.Solver = "",
+    width: generate_options.Width = 0,
+    height: generate_options.Height = 0,
+    frames: generate_options.Frames = 0,
+    fps: generate_options.Fps = None,
+    format: generate_options.Formats = None,
+    context_parallel: generate_options.ContextParallel = None,
+    context: generate_options.Context = None,
+    window: generate_options.WindowFrames = 0,
+    overlap: generate_options.Overlap = None,
+    tile: generate_options.Tile = 0,
+    chunk: generate_options.Chunk = 0,
     out: Annotated[Path, out_option("runs/generate")] = Path("runs/generate"),
     device: Device = "auto",
     json: Json = False,
@@ -183,14 +186,14 @@ def generate(
 
     A picture depends on its own seed, not on the batch it is drawn in. Each file says what it shows.
     """
-    said = locals()
+    arguments = dict(locals())
     from sfumato.commands import generate
 
-    generate.generate(generate.GenerateRequest.of(said), json)
+    generate.generate(generate.GenerateRequest.from_arguments(arguments), json)
 
 
 @app.command()
-@answers
+@with_exit_code
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a pretrained model's.")],
     to: Annotated[str, typer.Option(metavar="WHERE", help="diffusers, comfyui or kohya.")],
@@ -214,7 +217,7 @@ def export(
 
 
 @app.command("eval")
-@answers
+@with_exit_code
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a checkpoint or average in it.")],
     samples: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures drawn for each seed.")] = 64,
@@ -235,21 +238,22 @@ def evaluate(
 
 
 @app.command()
-@answers
+@with_exit_code
 def data(
     what: Annotated[
         str, typer.Argument(metavar="DIR", help="Pictures, an embedded set, a recipe (TOML), or a store.")
     ],
     overrides: Overrides = None,
-    captions: about.Captions = None,
-    resolution: about.Resolution = None,
-    buckets: about.Buckets = None,
-    frames: about.Frames = None,
-    rate: about.Rate = None,
-    model: about.Model = None,
-    collect: about.Collect = False,
-    keep: about.Keep = None,
-    days: about.Days = 30.0,
+    captions: data_options.Captions = None,
+    resolution: data_options.Resolution = None,
+    buckets: data_options.Buckets = None,
+    frames: data_options.Frames = None,
+    fps: data_options.Fps = None,
+    rate: data_options.Rate = None,
+    model: data_options.Model = None,
+    collect: data_options.Collect = False,
+    keep: data_options.Keep = None,
+    days: data_options.Days = 30.0,
     out: Annotated[Path, out_option("runs/data")] = Path("runs/data"),
     json: Json = False,
 ) -> None:
@@ -264,20 +268,21 @@ def data(
         from sfumato.commands import store
 
         return store.store(Path(what).expanduser(), keep or [], days, collect, json)
-    said = {
+    plan = {
         "captions": captions,
         "resolution": resolution,
         "buckets": buckets,
         "frames": frames,
+        "fps": fps,
         "rate": rate,
         "model": model,
     }
-    asked = {name: value for name, value in said.items() if value is not None}
-    data.data(what, overrides or [], asked, out, json)
+    given = {name: value for name, value in plan.items() if value is not None}
+    data.data(what, overrides or [], given, out, json)
 
 
 @app.command()
-@answers
+@with_exit_code
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
 ) -> None:
@@ -288,7 +293,7 @@ def report(
 
 
 @app.command()
-@answers
+@with_exit_code
 def ema(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     length: Annotated[
@@ -314,7 +319,7 @@ def ema(
 
 
 @app.command()
-@answers
+@with_exit_code
 def doctor(
     recipe: Annotated[
         Optional[Path],  # noqa: UP045

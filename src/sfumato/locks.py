@@ -1,8 +1,8 @@
 """Locks between processes, on every system.
 
-`alone` lets one process at a time through a block. `Lease` marks for as long as its process lives, however
-that ends, that a file is in use. `Holder` names a process so that it can be told from a later one that was
-given the same number.
+`exclusive` lets one process at a time through a block. `FileLease` marks for as long as its process lives,
+however that ends, that a file is in use. `Holder` names a process so that it can be told from a later one
+that was given the same number.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any
 FOREIGN_LOCK_SECONDS = 600.0
 
 
-class Busy(Exception):
+class LockHeld(Exception):
     """Another process holds a lock that nobody wants to wait for."""
 
 
@@ -32,11 +32,11 @@ def _lock(file: Path) -> Any:
 
 
 @contextmanager
-def alone(file: Path, wait: bool = True) -> Iterator[None]:
+def exclusive(file: Path, wait: bool = True) -> Iterator[None]:
     """Let no other process be inside the block of the same `file`, which stays behind, empty.
 
     Raises:
-        Busy: another is inside, and nobody wants to `wait`. OSError: the file cannot be written.
+        LockHeld: another is inside, and nobody wants to `wait`. OSError: the file cannot be written.
     """
     from filelock import Timeout
 
@@ -44,7 +44,7 @@ def alone(file: Path, wait: bool = True) -> Iterator[None]:
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise Busy(str(file)) from None
+        raise LockHeld(str(file)) from None
     try:
         yield
     finally:
@@ -54,7 +54,7 @@ def alone(file: Path, wait: bool = True) -> Iterator[None]:
 # ----------------------------------------------------------------------------- leases
 
 
-class Lease:
+class FileLease:
     """One process's mark that it uses `file`; any number of processes may have one each.
 
     Each is a lock file of its own beside it, because not every system has locks that are shared.
@@ -85,14 +85,14 @@ def _end(lock: Any, place: Path, pid: int) -> None:
 def is_leased(file: Path) -> bool:
     """Whether a living process has a lease on `file`; marks that the dead have left are removed.
 
-    Leases are taken and looked at inside the same `alone`, or a fresh one could be taken for a dead one.
+    Leases are taken and looked at inside the same `exclusive`, or a fresh one could be taken for a dead one.
     """
     found = False
     for place in file.parent.glob(f"{file.stem}*.lock"):
         try:
-            with alone(place, wait=False):
+            with exclusive(place, wait=False):
                 pass
-        except Busy:
+        except LockHeld:
             found = True
         else:
             place.unlink(missing_ok=True)
@@ -119,8 +119,8 @@ class Holder:
     def of(cls, file: Path) -> "Holder | None":
         """Who wrote `file`; None if nobody did, or it is torn."""
         try:
-            said = json.loads(file.read_bytes())
-            return cls(int(said["pid"]), said["started"], str(said["host"]))
+            written = json.loads(file.read_bytes())
+            return cls(int(written["pid"]), written["started"], str(written["host"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 

@@ -58,9 +58,9 @@ class Recipe:
             if not file.is_file():
                 raise Refused(f"{path} is a folder without {EFFECTIVE}. Give a recipe file or a run folder.")
         written, old = _renamed(flat(parse(file)), file.name)
-        said = {name: (value, file.name, file.parent) for name, value in written.items()}
+        entries = {name: (value, file.name, file.parent) for name, value in written.items()}
         if file.name == EFFECTIVE:
-            said = {name: entry for name, entry in said.items() if not _is_default(name, entry[0])}
+            entries = {name: entry for name, entry in entries.items() if not _is_default(name, entry[0])}
             old = []
         words: list[tuple[str, str]] = []
         for override in overrides:
@@ -70,8 +70,8 @@ class Recipe:
             words.append((name.strip(), text.strip()))
         given, old_words = _renamed(words, "The command line")
         for name, text in given.items():
-            said[name] = (_from_text(name, text), COMMAND_LINE, Path.cwd())
-        return replace(_build(cls(), said), notes=(*old, *old_words))
+            entries[name] = (_from_text(name, text), COMMAND_LINE, Path.cwd())
+        return replace(_build(cls(), entries), notes=(*old, *old_words))
 
     def values(self) -> dict[str, Any]:
         """Every value by its dotted key, in the order of the tree."""
@@ -122,11 +122,11 @@ class Recipe:
         Raises:
             Refused: for a value that cannot be.
         """
-        said = {
+        entries = {
             name: (value, self.origins.get(name, PYTHON), Path.cwd()) for name, value in self.values().items()
         }
         defaults = {name for name, value in self.values().items() if value == DEFAULTS[name]}
-        built = _build(Recipe(), {name: entry for name, entry in said.items() if name not in defaults})
+        built = _build(Recipe(), {name: entry for name, entry in entries.items() if name not in defaults})
         return replace(built, notes=self.notes)
 
     def overridden(self, words: Iterable[str], origin: str) -> "Recipe":
@@ -135,15 +135,15 @@ class Recipe:
         Raises:
             Refused: for an unknown key or a value that cannot be.
         """
-        said = {
+        entries = {
             name: (value, self.origin(name), Path.cwd())
             for name, value in self.values().items()
             if value != DEFAULTS[name]
         }
         for word in words:
             name, _, text = word.partition("=")
-            said[name] = (_from_text(name, text), origin, Path.cwd())
-        return replace(_build(Recipe(), said), notes=self.notes)
+            entries[name] = (_from_text(name, text), origin, Path.cwd())
+        return replace(_build(Recipe(), entries), notes=self.notes)
 
     def differences(self, other: "Recipe") -> dict[str, tuple[Any, Any]]:
         """The keys whose values differ, as {key: (mine, theirs)}."""
@@ -179,7 +179,7 @@ def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield full, value
 
 
-def _renamed(said: Iterable[tuple[str, Any]], where: str) -> tuple[dict[str, Any], list[str]]:
+def _renamed(pairs: Iterable[tuple[str, Any]], where: str) -> tuple[dict[str, Any], list[str]]:
     """What was said, by the names of today, and the note about old names in it, if there are any.
 
     Raises:
@@ -187,7 +187,7 @@ def _renamed(said: Iterable[tuple[str, Any]], where: str) -> tuple[dict[str, Any
     """
     found: dict[str, Any] = {}
     spelled: dict[str, str] = {}
-    for given, value in said:
+    for given, value in pairs:
         name = RENAMED.get(given, given)
         if spelled.get(name, given) != given:
             old, new = (given, name) if given != name else (spelled[name], name)
@@ -237,13 +237,13 @@ def _is_default(name: str, value: Any) -> bool:
     return value == plain(default)
 
 
-def _build(defaults: Recipe, said: Mapping[str, tuple[Any, str, Path]]) -> Recipe:
+def _build(defaults: Recipe, entries: Mapping[str, tuple[Any, str, Path]]) -> Recipe:
     """`defaults` with what was said laid over it: {dotted key: (value, origin, folder of its paths)}."""
-    version = said.get("format", (FORMAT,))[0]
+    version = entries.get("format", (FORMAT,))[0]
     if isinstance(version, int) and version > FORMAT:
         raise Refused(f"the recipe has format {version}, this sfumato reads up to {FORMAT}. Update sfumato.")
     trees: dict[str, dict[str, Any]] = {"": {}, **{section: {} for section in SECTIONS}}
-    for name, (value, origin, folder) in said.items():
+    for name, (value, origin, folder) in entries.items():
         if name not in RULES:
             raise Refused(_unknown(name))
         where = (
@@ -256,12 +256,12 @@ def _build(defaults: Recipe, said: Mapping[str, tuple[Any, str, Path]]) -> Recip
         section, _, leaf = name.rpartition(".")
         trees[section][leaf] = _resolve(_fit(name, value, where, folder), RULES[name], folder)
     trees[""]["format"] = FORMAT  # whatever it was, these are the names of today
-    if not said.get("output", ("runs/run",))[0]:
+    if not entries.get("output", ("runs/run",))[0]:
         raise Refused('output is empty, but a run needs a folder of its own: output = "runs/NAME".')
     if "output" not in trees[""]:
         trees[""]["output"] = str(Path(defaults.output).absolute())
     parts = {section: replace(getattr(defaults, section), **trees[section]) for section in SECTIONS}
-    origins = {"output": DEFAULT, **{name: origin for name, (_, origin, _) in said.items()}}
+    origins = {"output": DEFAULT, **{name: origin for name, (_, origin, _) in entries.items()}}
     if version != FORMAT:
         del origins["format"]
     return replace(defaults, **trees[""], **parts, origins=origins)

@@ -26,7 +26,12 @@ EVENT_KEY = ("kind", "step", "split", "weights", "group")
 PATIENCE_SECONDS = 2.0
 """How long a rename waits for others who read what it replaces, where the system has them hold it."""
 IS_WINDOWS = os.name == "nt"
-RENAMED_KINDS = {"held_out": "validation", "gap": "generalization_gap", "judge": "demo_evaluation"}
+RENAMED_KINDS = {
+    "held_out": "validation",
+    "gap": "generalization_gap",
+    "judge": "demo_evaluation",
+    "set_aside": "damaged_checkpoint",
+}
 RENAMED_METRICS = {
     "kid": "latent_kernel_distance",
     "kid_of_held_out_data": "latent_kernel_distance_floor",
@@ -44,7 +49,7 @@ _OURS = {
 
 
 @contextmanager
-def said_plainly(path: Path) -> Iterator[None]:
+def explain_disk_errors(path: Path) -> Iterator[None]:
     """Turn the disk's refusals at `path` into one sentence each.
 
     Raises:
@@ -98,7 +103,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with said_plainly(path):
+    with explain_disk_errors(path):
         try:
             with beside.open("wb") as file:
                 file.write(data.encode() if isinstance(data, str) else data)
@@ -122,18 +127,18 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with said_plainly(path):
+    with explain_disk_errors(path):
         try:
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             yield beside
-            take_place(beside, path)
+            move_into_place(beside, path)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
 
 
-def take_place(beside: Path, path: Path) -> None:
+def move_into_place(beside: Path, path: Path) -> None:
     """Bring all of the folder `beside` to the disk and rename it to `path`.
 
     A folder that stood there goes first, out of sight in one rename.
@@ -150,7 +155,7 @@ def take_place(beside: Path, path: Path) -> None:
         shutil.rmtree(former, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what killed writers left beside their files in `folder`; only the holder of the lock may."""
     for rest in folder.glob(".*.part"):
         if rest.is_dir():
@@ -221,7 +226,7 @@ class RunFolder:
         run = cls(Path(path))
         if run.path.is_file():
             raise Refused(f"{run.path} is a file; a run needs a folder. Choose another output.")
-        with said_plainly(run.path):
+        with explain_disk_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
             strangers = {entry.name for entry in run.path.iterdir() if not entry.name.startswith(".")} - _OURS
             if strangers and not run.recipe.exists():
@@ -259,7 +264,7 @@ class RunFolder:
             Refused: another living process holds it (named by its pid), or the folder is read-only.
         """
         file, guard = self.path / ".lock", self.path / ".lock.guard"
-        with said_plainly(self.path), locks.alone(guard):
+        with explain_disk_errors(self.path), locks.exclusive(guard):
             holder = locks.Holder.of(file)
             if holder and holder.is_alive(file):
                 raise Refused(
@@ -272,7 +277,7 @@ class RunFolder:
             yield self
         finally:
             self.close()
-            with locks.alone(guard):
+            with locks.exclusive(guard):
                 if locks.Holder.of(file) == mine:
                     file.unlink(missing_ok=True)
 
@@ -291,7 +296,7 @@ class RunFolder:
         """
         event = {"kind": kind, "time": round(time.time(), 3), **fields}
         line = _checked(json.dumps(event, ensure_ascii=False)) + "\n"
-        with said_plainly(self.events_file):
+        with explain_disk_errors(self.events_file):
             if self._events is None:
                 self._events = self.events_file.open("ab+", buffering=0)
                 if size := self._events.seek(0, os.SEEK_END):
@@ -374,6 +379,8 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
 def _of_today(event: dict[str, Any]) -> dict[str, Any]:
     """An event under the names that are written now, whoever wrote it."""
     event["kind"] = RENAMED_KINDS.get(event["kind"], event["kind"])
+    if event["kind"] == "code" and "own" in event:
+        event["hashes"] = event.pop("own")
     if isinstance(metrics := event.get("metrics"), dict):
         event["metrics"] = {RENAMED_METRICS.get(name, name): value for name, value in metrics.items()}
     if isinstance(settings := event.get("settings"), dict):

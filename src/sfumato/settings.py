@@ -48,6 +48,8 @@ RENAMED = {
     "train.shard_within": "train.hsdp_shard_size",
     "train.context": "train.context_parallel",
     "train.virtual_ranks": "train.elastic_max_ranks",
+    "train.warmup": "train.warmup_steps",
+    "train.schedule": "train.lr_schedule",
     "train.rates": "train.lr_multipliers",
     "train.clip": "train.max_grad_norm",
     "train.ema_snapshots": "train.ema_snapshot_every",
@@ -132,7 +134,7 @@ def key(
     return field(default=default, metadata={**rules, **kinds, **tables})
 
 
-def table_of(name: str, said: Any, rules: Mapping[str, Any], is_file: Callable[[str], bool]) -> Table[Any]:
+def table_of(name: str, given: Any, rules: Mapping[str, Any], is_file: Callable[[str], bool]) -> Table[Any]:
     """What was said of a key as its table: a mapping, or "NAME=VALUE" texts as format 1 wrote them.
 
     Args:
@@ -140,10 +142,10 @@ def table_of(name: str, said: Any, rules: Mapping[str, Any], is_file: Callable[[
     Raises:
         Refused: an entry of another kind or out of bounds, or a name that stands there twice.
     """
-    if isinstance(said, Mapping):
-        entries = list(_joined(said)) if rules["values"] is not object else list(said.items())
+    if isinstance(given, Mapping):
+        entries = list(_joined(given)) if rules["values"] is not object else list(given.items())
     else:
-        words = [said] * bool(said) if isinstance(said, str) else list(said)
+        words = [given] * bool(given) if isinstance(given, str) else list(given)
         entries = [_entry(name, word, rules, is_file) for word in words]
     found: dict[str, Any] = {}
     for entry, value in entries:
@@ -154,7 +156,7 @@ def table_of(name: str, said: Any, rules: Mapping[str, Any], is_file: Callable[[
     return Table(found)
 
 
-def rows_of(name: str, said: Any, rules: Mapping[str, Any]) -> tuple[Any, ...]:
+def rows_of(name: str, given: Any, rules: Mapping[str, Any]) -> tuple[Any, ...]:
     """What was said of a key as its rows: tables, or "NUMBER:NUMBER" texts as format 1 wrote them.
 
     Raises:
@@ -162,7 +164,7 @@ def rows_of(name: str, said: Any, rules: Mapping[str, Any]) -> tuple[Any, ...]:
     """
     names = [one.name for one in fields(rules["rows"])]
     found = []
-    for row in [said] if isinstance(said, str | Mapping) else said:
+    for row in [given] if isinstance(given, str | Mapping) else given:
         values: dict[str, Any] = {}
         if isinstance(row, str):
             parts = [part.strip() for part in row.split(rules["sign"])]

@@ -121,10 +121,16 @@ def test_a_second_average_beside_an_optimizers_own_is_refused(tmp_path):
 
 
 def test_a_warm_up_as_long_as_the_run_is_said(tmp_path):
-    short = "train.steps=1", "train.warmup=100", "train.schedule=cosine", "sample.every=0", "train.threads=9"
+    short = (
+        "train.steps=1",
+        "train.warmup_steps=100",
+        "train.lr_schedule=cosine",
+        "sample.every=0",
+        "train.threads=9",
+    )
     answer = sfumato("train", write_recipe(tmp_path), *short)
     assert answer.code == 0, answer.err
-    assert "1% of train.learning_rate and train.schedule = cosine does not begin" in answer.err
+    assert "1% of train.learning_rate and train.lr_schedule = cosine does not begin" in answer.err
     assert os.cpu_count() >= 9 or "train.threads = 9" in answer.err
 
 

@@ -78,7 +78,7 @@ def test_a_demo_of_a_guide_goes_the_whole_way(task, tiny, tmp_path, monkeypatch)
         monkeypatch.setattr(home, "PLAN", tinier(home.PLAN))
     else:
         beside = replace(home.DEMO, plan=tinier(home.DEMO.plan))
-        monkeypatch.setattr(home, "TASK", runner.Task(beside.recipe, home.judge, beside.train))
+        monkeypatch.setattr(home, "TASK", runner.DemoTask(beside.recipe, home.judge, beside.train))
     monkeypatch.setattr(drawing, "JUDGED", 4)
     for name in ("lone", "reference", "edit"):
         monkeypatch.setattr(guided_shapes, name, few(getattr(guided_shapes, name), 12, 4))

@@ -14,6 +14,7 @@ from sfumato.errors import Failed, Refused
 from sfumato.run_folder import RunFolder
 from sfumato.theory import get
 from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import Processes, run_folder_of_rank
 from sfumato.training.loop import callbacks
 
 DOCS = Path(__file__).parents[2] / "docs" / "own-code.md"
@@ -35,7 +36,7 @@ store = "store"
 [train]
 steps = 4
 batch = 4
-warmup = 2
+warmup_steps = 2
 save_every = 2
 validate_every = 2
 log_every = 1
@@ -93,7 +94,7 @@ def test_a_recipe_and_python_train_the_same_bits_with_ones_own(kind, world):
     handed = train(world, "handed", *needs, **{kind.split()[0]: [found] if kind == "callbacks" else found})
     assert weights(said) == weights(handed)
     assert (weights(said) == weights(plain)) == (kind in ("callbacks", "dataset"))
-    codes = [event["own"] for event in said.events() if event["kind"] == "code"]
+    codes = [event["hashes"] for event in said.events() if event["kind"] == "code"]
     assert codes[-1][key] == {str(world / word): user_code.code_hash(str(world / word))}
     assert picture(said) == picture(handed)
 
@@ -162,11 +163,11 @@ def test_other_processes_tell_those_callbacks_that_ask_for_it(world, monkeypatch
 
     def told_on(rank: int) -> list[str]:
         heard.clear()
-        monkeypatch.setattr(processes, "current", lambda: processes.Processes(rank, 2))
-        monkeypatch.setattr(callbacks, "current", processes.current)
-        run = processes.own_view(RunFolder.create(world / f"run-{rank}"))
+        monkeypatch.setattr(processes, "current_processes", lambda: Processes(rank, 2))
+        monkeypatch.setattr(callbacks, "current_processes", processes.current_processes)
+        run = run_folder_of_rank(RunFolder.create(world / f"run-{rank}"))
         some = [callbacks.Callback(one.__name__, one()) for one in (Quietly, Everywhere)]
-        with callbacks.told(callbacks.Callbacks(some, run, torch.nn.Linear(1, 1))):
+        with callbacks.listening(callbacks.Callbacks(some, run, torch.nn.Linear(1, 1))):
             run.event("validation", step=7, split="train", weights="raw", loss=1.0, error=0.0)
         run.event("validation", step=8, split="train", weights="raw", loss=1.0, error=0.0)
         return list(heard)

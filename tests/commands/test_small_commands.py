@@ -12,6 +12,8 @@ import typer
 import sfumato as package
 from sfumato.cli import app
 from sfumato.commands import diffusers_errors, theory_reports
+from sfumato.commands.options import RENAMED_OPTIONS, with_present_names
+from sfumato.errors import Refused
 from sfumato.theory import get, methods, names
 
 from .world import draw_pictures, sfumato
@@ -53,6 +55,20 @@ def test_help_loads_nothing_heavy():
 def test_every_command_explains_itself(command):
     answer = sfumato(command, "--help")
     assert answer.code == 0 and "Usage:" in answer.out
+
+
+@pytest.mark.parametrize("old, new", RENAMED_OPTIONS.items())
+def test_a_former_option_is_hidden_and_read_with_a_note(old, new, capsys):
+    commands = typer.main.get_command(app).commands.values()
+    (command,) = [one for one in commands if any(option.name == old for option in one.params)]
+    options = {option.name: option for option in command.params}
+    assert options[old].hidden and not options[new].hidden
+    assert with_present_names({"seed": 0, old: 2, new: None}) == {"seed": 0, new: 2}
+    former, present = (f"--{name.replace('_', '-')}" for name in (old, new))
+    assert capsys.readouterr().err.strip() == f"{former} is called {present} now."
+    with pytest.raises(Refused, match=f"former name of {present}"):
+        with_present_names({old: 2, new: 3})
+    assert former not in sfumato(command.name, "--help").out.split()
 
 
 def test_the_module_is_the_command():

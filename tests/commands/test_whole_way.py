@@ -14,7 +14,7 @@ import pytest
 from sfumato.commands import console
 from sfumato.run_folder import RunFolder
 from sfumato.settings import RENAMED
-from sfumato.training.state.checkpoint import write_papers
+from sfumato.training.state.checkpoint import write_state_and_manifest
 
 from .world import RECIPE, sfumato, write_recipe
 
@@ -162,7 +162,7 @@ def test_a_run_of_format_1_goes_on_with_the_same_command(tmp_path, monkeypatch):
     old = {new: name.removeprefix("train.") for name, new in RENAMED.items()}
     saved = {old.get(f"train.{name}", name): value for name, value in state["settings"].items()}
     files = {name: proof for name, proof in manifest["files"].items() if name != "state.json"}
-    write_papers(folder, {**state, "settings": {**saved, "rates": ["*.bias=0.5"]}}, files)
+    write_state_and_manifest(folder, {**state, "settings": {**saved, "rates": ["*.bias=0.5"]}}, files)
     answer = sfumato("train", recipe)
     assert answer.code == 0 and "bit for bit" not in answer.err, answer.err
     assert [line for line in answer.err.splitlines() if "from here on" in line] == [

@@ -29,7 +29,7 @@ cache_dir = "store"
 [train]
 steps = 6
 batch = 4
-warmup = 2
+warmup_steps = 2
 save_every = 2
 validate_every = 3
 log_every = 1

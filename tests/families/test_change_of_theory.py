@@ -6,7 +6,7 @@ import torch
 import sfumato
 from sfumato.models.interface import seeded
 from sfumato.theory import get, integrate, noise, times, translate
-from sfumato.workflow.export.export import export
+from sfumato.workflow.export import export
 
 from . import pictures
 from .test_training import write_recipe

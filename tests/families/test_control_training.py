@@ -13,7 +13,7 @@ import sfumato
 from sfumato.errors import Refused
 from sfumato.generation import load
 from sfumato.models.control import attach
-from sfumato.workflow.export.export import export
+from sfumato.workflow.export import export
 
 from .test_control import CONTROLLED, LOOKING, folders, seer  # noqa: F401
 from .zoo import PROMPT, ZOO

@@ -17,7 +17,7 @@ from sfumato.models.io import adapter_run
 from sfumato.models.lora import adapter, lora_file
 from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.run_folder import checksum
-from sfumato.workflow.export.export import export
+from sfumato.workflow.export import export
 
 from . import pictures
 from .test_training import write_recipe

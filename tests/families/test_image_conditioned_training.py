@@ -68,7 +68,7 @@ def test_an_editing_family_is_shown_the_source_of_each_sample(name, tmp_path):
         )
         row = ready.train.read([0], 0, 0).conditions[0]
         assert "reference" in row
-        source = base_images.fitted(
+        source = base_images.fit_picture(
             train_run.read_recipe(recipe, keys).data, tmp_path / "pictures" / "before0.png"
         )
         if name == "flux-kontext":
@@ -95,7 +95,7 @@ def test_a_clip_is_learned_from_its_own_frames(name, tmp_path):
         asked = train_run.read_recipe(recipe, keys)
         ready = prepare.prepare_run(asked, prepare.resolve_recipe(asked))
         row, model = ready.train.read([0], 0, 0).conditions[0], ready.model
-        shown = base_images.pictures(model, asked.data, [ready.train.items[0].sample])
+        shown = base_images.image_arguments(model, asked.data, [ready.train.items[0].sample])
         size = model.codec.pixel_size(ready.train.items[0].shape)
         told = model.condition(["a red circle"], **shown, **size)
         for tensor in {"known", "first", "vision"} & set(told):

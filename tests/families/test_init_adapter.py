@@ -8,7 +8,7 @@ import sfumato
 from sfumato.errors import Refused
 from sfumato.models.io import adapter_run
 from sfumato.models.lora import adapter
-from sfumato.workflow.export.export import export
+from sfumato.workflow.export import export
 
 from .test_export import CONVERTED, raw, runs
 from .test_training import write_recipe

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 import sfumato
 from sfumato.errors import Refused
 from sfumato.models.lora import adapter, lora_file
-from sfumato.workflow.export.export import export
+from sfumato.workflow.export import export
 
 from .test_export import raw, runs
 from .test_init_adapter import begun

@@ -50,7 +50,7 @@ def test_the_loss_is_the_subjects_and_the_weighted_priors(tmp_path):
         [f"data.class_images={tmp_path}/class", "data.class_prompt=a circle", "data.prior_loss_weight=0.3"],
     )
     ready = prepare.prepare_run(asked, prepare.resolve_recipe(asked))
-    assert ready.prior is not None and set(ready.prior.captions) == {"a circle"}
+    assert ready.class_images is not None and set(ready.class_images.captions) == {"a circle"}
     subject = diffusion.DiffusionObjective(
         ready.model,
         ready.train,
@@ -59,7 +59,7 @@ def test_the_loss_is_the_subjects_and_the_weighted_priors(tmp_path):
         asked.seed,
         0.0,
     )
-    both = class_images.with_prior_preservation(subject, ready.prior, asked)
+    both = class_images.with_prior_preservation(subject, ready.class_images, asked)
     with torch.no_grad():
         whole = both.losses(0, 0, 1)
         parts = [both.losses(0, part, 2) for part in range(2)]
@@ -68,7 +68,7 @@ def test_the_loss_is_the_subjects_and_the_weighted_priors(tmp_path):
         )
     torch.testing.assert_close(whole.per_sample.sum() / whole.of, wanted)
     torch.testing.assert_close(sum(one.per_sample.sum() / one.of for one in parts), wanted)
-    assert both.name_of(ready.prior.ids[0]).startswith("prior/")
+    assert both.name_of(ready.class_images.ids[0]).startswith("prior/")
 
 
 @pytest.mark.parametrize(

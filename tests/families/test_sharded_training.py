@@ -12,7 +12,7 @@ import sfumato
 from sfumato.errors import Refused
 from sfumato.models import files
 from sfumato.run_folder import RunFolder
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import Processes
 from workers import run_processes
 
 from .test_training import SHOWN, write_recipe
@@ -108,7 +108,8 @@ def test_two_processes_that_share_samples_train_a_family_as_one_does(
 
 
 def test_a_family_that_cannot_be_shared_is_refused_with_the_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "joined", lambda device: nullcontext(processes.Processes(0, 2)))
+    pair = Processes(0, 2)
+    monkeypatch.setattr("sfumato.workflow.train_run.join_processes", lambda device: nullcontext(pair))
     for name, why in (("ltx-video", "mask for all heads"), ("stable-diffusion-3.5", "no plan")):
         recipe = write_recipe(name, tmp_path / name)
         with pytest.raises(Refused, match=why):

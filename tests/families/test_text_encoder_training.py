@@ -12,7 +12,7 @@ import sfumato
 from sfumato.errors import Refused
 from sfumato.models.lora import adapter
 from sfumato.run_folder import RunFolder
-from sfumato.workflow.export.export import export
+from sfumato.workflow.export import export
 
 from . import pictures
 from .test_training import losses, write_recipe

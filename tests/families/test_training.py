@@ -31,7 +31,7 @@ cache_dir = "store"
 [train]
 steps = 2
 batch = 2
-warmup = 1
+warmup_steps = 1
 learning_rate = 1e-2
 log_every = 1
 save_every = 1

@@ -181,7 +181,7 @@ def test_what_cannot_act_here_is_refused(keys, words, tmp_path):
 def test_under_another_theory_the_first_loss_is_the_base_s_converted(name, theory, tmp_path):
     """Law: continuing an ε base in another theory loses nothing: the answers are the base's, translated."""
     recipe = write_recipe(name, tmp_path, 'train = "lora"', "rank = 2", f'theory = "{theory}"')
-    run = sfumato.train(recipe, ["train.steps=1", "train.log_every=1", "train.warmup=1"])
+    run = sfumato.train(recipe, ["train.steps=1", "train.log_every=1", "train.warmup_steps=1"])
     base = sfumato.load(tmp_path / "base")
     ready = sfumato.encode(recipe)
     to, objective = ready.model.theory, _objective(Recipe.read(recipe), ready)
@@ -202,10 +202,10 @@ def test_under_another_theory_the_first_loss_is_the_base_s_converted(name, theor
 
 def _objective(recipe, ready):
     from sfumato.training.objective.diffusion import DiffusionObjective
-    from sfumato.workflow.encode_samples import order_of
+    from sfumato.workflow.encode_samples import batch_sampler_of
 
     return DiffusionObjective(
-        ready.model, ready.train, order_of(recipe, ready.train), recipe.train, recipe.seed, 0.1
+        ready.model, ready.train, batch_sampler_of(recipe, ready.train), recipe.train, recipe.seed, 0.1
     )
 
 

@@ -15,7 +15,7 @@ from sfumato.run_folder import RunFolder
 from sfumato.training.loop.loop import fit
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.workflow import finetune, prepare, train_run
-from sfumato.workflow.encode_samples import dataset_and_sampler, is_guided
+from sfumato.workflow.encode_samples import dataset_and_sampler, is_conditional
 
 from . import pictures
 from .test_image_conditioned_training import beside
@@ -52,7 +52,7 @@ class Trained:
         self.model = self.ready.model
         self.network = finetune.prepare_trainable(self.model, self.recipe)
         train, order = dataset_and_sampler(self.recipe, self.ready.train, [])
-        dropout = 0.1 if is_guided(self.model) else 0.0
+        dropout = 0.1 if is_conditional(self.model) else 0.0
         self.objective = DiffusionObjective(self.model, train, order, self.recipe.train, 0, dropout)
         self.run = RunFolder.create(self.recipe.output)
 

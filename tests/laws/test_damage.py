@@ -80,7 +80,7 @@ def make_checkpoint(name: str) -> Callable[[Path], Path]:
 
 def read_checkpoint(folder: Path) -> str:
     said: list[str] = []
-    whole = checkpoint.newest_good(RunFolder(folder / "run"), said.append)
+    whole = checkpoint.newest_intact(RunFolder(folder / "run"), said.append)
     assert whole is not None and (whole.name == "step-000002" or "step-000002" in said[0]), said
     checkpoint.read_state(whole)
     return told(files.read(whole, "model"))

@@ -190,7 +190,13 @@ def test_each_conditioner_is_dropped_by_itself():
     model: Any = type("Drawn", (), {"theory": get("flow-matching")})()
     order: Any = None
     objective = DiffusionObjective(
-        model, Still(), order, TrainSettings(stratified_timesteps=False), 0, 0.5, dropout={"control": 0.25}
+        model,
+        Still(),
+        order,
+        TrainSettings(stratified_timesteps=False),
+        0,
+        0.5,
+        condition_dropout={"control": 0.25},
     )
     rows = [{"tokens": torch.ones(3, 2), "control": torch.ones(4)} for _ in range(4000)]
     drawn = objective.draw(range(4000), torch.zeros(4000, 1), 0)
@@ -204,11 +210,11 @@ def test_each_conditioner_is_dropped_by_itself():
 
 
 def test_shares_name_companions_that_are_there():
-    assert condition_encoders.shares(DataSettings(condition_dropout={"control": 0.25}), ["control"]) == {
-        "control": 0.25
-    }
+    assert condition_encoders.condition_dropout(
+        DataSettings(condition_dropout={"control": 0.25}), ["control"]
+    ) == {"control": 0.25}
     with pytest.raises(Refused, match="control"):
-        condition_encoders.shares(DataSettings(condition_dropout={"contrl": 0.1}), ["control"])
+        condition_encoders.condition_dropout(DataSettings(condition_dropout={"contrl": 0.1}), ["control"])
 
 
 def test_a_recipe_words_its_captions(tmp_path):

@@ -1,4 +1,4 @@
-"""Laws of leaning: every form of guidance acts or is refused, and a model can be asked under any theory."""
+"""Laws of guidance: every form of guidance acts or is refused, and a model can be asked under any theory."""
 
 import math
 

@@ -46,13 +46,13 @@ WORLD = {"validate_every": 0, "ema_snapshot_every": 0, "log_every": 12, "save_ev
 def test_a_disk_that_fills_while_saving_keeps_what_was_saved(disk, tmp_path, monkeypatch, beside: bool):
     """The room is not asked for before, as if another program took it meanwhile."""
     train(tmp_path / "through", **WORLD)
-    monkeypatch.setattr(checkpoint, "ask_for_room", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "check_disk_space", lambda *_: None)
     train(disk / "run", **{**WORLD, "steps": 3, "save_async": beside})
     ballast = fill(disk)
     with pytest.raises(Failed, match=r"no space is left on this disk.*saved before is intact"):
         train(disk / "run", **{**WORLD, "save_async": beside})
     run = RunFolder.open(disk / "run")
-    assert [checkpoint.damage(folder) for folder in run.checkpoint_folders()] == [None]
+    assert [checkpoint.find_damage(folder) for folder in run.checkpoint_folders()] == [None]
     assert not list(run.checkpoints.glob(".*"))
     ballast.unlink()
     train(disk / "run", **{**WORLD, "save_async": beside})
@@ -78,12 +78,12 @@ def test_a_file_cut_short_by_the_disk_is_no_checkpoint(tmp_path, monkeypatch):
         train(tmp_path / "run", **WORLD)
     run = RunFolder.open(tmp_path / "run")
     assert [folder.name for folder in run.checkpoint_folders()] == ["step-000003"]
-    assert checkpoint.damage(run.checkpoint_folder(3)) is None and not list(run.checkpoints.glob(".*"))
+    assert checkpoint.find_damage(run.checkpoint_folder(3)) is None and not list(run.checkpoints.glob(".*"))
 
 
 @pytest.mark.slow
 def test_when_one_process_finds_no_room_all_of_them_end_and_the_last_checkpoint_stays(disk, monkeypatch):
-    monkeypatch.setattr(checkpoint, "ask_for_room", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "check_disk_space", lambda *_: None)
     changes = {**WORLD, "parallel": "fsdp"}
     run_on(2, disk / "run", **{**changes, "steps": 3})
     before, ballast = fingerprint(disk / "run"), fill(disk)

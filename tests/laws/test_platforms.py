@@ -106,8 +106,8 @@ except Refused as problem:
 INSIDE = """
 import sys
 from pathlib import Path
-from sfumato.locks import alone
-with alone(Path(sys.argv[1])):
+from sfumato.locks import exclusive
+with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -217,19 +217,19 @@ def test_a_lock_of_another_machine_is_respected_while_it_gives_signs_of_life(tmp
 LEASE = """
 import sys
 from pathlib import Path
-from sfumato.locks import Lease
-lease = Lease(Path(sys.argv[1]))
+from sfumato.locks import FileLease
+lease = FileLease(Path(sys.argv[1]))
 print("held", flush=True)
 sys.stdin.read()
 """
 IS_LEASED = """
 import sys
 from pathlib import Path
-from sfumato.locks import Busy, alone, is_leased
+from sfumato.locks import LockHeld, exclusive, is_leased
 try:
-    with alone(Path(sys.argv[1] + ".gate"), wait=False):
+    with exclusive(Path(sys.argv[1] + ".gate"), wait=False):
         print(is_leased(Path(sys.argv[1])))
-except Busy:
+except LockHeld:
     print("busy")
 """
 

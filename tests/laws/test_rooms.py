@@ -141,8 +141,8 @@ WITHIN = {
         "dataset_report": {"sources", "survey"},
     },
     "training": {
-        "distributed": set(),
-        "optim": {"distributed"},
+        "optim": set(),
+        "distributed": {"optim"},
         "state": {"distributed", "optim"},
         "objective": {"distributed"},
         "loop": {"distributed", "optim", "state", "objective"},
@@ -168,7 +168,6 @@ SAME_NAME = {
     "context_parallel": "one sample shared by processes: the groups, and the hooks of pretrained networks",
     "controlnet": "the network, and its demo",
     "ip_adapter": "the network, and its demo",
-    "export": "the command, and its work",
     "store": "the store, and the command about it",
 }
 """Files of one name in several rooms, and the one sense they share."""

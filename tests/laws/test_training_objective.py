@@ -11,7 +11,7 @@ from sfumato.models.codecs.image import ResidualCodec
 from sfumato.models.condition import Condition
 from sfumato.theory import Theory, densities, get, names, oracle
 from sfumato.training import settings
-from sfumato.training.loop.validation import ValidationLoss, chosen
+from sfumato.training.loop.validation import ValidationLoss, sample_indices
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.objective.prefetch import Reader
 from sfumato.training.objective.reconstruction import ReconstructionObjective, reconstruction_error
@@ -117,7 +117,7 @@ def test_held_out_loss_is_the_same_twice_and_tells_levels_apart(tmp_path):
     assert levels == sorted(levels) and 0 < levels[0] < levels[-1] < 1
     mean = sum(level["loss"] for level in first["by_level"]) / 4
     assert mean == pytest.approx(first["loss"])
-    assert chosen(3, 10) == [0, 1, 2] and chosen(0, 10) == []
+    assert sample_indices(3, 10) == [0, 1, 2] and sample_indices(0, 10) == []
 
 
 def test_reading_ahead_gives_what_is_asked_for_whatever_was_guessed():
@@ -151,13 +151,13 @@ def test_a_codec_learns_to_give_pictures_back(tmp_path):
     torch.manual_seed(0)
     codec = ResidualCodec(stride=4, latent_channels=8, width=8)
     objective = ReconstructionObjective(codec, Pixels(), Order(8, 4), seed=0, flip=True)
-    few = TrainSettings(steps=30, batch=4, warmup=1, learning_rate=3e-3, save_every=100)
+    few = TrainSettings(steps=30, batch=4, warmup_steps=1, learning_rate=3e-3, save_every=100)
     before = float(objective.losses(1000, 0, 1).per_sample.mean().detach())
     outcome = fit(objective, codec, few, RunFolder.create(tmp_path / "run"))
     after = float(objective.losses(1000, 0, 1).per_sample.mean().detach())
     assert after < 0.8 * before
     assert outcome.average is not None
-    outcome.average.keep()
+    outcome.average.copy_to_network()
     assert objective.name_of(3) == "3.png"
 
 

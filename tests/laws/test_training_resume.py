@@ -150,7 +150,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
     assert fingerprint(tmp_path / "run") == before
     said = capsys.readouterr().err
     assert file.name in said and "step-000010" in said
-    aside = [event for event in RunFolder.open(tmp_path / "run").events() if event["kind"] == "set_aside"]
+    aside = [
+        event for event in RunFolder.open(tmp_path / "run").events() if event["kind"] == "damaged_checkpoint"
+    ]
     assert len(aside) == 1 and file.name in aside[0]["reason"]
     assert (tmp_path / "run" / aside[0]["file"]).is_dir()
 

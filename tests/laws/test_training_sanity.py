@@ -1,4 +1,4 @@
-"""Laws of the sanity ladder and the plan: sound runs pass, each fault falls from its own rung."""
+"""Laws of the sanity ladder and the plan: sound runs pass, each fault falls from its own check."""
 
 import pytest
 import torch
@@ -10,14 +10,14 @@ from sfumato.theory import get
 from sfumato.theory.convert import translate_inputs
 from sfumato.training.estimate import memory as memory_estimate
 from sfumato.training.estimate import probe, sanity
-from sfumato.training.estimate.sanity import climb
+from sfumato.training.estimate.sanity import run_checks
 from sfumato.training.settings import TrainSettings
 
 FAST = TrainSettings(learning_rate=2e-2)
 
 
 def fallen(objective) -> list[str]:
-    return [rung.claim for rung in climb(objective, FAST) if not rung.holds]
+    return [check.claim for check in run_checks(objective, FAST) if not check.holds]
 
 
 def test_a_sound_run_climbs_the_whole_ladder_and_keeps_its_weights():
@@ -72,8 +72,8 @@ def test_experts_for_times_that_are_seldom_drawn_are_asked_too():
 
     network.forward = forward.__get__(network)
     claim = "every trained weight gets a gradient"
-    rungs = {rung.claim: rung for rung in climb(objective, FAST, is_pretrained=True)}
-    assert rungs[claim].holds, rungs[claim].detail
+    checks = {check.claim: check for check in run_checks(objective, FAST, is_pretrained=True)}
+    assert checks[claim].holds, checks[claim].detail
 
 
 KNOWS = "the first loss is what is to be expected of the base"
@@ -86,7 +86,7 @@ def test_a_base_must_answer_better_than_a_guess(theory, size, good):
     objective, _, _ = make(theory)
 
     def ask(x_t, t, condition):
-        return size * sanity.guessed(objective, objective.encoded.latents, t, x_t)
+        return size * sanity.baseline_answer(objective, objective.encoded.latents, t, x_t)
 
     objective.model.predict = ask
     assert sanity.beats_baseline(objective).holds == good
@@ -97,8 +97,8 @@ def test_a_base_of_random_weights_is_told_from_one_that_is_asked_wrongly():
     objective, _, _ = make("flow-matching")
     draw = torch.Generator().manual_seed(9)
     objective.model.predict = lambda x_t, t, condition: torch.randn(x_t.shape, generator=draw)
-    rung = sanity.beats_baseline(objective)
-    assert rung.holds and rung.remark and "random weights" in rung.detail
+    check = sanity.beats_baseline(objective)
+    assert check.holds and check.remark and "random weights" in check.detail
 
 
 @pytest.mark.parametrize("other", ["ddpm-velocity", "trigflow", "edm"])
@@ -125,7 +125,7 @@ def test_memory_counted_on_meta_is_memory_saved_for_real(batch: int):
         torch.rand(batch),
         Condition.stack(rows),
     )
-    forecast = memory_estimate.predict(network, inputs, TrainSettings(ema_snapshot_every=5))
+    forecast = memory_estimate.predict_step(network, inputs, TrainSettings(ema_snapshot_every=5))
     real = memory_estimate.saved_bytes(lambda: network(*inputs), network)
     assert forecast.memory.activations == pytest.approx(real, rel=0.02)
     weights = sum(weight.numel() for weight in network.parameters()) * 4

@@ -45,7 +45,7 @@ def test_copies_and_divided_networks_are_the_run_of_one_process(tmp_path):
         run_on(2, tmp_path / name, parallel=name, gradient_accumulation=2, **changes)
         assert distance(tmp_path / "one", tmp_path / name) < 1e-6
     last = RunFolder.open(tmp_path / "fsdp").checkpoint_folders()[-1]
-    assert checkpoint.damage(last) is None
+    assert checkpoint.find_damage(last) is None
     assert len(list(last.glob("model-*-of-00002.safetensors"))) == 2
     halves = [load_file(file)["first.weight"] for file in sorted(last.glob("model-*"))]
     assert [len(half) for half in halves] == [8, 8]
@@ -155,14 +155,14 @@ def test_a_lost_piece_makes_a_checkpoint_damaged(tmp_path):
     place = run.checkpoint_folder(1)
     place.mkdir()
     written(place)
-    checkpoint.write_papers(
-        place, {"step": 1}, {file.name: checkpoint.proof(file) for file in place.iterdir()}
+    checkpoint.write_state_and_manifest(
+        place, {"step": 1}, {file.name: checkpoint.checksum_entry(file) for file in place.iterdir()}
     )
-    assert checkpoint.damage(place) is None
+    assert checkpoint.find_damage(place) is None
     (place / "model-00002-of-00003.safetensors").unlink()
-    assert "model-00002-of-00003.safetensors is missing" in (checkpoint.damage(place) or "")
+    assert "model-00002-of-00003.safetensors is missing" in (checkpoint.find_damage(place) or "")
     with pytest.raises(Failed, match="no earlier checkpoint"):
-        checkpoint.newest_good(run)
+        checkpoint.newest_intact(run)
 
 
 # ----------------------------------------------------------------------------- the choice

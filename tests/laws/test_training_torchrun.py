@@ -34,7 +34,7 @@ cache_dir = "store-{output}"
 [train]
 steps = {steps}
 batch = 4
-warmup = 2
+warmup_steps = 2
 save_every = 2
 validate_every = 0
 log_every = 1

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from sfumato.workflow.draw_sizes import draw_in_sizes, square
+from sfumato.workflow.draw_sizes import draw_in_sizes, squeeze_to_square
 
 
 class Drawer:
@@ -29,8 +29,8 @@ def test_each_prompt_is_drawn_at_its_size_with_its_seed_in_its_place():
 
 def test_a_square_picture_is_compared_as_it_is_and_a_wide_one_squeezed():
     even = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8)
-    assert square(even, 8) is even
+    assert squeeze_to_square(even, 8) is even
     wide = torch.zeros(3, 8, 16, dtype=torch.uint8)
     wide[:, :, 8:] = 200
-    assert square(wide, 8).shape == (3, 8, 8)
-    assert square(wide, 8)[0, 0, 0] == 0 and square(wide, 8)[0, 0, -1] == 200
+    assert squeeze_to_square(wide, 8).shape == (3, 8, 8)
+    assert squeeze_to_square(wide, 8)[0, 0, 0] == 0 and squeeze_to_square(wide, 8)[0, 0, -1] == 200

@@ -16,7 +16,7 @@ from sfumato.models.condition import Condition
 from sfumato.models.interface import Denoiser, Model
 from sfumato.run_folder import RunFolder
 from sfumato.theory import get, noise
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes, join_processes
 from sfumato.training.loop import loop as training_loop
 from sfumato.training.loop import periodic_tasks
 from sfumato.training.loop.validation import ValidationLoss
@@ -24,7 +24,14 @@ from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.settings import TrainSettings
 
 SHAPE = (2, 4, 4)
-SETTINGS = {"steps": 12, "batch": 6, "warmup": 3, "learning_rate": 1e-2, "save_every": 5, "log_every": 2}
+SETTINGS = {
+    "steps": 12,
+    "batch": 6,
+    "warmup_steps": 3,
+    "learning_rate": 1e-2,
+    "save_every": 5,
+    "log_every": 2,
+}
 SETTINGS |= {"validate_every": 6, "ema": 0.9, "max_grad_norm": 0.5}
 
 
@@ -108,11 +115,11 @@ def train(
 ) -> training_loop.Outcome:
     """Train in `folder` until settings.steps; `pause` seconds a step make it easier to hit with a signal."""
     objective, network, settings = make(**changes)
-    with processes.current().first():
+    with current_processes().first():
         run = RunFolder.create(folder)
     measure = ValidationLoss(objective, Encoded(4, first=50), objective.encoded, run, samples=4, levels=2)
     slow = (lambda *_, **__: time.sleep(pause)) if pause else None
-    with run.lock() if processes.current().is_rank_zero else nullcontext():
+    with run.lock() if current_processes().is_rank_zero else nullcontext():
         return training_loop.fit(
             objective,
             network,
@@ -149,5 +156,5 @@ if __name__ == "__main__":
     changes = {
         name: truth(word) if kinds[name] is bool else kinds[name](word) for name, word in words.items()
     }
-    with processes.joined("cpu"):
+    with join_processes("cpu"):
         train(sys.argv[1], pause=pause, **changes)

@@ -54,6 +54,7 @@ COARSE = {"lokr": 50}
 RENAMED = {
     "train.clip": "train.max_grad_norm", "train.weights": "train.weight_dtype",
     "data.weights": "data.set_repeats", "data.rate": "data.fps", "train.rates": "train.lr_multipliers",
+    "train.warmup": "train.warmup_steps", "train.schedule": "train.lr_schedule",
     "train.times": "train.timestep_sampling", "train.stratified": "train.stratified_timesteps",
     "train.adaptive_times": "train.timestep_importance_sampling",
     "train.frame_times": "train.frame_timesteps", "train.context": "train.context_parallel",

@@ -104,9 +104,9 @@ class Progress:
 @contextmanager
 def progress() -> Iterator[Progress]:
     """Progress for the length of a block."""
-    shown = Progress()
-    shown.start()
+    bars = Progress()
+    bars.start()
     try:
-        yield shown
+        yield bars
     finally:
-        shown.stop()
+        bars.stop()

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.commands.console import progress, result, say
+from sfumato.commands.options import with_present_names
 from sfumato.data.sources.sample import Collection
 from sfumato.errors import Refused
 from sfumato.models.pretrained import token_count
 from sfumato.run_folder import write_atomic
-from sfumato.settings import RENAMED
 
-USUAL = {"resolution": 256, "buckets": 5, "frames": 16, "rate": 8.0, "model": "minilm", "captions": "files"}
+USUAL = {"resolution": 256, "buckets": 5, "frames": 16, "fps": 8.0, "model": "minilm", "captions": "files"}
 """What the report plans with where neither the command nor a recipe says it."""
 STRIDE = 16
 
@@ -25,7 +25,7 @@ class ReportTarget:
     stride: int
     buckets: int
     frames: int
-    rate: float
+    fps: float
     reading: token_count.TokenCounter | None
 
 
@@ -46,26 +46,27 @@ def is_store(folder: str, must: bool) -> bool:
     return found
 
 
-def data(what: str, overrides: list[str], asked: dict[str, Any], out: Path, as_json: bool) -> None:
+def data(what: str, overrides: list[str], options: dict[str, Any], out: Path, as_json: bool) -> None:
     """Write a page about a data set, or a recipe's; files set aside are named, and are no failure."""
     from sfumato.data.dataset_report import report
     from sfumato.report import data_page
 
+    options = with_present_names(options)
     place = Path(what).expanduser()
     is_recipe = place.suffix == ".toml" or (place / "effective.toml").is_file()
-    subject = _of_recipe(place, overrides, asked) if is_recipe else _of_folder(what, overrides, asked)
+    subject = _of_recipe(place, overrides, options) if is_recipe else _of_folder(what, overrides, options)
     reading = subject.reading
-    with progress() as shown:
+    with progress() as bars:
         found = report(
             subject.collection,
             subject.resolution,
             subject.stride,
             subject.buckets,
-            progress=shown,
+            progress=bars,
             tokens=reading.count if reading else None,
             most_tokens=reading.most if reading else 0,
             frames=subject.frames,
-            fps=subject.rate,
+            fps=subject.fps,
         )
     out.mkdir(parents=True, exist_ok=True)
     page = out / "report.html"
@@ -81,22 +82,22 @@ def data(what: str, overrides: list[str], asked: dict[str, Any], out: Path, as_j
     result({**found.summary, "page": page}, "\n".join([*lines, str(page)]), as_json)
 
 
-def _of_folder(what: str, overrides: list[str], asked: dict[str, Any]) -> ReportTarget:
+def _of_folder(what: str, overrides: list[str], options: dict[str, Any]) -> ReportTarget:
     """A folder, archive or embedded set, planned for as the options say."""
     from sfumato.data.sources import folder
 
     if overrides:
         raise Refused(f'"{overrides[0]}" is a recipe\'s value, but {what} is no recipe.')
-    said = {**USUAL, **asked}
-    collection = folder.open_collection(what, captions=said["captions"], empty=True)
-    resolution = said["resolution"] // STRIDE * STRIDE
-    reading = token_count.of_folder(said["model"])
+    values = {**USUAL, **options}
+    collection = folder.open_collection(what, captions=values["captions"], empty=True)
+    resolution = values["resolution"] // STRIDE * STRIDE
+    reading = token_count.of_folder(values["model"])
     return ReportTarget(
-        collection, resolution, STRIDE, said["buckets"], said["frames"], said["rate"], reading
+        collection, resolution, STRIDE, values["buckets"], values["frames"], values["fps"], reading
     )
 
 
-def _of_recipe(file: Path, overrides: list[str], asked: dict[str, Any]) -> ReportTarget:
+def _of_recipe(file: Path, overrides: list[str], options: dict[str, Any]) -> ReportTarget:
     """A recipe's data, planned for as the recipe says: its sizes, its model's tokenizer."""
     from sfumato.recipe import Recipe
     from sfumato.workflow import checks, resolve_recipe
@@ -105,24 +106,27 @@ def _of_recipe(file: Path, overrides: list[str], asked: dict[str, Any]) -> Repor
     for note in recipe.notes:
         say(note)
     kept = {
-        name: asked[name] for name in ("resolution", "buckets", "frames", "rate", "captions") if name in asked
+        name: options[name]
+        for name in ("resolution", "buckets", "frames", "fps", "captions")
+        if name in options
     }
     if kept:
         name = next(iter(kept))
-        key = RENAMED.get(f"data.{name}", f"data.{name}")
-        raise Refused(f"{file} is a recipe and says {key} itself: give {key}={kept[name]} instead.")
-    gathered = resolve_recipe(recipe)
+        raise Refused(
+            f"{file} is a recipe and says data.{name} itself: give data.{name}={kept[name]} instead."
+        )
+    resolved = resolve_recipe(recipe)
     settings = recipe.data
     reading = (
-        token_count.of_folder(asked["model"])
-        if "model" in asked
-        else token_count.of_conditioner(gathered.conditioner)
+        token_count.of_folder(options["model"])
+        if "model" in options
+        else token_count.of_conditioner(resolved.conditioner)
     )
     fewest = int(min([settings.frames or USUAL["frames"], *settings.short_clip_frames]))
     return ReportTarget(
-        gathered.collection,
+        resolved.collection,
         settings.resolution,
-        checks.grain_of(recipe, gathered.base),
+        checks.size_multiple(recipe, resolved.base),
         settings.buckets,
         fewest,
         settings.fps,
@@ -131,5 +135,5 @@ def _of_recipe(file: Path, overrides: list[str], asked: dict[str, Any]) -> Repor
 
 
 def _sizes(sizes: dict[str, int], most: int = 5) -> str:
-    shown = [f"{size} ({count:,})" for size, count in list(sizes.items())[:most]]
-    return ", ".join(shown) + (f" and {len(sizes) - most} more" if len(sizes) > most else "")
+    listed = [f"{size} ({count:,})" for size, count in list(sizes.items())[:most]]
+    return ", ".join(listed) + (f" and {len(sizes) - most} more" if len(sizes) > most else "")

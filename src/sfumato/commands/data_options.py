@@ -22,9 +22,11 @@ Buckets = Annotated[
 Frames = Annotated[
     Optional[int], typer.Option(metavar="N", min=1, help="Frames a clip must have.", show_default="16")
 ]
-Rate = Annotated[
+Fps = Annotated[
     Optional[float], typer.Option(metavar="X", min=0.1, help="Frames a second.", show_default="8")
 ]
+Rate = Annotated[Optional[float], typer.Option(min=0.1, hidden=True, help="The former name of --fps.")]
+"""Read with a note: `options.RENAMED_OPTIONS`."""
 Model = Annotated[
     Optional[str],
     typer.Option(

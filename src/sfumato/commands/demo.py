@@ -16,8 +16,8 @@ def demo(task: str, data: str | None, out: Path, minutes: float | None, device: 
         raise Refused(f"--minutes is {minutes}, but it must be a positive number.")
     from sfumato.demo import run
 
-    with progress() as shown:
-        found = run(data, out, minutes, device, shown, task)
+    with progress() as bars:
+        found = run(data, out, minutes, device, bars, task)
     seconds = found["seconds"]
     lines = [f"{name.replace('_', ' '):<18} {share:.1%}" for name, share in found["accuracy"].items()]
     lines += [f"{name + ' seconds':<18} {seconds[name]:.1f}" for name in seconds]

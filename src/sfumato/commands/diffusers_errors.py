@@ -102,9 +102,9 @@ def _drive(scheduler: Any, space: str, data: oracle.Mixture, x_T: Tensor, budget
     x = start = x_T * float(getattr(scheduler, "init_noise_sigma", 1.0))
     first: tuple[float, float] | None = None
     for t in scheduler.timesteps:
-        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         a, s = _levels(space, float(scheduler.sigmas[scheduler.step_index or 0]))
-        plain = seen * math.hypot(s, 0.5) if space == "edm" else seen
+        plain = scaled * math.hypot(s, 0.5) if space == "edm" else scaled
         angle, r = math.atan2(s, a), math.hypot(a, s)
         v = data.velocity(plain / r, angle)
         x_0 = math.cos(angle) * plain / r - math.sin(angle) * v

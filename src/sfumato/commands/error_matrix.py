@@ -9,7 +9,7 @@ from markupsafe import Markup
 from sfumato.report.page import part
 
 
-def laid_out(rows: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, dict[str, dict[str, Any]]]]:
+def as_matrix(rows: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, dict[str, dict[str, Any]]]]:
     """(grids, {solver: {grid: row}}): solvers by their best error, grids by theirs, ours before others'."""
 
     def best(key: str, name: str) -> float:
@@ -24,7 +24,7 @@ def laid_out(rows: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, dict[
 
 def as_text(rows: Sequence[dict[str, Any]]) -> str:
     """The matrix for a terminal; what was refused is a dash, and its sentence follows."""
-    grids, solvers = laid_out(rows)
+    grids, solvers = as_matrix(rows)
     lines = ["".join([f"{'':24}", *(f"{name:>11}" for name in grids)])]
     for solver, found in solvers.items():
         cells = [f"{_error(found[name]):>11}" if name in found else " " * 11 for name in grids]
@@ -35,7 +35,7 @@ def as_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def as_table(rows: Sequence[dict[str, Any]]) -> Markup:
     """The matrix for a page; a cell's number of evaluations, or why it was refused, shows when pointed at."""
-    grids, solvers = laid_out(rows)
+    grids, solvers = as_matrix(rows)
     errors = [math.log(row["error"]) for row in rows if row.get("error", 0) > 0]
     ends = (min(errors), max(errors)) if errors else (0.0, 0.0)
     cells = [(solver, [_cell(found.get(name), *ends) for name in grids]) for solver, found in solvers.items()]

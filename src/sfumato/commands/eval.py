@@ -27,10 +27,10 @@ def evaluate(
     from PIL import Image
 
     from sfumato.generation.files import contents, is_clip
-    from sfumato.workflow.evaluate.evaluate import evaluate as measure
+    from sfumato.workflow.evaluate import evaluate as measure
 
-    with progress() as shown:
-        found = measure(folder, samples, seeds, steps, guidance, device, shown, say)
+    with progress() as bars:
+        found = measure(folder, samples, seeds, steps, guidance, device, bars, say)
     out.mkdir(parents=True, exist_ok=True)
     listed = []
     for index, (prompt, picture) in enumerate(found.drawn):

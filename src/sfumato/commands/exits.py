@@ -16,7 +16,7 @@ FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 Arguments = ParamSpec("Arguments")
 
 
-def answers(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
+def with_exit_code(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """The command, ending the process with the exit code its outcome stands for."""
 
     @functools.wraps(command)
@@ -28,7 +28,7 @@ def answers(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
         except KeyboardInterrupt:
             stop("Stopped. What was saved stays; the same command goes on from there.", INTERRUPTED)
         except Exception as problem:
-            verdict = judged(problem)
+            verdict = refusal_of(problem)
             if verdict is None:
                 raise
             stop(*verdict)
@@ -36,7 +36,7 @@ def answers(command: Callable[Arguments, None]) -> Callable[Arguments, None]:
     return answered
 
 
-def judged(problem: Exception) -> tuple[str, int] | None:
+def refusal_of(problem: Exception) -> tuple[str, int] | None:
     """The sentence and exit code of a problem that is no programming error, else None."""
     text = " ".join(str(problem).split())
     if isinstance(problem, Refused):

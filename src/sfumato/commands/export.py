@@ -12,7 +12,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def export(run: Path, to: str, out: Path | None, triggers: list[str], dtype: str, as_json: bool) -> None:
     """Write a run for diffusers, ComfyUI or kohya, and say how near the loaded file answers to the run."""
-    from sfumato.workflow.export.export import export as write
+    from sfumato.workflow.export import export as write
 
     number = DTYPES[one_of("--dtype", dtype, DTYPES)]
     done = write(run, to, out or Path("runs/export") / f"{run.name}-{to}", triggers, number)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.commands.console import progress, result
+from sfumato.commands.options import with_present_names
 from sfumato.errors import Refused, one_of
 from sfumato.report.page import Picture, document, embedded, gallery, section
 from sfumato.run_folder import write_atomic
@@ -25,121 +26,126 @@ PICTURES = (
 class GenerateRequest:
     """What the command line asks for: with which model, what, how, and where it goes.
 
-    labels: classes, of a model that knows classes instead of prompts; wanted: arguments of the model's own
-    `generate`; kinds: of file, default PNG, of clips MP4; fps: of clips, default as the model was trained.
+    labels: classes, of a model that knows classes instead of prompts; options: arguments of the model's own
+    `generate`; formats: of file, default PNG, of clips MP4; fps: of clips, default as the model was trained.
     """
 
     folder: Path
     prompts: list[str]
     labels: list[str]
     count: int
-    wanted: dict[str, Any]
+    options: dict[str, Any]
     out: Path
     device: str
-    kinds: Sequence[str] = ()
+    formats: Sequence[str] = ()
     fps: float | None = None
     loras: list[tuple[str, float]] = field(default_factory=list)
     embeddings: list[str] = field(default_factory=list)
     control_modules: Sequence[Path] = ()
     control_from: str = ""
     image_encoder: Path | None = None
-    context: int = 1
+    context_parallel: int = 1
 
     @classmethod
-    def of(cls, said: dict[str, Any]) -> "GenerateRequest":
-        """From the options of `sfumato generate`, by their names.
+    def from_arguments(cls, arguments: dict[str, Any]) -> "GenerateRequest":
+        """From the arguments and options of `sfumato generate`, by their names.
 
         Raises:
             Refused: a file that cannot be read, or options that do not go together.
         """
-        said, known = dict(said), {*said, "latents", "watch"}
-        said.pop("json", None)
-        loras = [weighted(lora) for lora in said.pop("lora") or []]
-        embeddings = said.pop("embedding") or []
-        where = {name: said.pop(name) for name in ("count", "out", "device", "fps")}
+        known = {*arguments, "latents", "watch"}
+        rest = with_present_names(arguments)
+        rest.pop("json", None)
         own = {
-            "folder": said.pop("model"),
-            "prompts": said.pop("prompt") or [],
-            "labels": said.pop("label") or [],
-            "kinds": said.pop("format") or (),
-            "control_modules": said.pop("control_module") or [],
-            "image_encoder": said.pop("image_encoder"),
-            "context": said.pop("context"),
+            "folder": rest.pop("model"),
+            "prompts": rest.pop("prompt") or [],
+            "labels": rest.pop("label") or [],
+            "formats": rest.pop("format") or (),
+            "control_modules": rest.pop("control_module") or [],
+            "image_encoder": rest.pop("image_encoder"),
+            "context_parallel": rest.pop("context_parallel") or 1,
+            "control_from": rest.pop("control_from"),
+            "loras": [parse_lora(lora) for lora in rest.pop("lora") or []],
+            "embeddings": rest.pop("embedding") or [],
+            **{name: rest.pop(name) for name in ("count", "out", "device", "fps")},
         }
-        regions = [region(one) for one in said.pop("region") or []]
-        said |= {"regions": regions} if regions else {}
-        own["control_from"] = said.pop("control_from")
-        pictures = shown({name: said.pop(name) for name in PICTURES}, own["control_from"])
-        last = said.pop("last_image")
-        wanted = further(said.pop("image") or [], said.pop("option") or [], known)
-        wanted |= {"last_image": str(last)} if last is not None else {}
+        regions = [parse_region(one) for one in rest.pop("region") or []]
+        pictures = condition_arguments({name: rest.pop(name) for name in PICTURES}, own["control_from"])
+        last = rest.pop("last_image")
+        options = further_options(rest.pop("image") or [], rest.pop("option") or [], known)
         usual = {"negative": "", "solver": "", **dict.fromkeys(AS_TRAINED, 0)}
-        said = {name: value for name, value in said.items() if value not in (None, usual.get(name))}
-        return cls(wanted=said | wanted | pictures, loras=loras, embeddings=embeddings, **own, **where)
+        usual_left_out = {name: value for name, value in rest.items() if value not in (None, usual.get(name))}
+        options |= {"regions": regions} if regions else {}
+        options |= {"last_image": str(last)} if last is not None else {}
+        return cls(options=usual_left_out | options | pictures, **own)
 
 
-def generate(asked: GenerateRequest, as_json: bool) -> None:
+def generate(request: GenerateRequest, as_json: bool) -> None:
     """Draw `count` pictures or clips of each prompt into `out`, with a page that shows them.
 
-    Of processes that draw together (`context`) the first one writes.
+    Of processes that draw together (`context_parallel`) the first one writes.
     """
     from sfumato.training.distributed import context_parallel
 
-    with context_parallel.drawers(asked.context, asked.device) as processes:
-        found = run_generation(asked, processes)
+    with context_parallel.drawing_processes(request.context_parallel, request.device) as processes:
+        found = run_generation(request, processes)
     if processes.is_rank_zero:
-        write(asked, *found, as_json)
+        write(request, *found, as_json)
 
 
 def run_generation(
-    asked: GenerateRequest, processes: Any
+    request: GenerateRequest, processes: Any
 ) -> tuple[Any, list[str], list[Any], dict[str, Any]]:
-    """The model, each picture's prompt, the pictures or clips, and what is said of all of them."""
+    """The model, each picture's prompt, the pictures or clips, and the metadata of all of them."""
     from sfumato.generation import load
     from sfumato.training.device import resolve
     from sfumato.training.distributed import context_parallel
 
-    device = str(resolve(asked.device))
-    model = loaded(asked, device)
-    formats(asked, model)
-    prompts = [prompt for prompt in asked.prompts or asked.labels or [""] for _ in range(asked.count)]
-    options = dict(asked.wanted)
-    if asked.control_from:
+    device = str(resolve(request.device))
+    model = load_model(request, device)
+    output_formats(request, model)
+    prompts = [prompt for prompt in request.prompts or request.labels or [""] for _ in range(request.count)]
+    options = dict(request.options)
+    if request.control_from:
         shape = model.latent_shape(options.get("width"), options.get("height"))
         size = model.codec.pixel_size(shape)
         options["control"] = [
-            make_control(one, asked.control_from, size["width"], size["height"]) for one in options["control"]
+            make_control(one, request.control_from, size["width"], size["height"])
+            for one in options["control"]
         ]
-    told = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    metadata = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if "autoguidance_model" in options:
         options["autoguidance_model"] = load(options["autoguidance_model"], device=device)
-    with progress() as bar, context_parallel.divided(model.denoiser, asked.context, processes):
+    with (
+        progress() as bar,
+        context_parallel.enabled(model.denoiser, request.context_parallel, processes),
+    ):
         drawn = model.generate(
             prompt=prompts, watch=lambda done, total: bar(done, total, "drawing"), **options
         )
-    said = {**json_safe(told), "model": asked.folder.name}
-    if asked.loras:
-        said["loras"] = [f"{Path(file).name}:{weight:g}" for file, weight in asked.loras]
-    return model, prompts, drawn, said
+    metadata = {**json_safe(metadata), "model": request.folder.name}
+    if request.loras:
+        metadata["loras"] = [f"{Path(file).name}:{weight:g}" for file, weight in request.loras]
+    return model, prompts, drawn, metadata
 
 
 def write(
-    asked: GenerateRequest,
+    request: GenerateRequest,
     model: Any,
     prompts: list[str],
     drawn: list[Any],
-    said: dict[str, Any],
+    metadata: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Write what was drawn, a sheet and a page of it, and tell where."""
-    kinds, fps = formats(asked, model)
+    kinds, fps = output_formats(request, model)
     listed = []
     for index, (prompt, one) in enumerate(zip(prompts, drawn, strict=True)):
-        seed = asked.wanted["seed"] + index
-        place = asked.out / f"{index:03d}-{slug(prompt)}-{seed}"
-        kept = save_output(one, place, kinds, {"prompt": prompt, **said, "seed": seed}, fps)
+        seed = request.options["seed"] + index
+        place = request.out / f"{index:03d}-{slug(prompt)}-{seed}"
+        kept = save_output(one, place, kinds, {"prompt": prompt, **metadata, "seed": seed}, fps)
         listed.append({**kept, "prompt": prompt, "seed": seed})
-    sheet, page = overview(asked, drawn, listed, fps)
+    sheet, page = overview(request, drawn, listed, fps)
     result(
         {"pictures": listed, "sheet": sheet, "page": page},
         "\n".join([*(file for one in listed for file in one["files"]), str(sheet), str(page)]),
@@ -147,7 +153,7 @@ def write(
     )
 
 
-def loaded(asked: GenerateRequest, device: str) -> Any:
+def load_model(request: GenerateRequest, device: str) -> Any:
     """The model with its LoRAs and control modules.
 
     Raises:
@@ -157,32 +163,32 @@ def loaded(asked: GenerateRequest, device: str) -> Any:
     from sfumato.models.control import attach
     from sfumato.models.pretrained.textual_inversion import parse_embedding
 
-    model = load(asked.folder, device=device)
-    for file, weight in asked.loras:
+    model = load(request.folder, device=device)
+    for file, weight in request.loras:
         model.add_lora(file, weight)
-    for one in asked.embeddings:
+    for one in request.embeddings:
         word, file = parse_embedding(one)
         model.add_embedding(file, word)
-    if asked.image_encoder is not None and not any(place.is_file() for place in asked.control_modules):
+    if request.image_encoder is not None and not any(place.is_file() for place in request.control_modules):
         raise Refused(
             "--image-encoder is for an IP-Adapter's file: give --control-module FILE too, or leave it out."
         )
-    for place in asked.control_modules:
-        attach(model, place, asked.image_encoder if place.is_file() else None)
-    if asked.labels and (asked.prompts or model.conditioner.kind != "labels"):
+    for place in request.control_modules:
+        attach(model, place, request.image_encoder if place.is_file() else None)
+    if request.labels and (request.prompts or model.conditioner.kind != "labels"):
         raise Refused(
             "Give --label or --prompt, not both."
-            if asked.prompts
-            else f"--label {asked.labels[0]}: this model was not trained on classes. Use --prompt."
+            if request.prompts
+            else f"--label {request.labels[0]}: this model was not trained on classes. Use --prompt."
         )
-    if not asked.prompts and not asked.labels and model.conditioner.kind != "none":
+    if not request.prompts and not request.labels and model.conditioner.kind != "none":
         if model.conditioner.kind == "labels":
             raise Refused("Say which class to draw: --label NAME. Repeat --label for several pictures.")
         raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
     return model
 
 
-def formats(asked: GenerateRequest, model: Any) -> tuple[list[str], float]:
+def output_formats(request: GenerateRequest, model: Any) -> tuple[list[str], float]:
     """The kinds of file to write, and the frames a second of clips.
 
     Raises:
@@ -192,41 +198,41 @@ def formats(asked: GenerateRequest, model: Any) -> tuple[list[str], float]:
 
     is_clip = "frames" in model.info
     known = files.CLIP_KINDS if is_clip else files.PICTURE_KINDS
-    kinds = [one_of("--format", kind, known) for kind in asked.kinds or known[:1]]
-    if asked.fps is None:
+    kinds = [one_of("--format", kind, known) for kind in request.formats or known[:1]]
+    if request.fps is None:
         return kinds, float(model.info.get("fps", files.DEFAULT_FPS))
     if not is_clip:
-        raise Refused(f"--fps {asked.fps:g}: this model draws pictures, not clips. Leave --fps out.")
-    return kinds, files.check_fps(asked.fps)
+        raise Refused(f"--fps {request.fps:g}: this model draws pictures, not clips. Leave --fps out.")
+    return kinds, files.check_fps(request.fps)
 
 
 def overview(
-    asked: GenerateRequest, drawn: list[Any], listed: list[dict[str, Any]], fps: float
+    request: GenerateRequest, drawn: list[Any], listed: list[dict[str, Any]], fps: float
 ) -> tuple[Path, Path]:
     """Write a contact sheet and a page of what was drawn; where they are."""
     from sfumato.generation import files
     from sfumato.generation.contact_sheet import sheet_of
 
-    sheet, page = asked.out / "sheet.png", asked.out / "index.html"
+    sheet, page = request.out / "sheet.png", request.out / "index.html"
     write_atomic(sheet, files.png(sheet_of(drawn, [row["prompt"] for row in listed]), {}))
     there = [
-        Picture(embedded(*moving(one, fps)), row["prompt"], f"seed {row['seed']}")
+        Picture(embedded(*preview_bytes(one, fps)), row["prompt"], f"seed {row['seed']}")
         for one, row in zip(drawn, listed, strict=True)
     ]
     title = "Clips" if files.is_clip(drawn[0]) else "Pictures"
-    write_atomic(page, document(title, f"By {asked.folder}.", [section("Drawn", gallery(there))]))
+    write_atomic(page, document(title, f"By {request.folder}.", [section("Drawn", gallery(there))]))
     return sheet, page
 
 
 def save_output(
-    drawn: Any, place: Path, kinds: Sequence[str], said: dict[str, Any], fps: float
+    drawn: Any, place: Path, kinds: Sequence[str], metadata: dict[str, Any], fps: float
 ) -> dict[str, Any]:
     """Write a picture or clip to `place` and an ending; where it is now, numbered frames as their folder."""
     from sfumato.generation import files
 
     written = []
     for kind in kinds:
-        for ending, content in files.contents(drawn, kind, said, fps).items():
+        for ending, content in files.contents(drawn, kind, metadata, fps).items():
             file = Path(f"{place}{ending}")
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, content)
@@ -236,7 +242,7 @@ def save_output(
     return {"file": first, "files": written}
 
 
-def moving(drawn: Any, fps: float) -> tuple[bytes, str]:
+def preview_bytes(drawn: Any, fps: float) -> tuple[bytes, str]:
     """What a page shows of a picture or clip: its bytes and what they are."""
     from PIL import Image
 
@@ -263,7 +269,7 @@ def json_safe(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if not is_picture(value)}
 
 
-def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
+def condition_arguments(given: dict[str, Any], control_from: str) -> dict[str, Any]:
     """The pictures that guide and their numbers, as `generate` takes them.
 
     Raises:
@@ -271,7 +277,7 @@ def shown(said: dict[str, Any], control_from: str) -> dict[str, Any]:
     """
     from sfumato.data.condition_images import KINDS, kind_of
 
-    known = {name: value for name, value in said.items() if value not in (None, [])}
+    known = {name: value for name, value in given.items() if value not in (None, [])}
     for name in ("init", "mask"):
         if name in known:
             known[name] = still_or_clip(known[name])
@@ -310,7 +316,7 @@ def make_control(one: Any, kind: str, width: int, height: int) -> Any:
     return to_images(control_image(to_pixels(center_crop_resize(one, width, height)[None]), kind))[0]
 
 
-def further(images: list[Path], options: list[str], taken: Collection[str]) -> dict[str, Any]:
+def further_options(images: list[Path], options: list[str], taken: Collection[str]) -> dict[str, Any]:
     """Arguments of `generate` that only some models take, from the command line.
 
     Raises:
@@ -332,7 +338,7 @@ def further(images: list[Path], options: list[str], taken: Collection[str]) -> d
     return known
 
 
-def region(said: str) -> tuple[Any, str]:
+def parse_region(text: str) -> tuple[Any, str]:
     """MASK:TEXT, the mask as a picture.
 
     Raises:
@@ -340,17 +346,17 @@ def region(said: str) -> tuple[Any, str]:
     """
     from sfumato.models.pretrained.image_inputs import picture
 
-    drive = 2 if re.match(r"[A-Za-z]:[\\/]", said) else 0
-    at = said.find(":", drive)
-    file, prompt = said[: max(at, 0)], said[at + 1 :]
+    drive = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
+    at = text.find(":", drive)
+    file, prompt = text[: max(at, 0)], text[at + 1 :]
     if not file or not prompt.strip():
         raise Refused(
-            f'--region "{said}" must be a mask\'s file and a prompt: --region "left.png:a red apple".'
+            f'--region "{text}" must be a mask\'s file and a prompt: --region "left.png:a red apple".'
         )
     return picture(file), prompt.strip()
 
 
-def weighted(lora: str) -> tuple[str, float]:
+def parse_lora(lora: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT.
 
     Raises:

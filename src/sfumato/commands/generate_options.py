@@ -53,8 +53,6 @@ Embeddings = Annotated[
 ControlModules = Annotated[
     Optional[list[Path]],
     typer.Option(
-        "--control-module",
-        "--guide",
         metavar="PATH",
         help="A trained ControlNet's folder (diffusers), an IP-Adapter's file, or a run of either, to add.",
     ),
@@ -147,21 +145,11 @@ GuidanceInterval = Annotated[
 ]
 PagScale = Annotated[
     Optional[float],
-    typer.Option(
-        "--pag-scale",
-        "--guidance-perturbed",
-        metavar="X",
-        help="Also lean away from the model with disturbed attention.",
-    ),
+    typer.Option(metavar="X", help="Also lean away from the model with perturbed attention."),
 ]
 AutoguidanceModel = Annotated[
     Optional[Path],
-    typer.Option(
-        "--autoguidance-model",
-        "--guidance-by",
-        metavar="RUN_OR_MODEL",
-        help="Lean away from this weaker model (autoguidance).",
-    ),
+    typer.Option(metavar="RUN_OR_MODEL", help="Lean away from this weaker model."),
 ]
 
 # Clips
@@ -181,9 +169,23 @@ Tile = Annotated[int, typer.Option(metavar="N", min=0, help="Decode in tiles of 
 Chunk = Annotated[int, typer.Option(metavar="N", min=0, help="Decode N frames of a clip at once.")]
 
 # Who draws
-Context = Annotated[
-    int,
+ContextParallel = Annotated[
+    Optional[int],
     typer.Option(
         metavar="N", min=1, help="So many processes (torchrun) draw each picture or clip, sharing its tokens."
     ),
+]
+
+# Former names, read with a note: `options.RENAMED_OPTIONS` says of what
+Guides = Annotated[
+    Optional[list[Path]], typer.Option("--guide", hidden=True, help="The former name of --control-module.")
+]
+GuidancePerturbed = Annotated[
+    Optional[float], typer.Option(hidden=True, help="The former name of --pag-scale.")
+]
+GuidanceBy = Annotated[
+    Optional[Path], typer.Option(hidden=True, help="The former name of --autoguidance-model.")
+]
+Context = Annotated[
+    Optional[int], typer.Option(min=1, hidden=True, help="The former name of --context-parallel.")
 ]

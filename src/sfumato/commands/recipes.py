@@ -56,7 +56,7 @@ def new(name: str, data: str, base: str, train: str) -> None:
         base_note="            # or the folder of a model to go on from" if base == "scratch" else "",
         data=quoted(data),
         captions=captions,
-        **lengths(base, data),
+        **template_sizes(base, data),
         captions_note="          # files (metadata or .txt beside), folder (class names) or none",
     )
     if train != "full":
@@ -101,17 +101,17 @@ def plan(recipe: Path, overrides: list[str], fit: str, devices: int, as_json: bo
         say(note)
     fitted: dict[str, Any] = {}
     if fit:
-        read, fitted = workflow.fitted(read, fit, devices)
+        read, fitted = workflow.fit_to_memory(read, fit, devices)
     found = workflow.plan(read, devices)
     values = {
         name: {"value": plain(value), "origin": read.origin(name)} for name, value in read.values().items()
     }
     if fitted:
         found["fit"] = fitted
-    told = _told({name: value for name, value in found.items() if name != "fit"}, values)
+    plan_text = _plan_text({name: value for name, value in found.items() if name != "fit"}, values)
     if fitted:
-        told += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))
-    result({**found, "recipe": values}, told, as_json)
+        plan_text += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))
+    result({**found, "recipe": values}, plan_text, as_json)
 
 
 def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str], devices: int) -> str:
@@ -123,9 +123,9 @@ def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str]
         words = _words(one["keys"]) or "the recipe as it is"
         lines.append(f"  faster, but {one['memory_gb']} GB: {words}")
     if found["keys"]:
-        asked = "".join(f" {word}" for word in overrides)
+        override_text = "".join(f" {word}" for word in overrides)
         many = f"torchrun --nproc-per-node {devices} -m " if devices > 1 else ""
-        lines.append(f"{many}sfumato train {recipe}{asked} {_words(found['keys'])}")
+        lines.append(f"{many}sfumato train {recipe}{override_text} {_words(found['keys'])}")
     return "\n".join(lines)
 
 
@@ -135,22 +135,22 @@ def _words(keys: dict[str, Any]) -> str:
     )
 
 
-def _told(found: dict[str, Any], values: dict[str, dict[str, Any]]) -> str:
+def _plan_text(found: dict[str, Any], values: dict[str, dict[str, Any]]) -> str:
     lines = []
     width = max(len(name) for name in values)
     for name, entry in values.items():
-        lines.append(f"{name:<{width}}  {_shown(entry['value']):<28} {entry['origin']}")
+        lines.append(f"{name:<{width}}  {_value_text(entry['value']):<28} {entry['origin']}")
     lines.append("")
-    lines += [f"{name.replace('_', ' '):<{width}}  {_shown(value)}" for name, value in found.items()]
+    lines += [f"{name.replace('_', ' '):<{width}}  {_value_text(value)}" for name, value in found.items()]
     return "\n".join(lines)
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, dict):
         between = "; " if any(isinstance(one, dict) for one in value.values()) else ", "
-        return between.join(f"{name} {_shown(one)}" for name, one in value.items())
+        return between.join(f"{name} {_value_text(one)}" for name, one in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_shown(one) for one in value) or "none"
+        return ", ".join(_value_text(one) for one in value) or "none"
     return f"{value:,}" if type(value) is int else str(value) if value != "" else '""'
 
 
@@ -167,7 +167,7 @@ short_clip_frames = [1]     # lengths for clips too short for that; 1 makes them
 OF_CLIPS = ("Wan", "LTX", "HunyuanVideo", "CogVideoX", "Mochi")
 
 
-def lengths(base: str, data: str) -> dict[str, Any]:
+def template_sizes(base: str, data: str) -> dict[str, Any]:
     """The template's values for this base and these data; reads JSON alone, so that it takes no time."""
     folder = Path(base).expanduser()
     if base == "scratch":
@@ -184,11 +184,11 @@ def lengths(base: str, data: str) -> dict[str, Any]:
                 f"\nframes = {FRAMES:<18} # of a clip; one and a multiple of what shares a latent"
             )
     elif kind:
-        found["resolution"] = side_of(folder)
+        found["resolution"] = native_resolution(folder)
     return found
 
 
-def side_of(folder: Path) -> int:
+def native_resolution(folder: Path) -> int:
     """Pixels a side that a pipeline draws: its network's latents times what its autoencoder joins."""
     network = next(
         (folder / name / "config.json" for name in ("unet", "transformer") if (folder / name).is_dir()), None

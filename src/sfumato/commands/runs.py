@@ -10,23 +10,23 @@ def encode(recipe: Path, overrides: list[str], workers: int, as_json: bool) -> N
     from sfumato import workflow
     from sfumato.workflow.train_run import encode_on_cluster
 
-    with progress() as shown:
+    with progress() as bars:
         if workers:
-            found = encode_on_cluster(recipe, overrides, workers, shown, say)
+            found = encode_on_cluster(recipe, overrides, workers, bars, say)
         else:
-            found = workflow.encode(recipe, overrides, shown, say)
+            found = workflow.encode(recipe, overrides, bars, say)
     counts = {"samples": len(found.train), "held_out": len(found.held_out), "set_aside": found.set_aside}
     store = str(found.train.store.root)
-    told = f"{counts['samples']} samples and {counts['held_out']} held out are in {store}"
-    result({**found.train.counts, **counts, "store": store}, told, as_json)
+    text = f"{counts['samples']} samples and {counts['held_out']} held out are in {store}"
+    result({**found.train.counts, **counts, "store": store}, text, as_json)
 
 
 def train(recipe: Path, overrides: list[str], profile: bool, as_json: bool) -> None:
     """Train, and print the run's folder and page."""
     from sfumato import workflow
 
-    with progress() as shown:
-        run = workflow.train(recipe, overrides, shown, say, profile)
+    with progress() as bars:
+        run = workflow.train(recipe, overrides, bars, say, profile)
     value = {"run": run.path, "step": run.step, "report": run.report}
     result(value, f"{run.path}\n{run.report}", as_json)
 
@@ -43,7 +43,7 @@ def ema(run: Path, length: float, step: int | None, out: Path | None, as_json: b
     from sfumato.workflow.averaging import average
 
     made = average(run, length, step, out)
-    told = f"Averaged over {length:g} of the run, as it was at step {made.step:,}"
-    say(f"{told}; the profile is missed by {made.missed:.2%}. Draw: sfumato generate {made.folder}")
+    text = f"Averaged over {length:g} of the run, as it was at step {made.step:,}"
+    say(f"{text}; the profile is missed by {made.missed:.2%}. Draw: sfumato generate {made.folder}")
     value = {"model": made.folder, "length": length, "step": made.step, "missed": made.missed}
     result(value, str(made.folder), as_json)

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.commands.console import result, say
-from sfumato.workflow.store_gc import collected
+from sfumato.workflow.store_gc import collect_garbage
 
 UNITS = ("bytes", "KB", "MB", "GB", "TB")
 
 
 def store(root: Path, keep: list[Path], days: float, remove: bool, as_json: bool) -> None:
     """Say what a store holds, and take out what nobody needs if `remove` says so."""
-    found = collected(root, keep, days, remove)
+    found = collect_garbage(root, keep, days, remove)
     lines = [f"{root}"]
     for kind in ("pixels", "text"):
         share = found[kind]

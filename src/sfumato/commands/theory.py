@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from sfumato.commands.exits import answers
+from sfumato.commands.exits import with_exit_code
 from sfumato.commands.options import Device, Guidance, Json, out_option
 
 theories = typer.Typer(
@@ -17,7 +17,7 @@ theories = typer.Typer(
 
 
 @theories.command("list")
-@answers
+@with_exit_code
 def list_theories(json: Json = False) -> None:
     """Name the theories and the solvers."""
     from sfumato.commands import theory_reports
@@ -29,7 +29,7 @@ TheoryName = Annotated[str, typer.Argument(metavar="THEORY", help="A name of the
 
 
 @theories.command("show")
-@answers
+@with_exit_code
 def show_theory(
     name: TheoryName,
     out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
@@ -45,7 +45,7 @@ def show_theory(
 
 
 @theories.command("check")
-@answers
+@with_exit_code
 def check_theory(
     name: TheoryName,
     out: Annotated[Path, out_option("runs/theory")] = Path("runs/theory"),
@@ -61,7 +61,7 @@ def check_theory(
 
 
 @theories.command("compare")
-@answers
+@with_exit_code
 def compare_solvers(
     name: TheoryName,
     budget: Annotated[int, typer.Option(metavar="N", min=2, help="Network evaluations.")] = 20,
@@ -78,7 +78,7 @@ def compare_solvers(
 
 
 @theories.command("fit")
-@answers
+@with_exit_code
 def fit_times(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a model or of a run.")],
     prompt: Annotated[

@@ -25,19 +25,19 @@ def fit(
 
     home = home_of(folder)
     model = load(folder, device=str(resolve(device)))
-    asked = prompts or usual_prompts(folder)
-    if not asked and model.conditioner.kind != "none":
+    drawn_prompts = prompts or usual_prompts(folder)
+    if not drawn_prompts and model.conditioner.kind != "none":
         raise Refused('Say what the pilot draws: --prompt "a red apple". Repeat --prompt for several.')
     budgets = sorted(set(steps)) or [5, 8, 16]
-    with progress() as shown:
+    with progress() as bars:
         found = fit_times(
             model,
-            asked or [""],
+            drawn_prompts or [""],
             samples,
             seed,
             guidance,
             budgets,
-            watch=lambda done, total: shown(done, total, "fitting times"),
+            watch=lambda done, total: bars(done, total, "fitting times"),
         )
     lines = [
         f"{n:>4} evaluations: error {before:.3g} at the default times, {after:.3g} at the fitted ones"

@@ -68,7 +68,7 @@ def show(name: str, out: Path, as_json: bool) -> None:
 
 def _portrait(theory: Theory) -> list[Markup]:
     """The theory's coefficients and signal-to-noise, and the paths it leads along."""
-    curves = sample(theory)
+    curves = sample_curves(theory)
     figures = [*_definitions(curves), *_derived(theory, curves)]
     return [
         section("Two definitions, and what follows", charts(figures)),
@@ -85,10 +85,10 @@ class Curves:
     s: list[float]
     p: list[float]
     q: list[float]
-    told: list[float]
+    clock: list[float]
 
 
-def sample(theory: Theory) -> Curves:
+def sample_curves(theory: Theory) -> Curves:
     """The theory's coefficients, as the network meets them: the end at the data is left out."""
     share = torch.linspace(0, 1, POINTS, dtype=torch.float64)
     if theory.t_noise / max(abs(theory.t_data), 1e-3) > 10:
@@ -140,7 +140,7 @@ def _derived(theory: Theory, curves: Curves) -> list[Markup]:
             zero=True,
             note="Where it is 0, the answer does not say what the picture is.",
         ),
-        chart("What the network is told", [Line("clock", curves.t, curves.told)], x="t", y="", log_x=wide),
+        chart("What the network is told", [Line("clock", curves.t, curves.clock)], x="t", y="", log_x=wide),
         chart("Grids of 20 steps", lines, x="step", y="φ / π", zero=True, note="0 is data, ½ is noise."),
     ]
 
@@ -192,8 +192,8 @@ def compare(name: str, budget: int, out: Path, as_json: bool) -> None:
         section("Each solver at its own times", _compared(lines)),
     ]
     page = _write(out, theory, document(theory.name, lead + best, body, kicker=KICKER), "compare")
-    told = f"{error_matrix.as_text(rows)}\n{(lead + best).strip()}\n{page}"
-    result({"theory": theory.name, "rows": rows, "page": page}, told, as_json)
+    text = f"{error_matrix.as_text(rows)}\n{(lead + best).strip()}\n{page}"
+    result({"theory": theory.name, "rows": rows, "page": page}, text, as_json)
 
 
 def _compared(errors: dict[str, list[float]]) -> Markup:

@@ -37,7 +37,7 @@ class Thumbnail:
 
 
 @dataclass(frozen=True)
-class Report:
+class DatasetReport:
     """What was found; `summary` is plain JSON.
 
     sheets: for each bucket some of its pictures; twins: (thumbnail, name) of some that are alike.
@@ -58,7 +58,7 @@ def report(
     most_tokens: int = 77,
     frames: int = 16,
     fps: float = 8.0,
-) -> Report:
+) -> DatasetReport:
     """Open every picture of a collection and describe what is there.
 
     Args:
@@ -106,7 +106,7 @@ def report(
         "leaks": [[printable(a), printable(b), why] for a, b, why in survey.leaks(images, near)],
         "set_aside": [{"file": printable(one.file), "reason": one.reason} for one in set_aside],
     }
-    return Report(summary, _sheets(images, plan), _twins(images, near))
+    return DatasetReport(summary, _sheets(images, plan), _twins(images, near))
 
 
 def _fitted(

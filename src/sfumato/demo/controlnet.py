@@ -6,7 +6,7 @@ from PIL import Image
 from sfumato.data.settings import DataSettings
 from sfumato.data.sources import shape_reader
 from sfumato.demo.drawing import draw, picture_of
-from sfumato.demo.runner import DemoReport, Scores, Task
+from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.demo.two_step import GuideDemo, plan_of, unseen
 from sfumato.settings import Table
 from sfumato.workflow.control_training import picture_for
@@ -47,4 +47,4 @@ def judge(trained: DemoReport) -> Scores:
     return found, {"outline_iou": f"{how}intersection over union, unseen combinations"}
 
 
-TASK = Task(DEMO.recipe, judge, DEMO.train)
+TASK = DemoTask(DEMO.recipe, judge, DEMO.train)

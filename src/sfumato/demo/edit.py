@@ -6,7 +6,7 @@ from sfumato.data.sources import shape_reader
 from sfumato.demo.budget import recipe_for_budget
 from sfumato.demo.controlnet import overlap
 from sfumato.demo.drawing import draw
-from sfumato.demo.runner import DemoReport, Scores, Task
+from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.demo.two_step import companion, plan_of, unseen
 from sfumato.recipe import Recipe
 
@@ -37,4 +37,4 @@ def judge(trained: DemoReport) -> Scores:
     return found, notes
 
 
-TASK = Task(recipe, judge)
+TASK = DemoTask(recipe, judge)

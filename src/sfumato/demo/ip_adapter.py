@@ -2,7 +2,7 @@
 
 from sfumato.data.sources import shape_reader
 from sfumato.demo.drawing import draw
-from sfumato.demo.runner import DemoReport, Scores, Task
+from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.demo.two_step import GuideDemo, companion, plan_of, unseen
 from sfumato.settings import Table
 
@@ -41,4 +41,4 @@ def judge(trained: DemoReport) -> Scores:
     return {"reference_color": color / count, "shape": shape / count, "shape_and_color": both / count}, notes
 
 
-TASK = Task(DEMO.recipe, judge, DEMO.train)
+TASK = DemoTask(DEMO.recipe, judge, DEMO.train)

@@ -45,7 +45,7 @@ class DemoReport:
 
 
 @dataclass(frozen=True)
-class Task:
+class DemoTask:
     """What one demo shows.
 
     recipe: (data, out, minutes or None for its own, device) → the recipe that fills the minutes.
@@ -60,7 +60,7 @@ class Task:
     )
 
 
-def task_of(name: str) -> Task:
+def task_of(name: str) -> DemoTask:
     """The task of that name, from its file."""
     one_of("task", name, TASKS)
     return import_module(f".{name.replace('-', '_')}", __package__).TASK

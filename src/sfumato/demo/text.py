@@ -9,7 +9,7 @@ from sfumato.data.sources import shape_reader
 from sfumato.data.sources.media import center_crop_resize
 from sfumato.demo.budget import Plan, recipe_for_budget
 from sfumato.demo.drawing import JUDGED, draw, picture_of, sample_prompts
-from sfumato.demo.runner import DemoReport, Scores, Task
+from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.evaluation import Neighbors
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
@@ -20,7 +20,7 @@ _MODEL = ModelSettings(
     width=192, depth=6, heads=3, patch=2, codec_stride=8, latent_channels=24, codec_width=32
 )
 _TRAIN = TrainSettings(
-    batch=16, learning_rate=1.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500,
+    batch=16, learning_rate=1.5e-3, warmup_steps=40, lr_schedule="linear", ema=0.995, save_every=500,
     keep_checkpoints=1, validate_every=0, ema_snapshot_every=0,
 )  # fmt: skip
 _SAMPLE = SampleSettings(steps=16, guidance=2.0)
@@ -101,4 +101,4 @@ def judge_shapes(trained: DemoReport) -> Scores:
     return accuracy, {"shape_and_color": how, "reader": "the same, on clean drawings"}
 
 
-TASK = Task(recipe, judge)
+TASK = DemoTask(recipe, judge)

@@ -9,12 +9,12 @@ import numpy as np
 from sfumato.data.sources import clips, moving_shapes
 from sfumato.demo.budget import Plan, recipe_for_budget
 from sfumato.demo.drawing import JUDGED, draw, sample_prompts
-from sfumato.demo.runner import DemoReport, Scores, Task
+from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
 from sfumato.recipe import Recipe
 from sfumato.training.settings import TrainSettings
-from sfumato.workflow.evaluate.video_metrics import change
+from sfumato.workflow.evaluate.video_metrics import frame_change
 
 _RECIPE = Recipe(
     model=ModelSettings(
@@ -22,7 +22,7 @@ _RECIPE = Recipe(
         latent_channels=32, codec_width=24, codec_batch=8,
     ),
     train=TrainSettings(
-        batch=16, learning_rate=2.5e-3, warmup=40, schedule="linear", ema=0.995, save_every=500,
+        batch=16, learning_rate=2.5e-3, warmup_steps=40, lr_schedule="linear", ema=0.995, save_every=500,
         keep_checkpoints=1, validate_every=0,
     ),
     sample=SampleSettings(steps=16, guidance=1.7),
@@ -48,7 +48,9 @@ def judge(trained: DemoReport) -> Scores:
     verdicts = [moving_shapes.judge(clip, prompt) for clip, prompt in zip(drawn, prompts, strict=True)]
     accuracy = {name: sum(one[name] for one in verdicts) / len(verdicts) for name in verdicts[0]}
     accuracy["reader"] = moving_shapes.accuracy(size=int(trained.model.info["resolution"]))
-    changes = [float(np.mean([change(clip) for clip in some])) for some in (drawn, training_clips(trained))]
+    changes = [
+        float(np.mean([frame_change(clip) for clip in some])) for some in (drawn, training_clips(trained))
+    ]
     accuracy["steadiness"] = min(changes) / max(changes)
     notes = {
         "all": "the shape is followed from frame to frame; training showed no clip of all three words",
@@ -68,4 +70,4 @@ def training_clips(trained: DemoReport) -> list[Any]:
     return [frames.permute(1, 2, 3, 0).numpy() for frames in read]
 
 
-TASK = Task(recipe, judge)
+TASK = DemoTask(recipe, judge)

@@ -10,7 +10,7 @@ MOST_SIZES = 10
 SHAPE_PIXELS = 44
 
 
-class Thumbnail(Protocol):
+class PageThumbnail(Protocol):
     """A picture of a contact sheet: WebP in base64, its caption, shares of width and height cut off."""
 
     @property
@@ -23,7 +23,7 @@ class Thumbnail(Protocol):
     def cut_high(self) -> float: ...
 
 
-Sheets = Sequence[tuple[str, Sequence[Thumbnail]]]
+Sheets = Sequence[tuple[str, Sequence[PageThumbnail]]]
 Twins = Sequence[tuple[str, Sequence[tuple[str, str]]]]
 
 

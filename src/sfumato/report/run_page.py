@@ -286,7 +286,11 @@ def _data(events: list[Event]) -> list[tuple[str, str]]:
 def _set_aside(events: list[Event]) -> list[tuple[str, str]]:
     """Files that were not trained on, and why."""
     data = _last(events, "data").get("summary", {})
-    aside = data.get("set_aside") if isinstance(data.get("set_aside"), list) else of_kind(events, "set_aside")
+    aside = (
+        data.get("set_aside")
+        if isinstance(data.get("set_aside"), list)
+        else of_kind(events, "damaged_checkpoint")
+    )
     return [(one.get("file", ""), one.get("reason", "")) for one in aside or []]
 
 

@@ -34,7 +34,7 @@ def resolve(device: str) -> torch.device:
 
 
 @contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
+def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """Within it a CPU run keeps the memory of what it let go, to take it again in its next step.
 
     The C library gives large arrays back to the system, which clears the pages it lends anew: a tenth of a

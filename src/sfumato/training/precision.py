@@ -41,8 +41,8 @@ def effective_precision(precision: str, device: torch.device, weights: str = "fp
         return "bf16"
     if one_of("precision", precision, PRECISIONS) != "auto":
         return precision
-    if told := os.environ.get(AUTO_PRECISION):
-        return one_of(AUTO_PRECISION, told, PRECISIONS[1:])
+    if named := os.environ.get(AUTO_PRECISION):
+        return one_of(AUTO_PRECISION, named, PRECISIONS[1:])
     return "bf16" if has_fast_bf16(device) else "fp32"
 
 

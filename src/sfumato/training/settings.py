@@ -4,8 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sfumato.settings import Table, key
-from sfumato.training.optimizers import OPTIMIZERS
 
+OPTIMIZERS = (
+    "adamw",
+    "adafactor",
+    "lion",
+    "muon",
+    "prodigy",
+    "schedule-free",
+    "came",
+    "ademamix",
+    "adamw-8bit",
+    "lion-8bit",
+    "adamw-paged",
+    "adamw-8bit-paged",
+)
+"""What `optim.optimizers` has a table of, which is not asked: a recipe is read without torch."""
 DENSITIES = ("uniform", "logit-normal", "log-normal", "log-snr", "cosmap", "mode")
 WEIGHTINGS = ("none", "min-snr", "edm", "sigmoid", "p2", "debiased")
 
@@ -37,8 +51,8 @@ class TrainSettings:
     text_learning_rate: float = key(
         0.0, "that of text encoders and new words, where they are trained; 0: train.learning_rate", least=0
     )
-    warmup: int = key(100, "steps in which the learning rate rises from 0", least=0)
-    schedule: str = key(
+    warmup_steps: int = key(100, "steps in which the learning rate rises from 0", least=0)
+    lr_schedule: str = key(
         "constant",
         "the learning rate after warm-up",
         choices=("constant", "cosine", "linear", "wsd", "rex"),
@@ -85,7 +99,7 @@ class TrainSettings:
         "how trained weights are kept: fp32; bf16, rounded stochastically; bf16-masters, with fp32 copies",
         choices=("fp32", "bf16", "bf16-masters"),
     )
-    sanity: bool = key(True, "climb the sanity ladder before the first step, in seconds")
+    sanity: bool = key(True, "run the sanity checks before the first step, in seconds")
     gradient_checkpointing: int = key(
         0, "every n-th block is computed again in the backward pass, to need less memory; 0: none", least=0
     )

@@ -4,7 +4,7 @@ recipe → pictures and captions → codec → encodings in the store → traini
 """
 
 from sfumato.workflow.averaging import average
-from sfumato.workflow.planning.plan import fitted, plan
+from sfumato.workflow.planning.plan import fit_to_memory, plan
 from sfumato.workflow.prepare import prepare_run, resolve_recipe
 from sfumato.workflow.resume import check_resume
 from sfumato.workflow.train_run import Run, encode, train
@@ -14,7 +14,7 @@ __all__ = [
     "average",
     "check_resume",
     "encode",
-    "fitted",
+    "fit_to_memory",
     "plan",
     "prepare_run",
     "resolve_recipe",

@@ -11,12 +11,12 @@ from sfumato.generation import load
 from sfumato.run_folder import RunFolder
 from sfumato.training.state import posthoc_ema
 
-TOO_FAR = 0.5
+MOST_MISSED = 0.5
 """The part of an average's profile that may be missed: beyond it, another average would be written."""
 
 
 @dataclass(frozen=True)
-class Averaged:
+class AveragedModel:
     """A model that was averaged: its folder, the step it was averaged up to, the profile's relative error."""
 
     folder: Path
@@ -26,7 +26,7 @@ class Averaged:
 
 def average(
     run: RunFolder | Path | str, length: float, step: int | None = None, out: Path | str | None = None
-) -> Averaged:
+) -> AveragedModel:
     """Write the model whose weights are averaged over `length` of a run.
 
     Args:
@@ -39,7 +39,7 @@ def average(
     folder = run if isinstance(run, RunFolder) else RunFolder.open(run)
     weights, missed = posthoc_ema.reconstruct(folder, length, step)
     last = step or posthoc_ema.snapshots(folder)[-1].step
-    if missed > TOO_FAR:
+    if missed > MOST_MISSED:
         ends = sorted({one.step for one in posthoc_ema.snapshots(folder)})
         raise Refused(
             f"What {folder.path} kept up to step {last} misses this average by {missed:.0%}. Choose a later "
@@ -56,4 +56,4 @@ def average(
     model.info |= {"averaged": {"run": str(folder.path), "length": length, "step": last}}
     home = Path(out) if out else folder.path / "averages" / f"ema-{length:.3f}"
     models.save(model, home, text_by_name=True)
-    return Averaged(home, last, missed)
+    return AveragedModel(home, last, missed)

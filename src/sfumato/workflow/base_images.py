@@ -35,8 +35,8 @@ def training_images(conditioner: Conditioner, settings: DataSettings) -> dict[st
     if not isinstance(conditioner, PretrainedConditioner):
         return {}
     found = conditioner.training_images()
-    asked = bool(conditioner.shows) or bool(settings.source_image)
-    return {name: one for name, one in found.items() if one.own or asked}
+    is_wanted = bool(conditioner.shows) or bool(settings.source_image)
+    return {name: one for name, one in found.items() if one.own or is_wanted}
 
 
 def companions(model: Any, settings: DataSettings) -> dict[str, Companion]:
@@ -73,34 +73,34 @@ def check(recipe: Recipe, conditioner: Conditioner) -> None:
             f"{recipe.model.base} goes on from frames of a clip, but data.frames is {data.frames}: name a "
             "folder of clips and set data.frames."
         )
-    if is_read_beside(conditioner) and data.flip:
+    if encodes_text_with_image(conditioner) and data.flip:
         raise Refused("data.flip: this base reads its words beside the picture as it is. Leave it out.")
 
 
 # ---------------------------------------------------------------- words read beside a picture
 
 
-def is_read_beside(conditioner: Conditioner) -> bool:
+def encodes_text_with_image(conditioner: Conditioner) -> bool:
     """Whether words are read beside the picture that is shown."""
     return isinstance(conditioner, PretrainedConditioner) and conditioner.family.reads_pictures
 
 
-def is_shown_frames(conditioner: Conditioner) -> bool:
+def is_image_to_video(conditioner: Conditioner) -> bool:
     """Whether there has to be a picture, which the words' reader does not see."""
     if not isinstance(conditioner, PretrainedConditioner):
         return False
     return bool(conditioner.shows) and not conditioner.family.reads_pictures
 
 
-def source_of(settings: DataSettings, sample: Sample) -> Any:
+def source_image(settings: DataSettings, sample: Sample) -> Any:
     """The picture a sample begins with: a path, or what draws or reads it gives."""
     found = sample.companions[settings.source_image or SOURCE]
     return found() if callable(found) else found
 
 
-def content_of(settings: DataSettings, sample: Sample) -> str:
+def source_image_hash(settings: DataSettings, sample: Sample) -> str:
     """A hash of that picture, and the size it is seen at."""
-    found = source_of(settings, sample)
+    found = source_image(settings, sample)
     if isinstance(found, Path):
         found = found.read_bytes()
     if isinstance(found, Image.Image):
@@ -108,22 +108,22 @@ def content_of(settings: DataSettings, sample: Sample) -> str:
     return f"{sha256(found).hexdigest()} at {settings.resolution}"
 
 
-def reader_beside(
+def text_image_encoder(
     model: Pipeline, settings: DataSettings, samples: Sequence[Sample]
 ) -> Callable[[Sequence[str]], Rows]:
     """Captions with their pictures (`encode_plan.text_key`) → rows of what is read, without what is seen."""
     column = settings.source_image or SOURCE
-    known = {content_of(settings, one): one for one in samples if column in one.companions}
-    shown = training_images(model.conditioner, settings)
+    known = {source_image_hash(settings, one): one for one in samples if column in one.companions}
+    image_names = training_images(model.conditioner, settings)
 
     def read(texts: Sequence[str]) -> Rows:
         rows = []
         for text in texts:
             caption, _, content = text.partition(PROMPT_IMAGE_MARK)
-            one = fitted(settings, source_of(settings, known[content]))
+            one = fit_picture(settings, source_image(settings, known[content]))
             ask: Any = model.conditioner if caption else model.conditioner.encode_negative
             row = ask([caption or None], image=[one]).row(0)
-            rows.append({name: tensor for name, tensor in row.items() if name not in shown})
+            rows.append({name: tensor for name, tensor in row.items() if name not in image_names})
         return rows
 
     return read
@@ -131,10 +131,10 @@ def reader_beside(
 
 def picture_key(model: Pipeline, settings: DataSettings) -> Callable[[Sample], str] | None:
     """The content of the picture that a sample's words are read beside, where they are."""
-    return partial(content_of, settings) if is_read_beside(model.conditioner) else None
+    return partial(source_image_hash, settings) if encodes_text_with_image(model.conditioner) else None
 
 
-def fitted(settings: DataSettings, source: Any) -> Image.Image:
+def fit_picture(settings: DataSettings, source: Any) -> Image.Image:
     """A picture at data.resolution, as it is encoded too."""
     side = settings.resolution
     return picture(to_pixels(center_crop_resize(read_picture(source), side, side)[None])[0])
@@ -143,19 +143,21 @@ def fitted(settings: DataSettings, source: Any) -> Image.Image:
 # ---------------------------------------------------------------- drawing and counting
 
 
-def pictures(model: Pipeline, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, list[Any]]:
+def image_arguments(
+    model: Pipeline, settings: DataSettings, samples: Sequence[Sample]
+) -> dict[str, list[Any]]:
     """What samples show, as arguments of `generate`; {} for a base that is shown nothing."""
     found = training_images(model.conditioner, settings)
     if not found:
         return {}
     if any(not one.own for one in found.values()):
-        return {"image": [fitted(settings, source_of(settings, sample)) for sample in samples]}
-    ends = [ends_of(settings, sample) for sample in samples]
+        return {"image": [fit_picture(settings, source_image(settings, sample)) for sample in samples]}
+    ends = [first_and_last_frame(settings, sample) for sample in samples]
     names = cast(PretrainedConditioner, model.conditioner).shows
     return {name: [pair[place] for pair in ends] for place, name in enumerate(names)}
 
 
-def ends_of(settings: DataSettings, sample: Sample) -> tuple[Image.Image, Image.Image]:
+def first_and_last_frame(settings: DataSettings, sample: Sample) -> tuple[Image.Image, Image.Image]:
     """The first and the last frame of a sample's clip."""
     side, source = settings.resolution, sample.source()
     if clips.is_clip(sample.name, source):
@@ -169,19 +171,19 @@ def ends_of(settings: DataSettings, sample: Sample) -> tuple[Image.Image, Image.
     return first, last
 
 
-def example(model: Pipeline, settings: DataSettings, texts: Sequence[str]) -> Condition:
+def example_condition(model: Pipeline, settings: DataSettings, texts: Sequence[str]) -> Condition:
     """The condition of such texts beside grey pictures, as large as training's: to count with."""
     conditioner, count, side = model.conditioner, len(texts), settings.resolution
     found = training_images(conditioner, settings)
     if not found:
         return model.condition(texts)
-    grey = Image.new("RGB", (side, side), (128, 128, 128))
-    if is_read_beside(conditioner):
-        told = model.condition(texts, image=[grey] * count)
+    gray = Image.new("RGB", (side, side), (128, 128, 128))
+    if encodes_text_with_image(conditioner):
+        condition = model.condition(texts, image=[gray] * count)
     else:
-        told = conditioner.words(texts)  # type: ignore[attr-defined]
+        condition = conditioner.words(texts)  # type: ignore[attr-defined]
     frames = (settings.frames,) if settings.frames else ()
     pixels = torch.zeros(count, 3, *frames, side, side)
     with torch.no_grad():
-        shown = {name: on_device(model, one)(pixels) for name, one in found.items()}
-    return Condition({**told, **shown})
+        encodings = {name: on_device(model, one)(pixels) for name, one in found.items()}
+    return Condition({**condition, **encodings})

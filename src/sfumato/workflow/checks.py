@@ -24,16 +24,16 @@ from sfumato.settings import Table
 from sfumato.training.distributed import context_parallel
 from sfumato.training.loop import callbacks, trackers
 from sfumato.training.objective import user_loss
-from sfumato.training.objective.packed_batches import unpackable
+from sfumato.training.objective.packed_batches import why_not_packable
 from sfumato.training.optim.run_optimizer import RunOptimizer
 from sfumato.user_code import is_user_code, load_user_object
-from sfumato.workflow.dataset import Bucket, known_sizes, named
+from sfumato.workflow.dataset import Bucket, dataset_names, known_sizes
 from sfumato.workflow.finetune import check_latents
 
 NETWORKS: dict[str, type[models.Denoiser]] = {"dit": DiT, "unet": UNet}
 
 
-def theory_of(recipe: Recipe) -> None:
+def check_theory(recipe: Recipe) -> None:
     """Refuse a theory that is unknown, or singular where training asks it, before anything is computed."""
     if recipe.model.base != "scratch" and not recipe.model.theory:
         return
@@ -43,7 +43,7 @@ def theory_of(recipe: Recipe) -> None:
         raise Refused(f"model.theory: {found.problems[0]}")
 
 
-def sizes(
+def choose_sizes(
     recipe: Recipe, samples: list[Sample], codec: models.Codec, base: Pipeline | None
 ) -> Bucket | Callable[[Bucket], Bucket]:
     """What size (width, height) each picture is brought to.
@@ -55,7 +55,7 @@ def sizes(
     check_latents(recipe, codec, base, side, side)
     if recipe.data.frames:
         _check_frames(recipe.data, codec)
-    if wanted == 1 or set(named(recipe.data)) <= set(EMBEDDED):
+    if wanted == 1 or set(dataset_names(recipe.data)) <= set(EMBEDDED):
         check_tokens(recipe, codec, base, [(side, side)])
         return side, side
     known = known_sizes(samples, bool(recipe.data.frames))
@@ -84,15 +84,15 @@ def _check_frames(data: DataSettings, codec: models.Codec) -> None:
             raise Refused(f"{name} = {frames:g}: {refusal}") from None
 
 
-def check_known(recipe: Recipe, base: Pipeline | None) -> None:
+def check_known_frames(recipe: Recipe, base: Pipeline | None) -> None:
     """Raises Refused where frames are to have times of their own, and there are none or they cannot."""
-    said = recipe.train
-    asked = {
-        "frame_timesteps": said.frame_timesteps != "shared",
-        "first_frame_share": said.first_frame_share,
-        "last_frame_share": said.last_frame_share,
+    train = recipe.train
+    wanted = {
+        "frame_timesteps": train.frame_timesteps != "shared",
+        "first_frame_share": train.first_frame_share,
+        "last_frame_share": train.last_frame_share,
     }
-    named = [name for name, is_asked in asked.items() if is_asked]
+    named = [name for name, is_asked in wanted.items() if is_asked]
     cut = {
         "data.clips_per_video": recipe.data.clips_per_video > 1,
         "data.short_clip_frames": recipe.data.short_clip_frames,
@@ -103,7 +103,7 @@ def check_known(recipe: Recipe, base: Pipeline | None) -> None:
         raise Refused(f"train.{named[0]} is about the frames of clips: set data.frames, or leave it out.")
     if named and base is not None and not base.denoiser.frames_apart:
         raise Refused(f"train.{named[0]}: {recipe.model.base} is told one time for all frames. Leave it out.")
-    if said.timestep_importance_sampling and (named or recipe.data.class_images or recipe.data.class_prompt):
+    if train.timestep_importance_sampling and (named or recipe.data.class_images or recipe.data.class_prompt):
         other = (
             f"train.{named[0]}"
             if named
@@ -115,13 +115,13 @@ def check_known(recipe: Recipe, base: Pipeline | None) -> None:
             f"train.timestep_importance_sampling follows one loss of one time a sample, which {other} has "
             "not. Leave one of them out."
         )
-    if said.last_frame_share and not said.first_frame_share:
+    if train.last_frame_share and not train.first_frame_share:
         raise Refused(
             "train.last_frame_share is a share of train.first_frame_share, which is 0. Set that too."
         )
 
 
-def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
+def check_sequence_packing(recipe: Recipe, base: Pipeline | None) -> None:
     """Raises Refused where samples of several shapes are to be joined, and cannot be or there are none."""
     if not recipe.train.sequence_packing:
         return
@@ -132,7 +132,7 @@ def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
         else model.denoiser not in NETWORKS or NETWORKS[model.denoiser].supports_packing
     )
     if not packs:
-        raise Refused(unpackable(model.base if base else f'model.denoiser = "{model.denoiser}"'))
+        raise Refused(why_not_packable(model.base if base else f'model.denoiser = "{model.denoiser}"'))
     if model.train in control.KINDS or data.condition_columns:
         raise Refused(
             "train.sequence_packing joins samples of several shapes, but pictures that guide are read in "
@@ -143,7 +143,7 @@ def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
             "train.compile makes a program for each shape, and with train.sequence_packing every step has "
             "another. Leave one of them out."
         )
-    embedded = set(named(data)) <= set(EMBEDDED)
+    embedded = set(dataset_names(data)) <= set(EMBEDDED)
     if (data.buckets == 1 or embedded) and not data.frames:
         why = "the embedded sets have one shape" if embedded else "data.buckets = 1 crops all of them square"
         raise Refused(
@@ -152,11 +152,11 @@ def check_packed(recipe: Recipe, base: Pipeline | None) -> None:
         )
 
 
-def check_context(recipe: Recipe, base: Pipeline | None, count: int) -> None:
+def check_context_parallel(recipe: Recipe, base: Pipeline | None, count: int) -> None:
     """Raises Refused where samples are to be shared by some of `count` processes, and cannot be."""
     context_parallel.check(recipe.train, count)
-    model, within = recipe.model, recipe.train.context_parallel
-    if within == 1:
+    model, group_size = recipe.model, recipe.train.context_parallel
+    if group_size == 1:
         return
     if model.train in control.KINDS:
         raise Refused(
@@ -169,27 +169,27 @@ def check_context(recipe: Recipe, base: Pipeline | None, count: int) -> None:
             "does. Leave model.dropout at 0, or train.context_parallel at 1."
         )
     if base is not None:
-        base.denoiser.check_context_parallel(within)
+        base.denoiser.check_context_parallel(group_size)
     elif model.denoiser != "dit":
         raise Refused(no_context_parallel(f'model.denoiser = "{model.denoiser}"'))
     else:
-        check_heads(model.heads, within)
+        check_heads(model.heads, group_size)
 
 
 def check_tokens(recipe: Recipe, codec: models.Codec, base: Pipeline | None, sizes: Iterable[Bucket]) -> None:
     """Raises Refused unless samples of our DiT in these sizes can be shared evenly."""
-    within, frames = recipe.train.context_parallel, recipe.data.frames or 1
-    if within == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
+    group_size, frames = recipe.train.context_parallel, recipe.data.frames or 1
+    if group_size == 1 or (base is not None and not isinstance(base.denoiser, DiT)):
         return
     patch = base.denoiser.latent_multiple if base else recipe.model.patch
     for width, height in sizes:
         shape = codec.latent_shape(width, height, frames)
         tokens = math.prod(shape[1:]) // patch**2
-        if tokens % within:
-            raise Refused(uneven(tokens, within))
+        if tokens % group_size:
+            raise Refused(uneven(tokens, group_size))
 
 
-def grain_of(recipe: Recipe, base: Pipeline | None) -> int:
+def size_multiple(recipe: Recipe, base: Pipeline | None) -> int:
     """The number whose multiples the sides of the recipe's pictures are."""
     codec = base.codec if base else models.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     return _grain(recipe, codec, base)
@@ -212,17 +212,17 @@ def check_guidance(
     recipe: Recipe, codec: models.Codec, conditioner: models.Conditioner, base: Pipeline | None
 ) -> None:
     """Raises Refused where [sample] says something about guidance that would not act on what is drawn."""
-    said, has_negative = recipe.sample, bool(recipe.sample.negative)
+    sample, has_negative = recipe.sample, bool(recipe.sample.negative)
     network = base.denoiser if base else NETWORKS.get(recipe.model.denoiser)
-    if not said.guidance_options or network is None:  # a network of one's own is asked when it draws
+    if not sample.guidance_options or network is None:  # a network of one's own is asked when it draws
         return
-    guidance = said.guidance
+    guidance = sample.guidance
     if base is not None and recipe.origin("sample.guidance") == DEFAULT:
         guidance = float(base.info.get("guidance", guidance))
-    options = {ARGUMENTS[name]: value for name, value in said.guidance_options.items()}
+    options = {ARGUMENTS[name]: value for name, value in sample.guidance_options.items()}
     try:
-        if said.autoguidance_model:
-            options["autoguidance_model"] = load(said.autoguidance_model)
+        if sample.autoguidance_model:
+            options["autoguidance_model"] = load(sample.autoguidance_model)
         how = GuidanceOptions.pop_from(options)
         policy = network.guidance
         scale = policy.guidance_at(guidance, base.theory.t_noise if base else 1.0, policy.options)
@@ -233,7 +233,7 @@ def check_guidance(
         raise Refused(f"[sample] {refusal}") from None
 
 
-def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
+def check_idle_settings(recipe: Recipe, device: torch.device, held_out: int) -> None:
     """Raises Refused for settings that are missing what they need.
 
     Args:
@@ -254,7 +254,7 @@ def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
             f"train.patience = {train.patience} waits for the held-out loss, but {missing}. "
             "Change that, or leave train.patience out."
         )
-    if _is_said(recipe, "elastic_max_ranks") and not train.exact_elastic:
+    if _is_given(recipe, "elastic_max_ranks") and not train.exact_elastic:
         raise Refused(
             "train.elastic_max_ranks is about train.exact_elastic = true. Say that too, or leave it out."
         )
@@ -270,7 +270,7 @@ def check_acts(recipe: Recipe, device: torch.device, held_out: int) -> None:
         )
 
 
-def _is_said(recipe: Recipe, name: str) -> bool:
+def _is_given(recipe: Recipe, name: str) -> bool:
     return recipe.origin(f"train.{name}") != DEFAULT
 
 
@@ -280,24 +280,29 @@ def _check_optimizer(recipe: Recipe, device: torch.device) -> None:
     if is_user_code(train.optimizer):
         load_user_object(train.optimizer)
         return
-    tried = RunOptimizer(torch.nn.Linear(2, 2, device=device), replace(train, lr_multipliers=Table()))
-    if tried.averages and train.ema and _is_said(recipe, "ema"):
+    tried = RunOptimizer(
+        dict(torch.nn.Linear(2, 2, device=device).named_parameters()), replace(train, lr_multipliers=Table())
+    )
+    if tried.keeps_average and train.ema and _is_given(recipe, "ema"):
         raise Refused(
             f'train.optimizer = "{train.optimizer}" keeps an average of its own, beside which train.ema does '
             "not act. Leave train.ema out."
         )
 
 
-def warned(recipe: Recipe) -> list[str]:
+def recipe_warnings(recipe: Recipe) -> list[str]:
     """What acts, but hardly as it was meant, in sentences."""
     train, found, cores = recipe.train, list[str](), os.cpu_count() or 1
-    if train.warmup >= train.steps:
+    if train.warmup_steps >= train.steps:
         only = (
-            f" and train.schedule = {train.schedule} does not begin" if train.schedule != "constant" else ""
+            f" and train.lr_schedule = {train.lr_schedule} does not begin"
+            if train.lr_schedule != "constant"
+            else ""
         )
         found.append(
-            f"The warm-up of {train.warmup} steps (train.warmup) is as long as the run of {train.steps}: the "
-            f"learning rate rises to {train.steps / train.warmup:.0%} of train.learning_rate{only}."
+            f"The warm-up of {train.warmup_steps} steps (train.warmup_steps) is as long as the run of "
+            f"{train.steps}: the learning rate rises to {train.steps / train.warmup_steps:.0%} of "
+            f"train.learning_rate{only}."
         )
     if train.threads > cores:
         found.append(f"train.threads = {train.threads}, but there are {cores} cores: threads will wait.")

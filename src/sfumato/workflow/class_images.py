@@ -14,18 +14,18 @@ from sfumato.generation import Pipeline
 from sfumato.generation.files import png
 from sfumato.recipe import DEFAULT, Recipe
 from sfumato.run_folder import write_atomic
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.objective.prior_preservation import WithPrior
 from sfumato.workflow import control_training
-from sfumato.workflow.encode_samples import order_of
+from sfumato.workflow.encode_samples import batch_sampler_of
 from sfumato.workflow.train_codec import Progress
 
 AT_ONCE = 4
 """Pictures drawn together."""
 
 
-def is_asked(recipe: Recipe) -> bool:
+def is_used(recipe: Recipe) -> bool:
     """Whether the recipe names a prior."""
     return bool(recipe.data.class_images or recipe.data.class_prompt)
 
@@ -33,7 +33,7 @@ def is_asked(recipe: Recipe) -> bool:
 def check(recipe: Recipe) -> None:
     """Raises Refused for a key about the prior that could not act."""
     data = recipe.data
-    if not is_asked(recipe):
+    if not is_used(recipe):
         for name in ("num_class_images", "prior_loss_weight"):
             if recipe.origin(f"data.{name}") != DEFAULT:
                 raise Refused(
@@ -41,7 +41,7 @@ def check(recipe: Recipe) -> None:
                     'data.class_prompt = "a dog", or leave it out.'
                 )
         return
-    if control_training.plan_of(recipe) is not None or data.condition_columns:
+    if control_training.control_plan_of(recipe) is not None or data.condition_columns:
         raise Refused(
             "data.class_images is for a subject that words name; a model that pictures guide has no use for "
             "it. Leave it out."
@@ -63,19 +63,21 @@ def check(recipe: Recipe) -> None:
         )
 
 
-def of_folder(recipe: Recipe) -> list[Sample]:
+def folder_samples(recipe: Recipe) -> list[Sample]:
     """The samples of the folder that the recipe names, all for training; none where it names no folder."""
     data = recipe.data
     if not data.class_images:
         return []
-    said = data.class_prompt
-    found = folder.open_collection(data.class_images, "none" if said else data.captions, held_out=0.0).samples
+    prompt = data.class_prompt
+    found = folder.open_collection(
+        data.class_images, "none" if prompt else data.captions, held_out=0.0
+    ).samples
     return [
         replace(
             one,
             name=f"prior/{one.name}",
             split="train",
-            captions=(said,) if said else one.captions,
+            captions=(prompt,) if prompt else one.captions,
             file=one.file,
         )
         for one in found
@@ -90,10 +92,10 @@ def samples(
     Args:
         known: those of a folder, if one is named. model: the base, as it was before training.
     """
-    if known or not is_asked(recipe):
+    if known or not is_used(recipe):
         return list(known)
-    place = home(recipe, model)
-    with processes.current().first():
+    place = drawn_folder(recipe, model)
+    with current_processes().first():
         draw(recipe, model, place, progress)
     prompt, count = recipe.data.class_prompt, recipe.data.num_class_images
     return [Sample(f"prior/{name(i)}", (prompt,), place / name(i)) for i in range(count)]
@@ -104,7 +106,7 @@ def name(index: int) -> str:
     return f"{index:05d}.png"
 
 
-def home(recipe: Recipe, model: Pipeline) -> Path:
+def drawn_folder(recipe: Recipe, model: Pipeline) -> Path:
     """Where the store keeps what this base draws of this prompt: its name follows from all it depends on."""
     data, parts = recipe.data, (model.denoiser, model.conditioner, model.codec)
     facts = {
@@ -133,9 +135,9 @@ def draw(recipe: Recipe, model: Pipeline, place: Path, progress: Progress | None
             width=data.resolution,
         )
         for index, picture in zip(group, drawn, strict=True):
-            said = {"prompt": data.class_prompt, "seed": recipe.seed + index}
+            metadata = {"prompt": data.class_prompt, "seed": recipe.seed + index}
             place.mkdir(parents=True, exist_ok=True)
-            write_atomic(place / name(index), png(picture, said))
+            write_atomic(place / name(index), png(picture, metadata))
         if progress is not None:
             progress(first + len(group), len(missing), "drawing the prior")
 
@@ -147,7 +149,7 @@ def with_prior_preservation(
     if encoded is None:
         return objective
     model, seed = objective.model, recipe.seed
-    order = order_of(replace(recipe, seed=seed + 1), encoded)
+    order = batch_sampler_of(replace(recipe, seed=seed + 1), encoded)
     prior = type(objective)(
         model,
         encoded,

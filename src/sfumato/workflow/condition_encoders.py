@@ -81,7 +81,7 @@ def _mask(model: Model) -> Companion:
     return Companion(encode, f"mask 1, mean over {stride} pixels")
 
 
-def shares(settings: DataSettings, names: Sequence[str]) -> dict[str, float]:
+def condition_dropout(settings: DataSettings, names: Sequence[str]) -> dict[str, float]:
     """`data.condition_dropout`, checked: {companion: share of samples shown without it}.
 
     Raises:

@@ -53,7 +53,7 @@ def check(recipe: Recipe) -> None:
 
 def check_column(recipe: Recipe, samples: Sequence[Sample]) -> None:
     """Raises Refused where what is said as data.control_image is neither a kind nor a column of the data."""
-    plan = plan_of(recipe)
+    plan = control_plan_of(recipe)
     if plan is None or plan.kind not in CONTROLS:
         return
     place = column(recipe.data, "control")
@@ -67,7 +67,7 @@ def check_column(recipe: Recipe, samples: Sequence[Sample]) -> None:
     )
 
 
-def plan_of(recipe: Recipe) -> ControlPlan | None:
+def control_plan_of(recipe: Recipe) -> ControlPlan | None:
     """The control module the recipe asks for, if any."""
     model = recipe.model
     kind = "control" if model.train == "full" and recipe.origin(CONTROL) != DEFAULT else model.train
@@ -77,13 +77,13 @@ def plan_of(recipe: Recipe) -> ControlPlan | None:
     return ControlPlan(kind, model.control_layers, model.image_encoder, control, recipe.seed)
 
 
-def add_from_recipe(model: Pipeline, recipe: Recipe) -> None:
+def attach_control(model: Pipeline, recipe: Recipe) -> None:
     """Put the recipe's control module around the model's denoiser.
 
     Raises:
         Refused: a second control module that reads a control.
     """
-    plan = plan_of(recipe)
+    plan = control_plan_of(recipe)
     known = model.denoiser.control_modules if isinstance(model.denoiser, ControlledDenoiser) else []
     if plan is None or any(one.kind == plan.kind for one in known):
         return
@@ -96,17 +96,17 @@ def add_from_recipe(model: Pipeline, recipe: Recipe) -> None:
 
 
 @torch.no_grad()
-def blank(model: Pipeline, condition: Condition, side: int) -> Condition:
+def with_blank_control(model: Pipeline, condition: Condition, side: int) -> Condition:
     """The condition with what the model's control modules read of grey pictures of this side."""
     if not isinstance(model.denoiser, ControlledDenoiser):
         return condition
-    seen: dict[str, Tensor] = {}
+    encodings: dict[str, Tensor] = {}
     for name, how in model.denoiser.encoders(model).items():
         width, height = how.size or (side, side)
-        grey = torch.zeros(1, 3, height, width, device=model.device, dtype=model.dtype)
-        told = how.encode(grey)
-        seen[name] = told.expand(condition.size, *told.shape[1:])
-    return Condition({**condition, **seen}, size=condition.size)
+        gray = torch.zeros(1, 3, height, width, device=model.device, dtype=model.dtype)
+        encoding = how.encode(gray)
+        encodings[name] = encoding.expand(condition.size, *encoding.shape[1:])
+    return Condition({**condition, **encodings}, size=condition.size)
 
 
 def column(settings: DataSettings, name: str) -> str:
@@ -124,11 +124,11 @@ def column(settings: DataSettings, name: str) -> str:
 
 def columns(settings: DataSettings) -> tuple[str, ...]:
     """Columns of the user's own that name pictures."""
-    asked = [column(settings, name) for name in ("control", "reference", "edit_source")]
-    return tuple(dict.fromkeys([*settings.condition_columns, *(one for one in asked if one != ITSELF)]))
+    names = [column(settings, name) for name in ("control", "reference", "edit_source")]
+    return tuple(dict.fromkeys([*settings.condition_columns, *(one for one in names if one != ITSELF)]))
 
 
-def with_pictures(
+def with_control_images(
     groups: Sequence[PreviewGroup], model: Pipeline, recipe: Recipe, data: Any
 ) -> list[PreviewGroup]:
     """The groups with the pictures that guide their drawings: of the sample with that caption, of held-out
@@ -144,15 +144,15 @@ def with_pictures(
         items = [item.sample for encoded in sets for item in encoded.items]
         known = {sample.captions[0] if sample.captions else "": sample for sample in reversed(items)}
         chosen = [known.get(prompt, items[at % len(items)]) for at, prompt in enumerate(group.prompts)]
-        return shown(model, recipe.data, chosen)
+        return control_arguments(model, recipe.data, chosen)
 
     return [replace(group, guides=guides_of(group)) for group in groups]
 
 
-def shown(model: Pipeline, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, Any]:
+def control_arguments(model: Pipeline, settings: DataSettings, samples: Sequence[Sample]) -> dict[str, Any]:
     """The samples' pictures that guide, as arguments of `generate`; {} without control modules."""
     if not isinstance(model.denoiser, ControlledDenoiser):
-        return base_images.pictures(model, settings, samples)
+        return base_images.image_arguments(model, settings, samples)
     word = {"edit_source": "image"}
     return {
         word.get(one.name, one.name): [picture_for(settings, one.name, sample) for sample in samples]

@@ -36,7 +36,7 @@ def collect(settings: DataSettings) -> Collection:
             f"data.train is empty. Name a folder of pictures, or one of {', '.join(EMBEDDED)}, "
             "in the recipe or as data.train=DIR."
         )
-    sets = named(settings)
+    sets = dataset_names(settings)
     weights = settings.set_repeats or (1.0,) * len(sets)
     if len(weights) != len(sets) or min(weights) <= 0:
         raise Refused(
@@ -50,7 +50,7 @@ def collect(settings: DataSettings) -> Collection:
     return replace(found, samples=expand_captions(found.samples, _caption_options(settings)))
 
 
-def material_of(recipe: Recipe) -> Collection:
+def collection_of(recipe: Recipe) -> Collection:
     """The samples of a recipe; those of a model of classes are captioned with their classes.
 
     Raises:
@@ -60,19 +60,19 @@ def material_of(recipe: Recipe) -> Collection:
     if data.random_masks and data.frames:
         raise Refused("data.random_masks draws masks of pictures, not of clips. Leave it out.")
     if data.random_masks:
-        found = _material_of(replace(recipe, data=replace(data, random_masks=0)))
+        found = _collection_of(replace(recipe, data=replace(data, random_masks=0)))
         return replace(
             found, samples=condition_images.with_random_masks(found.samples, data.random_masks, recipe.seed)
         )
-    return _material_of(recipe)
+    return _collection_of(recipe)
 
 
-def _material_of(recipe: Recipe) -> Collection:
+def _collection_of(recipe: Recipe) -> Collection:
     """The samples as they are, or with the names of their classes."""
     data = recipe.data
     if recipe.model.base != "scratch" or recipe.model.text_encoder != "labels":
         return collect(data)
-    if len(named(data)) > 1:
+    if len(dataset_names(data)) > 1:
         raise Refused(
             'model.text_encoder = "labels" takes one set: the classes of several are numbered apart. Put '
             "them into one folder, or let captions guide."
@@ -99,7 +99,7 @@ def class_name(found: Collection, label: int) -> str:
     return found.classes[label] if label < len(found.classes) else str(label)
 
 
-def named(settings: DataSettings) -> tuple[str, ...]:
+def dataset_names(settings: DataSettings) -> tuple[str, ...]:
     """The data sets a recipe names."""
     return (settings.train,) if isinstance(settings.train, str) else settings.train
 
@@ -156,7 +156,7 @@ def _source(settings: DataSettings) -> Collection:
     )
 
 
-def each(work: Callable[[Sample], T], samples: Sequence[Sample]) -> list[T]:
+def map_samples(work: Callable[[Sample], T], samples: Sequence[Sample]) -> list[T]:
     """`work` of every sample, by two threads; when it is interrupted, what was only planned is dropped."""
     pool = ThreadPoolExecutor(2)
     try:
@@ -176,10 +176,10 @@ def known_sizes(samples: Sequence[Sample], moving: bool = False) -> list[Bucket]
         except (media.Unreadable, OSError):
             return None
 
-    return [found for found in each(size, samples) if found is not None]
+    return [found for found in map_samples(size, samples) if found is not None]
 
 
-class Pictures:
+class PicturesInMemory:
     """Pictures or clips in memory, each fitted to its bucket; what training a codec reads.
 
     Those that cannot be read are left out; encoding names them. `how` says how clips are cut.
@@ -192,9 +192,9 @@ class Pictures:
         how: EncodingOptions | None = None,
     ) -> None:
         if how is not None and how.frames:
-            decoded = each(lambda sample: _clip(sample, bucket_of, how), samples)
+            decoded = map_samples(lambda sample: _clip(sample, bucket_of, how), samples)
         else:
-            decoded = each(lambda sample: _decoded(sample, bucket_of), samples)
+            decoded = map_samples(lambda sample: _decoded(sample, bucket_of), samples)
         kept = [
             (sample, picture) for sample, picture in zip(samples, decoded, strict=True) if picture is not None
         ]
@@ -226,11 +226,11 @@ def _clip(
     sample: Sample, bucket_of: Bucket | Callable[[Bucket], Bucket], how: EncodingOptions
 ) -> Tensor | None:
     task = views.plan_task(sample, bucket_of, how)
-    pieces = views.decode(task) if isinstance(task, views.Task) else ""
+    pieces = views.decode(task) if isinstance(task, views.EncodingTask) else ""
     return None if isinstance(pieces, str) else pieces[len(pieces) // 2]
 
 
-def few(
+def fitting_in_memory(
     samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket], frames: int = 1
 ) -> Sequence[Sample]:
     """As many of the samples, evenly spread, as fit into memory when decoded."""

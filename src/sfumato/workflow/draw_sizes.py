@@ -32,7 +32,7 @@ def draw_in_sizes(
         mine = [index for index, one in enumerate(sizes) if one == size]
         before = len(drawn)
 
-        def told(done: int, total: int, mine: list[int] = mine, before: int = before) -> None:
+        def report_progress(done: int, total: int, mine: list[int] = mine, before: int = before) -> None:
             if watch is not None:
                 each = total // len(mine)
                 watch(before * each + done, len(prompts) * each)
@@ -40,12 +40,14 @@ def draw_in_sizes(
         width, height = size or (None, None)
         given: dict[str, Any] = {"seed": [seeds[index] for index in mine], "width": width, "height": height}
         given |= {name: [some[index] for index in mine] for name, some in (guides or {}).items()}
-        pictures = model.generate([prompts[index] for index in mine], watch=told, **given, **options)
+        pictures = model.generate(
+            [prompts[index] for index in mine], watch=report_progress, **given, **options
+        )
         drawn |= dict(zip(mine, pictures, strict=True))
     return [drawn[index] for index in range(len(prompts))]
 
 
-def square(picture: Tensor, side: int) -> Tensor:
+def squeeze_to_square(picture: Tensor, side: int) -> Tensor:
     """A picture, uint8 [3, H, W], squeezed into [3, side, side], so that all shapes can be compared."""
     if picture.shape[-2:] == (side, side):
         return picture

@@ -19,9 +19,8 @@ from sfumato.data.store.store import Store
 from sfumato.errors import Refused
 from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
-from sfumato.training.distributed import processes as distributed_processes
-from sfumato.training.distributed.processes import BatchSplit
-from sfumato.training.loop.loop import to_stderr
+from sfumato.training.distributed.processes import BatchSplit, current_processes
+from sfumato.training.loop.loop import print_to_stderr
 from sfumato.workflow import base_images, condition_encoders, encode_ahead, finetune
 from sfumato.workflow.dataset import Bucket
 from sfumato.workflow.train_codec import Progress
@@ -29,33 +28,35 @@ from sfumato.workflow.train_codec import Progress
 Say = Callable[[str], None]
 
 
-def order_of(recipe: Recipe, train: EncodedDataset) -> BatchSampler:
+def batch_sampler_of(recipe: Recipe, train: EncodedDataset) -> BatchSampler:
     """Which samples each step of the recipe trains on."""
     return _order(recipe, train, train)
 
 
-def _order(recipe: Recipe, shown: EncodedDataset, typical: EncodedDataset) -> BatchSampler:
+def _order(recipe: Recipe, dataset: EncodedDataset, typical: EncodedDataset) -> BatchSampler:
     """The order of `shown`; with a token budget, a batch of it costs as one of `typical` samples."""
     settings = recipe.train
     size: int | Callable[[Any], int] = settings.batch
     if settings.sequence_packing and recipe.data.token_budget:
-        least = BatchSplit.of(settings, distributed_processes.current()).parts
-        tokens = [math.prod(shape[1:]) for shape in shown.buckets]
+        least = BatchSplit.of(settings, current_processes()).parts
+        tokens = [math.prod(shape[1:]) for shape in dataset.buckets]
         return PackedSampler(
-            tokens, _as_costly(settings.batch, shown, typical), recipe.seed, shown.repeats, least
+            tokens, _as_costly(settings.batch, dataset, typical), recipe.seed, dataset.repeats, least
         )
     if settings.sequence_packing:
-        return BatchSampler([0] * len(shown), size, recipe.seed, shown.repeats)
+        return BatchSampler([0] * len(dataset), size, recipe.seed, dataset.repeats)
     if recipe.data.token_budget:
         parts = settings.gradient_accumulation * settings.elastic_max_ranks
         multiple = parts if settings.batch % parts == 0 else settings.gradient_accumulation
         size = buckets.token_budget(settings.batch, typical.buckets, multiple)
-    return BatchSampler(shown.buckets, size, recipe.seed, shown.repeats)
+    return BatchSampler(dataset.buckets, size, recipe.seed, dataset.repeats)
 
 
-def _as_costly(batch: int, shown: EncodedDataset, typical: EncodedDataset) -> int:
+def _as_costly(batch: int, dataset: EncodedDataset, typical: EncodedDataset) -> int:
     """Samples of `shown`, on average, that have as many tokens as a batch of `typical` ones."""
-    whole, each = (buckets.mean([math.prod(shape[1:]) for shape in one.buckets]) for one in (typical, shown))
+    whole, each = (
+        buckets.mean([math.prod(shape[1:]) for shape in one.buckets]) for one in (typical, dataset)
+    )
     return max(1, round(batch * whole / each))
 
 
@@ -64,7 +65,7 @@ def dataset_and_sampler(
 ) -> tuple[EncodedDataset, BatchSampler | Curriculum]:
     """All that training reads, and in which order: smaller resolutions first where they are asked."""
     if not earlier:
-        return final, order_of(recipe, final)
+        return final, batch_sampler_of(recipe, final)
     parts, offset = [], 0
     for until, encoded in [*earlier, (None, final)]:
         parts.append(CurriculumStage(_order(recipe, encoded, final), until, offset))
@@ -72,7 +73,7 @@ def dataset_and_sampler(
     return EncodedDataset.concatenate([*(one for _, one in earlier), final]), Curriculum(parts)
 
 
-def curriculum(recipe: Recipe) -> list[tuple[int, Recipe]]:
+def curriculum_stages(recipe: Recipe) -> list[tuple[int, Recipe]]:
     """The stages before the last: (until which step, the recipe at its resolution).
 
     Raises:
@@ -96,7 +97,7 @@ def encoded_samples(
     bucket_of: Bucket | Callable[[Bucket], Bucket],
     model: Pipeline,
     progress: Progress | None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
     part: tuple[int, int] | None = None,
     stage: str = "",
 ) -> EncodedDataset:
@@ -106,16 +107,16 @@ def encoded_samples(
         stage: which part of a curriculum this is, so that the store knows that the run needs them all.
     """
 
-    guided = is_guided(model) and not finetune.text_plan_of(recipe)  # what learns is asked in every step
+    guided = is_conditional(model) and not finetune.text_plan_of(recipe)  # what learns is asked in every step
     how, data = encoding_of(recipe, model), recipe.data
     store = Store(recipe.data.cache_dir)
-    processes, texts = distributed_processes.current(), None
+    processes, texts = current_processes(), None
     if guided:
-        beside_it = base_images.is_read_beside(model.conditioner)
-        texts = base_images.reader_beside(model, data, samples) if beside_it else reader_of(model)
+        beside_it = base_images.encodes_text_with_image(model.conditioner)
+        texts = base_images.text_image_encoder(model, data, samples) if beside_it else caption_encoder(model)
     part = part or (processes.rank, processes.count)
     beside = condition_encoders.encoders(model, recipe.data)
-    pixels = posterior_of(model)
+    pixels = posterior_encoder(model)
 
     def filled(how: EncodingOptions) -> EncodedDataset:
         return encode_to_store(
@@ -134,7 +135,7 @@ def encoded_samples(
 
     found = filled(how)
     if isinstance(found, StreamingDataset) and data.cache_limit:
-        found = encode_ahead.bounded(found, recipe) or filled(replace(how, use_store=True))
+        found = encode_ahead.as_ring_dataset(found, recipe) or filled(replace(how, use_store=True))
     if isinstance(found, StreamingDataset):
         found.say = say
     found.labels = found.labels and not finetune.text_plan_of(recipe)
@@ -151,7 +152,7 @@ def encoding_of(recipe: Recipe, model: Pipeline) -> EncodingOptions:
     data = recipe.data
     return EncodingOptions(
         f"{model.codec.fingerprint()} with deviation",
-        model.conditioner.fingerprint() if is_guided(model) else "",
+        model.conditioner.fingerprint() if is_conditional(model) else "",
         flip=data.flip,
         frames=data.frames,
         fps=data.fps,
@@ -163,16 +164,16 @@ def encoding_of(recipe: Recipe, model: Pipeline) -> EncodingOptions:
     )
 
 
-def reader_of(model: Pipeline) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:
+def caption_encoder(model: Pipeline) -> Callable[[Sequence[str]], list[dict[str, torch.Tensor]]]:
     """Captions → the rows of their conditions; the empty one is what guidance leans away from."""
 
     ask: Any = (
-        model.conditioner.words if base_images.is_shown_frames(model.conditioner) else model.conditioner
+        model.conditioner.words if base_images.is_image_to_video(model.conditioner) else model.conditioner
     )
 
     def read(texts: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        said = list(dict.fromkeys(text for text in texts if text or model.origin is None))
-        rows = dict(zip(said, ask(said).rows(), strict=True)) if said else {}
+        distinct = list(dict.fromkeys(text for text in texts if text or model.origin is None))
+        rows = dict(zip(distinct, ask(distinct).rows(), strict=True)) if distinct else {}
         if model.origin is not None and "" in texts:
             rows[""] = model.conditioner.encode_empty(1).row(0)
         return [rows[text] for text in texts]
@@ -180,7 +181,7 @@ def reader_of(model: Pipeline) -> Callable[[Sequence[str]], list[dict[str, torch
     return read
 
 
-def posterior_of(model: Pipeline) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+def posterior_encoder(model: Pipeline) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     """Pixels → what the store keeps of the codec's posterior: its mean and, in 16 bits, its deviation."""
 
     def encode(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -191,6 +192,6 @@ def posterior_of(model: Pipeline) -> Callable[[torch.Tensor], dict[str, torch.Te
     return encode
 
 
-def is_guided(model: Pipeline) -> bool:
+def is_conditional(model: Pipeline) -> bool:
     """Whether captions guide the model."""
     return model.conditioner.kind != "none"

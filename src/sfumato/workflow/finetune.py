@@ -62,11 +62,11 @@ def base_of(recipe: Recipe) -> Pipeline | None:
     if adapter.names(adapter.peft_target(base.denoiser)):
         adapter.merge(adapter.peft_target(base.denoiser))
     train_text_encoders.settle_all(base)
-    asked = _asked(recipe, base)
+    overrides = _asked(recipe, base)
     if begun:
-        asked.pop("merge_loras", None)  # the copy has them in its weights
-    base = restore_info(base, {**base.info, **asked})
-    plan = plan_of(recipe, base)
+        overrides.pop("merge_loras", None)  # the copy has them in its weights
+    base = restore_info(base, {**base.info, **overrides})
+    plan = adapter_plan_of(recipe, base)
     if plan is not None:
         plan.config(adapter.chosen(adapter.peft_target(base.denoiser), plan, base.denoiser.lora_targets))
     check_text(base, text_plan_of(recipe, plan))
@@ -100,7 +100,7 @@ def check_keys(recipe: Recipe) -> None:
 def check_text_keys(recipe: Recipe) -> None:
     """Raises Refused for a key about what the text encoders learn that could not act."""
     model, guides = recipe.model, ("controlnet", "ip-adapter", "edit")
-    asked = [
+    given = [
         name
         for name, said in (
             ("train_text_encoder", model.train_text_encoder != "none"),
@@ -113,19 +113,19 @@ def check_text_keys(recipe: Recipe) -> None:
             'model.train = "tokens" trains new words, but model.new_tokens names none. Write '
             'model.new_tokens = {"<cat>" = "a cat"}.'
         )
-    if asked and model.base == "scratch":
-        raise Refused(f"model.{asked[0]} is for a pretrained base; this model is from scratch. Leave it out.")
-    if asked and model.train in guides:
+    if given and model.base == "scratch":
+        raise Refused(f"model.{given[0]} is for a pretrained base; this model is from scratch. Leave it out.")
+    if given and model.train in guides:
         raise Refused(
-            f'model.{asked[0]}: model.train = "{model.train}" leaves the text encoders alone. Leave it out.'
+            f'model.{given[0]}: model.train = "{model.train}" leaves the text encoders alone. Leave it out.'
         )
-    if asked and recipe.train.parallel not in ("auto", "ddp"):
+    if given and recipe.train.parallel not in ("auto", "ddp"):
         raise Refused(
-            f'model.{asked[0]}: train.parallel = "{recipe.train.parallel}" divides the denoiser alone. Set '
+            f'model.{given[0]}: train.parallel = "{recipe.train.parallel}" divides the denoiser alone. Set '
             'train.parallel = "ddp".'
         )
     rate = recipe.train.text_learning_rate
-    if rate and not asked:
+    if rate and not given:
         raise Refused(
             "train.text_learning_rate is for text encoders that are trained. Say model.train_text_encoder = "
             '"lora" or name model.new_tokens, or leave it out.'
@@ -148,9 +148,9 @@ def check_text(base: Pipeline, plan: TextPlan) -> None:
 
 def check_tokens_in_captions(tokens: Iterable[str], captions: Any) -> None:
     """Raises Refused for a new word that no caption says, so that nothing would be learned of it."""
-    said = {word for caption in captions for word in caption.split()}
+    words_of_captions = {word for caption in captions for word in caption.split()}
     for word in tokens:
-        if not any(word in one for one in said):
+        if not any(word in one for one in words_of_captions):
             raise Refused(
                 f'model.new_tokens: no caption says "{word}". Write it into the captions, or in front of all '
                 f'of them: data.trigger_words = "{word}".'
@@ -160,26 +160,26 @@ def check_tokens_in_captions(tokens: Iterable[str], captions: Any) -> None:
 def _asked(recipe: Recipe, base: Pipeline) -> dict[str, Any]:
     """What the recipe says of a base's sizes, steps, guidance and prompts; the rest stays the base's own."""
     side = recipe.data.resolution
-    asked: dict[str, Any] = {"resolution": side, "height": side, "width": side}
+    overrides: dict[str, Any] = {"resolution": side, "height": side, "width": side}
     own = (base.trained or base.theory).name
     if recipe.model.theory and models.new_theory(recipe.model.theory).name != own:
-        asked["continued_as"] = recipe.model.theory
+        overrides["continued_as"] = recipe.model.theory
     if "frames" in base.info:
-        asked["frames"] = getattr(recipe.data, "frames", 0) or 1
+        overrides["frames"] = getattr(recipe.data, "frames", 0) or 1
     for name in ("steps", "guidance"):
         if recipe.origin(f"sample.{name}") != DEFAULT or name not in base.info:
-            asked[name] = getattr(recipe.sample, name)
+            overrides[name] = getattr(recipe.sample, name)
     if recipe.model.merge_loras:
-        asked["merge_loras"] = dict(recipe.model.merge_loras)
+        overrides["merge_loras"] = dict(recipe.model.merge_loras)
     if recipe.model.prompt_options:
-        asked["prompt_options"] = prompt_options(recipe.model.prompt_options, base)
+        overrides["prompt_options"] = prompt_options(recipe.model.prompt_options, base)
     family = getattr(base.conditioner, "family", None)
     if recipe.data.source_image and family is not None and family.as_trained:
-        asked["prompt_options"] = {**family.as_trained, **asked.get("prompt_options", {})}
-    return asked
+        overrides["prompt_options"] = {**family.as_trained, **overrides.get("prompt_options", {})}
+    return overrides
 
 
-def prompt_options(said: Mapping[str, object], base: Pipeline) -> dict[str, Any]:
+def prompt_options(options: Mapping[str, object], base: Pipeline) -> dict[str, Any]:
     """What the prompts of a base are to be read with, as plain values.
 
     Raises:
@@ -190,13 +190,13 @@ def prompt_options(said: Mapping[str, object], base: Pipeline) -> dict[str, Any]
     known = options_of(type(base.conditioner.pipe)) | dict.fromkeys(
         base.conditioner.family.micro_conditioning_arguments
     )
-    for name in said:
+    for name in options:
         if name not in known:
             raise Refused(f'model.prompt_options: there is no "{name}".{nearest(name, known)}')
-    return plain(said)
+    return plain(options)
 
 
-def plan_of(recipe: Recipe, base: Pipeline) -> AdapterPlan | None:
+def adapter_plan_of(recipe: Recipe, base: Pipeline) -> AdapterPlan | None:
     """The adapter the recipe asks for, if any.
 
     Raises:
@@ -244,7 +244,7 @@ def is_fresh(recipe: Recipe) -> bool:
     return not any(checkpoints.glob("step-*"))
 
 
-def within(changes: Mapping[str, WeightDelta], encoder: nn.Module) -> dict[str, WeightDelta]:
+def changes_of_encoder(changes: Mapping[str, WeightDelta], encoder: nn.Module) -> dict[str, WeightDelta]:
     """The changes of layers that are listened to; those of others have no effect."""
     known = {name for name, _ in adapter.adapted(encoder)}
     return {name: change for name, change in changes.items() if name in known}
@@ -292,7 +292,7 @@ def save_base_reference(model: Pipeline, recipe: Recipe, folder: Path) -> None:
     elif recipe.model.base == "scratch" or not is_begun:
         model.info.pop("merge_loras", None)
         models.save(model, folder, text_by_name=True)
-    plan = plan_of(recipe, model)
+    plan = adapter_plan_of(recipe, model)
     if plan is not None:
         adapter_run.write_plan(folder, plan)
     if text := text_plan_of(recipe, plan):
@@ -305,7 +305,7 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
     Raises:
         Refused: a rank or target that matches nothing.
     """
-    network, plan = adapter.peft_target(model.denoiser), plan_of(recipe, model)
+    network, plan = adapter.peft_target(model.denoiser), adapter_plan_of(recipe, model)
     begin = (
         init_from_file.read(model, recipe.model.init_adapter)
         if is_fresh(recipe) and recipe.model.init_adapter
@@ -330,7 +330,7 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
     learning = train_text_encoders.attach_text_training(model, text_plan_of(recipe, plan))
     if begin is not None:
         for name in begin.encoders:
-            init_from_file.fill(learning[name], within(begin.changes[name], learning[name]))
+            init_from_file.fill(learning[name], changes_of_encoder(begin.changes[name], learning[name]))
     return (
         train_text_encoders.DenoiserWithTextEncoders(model.denoiser, learning) if learning else model.denoiser
     )

@@ -15,14 +15,21 @@ from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
 from sfumato.training import device as devices
 from sfumato.training.estimate import probe
-from sfumato.training.loop.loop import to_stderr
+from sfumato.training.loop.loop import print_to_stderr
 from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
-from sfumato.workflow.checks import check_acts, check_guidance, check_known, check_packed, sizes, theory_of
-from sfumato.workflow.dataset import Bucket, class_names, material_of
-from sfumato.workflow.encode_samples import curriculum, encoded_samples
+from sfumato.workflow.checks import (
+    check_guidance,
+    check_idle_settings,
+    check_known_frames,
+    check_sequence_packing,
+    check_theory,
+    choose_sizes,
+)
+from sfumato.workflow.dataset import Bucket, class_names, collection_of
+from sfumato.workflow.encode_samples import curriculum_stages, encoded_samples
 from sfumato.workflow.finetune import base_of, check_latents, check_tokens_in_captions
-from sfumato.workflow.resume import content_of
-from sfumato.workflow.train_codec import Progress, ready_codec
+from sfumato.workflow.resume import data_fingerprint
+from sfumato.workflow.train_codec import Progress, trained_codec
 
 Say = Callable[[str], None]
 
@@ -37,9 +44,9 @@ class PreparedRun:
     held_out: EncodedDataset
     set_aside: list[dict[str, str]]
     device: torch.device
-    earlier: list[tuple[int, EncodedDataset]] = field(default_factory=list)
+    curriculum: list[tuple[int, EncodedDataset]] = field(default_factory=list)
     """Of a curriculum: until which step, the training samples at a smaller resolution."""
-    prior: EncodedDataset | None = None
+    class_images: EncodedDataset | None = None
     """The pictures of the subject's class, shown beside."""
 
 
@@ -52,12 +59,12 @@ class ResolvedRecipe:
     device: torch.device
     base: Pipeline | None
     conditioner: models.Conditioner
-    prior: list[Sample] = field(default_factory=list)
+    class_images: list[Sample] = field(default_factory=list)
 
     @property
     def samples(self) -> list[Sample]:
         """All that are there before anything is drawn."""
-        return [*self.collection.samples, *self.prior]
+        return [*self.collection.samples, *self.class_images]
 
 
 def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
@@ -68,18 +75,18 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     device = devices.resolve(recipe.train.device)
-    theory_of(recipe)
-    encode_ahead.limit_of(recipe)
+    check_theory(recipe)
+    encode_ahead.cache_limit_bytes(recipe)
     control_training.check(recipe)
     class_images.check(recipe)
-    if control_training.plan_of(recipe) is None:
-        condition_encoders.shares(recipe.data, recipe.data.condition_columns)
-    earlier = curriculum(recipe)
+    if control_training.control_plan_of(recipe) is None:
+        condition_encoders.condition_dropout(recipe.data, recipe.data.condition_columns)
+    earlier = curriculum_stages(recipe)
     base = base_of(recipe)
     codec = base.codec if base else models.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
-    check_known(recipe, base)
-    check_packed(recipe, base)
-    collection = material_of(recipe)
+    check_known_frames(recipe, base)
+    check_sequence_packing(recipe, base)
+    collection = collection_of(recipe)
     control_training.check_column(recipe, collection.samples)
     classes = class_names(collection) if recipe.model.text_encoder == "labels" else ()
     conditioner = base.conditioner if base else models.new_conditioner(recipe.model, classes)
@@ -90,16 +97,16 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
     )
     for _, smaller in earlier:
         check_latents(recipe, codec, base, smaller.data.resolution, smaller.data.resolution)
-    shapes = sizes(recipe, collection.samples, codec, base)
-    check_acts(recipe, device, len(collection.with_split("held_out")))
-    return ResolvedRecipe(collection, shapes, device, base, conditioner, class_images.of_folder(recipe))
+    shapes = choose_sizes(recipe, collection.samples, codec, base)
+    check_idle_settings(recipe, device, len(collection.with_split("held_out")))
+    return ResolvedRecipe(collection, shapes, device, base, conditioner, class_images.folder_samples(recipe))
 
 
 def prepare_run(
     recipe: Recipe,
-    gathered: ResolvedRecipe,
+    resolved: ResolvedRecipe,
     progress: Progress | None = None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
     run: RunFolder | None = None,
     part: tuple[int, int] | None = None,
 ) -> PreparedRun:
@@ -109,42 +116,42 @@ def prepare_run(
         run: is told the phases; part: (rank, world) of those that encode, default the processes joined.
     """
     collection, bucket_of, device, base = (
-        gathered.collection,
-        gathered.bucket_of,
-        gathered.device,
-        gathered.base,
+        resolved.collection,
+        resolved.bucket_of,
+        resolved.device,
+        resolved.base,
     )
     trained_on = collection.with_split("train") or collection.samples
     with phase(run, "codec"):
-        codec = base.codec if base else ready_codec(recipe, trained_on, bucket_of, device, progress, say)
-    model = model_of(recipe, gathered, codec)
-    condition_encoders.shares(recipe.data, list(condition_encoders.encoders(model, recipe.data)))
+        codec = base.codec if base else trained_codec(recipe, trained_on, bucket_of, device, progress, say)
+    model = model_of(recipe, resolved, codec)
+    condition_encoders.condition_dropout(recipe.data, list(condition_encoders.encoders(model, recipe.data)))
     with phase(run, "prior"):
-        others = class_images.samples(recipe, gathered.prior, model, progress)
+        others = class_images.samples(recipe, resolved.class_images, model, progress)
     with phase(run, "encode"):
         encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress, say, part)
         earlier = []
-        for until, smaller in curriculum(recipe):
-            shapes = sizes(smaller, collection.samples, codec, base)
+        for until, smaller in curriculum_stages(recipe):
+            shapes = choose_sizes(smaller, collection.samples, codec, base)
             stage = f"until step {until}"
             found = encoded_samples(smaller, collection.samples, shapes, model, progress, say, part, stage)
             earlier.append((until, found.with_split("train")))
         of_class = None
         if others:
-            shapes = sizes(recipe, others, codec, base)
+            shapes = choose_sizes(recipe, others, codec, base)
             of_class = encoded_samples(recipe, others, shapes, model, progress, say, part, "prior")
     aside = [*collection.set_aside, *encoded.set_aside]
     listed = [{"file": one.file, "reason": one.reason} for one in aside]
-    _tell(listed, encoded, collection.name, content_of(gathered.samples), run, say)
+    _record_data(listed, encoded, collection.name, data_fingerprint(resolved.samples), run, say)
     train, held_out = encoded.with_split("train"), encoded.with_split("held_out")
     return PreparedRun(model, collection, train, held_out, listed, device, earlier, of_class)
 
 
-def model_of(recipe: Recipe, gathered: ResolvedRecipe, codec: models.Codec) -> Pipeline:
+def model_of(recipe: Recipe, resolved: ResolvedRecipe, codec: models.Codec) -> Pipeline:
     """The recipe's model around its codec, its frozen stages ready to encode."""
-    base, frames = gathered.base, recipe.data.frames
+    base, frames = resolved.base, recipe.data.frames
     model = as_pipeline(
-        base or models.new_model(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
+        base or models.new_model(recipe.model, codec, resolved.conditioner, recipe.seed, frames)
     )
     model.info |= {"frames": frames, "fps": recipe.data.fps} if frames else {}
     if frames and recipe.train.first_frame_share:
@@ -154,14 +161,14 @@ def model_of(recipe: Recipe, gathered: ResolvedRecipe, codec: models.Codec) -> P
         model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
     if recipe.sample.guidance_options:
         model.info["guidance_options"] = recipe.sample.guidance_options
-    model.to(gathered.device)
-    control_training.add_from_recipe(model, recipe)
+    model.to(resolved.device)
+    control_training.attach_control(model, recipe)
     model.codec.eval().requires_grad_(False)
     model.conditioner.eval().requires_grad_(False)
     return model
 
 
-def _tell(
+def _record_data(
     aside: list[dict[str, str]],
     encoded: EncodedDataset,
     name: str,
@@ -197,7 +204,7 @@ def _tell(
 def phase(run: RunFolder | None, name: str) -> Iterator[None]:
     """Write how long a part took and the most memory the process had meanwhile, also when it ends early."""
     began = time.perf_counter()
-    with probe.watched(torch.device("cpu")) as most:
+    with probe.peak_memory(torch.device("cpu")) as most:
         try:
             yield
         finally:

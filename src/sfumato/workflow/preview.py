@@ -12,7 +12,7 @@ from sfumato.generation.files import DEFAULT_FPS, contents, is_clip
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder, write_atomic
 from sfumato.theory import noise
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes
 from sfumato.workflow.draw_sizes import Size, draw_in_sizes
 
 SHOWN = 8
@@ -75,10 +75,10 @@ class Preview:
         model: Pipeline,
         recipe: Recipe,
         run: RunFolder,
-        shown: list[PreviewGroup],
+        groups: list[PreviewGroup],
         after: Callable[[], Any],
     ) -> None:
-        self.model, self.recipe, self.run, self.groups, self.after = model, recipe, run, shown, after
+        self.model, self.recipe, self.run, self.groups, self.after = model, recipe, run, groups, after
 
     def __call__(self, network: nn.Module, step: int) -> None:
         """Draw with the weights the network has now; processes share the pictures."""
@@ -87,12 +87,12 @@ class Preview:
             seeds = [seed + index for index in range(len(group.prompts))]
             seed += len(group.prompts)
             names = self._draw(group, seeds, step)
-            told: dict[str, Any] = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
-            if group.guides and processes.current().is_rank_zero:
-                told["shown"] = write_shown(self.run, group.name or "prompt", group.guides, self.fps)
-            processes.current().wait()
-            self.run.event("pictures", step=step, files=names, **told)
-        if processes.current().is_rank_zero:
+            fields: dict[str, Any] = {"prompts": group.prompts, "seeds": seeds, "group": group.name}
+            if group.guides and current_processes().is_rank_zero:
+                fields["shown"] = write_shown(self.run, group.name or "prompt", group.guides, self.fps)
+            current_processes().wait()
+            self.run.event("pictures", step=step, files=names, **fields)
+        if current_processes().is_rank_zero:
             self.after()
 
     @property
@@ -102,7 +102,7 @@ class Preview:
 
     def _draw(self, group: PreviewGroup, seeds: list[int], step: int) -> list[str]:
         """Draw and write this process's share; the names of all files, in the run's folder."""
-        sample, mine = self.recipe.sample, processes.current().indices_of_rank(len(seeds))
+        sample, mine = self.recipe.sample, current_processes().indices_of_rank(len(seeds))
         sizes = group.sizes or (None,) * len(seeds)
         pictures = draw_in_sizes(
             self.model,
@@ -117,8 +117,8 @@ class Preview:
             self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"
             for index in range(len(seeds))
         ]
-        for index, picture in zip(mine, pictures, strict=True) if processes.current().is_group_leader else ():
-            said = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
-            (content,) = contents(picture, kind, said, self.fps).values()
+        for index, picture in zip(mine, pictures, strict=True) if current_processes().is_group_leader else ():
+            metadata = {"prompt": group.prompts[index], "seed": seeds[index], "step": step}
+            (content,) = contents(picture, kind, metadata, self.fps).values()
             write_atomic(files[index], content)
         return [file.relative_to(self.run.path).as_posix() for file in files]

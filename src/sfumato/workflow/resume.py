@@ -89,10 +89,10 @@ def code_of(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 def _code_before(run: RunFolder, name: str) -> dict[str, str]:
     """What `code_of` said when the run last began."""
-    return next((one["own"].get(name, {}) for one in reversed(run.events()) if one["kind"] == "code"), {})
+    return next((one["hashes"].get(name, {}) for one in reversed(run.events()) if one["kind"] == "code"), {})
 
 
-def content_of(samples: Iterable[Sample]) -> str:
+def data_fingerprint(samples: Iterable[Sample]) -> str:
     """A fingerprint of names, captions and split."""
     digest = sha256()
     for sample in samples:

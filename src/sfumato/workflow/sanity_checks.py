@@ -11,19 +11,19 @@ from sfumato.models.lora import adapter
 from sfumato.models.pretrained.train_text_encoders import DenoiserWithTextEncoders
 from sfumato.recipe import Recipe
 from sfumato.training import device as devices
-from sfumato.training.estimate import memory as planning
-from sfumato.training.estimate.sanity import TRIES, Check, climb
+from sfumato.training.estimate.memory import NEEDS_VALUES, predict_step
+from sfumato.training.estimate.sanity import OVERFIT_STEPS, Check, run_checks
 from sfumato.training.objective.diffusion import DiffusionObjective
-from sfumato.workflow.encode_samples import order_of, reader_of
+from sfumato.workflow.encode_samples import batch_sampler_of, caption_encoder
 from sfumato.workflow.finetune import prepare_trainable, with_text_learning_rate
 from sfumato.workflow.planning.step_costs import largest_inputs
 from sfumato.workflow.prepare import PreparedRun, prepare_run, resolve_recipe
 
 FEW = 8
-"""Steps of the last rung when `train` asks."""
+"""Steps of the last check when `train` asks."""
 
 
-def examine(recipe: Recipe) -> list[Check]:
+def check_recipe(recipe: Recipe) -> list[Check]:
     """Everything `sfumato doctor RECIPE` asks: encodes what is missing, trains nothing.
 
     Raises:
@@ -34,32 +34,32 @@ def examine(recipe: Recipe) -> list[Check]:
 
 
 def sanity_checks(
-    recipe: Recipe, prepared: PreparedRun, network: nn.Module, tries: int = TRIES
+    recipe: Recipe, prepared: PreparedRun, network: nn.Module, tries: int = OVERFIT_STEPS
 ) -> Iterator[Check]:
-    """The rungs, one by one; the network is left as it was."""
+    """The checks, one by one; the network is left as it was."""
     model, settings = prepared.model, with_text_learning_rate(recipe)
-    read_text = reader_of(model) if model.conditioner.learns else None
+    read_text = caption_encoder(model) if model.conditioner.learns else None
     alone = replace(
         recipe, train=replace(recipe.train, sequence_packing=False)
     )  # a pack's losses are those of its samples
     objective = DiffusionObjective(
         model,
         prepared.train,
-        order_of(alone, prepared.train),
+        batch_sampler_of(alone, prepared.train),
         settings,
         recipe.seed,
         0.0,
         read_text=read_text,
     )
-    yield memory(objective, recipe, network)
+    yield memory_check(objective, recipe, network)
     adapted = [
         body for body in (adapter.peft_target(model.denoiser), *encoders_of(network)) if adapter.names(body)
     ]
-    yield from climb(
+    yield from run_checks(
         objective,
         settings,
         tries,
-        partial(silent, adapted) if adapted else None,
+        partial(adapters_disabled, adapted) if adapted else None,
         network,
         is_pretrained=recipe.model.base != "scratch",
     )
@@ -71,7 +71,7 @@ def encoders_of(network: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def silent(adapted: list[nn.Module]) -> Iterator[None]:
+def adapters_disabled(adapted: list[nn.Module]) -> Iterator[None]:
     """Inside the block none of these networks' adapters acts."""
     with ExitStack() as all_of_them:
         for one in adapted:
@@ -79,14 +79,14 @@ def silent(adapted: list[nn.Module]) -> Iterator[None]:
         yield
 
 
-def memory(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) -> Check:
+def memory_check(objective: DiffusionObjective, recipe: Recipe, network: nn.Module) -> Check:
     """Whether a step on the largest bucket fits into what is free now."""
     claim = "a step on the largest pictures fits into memory"
     inputs = largest_inputs(objective, recipe)
     x = inputs[0]
     try:
-        needed = planning.predict(network, inputs, recipe.train)
-    except planning.ASKS_NUMBERS as problem:
+        needed = predict_step(network, inputs, recipe.train)
+    except NEEDS_VALUES as problem:
         return Check(claim, True, f"not counted: the network asks for numbers ({type(problem).__name__})")
     there, kept = devices.free_bytes(x.device), needed.memory.weights
     wanted = needed.memory.peak - kept

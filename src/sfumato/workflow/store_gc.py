@@ -14,10 +14,10 @@ from sfumato.data.store.gc import DAY, collect
 from sfumato.data.store.store import KINDS, Store
 from sfumato.recipe import Recipe
 from sfumato.workflow import base_images, condition_encoders, encode_ahead
-from sfumato.workflow.checks import sizes
-from sfumato.workflow.encode_samples import curriculum, encoding_of, is_guided
+from sfumato.workflow.checks import choose_sizes
+from sfumato.workflow.encode_samples import curriculum_stages, encoding_of, is_conditional
 from sfumato.workflow.prepare import model_of, resolve_recipe
-from sfumato.workflow.train_codec import codec_key, place
+from sfumato.workflow.train_codec import codec_folder, codec_key
 
 
 def is_store(folder: Path) -> bool:
@@ -28,7 +28,7 @@ def is_store(folder: Path) -> bool:
     )
 
 
-def collected(
+def collect_garbage(
     root: Path, keep: Iterable[str | Path] = (), days: float = 30.0, remove: bool = False
 ) -> dict[str, Any]:
     """What a store holds and what of it nobody needs, which is removed if `remove` says so.
@@ -65,21 +65,21 @@ def collected(
 
 def _add_needs(recipe: Recipe, needed: dict[str, set[str]], encoders: set[str]) -> None:
     """Add the keys of all that a recipe would encode."""
-    gathered = resolve_recipe(recipe)
-    codec = gathered.base.codec if gathered.base else _codec_of(recipe, gathered)
+    resolved = resolve_recipe(recipe)
+    codec = resolved.base.codec if resolved.base else _codec_of(recipe, resolved)
     if codec is None:
         return  # not trained yet: nothing of it can be in the store
-    model = model_of(recipe, gathered, codec)
+    model = model_of(recipe, resolved, codec)
     beside = condition_encoders.encoders(model, recipe.data)
-    for stage in [*(one for _, one in curriculum(recipe)), recipe]:
-        how, samples = encoding_of(stage, model), gathered.collection.samples
-        shapes = sizes(stage, samples, codec, gathered.base)
+    for stage in [*(one for _, one in curriculum_stages(recipe)), recipe]:
+        how, samples = encoding_of(stage, model), resolved.collection.samples
+        shapes = choose_sizes(stage, samples, codec, resolved.base)
         work = plan_encoding(
             samples,
             shapes,
             how,
             beside,
-            is_guided(model),
+            is_conditional(model),
             lambda *_: None,
             base_images.picture_key(model, recipe.data),
         )
@@ -88,13 +88,13 @@ def _add_needs(recipe: Recipe, needed: dict[str, set[str]], encoders: set[str]) 
         encoders |= {how.pixels, how.texts}
 
 
-def _codec_of(recipe: Recipe, gathered: Any) -> models.Codec | None:
+def _codec_of(recipe: Recipe, resolved: Any) -> models.Codec | None:
     """The codec of a recipe that begins from scratch, None if it is still to be trained."""
     fresh = models.new_codec(recipe.model, recipe.seed, bool(recipe.data.frames))
     if not models.needs_training(recipe.model, fresh):
         return fresh.eval()
-    trained_on = gathered.collection.with_split("train") or gathered.collection.samples
-    home = place(recipe, codec_key(recipe, trained_on, gathered.bucket_of))
+    trained_on = resolved.collection.with_split("train") or resolved.collection.samples
+    home = codec_folder(recipe, codec_key(recipe, trained_on, resolved.bucket_of))
     return models.load_codec(home).eval() if (home / "stage.json").is_file() else None
 
 

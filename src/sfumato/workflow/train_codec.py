@@ -17,11 +17,11 @@ from sfumato.models.files import write_checksums
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder, atomic_folder
 from sfumato.theory import noise
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes, run_folder_of_rank
 from sfumato.training.loop import loop as training_loop
 from sfumato.training.objective.reconstruction import ReconstructionObjective, to_pixels
 from sfumato.training.settings import TrainSettings
-from sfumato.workflow.dataset import Bucket, Pictures, each, few
+from sfumato.workflow.dataset import Bucket, PicturesInMemory, fitting_in_memory, map_samples
 
 RECIPE = "codec 1: L1 and gradients, AdamW 1e-3, cosine"
 CLIPS = "clips 2: a narrow posterior"
@@ -41,7 +41,7 @@ def codec_key(
         except OSError:
             return ""
 
-    contents = sorted(each(content, samples))
+    contents = sorted(map_samples(content, samples))
     model = recipe.model
     settings = [
         model.codec,
@@ -52,10 +52,10 @@ def codec_key(
         model.codec_batch,
     ]
     size = bucket_of if isinstance(bucket_of, tuple) else [recipe.data.resolution, recipe.data.buckets]
-    said = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
+    parts = [RECIPE, media.TRANSFORM, settings, size, recipe.data.flip, recipe.seed, contents]
     if recipe.data.frames:
         data = recipe.data
-        said += [
+        parts += [
             model.codec_time_stride,
             data.frames,
             data.fps,
@@ -63,21 +63,21 @@ def codec_key(
             CLIPS,
             *data.short_clip_frames,
         ]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def place(recipe: Recipe, key: str) -> Path:
+def codec_folder(recipe: Recipe, key: str) -> Path:
     """Where the codec of a key is kept."""
     return Path(recipe.data.cache_dir).expanduser() / "codecs" / key
 
 
-def ready_codec(
+def trained_codec(
     recipe: Recipe,
     samples: Sequence[Sample],
     bucket_of: Bucket | Callable[[Bucket], Bucket],
     device: torch.device,
     progress: Progress | None = None,
-    say: Callable[[str], None] = training_loop.to_stderr,
+    say: Callable[[str], None] = training_loop.print_to_stderr,
 ) -> Codec:
     """The recipe's codec, trained on these samples first if it is missing.
 
@@ -88,7 +88,7 @@ def ready_codec(
     if not needs_training(recipe.model, codec):
         return codec.to(device).eval()
     assert isinstance(codec, TrainableCodec)
-    home = place(recipe, codec_key(recipe, samples, bucket_of))
+    home = codec_folder(recipe, codec_key(recipe, samples, bucket_of))
     if (home / "stage.json").is_file():
         return load_codec(home).to(device).eval()
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
@@ -100,16 +100,16 @@ def ready_codec(
         clips_per_video=data.clips_per_video,
         short_clip_frames=data.short_clip_frames,
     )
-    pictures = Pictures(few(samples, bucket_of, recipe.data.frames), bucket_of, how)
+    pictures = PicturesInMemory(fitting_in_memory(samples, bucket_of, recipe.data.frames), bucket_of, how)
     train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
-    if processes.current().is_rank_zero:
+    if current_processes().is_rank_zero:
         with atomic_folder(home) as beside:
             save_stage(codec, beside)
             write_checksums(beside)
     return codec.eval()
 
 
-def settings_of(recipe: Recipe) -> TrainSettings:
+def codec_train_settings(recipe: Recipe) -> TrainSettings:
     """How the recipe's codec is trained."""
     steps = recipe.model.codec_steps
     return replace(
@@ -119,8 +119,8 @@ def settings_of(recipe: Recipe) -> TrainSettings:
         gradient_accumulation=1,
         learning_rate=1e-3,
         optimizer="adamw",
-        warmup=20,
-        schedule="cosine",
+        warmup_steps=20,
+        lr_schedule="cosine",
         weight_decay=0.0,
         ema=0.0,
         ema_snapshot_every=0,
@@ -137,24 +137,24 @@ def settings_of(recipe: Recipe) -> TrainSettings:
 def train_codec(
     recipe: Recipe,
     codec: TrainableCodec,
-    pictures: Pictures,
+    pictures: PicturesInMemory,
     folder: Path,
     progress: Progress | None,
     say: Callable[[str], None],
 ) -> None:
     """Train `codec` on `pictures`, resuming what `folder` holds."""
     device = next(codec.parameters()).device
-    seen = pictures.buckets.index(max(set(pictures.buckets), key=pictures.buckets.count))
-    alike = [i for i, bucket in enumerate(pictures.buckets) if bucket == pictures.buckets[seen]]
-    looked_at = LOOKED_AT // max(1, recipe.data.frames) + 1 if recipe.data.frames else LOOKED_AT
-    chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:looked_at].tolist()
+    commonest = pictures.buckets.index(max(set(pictures.buckets), key=pictures.buckets.count))
+    alike = [i for i, bucket in enumerate(pictures.buckets) if bucket == pictures.buckets[commonest]]
+    most = LOOKED_AT // max(1, recipe.data.frames) + 1 if recipe.data.frames else LOOKED_AT
+    chosen = noise.permutation(len(alike), recipe.seed, "codec sample", 0)[:most].tolist()
     sample = to_pixels(pictures.read([alike[i] for i in chosen])).to(device)
     codec.prepare(sample)
-    settings = settings_of(recipe)
+    settings = codec_train_settings(recipe)
     order = BatchSampler(pictures.buckets, min(settings.batch, len(pictures)), recipe.seed)
     objective = ReconstructionObjective(codec, pictures, order, recipe.seed, flip=recipe.data.flip)
-    with processes.current().first():
-        run = processes.own_view(RunFolder.create(folder, "# a codec, trained for the runs that need it\n"))
+    with current_processes().first():
+        run = run_folder_of_rank(RunFolder.create(folder, "# a codec, trained for the runs that need it\n"))
     with run.lock():
         training_loop.fit(
             objective, codec, settings, run, recipe.seed, progress=progress, phase="codec", say=say

@@ -12,17 +12,17 @@ from sfumato.models.pretrained.train_text_encoders import untrainable_encoders
 from sfumato.recipe import Recipe
 from sfumato.report import run_page
 from sfumato.run_folder import RunFolder
-from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.distributed.processes import current_processes, join_processes, run_folder_of_rank
 from sfumato.training.loop.callbacks import Callback
-from sfumato.training.loop.loop import fit, to_stderr
+from sfumato.training.loop.loop import fit, print_to_stderr
 from sfumato.training.loop.validation import ValidationLoss
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.objective.packed_batches import PackedObjective
 from sfumato.training.objective.user_loss import UserLoss
 from sfumato.training.state.run_precision import precision_of
 from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
-from sfumato.workflow.checks import check_context, warned
-from sfumato.workflow.encode_samples import dataset_and_sampler, is_guided, reader_of
+from sfumato.workflow.checks import check_context_parallel, recipe_warnings
+from sfumato.workflow.encode_samples import caption_encoder, dataset_and_sampler, is_conditional
 from sfumato.workflow.finetune import (
     prepare_trainable,
     save_base_reference,
@@ -32,9 +32,9 @@ from sfumato.workflow.finetune import (
 from sfumato.workflow.planning import step_costs
 from sfumato.workflow.prepare import PreparedRun, Say, phase, prepare_run, resolve_recipe
 from sfumato.workflow.preview import Preview, groups
-from sfumato.workflow.resume import check_resume, code_of, content_of
-from sfumato.workflow.train_codec import Progress, ready_codec
-from sfumato.workflow.user_objects import handed_over
+from sfumato.workflow.resume import check_resume, code_of, data_fingerprint
+from sfumato.workflow.train_codec import Progress, trained_codec
+from sfumato.workflow.user_objects import with_user_objects
 
 RecipeLike = Recipe | str | Path
 
@@ -65,7 +65,7 @@ def read_recipe(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
     return recipe.checked() if isinstance(recipe, Recipe) else Recipe.read(recipe, overrides)
 
 
-def tell_notes(recipe: Recipe, say: Say) -> None:
+def say_notes(recipe: Recipe, say: Say) -> None:
     """Say what whoever wrote the recipe should know."""
     for note in recipe.notes:
         say(note)
@@ -75,7 +75,7 @@ def encode(
     recipe: RecipeLike,
     overrides: Iterable[str] = (),
     progress: Progress | None = None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
     *,
     dataset: Any = None,
     codec: Any = None,
@@ -93,13 +93,13 @@ def encode(
     """
     objects = {"dataset": dataset, "codec": codec, "conditioner": conditioner}
     with (
-        handed_over(read_recipe(recipe, overrides), objects) as asked,
-        distributed_processes.joined(asked.train.device) as processes,
+        with_user_objects(read_recipe(recipe, overrides), objects) as parsed,
+        join_processes(parsed.train.device) as processes,
     ):
         if not processes.is_rank_zero:
             progress, say = None, lambda sentence: None
-        tell_notes(asked, say)
-        return prepare_run(asked, resolve_recipe(asked), progress, say)
+        say_notes(parsed, say)
+        return prepare_run(parsed, resolve_recipe(parsed), progress, say)
 
 
 def encode_on_cluster(
@@ -107,7 +107,7 @@ def encode_on_cluster(
     overrides: Iterable[str],
     workers: int,
     progress: Progress | None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
 ) -> PreparedRun:
     """`encode` by so many workers that Ray starts; the store must be on a disk that all of them see.
 
@@ -116,28 +116,28 @@ def encode_on_cluster(
     """
     from sfumato.data.encoding.ray_cluster import run_on_ray
 
-    asked = read_recipe(recipe, overrides)
-    tell_notes(asked, say)
-    gathered = resolve_recipe(asked)
-    if gathered.base is None:
-        samples = gathered.collection.with_split("train") or gathered.collection.samples
-        ready_codec(asked, samples, gathered.bucket_of, gathered.device, progress, say)
+    parsed = read_recipe(recipe, overrides)
+    say_notes(parsed, say)
+    resolved = resolve_recipe(parsed)
+    if resolved.base is None:
+        samples = resolved.collection.with_split("train") or resolved.collection.samples
+        trained_codec(parsed, samples, resolved.bucket_of, resolved.device, progress, say)
 
     def share(rank: int, world: int) -> int:
         return len(
-            prepare_run(asked, resolve_recipe(asked), say=lambda sentence: None, part=(rank, world)).train
+            prepare_run(parsed, resolve_recipe(parsed), say=lambda sentence: None, part=(rank, world)).train
         )
 
-    cards = 1.0 if gathered.device.type == "cuda" else 0.0
+    cards = 1.0 if resolved.device.type == "cuda" else 0.0
     run_on_ray(share, workers, gpus=cards)
-    return prepare_run(asked, gathered, progress, say)
+    return prepare_run(parsed, resolved, progress, say)
 
 
 def train(
     recipe: RecipeLike,
     overrides: Iterable[str] = (),
     progress: Progress | None = None,
-    say: Say = to_stderr,
+    say: Say = print_to_stderr,
     profile: bool = False,
     *,
     theory: Any = None,
@@ -157,7 +157,7 @@ def train(
 
     Raises:
         Refused: the recipe cannot be used, or is not the one the run began with.
-        Failed: the run could not go on. Stopped: it was asked to stop, and saved.
+        Failed: the run could not go on. Stopped: it was recipe to stop, and saved.
     """
     objects = {
         "theory": theory,
@@ -169,26 +169,26 @@ def train(
         "callbacks": callbacks,
     }
     with (
-        handed_over(read_recipe(recipe, overrides), objects) as asked,
-        distributed_processes.joined(asked.train.device) as processes,
+        with_user_objects(read_recipe(recipe, overrides), objects) as parsed,
+        join_processes(parsed.train.device) as processes,
     ):
         if not processes.is_rank_zero:
             progress, say = None, lambda sentence: None
-        tell_notes(asked, say)
-        gathered = resolve_recipe(asked)
-        check_context(asked, gathered.base, processes.count)
+        say_notes(parsed, say)
+        resolved = resolve_recipe(parsed)
+        check_context_parallel(parsed, resolved.base, processes.count)
         with processes.first():
-            run = distributed_processes.own_view(RunFolder.create(asked.output))
+            run = run_folder_of_rank(RunFolder.create(parsed.output))
         with run.lock():
             with processes.first():
-                for note in check_resume(run, asked, content_of(gathered.samples)):
+                for note in check_resume(run, parsed, data_fingerprint(resolved.samples)):
                     say(note)
                 if processes.is_rank_zero:
-                    RunFolder.create(asked.output, asked.to_toml(), asked.to_toml(every=True))
-                    if codes := code_of(asked):
-                        run.event("code", own=codes)
-            prepared = prepare_run(asked, gathered, progress, say, run)
-            return Run(run.path, _train(asked, run, prepared, progress, say, profile))
+                    RunFolder.create(parsed.output, parsed.to_toml(), parsed.to_toml(every=True))
+                    if codes := code_of(parsed):
+                        run.event("code", hashes=codes)
+            prepared = prepare_run(parsed, resolved, progress, say, run)
+            return Run(run.path, _train(parsed, run, prepared, progress, say, profile))
 
 
 def _train(
@@ -199,42 +199,43 @@ def _train(
     say: Say,
     profile: bool = False,
 ) -> int:
-    model, leads = prepared.model, distributed_processes.current().is_rank_zero
+    model, leads = prepared.model, current_processes().is_rank_zero
     if leads:
         save_base_reference(model, recipe, run.path / "model")
     for note in untrainable_encoders(model, text_plan_of(recipe)):
         say(note)
     network, settings = prepare_trainable(model, recipe), with_text_learning_rate(recipe)
-    train, order = dataset_and_sampler(recipe, prepared.train, prepared.earlier)
-    encode_ahead.look_ahead(train, order, recipe)
-    beside = base_images.is_read_beside(model.conditioner)  # then the samples say which captions are left out
-    dropout = recipe.data.caption_dropout if is_guided(model) and not beside else 0.0
-    seen = condition_encoders.encoders(model, recipe.data)
+    train, order = dataset_and_sampler(recipe, prepared.train, prepared.curriculum)
+    encode_ahead.start_encoding_ahead(train, order, recipe)
+    # Where words are read beside a picture, the samples say which captions are left out.
+    beside = base_images.encodes_text_with_image(model.conditioner)
+    caption_dropout = recipe.data.caption_dropout if is_conditional(model) and not beside else 0.0
+    encoders = condition_encoders.encoders(model, recipe.data)
     objective = (PackedObjective if recipe.train.sequence_packing else DiffusionObjective)(
         model,
         train,
         order,
         settings,
         recipe.seed,
-        dropout,
+        caption_dropout,
         loss=UserLoss(recipe.train.loss, prepared.device) if recipe.train.loss else None,
-        dropout=condition_encoders.shares(recipe.data, list(seen)),
-        read_text=reader_of(model) if model.conditioner.learns else None,
+        condition_dropout=condition_encoders.condition_dropout(recipe.data, list(encoders)),
+        read_text=caption_encoder(model) if model.conditioner.learns else None,
     )
     measure = None
     if recipe.train.validate_every and len(prepared.held_out):
         precision = precision_of(recipe.train, prepared.device, run)
         measure = ValidationLoss(objective, prepared.held_out, prepared.train, run, precision=precision)
-    shown = groups(recipe, prepared.train, prepared.held_out, is_guided(model))
+    preview_groups = groups(recipe, prepared.train, prepared.held_out, is_conditional(model))
     preview = Preview(
         model,
         recipe,
         run,
-        control_training.with_pictures(shown, model, recipe, prepared),
+        control_training.with_control_images(preview_groups, model, recipe, prepared),
         lambda: run_page.write(run),
     )
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
-    for warning in warned(recipe):
+    for warning in recipe_warnings(recipe):
         say(warning)
     inputs = step_costs.inputs_of_run(recipe, model, prepared.train, objective)
     say(step_costs.cost_summary(recipe, network, inputs, fresh=not run.checkpoint_folders()))
@@ -245,7 +246,7 @@ def _train(
     try:
         with phase(run, "train"):
             outcome = fit(
-                class_images.with_prior_preservation(objective, prepared.prior, recipe),
+                class_images.with_prior_preservation(objective, prepared.class_images, recipe),
                 network,
                 settings,
                 run,
@@ -262,7 +263,7 @@ def _train(
         run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)
         finished = outcome.step >= recipe.train.steps
     finally:
-        encode_ahead.done(train, finished)
+        encode_ahead.stop_encoding_ahead(train, finished)
         if leads:
             run_page.write(run)
     return outcome.step
@@ -271,13 +272,13 @@ def _train(
 def run_sanity_checks(
     recipe: Recipe, run: RunFolder, prepared: PreparedRun, network: nn.Module, say: Say
 ) -> None:
-    """Climb the sanity ladder quickly and say what does not hold; the run goes on."""
+    """Run the sanity checks quickly and say what does not hold; the run goes on."""
     from sfumato.workflow import sanity_checks
 
-    for rung in sanity_checks.sanity_checks(recipe, prepared, network, sanity_checks.FEW):
-        if rung.remark:
-            say(f"before training: {rung.claim}: {rung.detail}")
-            run.event("note", text=f"sanity: {rung.claim}: {rung.detail}")
-        if not rung.holds:
-            say(f"before training: it is not so that {rung.claim}: {rung.detail}")
-            run.event("note", text=f"sanity: {rung.claim}: no. {rung.detail}")
+    for check in sanity_checks.sanity_checks(recipe, prepared, network, sanity_checks.FEW):
+        if check.remark:
+            say(f"before training: {check.claim}: {check.detail}")
+            run.event("note", text=f"sanity: {check.claim}: {check.detail}")
+        if not check.holds:
+            say(f"before training: it is not so that {check.claim}: {check.detail}")
+            run.event("note", text=f"sanity: {check.claim}: no. {check.detail}")

@@ -25,12 +25,12 @@ KEYS = {
     "callbacks": "train.callbacks",
 }
 """The recipe's keys by the arguments of `train`."""
-LOADED_AGAIN = ("theory", "denoiser", "codec", "conditioner")
+NEEDED_TO_LOAD = ("theory", "denoiser", "codec", "conditioner")
 """What a run needs to draw, so that a file has to name it."""
 
 
 @contextmanager
-def handed_over(recipe: Recipe, objects: Mapping[str, Any]) -> Iterator[Recipe]:
+def with_user_objects(recipe: Recipe, objects: Mapping[str, Any]) -> Iterator[Recipe]:
     """Inside it the recipe names these objects, and its words mean them.
 
     Args:
@@ -38,15 +38,15 @@ def handed_over(recipe: Recipe, objects: Mapping[str, Any]) -> Iterator[Recipe]:
     Raises:
         Refused: an object that a run could not load again.
     """
-    said: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     known: dict[str, Any] = {}
     for name, given in objects.items():
         if given is not None:
             many = name == "callbacks" or (name == "dataset" and _are_several(given))
             words = [_word(name, one, known) for one in (given if many else [given])]
-            said[KEYS[name]] = tuple(words) if many else words[0]
+            values[KEYS[name]] = tuple(words) if many else words[0]
     with user_code.use_objects(known):
-        yield _with(recipe, said) if said else recipe
+        yield _with(recipe, values) if values else recipe
 
 
 def _are_several(dataset: Any) -> bool:
@@ -59,7 +59,7 @@ def _word(name: str, thing: Any, known: dict[str, Any]) -> str:
     if isinstance(thing, str):
         return thing
     word, plain = user_code.object_name(thing), 1
-    if user_code.is_unnamed(word) and name in LOADED_AGAIN:
+    if user_code.is_unnamed(word) and name in NEEDED_TO_LOAD:
         _check_class(name, thing)
     start = word
     while word in known and known[word] is not thing:
@@ -81,9 +81,9 @@ def _check_class(name: str, thing: Any) -> None:
     )
 
 
-def _with(recipe: Recipe, said: Mapping[str, Any]) -> Recipe:
+def _with(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
     """The recipe with these values, said in Python."""
-    if recipe.model.base != "scratch" and (names := [name for name in KEYS if KEYS[name] in said]):
+    if recipe.model.base != "scratch" and (names := [name for name in KEYS if KEYS[name] in given]):
         idle = [name for name in names if name in ("denoiser", "codec", "conditioner")]
         if idle:
             raise Refused(
@@ -91,9 +91,9 @@ def _with(recipe: Recipe, said: Mapping[str, Any]) -> Recipe:
                 "which has its own. Leave one of them out."
             )
     parts: dict[str, dict[str, Any]] = {}
-    for name, value in said.items():
+    for name, value in given.items():
         section, _, leaf = name.partition(".")
         parts.setdefault(section, {})[leaf] = value
     changed = {section: replace(getattr(recipe, section), **values) for section, values in parts.items()}
-    origins = {**recipe.origins, **dict.fromkeys(said, PYTHON)}
+    origins = {**recipe.origins, **dict.fromkeys(given, PYTHON)}
     return replace(recipe, **changed, origins=origins).checked()

@@ -24,7 +24,7 @@ from sfumato.data.encoding.encode_plan import (
 )
 from sfumato.data.encoding.encoded_dataset import EncodedDataset, Item
 from sfumato.data.encoding.streaming_dataset import StreamingDataset
-from sfumato.data.encoding.views import Companion, EncodingOptions, Size, Task
+from sfumato.data.encoding.views import Companion, EncodingOptions, EncodingTask, Size
 from sfumato.data.sources.sample import Sample, SetAside
 from sfumato.data.store import formats
 from sfumato.data.store.index import EntryLocation
@@ -160,7 +160,7 @@ def _repair(run: _Run, kind: str, owners: Mapping[str, str]) -> None:
 
 
 def _fill_pictures(
-    run: _Run, tasks: Sequence[Task], encoders: Mapping[str, Pixels]
+    run: _Run, tasks: Sequence[EncodingTask], encoders: Mapping[str, Pixels]
 ) -> dict[tuple[str, ...], str]:
     """Encode the pictures that the store lacks, chunk by chunk; returns the reasons of those that failed."""
     options = run.options
@@ -195,7 +195,7 @@ def _fill_pictures(
 
 
 def _encode_group(
-    group: Sequence[Task],
+    group: Sequence[EncodingTask],
     decoded: Sequence[list[Tensor] | str],
     encode: Pixels,
     run: _Run,
@@ -266,7 +266,7 @@ def _gather(
 ) -> EncodedDataset:
     """The samples whose encodings are all there, in the order they were given."""
     texts = work.texts
-    others: dict[str, dict[str, Task]] = {}
+    others: dict[str, dict[str, EncodingTask]] = {}
     for (sample, name), other in work.companion_tasks.items():
         others.setdefault(sample, {})[name] = other
     items = []
@@ -299,7 +299,7 @@ def _gather(
     )
 
 
-def _locations(task: Task, by_key: Mapping[str, EntryLocation | None]) -> tuple[EntryLocation, ...]:
+def _locations(task: EncodingTask, by_key: Mapping[str, EntryLocation | None]) -> tuple[EntryLocation, ...]:
     return tuple(location for location in map(by_key.get, task.keys) if location is not None)
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import TypeVar
 
 from sfumato.data.encoding import views
-from sfumato.data.encoding.views import Companion, EncodingOptions, Size, Task
+from sfumato.data.encoding.views import Companion, EncodingOptions, EncodingTask, Size
 from sfumato.data.sources.sample import Sample, SetAside
 from sfumato.data.store.store import key
 
@@ -28,8 +28,8 @@ class EncodePlan:
     sample's name.
     """
 
-    tasks: list[Task]
-    companion_tasks: dict[tuple[str, str], Task]
+    tasks: list[EncodingTask]
+    companion_tasks: dict[tuple[str, str], EncodingTask]
     texts: dict[str, str]
     set_aside: list[SetAside]
     prompt_images: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class EncodePlan:
         return self.texts.get(text_key(caption, self.prompt_images.get(sample.name, "")), "")
 
     @property
-    def pictures(self) -> list[Task]:
+    def pictures(self) -> list[EncodingTask]:
         """The tasks of samples and companions."""
         return [*self.tasks, *self.companion_tasks.values()]
 
@@ -64,10 +64,10 @@ def plan_encoding(
         prompt_image: the content of the picture that a sample's words are read beside, where they are.
     """
 
-    def look(sample: Sample) -> Task | SetAside:
+    def look(sample: Sample) -> EncodingTask | SetAside:
         return views.plan_task(sample, bucket_of, options)
 
-    tasks: list[Task] = []
+    tasks: list[EncodingTask] = []
     set_aside: list[SetAside] = []
     with threads(options.threads) as pool:
         for done, found in enumerate(prefetch(pool, look, samples, 64)):
@@ -99,14 +99,14 @@ def text_key(caption: str, content: str) -> str:
 
 
 def _companions(
-    tasks: Sequence[Task],
+    tasks: Sequence[EncodingTask],
     companions: Mapping[str, Companion],
     options: EncodingOptions,
     set_aside: list[SetAside],
-) -> tuple[list[Task], dict[tuple[str, str], Task]]:
+) -> tuple[list[EncodingTask], dict[tuple[str, str], EncodingTask]]:
     """The tasks whose samples have all companions, and the companions' own by (sample's name, which)."""
-    whole: list[Task] = []
-    companion_tasks: dict[tuple[str, str], Task] = {}
+    whole: list[EncodingTask] = []
+    companion_tasks: dict[tuple[str, str], EncodingTask] = {}
     for task in tasks:
         found = {
             (task.sample.name, name): views.companion_task(task, name, options, companion)
@@ -115,13 +115,13 @@ def _companions(
         missing = next((one for one in found.values() if isinstance(one, SetAside)), None)
         if missing is None:
             whole.append(task)
-            companion_tasks |= {place: one for place, one in found.items() if isinstance(one, Task)}
+            companion_tasks |= {place: one for place, one in found.items() if isinstance(one, EncodingTask)}
         else:
             set_aside.append(SetAside(task.sample.name, companion_reason(task, missing)))
     return whole, companion_tasks
 
 
-def companion_reason(task: Task, missing: SetAside) -> str:
+def companion_reason(task: EncodingTask, missing: SetAside) -> str:
     """The reason that a companion gives for setting its sample aside."""
     where = missing.file.removeprefix(f"{task.sample.name}: ")
     return missing.reason if missing.file == task.sample.name else f"{where}: {missing.reason}"

@@ -20,7 +20,7 @@ from sfumato.data.encoding.streaming_dataset import LazyEntry, StreamingDataset
 from sfumato.data.store import formats, shard
 from sfumato.data.store.index import EntryLocation
 from sfumato.errors import Refused
-from sfumato.run_folder import said_plainly
+from sfumato.run_folder import explain_disk_errors
 
 BLOCK = 256  # samples that one shard of the ring holds, about
 SPARE = 4  # a smaller ring is still cut into so many shards
@@ -112,7 +112,7 @@ class _Worker:
         self.problem: BaseException | None = None
         self.stopped = False
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="encode-ahead")
-        with said_plainly(of.ring):
+        with explain_disk_errors(of.ring):
             of.ring.mkdir(parents=True, exist_ok=True)
         self.blocks: dict[int, Path] = {}
         for folder in sorted(of.ring.iterdir()):
@@ -198,7 +198,7 @@ class _Worker:
         while len(self.blocks) >= self.room and others:
             self._drop(others.pop(0))
         folder = self.of.ring / f"{self.steps}-{block:09d}"
-        with said_plainly(folder):
+        with explain_disk_errors(folder):
             folder.mkdir(exist_ok=True)
         shard.write(folder, made)
         self.blocks[block] = folder

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sfumato.data.encoding import views
 from sfumato.data.encoding.encoded_dataset import EncodedDataset
-from sfumato.data.encoding.views import EncodingOptions, Task
+from sfumato.data.encoding.views import EncodingOptions, EncodingTask
 from sfumato.data.sources.media import to_pixels
 from sfumato.data.store import formats, shard
 from sfumato.data.store.index import EntryLocation
@@ -26,7 +26,7 @@ Encoder = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 class LazyEntry(EntryLocation):
     """A place that is nowhere yet: view number `view` of a task, encoded when it is asked for."""
 
-    task: Task | None = None
+    task: EncodingTask | None = None
     view: int = 0
 
 
@@ -82,7 +82,7 @@ def run_encoder(encode: Encoder, pictures: Tensor) -> dict[str, Tensor]:
 
 
 def lazy_entries(
-    tasks: Sequence[Task], options: EncodingOptions, encoders: Mapping[str, Encoder]
+    tasks: Sequence[EncodingTask], options: EncodingOptions, encoders: Mapping[str, Encoder]
 ) -> tuple[dict[str, LazyEntry], dict[tuple[str, ...], str]]:
     """(places by key, reasons by the keys of tasks that cannot be shown); one sample a bucket is encoded.
 

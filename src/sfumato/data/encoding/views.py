@@ -63,7 +63,7 @@ class Companion:
 
 
 @dataclass(frozen=True)
-class Task:
+class EncodingTask:
     """One sample to be encoded: its bucket, its own size ((0, 0) if not looked at), one key for each view."""
 
     sample: Sample
@@ -74,7 +74,9 @@ class Task:
     companion: str = ""
 
 
-def companion_task(task: Task, name: str, options: EncodingOptions, companion: Companion) -> Task | SetAside:
+def companion_task(
+    task: EncodingTask, name: str, options: EncodingOptions, companion: Companion
+) -> EncodingTask | SetAside:
     """The task of a sample's companion: the same cut, mirrored and cut into pieces alike."""
     sample = task.sample
     found = sample.companions.get(companion.of or name)
@@ -115,7 +117,7 @@ def mask_out(sample: Sample, cover: Picture) -> Image.Image:
 
 def plan_task(
     sample: Sample, bucket_of: Size | Callable[[Size], Size], options: EncodingOptions, still: int = 1
-) -> Task | SetAside:
+) -> EncodingTask | SetAside:
     """The task of a sample, or why it can have none; where clips are wanted a picture is `still` frames."""
     video = sample.name.lower().endswith(media.CLIPS)
     if video and not options.frames:
@@ -156,10 +158,10 @@ def plan_task(
     if options.flip:
         views = [view for plain in views for view in (plain, f"{plain} mirrored")]
     keys = tuple(key(content, view, options.pixels, options.pixels_format) for view in views)
-    return Task(sample, bucket, size, keys, pieces)
+    return EncodingTask(sample, bucket, size, keys, pieces)
 
 
-def decode(task: Task) -> list[Tensor] | str:
+def decode(task: EncodingTask) -> list[Tensor] | str:
     """The sample's pieces fitted to its bucket, uint8 [3, H, W] or [3, F, H, W], or why not."""
     width, height, *frames = task.bucket
     try:

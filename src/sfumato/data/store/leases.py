@@ -17,9 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from sfumato.errors import Refused
-from sfumato.locks import Busy, alone, is_leased
-from sfumato.locks import Lease as FileLease
-from sfumato.run_folder import said_plainly, write_atomic
+from sfumato.locks import FileLease, LockHeld, exclusive, is_leased
+from sfumato.run_folder import explain_disk_errors, write_atomic
 
 FORMAT = "sfumato-use-1"
 FOLDER = "uses"
@@ -61,13 +60,13 @@ def acquire(
         Refused: the store cannot be written. Failed: the disk is full.
     """
     folder = root / FOLDER
-    with said_plainly(folder):
+    with explain_disk_errors(folder):
         folder.mkdir(exist_ok=True)
     whose = json.dumps([owner.folder, owner.part])
     file = folder / f"{hashlib.sha256(whose.encode()).hexdigest()[:24]}.safetensors"
     metadata = {"format": FORMAT, "owner": whose, "encoders": json.dumps(sorted(encoders))}
     data = save({kind: _bytes(some) for kind, some in keys.items()}, metadata)
-    with said_plainly(folder), alone(root / GATE):
+    with explain_disk_errors(folder), exclusive(root / GATE):
         is_leased(file)  # removes what killed processes left
         lease = FileLease(file)
         if not file.exists() or file.read_bytes() != data:
@@ -112,9 +111,9 @@ def collecting(root: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
-            with said_plainly(root):
-                stack.enter_context(alone(root / GATE, wait=False))
-        except Busy:
+            with explain_disk_errors(root):
+                stack.enter_context(exclusive(root / GATE, wait=False))
+        except LockHeld:
             raise Refused(
                 f"{root} is being collected, or a run is just beginning to use it. Give the command again."
             ) from None

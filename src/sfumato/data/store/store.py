@@ -21,8 +21,8 @@ from sfumato.data.store import leases, shard
 from sfumato.data.store.index import EntryLocation, Index
 from sfumato.data.store.leases import Owner
 from sfumato.errors import Failed
-from sfumato.locks import Lease
-from sfumato.run_folder import said_plainly
+from sfumato.locks import FileLease
+from sfumato.run_folder import explain_disk_errors
 
 KINDS = ("pixels", "text")
 STRAY_SECONDS = 24 * 3600
@@ -82,13 +82,13 @@ class Store:
             Refused: the place is not writable. Failed: no space is left.
         """
         self.root = Path(root).expanduser()
-        with said_plainly(self.root):
+        with explain_disk_errors(self.root):
             for kind in KINDS:
                 (self.root / kind).mkdir(parents=True, exist_ok=True)
         self._indices: dict[str, Index] = {}
         self._views: dict[str, np.ndarray] = {}
         self._numbers: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._held: list[Lease] = []
+        self._held: list[FileLease] = []
 
     def index(self, kind: str) -> Index:
         """The index of one kind, read when first asked for."""
@@ -208,7 +208,7 @@ class Store:
                     data = shard.memory_map(path)
                     shard.write(path.parent, {one: shard.read_entry(data, entries[one]) for one in sound})
             self.release(str(path))
-            with said_plainly(path):
+            with explain_disk_errors(path):
                 path.unlink(missing_ok=True)
         self._indices.pop(kind, None)
 

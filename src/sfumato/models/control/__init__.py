@@ -3,7 +3,7 @@
 A control module reads tensors of the condition (`control`, `reference`, `edit_source`) and reaches into its
 base by hooks, so the base's own code knows nothing of it. Where its tensor is missing, and before it has
 learned anything, the answer is the base's own, bit for bit. Files of models and runs call them guides
-(`guides.json`, `guides.safetensors`), as `--guide`, an alias of `--control-module`, does.
+(`guides.json`, `guides.safetensors`).
 """
 
 from sfumato.models.control.base import WEAK, ControlledDenoiser, ControlModule, weight_of

@@ -14,15 +14,14 @@ from torch import nn
 
 from sfumato.errors import Refused
 from sfumato.models.interface import Denoiser
-from sfumato.training.distributed import processes as distributed_processes
-from sfumato.training.distributed.processes import Processes
+from sfumato.training.distributed.processes import Processes, join_processes, shared_samples
 from sfumato.training.settings import TrainSettings
 
 
 def check(settings: TrainSettings, count: int) -> None:
     """Raises Refused unless so many processes can share samples as the settings say."""
-    within = settings.context_parallel
-    if within == 1:
+    group_size = settings.context_parallel
+    if group_size == 1:
         return
     others = {
         "train.exact_elastic": (settings.exact_elastic, "adds whole gradients of parts in one tree"),
@@ -35,12 +34,12 @@ def check(settings: TrainSettings, count: int) -> None:
             raise Refused(
                 f"train.context_parallel shares each sample among processes; {name} {why}. Leave one out."
             )
-    if count % within or count < within:
+    if count % group_size or count < group_size:
         raise Refused(
-            f"train.context_parallel = {within} lets {within} processes share each sample, but "
-            f"{_many(count)} "
-            f"started. Start a multiple of {within}: torchrun --nproc-per-node {within} -m sfumato train … "
-            f"(to plan it: sfumato plan … --devices {within})."
+            f"train.context_parallel = {group_size} lets {group_size} processes share each sample, but "
+            f"{_many(count)} started. Start a multiple of {group_size}: "
+            f"torchrun --nproc-per-node {group_size} -m sfumato train … "
+            f"(to plan it: sfumato plan … --devices {group_size})."
         )
 
 
@@ -49,41 +48,42 @@ def _many(count: int) -> str:
 
 
 @contextmanager
-def shared(network: nn.Module, settings: TrainSettings, processes: Processes) -> Iterator[None]:
+def enabled_for_training(network: nn.Module, settings: TrainSettings, processes: Processes) -> Iterator[None]:
     """Inside it the processes of a group share each sample that the network is asked about.
 
     Raises:
         Refused: the network cannot, or the processes are too few or many.
     """
     check(settings, processes.count)
-    with divided(network, settings.context_parallel, processes):
+    with enabled(network, settings.context_parallel, processes):
         yield
 
 
 @contextmanager
-def drawers(within: int, device: str) -> Iterator[Processes]:
+def drawing_processes(group_size: int, device: str) -> Iterator[Processes]:
     """The processes that torchrun started, joined if so many of them draw each picture together.
 
     Raises:
         Refused: there are more or fewer.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if within == 1:
+    if group_size == 1:
         yield Processes(int(os.environ.get("RANK", "0")))
         return
-    if started != within:
+    if started != group_size:
         raise Refused(
-            f"--context {within} lets {within} processes draw each picture together, but {_many(started)} "
-            f"started. Say torchrun --nproc-per-node {within} -m sfumato generate … --context {within}."
+            f"--context-parallel {group_size} lets {group_size} processes draw each picture together, but "
+            f"{_many(started)} started. Say torchrun --nproc-per-node {group_size} -m sfumato generate … "
+            f"--context-parallel {group_size}."
         )
-    with distributed_processes.joined(device) as processes:
+    with join_processes(device) as processes:
         yield processes
 
 
 @contextmanager
-def divided(network: nn.Module, within: int, processes: Processes) -> Iterator[None]:
+def enabled(network: nn.Module, group_size: int, processes: Processes) -> Iterator[None]:
     """Inside it groups of so many processes share each sample; raises Refused if the network cannot."""
-    if within == 1:
+    if group_size == 1:
         yield
         return
     # Importing it takes a while, which runs that need none of it should not wait for.
@@ -91,11 +91,11 @@ def divided(network: nn.Module, within: int, processes: Processes) -> Iterator[N
 
     names = ("groups", "ring", "ulysses")
     kind = next(network.parameters()).device.type
-    mesh = init_device_mesh(kind, (processes.count // within, 1, within), mesh_dim_names=names)
+    mesh = init_device_mesh(kind, (processes.count // group_size, 1, group_size), mesh_dim_names=names)
     denoiser = cast(Denoiser, network)
     denoiser.enable_context_parallel(mesh["ring", "ulysses"])
     try:
-        with distributed_processes.sharing(within):
+        with shared_samples(group_size):
             yield
     finally:
         denoiser.enable_context_parallel(None)

@@ -28,11 +28,11 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run and which of them this is; `within` of them share each sample (`context`)."""
+    """The processes of a run and which of them this is; `group_size` share each sample (context parallel)."""
 
     rank: int = 0
     count: int = 1
-    within: int = 1
+    group_size: int = 1
 
     @property
     def is_rank_zero(self) -> bool:
@@ -42,25 +42,25 @@ class Processes:
     @property
     def group(self) -> int:
         """Which group of processes that share samples this one is in; of `groups`."""
-        return self.rank // self.within
+        return self.rank // self.group_size
 
     @property
     def groups(self) -> int:
         """Groups of processes that compute samples of their own."""
-        return self.count // self.within
+        return self.count // self.group_size
 
     @property
     def is_group_leader(self) -> bool:
         """Whether this process reports what its group computed."""
-        return self.rank % self.within == 0
+        return self.rank % self.group_size == 0
 
-    def agree(self, number: int) -> int:
+    def broadcast_number(self, number: int) -> int:
         """The number the leading process has."""
         if self.count == 1:
             return number
-        told = torch.tensor([number], device=_own_device())
-        dist.broadcast(told, 0)
-        return int(told)
+        leading = torch.tensor([number], device=_own_device())
+        dist.broadcast(leading, 0)
+        return int(leading)
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum of the tensors that the groups have, on the CPU."""
@@ -100,41 +100,41 @@ class Processes:
             dist.barrier()
 
 
-def current() -> Processes:
+def current_processes() -> Processes:
     """The processes that were joined; one if none were."""
     if dist.is_available() and dist.is_initialized():
-        return Processes(dist.get_rank(), dist.get_world_size(), _WITHIN.get())
+        return Processes(dist.get_rank(), dist.get_world_size(), _GROUP_SIZE.get())
     return Processes()
 
 
-_WITHIN: ContextVar[int] = ContextVar("within", default=1)
+_GROUP_SIZE: ContextVar[int] = ContextVar("group_size", default=1)
 
 
 @contextmanager
-def sharing(within: int) -> Iterator[None]:
+def shared_samples(group_size: int) -> Iterator[None]:
     """Inside it, so many processes share each sample."""
-    token = _WITHIN.set(within)
+    token = _GROUP_SIZE.set(group_size)
     try:
         yield
     finally:
-        _WITHIN.reset(token)
+        _GROUP_SIZE.reset(token)
 
 
 @contextmanager
-def joined(device: str = "auto") -> Iterator[Processes]:
+def join_processes(device: str = "auto") -> Iterator[Processes]:
     """Join the other processes if torchrun started this one; leave them at the end.
 
     On GPUs each process takes the one of its local rank (nccl), on CPUs they talk through gloo.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or current().count > 1:
-        yield current()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or current_processes().count > 1:
+        yield current_processes()
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     try:
-        yield current()
+        yield current_processes()
     finally:
         dist.destroy_process_group()
 
@@ -143,9 +143,9 @@ def _own_device() -> torch.device:
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def own_view(run: RunFolder) -> RunFolder:
+def run_folder_of_rank(run: RunFolder) -> RunFolder:
     """The run folder as this process may use it: all of it if it leads, else without writing."""
-    return run if current().is_rank_zero or isinstance(run, SilentRun) else SilentRun(run.path)
+    return run if current_processes().is_rank_zero or isinstance(run, SilentRun) else SilentRun(run.path)
 
 
 class SilentRun(RunFolder):
@@ -177,7 +177,7 @@ class BatchSplit:
         Raises:
             Refused: the batch has fewer samples than parts, or exact parts cannot be shared evenly.
         """
-        among = replace(processes, within=settings.context_parallel)
+        among = replace(processes, group_size=settings.context_parallel)
         exact, count = settings.exact_elastic, max(1, among.groups)
         parts = settings.gradient_accumulation * count
         if exact:

@@ -44,7 +44,7 @@ class Shards:
         self.network, self.processes, self.copies = network, processes, copies
         self.whole = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
         self.held = {name: nn.Parameter(_local(weight)) for name, weight in self.whole.items()}
-        self.pieces = {
+        self.slices = {
             name: ShardSlice(tuple(weight.shape), _rows(weight), hasattr(weight, "placements"))
             for name, weight in self.whole.items()
         }
@@ -54,24 +54,24 @@ class Shards:
         """Which copy this process holds rows of: 0, but for hybrid."""
         return self.processes.rank * self.copies // self.processes.count
 
-    def piece_of(self, key: str) -> ShardSlice | None:
+    def slice_of(self, key: str) -> ShardSlice | None:
         """The rows here of the weight that a tensor belongs to: by its name, or "part/name/entry"."""
-        return self.pieces.get(key) or self.pieces.get(key.partition("/")[2].rpartition("/")[0])
+        return self.slices.get(key) or self.slices.get(key.partition("/")[2].rpartition("/")[0])
 
     def rows_of(self, key: str, tensor: Tensor) -> Rows | None:
         """Which rows a tensor held here is; None if it is whole."""
-        piece = self.piece_of(key)
+        piece = self.slice_of(key)
         if piece is None or not piece.is_divided or tensor.shape != (piece.rows.count, *piece.shape[1:]):
             return None
         return piece.rows
 
     def wanted(self, key: str, shape: Sequence[int]) -> Rows | None:
         """Which rows of a stored tensor belong here; None for all of it."""
-        piece = self.piece_of(key)
+        piece = self.slice_of(key)
         return piece.rows if piece is not None and piece.is_divided and tuple(shape) == piece.shape else None
 
     @property
-    def divided(self) -> list[Any]:
+    def gathering_modules(self) -> list[Any]:
         """The modules that gather their own weights."""
         return [module for module in self.network.modules() if hasattr(module, "set_reshard_after_forward")]
 
@@ -95,15 +95,15 @@ class Shards:
         return total
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         """Within it every process has all weights as they are now, and computes without the others."""
-        for module in self.divided:
+        for module in self.gathering_modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield
         finally:
-            for module in self.divided:
+            for module in self.gathering_modules:
                 module.reshard()
                 module.set_reshard_after_forward(True, recurse=False)
 
@@ -116,19 +116,26 @@ def shards_of(network: nn.Module) -> Shards | None:
     return _SHARDED.get(network)
 
 
-def shard(network: nn.Module, processes: Processes, precision: str, within: int = 0) -> Shards:
+def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name, in order; of a divided network, the rows here."""
+    if (shards := shards_of(network)) is not None:
+        return shards.held
+    return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+
+
+def shard(network: nn.Module, processes: Processes, precision: str, shard_size: int = 0) -> Shards:
     """Divide a network among the processes, block by block; all begin with the leading one's weights.
 
     Args:
         precision: "fp32", "bf16" or "fp16": what weights are gathered and computed in; sums are float32.
-        within: hybrid: so many processes share one copy of the network; 0: all of them.
+        shard_size: hybrid: so many processes share one copy of the network; 0: all of them.
     """
     # Importing it takes a while, which runs that need none of it should not wait for.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     processes.broadcast_weights(network)
     device = next(network.parameters()).device
-    mesh, copies = _mesh(device.type, processes.count, within)
+    mesh, copies = _mesh(device.type, processes.count, shard_size)
     narrow = NARROW.get(precision)
     policy = MixedPrecisionPolicy(
         param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
@@ -140,7 +147,7 @@ def shard(network: nn.Module, processes: Processes, precision: str, within: int 
                 block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=undivided
             )
     shards = Shards(network, processes, copies)
-    for module in shards.divided:
+    for module in shards.gathering_modules:
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
     _SHARDED[network] = shards
@@ -171,14 +178,14 @@ def _sum_over_processes(gradients: Sequence[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def _mesh(kind: str, count: int, within: int) -> tuple[Any, int]:
+def _mesh(kind: str, count: int, shard_size: int) -> tuple[Any, int]:
     """(the processes in rows that share a copy each, how many copies there are)."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    if not within or within == count:
+    if not shard_size or shard_size == count:
         return init_device_mesh(kind, (count,)), 1
-    copies = count // within
-    return init_device_mesh(kind, (copies, within), mesh_dim_names=("copies", "shares")), copies
+    copies = count // shard_size
+    return init_device_mesh(kind, (copies, shard_size), mesh_dim_names=("copies", "shares")), copies
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -219,11 +226,11 @@ class ShardedGradients:
     def total(self, stop: bool) -> tuple[Tensor, Tensor]:
         """(the batch's mean loss, how many processes were asked to stop)."""
         self.shards.take_gradients()
-        told = torch.stack([self.loss, self.loss.new_tensor(float(stop)), self.shards.square()])
-        dist.all_reduce(told)
+        sums = torch.stack([self.loss, self.loss.new_tensor(float(stop)), self.shards.square()])
+        dist.all_reduce(sums)
         self.loss = torch.zeros_like(self.loss)
-        self.squared = told[2]
-        return told[0], told[1]
+        self.squared = sums[2]
+        return sums[0], sums[1]
 
     def norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of the whole gradient, of which this process holds rows."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from sfumato.errors import Refused
 from sfumato.training.distributed.processes import Processes
-from sfumato.training.optimizers import OPTIMIZERS, spec_of
+from sfumato.training.optim.optimizers import OPTIMIZERS, spec_of
 from sfumato.training.settings import TrainSettings
 
 ROOM = 0.3
@@ -25,12 +25,12 @@ ROOM = 0.3
 class Strategy:
     """How processes share the run: "one", "exact", "ddp", "fsdp" or "hsdp"; why in a half sentence.
 
-    within: hsdp: processes that share one copy; 0 otherwise.
+    shard_size: hsdp: processes that share one copy; 0 otherwise.
     """
 
     name: str
     why: str
-    within: int = 0
+    shard_size: int = 0
 
     @property
     def is_divided(self) -> bool:
@@ -39,7 +39,7 @@ class Strategy:
 
     def share(self, count: int) -> int:
         """Among how many processes one copy of weights, gradients, moments and averages is divided."""
-        return {"fsdp": count, "hsdp": self.within}.get(self.name, 1)
+        return {"fsdp": count, "hsdp": self.shard_size}.get(self.name, 1)
 
 
 def choose(settings: TrainSettings, network: nn.Module, processes: Processes) -> Strategy:
@@ -48,19 +48,19 @@ def choose(settings: TrainSettings, network: nn.Module, processes: Processes) ->
     Raises:
         Refused: what is asked for cannot be, and what can.
     """
-    count, asked = processes.count, settings.parallel
-    if asked in ("fsdp", "hsdp"):
+    count, wanted = processes.count, settings.parallel
+    if wanted in ("fsdp", "hsdp"):
         _check(settings)
     if count == 1:
         return Strategy("one", "one process")
     if settings.exact_elastic:
         return Strategy("exact", "train.exact_elastic adds whole gradients in one tree")
-    if asked == "ddp":
+    if wanted == "ddp":
         return Strategy("ddp", "train.parallel says so")
-    if asked == "fsdp":
+    if wanted == "fsdp":
         return Strategy("fsdp", "train.parallel says so")
-    if asked == "hsdp":
-        return Strategy("hsdp", "train.parallel says so", _within(settings, count))
+    if wanted == "hsdp":
+        return Strategy("hsdp", "train.parallel says so", _shard_size(settings, count))
     return _suitable(settings, network, count)
 
 
@@ -72,17 +72,17 @@ def _suitable(settings: TrainSettings, network: nn.Module, count: int) -> Strate
         return Strategy("ddp", f"an adapter: {trained / max(1, everything):.1%} of the weights are trained")
     need = trained * spec_of(settings.optimizer).bytes_per_weight
     memory = memory_of(next(network.parameters()).device) / processes_here(count, network)
-    said = f"weights, gradients and moments are {need / 1e9:.2g} GB of a device's {memory / 1e9:.2g} GB"
+    reason = f"weights, gradients and moments are {need / 1e9:.2g} GB of a device's {memory / 1e9:.2g} GB"
     if need <= ROOM * memory:
-        return Strategy("ddp", said)
+        return Strategy("ddp", reason)
     try:
         _check(settings)
     except Refused as refusal:
-        return Strategy("ddp", f"{said}, but {str(refusal).partition('. ')[0]}")
-    here = machine_size(count)
+        return Strategy("ddp", f"{reason}, but {str(refusal).partition('. ')[0]}")
+    here = processes_per_machine(count)
     if here < count and need / here <= ROOM * memory:
-        return Strategy("hsdp", f"{said}, divided among a machine's {here} processes", here)
-    return Strategy("fsdp", said)
+        return Strategy("hsdp", f"{reason}, divided among a machine's {here} processes", here)
+    return Strategy("fsdp", reason)
 
 
 def _check(settings: TrainSettings) -> None:
@@ -113,29 +113,29 @@ def _check(settings: TrainSettings) -> None:
         )
 
 
-def _within(settings: TrainSettings, count: int) -> int:
+def _shard_size(settings: TrainSettings, count: int) -> int:
     """Processes that share one copy.
 
     Raises:
         Refused: the others cannot be divided into copies of as many.
     """
-    within = settings.hsdp_shard_size or machine_size(count)
-    if within < 2 or count % within:
+    shard_size = settings.hsdp_shard_size or processes_per_machine(count)
+    if shard_size < 2 or count % shard_size:
         raise Refused(
-            f'train.parallel = "hsdp" with {count} processes: copies of {within} processes each cannot be '
-            "made of them. Say train.hsdp_shard_size, a divisor of the number of processes above 1."
+            f'train.parallel = "hsdp" with {count} processes: copies of {shard_size} processes each cannot '
+            "be made of them. Say train.hsdp_shard_size, a divisor of the number of processes above 1."
         )
-    return within
+    return shard_size
 
 
-def machine_size(count: int) -> int:
+def processes_per_machine(count: int) -> int:
     """Processes on each machine, as torchrun says; all of them where it says nothing."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
 def processes_here(count: int, network: nn.Module) -> int:
     """Among how many processes this device's memory is shared: a GPU is one process's own."""
-    return 1 if next(network.parameters()).device.type == "cuda" else machine_size(count)
+    return 1 if next(network.parameters()).device.type == "cuda" else processes_per_machine(count)
 
 
 def memory_of(device: torch.device) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 from sfumato.errors import Refused
 from sfumato.training.distributed.strategy import Strategy
 from sfumato.training.estimate.memory import MemoryBreakdown, MemoryCount
-from sfumato.training.optimizers import spec_of
+from sfumato.training.optim.optimizers import spec_of
 from sfumato.training.settings import TrainSettings
 
 RESERVE = 0.06
@@ -41,7 +41,7 @@ PARALLEL_TIME = {"ddp": 1.0, "hsdp": 1.06, "fsdp": 1.08}
 """Beside whole copies, which send their gradients once a step; divided ones also gather their weights."""
 
 
-def bytes_of(text: str) -> float:
+def parse_bytes(text: str) -> float:
     """The number of bytes a text like "24GB" means; without a unit they are GB.
 
     Raises:
@@ -76,7 +76,7 @@ class MemoryOption:
 
 
 @dataclass(frozen=True)
-class Options:
+class SearchSpace:
     """What may be varied: blocks that can be recomputed, a frozen base, 8-bit states, processes."""
 
     is_adapter: bool
@@ -85,12 +85,12 @@ class Options:
     has_8bit: bool
     processes: int
     known: frozenset[str]
-    within: int = 0
+    shard_size: int = 0
     """Processes of one machine; 0: all of them."""
 
 
-def ways(
-    count: Callable[[int], MemoryCount], settings: TrainSettings, options: Options
+def memory_options(
+    count: Callable[[int], MemoryCount], settings: TrainSettings, options: SearchSpace
 ) -> list[MemoryOption]:
     """All ways, the fastest first.
 
@@ -121,7 +121,9 @@ def ways(
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         if not _clash(chosen):
-            found.append(_way(chosen, counted[chosen["train.gradient_accumulation"]], settings, options))
+            found.append(
+                _memory_option(chosen, counted[chosen["train.gradient_accumulation"]], settings, options)
+            )
     return sorted(found, key=lambda way: (way.time, way.memory.peak))
 
 
@@ -133,16 +135,16 @@ def _clash(chosen: Mapping[str, Any]) -> bool:
     return is_divided and (narrow or whole or chosen.get("train.offload", False))
 
 
-def _parallel(settings: TrainSettings, options: Options) -> list[str]:
+def _parallel(settings: TrainSettings, options: SearchSpace) -> list[str]:
     """The ways to share that may be chosen: what the recipe says, or all that these settings allow."""
     if settings.parallel != "auto":
         return [settings.parallel]
-    divided = ["hsdp", "fsdp"] if 1 < options.within < options.processes else ["fsdp"]
+    divided = ["hsdp", "fsdp"] if 1 < options.shard_size < options.processes else ["fsdp"]
     return ["ddp", *(divided if spec_of(settings.optimizer).is_elementwise else [])]
 
 
-def _way(
-    chosen: dict[str, Any], counted: MemoryCount, settings: TrainSettings, options: Options
+def _memory_option(
+    chosen: dict[str, Any], counted: MemoryCount, settings: TrainSettings, options: SearchSpace
 ) -> MemoryOption:
     time = (
         1
@@ -172,7 +174,7 @@ def _way(
         memory = replace(memory, weights=memory.weights - lent)
     if shared := chosen.get("train.parallel"):
         time *= PARALLEL_TIME[shared]
-        strategy = Strategy(shared, "", options.within if shared == "hsdp" else 0)
+        strategy = Strategy(shared, "", options.shard_size if shared == "hsdp" else 0)
         memory = counted.shared(memory, strategy, wanted, options.processes)
     plain = {
         "train.gradient_accumulation": settings.gradient_accumulation,
@@ -184,7 +186,7 @@ def _way(
     return MemoryOption(keys, memory, time)
 
 
-def fit(found: list[MemoryOption], room: float) -> tuple[MemoryOption, list[MemoryOption]]:
+def fastest_fitting(found: list[MemoryOption], room: float) -> tuple[MemoryOption, list[MemoryOption]]:
     """(the fastest way within `room` bytes, the faster ones that do not fit).
 
     Raises:

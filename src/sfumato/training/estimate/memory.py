@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.training.distributed.processes import BatchSplit, Processes
+from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.distributed.strategy import Strategy
-from sfumato.training.optim.ema import trained
-from sfumato.training.optimizers import spec_of
+from sfumato.training.optim.optimizers import spec_of
 from sfumato.training.settings import TrainSettings
 
 FORWARD_AND_BACKWARD = 3
-BESIDE_PRODUCTS = 1.35
+NON_MATMUL_FACTOR = 1.35
 """A step's time over that of its matrix products, as measured on CPUs."""
-ASKS_NUMBERS = (RuntimeError, NotImplementedError, TypeError)
+NEEDS_VALUES = (RuntimeError, NotImplementedError, TypeError)
 """What a network raises on the meta device when it asks for numbers: then only a probe can tell."""
 Inputs = tuple[Any, ...]
 
@@ -113,7 +113,7 @@ class MemoryCount:
     def shared(
         self, memory: MemoryBreakdown, strategy: Strategy, settings: TrainSettings, count: int
     ) -> MemoryBreakdown:
-        """Of the bytes that one process alone would need, what each of `count` holds.
+        """Of the bytes that one process alone would need, what each of `count_memory` holds.
 
         Whole copies pack their gradients to send them, when the activations are gone. Divided ones gather
         two blocks at a time; a batch in parts keeps its gradients whole until the last.
@@ -137,15 +137,15 @@ class MemoryCount:
         return sum(saved for saved, _ in self.blocks[::every]) / max(1, self.kept)
 
 
-def repeated(network: nn.Module) -> list[nn.Module]:
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks in the network's lists, outermost lists only."""
     found: list[nn.Module] = []
     for child in network.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else repeated(child)
+        found += list(child) if isinstance(child, nn.ModuleList) else repeated_blocks(child)
     return found
 
 
-class _Saved:
+class _SavedTensors:
     """Hears what a forward pass saves for its backward pass, and what of it each block."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -191,14 +191,14 @@ class _Saved:
 
 def saved_bytes(forward: Callable[[], Any], network: nn.Module) -> int:
     """Bytes of all tensors that a real forward pass saves for its backward pass."""
-    saved = _Saved(network)
+    saved = _SavedTensors(network)
     with saved.heard(()):
         kept = forward()
     del kept
     return saved.total
 
 
-def count(network: nn.Module, inputs: Inputs) -> MemoryCount:
+def count_memory(network: nn.Module, inputs: Inputs) -> MemoryCount:
     """Count one forward pass of `network(*inputs)` on the meta device.
 
     Raises:
@@ -207,7 +207,7 @@ def count(network: nn.Module, inputs: Inputs) -> MemoryCount:
     known = _counted.setdefault(network, {})
     asked = (_layout(network), _shapes(inputs))
     if asked not in known:
-        known[asked] = _count(network, inputs)
+        known[asked] = _count_afresh(network, inputs)
     return known[asked]
 
 
@@ -239,15 +239,15 @@ def _shapes(value: Any) -> Any:
     return value
 
 
-def _count(network: nn.Module, inputs: Inputs) -> MemoryCount:
+def _count_afresh(network: nn.Module, inputs: Inputs) -> MemoryCount:
     shadow = meta_copy(network).train()
-    shapes = tuple(on_meta(value) for value in inputs)
-    blocks, saved = repeated(shadow), _Saved(shadow)
+    shapes = tuple(to_meta(value) for value in inputs)
+    blocks, saved = repeated_blocks(shadow), _SavedTensors(shadow)
     counter = FlopCounterMode(display=False)
     with counter, saved.heard(blocks):
         kept = shadow(*shapes)
     del kept
-    weights = list(trained(shadow).values())
+    weights = list(trained_parameters(shadow).values())
     numbers = sum(weight.numel() for weight in weights)
     everything = sum(tensor.nbytes for tensor in [*shadow.parameters(), *shadow.buffers()])
     frozen = [sum(w.nbytes for w in block.parameters() if not w.requires_grad) for block in blocks]
@@ -277,21 +277,21 @@ def meta_copy(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo)
 
 
-def on_meta(value: Any) -> Any:
+def to_meta(value: Any) -> Any:
     """Tensors (in conditions, mappings, sequences) without their numbers."""
     if isinstance(value, list):
-        return [on_meta(one) for one in value]
+        return [to_meta(one) for one in value]
     if isinstance(value, Tensor) or hasattr(value, "tensors"):
         return value.to("meta")
     return value
 
 
-def predict(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> StepCost:
+def predict_step(network: nn.Module, inputs: Inputs, settings: TrainSettings) -> StepCost:
     """Count one step of `network(*inputs)`, inputs being those of one part of a batch.
 
     Raises:
         RuntimeError: the network asks for the numbers in its inputs, so only a probe can tell.
     """
-    counted = count(network, inputs)
+    counted = count_memory(network, inputs)
     parts = BatchSplit.of(settings, Processes()).parts
     return StepCost(counted.memory(settings), FORWARD_AND_BACKWARD * parts * counted.flops)

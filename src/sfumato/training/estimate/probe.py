@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from sfumato.training.device import kept_memory, trim_memory
+from sfumato.training.device import keep_freed_memory, trim_memory
 from sfumato.training.distributed.processes import BatchSplit, Gradients, Processes
 from sfumato.training.precision import autocast, effective_precision
 from sfumato.training.settings import TrainSettings
@@ -47,22 +47,22 @@ def probe(network: nn.Module, inputs: tuple[Any, ...], settings: TrainSettings) 
     """
     device = next(network.parameters()).device
     shared = {id(weight): weight for weight in network.parameters() if not weight.requires_grad}
-    with kept_memory(device):
+    with keep_freed_memory(device):
         before = held_bytes(device)
-        with watched(device) as peak:
+        with peak_memory(device) as peak:
             own: dict[int, Any] = dict(shared)
-            held = TrainState(copy.deepcopy(network, own).train(), settings)
-            seconds = _seconds(held, inputs, settings, device)
+            train_state = TrainState(copy.deepcopy(network, own).train(), settings)
+            seconds = _seconds(train_state, inputs, settings, device)
             highest = peak()
-        del held, own
+        del train_state, own
     return Probe(seconds, highest - before + sum(weight.nbytes for weight in shared.values()))
 
 
 def _seconds(
-    held: TrainState, inputs: tuple[Any, ...], settings: TrainSettings, device: torch.device
+    train_state: TrainState, inputs: tuple[Any, ...], settings: TrainSettings, device: torch.device
 ) -> float:
     division = BatchSplit.of(settings, Processes())
-    gradients = Gradients(held.weights, Processes(), division.exact)
+    gradients = Gradients(train_state.weights, Processes(), division.exact)
     precision = effective_precision(settings.precision, device, settings.weight_dtype)
     middle, taken = settings.steps // 2, []
     while len(taken) < 2 or (len(taken) < MOST and sum(taken) < SECONDS):
@@ -70,14 +70,14 @@ def _seconds(
         for part in division.mine:
             gradients.begin(part == division.mine[-1])
             with autocast(precision, device):
-                error = squared(held.network(*inputs)) / division.parts
+                error = squared(train_state.network(*inputs)) / division.parts
             error.backward()
             gradients.add(error.detach())
         gradients.total(False)
         _clip(gradients, settings)
-        held.optimizer.step(middle + len(taken))
+        train_state.optimizer.step(middle + len(taken))
         gradients.clear()
-        held.update(middle + len(taken) + 1)
+        train_state.update(middle + len(taken) + 1)
         _finish(device)
         taken.append(time.perf_counter() - began)
     return statistics.median(taken[1:])
@@ -97,10 +97,10 @@ def _clip(gradients: Gradients, settings: TrainSettings) -> None:
         torch.nn.utils.clip_grads_with_norm_(gradients.weights, settings.max_grad_norm, norm, foreach=True)
 
 
-def tried(work: Callable[[], Any], device: torch.device) -> Probe:
+def measure_call(work: Callable[[], Any], device: torch.device) -> Probe:
     """The seconds of a second call of `work`, and the bytes by which memory rises within both."""
     before = held_bytes(device)
-    with watched(device) as peak, torch.no_grad():
+    with peak_memory(device) as peak, torch.no_grad():
         taken = 0.0
         for _ in range(2):
             began = time.perf_counter()
@@ -137,7 +137,7 @@ def held_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def watched(device: torch.device) -> Iterator[Callable[[], int]]:
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int]]:
     """Yield a function that says the most bytes in use since the block began.
 
     A GPU and Linux keep the highest number themselves; elsewhere a thread looks every few milliseconds.

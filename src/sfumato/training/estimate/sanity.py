@@ -1,6 +1,6 @@
 """The sanity ladder: cheap questions whose wrong answer makes a long run worthless.
 
-Each rung is one sentence that must be true before training starts; a rung that fails says what to do.
+Each check is one sentence that must be true before training starts; one that fails says what to do.
 """
 
 import math
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 from sfumato.models.condition import Condition
 from sfumato.theory.definition import broadcast_like
+from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.objective.diffusion import DiffusionObjective, PreparedBatch
-from sfumato.training.optim.ema import trained
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state.train_state import TrainState
 
-MUCH = 1.5
+MOST_TIMES_BASELINE = 1.5
 """A base whose loss is so many times the guess's does not know this data, or is asked wrongly."""
-DEAF = 0.35
+LEAST_COSINE = 0.35
 """Answers less alike to the target than this (their cosine) are as those of weights drawn at random."""
 
 
-ENOUGH = 8
+CHECK_SAMPLES = 8
 """Samples that answer a question; their times are spread as those of a whole batch are."""
 
 
@@ -41,7 +41,7 @@ class Check:
 
 def parts_of(objective: DiffusionObjective) -> int:
     """Into how many parts the first batch is divided, so that one of them is enough to ask about."""
-    return max(1, len(objective.order.at(0)[0]) // ENOUGH)
+    return max(1, len(objective.order.at(0)[0]) // CHECK_SAMPLES)
 
 
 def first_batch(objective: DiffusionObjective) -> PreparedBatch:
@@ -55,16 +55,16 @@ def beats_baseline(objective: DiffusionObjective) -> Check:
     batch, x_0, drawn, _ = first_batch(objective)
     rows = objective.rows(batch)
     loss = float(objective.measure(x_0, drawn, rows).mean())
-    guess = guessed(objective, x_0, drawn.t, drawn.of(objective.model.theory.mix, x_0))
+    guess = baseline_answer(objective, x_0, drawn.t, drawn.of(objective.model.theory.mix, x_0))
     weight = objective.weighting(objective.model.theory, drawn.t)
     error = objective.error(guess, x_0, drawn, objective.model_inputs(x_0, drawn, rows)[1])
     error = error.flatten(1).mean(1) if error.ndim > 1 else error
     weight = weight.flatten(1).mean(1) if weight.ndim > 1 else weight
     bound = float((error * weight.to(error)).mean())
-    good = math.isfinite(loss) and loss < MUCH * bound
+    good = math.isfinite(loss) and loss < MOST_TIMES_BASELINE * bound
     detail = f"{loss:.3f}, that of a guess from the latents' size alone is {bound:.3f}"
     claim = "the first loss is what is to be expected of the base"
-    if not good and math.isfinite(loss) and (alike := cosine_to_target(objective)) < DEAF:
+    if not good and math.isfinite(loss) and (alike := cosine_to_target(objective)) < LEAST_COSINE:
         detail += (
             f": the base's answers have nothing to do with what is asked (cosine {alike:.2f}), as those of "
             "random weights; if it was trained, its files are not what they should be"
@@ -82,18 +82,18 @@ def cosine_to_target(objective: DiffusionObjective) -> float:
     """|cosine| of the network's own answers, in its own theory, with what that theory asks for."""
     batch, x_0, drawn, _ = first_batch(objective)
     model, new, t = objective.model, objective.model.theory, drawn.t
-    told = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x_0.device, x_0.dtype)
+    condition = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x_0.device, x_0.dtype)
     base, x_t = copy(model), drawn.of(new.mix, x_0)
     if model.trained is not None:
         base.theory, base.trained = model.trained, None
         _, x_t, t = new.convert(x_t, x_t, t, to=model.trained)
-    answer = base.predict(x_t, t, told).float().flatten()
+    answer = base.predict(x_t, t, condition).float().flatten()
     target = replace(drawn, t=t).of(base.theory.target, x_0).to(answer).flatten()
     size = (answer.norm() * target.norm()).clamp(min=1e-12)
     return float((answer @ target / size).abs())
 
 
-def guessed(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
+def baseline_answer(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
     """The answer of one that knows only the latents' mean square."""
     theory = objective.model.theory
     square = x_0.square().mean().double()
@@ -106,7 +106,7 @@ def guessed(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: Tensor) 
 
 
 @contextmanager
-def quietly(network: nn.Module) -> Iterator[None]:
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Inside the block the network drops nothing out, so that it answers the same twice."""
     was_training = network.training
     network.eval()
@@ -117,16 +117,18 @@ def quietly(network: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def is_the_bases(objective: DiffusionObjective, without: Callable[[], AbstractContextManager[None]]) -> Check:
+def adapter_starts_neutral(
+    objective: DiffusionObjective, without: Callable[[], AbstractContextManager[None]]
+) -> Check:
     """Before the first step an adapter has no effect, so the loss is the base's to the last digits."""
     batch, x_0, drawn, _ = first_batch(objective)
-    with quietly(objective.model.denoiser):
+    with evaluation_mode(objective.model.denoiser):
         mine = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
         with without():
             base = float(objective.measure(x_0, drawn, objective.rows(batch)).mean())
     good = abs(mine - base) <= 1e-3 * abs(base)
     detail = f"{mine:.4f}, without the adapter {base:.4f}"
-    if not good and mine < MUCH * base:
+    if not good and mine < MOST_TIMES_BASELINE * base:
         return Check("the first loss is the base's own", True, f"{detail}: the adapter has begun to act")
     advice = ": what the adapter starts from (model.init_adapter) was made for another base; leave it out"
     return Check("the first loss is the base's own", good, detail if good else detail + advice)
@@ -143,7 +145,7 @@ def survives_conversion(objective: DiffusionObjective) -> Check:
     _, x_there, there = new.convert(x_t, x_t, drawn.t, to=model.trained)
     base = copy(model)
     base.theory, base.trained = model.trained, None
-    with quietly(model.denoiser):
+    with evaluation_mode(model.denoiser):
         answer, own = model.predict(x_t, drawn.t, condition), base.predict(x_there, there, condition)
     here, _ = new.split(x_t, answer.to(x_t.dtype), drawn.t)
     mine, _ = model.trained.split(x_there, own.to(x_there.dtype), there)
@@ -156,43 +158,43 @@ def survives_conversion(objective: DiffusionObjective) -> Check:
     )
 
 
-TRIES, FEW = 40, 4
+OVERFIT_STEPS, FEW = 40, 4
 SPARE = 0.15
 """The share of a pretrained network's weights that it may leave unused, within blocks that learn."""
 FAR_APART = (0.995, 0.02, 0.995, 0.5)
 """Shares of the way from data to noise at which every expert is asked, so that each is asked twice."""
 
 
-def climb(
+def run_checks(
     objective: DiffusionObjective,
     settings: TrainSettings,
-    tries: int = TRIES,
+    tries: int = OVERFIT_STEPS,
     without: Callable[[], AbstractContextManager[None]] | None = None,
     network: nn.Module | None = None,
     is_pretrained: bool = False,
 ) -> Iterator[Check]:
     """Answer the questions one by one; the model's weights are left as they were.
 
-    The rungs: two prompts are told apart; latents have unit size; the first loss is what is expected of the
+    The checks: two prompts are told apart; latents have unit size; the first loss is what is expected of the
     network (from scratch that of saying nothing, of a base its own, see `expected`); every trained weight
     gets a gradient; the answer depends on x_t, on the time and on the condition; the adapter changes it; one
     batch can be learned by heart.
 
     Args:
-        tries: steps of the last rung.
+        tries: steps of the last check.
         without: a context in which the adapter is silent, where there is one.
         network: what is trained, where it is more than the model's denoiser.
         is_pretrained: the run goes on from a base.
     """
     network = objective.model.denoiser if network is None else network
-    kept = {name: weight.detach().clone() for name, weight in trained(network).items()}
+    kept = {name: weight.detach().clone() for name, weight in trained_parameters(network).items()}
     was_training = network.training
     try:
         yield from _prompts(objective)
         yield _unit_latents(objective, is_pretrained)
         yield _first_loss(objective) if not is_pretrained else beats_baseline(objective)
         if without is not None:
-            yield is_the_bases(objective, without)
+            yield adapter_starts_neutral(objective, without)
         if objective.model.trained is not None:
             yield survives_conversion(objective)
         yield _gradients(objective, network, is_pretrained)
@@ -202,7 +204,7 @@ def climb(
         yield _overfits(objective, network, settings, tries, is_pretrained)
     finally:
         network.train(was_training)
-        for name, weight in trained(network).items():
+        for name, weight in trained_parameters(network).items():
             weight.data.copy_(kept[name])
         for weight in network.parameters():
             weight.grad = None
@@ -219,8 +221,8 @@ def _prompts(objective: DiffusionObjective) -> Iterator[Check]:
     same = all(
         first[name].shape == second[name].shape and torch.equal(first[name], second[name]) for name in first
     )
-    told = f'"{captions[0]}" and "{captions[other]}"'
-    detail = f"{told} become the same tensors: the text encoder does not read them" if same else told
+    pair = f'"{captions[0]}" and "{captions[other]}"'
+    detail = f"{pair} become the same tensors: the text encoder does not read them" if same else pair
     yield Check("two prompts are told apart", not same, detail)
 
 
@@ -282,30 +284,39 @@ def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained:
 
     Where a large part was not asked, others follow at times far apart: of several experts, each has its own.
     """
-    held = TrainState(network, TrainSettings(warmup=0, learning_rate=1e-3, ema=0))
+    train_state = TrainState(network, TrainSettings(warmup_steps=0, learning_rate=1e-3, ema=0))
     names = [name for name, weight in network.named_parameters() if weight.requires_grad]
-    seen: set[str] = set()
-    asked: set[str] = set()
+    with_gradient: set[str] = set()
+    reached_ever: set[str] = set()
     places: list[float | None] = [None] * 3
     for step, at in enumerate(places):
         _losses(objective, step, at).mean().backward()
         reached = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
-        asked |= reached.keys()
-        seen |= {name for name, gradient in reached.items() if bool(gradient.any())}
-        held.optimizer.step(step)
+        reached_ever |= reached.keys()
+        with_gradient |= {name for name, gradient in reached.items() if bool(gradient.any())}
+        train_state.optimizer.step(step)
         for weight in network.parameters():
             weight.grad = None
-        if step == 2 and len(asked) < (1 - SPARE) * len(names):
+        if step == 2 and len(reached_ever) < (1 - SPARE) * len(names):
             places += FAR_APART
-    deaf = [name for name in names if name not in seen]
-    if is_pretrained and len(deaf) < SPARE * len(names):  # some networks use only a part of their last block
-        heard = {block_of(name) for name in seen}
-        deaf = [name for name in deaf if name in asked and block_of(name) not in heard]
-    detail = "all of them" if not deaf else f"none reaches {', '.join(deaf[:3])} ({len(deaf)} in all)"
-    if not deaf and len(seen) < len(names):
-        spare = [name for name in names if name not in seen]
+    without_gradient = [name for name in names if name not in with_gradient]
+    if is_pretrained and len(without_gradient) < SPARE * len(names):
+        # Some networks use only a part of their last block.
+        learning_blocks = {block_of(name) for name in with_gradient}
+        without_gradient = [
+            name
+            for name in without_gradient
+            if name in reached_ever and block_of(name) not in learning_blocks
+        ]
+    detail = (
+        "all of them"
+        if not without_gradient
+        else f"none reaches {', '.join(without_gradient[:3])} ({len(without_gradient)} in all)"
+    )
+    if not without_gradient and len(with_gradient) < len(names):
+        spare = [name for name in names if name not in with_gradient]
         detail = f"all but {len(spare)} that this network does not use: {', '.join(spare[:2])}"
-    return Check("every trained weight gets a gradient", not deaf, detail)
+    return Check("every trained weight gets a gradient", not without_gradient, detail)
 
 
 def block_of(name: str) -> str:
@@ -335,9 +346,9 @@ def _dependences(objective: DiffusionObjective) -> Iterator[Check]:
     rows = [dict(row) for row in objective.rows(batch)]
     x_t = drawn.of(theory.mix, x_0)
 
-    def answer(x: torch.Tensor, t: torch.Tensor, told: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    def answer(x: torch.Tensor, t: torch.Tensor, rows_of_x: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         with torch.no_grad():
-            return model.predict(x, t, Condition.stack(told).to(x.device, x.dtype))
+            return model.predict(x, t, Condition.stack(rows_of_x).to(x.device, x.dtype))
 
     network = model.denoiser
     was_training = network.training
@@ -366,9 +377,9 @@ def _dependences(objective: DiffusionObjective) -> Iterator[Check]:
 def _another(objective: DiffusionObjective, here: int) -> list[dict[str, torch.Tensor]]:
     """What guides a sample of the same shape that is told something else than the one here; none: []."""
     encoded = objective.encoded
-    said = list(getattr(encoded, "captions", ())) or list(range(len(encoded)))
+    labels = list(getattr(encoded, "captions", ())) or list(range(len(encoded)))
     for index in range(len(encoded)):
-        if said[index] != said[here] and _shape(objective, index) == _shape(objective, here):
+        if labels[index] != labels[here] and _shape(objective, index) == _shape(objective, here):
             return [dict(row) for row in objective.rows(encoded.read([index], 0, 0))]
     return []
 
@@ -386,12 +397,12 @@ def _overfits(
     network.train()
     fast = TrainSettings(
         steps=tries,
-        warmup=min(5, tries - 1),
+        warmup_steps=min(5, tries - 1),
         learning_rate=max(1e-3, settings.learning_rate),
         ema=0,
         max_grad_norm=1,
     )
-    held = TrainState(network, fast)
+    train_state = TrainState(network, fast)
     batch, x_0, drawn, _ = first_batch(objective)
     few = slice(0, min(FEW, len(x_0)))
     small = drawn.rows(few)
@@ -399,13 +410,13 @@ def _overfits(
     for step in range(tries):
         loss = objective.measure(x_0[few], small, list(objective.rows(batch))[few]).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(held.weights, 1.0)
-        held.optimizer.step(step)
-        for weight in held.weights:
+        torch.nn.utils.clip_grad_norm_(train_state.weights, 1.0)
+        train_state.optimizer.step(step)
+        for weight in train_state.weights:
             weight.grad = None
         losses.append(float(loss.detach()))
-    by_heart = tries >= TRIES and not is_pretrained
-    good = losses[-1] < (0.7 if by_heart else 0.98 if tries >= TRIES else 0.999) * losses[0]
+    by_heart = tries >= OVERFIT_STEPS and not is_pretrained
+    good = losses[-1] < (0.7 if by_heart else 0.98 if tries >= OVERFIT_STEPS else 0.999) * losses[0]
     detail = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {tries} steps"
     return Check(
         "four samples can be learned by heart" if by_heart else "four samples can be learned a little",

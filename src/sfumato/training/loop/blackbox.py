@@ -30,12 +30,12 @@ def write(
     run: RunFolder,
     objective: Objective,
     network: nn.Module,
-    seen: Sequence[LossRecord],
+    records: Sequence[LossRecord],
     settings: TrainSettings,
 ) -> str:
     """Write `black_box.json` into the run folder and return the sentence to fail with."""
-    step = next((entry.step for entry in seen if not entry.per_sample.isfinite().all()), seen[-1].step)
-    entries = [entry for entry in seen if entry.step == step]
+    step = next((entry.step for entry in records if not entry.per_sample.isfinite().all()), records[-1].step)
+    entries = [entry for entry in records if entry.step == step]
     losses = {
         sample: loss
         for entry in entries
@@ -54,18 +54,18 @@ def write(
         "first_module": module,
         "replay": f"sfumato train {run.path} train.steps={step + 1}",
     }
-    replay = getattr(objective, "replay", None)
-    if replay is not None:
+    describe = getattr(objective, "describe_part", None)
+    if describe is not None:
         box["parts"] = [
-            replay(step, part, settings.gradient_accumulation)
+            describe(step, part, settings.gradient_accumulation)
             for part in range(settings.gradient_accumulation)
         ]
     write_atomic(run.path / "black_box.json", json.dumps(box, indent=1, ensure_ascii=False))
-    shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
     where = f"; the first such value came out of {module}" if module else ""
     run.event("note", text=f"step {step}: the {what} is not finite", samples=names[:NAMED], sync=True)
     return (
-        f"The {what} of step {step} is not finite for {shown}{where}. The weights did not move; details are "
+        f"The {what} of step {step} is not finite for {listed}{where}. The weights did not move; details are "
         f"in {run.path / 'black_box.json'}. Look at these samples, or lower train.learning_rate and start "
         "again from an earlier checkpoint."
     )
@@ -79,7 +79,7 @@ def _search(objective: Objective, network: nn.Module, step: int, count: int) -> 
     """Compute each sample of the step alone: the first module with a non-finite output, the guilty ids."""
     found: list[str] = []
     hooks = [
-        module.register_forward_hook(_noting(name, found))
+        module.register_forward_hook(_record_if_not_finite(name, found))
         for name, module in network.named_modules()
         if name and not list(module.children())
     ]
@@ -99,7 +99,7 @@ def _search(objective: Objective, network: nn.Module, step: int, count: int) -> 
     return (found[0] if found else ""), culprits
 
 
-def _noting(name: str, found: list[str]) -> Any:
+def _record_if_not_finite(name: str, found: list[str]) -> Any:
     """A forward hook that notes the module's name if its output is not finite."""
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:

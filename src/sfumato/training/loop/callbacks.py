@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused
 from sfumato.run_folder import RunFolder
-from sfumato.training.distributed.processes import current
+from sfumato.training.distributed.processes import current_processes
 from sfumato.user_code import (
     accepted_arguments,
     check_call,
@@ -59,7 +59,7 @@ class Callback:
     """One callback and the word that names it."""
 
     word: str
-    tells: Any
+    target: Any
 
     @classmethod
     def load(cls, word: str) -> "Callback":
@@ -71,22 +71,22 @@ class Callback:
         check(word)
         return cls(word, make_user_object(word))
 
-    def tell(self, hook: str, known: Mapping[str, Any]) -> None:
+    def call(self, hook: str, known: Mapping[str, Any]) -> None:
         """Call a hook, if there is one.
 
         Raises:
             Failed: it fails, naming file, hook and step.
         """
-        work = getattr(self.tells, hook, None)
+        work = getattr(self.target, hook, None)
         if work is None:
             return
         try:
             with torch.no_grad():
                 work(**{name: known[name] for name in accepted_arguments(work, known)})
         except Exception as problem:
-            said = describe_error(self.word, problem)
+            where = describe_error(self.word, problem)
             raise Failed(
-                f"train.callbacks: {hook} fails at step {known['step']} in {said}. Mend it or leave it out; "
+                f"train.callbacks: {hook} fails at step {known['step']} in {where}. Mend it or leave it out; "
                 "the same command goes on from the last checkpoint."
             ) from problem
 
@@ -98,16 +98,16 @@ class Callbacks:
     """
 
     def __init__(self, listed: Sequence[Callback], run: RunFolder, network: nn.Module) -> None:
-        leads = current().is_rank_zero
-        self.listed = [one for one in listed if leads or getattr(one.tells, "every_process", False)]
+        leads = current_processes().is_rank_zero
+        self.listed = [one for one in listed if leads or getattr(one.target, "every_process", False)]
         self.run, self.network = run, network
 
     def step(self, step: int, loss: Tensor) -> None:
         """Tell of an update; `loss` [] stays on its device, where reading it waits."""
         if self.listed:
-            self._tell("on_step", step, {"loss": loss})
+            self._call("on_step", step, {"loss": loss})
 
-    def hear(self, event: Mapping[str, Any]) -> None:
+    def on_event(self, event: Mapping[str, Any]) -> None:
         """Tell of what the run records."""
         hook = EVENTS.get(event["kind"])
         if hook is None:
@@ -117,22 +117,22 @@ class Callbacks:
             known["files"] = [self.run.path / name for name in event["files"]]
         if hook == "on_checkpoint":
             known["folder"] = self.run.path / event["path"]
-        self._tell(hook, event["step"], known)
+        self._call(hook, event["step"], known)
 
-    def _tell(self, hook: str, step: int, known: Mapping[str, Any]) -> None:
+    def _call(self, hook: str, step: int, known: Mapping[str, Any]) -> None:
         training = self.network.training
         everything = {"step": step, "run": self.run.path, "network": self.network, **known}
         for one in self.listed:
-            one.tell(hook, everything)
+            one.call(hook, everything)
         if self.network.training != training:
             self.network.train(training)
 
 
 @contextmanager
-def told(callbacks: Callbacks) -> Iterator[None]:
+def listening(callbacks: Callbacks) -> Iterator[None]:
     """Inside it the callbacks hear what the run records."""
-    callbacks.run.listeners.append(callbacks.hear)
+    callbacks.run.listeners.append(callbacks.on_event)
     try:
         yield
     finally:
-        callbacks.run.listeners.remove(callbacks.hear)
+        callbacks.run.listeners.remove(callbacks.on_event)

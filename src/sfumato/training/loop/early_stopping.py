@@ -22,37 +22,37 @@ class EarlyStopping:
     """
 
     patience: int = 0
-    best: int = 0
-    loss: float = field(default=float("inf"))
-    since: int = 0
-    heard: int = 0
+    best_step: int = 0
+    best_loss: float = field(default=float("inf"))
+    since_best: int = 0
+    last_step: int = 0
 
     def update(self, step: int, loss: float) -> bool:
         """Take in the held-out loss after `step`; whether it is the best so far."""
-        if step > self.heard:
-            self.heard = step
-            self.since += 1
-            if loss < self.loss:
-                self.best, self.loss, self.since = step, loss, 0
-        return self.best == step
+        if step > self.last_step:
+            self.last_step = step
+            self.since_best += 1
+            if loss < self.best_loss:
+                self.best_step, self.best_loss, self.since_best = step, loss, 0
+        return self.best_step == step
 
     @property
     def is_over(self) -> bool:
         """Whether the stop rule asks to end the run."""
-        return 0 < self.patience <= self.since
+        return 0 < self.patience <= self.since_best
 
     def state(self) -> dict[str, Any]:
         """As JSON; None stands for no measurement yet."""
-        loss = None if self.loss == float("inf") else self.loss
-        return {"best": self.best, "loss": loss, "since": self.since, "heard": self.heard}
+        loss = None if self.best_loss == float("inf") else self.best_loss
+        return {"best": self.best_step, "loss": loss, "since": self.since_best, "heard": self.last_step}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`, as `state()` gave it."""
-        self.best, self.since, self.heard = state["best"], state["since"], state["heard"]
-        self.loss = float("inf") if state["loss"] is None else state["loss"]
+        self.best_step, self.since_best, self.last_step = state["best"], state["since"], state["heard"]
+        self.best_loss = float("inf") if state["loss"] is None else state["loss"]
 
 
-class Spikes:
+class LossSpikes:
     """Notes a loss far above the twenty before it."""
 
     def __init__(self) -> None:
@@ -60,10 +60,10 @@ class Spikes:
 
     def update(self, step: int, loss: float) -> str:
         """A sentence about a jump, else nothing."""
-        said = ""
+        sentence = ""
         if len(self.recent) == self.recent.maxlen:
             usual = mean(self.recent)
             if loss > usual + SPIKE * max(stdev(self.recent), 0.01 * usual):
-                said = f"step {step}: the loss jumped to {loss:.4g} from {usual:.4g}"
+                sentence = f"step {step}: the loss jumped to {loss:.4g} from {usual:.4g}"
         self.recent.append(loss)
-        return said
+        return sentence

@@ -18,22 +18,27 @@ from torch import Tensor, nn
 from sfumato.errors import Failed
 from sfumato.run_folder import RunFolder
 from sfumato.training import device, precision
-from sfumato.training.distributed import context_parallel, processes, sharding, strategy
-from sfumato.training.distributed.processes import BatchSplit, Gradients
+from sfumato.training.distributed import context_parallel, sharding, strategy
+from sfumato.training.distributed.processes import (
+    BatchSplit,
+    Gradients,
+    current_processes,
+    run_folder_of_rank,
+)
 from sfumato.training.distributed.sharding import ShardedGradients
 from sfumato.training.loop import blackbox, profiling, trackers
-from sfumato.training.loop.callbacks import Callback, Callbacks, told
-from sfumato.training.loop.early_stopping import EarlyStopping, Spikes
+from sfumato.training.loop.callbacks import Callback, Callbacks, listening
+from sfumato.training.loop.early_stopping import EarlyStopping, LossSpikes
 from sfumato.training.loop.periodic_tasks import Measure, PeriodicTasks, Preview
 from sfumato.training.loop.profiling import part
 from sfumato.training.loop.signals import Signals, Stopped
 from sfumato.training.objective.diffusion import Objective
-from sfumato.training.objective.timestep_importance import Adaptive
+from sfumato.training.objective.timestep_importance import TimestepImportance
 from sfumato.training.optim.ema import EMA, ScheduleFreeEMA
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state import checkpoint
-from sfumato.training.state.async_checkpoint import Saver
-from sfumato.training.state.checkpoint import Keep
+from sfumato.training.state.async_checkpoint import CheckpointWriter
+from sfumato.training.state.checkpoint import CheckpointRetention
 from sfumato.training.state.run_precision import precision_of
 from sfumato.training.state.train_state import TrainState
 
@@ -41,7 +46,7 @@ Progress = Callable[..., None]
 """progress(done, total, phase, **figures)."""
 
 
-def to_stderr(sentence: str) -> None:
+def print_to_stderr(sentence: str) -> None:
     """Say a sentence to whoever watches the run."""
     print(sentence, file=sys.stderr, flush=True)
 
@@ -74,7 +79,7 @@ def fit(
     held_out: Measure | None = None,
     progress: Progress | None = None,
     phase: str = "train",
-    say: Callable[[str], None] = to_stderr,
+    say: Callable[[str], None] = print_to_stderr,
     counts: Mapping[str, int] | None = None,
     profile: Path | None = None,
     callbacks: Sequence[Callback] = (),
@@ -107,18 +112,20 @@ def fit(
     loop.callbacks = Callbacks(callbacks, loop.run, network)
     loop.resume()
     loop.announce(counts or {})
-    end = trackers.follow(loop.run, settings.trackers if loop.processes.is_rank_zero else ())
+    end = trackers.attach(loop.run, settings.trackers if loop.processes.is_rank_zero else ())
     try:
         with (
-            told(loop.callbacks),
-            device.kept_memory(loop.device),
-            context_parallel.shared(network, settings, loop.processes),
-            profiling.watched(profile if loop.processes.is_rank_zero else None, loop.say) as loop.watched,
-            Signals(patient=loop.processes.count > 1) as loop.signals,
+            listening(loop.callbacks),
+            device.keep_freed_memory(loop.device),
+            context_parallel.enabled_for_training(network, settings, loop.processes),
+            profiling.profiled(
+                profile if loop.processes.is_rank_zero else None, loop.say
+            ) as loop.profile_step,
+            Signals(waits_for_others=loop.processes.count > 1) as loop.signals,
         ):
-            loop.run_through()
+            loop.run_steps()
     finally:
-        loop.saver.close()
+        loop.checkpoint_writer.close()
         end()
     why = "done" if loop.step == settings.steps else "held-out loss no longer falls"
     return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average, why)
@@ -137,14 +144,14 @@ class _Loop:
         say: Callable[[str], None],
     ) -> None:
         self.objective, self.network, self.settings = objective, network, settings
-        self.processes = replace(processes.current(), within=settings.context_parallel)
-        self.run = processes.own_view(run)
+        self.processes = replace(current_processes(), group_size=settings.context_parallel)
+        self.run = run_folder_of_rank(run)
         self.seed, self.say = seed, say if self.processes.is_rank_zero else _nothing
         self.device = next(network.parameters()).device
         self.precision = precision_of(settings, self.device, self.run)
         self.strategy = strategy.choose(settings, network, self.processes)
         if self.strategy.is_divided:
-            sharding.shard(network, self.processes, self.precision, self.strategy.within)
+            sharding.shard(network, self.processes, self.precision, self.strategy.shard_size)
         self.train_state = TrainState(network, settings)
         self.optimizer, self.average, self.weights = (
             self.train_state.optimizer,
@@ -152,60 +159,60 @@ class _Loop:
             self.train_state.weights,
         )
         self.scale = precision.LossScale(self.precision)
-        self.asks_every_step = (
+        self.checks_every_step = (
             self.device.type == "cpu" or not self.optimizer.skips_on_device or self.scale.is_needed
         )
-        self.bad = torch.zeros((), device=self.device)
+        self.not_finite = torch.zeros((), device=self.device)
         self.loss_sum = torch.zeros((), device=self.device)
         self.norm = torch.zeros((), device=self.device)
-        self.division = BatchSplit.of(settings, self.processes)
+        self.batch_split = BatchSplit.of(settings, self.processes)
         self.gradients: Gradients | ShardedGradients = (
-            Gradients(self.weights, self.processes, self.division.exact)
+            Gradients(self.weights, self.processes, self.batch_split.exact)
             if self.train_state.shards is None
             else ShardedGradients(self.train_state.shards)
         )
-        self.adaptive: Adaptive | None = getattr(objective, "adaptive", None)
-        self.stops = False
-        self.seen: list[blackbox.LossRecord] = []
+        self.timestep_importance: TimestepImportance | None = getattr(objective, "timestep_importance", None)
+        self.stop_was_asked = False
+        self.loss_records: list[blackbox.LossRecord] = []
         self.early_stopping = EarlyStopping(settings.patience)
         self.periodic_tasks = PeriodicTasks(
-            self.train_state, self.run, self.early_stopping, leads=self.processes.is_rank_zero
+            self.train_state, self.run, self.early_stopping, is_rank_zero=self.processes.is_rank_zero
         )
-        self.saver = Saver(self.run, settings.save_async, self.train_state.shards)
+        self.checkpoint_writer = CheckpointWriter(self.run, settings.save_async, self.train_state.shards)
         self.callbacks = Callbacks((), self.run, network)
         self.progress: Progress | None = None
         self.phase = "train"
         self.signals = Signals()
-        self.watched: Callable[[], None] = lambda: None
+        self.profile_step: Callable[[], None] = lambda: None
         self.step = self.resumed = self.loss_count = 0
-        self.seconds = self.window = 0.0
+        self.seconds = self.window_seconds = 0.0
         self.last_loss = self.speed = float("nan")
-        self.spikes = Spikes()
-        self.owes = False
+        self.loss_spikes = LossSpikes()
+        self.tasks_are_due = False
         self.saved: tuple[int, bool] | None = None
 
     # ------------------------------------------------------------------------- one step
 
-    def run_through(self) -> None:
+    def run_steps(self) -> None:
         """Steps until the last, each followed by what is due; stops where it is asked to."""
         self.network.train()
         try:
-            if self.owes:
+            if self.tasks_are_due:
                 self.run_callbacks()
             while self.step < self.settings.steps and not (self.must_stop or self.early_stopping.is_over):
                 began = time.perf_counter()
                 with part("step"):
                     rate = self.advance()
-                self.watched()
-                self.window += time.perf_counter() - began
-                self.owes = True
+                self.profile_step()
+                self.window_seconds += time.perf_counter() - began
+                self.tasks_are_due = True
                 if self.is_logged(self.step):
                     self.log(rate)
                 if not self.must_stop:
                     self.run_callbacks()
-            self.saver.wait()
+            self.checkpoint_writer.wait()
             if self.must_stop:
-                raise Stopped(self.signals.asked or SIGTERM)
+                raise Stopped(self.signals.received or SIGTERM)
         except Stopped as stopped:
             self.save_and_stop(stopped)
             raise
@@ -213,7 +220,7 @@ class _Loop:
     @property
     def must_stop(self) -> bool:
         """Whether the run was asked to stop; many processes stop when all of them know."""
-        return self.stops or (self.processes.count == 1 and self.signals.asked is not None)
+        return self.stop_was_asked or (self.processes.count == 1 and self.signals.received is not None)
 
     def is_logged(self, step: int) -> bool:
         """Whether the loss is read after `step` updates."""
@@ -225,9 +232,9 @@ class _Loop:
         Raises:
             Failed: the loss or its gradient is not finite; the weights have not moved.
         """
-        parts = self.division.parts
-        for number in self.division.mine:
-            self.gradients.begin(number == self.division.mine[-1])
+        parts = self.batch_split.parts
+        for number in self.batch_split.mine:
+            self.gradients.begin(number == self.batch_split.mine[-1])
             torch.manual_seed(((self.seed * 1_000_003 + self.step) * 1_009 + number) & (2**63 - 1))
             with part("forward"), precision.autocast(self.precision, self.device):
                 losses = self.objective.losses(self.step, number, parts)
@@ -235,13 +242,13 @@ class _Loop:
             with part("backward"):
                 (share * self.scale.value if self.scale.is_needed else share).backward()
             self.gradients.add(share.detach() / self.settings.context_parallel)
-            self.seen.append(
+            self.loss_records.append(
                 blackbox.LossRecord(self.step, losses.ids, losses.per_sample.detach(), losses.of)
             )
         with part("gradients"):
-            loss, wishes = self.gradients.total(self.signals.asked is not None)
-            if self.asks_every_step or self.is_logged(self.step + 1):
-                self.stops = bool(wishes)
+            loss, wishes = self.gradients.total(self.signals.received is not None)
+            if self.checks_every_step or self.is_logged(self.step + 1):
+                self.stop_was_asked = bool(wishes)
             gradients = [weight.grad for weight in self.weights if weight.grad is not None]
             self.norm = self.gradients.norm(gradients)
             moves = not self.scale.is_needed or self.unscale(gradients, loss)
@@ -249,12 +256,12 @@ class _Loop:
                 self.check_finite(loss)
             excess = self.clip(gradients) if moves else None
         with part("optimizer"):
-            skips = None if self.asks_every_step else self.bad
+            skips = None if self.checks_every_step else self.not_finite
             rate = self.optimizer.step(self.step, skips, excess) if moves else 0.0
             self.gradients.clear()
         self.step += 1
-        if self.adaptive is not None:
-            self.adaptive.refresh(self.step, self.processes.add)
+        if self.timestep_importance is not None:
+            self.timestep_importance.refresh(self.step, self.processes.add)
         self.loss_sum += loss
         self.loss_count += 1
         with part("averages"):
@@ -276,7 +283,7 @@ class _Loop:
         self.scale.update(is_finite)
         if is_finite or not torch.isfinite(loss) or self.scale.is_exhausted:
             return True  # and where it is not finite, `check_finite` says so
-        self.seen.clear()
+        self.loss_records.clear()
         self.run.event("note", text=f"step {self.step + 1} overflowed in fp16 and moved nothing")
         return False
 
@@ -287,25 +294,25 @@ class _Loop:
         alone, and the question is asked when the loss is read.
         """
         finite = torch.isfinite(loss) & torch.isfinite(self.norm)
-        if self.asks_every_step:
+        if self.checks_every_step:
             if not finite:
-                self.blow_up()
-            self.seen.clear()
+                self.fail_not_finite()
+            self.loss_records.clear()
         else:
-            self.bad = torch.maximum(self.bad, (~finite).to(self.bad.dtype))
+            self.not_finite = torch.maximum(self.not_finite, (~finite).to(self.not_finite.dtype))
 
-    def blow_up(self) -> None:
+    def fail_not_finite(self) -> None:
         """Write the black box and raise."""
         self.gradients.clear()
-        if self.asks_every_step:
+        if self.checks_every_step:
             self.save()
-        self.saver.wait()
-        raise Failed(blackbox.write(self.run, self.objective, self.network, self.seen, self.settings))
+        self.checkpoint_writer.wait()
+        raise Failed(blackbox.write(self.run, self.objective, self.network, self.loss_records, self.settings))
 
     def clip(self, gradients: list[Tensor]) -> Tensor | None:
         """Scale the gradient down to the largest norm allowed, or return what the optimizer divides it by."""
         most = self.settings.max_grad_norm
-        if not most or (self.asks_every_step and float(self.norm) <= most):
+        if not most or (self.checks_every_step and float(self.norm) <= most):
             return None
         if self.optimizer.skips_on_device:
             return (self.norm.float() / most).clamp(min=1.0)
@@ -316,18 +323,20 @@ class _Loop:
 
     def log(self, rate: float) -> None:
         """Read the loss, once, and write the step event."""
-        if not self.asks_every_step and bool(self.bad):
-            self.blow_up()
-        self.seen.clear()
+        if not self.checks_every_step and bool(self.not_finite):
+            self.fail_not_finite()
+        self.loss_records.clear()
         loss, norm = torch.stack([self.loss_sum / max(1, self.loss_count), self.norm.float()]).tolist()
-        if said := self.spikes.update(self.step, loss):
-            self.run.event("note", text=said)
+        if sentence := self.loss_spikes.update(self.step, loss):
+            self.run.event("note", text=sentence)
         self.last_loss = loss
         self.loss_sum.zero_()
         steps, self.loss_count = self.loss_count, 0
-        self.seconds += self.window
-        self.speed = steps * self.settings.batch / self.window if self.window else float("nan")
-        self.window = 0.0
+        self.seconds += self.window_seconds
+        self.speed = (
+            steps * self.settings.batch / self.window_seconds if self.window_seconds else float("nan")
+        )
+        self.window_seconds = 0.0
         self.run.event(
             "step",
             step=self.step,
@@ -341,42 +350,42 @@ class _Loop:
     def run_callbacks(self) -> None:
         """Measure and draw where due, then save where due: a kill in between only repeats them."""
         step, is_last = self.step, self.step == self.settings.steps
-        self.saver.look()
-        is_best = self.periodic_tasks.attend(step, is_last, self.signals) and self.settings.keep_best
-        self.owes = False
+        self.checkpoint_writer.finish_if_written()
+        is_best = self.periodic_tasks.run_due(step, is_last, self.signals) and self.settings.keep_best
+        self.tasks_are_due = False
         if step % self.settings.save_every == 0 or is_last or is_best or self.early_stopping.is_over:
-            self.save(goes_on=not (is_last or self.early_stopping.is_over))
+            self.save(has_more_steps=not (is_last or self.early_stopping.is_over))
 
     # ------------------------------------------------------------------------- saving and resuming
 
-    def save(self, goes_on: bool = True) -> Path:
+    def save(self, has_more_steps: bool = True) -> Path:
         """Write a checkpoint of this moment, unless a number in it is not finite."""
-        if not self.asks_every_step and bool(self.bad):
-            self.blow_up()
+        if not self.checks_every_step and bool(self.not_finite):
+            self.fail_not_finite()
         groups, state = self.train_state.state_dict()
         state |= {
-            "seconds": self.seconds + self.window,
+            "seconds": self.seconds + self.window_seconds,
             "loss": [float(self.loss_sum), self.loss_count],
-            "owes": self.owes,
+            "owes": self.tasks_are_due,
             "precision": self.precision,
             "loss_scale": self.scale.state(),
             "verdict": self.early_stopping.state(),
         }
-        if self.adaptive is not None:
-            state["adaptive"] = self.adaptive.state(self.processes.add)
+        if self.timestep_importance is not None:
+            state["adaptive"] = self.timestep_importance.state(self.processes.add)
         settings = self.settings
-        best = self.early_stopping.best if settings.keep_best else 0
+        best = self.early_stopping.best_step if settings.keep_best else 0
         if self.processes.is_rank_zero or self.train_state.shards is not None:
-            kept = Keep(settings.keep_checkpoints, settings.keep_every, best)
-            self.saver.save(self.step, groups, state, kept, goes_on)
-        self.saved = self.step, self.owes
+            kept = CheckpointRetention(settings.keep_checkpoints, settings.keep_every, best)
+            self.checkpoint_writer.save(self.step, groups, state, kept, has_more_steps)
+        self.saved = self.step, self.tasks_are_due
         return self.run.checkpoint_folder(self.step)
 
     def save_and_stop(self, stopped: Stopped) -> None:
         """Save, if this step is not saved yet, and say how to go on."""
-        is_saved = self.saved == (self.step, self.owes)
-        folder = self.run.checkpoint_folder(self.step) if is_saved else self.save(goes_on=False)
-        self.saver.wait()
+        is_saved = self.saved == (self.step, self.tasks_are_due)
+        folder = self.run.checkpoint_folder(self.step) if is_saved else self.save(has_more_steps=False)
+        self.checkpoint_writer.wait()
         self.run.event("stop", step=self.step, reason=stopped.signal.name, sync=True)
         self.say(
             f"Stopped by {stopped.signal.name} at step {self.step} of {self.settings.steps}, saved in "
@@ -385,9 +394,9 @@ class _Loop:
 
     def resume(self) -> None:
         """Take up the newest checkpoint that is whole; all processes the same."""
-        folder = checkpoint.newest_good(self.run, self.say) if self.processes.is_rank_zero else None
+        folder = checkpoint.newest_intact(self.run, self.say) if self.processes.is_rank_zero else None
         number = -1 if folder is None else int(folder.name.removeprefix("step-"))
-        number = self.processes.agree(number)
+        number = self.processes.broadcast_number(number)
         if number < 0:
             if self.train_state.shards is None:
                 self.processes.broadcast_weights(self.network)
@@ -398,14 +407,14 @@ class _Loop:
         self.seconds = float(state["seconds"])
         self.loss_sum.fill_(state["loss"][0])
         self.loss_count = int(state["loss"][1])
-        self.owes = bool(state["owes"])
+        self.tasks_are_due = bool(state["owes"])
         if "loss_scale" in state and self.scale.is_needed:
             self.scale.load(state["loss_scale"])
         if "verdict" in state:
             self.early_stopping.load(state["verdict"])
-        if self.adaptive is not None and "adaptive" in state:
-            self.adaptive.load(state["adaptive"], self.processes.is_rank_zero)
-        self.saved = self.step, self.owes
+        if self.timestep_importance is not None and "adaptive" in state:
+            self.timestep_importance.load(state["adaptive"], self.processes.is_rank_zero)
+        self.saved = self.step, self.tasks_are_due
         self.say(f"Going on from {folder.name} of {self.run.path}.")
         if lost := self.run.damaged_events():
             lines = ", ".join(map(str, lost[:5])) + (" …" if len(lost) > 5 else "")

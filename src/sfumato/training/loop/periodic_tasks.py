@@ -1,6 +1,6 @@
 """What is due between two steps: the loss that tells, pictures, averages written down.
 
-All processes take part, and share what there is to measure and to draw; one that leads writes.
+All processes take part, and share what there is to measure and to draw; one that is_rank_zero writes.
 """
 
 from collections.abc import Callable
@@ -50,9 +50,9 @@ class PeriodicTasks:
     measure_every: int = 0
     preview: Preview | None = None
     preview_every: int = 0
-    leads: bool = True
+    is_rank_zero: bool = True
 
-    def attend(self, step: int, is_last: bool, signals: Signals) -> bool:
+    def run_due(self, step: int, is_last: bool, signals: Signals) -> bool:
         """Do what is due after `step`; whether its weights are the best measured so far."""
         is_best = False
         if self.measure is not None and (is_last or _falls_on(step, self.measure_every)):
@@ -61,38 +61,38 @@ class PeriodicTasks:
         if self.preview is not None and (
             is_last or self.early_stopping.is_over or _falls_on(step, self.preview_every)
         ):
-            with signals.at_once(), self.averaged():
-                self.aside(self.preview, self.train_state.network, step)
-        powers, every = self.train_state.powers, self.train_state.settings.ema_snapshot_every
-        writes = self.leads or self.train_state.shards is not None
-        if powers is not None and writes and (is_last or _falls_on(step, every)):
-            powers.write(self.run, step, every)
+            with signals.at_once(), self.with_averaged_weights():
+                self.in_eval_mode(self.preview, self.train_state.network, step)
+        posthoc_ema, every = self.train_state.posthoc_ema, self.train_state.settings.ema_snapshot_every
+        writes = self.is_rank_zero or self.train_state.shards is not None
+        if posthoc_ema is not None and writes and (is_last or _falls_on(step, every)):
+            posthoc_ema.write(self.run, step, every)
         return is_best
 
     def _measured(self, measure: Measure, step: int) -> bool:
         """The held-out loss of the raw weights and of the averaged ones, which the verdict is about."""
-        found = self.aside(measure, step, "raw")
+        found = self.in_eval_mode(measure, step, "raw")
         if self.train_state.average is not None:
-            with self.averaged():
-                found = self.aside(measure, step, "ema")
+            with self.with_averaged_weights():
+                found = self.in_eval_mode(measure, step, "ema")
         if found is None:
             return False
         was_over = self.early_stopping.is_over
         is_best = self.early_stopping.update(step, found.loss)
         if self.early_stopping.is_over and not was_over:
             rule = self.early_stopping
-            said = (
-                f"the held-out loss is {found.loss:.4g} and has not fallen below the {rule.loss:.4g} "
-                f"of step {rule.best} in {rule.since} measurements: the run ends here"
+            reason = (
+                f"the held-out loss is {found.loss:.4g} and has not fallen below the {rule.best_loss:.4g} "
+                f"of step {rule.best_step} in {rule.since_best} measurements: the run ends here"
             )
-            self.run.event("note", text=f"step {step}: {said}")
+            self.run.event("note", text=f"step {step}: {reason}")
         return is_best
 
-    def averaged(self) -> AbstractContextManager[None]:
+    def with_averaged_weights(self) -> AbstractContextManager[None]:
         """The network with its averaged weights, if there are any."""
         return nullcontext() if self.train_state.average is None else self.train_state.average.applied()
 
-    def aside(self, work: Callable[Words, T], *args: Words.args, **words: Words.kwargs) -> T:
+    def in_eval_mode(self, work: Callable[Words, T], *args: Words.args, **words: Words.kwargs) -> T:
         """Do `work` without gradients, the network in evaluation mode; narrow weights compute narrowly."""
         network = self.train_state.network
         narrow = self.train_state.settings.weight_dtype != "fp32"
@@ -100,7 +100,7 @@ class PeriodicTasks:
         shards = self.train_state.shards
         network.eval()
         try:
-            with torch.no_grad(), context, nullcontext() if shards is None else shards.gathered():
+            with torch.no_grad(), context, nullcontext() if shards is None else shards.unsharded():
                 return work(*args, **words)
         finally:
             network.train()

@@ -23,7 +23,7 @@ part = record_function
 
 
 @contextmanager
-def watched(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def profiled(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Yield what is to be called after each step; a trace and a table are written into `folder`."""
     if folder is None:
         yield lambda: None
@@ -32,14 +32,14 @@ def watched(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callabl
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
 
-    def ready(found: profile) -> None:
+    def on_trace_ready(found: profile) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         found.export_chrome_trace(str(folder / "trace.json"))
         write_atomic(folder / "table.txt", table(found))
         say(f"Profile of {WATCHED} steps: {folder / 'table.txt'} and {folder / 'trace.json'}.")
 
     schedule = torch.profiler.schedule(wait=WARM - 1, warmup=1, active=WATCHED, repeat=1)
-    with profile(activities=activities, schedule=schedule, on_trace_ready=ready) as running:
+    with profile(activities=activities, schedule=schedule, on_trace_ready=on_trace_ready) as running:
         yield running.step
 
 

@@ -17,24 +17,24 @@ class Stopped(SystemExit):
 
 
 class Signals:
-    """Within the block a first SIGINT or SIGTERM is noted in `asked`, a second one stops at once.
+    """Within the block a first SIGINT or SIGTERM is noted in `received`, a second one stops at once.
 
     Outside the main thread, where Python takes no signals, nothing is changed.
 
     Args:
-        patient: only ever note signals: other processes must learn of them before this one may leave.
+        waits_for_others: only ever note signals: other processes must learn of them first.
     """
 
-    def __init__(self, patient: bool = False) -> None:
-        self.patient = patient
-        self.asked: int | None = None
+    def __init__(self, waits_for_others: bool = False) -> None:
+        self.waits_for_others = waits_for_others
+        self.received: int | None = None
         self._at_once = False
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._received)
+                self._former[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
@@ -43,10 +43,10 @@ class Signals:
         for number, handler in self._former.items():
             signal.signal(number, handler)
 
-    def _received(self, number: int, frame: FrameType | None) -> None:
-        again = self.asked is not None
-        self.asked = number
-        if (again or self._at_once) and not self.patient:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        self.received = number
+        if (again or self._at_once) and not self.waits_for_others:
             self._at_once = False
             raise Stopped(number)
 
@@ -57,8 +57,8 @@ class Signals:
         Raises:
             Stopped: also if a signal was noted before.
         """
-        if self.asked is not None and not self.patient:
-            raise Stopped(self.asked)
+        if self.received is not None and not self.waits_for_others:
+            raise Stopped(self.received)
         self._at_once = True
         try:
             yield

@@ -14,7 +14,7 @@ Scalars = Callable[[dict[str, float], int], None]
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
-def follow(run: RunFolder, names: tuple[str, ...]) -> Callable[[], None]:
+def attach(run: RunFolder, names: tuple[str, ...]) -> Callable[[], None]:
     """Let each named tracker hear the run's events.
 
     Returns:
@@ -25,12 +25,12 @@ def follow(run: RunFolder, names: tuple[str, ...]) -> Callable[[], None]:
     openers = {"tensorboard": _tensorboard, "wandb": _projects("wandb"), "trackio": _projects("trackio")}
     check(names)
     opened = [openers[name](run) for name in names]
-    hearers = [_hearing(log) for log, _ in opened]
-    run.listeners += hearers
+    listeners = [_listener(log) for log, _ in opened]
+    run.listeners += listeners
 
     def end() -> None:
-        for hearer, (_, close) in zip(hearers, opened, strict=True):
-            run.listeners.remove(hearer)
+        for listener, (_, close) in zip(listeners, opened, strict=True):
+            run.listeners.remove(listener)
             close()
 
     return end
@@ -54,12 +54,12 @@ def scalars(event: dict[str, Any]) -> dict[str, float]:
     return {}
 
 
-def _hearing(log: Scalars) -> Callable[[dict[str, Any]], None]:
-    def hear(event: dict[str, Any]) -> None:
+def _listener(log: Scalars) -> Callable[[dict[str, Any]], None]:
+    def listen(event: dict[str, Any]) -> None:
         if found := scalars(event):
             log(found, int(event["step"]))
 
-    return hear
+    return listen
 
 
 def _package(name: str, module: str) -> Any:
@@ -90,9 +90,9 @@ def _projects(name: str) -> Callable[[RunFolder], tuple[Scalars, Callable[[], No
         try:
             package.init(project="sfumato", name=run.path.name)
         except Exception as problem:  # a service answers in errors of its own: no key, no network, no project
-            said = " ".join(str(problem).split())
+            message = " ".join(str(problem).split())
             raise Refused(
-                f'train.trackers names "{name}", which could not begin: {said} Mend that, or leave it out: '
+                f'train.trackers names "{name}", which could not begin: {message} Mend that or leave it out: '
                 "events.jsonl and the report have everything."
             ) from problem
         return (lambda values, step: package.log(values, step=step)), package.finish

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sfumato.run_folder import RunFolder
 from sfumato.theory import noise
-from sfumato.training.distributed import processes as distributed_processes
+from sfumato.training.distributed.processes import current_processes
 from sfumato.training.objective.diffusion import DiffusionObjective, Encoded, NoiseDraw
 from sfumato.training.precision import autocast, effective_precision
 
@@ -22,7 +22,7 @@ MEASURE_SEED = 7_177
 
 
 @dataclass(frozen=True)
-class Level:
+class NoiseLevelLoss:
     """The loss at one noise level: φ·2/π in [0, 1], 0 at the data and 1 at pure noise."""
 
     level: float
@@ -36,7 +36,7 @@ class HeldOutLoss:
 
     loss: float
     error: float
-    by_level: list[Level]
+    by_level: list[NoiseLevelLoss]
 
 
 class ValidationLoss:
@@ -64,7 +64,7 @@ class ValidationLoss:
     ) -> None:
         self.objective, self.run, self.levels, self.batch = objective, run, levels, batch
         self.sets = {"held_out": held_out, "train": train}
-        self.chosen = {split: chosen(len(encoded), samples) for split, encoded in self.sets.items()}
+        self.indices = {split: sample_indices(len(encoded), samples) for split, encoded in self.sets.items()}
         self.precision = precision
 
     def __call__(self, step: int, weights: str) -> HeldOutLoss | None:
@@ -74,23 +74,23 @@ class ValidationLoss:
             the held-out loss; None if no sample is held out.
         """
         found = {
-            split: self.measure(encoded, self.chosen[split])
+            split: self.measure(encoded, self.indices[split])
             for split, encoded in self.sets.items()
-            if self.chosen[split]
+            if self.indices[split]
         }
         for split, one in found.items():
             by_level = [vars(level) for level in one.by_level]
-            told = {"step": step, "split": split, "weights": weights, "by_level": by_level}
-            self.run.event("validation", loss=one.loss, error=one.error, **told)
+            fields = {"step": step, "split": split, "weights": weights, "by_level": by_level}
+            self.run.event("validation", loss=one.loss, error=one.error, **fields)
         if len(found) == 2:
-            gap, error = gap_of(found["held_out"], found["train"])
+            gap, error = generalization_gap(found["held_out"], found["train"])
             self.run.event("generalization_gap", step=step, weights=weights, gap=gap, error=error)
         return found.get("held_out")
 
     @torch.no_grad()
     def measure(self, encoded: Encoded, indices: Sequence[int]) -> HeldOutLoss:
         """The loss on these samples, each at every level with noise of its own."""
-        processes = distributed_processes.current()
+        processes = current_processes()
         parts = self._parts(encoded, indices)
         losses = torch.zeros(len(indices), self.levels, dtype=torch.float64)
         starts = [0, *accumulate(len(part) for part in parts)]
@@ -110,7 +110,7 @@ class ValidationLoss:
         error = losses.mean(1).std(correction=1) / math.sqrt(len(losses)) if many else torch.tensor(0.0)
         spread = losses.std(0, correction=1) / math.sqrt(len(losses)) if many else losses[0] * 0
         by_level = [
-            Level(angle, float(loss), float(bar))
+            NoiseLevelLoss(angle, float(loss), float(bar))
             for angle, loss, bar in zip(angles, losses.mean(0), spread, strict=True)
         ]
         return HeldOutLoss(float(losses.mean()), float(error), by_level)
@@ -146,11 +146,11 @@ class ValidationLoss:
             return objective.measure(x_0, drawn, objective.rows(batch))
 
 
-def gap_of(held_out: HeldOutLoss, train: HeldOutLoss) -> tuple[float, float]:
+def generalization_gap(held_out: HeldOutLoss, train: HeldOutLoss) -> tuple[float, float]:
     """(held-out loss minus that of trained samples, its standard error): what was learned by heart."""
     return held_out.loss - train.loss, math.hypot(held_out.error, train.error)
 
 
-def chosen(count: int, samples: int) -> list[int]:
+def sample_indices(count: int, samples: int) -> list[int]:
     """Which of `count` samples are measured: a fixed random choice of `samples`, in rising order."""
     return sorted(noise.permutation(count, MEASURE_SEED, "held-out", 0)[:samples].tolist()) if count else []

@@ -20,7 +20,7 @@ from sfumato.models.interface import Model
 from sfumato.theory import densities, noise
 from sfumato.training.objective.frame_timesteps import FrameTimes, by_frame, mean_of_unknown
 from sfumato.training.objective.prefetch import Reader
-from sfumato.training.objective.timestep_importance import Adaptive
+from sfumato.training.objective.timestep_importance import TimestepImportance
 from sfumato.training.objective.user_loss import UserLoss
 from sfumato.training.settings import TrainSettings
 
@@ -45,7 +45,7 @@ class Objective(Protocol):
         ...
 
 
-class Batch(Protocol):
+class EncodedBatch(Protocol):
     """Samples as they are stored: latents [B, C, …], one mapping of condition rows each."""
 
     @property
@@ -72,7 +72,7 @@ class Encoded(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: Sequence[int], seed: int, epoch: int) -> Batch:
+    def read(self, indices: Sequence[int], seed: int, epoch: int) -> EncodedBatch:
         """The samples at these indices."""
         ...
 
@@ -89,7 +89,7 @@ ReadText = Callable[[Sequence[str]], list[dict[str, Tensor]]]
 """Captions → what they mean, one mapping of rows each; "" is the caption that says nothing."""
 
 
-def share(count: int, part: int, parts: int) -> slice:
+def part_slice(count: int, part: int, parts: int) -> slice:
     """The positions of part `part` when `count` samples are divided into `parts` as evenly as can be."""
     return slice(count * part // parts, count * (part + 1) // parts)
 
@@ -130,7 +130,7 @@ class NoiseDraw:
 class PreparedBatch(NamedTuple):
     """One part of a batch, ready to be computed: as stored, x_0 on the device, draws, the batch's size."""
 
-    batch: Batch
+    batch: EncodedBatch
     x_0: Tensor
     drawn: NoiseDraw
     of: int
@@ -145,7 +145,7 @@ class DiffusionObjective:
         settings: `timestep_sampling`, `stratified_timesteps`, `weighting`.
         seed: every draw follows from it.
         caption_dropout: share of samples whose caption's tensors are replaced by `encoded.null`.
-        dropout: share of samples shown without a companion ("control", …), whose tensors are then 0.
+        condition_dropout: share of samples shown without a companion ("control", …): its tensors are then 0.
         loss: one's own in place of (answer − target)².
         read_text: reads the captions of each step, where the text encoders are trained too.
     Raises:
@@ -163,7 +163,7 @@ class DiffusionObjective:
         seed: int,
         caption_dropout: float = 0.1,
         loss: UserLoss | None = None,
-        dropout: Mapping[str, float] | None = None,
+        condition_dropout: Mapping[str, float] | None = None,
         read_text: ReadText | None = None,
     ) -> None:
         self.model = model
@@ -171,12 +171,12 @@ class DiffusionObjective:
         self.order = order
         self.seed = seed
         self.caption_dropout = caption_dropout
-        self.dropout = dict(dropout or {})
+        self.condition_dropout = dict(condition_dropout or {})
         self.read_text = read_text
         self.stratified = settings.stratified_timesteps
         self.frame_times = FrameTimes.of(settings)
         self.density = densities.density(settings.timestep_sampling)
-        self.adaptive = Adaptive() if settings.timestep_importance_sampling else None
+        self.timestep_importance = TimestepImportance() if settings.timestep_importance_sampling else None
         self.weighting = densities.weighting("unit" if settings.weighting == "none" else settings.weighting)
         self.loss = loss
         self._names: dict[int, str] = {}
@@ -195,7 +195,7 @@ class DiffusionObjective:
         prefetch = getattr(self.encoded, "prefetch", None)
         if prefetch is not None:  # a set that encodes ahead
             prefetch(step)
-        return indices[share(len(indices), part, parts)], epoch, len(indices)
+        return indices[part_slice(len(indices), part, parts)], epoch, len(indices)
 
     def name_of(self, sample: int) -> str:
         """The file or row the sample came from."""
@@ -212,12 +212,12 @@ class DiffusionObjective:
 
     def weighed(self, losses: Tensor, drawn: NoiseDraw) -> Tensor:
         """The losses [b], weighed where times are drawn more often than others, which hears of them."""
-        if self.adaptive is None or drawn.quantiles is None or drawn.importance is None:
+        if self.timestep_importance is None or drawn.quantiles is None or drawn.importance is None:
             return losses
-        self.adaptive.record(drawn.quantiles, losses.detach())
+        self.timestep_importance.record(drawn.quantiles, losses.detach())
         return losses * drawn.importance.to(losses)
 
-    def rows(self, batch: Batch) -> Sequence[Mapping[str, Tensor]]:
+    def rows(self, batch: EncodedBatch) -> Sequence[Mapping[str, Tensor]]:
         """What guides each sample; where the network hears it, also how its picture was cut."""
         conditions = batch.conditions
         if self.read_text is not None:
@@ -239,12 +239,12 @@ class DiffusionObjective:
         if self.stratified:
             u = self._spread(u, step, part, parts)
         importance = None
-        if self.adaptive is not None:
-            u, importance = self.adaptive(u, step)
+        if self.timestep_importance is not None:
+            u, importance = self.timestep_importance(u, step)
         dropped = noise.uniform(self.seed, ids, step=step, purpose="caption") < self.caption_dropout
         without = {
             name: noise.uniform(self.seed, ids, step=step, purpose=f"without {name}") < share
-            for name, share in self.dropout.items()
+            for name, share in self.condition_dropout.items()
         }
         quantiles = None if importance is None else u
         t = self.density(self.model.theory, u)
@@ -263,13 +263,13 @@ class DiffusionObjective:
     def _spread(self, u: Tensor, step: int, part: int, parts: int) -> Tensor:
         """Put each of the u [b] into its own of the batch's equal strata, which a permutation deals out."""
         count = len(self.order.at(step)[0])
-        strata = noise.permutation(count, self.seed, "strata", step)[share(count, part, parts)]
+        strata = noise.permutation(count, self.seed, "strata", step)[part_slice(count, part, parts)]
         return (strata.to(u) + u) / count
 
     def measure(self, x_0: Tensor, drawn: NoiseDraw, rows: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The weighted losses [b] of the model's answers."""
-        shown, condition = self.model_inputs(x_0, drawn, rows)
-        return self.weighted_loss(self.model.predict(shown, drawn.t, condition), x_0, drawn, condition)
+        x_t, condition = self.model_inputs(x_0, drawn, rows)
+        return self.weighted_loss(self.model.predict(x_t, drawn.t, condition), x_0, drawn, condition)
 
     def model_inputs(
         self, x_0: Tensor, drawn: NoiseDraw, rows: Sequence[Mapping[str, Tensor]]
@@ -334,7 +334,7 @@ class DiffusionObjective:
                 row |= {one: torch.zeros_like(row[one]) for one in mine}
         return result
 
-    def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
+    def describe_part(self, step: int, part: int, parts: int) -> dict[str, Any]:
         """What one part of a step was made of, for the black box: names, captions and times."""
         return self.describe(self.prepare(step, part, parts))
 

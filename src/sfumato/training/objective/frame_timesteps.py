@@ -74,5 +74,5 @@ def by_frame(form: Callable[..., Tensor], x_0: Tensor, x_T: Tensor, t: Tensor) -
 def mean_of_unknown(error: Tensor, weight: Tensor, known: Tensor) -> Tensor:
     """Elementwise error [b, C, F, h, w], weighted by frame [b, F] → its mean over unknown frames [b]."""
     frames = error.mean((1, 3, 4)) * weight.to(error.dtype)
-    asked = (~known).to(error.dtype)
-    return (frames * asked).sum(1) / asked.sum(1)
+    is_unknown = (~known).to(error.dtype)
+    return (frames * is_unknown).sum(1) / is_unknown.sum(1)

@@ -27,7 +27,7 @@ class PackedLatents(NamedTuple):
         return [one for group in self.groups for one in group.batch.ids]
 
 
-def alike(indices: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+def indices_by_shape(indices: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
     """The places of indices whose samples have one shape, smaller shapes first."""
     found: dict[tuple[int, ...], list[int]] = {}
     for place, index in enumerate(indices):
@@ -45,14 +45,14 @@ class PackedObjective(DiffusionObjective):
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         if not self.model.denoiser.supports_packing:
-            raise Refused(unpackable(type(self.model.denoiser).__name__))
+            raise Refused(why_not_packable(type(self.model.denoiser).__name__))
         self._packs: Reader[PackedLatents] = Reader(self.pack)
 
     def pack(self, step: int, part: int, parts: int) -> PackedLatents:
         """Read and draw one part of a batch."""
         (mine, epoch, count), groups = self.taken(step, part, parts), []
         drawn = self.draw_times([self.encoded.ids[index] for index in mine], step, part, parts)
-        for places in alike(mine, cast(Any, self.encoded).buckets):
+        for places in indices_by_shape(mine, cast(Any, self.encoded).buckets):
             batch = self.encoded.read([mine[place] for place in places], self.seed, epoch)
             x_0 = batch.latents.to(self.model.device, torch.float32)
             own = self.draw_noise(drawn.rows(places), batch.ids, x_0, step)
@@ -63,16 +63,16 @@ class PackedObjective(DiffusionObjective):
         """The losses [b] of one part of the batch of `step`, shape by shape."""
         with record_function("data"):
             ready = self._packs(step, part, parts)
-        asked = [self.model_inputs(one.x_0, one.drawn, self.rows(one.batch)) for one in ready.groups]
-        shown, conditions = [x for x, _ in asked], [condition for _, condition in asked]
-        answers = self.model.predict_packed(shown, [one.drawn.t for one in ready.groups], conditions)
+        inputs = [self.model_inputs(one.x_0, one.drawn, self.rows(one.batch)) for one in ready.groups]
+        latents, conditions = [x for x, _ in inputs], [condition for _, condition in inputs]
+        answers = self.model.predict_packed(latents, [one.drawn.t for one in ready.groups], conditions)
         found = [
             self.weighed(self.weighted_loss(answer, one.x_0, one.drawn, condition), one.drawn)
             for answer, one, condition in zip(answers, ready.groups, conditions, strict=True)
         ]
         return Losses(torch.cat(found), ready.ids, ready.of)
 
-    def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
+    def describe_part(self, step: int, part: int, parts: int) -> dict[str, Any]:
         """What one part of a step was made of, for the black box."""
         groups = self.pack(step, part, parts).groups
         found: dict[str, list[Any]] = {}
@@ -82,7 +82,7 @@ class PackedObjective(DiffusionObjective):
         return found
 
 
-def unpackable(name: str) -> str:
+def why_not_packable(name: str) -> str:
     """The sentence about a network that cannot read several shapes as one sequence."""
     return (
         "train.sequence_packing joins samples of several shapes in one sequence, which our own DiT reads; "

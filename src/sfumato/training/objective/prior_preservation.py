@@ -34,9 +34,9 @@ class WithPrior:
         """The file or row the sample came from."""
         return (self.prior if sample in set(self.prior.encoded.ids) else self.subject).name_of(sample)
 
-    def replay(self, step: int, part: int, parts: int) -> dict[str, Any]:
+    def describe_part(self, step: int, part: int, parts: int) -> dict[str, Any]:
         """What one part of a step was made of."""
         return {
-            "subject": self.subject.replay(step, part, parts),
-            "prior": self.prior.replay(step, part, parts),
+            "subject": self.subject.describe_part(step, part, parts),
+            "prior": self.prior.describe_part(step, part, parts),
         }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato.models.interface import TrainableCodec
 from sfumato.theory import noise
-from sfumato.training.objective.diffusion import Losses, Order, share
+from sfumato.training.objective.diffusion import Losses, Order, part_slice
 from sfumato.training.objective.prefetch import Reader
 
 SCALES = 3
@@ -63,7 +63,7 @@ class ReconstructionObjective:
 
     def _read(self, step: int, part: int, parts: int) -> tuple[list[int], Tensor]:
         indices, _ = self.order.at(step)
-        indices = [int(index) for index in indices[share(len(indices), part, parts)]]
+        indices = [int(index) for index in indices[part_slice(len(indices), part, parts)]]
         return [self.pictures.ids[index] for index in indices], self.pictures.read(indices)
 
     def name_of(self, sample: int) -> str:

@@ -18,29 +18,29 @@ from torch import Tensor
 BINS = 16
 PERIOD = 64
 """Steps for which a density stays as it is."""
-EVEN = 0.5
-KEPT = 0.8
+UNIFORM_SHARE = 0.5
+HISTORY_DECAY = 0.8
 """Of what was measured before, what a new period leaves."""
 GRAIN, MOST = 2**24, 1e3
 """Squares are counted in units of 1/GRAIN, losses up to MOST."""
 
 
-class Adaptive:
+class TimestepImportance:
     """A density over the quantiles [0, 1] of another, which follows the losses it hears."""
 
     def __init__(self) -> None:
         self.tables: dict[int, Tensor] = {}
-        self.seen = torch.zeros(2, BINS, dtype=torch.float64)
-        self.heard = torch.zeros(2, BINS, dtype=torch.int64)
+        self.history = torch.zeros(2, BINS, dtype=torch.float64)
+        self.period_sums = torch.zeros(2, BINS, dtype=torch.int64)
 
-    def shares(self, step: int) -> Tensor:
+    def probabilities(self, step: int) -> Tensor:
         """The probability [K] of each bin in a step; even in the first two periods."""
         even = torch.full((BINS,), 1 / BINS, dtype=torch.float64)
         return self.tables.get(step // PERIOD, even)
 
     def __call__(self, u: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """(quantiles [b], weights [b]) that stand for uniform u [b] in [0, 1)."""
-        shares = self.shares(step)
+        shares = self.probabilities(step)
         ends = shares.cumsum(0)
         u = u.double()
         place = torch.searchsorted(ends, u, right=True).clamp(max=BINS - 1)
@@ -49,12 +49,12 @@ class Adaptive:
 
     def record(self, quantiles: Tensor, losses: Tensor) -> None:
         """Take in the losses [b] at these quantiles [b], before they are weighed."""
-        if self.heard.device != losses.device:
-            self.heard = self.heard.to(losses.device)
+        if self.period_sums.device != losses.device:
+            self.period_sums = self.period_sums.to(losses.device)
         place = (quantiles * BINS).long().clamp(0, BINS - 1).to(losses.device)
         squares = (losses.double().clamp(0, MOST).square() * GRAIN).round().long()
-        self.heard[0].index_add_(0, place, squares)
-        self.heard[1].index_add_(0, place, torch.ones_like(place))
+        self.period_sums[0].index_add_(0, place, squares)
+        self.period_sums[1].index_add_(0, place, torch.ones_like(place))
 
     def refresh(self, step: int, add: Callable[[Tensor], Tensor]) -> None:
         """After `step` updates: at the end of a period, make the density of the one after the next.
@@ -64,28 +64,28 @@ class Adaptive:
         """
         if step % PERIOD:
             return
-        found = add(self.heard.cpu()).double()
-        self.seen = KEPT * self.seen + torch.stack([found[0] / GRAIN, found[1]])
-        self.heard.zero_()
-        spread = (self.seen[0] / self.seen[1].clamp(min=1)).sqrt()
+        found = add(self.period_sums.cpu()).double()
+        self.history = HISTORY_DECAY * self.history + torch.stack([found[0] / GRAIN, found[1]])
+        self.period_sums.zero_()
+        spread = (self.history[0] / self.history[1].clamp(min=1)).sqrt()
         wanted = spread / spread.sum().clamp(min=1e-12)
         now = step // PERIOD
-        self.tables[now + 1] = EVEN / BINS + (1 - EVEN) * wanted
+        self.tables[now + 1] = UNIFORM_SHARE / BINS + (1 - UNIFORM_SHARE) * wanted
         self.tables.pop(now - 1, None)
 
     def state(self, add: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """As JSON; every process calls it."""
         return {
             "tables": {str(period): shares.tolist() for period, shares in self.tables.items()},
-            "seen": self.seen.tolist(),
-            "heard": add(self.heard.cpu()).tolist(),
+            "seen": self.history.tolist(),
+            "heard": add(self.period_sums.cpu()).tolist(),
         }
 
-    def load(self, state: Mapping[str, Any], leads: bool) -> None:
-        """Continue from `state`; what was heard in this period is kept by the process that leads."""
+    def load(self, state: Mapping[str, Any], is_rank_zero: bool) -> None:
+        """Continue from `state`; what was heard in this period is kept by the process that is_rank_zero."""
         self.tables = {
             int(period): torch.tensor(shares, dtype=torch.float64)
             for period, shares in state["tables"].items()
         }
-        self.seen = torch.tensor(state["seen"], dtype=torch.float64)
-        self.heard = torch.tensor(state["heard"], dtype=torch.int64) * int(leads)
+        self.history = torch.tensor(state["seen"], dtype=torch.float64)
+        self.period_sums = torch.tensor(state["heard"], dtype=torch.int64) * int(is_rank_zero)

@@ -32,15 +32,15 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
 
 
-class Rounding:
+class MasterWeights:
     """float32 stand-ins for weights that are kept in bfloat16.
 
     Args:
-        named: the trained weights. keeps: whether the float32 values stay between steps.
+        named: the trained weights. are_kept: whether the float32 values stay between steps (masters).
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], keeps: bool) -> None:
-        self.keeps = keeps
+    def __init__(self, named: Mapping[str, nn.Parameter], are_kept: bool) -> None:
+        self.are_kept = are_kept
         self.weights = dict(named)
         self.named: dict[str, nn.Parameter] = {
             name: nn.Parameter(weight.detach().float()) if weight.dtype == torch.bfloat16 else weight
@@ -57,7 +57,7 @@ class Rounding:
         part: dict[str, nn.Parameter] = {}
         size = 0
         for name, weight in self.named.items():
-            if part and size + weight.numel() > NUMBERS_AT_ONCE and not self.keeps:
+            if part and size + weight.numel() > NUMBERS_AT_ONCE and not self.are_kept:
                 yield part
                 part, size = {}, 0
             part[name] = weight
@@ -65,18 +65,18 @@ class Rounding:
         yield part
 
     @torch.no_grad()
-    def before(self, part: torch.optim.Optimizer) -> None:
+    def load_gradients(self, part: torch.optim.Optimizer) -> None:
         """Give the stand-ins of `part` their weights' gradients, and where they are not kept, values."""
         for _, weight, stand_in in self._of(part):
-            if not self.keeps:
+            if not self.are_kept:
                 stand_in.data = weight.detach().float()
             stand_in.grad = None if weight.grad is None else weight.grad.float()
 
     @torch.no_grad()
-    def after(self, part: torch.optim.Optimizer, step: int) -> None:
+    def round_into_weights(self, part: torch.optim.Optimizer, step: int) -> None:
         """Round the stand-ins of `part` into their weights."""
         for number, weight, stand_in in self._of(part):
-            if self.keeps:
+            if self.are_kept:
                 weight.copy_(stand_in)
             else:
                 dice = torch.Generator(weight.device)
@@ -86,7 +86,7 @@ class Rounding:
 
     def release(self, part: torch.optim.Optimizer) -> None:
         """Give the memory of stand-ins that are not kept back."""
-        if not self.keeps:
+        if not self.are_kept:
             for _, weight, stand_in in self._of(part):
                 stand_in.data = weight.data
 
@@ -96,17 +96,17 @@ class Rounding:
                 if id(weight) in self._pairs:
                     yield self._pairs[id(weight)]
 
-    def masters(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """The float32 values that are kept, by the weights' names."""
-        if not self.keeps:
+        if not self.are_kept:
             return {}
         return {name: one.detach() for name, one in self.named.items() if one is not self.weights[name]}
 
     @torch.no_grad()
     def load(self, masters: Mapping[str, Tensor]) -> None:
-        """Continue from `masters()`; a weight without an entry is its own master."""
+        """Continue from `state()`; a weight without an entry is its own master."""
         for _, weight, stand_in in self._pairs.values():
             stand_in.data = weight.detach().float()
         for name, value in masters.items():
-            if self.keeps and name in self.named:
+            if self.are_kept and name in self.named:
                 self.named[name].copy_(value)

@@ -12,36 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sfumato.training.distributed.sharding import shards_of
-
-
-def trained(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name, in order; of a divided network, the rows here."""
-    if (shards := shards_of(network)) is not None:
-        return shards.held
-    return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
-
-
-SEEN_IN_A_WINDOW = 100
+UPDATES_PER_WINDOW = 100
 """How often the average sees the weights within 1 / (1 − β) steps, at least."""
-STRIDE = 8
+LONGEST_INTERVAL = 8
 
 
-def stride(step: int, decay: float = 1.0) -> int:
+def update_interval(step: int, decay: float = 1.0) -> int:
     """Steps between two updates of an average around `step`: 1 up to 256, then 2, 4, 8.
 
     An average over many steps hardly changes if it sees every eighth of them, and costs an eighth; a short
     one sees more of its own.
     """
-    wide = 1
-    while wide < STRIDE and step >= 256 * wide and 2 * wide * SEEN_IN_A_WINDOW * (1 - decay) <= 1:
-        wide *= 2
-    return wide
+    interval = 1
+    while (
+        interval < LONGEST_INTERVAL
+        and step >= 256 * interval
+        and 2 * interval * UPDATES_PER_WINDOW * (1 - decay) <= 1
+    ):
+        interval *= 2
+    return interval
 
 
 def last_update_step(step: int, decay: float = 1.0) -> int:
     """The last step at or before `step` at which the average is updated."""
-    return step - step % stride(step, decay)
+    return step - step % update_interval(step, decay)
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -53,14 +47,14 @@ class EMA:
     """Exponential average of a network's trained weights, in float32.
 
     Args:
-        network: its trained parameters are followed; the average starts at their present values.
+        named: the trained parameters, which are followed; the average starts at their present values.
         decay: β, in [0, 1).
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, named: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self._weights = list(trained(network).values())
-        self._names = list(trained(network))
+        self._weights = list(named.values())
+        self._names = list(named)
         self._mean = [weight.detach().float().clone() for weight in self._weights]
 
     @torch.no_grad()
@@ -78,17 +72,17 @@ class EMA:
         """Inside the block the network has the averaged weights; afterwards its own, bit for bit."""
         own = [weight.detach().clone() for weight in self._weights]
         try:
-            self._put(self._mean)
+            self._copy_to_network(self._mean)
             yield
         finally:
-            self._put(own)
+            self._copy_to_network(own)
 
-    def keep(self) -> None:
+    def copy_to_network(self) -> None:
         """Give the network the averaged weights for good."""
-        self._put(self._mean)
+        self._copy_to_network(self._mean)
 
     @torch.no_grad()
-    def _put(self, values: list[Tensor]) -> None:
+    def _copy_to_network(self, values: list[Tensor]) -> None:
         for weight, value in zip(self._weights, values, strict=True):
             weight.copy_(value)
 
@@ -109,11 +103,11 @@ class ScheduleFreeEMA:
     Evaluation mode computes it into the weights; the training weights are put back bit for bit.
 
     Args:
-        parts: the optimizers, in training mode from now on.
+        named: the trained parameters. parts: the optimizers, in training mode from now on.
     """
 
-    def __init__(self, network: nn.Module, parts: Sequence[Any]) -> None:
-        self._named = trained(network)
+    def __init__(self, named: Mapping[str, nn.Parameter], parts: Sequence[Any]) -> None:
+        self._named = named
         self._parts = parts
         for part in parts:
             part.train()
@@ -136,7 +130,7 @@ class ScheduleFreeEMA:
                 for weight, value in zip(self._named.values(), own, strict=True):
                     weight.copy_(value)
 
-    def keep(self) -> None:
+    def copy_to_network(self) -> None:
         """Give the network the averaged weights for good."""
         for part in self._parts:
             part.eval()

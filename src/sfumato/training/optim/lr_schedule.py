@@ -47,13 +47,13 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def factor(name: str, step: int, steps: int, warmup: int) -> float:
+def lr_factor(name: str, step: int, steps: int, warmup_steps: int) -> float:
     """What the learning rate is multiplied by in step `step` (0, 1, …) of `steps`.
 
     Raises:
         Refused: there is no schedule of that name.
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    schedule = SCHEDULES[one_of("schedule", name, SCHEDULES)]
-    return schedule(min(1.0, (step - warmup) / max(1, steps - warmup)))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    schedule = SCHEDULES[one_of("train.lr_schedule", name, SCHEDULES)]
+    return schedule(min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps)))

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused
-from sfumato.training.optim.bf16_weights import Rounding
-from sfumato.training.optim.ema import trained
-from sfumato.training.optim.lr_schedule import factor
-from sfumato.training.optimizers import new_optimizer, spec_of
-from sfumato.training.param_groups import check
+from sfumato.training.optim.bf16_weights import MasterWeights
+from sfumato.training.optim.lr_schedule import lr_factor
+from sfumato.training.optim.optimizers import new_optimizer, spec_of
+from sfumato.training.optim.param_groups import check_lr_multipliers
 from sfumato.training.settings import TrainSettings
 
 FROM_SETTINGS = {"params", "lr", "weight_decay", "initial_lr"}
@@ -23,44 +22,45 @@ FROM_SETTINGS = {"params", "lr", "weight_decay", "initial_lr"}
 
 
 class RunOptimizer:
-    """The optimizer named in the settings, stepping all trained parameters of a network.
+    """The optimizer named in the settings, stepping the trained parameters of a network.
 
+    Args:
+        named: those parameters, as `trained_parameters` gives them.
     Raises:
         Refused: no such optimizer, or what it cannot do. Failed: the network has nothing to train.
     """
 
-    def __init__(self, network: nn.Module, settings: TrainSettings) -> None:
+    def __init__(self, named: Mapping[str, nn.Parameter], settings: TrainSettings) -> None:
         self.settings = settings
-        named = trained(network)
         if not named:
             raise Failed("The network has no parameter that may be trained: every requires_grad is off.")
-        check(named, settings.lr_multipliers)
-        self.rounding: Rounding | None = None
+        check_lr_multipliers(named, settings.lr_multipliers)
+        self.master_weights: MasterWeights | None = None
         if any(weight.dtype == torch.bfloat16 for weight in named.values()):
             if spec_of(settings.optimizer).needs_float32:
                 raise Refused(
                     f'train.optimizer = "{settings.optimizer}" needs weights in float32. Say '
                     'train.weight_dtype = "fp32", or choose adamw, lion, muon or adafactor.'
                 )
-            self.rounding = Rounding(named, keeps=settings.weight_dtype != "bf16")
-            named = self.rounding.named
+            self.master_weights = MasterWeights(named, are_kept=settings.weight_dtype != "bf16")
+            named = self.master_weights.named
         self.names = {id(weight): name for name, weight in named.items()}
-        chunks = [named] if self.rounding is None else self.rounding.chunks()
+        chunks = [named] if self.master_weights is None else self.master_weights.chunks()
         self.parts = [part for chunk in chunks for part in new_optimizer(chunk, settings)]
         self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
-        if self.rounding is not None:
+        if self.master_weights is not None:
             for part in self.parts:
-                self.rounding.release(part)
+                self.master_weights.release(part)
 
     @property
-    def averages(self) -> bool:
+    def keeps_average(self) -> bool:
         """Whether the optimizer itself holds an average, which its evaluation mode shows (schedule-free)."""
         return all(hasattr(part, "train") and hasattr(part, "eval") for part in self.parts)
 
     @property
     def skips_on_device(self) -> bool:
         """Whether a step can be told, without asking the device, to leave the weights alone."""
-        return self.rounding is None and all(
+        return self.master_weights is None and all(
             getattr(part, "_step_supports_amp_scaling", False) for part in self.parts
         )
 
@@ -74,20 +74,20 @@ class RunOptimizer:
             the learning rate of the first group.
         """
         settings = self.settings
-        scale = factor(settings.schedule, step, settings.steps, settings.warmup)
+        scale = lr_factor(settings.lr_schedule, step, settings.steps, settings.warmup_steps)
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * scale
             if skip is not None or excess is not None:
                 part.found_inf, part.grad_scale = skip, excess  # pyright: ignore[reportAttributeAccessIssue]
-            if self.rounding is not None:
-                self.rounding.before(part)
+            if self.master_weights is not None:
+                self.master_weights.load_gradients(part)
             part.step()
             if excess is not None:
                 part.grad_scale = None  # pyright: ignore[reportAttributeAccessIssue]
-            if self.rounding is not None:
-                self.rounding.after(part, step)
-                self.rounding.release(part)
+            if self.master_weights is not None:
+                self.master_weights.round_into_weights(part, step)
+                self.master_weights.release(part)
         return self.parts[0].param_groups[0]["lr"]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,8 +106,8 @@ class RunOptimizer:
             for index, group in enumerate(part.param_groups):
                 own = {key: value.clone() for key, value in group.items() if isinstance(value, Tensor)}
                 tensors |= {f"{number}/group {index}/{key}": value for key, value in own.items()}
-        if self.rounding is not None:
-            tensors |= {f"masters/{name}": value for name, value in self.rounding.masters().items()}
+        if self.master_weights is not None:
+            tensors |= {f"masters/{name}": value for name, value in self.master_weights.state().items()}
         return tensors, rest
 
     @staticmethod
@@ -122,9 +122,11 @@ class RunOptimizer:
 
     def load(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
-        if self.rounding is not None:
+        if self.master_weights is not None:
             masters = {name: value for name, value in tensors.items() if name.startswith("masters/")}
-            self.rounding.load({name.removeprefix("masters/"): value for name, value in masters.items()})
+            self.master_weights.load(
+                {name.removeprefix("masters/"): value for name, value in masters.items()}
+            )
         entries: dict[str, dict[str, Any]] = {}
         for key, value in [*tensors.items(), *rest["values"].items()]:
             owner, _, entry = key.rpartition("/")
@@ -137,5 +139,5 @@ class RunOptimizer:
             for index, group in enumerate(packed["param_groups"]):
                 group |= rest["groups"][number][index] | entries.get(f"{number}/group {index}", {})
             part.load_state_dict(packed)
-            if self.rounding is not None:
-                self.rounding.release(part)
+            if self.master_weights is not None:
+                self.master_weights.release(part)

@@ -17,14 +17,14 @@ from sfumato.run_folder import RunFolder
 from sfumato.training.device import free_bytes
 from sfumato.training.distributed.sharding import Shards
 from sfumato.training.state import checkpoint, sharded_checkpoint
-from sfumato.training.state.checkpoint import Keep, Tensors
+from sfumato.training.state.checkpoint import CheckpointRetention, Tensors
 
 SHARE_OF_MEMORY = 0.4
 """Of the memory that is free, what a copy may take; above it, saving waits instead."""
 
 
 @dataclass
-class Saver:
+class CheckpointWriter:
     """Writes the checkpoints of a run.
 
     Args:
@@ -36,20 +36,20 @@ class Saver:
     background: bool = True
     shards: Shards | None = None
     _pool: ThreadPoolExecutor | None = field(default=None, repr=False)
-    _writing: tuple[int, Keep, Future[Path]] | None = field(default=None, repr=False)
+    _writing: tuple[int, CheckpointRetention, Future[Path]] | None = field(default=None, repr=False)
 
     def save(
         self,
         step: int,
         groups: Mapping[str, Tensors],
         state: Mapping[str, Any],
-        keep: Keep,
-        goes_on: bool = True,
+        keep: CheckpointRetention,
+        has_more_steps: bool = True,
     ) -> None:
         """Save the checkpoint of `step`; what was begun before is finished first.
 
         Args:
-            goes_on: steps follow, so that a copy is worth its memory.
+            has_more_steps: steps follow, so that a copy is worth its memory.
         Raises:
             Failed: the disk has no room for it. Refused: it is not writable.
         """
@@ -57,32 +57,46 @@ class Saver:
         if self.shards is not None:
             self._save_part(self.shards, step, groups, state, keep)
             return
-        if not (self.background and goes_on and has_memory(groups)):
+        if not (self.background and has_more_steps and fits_in_memory(groups)):
             checkpoint.save(self.run, step, groups, state, keep)
             return
         folder = checkpoint.prepare(self.run, step, groups)
-        self._write_beside(step, keep, _written, folder, copied(groups), {"step": step, **state})
+        self._write_beside(step, keep, _written, folder, copy_to_host(groups), {"step": step, **state})
 
     def _save_part(
-        self, shards: Shards, step: int, groups: Mapping[str, Tensors], state: Mapping[str, Any], keep: Keep
+        self,
+        shards: Shards,
+        step: int,
+        groups: Mapping[str, Tensors],
+        state: Mapping[str, Any],
+        keep: CheckpointRetention,
     ) -> None:
         """Save the rows that this process holds; all begin together, and each writes beside its steps."""
         folder, whole = self.run.checkpoint_folder(step), {"step": step, **state}
         sharded_checkpoint.begin(folder, groups, shards.processes)
         mine, firsts = sharded_checkpoint.local_shards(shards, groups)
-        if self.background and has_memory(mine):
+        if self.background and fits_in_memory(mine):
             self._write_beside(
-                step, keep, sharded_checkpoint.write, folder, copied(mine), firsts, whole, shards.processes
+                step,
+                keep,
+                sharded_checkpoint.write,
+                folder,
+                copy_to_host(mine),
+                firsts,
+                whole,
+                shards.processes,
             )
             return
         sharded_checkpoint.write(folder, mine, firsts, whole, shards.processes)
         self._publish(step, keep)
 
-    def _write_beside(self, step: int, keep: Keep, work: Callable[..., Path], *given: Any) -> None:
+    def _write_beside(
+        self, step: int, keep: CheckpointRetention, work: Callable[..., Path], *given: Any
+    ) -> None:
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="save")
         self._writing = step, keep, self._pool.submit(work, *given)
 
-    def _publish(self, step: int, keep: Keep) -> None:
+    def _publish(self, step: int, keep: CheckpointRetention) -> None:
         """Let the run know; of many processes the leading one."""
         if self.shards is None or self.shards.processes.is_rank_zero:
             checkpoint.publish(self.run, step, keep)
@@ -99,7 +113,7 @@ class Saver:
             writing.result()
             self._publish(step, keep)
 
-    def look(self) -> None:
+    def finish_if_written(self) -> None:
         """Finish what is written, without waiting for what is not."""
         if self._writing is not None and self._writing[2].done():
             self.wait()
@@ -121,7 +135,7 @@ def _written(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, An
     return folder
 
 
-def copied(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
+def copy_to_host(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
     """The tensors in host memory, as they are now."""
     return {
         name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
@@ -129,11 +143,11 @@ def copied(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def has_memory(groups: Mapping[str, Tensors]) -> bool:
+def fits_in_memory(groups: Mapping[str, Tensors]) -> bool:
     """Whether a copy of these tensors is small beside the memory that is free."""
-    return is_small(checkpoint.bytes_of(groups))
+    return is_small_copy(checkpoint.bytes_of(groups))
 
 
-def is_small(size: int) -> bool:
+def is_small_copy(size: int) -> bool:
     """Whether so many bytes of host memory may be taken for a copy."""
     return size < SHARE_OF_MEMORY * free_bytes(torch.device("cpu"))

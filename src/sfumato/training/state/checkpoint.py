@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sfumato.errors import Failed
 from sfumato.models.files import heading
-from sfumato.run_folder import RunFolder, atomic_folder, checksum, said_plainly, sweep
+from sfumato.run_folder import RunFolder, atomic_folder, checksum, explain_disk_errors, remove_partial_files
 
 FORMAT = 1
 SHARD_BYTES = 5_000_000_000
@@ -29,7 +29,7 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Keep:
+class CheckpointRetention:
     """Which checkpoints stay.
 
     newest: how many of the newest; every: those of every so many steps as well, 0 for none; best: the step
@@ -51,7 +51,7 @@ def save(
     step: int,
     groups: Mapping[str, Tensors],
     state: Mapping[str, Any],
-    keep: Keep | None = None,
+    keep: CheckpointRetention | None = None,
 ) -> Path:
     """Write the checkpoint of `step` and let older ones go.
 
@@ -66,7 +66,7 @@ def save(
     """
     folder = prepare(run, step, groups)
     write(folder, groups, {"step": step, **state})
-    publish(run, step, keep or Keep())
+    publish(run, step, keep or CheckpointRetention())
     return folder
 
 
@@ -76,20 +76,20 @@ def prepare(run: RunFolder, step: int, groups: Mapping[str, Tensors]) -> Path:
     Raises:
         Failed: the disk has no room for it. Refused: the run folder is not writable.
     """
-    with said_plainly(run.checkpoints):
+    with explain_disk_errors(run.checkpoints):
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        sweep(run.checkpoints)
-    ask_for_room(run.checkpoints, bytes_of(groups))
+        remove_partial_files(run.checkpoints)
+    check_disk_space(run.checkpoints, bytes_of(groups))
     return run.checkpoint_folder(step)
 
 
-def publish(run: RunFolder, step: int, keep: Keep) -> None:
+def publish(run: RunFolder, step: int, keep: CheckpointRetention) -> None:
     """Record a checkpoint that stands in its place, point at the best one, and let older ones go."""
     run.event(
         "checkpoint", step=step, path=run.checkpoint_folder(step).relative_to(run.path).as_posix(), sync=True
     )
     if keep.best and run.checkpoint_folder(keep.best).is_dir():
-        _point(run.checkpoints / "best", run.checkpoint_folder(keep.best).name)
+        _link(run.checkpoints / "best", run.checkpoint_folder(keep.best).name)
     for folder in run.checkpoint_folders()[: -keep.newest]:
         number = int(folder.name.removeprefix("step-"))
         if number != keep.best and not (keep.every and number % keep.every == 0):
@@ -98,7 +98,7 @@ def publish(run: RunFolder, step: int, keep: Keep) -> None:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def _point(link: Path, name: str) -> None:
+def _link(link: Path, name: str) -> None:
     """Make `link` a link to `name` beside it, in one rename; where the disk has no links, leave it out."""
     if link.is_symlink() and str(link.readlink()) == name:
         return
@@ -116,28 +116,30 @@ def write(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any])
         Failed: the disk has no room for it. Refused: it is not writable.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    ask_for_room(folder.parent, bytes_of(groups))
+    check_disk_space(folder.parent, bytes_of(groups))
     with atomic_folder(folder) as beside:
         for group, tensors in groups.items():
             _write_group(beside, group, tensors)
-        write_papers(beside, state, {file.name: proof(file) for file in beside.iterdir()})
+        write_state_and_manifest(
+            beside, state, {file.name: checksum_entry(file) for file in beside.iterdir()}
+        )
 
 
-def proof(file: Path) -> dict[str, Any]:
+def checksum_entry(file: Path) -> dict[str, Any]:
     """What the manifest says of a file, by which damage is seen."""
     return {"sha256": checksum(file), "bytes": file.stat().st_size}
 
 
-def write_papers(folder: Path, state: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+def write_state_and_manifest(folder: Path, state: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     """Write `state.json`, and the manifest of it and of these files."""
-    papers = folder / "state.json"
-    papers.write_text(json.dumps({"format": FORMAT, **state}, indent=1), encoding="utf-8")
-    listed = dict(sorted({**files, papers.name: proof(papers)}.items()))
+    file = folder / "state.json"
+    file.write_text(json.dumps({"format": FORMAT, **state}, indent=1), encoding="utf-8")
+    listed = dict(sorted({**files, file.name: checksum_entry(file)}.items()))
     manifest = json.dumps({"format": FORMAT, "files": listed}, indent=1)
     (folder / "manifest.json").write_text(manifest, encoding="utf-8")
 
 
-def ask_for_room(place: Path, nbytes: int, what: str = "the next checkpoint") -> None:
+def check_disk_space(place: Path, nbytes: int, what: str = "the next checkpoint") -> None:
     """Raises Failed unless the disk of `place` has room for so many bytes."""
     need, free = SPARE_BYTES + nbytes, shutil.disk_usage(place).free
     if free < need:
@@ -167,7 +169,7 @@ def write_file(file: Path, tensors: Tensors, firsts: Mapping[str, list[int]] | N
     """Write one safetensors file; with `firsts`, its tensors are rows of larger ones, which begin there."""
     here: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        here[name] = _alone(tensor, here)
+        here[name] = _unshared(tensor, here)
     try:
         save_file(here, file, None if firsts is None else heading(dict(firsts)))
     except SafetensorError as problem:
@@ -176,7 +178,7 @@ def write_file(file: Path, tensors: Tensors, firsts: Mapping[str, list[int]] | N
         raise
 
 
-def _alone(tensor: Tensor, others: Tensors) -> Tensor:
+def _unshared(tensor: Tensor, others: Tensors) -> Tensor:
     """The tensor in host memory that it shares with none of the others: safetensors would refuse it."""
     here = tensor.detach().cpu().contiguous()
     place = here.untyped_storage().data_ptr()
@@ -184,7 +186,7 @@ def _alone(tensor: Tensor, others: Tensors) -> Tensor:
     return here.clone() if shared and here.numel() else here
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if every byte is as it was written."""
     manifest = folder / "manifest.json"
     try:
@@ -205,7 +207,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def newest_good(run: RunFolder, say: Callable[[str], None] | None = None) -> Path | None:
+def newest_intact(run: RunFolder, say: Callable[[str], None] | None = None) -> Path | None:
     """The newest checkpoint that is whole; None if the run has none yet.
 
     Args:
@@ -216,7 +218,7 @@ def newest_good(run: RunFolder, say: Callable[[str], None] | None = None) -> Pat
     """
     reasons = []
     for folder in reversed(run.checkpoint_folders()):
-        reason = damage(folder)
+        reason = find_damage(folder)
         if reason is None:
             return folder
         reasons.append(reason)
@@ -224,9 +226,9 @@ def newest_good(run: RunFolder, say: Callable[[str], None] | None = None) -> Pat
             say(f"{reason}: {folder.name} is set aside, the checkpoint before it is used.")
             _set_aside(run, folder, reason)
     if reasons or (run.checkpoints.is_dir() and any(run.checkpoints.glob("damaged-*"))):
-        told = reasons[0] if reasons else f"{run.checkpoints} holds only damaged checkpoints"
+        what = reasons[0] if reasons else f"{run.checkpoints} holds only damaged checkpoints"
         raise Failed(
-            f"{told}, and there is no earlier checkpoint to go back to. "
+            f"{what}, and there is no earlier checkpoint to go back to. "
             f"Remove {run.checkpoints} to start again from step 0, or choose another output."
         )
     return None
@@ -238,9 +240,9 @@ def _set_aside(run: RunFolder, folder: Path, reason: str) -> None:
     while place.exists():
         number += 1
         place = folder.with_name(f"damaged-{folder.name}-{number}")
-    with said_plainly(folder):
+    with explain_disk_errors(folder):
         folder.rename(place)
-    run.event("set_aside", file=place.relative_to(run.path).as_posix(), reason=reason, sync=True)
+    run.event("damaged_checkpoint", file=place.relative_to(run.path).as_posix(), reason=reason, sync=True)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def began_in(run: RunFolder) -> str | None:
+def saved_precision(run: RunFolder) -> str | None:
     """The precision of the newest checkpoint that tells it; None before the first."""
     for folder in reversed(run.checkpoint_folders()):
         with suppress(OSError, ValueError, KeyError):  # a damaged one is named when the run goes on

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused
 from sfumato.models import files
-from sfumato.run_folder import RunFolder, sweep
-from sfumato.training.distributed.sharding import shards_of
-from sfumato.training.optim.ema import last_update_step, trained
+from sfumato.run_folder import RunFolder, remove_partial_files
+from sfumato.training.distributed.sharding import shards_of, trained_parameters
+from sfumato.training.optim.ema import last_update_step
 from sfumato.training.state import checkpoint, sharded_checkpoint
 
 LENGTHS = (0.05, 0.10)
@@ -53,11 +53,11 @@ def relative_length(gamma: float) -> float:
     return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
 
 
-class PowerAverages:
+class PosthocEMA:
     """Power-function averages of a network's weights, one for each of `lengths`, in host memory."""
 
     def __init__(self, network: nn.Module, lengths: Sequence[float] = LENGTHS) -> None:
-        self._named, self._shards = trained(network), shards_of(network)
+        self._named, self._shards = trained_parameters(network), shards_of(network)
         self.lengths = tuple(lengths)
         self._gammas = [exponent(length) for length in lengths]
         now = self._now()
@@ -110,7 +110,7 @@ class PowerAverages:
         }
         folder = run.path / "averages" / f"step-{step:06d}"
         if self._shards is None:
-            sweep(folder.parent)
+            remove_partial_files(folder.parent)
             checkpoint.write(folder, groups, {"step": step})
         else:
             sharded_checkpoint.begin(folder, groups, self._shards.processes)
@@ -133,7 +133,7 @@ def _thin(run: RunFolder, newest: int, every: int) -> None:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class EMASnapshot:
     """One average that was written down."""
 
     step: int
@@ -146,14 +146,14 @@ class Snapshot:
         return f"power-{self.length:.3f}"
 
 
-def snapshots(run: RunFolder) -> list[Snapshot]:
+def snapshots(run: RunFolder) -> list[EMASnapshot]:
     """All averages of the run, oldest first."""
     found = []
     for folder in sorted((run.path / "averages").glob("step-*")):
         if match := _FOLDER.fullmatch(folder.name):
             files = folder.glob("power-*.safetensors")
             lengths = {float(file.name.split(".safe")[0].split("-")[1]) for file in files}
-            found += [Snapshot(int(match[1]), length, folder) for length in sorted(lengths)]
+            found += [EMASnapshot(int(match[1]), length, folder) for length in sorted(lengths)]
     return found
 
 
@@ -165,7 +165,7 @@ def inner_product(step: Tensor, gamma: Tensor, other_step: Tensor, other_gamma: 
     return (gamma + 1) * (other_gamma + 1) * ratio**power / ((gamma + other_gamma + 1) * longest)
 
 
-def coefficients(taken: Sequence[Snapshot], step: int, length: float) -> tuple[Tensor, float]:
+def snapshot_weights(taken: Sequence[EMASnapshot], step: int, length: float) -> tuple[Tensor, float]:
     """The weights [n] of the snapshots whose sum is nearest to the average of `length` at `step`.
 
     Returns:
@@ -200,9 +200,9 @@ def reconstruct(run: RunFolder, length: float, step: int | None = None) -> tuple
             "say, to write them every 500 steps."
         )
     for folder in {one.folder for one in taken}:
-        if reason := checkpoint.damage(folder):
+        if reason := checkpoint.find_damage(folder):
             raise Failed(f"{reason}. Remove {folder} to reconstruct from the other averages.")
-    weights, missed = coefficients(taken, step or taken[-1].step, length)
+    weights, missed = snapshot_weights(taken, step or taken[-1].step, length)
     total: dict[str, Tensor] = {}
     for share, one in zip(weights.tolist(), taken, strict=True):
         for name, tensor in files.read(one.folder, one.group).items():

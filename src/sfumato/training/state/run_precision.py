@@ -3,10 +3,10 @@
 import torch
 
 from sfumato.run_folder import RunFolder
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes
 from sfumato.training.precision import PRECISIONS, effective_precision
 from sfumato.training.settings import TrainSettings
-from sfumato.training.state.checkpoint import began_in
+from sfumato.training.state.checkpoint import saved_precision
 
 
 def precision_of(settings: TrainSettings, device: torch.device, run: RunFolder) -> str:
@@ -20,5 +20,5 @@ def precision_of(settings: TrainSettings, device: torch.device, run: RunFolder) 
     """
     found = effective_precision(settings.precision, device, settings.weight_dtype)
     if settings.precision == "auto" and settings.weight_dtype == "fp32":
-        found = began_in(run) or found
-    return PRECISIONS[processes.current().agree(PRECISIONS.index(found))]
+        found = saved_precision(run) or found
+    return PRECISIONS[current_processes().broadcast_number(PRECISIONS.index(found))]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.errors import Failed, Refused
-from sfumato.run_folder import said_plainly, sweep, take_place, write_atomic
+from sfumato.run_folder import explain_disk_errors, move_into_place, remove_partial_files, write_atomic
 from sfumato.training.distributed.processes import Processes
 from sfumato.training.distributed.sharding import Shards
 from sfumato.training.state import checkpoint
@@ -36,17 +36,17 @@ def begin(folder: Path, groups: Mapping[str, Tensors], processes: Processes) -> 
         Failed: the disk has no room for the shares of all. Refused: it may not be written to.
     """
     if processes.is_rank_zero:
-        with said_plainly(folder.parent):
+        with explain_disk_errors(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            sweep(folder.parent)
-            checkpoint.ask_for_room(folder.parent, checkpoint.bytes_of(groups) * processes.count)
+            remove_partial_files(folder.parent)
+            checkpoint.check_disk_space(folder.parent, checkpoint.bytes_of(groups) * processes.count)
             staging_folder(folder).mkdir()
     processes.wait()
 
 
 def local_shards(
     shards: Shards, groups: Mapping[str, Tensors]
-) -> tuple[dict[str, dict[str, Tensor]], "Firsts"]:
+) -> tuple[dict[str, dict[str, Tensor]], "FirstRows"]:
     """What this process writes of these groups: its rows; what is whole is the leading one's to write.
 
     Returns:
@@ -65,13 +65,13 @@ def local_shards(
     return part, firsts
 
 
-Firsts = Mapping[str, Mapping[str, list[int]]]
+FirstRows = Mapping[str, Mapping[str, list[int]]]
 
 
 def write(
     folder: Path,
     groups: Mapping[str, Tensors],
-    firsts: Firsts,
+    firsts: FirstRows,
     state: Mapping[str, Any],
     processes: Processes,
 ) -> Path:
@@ -82,13 +82,13 @@ def write(
     """
     place, number = staging_folder(folder), processes.rank
     try:
-        with said_plainly(place):
+        with explain_disk_errors(place):
             files: dict[str, Any] = {}
             for group, tensors in groups.items():
                 if tensors:
                     file = place / f"{group}-{number + 1:05d}-of-{processes.count:05d}.safetensors"
                     checkpoint.write_file(file, tensors, firsts[group])
-                    files[file.name] = checkpoint.proof(file)
+                    files[file.name] = checkpoint.checksum_entry(file)
             write_atomic(_note(place, number), json.dumps(files))
     except (Failed, Refused) as problem:
         (place / f".failed-{number:05d}").mkdir(exist_ok=True)
@@ -117,6 +117,6 @@ def _finish(folder: Path, state: Mapping[str, Any], count: int) -> None:
     for note in notes:
         files |= json.loads(note.read_bytes())
         note.unlink()
-    with said_plainly(folder):
-        checkpoint.write_papers(place, state, files)
-        take_place(place, folder)
+    with explain_disk_errors(folder):
+        checkpoint.write_state_and_manifest(place, state, files)
+        move_into_place(place, folder)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from sfumato.errors import Refused
 from sfumato.models import files
 from sfumato.settings import plain, saved_settings
-from sfumato.training.distributed.sharding import shards_of
+from sfumato.training.distributed.sharding import shards_of, trained_parameters
 from sfumato.training.optim.bf16_weights import to_bfloat16
-from sfumato.training.optim.ema import EMA, ScheduleFreeEMA, trained
+from sfumato.training.optim.ema import EMA, ScheduleFreeEMA
 from sfumato.training.optim.run_optimizer import RunOptimizer
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state import checkpoint
-from sfumato.training.state.posthoc_ema import PowerAverages
+from sfumato.training.state.posthoc_ema import PosthocEMA
 
 HARMLESS = {
     *("log_every", "save_every", "keep_checkpoints", "keep_every", "keep_best", "save_async", "patience"),
@@ -47,32 +47,33 @@ class TrainState:
         if settings.weight_dtype != "fp32":
             to_bfloat16(network)
         self.shards = shards_of(network)
-        self.optimizer = RunOptimizer(network, settings)
+        named = trained_parameters(network)
+        self.optimizer = RunOptimizer(named, settings)
         self.average: EMA | ScheduleFreeEMA | None = None
-        if self.optimizer.averages:
-            self.average = ScheduleFreeEMA(network, self.optimizer.parts)
+        if self.optimizer.keeps_average:
+            self.average = ScheduleFreeEMA(named, self.optimizer.parts)
         elif settings.ema:
-            self.average = EMA(network, settings.ema)
-        self.powers = PowerAverages(network) if settings.ema_snapshot_every else None
-        self.weights = list(trained(network).values())
+            self.average = EMA(named, settings.ema)
+        self.posthoc_ema = PosthocEMA(network) if settings.ema_snapshot_every else None
+        self.weights = list(named.values())
 
     def update(self, step: int) -> None:
         """Take the weights after `step` updates into the averages."""
         if self.average is not None:
             self.average.update(step)
-        if self.powers is not None:
-            self.powers.update(step)
+        if self.posthoc_ema is not None:
+            self.posthoc_ema.update(step)
 
     def state_dict(self) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
         """What a checkpoint of this moment holds: the tensors of each file, and JSON."""
         buffers = _buffers(self.network)
-        model = {name: weight.detach() for name, weight in trained(self.network).items()}
+        model = {name: weight.detach() for name, weight in trained_parameters(self.network).items()}
         tensors, rest = self.optimizer.state()
         groups: dict[str, Mapping[str, Tensor]] = {"model": {**model, **buffers}, "optimizer": tensors}
         if self.average is not None:
             groups["ema"] = {**self.average.state(), **buffers}
-        if self.powers is not None:
-            groups |= self.powers.groups()
+        if self.posthoc_ema is not None:
+            groups |= self.posthoc_ema.groups()
         return groups, {
             "optimizer": rest,
             "threads": torch.get_num_threads(),
@@ -93,16 +94,16 @@ class TrainState:
         _copy(model, self.network, folder)
         if self.average is not None:
             self.average.load(files.read(folder, "ema", wanted) or model)
-        if self.powers is not None:
-            kept = {group: files.read(folder, group, wanted) for group in self.powers.groups()}
-            self.powers.load({group: tensors or model for group, tensors in kept.items()})
+        if self.posthoc_ema is not None:
+            kept = {group: files.read(folder, group, wanted) for group in self.posthoc_ema.groups()}
+            self.posthoc_ema.load({group: tensors or model for group, tensors in kept.items()})
         if state["settings"]["optimizer"] == self.settings.optimizer:
             self.optimizer.load(files.read(folder, "optimizer", wanted), state["optimizer"])
         return state, self._changed(state)
 
     def _changed(self, state: Mapping[str, Any]) -> list[str]:
         now = asdict(self.settings)
-        harmless = HARMLESS | ({"steps"} if self.settings.schedule == "constant" else set())
+        harmless = HARMLESS | ({"steps"} if self.settings.lr_schedule == "constant" else set())
         changed = [
             f"train.{name} was {was} and is {now[name]}"
             for name, was in saved_settings("train", state["settings"], TrainSettings).items()
@@ -128,7 +129,7 @@ def _copy(tensors: Mapping[str, Tensor], network: nn.Module, folder: Path) -> No
     Raises:
         Refused: names or shapes differ.
     """
-    own = {**trained(network), **_buffers(network)}
+    own = {**trained_parameters(network), **_buffers(network)}
     strange = sorted(own.keys() ^ tensors.keys()) or sorted(
         name for name, tensor in tensors.items() if tensor.shape != own[name].shape
     )

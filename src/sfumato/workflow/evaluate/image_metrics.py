@@ -18,14 +18,14 @@ from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
 from sfumato.theory import noise
 from sfumato.training.objective.reconstruction import to_pixels
-from sfumato.workflow.dataset import Bucket, Pictures, few
-from sfumato.workflow.draw_sizes import draw_in_sizes, square
+from sfumato.workflow.dataset import Bucket, PicturesInMemory, fitting_in_memory
+from sfumato.workflow.draw_sizes import draw_in_sizes, squeeze_to_square
 from sfumato.workflow.train_codec import Progress
 
 MOST_REAL = 2000
 CLOSEST = 8
 CODEC = "codec latents averaged to 4×4, polynomial kernel, subsets of 100"
-Close = tuple[str, Tensor, Tensor, float]
+ClosestMatch = tuple[str, Tensor, Tensor, float]
 """Of a drawn picture most like one training picture: its name, both uint8 [3, H, W], the ratio."""
 
 
@@ -44,8 +44,8 @@ class RealImages:
         captions = {sample.name: sample.captions for sample in samples}
         if not samples:
             return cls([], [], [], captions)
-        found = Pictures(few(list(samples), bucket_of), bucket_of)
-        squares = [square(picture, side) for picture in found.pictures]
+        found = PicturesInMemory(fitting_in_memory(list(samples), bucket_of), bucket_of)
+        squares = [squeeze_to_square(picture, side) for picture in found.pictures]
         return cls(found.names, found.buckets, squares, captions)
 
     @property
@@ -60,7 +60,7 @@ class RealImages:
         return {text: (shape[2], shape[1]) for name, shape in known for text in self.captions[name]}
 
 
-def pictures_measured(
+def measure_images(
     recipe: Recipe,
     model: Pipeline,
     split: dict[str, list[Sample]],
@@ -69,7 +69,7 @@ def pictures_measured(
     seeds: int,
     drawing: dict[str, Any],
     progress: Progress | None,
-) -> tuple[dict[str, Measure], list[tuple[str, Image.Image]], list[Close]]:
+) -> tuple[dict[str, Measure], list[tuple[str, Image.Image]], list[ClosestMatch]]:
     """What needs pictures to be drawn: neighbors, kernel distance, the judge where data has one.
 
     Returns:
@@ -84,23 +84,25 @@ def pictures_measured(
     distances: list[float] = []
     judged: dict[str, list[float]] = {}
     drawn: list[tuple[str, Image.Image]] = []
-    seen: list[Tensor] = []
+    drawn_pixels: list[Tensor] = []
     for seed in range(seeds):
         prompts = _drawn_prompts(captions, samples, seed)
         phase = f"drawing {seed + 1} of {seeds}"
         asked_sizes = [sizes.get(prompt) for prompt in prompts]
         pictures = _draw(model, prompts, seed, drawing, progress, phase, asked_sizes)
         pixels = torch.stack(
-            [square(center_crop_resize(picture, *picture.size), side) for picture in pictures]
+            [squeeze_to_square(center_crop_resize(picture, *picture.size), side) for picture in pictures]
         )
-        seen.append(pixels)
+        drawn_pixels.append(pixels)
         right.append(sum(neighbors.judge(pixels, prompts)) / len(prompts))
         distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
         drawn = drawn or list(zip(prompts, pictures, strict=True))
         if recipe.data.train == "shapes" and unseen.texts:
-            asked = _drawn_prompts(unseen.texts, samples, seed)
-            shown = _draw(model, asked, 7919 + seed, drawing, progress, f"unseen {seed + 1} of {seeds}")
-            for name, value in _judged(shown, asked).items():
+            unseen_prompts = _drawn_prompts(unseen.texts, samples, seed)
+            unseen_drawn = _draw(
+                model, unseen_prompts, 7919 + seed, drawing, progress, f"unseen {seed + 1} of {seeds}"
+            )
+            for name, value in _judged(unseen_drawn, unseen_prompts).items():
                 judged.setdefault(name, []).append(value)
     metrics = {"latent_kernel_distance": mean_with_error(distances, CODEC)} | _floor(
         model, features, unseen, seeds
@@ -111,7 +113,7 @@ def pictures_measured(
         name: _merged(values, samples, "unseen captions, read from pixels") for name, values in judged.items()
     }
     metrics["codec_psnr"] = _reconstruction(model, real.squares[:256])
-    copied, closest = _copies(torch.cat(seen), real, unseen)
+    copied, closest = _copies(torch.cat(drawn_pixels), real, unseen)
     return metrics | copied, drawn, closest
 
 
@@ -124,16 +126,18 @@ def _floor(model: Pipeline, features: Tensor, unseen: RealImages, seeds: int) ->
     return {"latent_kernel_distance_floor": mean_with_error(clean, note)}
 
 
-def _copies(shown: Tensor, real: RealImages, unseen: RealImages) -> tuple[dict[str, Measure], list[Close]]:
+def _copies(
+    drawn: Tensor, real: RealImages, unseen: RealImages
+) -> tuple[dict[str, Measure], list[ClosestMatch]]:
     """How many drawn pictures are nearly a training picture, and the most alike."""
     if len(real.squares) < 3:
         return {}, []
     others = torch.stack(unseen.squares) if len(unseen.squares) > 1 else None
-    learned = measure_memorization(shown, torch.stack(real.squares), others)
+    learned = measure_memorization(drawn, torch.stack(real.squares), others)
     closest = [
         (
             real.names[learned.nearest[at]],
-            shown[at],
+            drawn[at],
             real.squares[learned.nearest[at]],
             learned.ratio[at],
         )

@@ -11,10 +11,10 @@ from sfumato.data.sources.sample import Sample
 from sfumato.evaluation import Measure, mean_with_error
 from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
-from sfumato.workflow.dataset import Bucket, Pictures, few
+from sfumato.workflow.dataset import Bucket, PicturesInMemory, fitting_in_memory
 
 
-def clips_measured(
+def measure_videos(
     recipe: Recipe,
     model: Pipeline,
     samples: list[Sample],
@@ -32,14 +32,14 @@ def clips_measured(
         clips_per_video=data.clips_per_video,
         short_clip_frames=data.short_clip_frames,
     )
-    found = Pictures(few(samples, bucket_of, data.frames)[: 2 * count], bucket_of, how)
+    found = PicturesInMemory(fitting_in_memory(samples, bucket_of, data.frames)[: 2 * count], bucket_of, how)
     captions = {sample.name: sample.captions[0] if sample.captions else "" for sample in samples}
     chosen = [i for i, one in enumerate(found.pictures) if one.shape[1] > 1][:count]
     real = [found.pictures[i].permute(1, 2, 3, 0).numpy() for i in chosen]
     prompts = [captions[found.names[i]] for i in chosen]
-    asked = prompts if model.conditioner.kind != "none" else None
+    texts = prompts if model.conditioner.kind != "none" else None
     seeds = [2_000_003 + i for i in range(len(chosen))]
-    drawn = model.generate(asked, seed=seeds, watch=watch, **drawing) if chosen else []
+    drawn = model.generate(texts, seed=seeds, watch=watch, **drawing) if chosen else []
     ratios = []
     for i in chosen:
         pixels = found.pictures[i][None].to(model.device).float() / 127.5 - 1
@@ -47,13 +47,13 @@ def clips_measured(
         ratios.append(float(10 * torch.log10(4 / (again - pixels).square().mean().clamp_min(1e-12))))
     note = "mean difference of consecutive frames, levels of 255"
     metrics = {
-        "change_drawn": mean_with_error([change(clip) for clip in drawn], f"{note}, drawn clips"),
-        "change_real": mean_with_error([change(clip) for clip in real], f"{note}, training clips"),
+        "change_drawn": mean_with_error([frame_change(clip) for clip in drawn], f"{note}, drawn clips"),
+        "change_real": mean_with_error([frame_change(clip) for clip in real], f"{note}, training clips"),
         "codec_psnr": mean_with_error(ratios, "dB, training clips through the codec and back"),
     }
     return metrics if chosen else {}, list(zip(prompts, drawn, strict=True))
 
 
-def change(clip: np.ndarray) -> float:
+def frame_change(clip: np.ndarray) -> float:
     """Mean |difference| of consecutive frames of a clip [F, H, W, 3]."""
     return float(np.abs(np.diff(clip.astype(np.float32), axis=0)).mean())

@@ -43,8 +43,8 @@ def example_inputs(model: Pipeline, words: str = "") -> tuple[Tensor, Any]:
     if sees:
         given = {name: Image.new("RGB", (side, side), (180, 90, 40)) for name in sees}
         given |= model.codec.pixel_size(shape) if model.conditioner.sizes_images else {}
-    said = ["0"] if kind == "labels" else [f"a picture of a red circle {words}".strip()]
-    prompt = None if kind == "none" else said
+    prompts = ["0"] if kind == "labels" else [f"a picture of a red circle {words}".strip()]
+    prompt = None if kind == "none" else prompts
     condition = model.condition(prompt, **given) if prompt is not None else model.condition()
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(1)), condition
 
@@ -58,7 +58,7 @@ def answers(model: Pipeline, x: Tensor, condition: Any) -> list[Tensor]:
     return [model.predict(x.to(model.dtype), moment, condition).float() for moment in moments]
 
 
-def everything(model: Pipeline, x: Tensor, condition: Any) -> list[Tensor]:
+def answers_and_conditions(model: Pipeline, x: Tensor, condition: Any) -> list[Tensor]:
     """The answers, and what was read before them."""
     read = [tensor.float() for tensor in condition.values() if tensor.is_floating_point()]
     return [*answers(model, x, condition), *read]
@@ -69,7 +69,7 @@ def largest_difference(one: list[Tensor], other: list[Tensor]) -> float:
     return max(float((a - b).abs().max() / a.std().clamp(min=1e-8)) for a, b in zip(one, other, strict=True))
 
 
-def must_agree(ours: list[Tensor], theirs: list[Tensor], where: str) -> float:
+def check_agreement(ours: list[Tensor], theirs: list[Tensor], where: str) -> float:
     """The difference of two answers.
 
     Raises:
@@ -84,7 +84,7 @@ def must_agree(ours: list[Tensor], theirs: list[Tensor], where: str) -> float:
     return difference
 
 
-def reading_alike(fresh: Pipeline, model: Pipeline) -> Pipeline:
+def with_same_prompts(fresh: Pipeline, model: Pipeline) -> Pipeline:
     """The fresh model, its prompts read with the run's options, and asked in the run's theory."""
     if model.trained is not None:
         fresh.retarget(model.theory)

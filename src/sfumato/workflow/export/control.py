@@ -12,7 +12,13 @@ from sfumato.generation import Pipeline, load
 from sfumato.models import Condition
 from sfumato.models.control import ControlledDenoiser, ControlModule, attach, controlnet, ip_adapter
 from sfumato.run_folder import atomic_folder
-from sfumato.workflow.export.compare import Exported, answers, example_inputs, largest_difference, must_agree
+from sfumato.workflow.export.compare import (
+    Exported,
+    answers,
+    check_agreement,
+    example_inputs,
+    largest_difference,
+)
 
 ADAPTER_FILE = "ip-adapter.safetensors"
 
@@ -68,7 +74,7 @@ def _export(
         if model.trained is not None:
             fresh.retarget(model.theory)
         again = Condition({_renamed(name, module): one for name, one in shown.items()}, size=shown.size)
-        difference = must_agree(ours, answers(fresh, x, again), "diffusers")
+        difference = check_agreement(ours, answers(fresh, x, again), "diffusers")
         files = sorted(file.name for file in beside.iterdir())
     return Exported(tuple(out / name for name in files), difference, effect, metadata)
 
@@ -101,5 +107,5 @@ def _load(pipe: Any, folder: Path) -> None:
     try:
         pipe.load_ip_adapter(str(folder), subfolder="", weight_name=ADAPTER_FILE, **{words[flux]: None})
     except (ValueError, RuntimeError, KeyError, OSError) as problem:
-        said = " ".join(str(problem).split())
-        raise Failed(f"diffusers does not load the IP-Adapter that was written: {said}") from problem
+        message = " ".join(str(problem).split())
+        raise Failed(f"diffusers does not load the IP-Adapter that was written: {message}") from problem

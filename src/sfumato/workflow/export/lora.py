@@ -20,11 +20,11 @@ from sfumato.run_folder import atomic_folder
 from sfumato.workflow.export import text_encoders
 from sfumato.workflow.export.compare import (
     Exported,
-    everything,
+    answers_and_conditions,
+    check_agreement,
     example_inputs,
     largest_difference,
-    must_agree,
-    reading_alike,
+    with_same_prompts,
 )
 
 LORA_FILE, DENOISER_FILE = "pytorch_lora_weights.safetensors", "diffusion_model.safetensors"
@@ -51,12 +51,13 @@ def export_lora(
         )
     words = " ".join(word for word, _ in text.tokens)
     x, condition = example_inputs(model, words)
-    ours = everything(model, x, condition)
+    ours = answers_and_conditions(model, x, condition)
     tensors = (
         {"": text_encoders.state_of(adapter.peft_target(model.denoiser), dtype)} if plan is not None else {}
     )
     tensors |= {
-        name: text_encoders.state_of(one, dtype) for name, one in text_encoders.adapted(model).items()
+        name: text_encoders.state_of(one, dtype)
+        for name, one in text_encoders.adapted_encoders(model).items()
     }
     layers, idle = text_encoders.named_layers(tensors)
     effect = effect_of(model, text, words, ours)
@@ -70,28 +71,30 @@ def export_lora(
             write_lora(model, plan or text.lora, tensors, to, beside, info)
         files = sorted(beside.glob("*.safetensors"))
         written = text_encoders.write_words(model, to, beside, info)
-        fresh = reading_alike(load(base), model)
+        fresh = with_same_prompts(load(base), model)
         loader = "diffusers"
         if layers:
             matched = set(layers) - (set() if to == "diffusers" else set(idle))
             loader = load_back(fresh, files, to, matched)
         for file, word in written.items():
             text_encoders.read_words(fresh.origin, file, word)
-        difference = must_agree(ours, everything(fresh, x, example_inputs(fresh, words)[1]), loader)
+        difference = check_agreement(
+            ours, answers_and_conditions(fresh, x, example_inputs(fresh, words)[1]), loader
+        )
         names = sorted(file.name for file in beside.iterdir())
     return Exported(tuple(out / name for name in names), difference, effect, info)
 
 
 def effect_of(model: Pipeline, text: TextPlan, words: str, ours: list[Tensor]) -> float:
     """How far the answers are from those without the adapters; of new words alone, from where they began."""
-    networks = [adapter.peft_target(model.denoiser), *text_encoders.adapted(model).values()]
+    networks = [adapter.peft_target(model.denoiser), *text_encoders.adapted_encoders(model).values()]
     networks = [one for one in networks if adapter.names(one)]
     if not networks:
-        return text_encoders.learned(model, text)
+        return text_encoders.words_learned(model, text)
     for one in networks:
         adapter.scale(one, 0.0)
     x, condition = example_inputs(model, words)
-    effect = largest_difference(everything(model, x, condition), ours)
+    effect = largest_difference(answers_and_conditions(model, x, condition), ours)
     for one in networks:
         adapter.scale(one, 1.0)
     return effect
@@ -110,7 +113,7 @@ def write_lora(
     scale = alpha / plan.rank**0.5 if plan.rslora else alpha / plan.rank
     text = text_encoders.lora_of(model, tensors, to, scale)
     if "" not in tensors:
-        save_sealed(text.tensors, folder / LORA_FILE, {**info, **text.said})
+        save_sealed(text.tensors, folder / LORA_FILE, {**info, **text.metadata})
         return
     for second, part, network in experts(model, tensors[""]):
         config = network.peft_config[adapter.NAME]
@@ -123,7 +126,7 @@ def write_lora(
             prefix = model.denoiser.family.network  # type: ignore[attr-defined]
             described = {**config.to_dict(), "target_modules": sorted(key_conversion.trained(part))}
             packed = {f"{prefix}.{name}": value for name, value in described.items()} | text.config
-            more = {lora_file.METADATA: json.dumps(packed, default=plainly)}
+            more = {lora_file.METADATA: json.dumps(packed, default=as_json)}
             keyed = {f"{prefix}.{name}": tensor for name, tensor in part.items()} | text.tensors
             save_sealed(keyed, folder / LORA_FILE.replace(".", f"{second}."), {**info, **more})
         else:
@@ -132,7 +135,7 @@ def write_lora(
             save_sealed(keyed, folder / "adapter_model.safetensors", info)
 
 
-def plainly(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """A peft setting that JSON does not know."""
     return sorted(value) if isinstance(value, set) else str(value)
 

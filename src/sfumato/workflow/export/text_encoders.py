@@ -31,7 +31,7 @@ class TextLora:
     config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def said(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """The metadata of a file that holds nothing else."""
         import json
 
@@ -47,7 +47,7 @@ def encoders(model: Pipeline) -> dict[str, nn.Module]:
     }
 
 
-def adapted(model: Pipeline) -> dict[str, nn.Module]:
+def adapted_encoders(model: Pipeline) -> dict[str, nn.Module]:
     """Those that carry an adapter."""
     return {name: part for name, part in encoders(model).items() if adapter.names(part)}
 
@@ -58,18 +58,20 @@ def lora_of(model: Pipeline, tensors: Mapping[str, dict[str, Tensor]], to: str, 
     The names are those that every version of diffusers, ComfyUI and kohya reads: with `text_model`.
     """
     found, single = TextLora(), len(encoders(model)) == 1
-    for home, network in adapted(model).items():
+    for home, network in adapted_encoders(model).items():
         parts = key_conversion.trained(tensors[home])
         if to == "diffusers":
             config = {**network.peft_config[adapter.NAME].to_dict()}  # type: ignore[union-attr, index, operator]
             config["target_modules"] = sorted(name.removeprefix("text_model.") for name in parts)
             found.config |= {f"{home}.{name}": value for name, value in config.items()}
-            found.tensors |= {f"{home}.{whole(name)}": tensor for name, tensor in tensors[home].items()}
+            found.tensors |= {
+                f"{home}.{full_layer_name(name)}": tensor for name, tensor in tensors[home].items()
+            }
             continue
         number = home.rpartition("_")[2] if home != "text_encoder" else "1"
         flat = "lora_te_" if single else f"lora_te{number}_"
         for layer, one in parts.items():
-            key = flat + whole(layer).replace(".", "_")
+            key = flat + full_layer_name(layer).replace(".", "_")
             found.tensors[f"{key}.lora_down.weight"] = one["down"].contiguous()
             found.tensors[f"{key}.lora_up.weight"] = one["up"].contiguous()
             found.tensors[f"{key}.alpha"] = torch.tensor(scale * one["down"].shape[0])
@@ -93,7 +95,7 @@ def named_layers(tensors: Mapping[str, dict[str, Tensor]]) -> tuple[list[str], l
     return list(found), sorted(name for name, change in found.items() if not change.acts)
 
 
-def whole(name: str) -> str:
+def full_layer_name(name: str) -> str:
     """A layer's name with the part of it that newer transformers leave out."""
     return name if name.startswith("text_model.") else f"text_model.{name}"
 
@@ -101,17 +103,20 @@ def whole(name: str) -> str:
 # ---------------------------------------------------------------- new words
 
 
-def taught(model: Pipeline) -> dict[str, ExtendedEmbedding]:
+def new_word_tables(model: Pipeline) -> dict[str, ExtendedEmbedding]:
     """The tables with new words, by encoder."""
     tables: dict[str, Any] = {name: one.get_input_embeddings() for name, one in encoders(model).items()}  # type: ignore[operator]
     return {name: table for name, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
 
-def learned(model: Pipeline, plan: TextPlan) -> float:
+def words_learned(model: Pipeline, plan: TextPlan) -> float:
     """How far the new words are from where they began, over their rows' deviation."""
     moved = 0.0
     for name in train_text_encoders.tokenizers_and_encoders(model):
-        table, beginnings = taught(model)[name], train_text_encoders.initial_embeddings(model, name, plan)
+        table, beginnings = (
+            new_word_tables(model)[name],
+            train_text_encoders.initial_embeddings(model, name, plan),
+        )
         for word, _ in plan.tokens:
             began, now = beginnings[word], table.rows()[word]
             moved = max(moved, float((now - began.to(now)).abs().max() / began.std()))
@@ -120,7 +125,7 @@ def learned(model: Pipeline, plan: TextPlan) -> float:
 
 def write_words(model: Pipeline, to: str, folder: Path, info: Mapping[str, str]) -> dict[Path, str]:
     """A file for each new word; returns the words by file."""
-    tables, files = taught(model), {}
+    tables, files = new_word_tables(model), {}
     for word in next(iter(tables.values())).counts if tables else ():
         name = "".join(letter if letter.isalnum() else "-" for letter in word).strip("-") or "word"
         file = folder / f"{name}.safetensors"

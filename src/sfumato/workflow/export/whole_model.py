@@ -14,7 +14,13 @@ from sfumato.models.io.model import plain
 from sfumato.models.lora import adapter
 from sfumato.models.pretrained.pipeline_folder import INDEX
 from sfumato.run_folder import atomic_folder
-from sfumato.workflow.export.compare import Exported, answers, example_inputs, must_agree, reading_alike
+from sfumato.workflow.export.compare import (
+    Exported,
+    answers,
+    check_agreement,
+    example_inputs,
+    with_same_prompts,
+)
 from sfumato.workflow.export.lora import DENOISER_FILE
 
 # ---------------------------------------------------------------- whole weights
@@ -34,12 +40,12 @@ def export_whole(model: Pipeline, to: str, out: Path, info: dict[str, str]) -> E
         with atomic_folder(out) as beside:
             file = beside / DENOISER_FILE
             save_sealed({k: v.contiguous() for k, v in network.state_dict().items()}, file, info)
-            difference = must_agree(ours, answers_reloaded(model, file, x, condition), "its own class")
+            difference = check_agreement(ours, answers_reloaded(model, file, x, condition), "its own class")
         return Exported((out / DENOISER_FILE,), difference, 0.0, info)
     models.save(model, out)
     (out / "sfumato.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
-    fresh = reading_alike(load(out), model)
-    difference = must_agree(ours, answers(fresh, x, condition), "diffusers")
+    fresh = with_same_prompts(load(out), model)
+    difference = check_agreement(ours, answers(fresh, x, condition), "diffusers")
     return Exported((out / INDEX, out / "sfumato.json"), difference, 0.0, info)
 
 

@@ -19,14 +19,13 @@ from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.store.store import Store
 from sfumato.generation import Pipeline
 from sfumato.recipe import Recipe
-from sfumato.training.estimate import memory as planning
 from sfumato.training.estimate import probe
-from sfumato.training.estimate.memory import BESIDE_PRODUCTS
+from sfumato.training.estimate.memory import FORWARD_AND_BACKWARD, NEEDS_VALUES, NON_MATMUL_FACTOR, meta_copy
 from sfumato.training.objective.reconstruction import to_pixels
 from sfumato.workflow import base_images, condition_encoders, train_codec
 from sfumato.workflow.dataset import Bucket
-from sfumato.workflow.encode_samples import encoding_of, is_guided, posterior_of, reader_of
-from sfumato.workflow.planning.step_costs import Step
+from sfumato.workflow.encode_samples import caption_encoder, encoding_of, is_conditional, posterior_encoder
+from sfumato.workflow.planning.step_costs import StepEstimate
 from sfumato.workflow.prepare import ResolvedRecipe
 from sfumato.workflow.preview import SHOWN
 
@@ -54,14 +53,14 @@ class Machine:
 
     def seconds(self, flops: float) -> float:
         """About how long so many operations take."""
-        return BESIDE_PRODUCTS * flops / self.speed
+        return NON_MATMUL_FACTOR * flops / self.speed
 
     def cost(self, work: Callable[[], Any], flops: float) -> PhaseCost:
         """Of one call of `work`, tried if its operations promise that it is short."""
         guess = self.seconds(flops)
         if guess > TRIED_SECONDS:
             return PhaseCost(guess)
-        found = probe.tried(work, self.device)
+        found = probe.measure_call(work, self.device)
         return PhaseCost(found.seconds, found.peak)
 
 
@@ -82,8 +81,8 @@ def phase_costs(
     recipe: Recipe,
     model: Pipeline,
     network: nn.Module,
-    gathered: ResolvedRecipe,
-    step: Step,
+    resolved: ResolvedRecipe,
+    step: StepEstimate,
     home: Path | None,
 ) -> dict[str, PhaseCost]:
     """The cost of each part of the run beside its steps.
@@ -91,18 +90,18 @@ def phase_costs(
     Args:
         home: where the codec is kept that is trained for this data; None if it needs no training.
     """
-    machine = Machine(gathered.device, probe.flops_per_second(device=gathered.device))
-    samples, found = gathered.collection.samples, dict[str, PhaseCost]()
+    machine = Machine(resolved.device, probe.flops_per_second(device=resolved.device))
+    samples, found = resolved.collection.samples, dict[str, PhaseCost]()
     if home is not None and home.exists():
-        model.codec = models.load_codec(home).to(gathered.device).eval()
+        model.codec = models.load_codec(home).to(resolved.device).eval()
     elif home is not None:
         found["codec"] = codec_training(recipe, model.codec, machine)
-    found["encode"] = encoding(recipe, model, samples, gathered.bucket_of, machine)
-    asked = evaluation(network, step, machine)
-    each = asked.seconds / step.samples
-    held_out = len(gathered.collection.with_split("held_out"))
+    found["encode"] = encoding(recipe, model, samples, resolved.bucket_of, machine)
+    one_answer = evaluation(network, step, machine)
+    each = one_answer.seconds / step.samples
+    held_out = len(resolved.collection.with_split("held_out"))
     if seconds := measuring(recipe, held_out, each):
-        found["measure"] = PhaseCost(seconds, asked.peak)
+        found["measure"] = PhaseCost(seconds, one_answer.peak)
     found["draw"] = drawing(recipe, model, bool(held_out), each, machine)
     return found
 
@@ -110,20 +109,20 @@ def phase_costs(
 def codec_training(recipe: Recipe, codec: models.Codec, machine: Machine) -> PhaseCost:
     """Of training the codec first."""
     assert isinstance(codec, models.TrainableCodec)
-    settings, frames = train_codec.settings_of(recipe), recipe.data.frames or 1
-    pixels = _grey(recipe, settings.batch, machine.device)
+    settings, frames = train_codec.codec_train_settings(recipe), recipe.data.frames or 1
+    pixels = _gray_pixels(recipe, settings.batch, machine.device)
     side = recipe.data.resolution
     noise = torch.zeros(settings.batch, *codec.latent_shape(side, side, frames), device=machine.device)
     network = _Again(codec)
     flops = flops_of(network, lambda codec: codec(pixels.to("meta"), noise.to("meta")))
-    guess = machine.seconds(planning.FORWARD_AND_BACKWARD * flops)
+    guess = machine.seconds(FORWARD_AND_BACKWARD * flops)
     if guess > TRIED_SECONDS:
         return PhaseCost(guess * settings.steps)
     found = probe.probe(network, (pixels, noise), settings)
     return PhaseCost(found.seconds * settings.steps, found.peak)
 
 
-def _grey(recipe: Recipe, count: int, device: torch.device) -> Tensor:
+def _gray_pixels(recipe: Recipe, count: int, device: torch.device) -> Tensor:
     side, frames = recipe.data.resolution, recipe.data.frames
     return torch.zeros(count, 3, *([frames] if frames else []), side, side, device=device)
 
@@ -132,8 +131,8 @@ def flops_of(module: nn.Module, work: Callable[[Any], Any]) -> float:
     """Operations of `work(the module without its numbers)`; 0 where it asks for numbers: then it is tried."""
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            work(planning.meta_copy(module))
-    except planning.ASKS_NUMBERS:
+            work(meta_copy(module))
+    except NEEDS_VALUES:
         return 0.0
     return float(counter.get_total_flops())
 
@@ -150,19 +149,19 @@ def encoding(
     work, wanted = _wanted(recipe, model, samples, bucket_of, how)
     seconds, peaks = 0.0, [0]
     if wanted["pictures"]:
-        pixels, encode = to_pixels(_grey(recipe, 1, machine.device)), posterior_of(model)
+        pixels, encode = to_pixels(_gray_pixels(recipe, 1, machine.device)), posterior_encoder(model)
         flops = flops_of(model.codec, lambda codec: codec.distribution(pixels.to("meta", model.dtype)))
         picture = machine.cost(lambda: encode(pixels), flops)
         each = picture.seconds * (1 + recipe.data.flip)
         if work is not None and work.tasks:
-            each += probe.tried(lambda: views.decode(work.tasks[0]), torch.device("cpu")).seconds
+            each += probe.measure_call(lambda: views.decode(work.tasks[0]), torch.device("cpu")).seconds
         seconds, peaks = each * wanted["pictures"], [picture.peak or 0]
-    if wanted["texts"] and not base_images.is_read_beside(model.conditioner):
-        said = [text for one in samples for text in one.captions][:FEW] or [""]
+    if wanted["texts"] and not base_images.encodes_text_with_image(model.conditioner):
+        texts = [text for one in samples for text in one.captions][:FEW] or [""]
         weights = sum(weight.numel() for weight in model.conditioner.parameters())
-        read = reader_of(model)
-        text = machine.cost(lambda: read(said), 2.0 * weights * TOKENS * len(said))
-        seconds += text.seconds / len(said) * wanted["texts"]
+        read = caption_encoder(model)
+        text = machine.cost(lambda: read(texts), 2.0 * weights * TOKENS * len(texts))
+        seconds += text.seconds / len(texts) * wanted["texts"]
         peaks.append(text.peak or 0)
     return PhaseCost(seconds, max(peaks) or None)
 
@@ -171,7 +170,7 @@ def _wanted(
     recipe: Recipe, model: Pipeline, samples: Sequence[Any], bucket_of: Any, how: EncodingOptions
 ) -> tuple[EncodePlan | None, dict[str, int]]:
     """What has to be encoded first: the layout of the work, and how many pictures and texts."""
-    guided = is_guided(model) and not model.conditioner.learns
+    guided = is_conditional(model) and not model.conditioner.learns
     if len(samples) > LOOKED_UP:
         return None, {"pictures": len(samples) * how.use_store, "texts": len(samples) * guided}
     seen = base_images.picture_key(model, recipe.data)
@@ -187,7 +186,7 @@ def _wanted(
     return work, {"pictures": len(keys["pixels"]), "texts": len(keys["text"])}
 
 
-def evaluation(network: nn.Module, step: Step, machine: Machine) -> PhaseCost:
+def evaluation(network: nn.Module, step: StepEstimate, machine: Machine) -> PhaseCost:
     """Of asking the network once, for as many samples as a part of a batch has."""
     if step.forward > TRIED_SECONDS:
         return PhaseCost(step.forward)
@@ -198,7 +197,7 @@ def evaluation(network: nn.Module, step: Step, machine: Machine) -> PhaseCost:
         network(*step.inputs)
         network.train(was_training)
 
-    found = probe.tried(ask, machine.device)
+    found = probe.measure_call(ask, machine.device)
     return PhaseCost(found.seconds, found.peak)
 
 
@@ -206,19 +205,19 @@ def measuring(recipe: Recipe, held_out: int, each: float) -> float:
     """Seconds of all measurements of the loss, an answer for one sample taking `each`."""
     if not (recipe.train.validate_every and held_out):
         return 0.0
-    asked = SPLITS * min(MEASURED, held_out) * LEVELS * (1 + bool(recipe.train.ema))
-    return -(-recipe.train.steps // recipe.train.validate_every) * asked * each
+    answers = SPLITS * min(MEASURED, held_out) * LEVELS * (1 + bool(recipe.train.ema))
+    return -(-recipe.train.steps // recipe.train.validate_every) * answers * each
 
 
 def drawing(recipe: Recipe, model: Pipeline, has_held_out: bool, each: float, machine: Machine) -> PhaseCost:
     """Of all previews."""
-    guided, sample, side = is_guided(model), recipe.sample, recipe.data.resolution
-    shown = len(sample.prompts) or SHOWN * (1 + (guided and has_held_out))
+    guided, sample, side = is_conditional(model), recipe.sample, recipe.data.resolution
+    count = len(sample.prompts) or SHOWN * (1 + (guided and has_held_out))
     shape = model.codec.latent_shape(side, side, recipe.data.frames or 1)
     latents = torch.zeros(1, *shape, device=machine.device, dtype=model.dtype)
     flops = flops_of(model.codec, lambda codec: codec.decode(latents.to("meta")))
     decoded = machine.cost(lambda: model.codec.decode(latents), flops)
-    asked = model.info.get("steps", sample.steps) * (1 + (guided and sample.guidance != 1))
+    evaluations = model.info.get("steps", sample.steps) * (1 + (guided and sample.guidance != 1))
     times = -(-recipe.train.steps // sample.every) if sample.every else 1
-    peak = None if decoded.peak is None else decoded.peak * min(shown, SHOWN)
-    return PhaseCost(times * shown * (asked * each + decoded.seconds), peak)
+    peak = None if decoded.peak is None else decoded.peak * min(count, SHOWN)
+    return PhaseCost(times * count * (evaluations * each + decoded.seconds), peak)

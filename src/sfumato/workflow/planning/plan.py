@@ -16,17 +16,17 @@ from sfumato.generation import as_pipeline
 from sfumato.models.pretrained import token_count
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
-from sfumato.training.distributed.strategy import machine_size
+from sfumato.training.distributed.strategy import processes_per_machine
 from sfumato.training.estimate import fit_memory, probe
-from sfumato.training.estimate import memory as planning
+from sfumato.training.estimate.memory import count_memory, repeated_blocks
 from sfumato.training.precision import effective_precision
 from sfumato.workflow import class_images, control_training
-from sfumato.workflow.checks import check_context
+from sfumato.workflow.checks import check_context_parallel
 from sfumato.workflow.dataset import known_sizes
 from sfumato.workflow.finetune import prepare_trainable
 from sfumato.workflow.planning import phase_costs
 from sfumato.workflow.planning.step_costs import (
-    Step,
+    StepEstimate,
     checkpoint_bytes,
     copies_bytes,
     inputs_of,
@@ -34,8 +34,8 @@ from sfumato.workflow.planning.step_costs import (
     store_bytes,
 )
 from sfumato.workflow.prepare import ResolvedRecipe, resolve_recipe
-from sfumato.workflow.resume import check_resume, content_of
-from sfumato.workflow.train_codec import codec_key, place
+from sfumato.workflow.resume import check_resume, data_fingerprint
+from sfumato.workflow.train_codec import codec_folder, codec_key
 
 COUNTED = 20_000
 
@@ -52,9 +52,9 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     Raises:
         Refused: for whatever training would refuse.
     """
-    gathered = resolve_recipe(recipe)
-    collection, base = gathered.collection, gathered.base
-    check_context(recipe, base, many or started())
+    resolved = resolve_recipe(recipe)
+    collection, base = resolved.collection, resolved.base
+    check_context_parallel(recipe, base, many or started_processes())
     train, held_out = collection.with_split("train"), collection.with_split("held_out")
     found: dict[str, Any] = {
         "samples": len(train),
@@ -62,61 +62,68 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         "captions": len({caption for sample in collection.samples for caption in sample.captions}),
         "set_aside": [{"file": one.file, "reason": one.reason} for one in collection.set_aside],
     }
-    found |= {"tokens": told} if (told := truncation(gathered.conditioner, collection.samples)) else {}
+    found |= {"tokens": cut} if (cut := truncation(resolved.conditioner, collection.samples)) else {}
     frames = recipe.data.frames
     codec = base.codec if base else models.new_codec(recipe.model, recipe.seed, bool(frames))
     model = as_pipeline(
-        base or models.new_model(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
+        base or models.new_model(recipe.model, codec, resolved.conditioner, recipe.seed, frames)
     )
-    control_training.add_from_recipe(model, recipe)
+    control_training.attach_control(model, recipe)
     home = None
     if base is None and models.needs_training(recipe.model, codec):
-        home = place(recipe, codec_key(recipe, train, gathered.bucket_of))
+        home = codec_folder(recipe, codec_key(recipe, train, resolved.bucket_of))
     found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, home)
     network = prepare_trainable(model, recipe)
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
     found["parameters"] = sum(one.numel() for one in network.parameters())
     found["trained_parameters"] = parameters
-    shown = sum(sample.repeat for sample in train)
-    found["steps_per_epoch"] = max(1, round(shown) // recipe.train.batch)
-    if callable(gathered.bucket_of):
-        found["buckets"] = _buckets(recipe, train, gathered.bucket_of)
+    epoch_samples = sum(sample.repeat for sample in train)
+    found["steps_per_epoch"] = max(1, round(epoch_samples) // recipe.train.batch)
+    if callable(resolved.bucket_of):
+        found["buckets"] = _buckets(recipe, train, resolved.bucket_of)
     found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
-    found["device"] = str(gathered.device)
+    found["device"] = str(resolved.device)
     found["precision"] = effective_precision(
-        recipe.train.precision, gathered.device, recipe.train.weight_dtype
+        recipe.train.precision, resolved.device, recipe.train.weight_dtype
     )
-    model.to(gathered.device)
+    model.to(resolved.device)
     captions = [sample.captions for sample in train]
     step = step_cost(
-        recipe, model, captions, network, many or started(), _sizes(recipe, train, gathered.bucket_of)
+        recipe,
+        model,
+        captions,
+        network,
+        many or started_processes(),
+        _sizes(recipe, train, resolved.bucket_of),
     )
     found |= step_report(
-        recipe, step, phase_costs.phase_costs(recipe, model, network, gathered, step, home), gathered.device
+        recipe, step, phase_costs.phase_costs(recipe, model, network, resolved, step, home), resolved.device
     )
-    if class_images.is_asked(recipe):
-        drawn = 0 if gathered.prior else recipe.data.num_class_images
-        found["prior"] = f"{drawn} pictures, drawn once" if drawn else f"{len(gathered.prior)} pictures"
+    if class_images.is_used(recipe):
+        drawn = 0 if resolved.class_images else recipe.data.num_class_images
+        found["prior"] = (
+            f"{drawn} pictures, drawn once" if drawn else f"{len(resolved.class_images)} pictures"
+        )
     store = store_bytes(recipe, len(collection.samples), codec)
     found["store_gb"] = round(store / 1e9, 3)
     found["disk_gb"] = round((store + checkpoint_bytes(recipe, parameters)) / 1e9, 3)
-    return found | _standing(recipe, gathered)
+    return found | _standing(recipe, resolved)
 
 
-def _standing(recipe: Recipe, gathered: ResolvedRecipe) -> dict[str, Any]:
+def _standing(recipe: Recipe, resolved: ResolvedRecipe) -> dict[str, Any]:
     """Where the recipe's run stands, and what was changed since it began."""
     output = Path(recipe.output)
     if not (output / "effective.toml").is_file():
         return {"run": "new"}
     run = RunFolder.open(output)
-    changed = check_resume(run, recipe, content_of(gathered.samples))
+    changed = check_resume(run, recipe, data_fingerprint(resolved.samples))
     folders = run.checkpoint_folders()
     stands = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
     return {"changed": changed, "run": stands}
 
 
 def step_report(
-    recipe: Recipe, step: Step, parts: dict[str, phase_costs.PhaseCost], device: torch.device
+    recipe: Recipe, step: StepEstimate, parts: dict[str, phase_costs.PhaseCost], device: torch.device
 ) -> dict[str, Any]:
     """What a step and the other parts of the run need: memory in GB, and seconds.
 
@@ -129,7 +136,7 @@ def step_report(
     on_host = 0 if device.type == "cuda" else most
     whole = probe.held_bytes(host) + on_host + copies_bytes(recipe, step.numbers)
     return {
-        **step.told,
+        **step.sharing,
         "memory_gb": gigabytes(step.memory.peak),
         "memory": {name: gigabytes(size) for name, size in vars(step.memory).items()},
         "seconds_per_step": round(step.seconds, 3),
@@ -195,12 +202,12 @@ def _sizes(recipe: Recipe, train: list[Sample], bucket_of: Any) -> list[tuple[in
     return [(*fitted(size), *frames) for size in known_sizes(train, bool(frames))]
 
 
-def started() -> int:
+def started_processes() -> int:
     """Processes that torchrun has started; one without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, Any]]:
+def fit_to_memory(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, Any]]:
     """The recipe with what makes a step fit into `size` ("24GB") the fastest way, and why.
 
     Args:
@@ -210,37 +217,37 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
     Raises:
         Refused: nothing fits, or the recipe cannot be used.
     """
-    room = fit_memory.bytes_of(size)
-    gathered, frames = resolve_recipe(recipe), recipe.data.frames
+    room = fit_memory.parse_bytes(size)
+    resolved, frames = resolve_recipe(recipe), recipe.data.frames
     codec = (
-        gathered.base.codec if gathered.base else models.new_codec(recipe.model, recipe.seed, bool(frames))
+        resolved.base.codec if resolved.base else models.new_codec(recipe.model, recipe.seed, bool(frames))
     )
-    built = gathered.base or models.new_model(recipe.model, codec, gathered.conditioner, recipe.seed, frames)
+    built = resolved.base or models.new_model(recipe.model, codec, resolved.conditioner, recipe.seed, frames)
     model = as_pipeline(built)
-    control_training.add_from_recipe(model, recipe)
+    control_training.attach_control(model, recipe)
     network = prepare_trainable(model, recipe)
-    train = gathered.collection.with_split("train")
-    captions, sizes = [sample.captions for sample in train], _sizes(recipe, train, gathered.bucket_of)
-    on_gpu = gathered.device.type == "cuda"
-    processes = many or max(started(), torch.cuda.device_count() if on_gpu else 1)
-    options = fit_memory.Options(
+    train = resolved.collection.with_split("train")
+    captions, sizes = [sample.captions for sample in train], _sizes(recipe, train, resolved.bucket_of)
+    on_gpu = resolved.device.type == "cuda"
+    processes = many or max(started_processes(), torch.cuda.device_count() if on_gpu else 1)
+    options = fit_memory.SearchSpace(
         is_adapter=any(not weight.requires_grad for weight in network.parameters()),
         on_gpu=on_gpu,
-        has_blocks=bool(planning.repeated(network)),
+        has_blocks=bool(repeated_blocks(network)),
         has_8bit=find_spec("bitsandbytes") is not None,
         processes=processes,
         known=frozenset(recipe.values()),
-        within=recipe.train.hsdp_shard_size or machine_size(processes),
+        shard_size=recipe.train.hsdp_shard_size or processes_per_machine(processes),
     )
-    check_context(recipe, gathered.base, processes)
-    within = recipe.train.context_parallel
-    found = fit_memory.ways(
-        lambda count: planning.count(network, inputs_of(recipe, model, captions, count * within, sizes)),
+    check_context_parallel(recipe, resolved.base, processes)
+    group_size = recipe.train.context_parallel
+    found = fit_memory.memory_options(
+        lambda count: count_memory(network, inputs_of(recipe, model, captions, count * group_size, sizes)),
         recipe.train,
         options,
     )
-    way, faster = fit_memory.fit(found, room)
-    told = {
+    way, faster = fit_memory.fastest_fitting(found, room)
+    report = {
         "room_gb": round(room / 1e9, 3),
         "memory_gb": round(way.memory.peak / 1e9, 3),
         "keys": dict(way.keys),
@@ -254,7 +261,7 @@ def fitted(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dict[str, 
         f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in way.keys.items()
     ]
-    return recipe.overridden(words, f"fit {size}"), told
+    return recipe.overridden(words, f"fit {size}"), report
 
 
 def _codec(recipe: Recipe, home: Path | None) -> str:

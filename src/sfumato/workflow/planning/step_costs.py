@@ -17,13 +17,18 @@ from sfumato.models import Condition
 from sfumato.recipe import Recipe
 from sfumato.report.page import duration
 from sfumato.training.device import free_bytes
-from sfumato.training.distributed import processes as distributed_processes
 from sfumato.training.distributed import strategy
-from sfumato.training.distributed.processes import BatchSplit, Processes
-from sfumato.training.estimate import memory as planning
+from sfumato.training.distributed.processes import BatchSplit, Processes, current_processes
 from sfumato.training.estimate import probe
+from sfumato.training.estimate.memory import (
+    FORWARD_AND_BACKWARD,
+    NEEDS_VALUES,
+    NON_MATMUL_FACTOR,
+    MemoryBreakdown,
+    count_memory,
+)
 from sfumato.training.objective.diffusion import DiffusionObjective
-from sfumato.training.optimizers import spec_of
+from sfumato.training.optim.optimizers import spec_of
 from sfumato.training.state import async_checkpoint, checkpoint
 from sfumato.workflow import base_images, control_training, encode_ahead
 
@@ -37,21 +42,21 @@ SAFE = 0.7
 
 
 @dataclass(frozen=True)
-class Step:
+class StepEstimate:
     """What a step costs a process.
 
     inputs: what the network is given for one part of a batch, of so many samples; forward: seconds of one
     forward pass of them, and flops its operations; how: "counted" or "probed"; numbers: how many weights
-    learn; told: of many processes, how they share the run.
+    learn; sharing: of many processes, how they share the run.
     """
 
     inputs: tuple[Any, ...]
     samples: int
-    memory: planning.MemoryBreakdown
+    memory: MemoryBreakdown
     seconds: float
     forward: float
     how: str
-    told: dict[str, Any]
+    sharing: dict[str, Any]
     flops: float = 0.0
     numbers: int = 0
 
@@ -87,8 +92,8 @@ def inputs_of(
 
 def _alike(recipe: Recipe, model: Pipeline, texts: Sequence[str], size: Sequence[int]) -> tuple:
     """What the denoiser is given for samples of one size, one for each text."""
-    told = base_images.example(model, recipe.data, texts).to(model.device, model.dtype)
-    condition = control_training.blank(model, told, recipe.data.resolution)
+    unguided = base_images.example_condition(model, recipe.data, texts).to(model.device, model.dtype)
+    condition = control_training.with_blank_control(model, unguided, recipe.data.resolution)
     latents = torch.zeros(len(texts), *model.codec.latent_shape(*size), device=model.device)
     return latents, torch.full((len(texts),), 500.0, device=model.device), condition
 
@@ -98,7 +103,7 @@ def largest_inputs(objective: DiffusionObjective, recipe: Recipe) -> tuple[Tenso
     encoded = objective.encoded
     shapes = getattr(encoded, "buckets", [()])
     largest = max(range(len(shapes)), key=lambda i: torch.Size(shapes[i]).numel())
-    parts = BatchSplit.of(recipe.train, distributed_processes.current()).parts
+    parts = BatchSplit.of(recipe.train, current_processes()).parts
     batch = encoded.read([largest] * samples_in_memory(recipe, parts), recipe.seed, 0)
     x = batch.latents.to(objective.model.device, torch.float32)
     condition = Condition.stack([dict(row) for row in objective.rows(batch)]).to(x.device, x.dtype)
@@ -111,7 +116,7 @@ def inputs_of_run(
     """What the network of a run is given for one part of a batch: the largest, of a pack all sizes."""
     if not recipe.train.sequence_packing:
         return largest_inputs(objective, recipe)
-    parts = BatchSplit.of(recipe.train, distributed_processes.current()).parts
+    parts = BatchSplit.of(recipe.train, current_processes()).parts
     sizes = [item.bucket for item in train.items]
     return inputs_of(recipe, model, [tuple(train.captions[:1])], samples_in_memory(recipe, parts), sizes)
 
@@ -129,7 +134,7 @@ def step_cost(
     network: nn.Module,
     devices: int = 1,
     sizes: Sequence[Sequence[int]] = (),
-) -> Step:
+) -> StepEstimate:
     """A step's memory and seconds: counted, then probed where a few real ones take seconds.
 
     Of `devices` processes each one's; what they send each other takes time that is not counted.
@@ -139,29 +144,33 @@ def step_cost(
     samples = samples_in_memory(recipe, division.parts)
     inputs = inputs_of(recipe, model, longest_first(captions), samples, sizes)
     mine, speed = len(division.mine), probe.flops_per_second(device=model.device)
-    told: dict[str, Any] = {}
+    sharing: dict[str, Any] = {}
     if devices > 1:
-        told = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"}
+        sharing = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"}
     if recipe.train.context_parallel > 1:
-        told["context"] = f"{recipe.train.context_parallel} processes share each sample"
+        sharing["context"] = f"{recipe.train.context_parallel} processes share each sample"
     try:
-        counted = planning.count(network, inputs)
-    except planning.ASKS_NUMBERS:
+        counted = count_memory(network, inputs)
+    except NEEDS_VALUES:
         found = probe.probe(network, inputs, recipe.train)
-        memory = planning.MemoryBreakdown(*[0] * 6).probed(found.peak)
-        return Step(inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", told)
-    every, within = recipe.values().get("train.gradient_checkpointing", 0), recipe.train.context_parallel
+        memory = MemoryBreakdown(*[0] * 6).probed(found.peak)
+        return StepEstimate(
+            inputs, samples, memory, found.seconds, found.seconds / 3 / mine, "probed", sharing
+        )
+    every, group_size = recipe.values().get("train.gradient_checkpointing", 0), recipe.train.context_parallel
     alone = counted.memory(recipe.train, every)
     again = counted.recomputed_share(every) if every else 0
-    forward = planning.BESIDE_PRODUCTS * counted.flops / speed / within
-    seconds, how = forward * (planning.FORWARD_AND_BACKWARD + again) * mine, "counted"
-    if within == 1 and seconds < PROBED_SECONDS and alone.peak < SAFE * free_bytes(model.device):
+    forward = NON_MATMUL_FACTOR * counted.flops / speed / group_size
+    seconds, how = forward * (FORWARD_AND_BACKWARD + again) * mine, "counted"
+    if group_size == 1 and seconds < PROBED_SECONDS and alone.peak < SAFE * free_bytes(model.device):
         found = probe.probe(network, inputs, recipe.train)
         seconds, how = found.seconds, "probed"
         if not chosen.is_divided:
             alone = alone.probed(found.peak)
     memory = counted.shared(alone, chosen, recipe.train, devices)
-    return Step(inputs, samples, memory, seconds, forward, how, told, counted.flops, counted.numbers)
+    return StepEstimate(
+        inputs, samples, memory, seconds, forward, how, sharing, counted.flops, counted.numbers
+    )
 
 
 def cost_summary(recipe: Recipe, network: nn.Module, inputs: tuple[Any, ...], fresh: bool) -> str:
@@ -173,27 +182,27 @@ def cost_summary(recipe: Recipe, network: nn.Module, inputs: tuple[Any, ...], fr
     Raises:
         Failed: the checkpoints will not fit onto the disk.
     """
-    processes = distributed_processes.current()
+    processes = current_processes()
     division = BatchSplit.of(recipe.train, processes)
     chosen = strategy.choose(recipe.train, network, processes)
     device = next(network.parameters()).device
     trained = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
     disk = checkpoint_bytes(recipe, trained)
     if fresh:
-        checkpoint.ask_for_room(Path(recipe.output), disk, "the run's checkpoints")
+        checkpoint.check_disk_space(Path(recipe.output), disk, "the run's checkpoints")
     words = [f"{trained / 1e6:,.1f} M trained weights", f"{disk / 1e9:.2f} GB of checkpoints"]
     try:
-        counted = planning.count(network, inputs)
-    except planning.ASKS_NUMBERS:
+        counted = count_memory(network, inputs)
+    except NEEDS_VALUES:
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
     alone = counted.memory(recipe.train, recipe.values().get("train.gradient_checkpointing", 0))
     memory = counted.shared(alone, chosen, recipe.train, processes.count)
     speed = probe.flops_per_second(0.05, device=device) * recipe.train.context_parallel
-    forward = planning.BESIDE_PRODUCTS * counted.flops / speed
+    forward = NON_MATMUL_FACTOR * counted.flops / speed
     is_small = forward < MOMENT  # then other things than products take the time
     if is_small and processes.count == 1:
-        forward = probe.tried(lambda: network(*inputs), device).seconds
-    seconds = planning.FORWARD_AND_BACKWARD * len(division.mine) * forward
+        forward = probe.measure_call(lambda: network(*inputs), device).seconds
+    seconds = FORWARD_AND_BACKWARD * len(division.mine) * forward
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
     if processes.count > 1:
         words.append(f"{processes.count} processes, {chosen.name} ({chosen.why})")
@@ -211,7 +220,7 @@ def store_bytes(recipe: Recipe, samples: int, codec: models.Codec) -> float:
     side, data = recipe.data.resolution, recipe.data
     numbers = math.prod(codec.latent_shape(side, side, data.frames or 1))
     each = numbers * (FLOAT + DEVIATION) * (1 + data.flip) * (data.clips_per_video if data.frames else 1)
-    return 0 if data.stream else min(samples * each, encode_ahead.limit_of(recipe))
+    return 0 if data.stream else min(samples * each, encode_ahead.cache_limit_bytes(recipe))
 
 
 def checkpoint_bytes(recipe: Recipe, trained: int) -> int:
@@ -231,4 +240,4 @@ def saved_bytes(recipe: Recipe, trained: int) -> int:
 def copies_bytes(recipe: Recipe, trained: int) -> int:
     """Host memory of the copy that is written beside the steps; 0 where there is no room for one."""
     size = saved_bytes(recipe, trained)
-    return size if recipe.train.save_async and async_checkpoint.is_small(size) else 0
+    return size if recipe.train.save_async and async_checkpoint.is_small_copy(size) else 0

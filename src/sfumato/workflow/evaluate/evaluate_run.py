@@ -12,14 +12,14 @@ from sfumato.recipe import Recipe
 from sfumato.report import run_page
 from sfumato.run_folder import RunFolder
 from sfumato.training import device as devices
-from sfumato.training.loop.loop import to_stderr
+from sfumato.training.loop.loop import print_to_stderr
 from sfumato.training.loop.validation import ValidationLoss
 from sfumato.training.objective.diffusion import DiffusionObjective
-from sfumato.workflow.checks import sizes
-from sfumato.workflow.dataset import material_of
-from sfumato.workflow.encode_samples import encoded_samples, order_of, reader_of
-from sfumato.workflow.evaluate.image_metrics import Close, pictures_measured
-from sfumato.workflow.evaluate.video_metrics import clips_measured
+from sfumato.workflow.checks import choose_sizes
+from sfumato.workflow.dataset import collection_of
+from sfumato.workflow.encode_samples import batch_sampler_of, caption_encoder, encoded_samples
+from sfumato.workflow.evaluate.image_metrics import ClosestMatch, measure_images
+from sfumato.workflow.evaluate.video_metrics import measure_videos
 from sfumato.workflow.train_codec import Progress
 
 LEVEL_SAMPLES = 128
@@ -36,7 +36,7 @@ class Evaluation:
     metrics: dict[str, Measure]
     by_level: dict[str, list[dict[str, float]]]
     drawn: list[tuple[str, Any]]
-    closest: list[Close] = field(default_factory=list)
+    closest: list[ClosestMatch] = field(default_factory=list)
 
 
 def evaluate(
@@ -47,7 +47,7 @@ def evaluate(
     guidance: float | None = None,
     device: str = "auto",
     progress: Progress | None = None,
-    say: Callable[[str], None] = to_stderr,
+    say: Callable[[str], None] = print_to_stderr,
 ) -> Evaluation:
     """Measure a run's newest averaged weights; the numbers also go into the run's record and page.
 
@@ -59,14 +59,14 @@ def evaluate(
     Raises:
         Refused: it is no run, or has not trained yet.
     """
-    run = run_of(Path(folder))
+    run = run_containing(Path(folder))
     recipe = Recipe.read(run.path)
     model = load(folder, device=str(devices.resolve(device)))
-    collection = material_of(recipe)
-    bucket_of = sizes(recipe, collection.samples, model.codec, model)
+    collection = collection_of(recipe)
+    bucket_of = choose_sizes(recipe, collection.samples, model.codec, model)
     encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress)
     step = step_of(run, Path(folder), model)
-    order = order_of(recipe, encoded.with_split("train"))
+    order = batch_sampler_of(recipe, encoded.with_split("train"))
     objective = DiffusionObjective(
         model,
         encoded.with_split("train"),
@@ -74,14 +74,14 @@ def evaluate(
         recipe.train,
         recipe.seed,
         0.0,
-        read_text=reader_of(model) if model.conditioner.learns else None,
+        read_text=caption_encoder(model) if model.conditioner.learns else None,
     )
     loss = ValidationLoss(
         objective, encoded.with_split("held_out"), encoded.with_split("train"), run, samples=LEVEL_SAMPLES
     )
     metrics: dict[str, Measure] = {}
     by_level: dict[str, list[dict[str, float]]] = {}
-    for split, indices in loss.chosen.items():
+    for split, indices in loss.indices.items():
         if indices:
             found = loss.measure(loss.sets[split], indices)
             by_level[split] = [vars(level) for level in found.by_level]
@@ -90,11 +90,11 @@ def evaluate(
             )
     drawing = {"steps": steps, "guidance": guidance}
     split = {name: collection.with_split(name) for name in ("train", "held_out")}
-    closest: list[Close] = []
+    closest: list[ClosestMatch] = []
     if recipe.data.frames:
-        painted, drawn = clips_measured(recipe, model, split["train"], bucket_of, samples, drawing)
+        painted, drawn = measure_videos(recipe, model, split["train"], bucket_of, samples, drawing)
     else:
-        painted, drawn, closest = pictures_measured(
+        painted, drawn, closest = measure_images(
             recipe, model, split, bucket_of, samples, seeds, drawing, progress
         )
     metrics |= painted
@@ -103,7 +103,7 @@ def evaluate(
     return Evaluation(step, metrics, by_level, drawn, closest)
 
 
-def run_of(path: Path) -> RunFolder:
+def run_containing(path: Path) -> RunFolder:
     """The run a path is, or lies in.
 
     Raises:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from test_training_packed import Encoded, network
+from test_training_sequence_packing import Encoded, network
 from torch import Tensor, nn
 
 from closeness import APART, apart
@@ -16,8 +16,13 @@ from sfumato.models.networks import blocks
 from sfumato.run_folder import RunFolder
 from sfumato.theory import get
 from sfumato.training.distributed import context_parallel
-from sfumato.training.distributed import processes as distributed_processes
-from sfumato.training.distributed.processes import BatchSplit, Gradients, Processes
+from sfumato.training.distributed.processes import (
+    BatchSplit,
+    Gradients,
+    Processes,
+    current_processes,
+    run_folder_of_rank,
+)
 from sfumato.training.loop.loop import fit
 from sfumato.training.loop.validation import ValidationLoss
 from sfumato.training.objective.diffusion import DiffusionObjective
@@ -47,10 +52,10 @@ def objective(kind: str, settings: TrainSettings) -> DiffusionObjective:
 def gradients(kind: str, within: int) -> dict[str, Tensor]:
     """The loss and gradients of one step, summed over the processes as the loop sums them."""
     settings = TrainSettings(batch=4, context_parallel=within, **WORLDS[kind][2])
-    one, processes = objective(kind, settings), distributed_processes.current()
+    one, processes = objective(kind, settings), current_processes()
     named = dict(one.model.denoiser.named_parameters())
     sums, division = Gradients(list(named.values()), processes, False), BatchSplit.of(settings, processes)
-    with context_parallel.shared(one.model.denoiser, settings, processes):
+    with context_parallel.enabled_for_training(one.model.denoiser, settings, processes):
         for part in division.mine:
             losses = one.losses(1, part, division.parts)
             share = losses.per_sample.sum() / losses.of
@@ -63,7 +68,7 @@ def gradients(kind: str, within: int) -> dict[str, Tensor]:
 def _keep(folder: Path, within: int) -> None:
     for kind in WORLDS:
         found = gradients(kind, within)
-        if distributed_processes.current().is_rank_zero:
+        if current_processes().is_rank_zero:
             save_file(found, folder / f"{kind}.safetensors")
 
 
@@ -79,12 +84,12 @@ def test_losses_and_gradients_are_those_of_one_process(count, tmp_path):
 
 def _train(folder: Path, within: int, steps: int, changes: dict[str, object]) -> None:
     settings = TrainSettings(
-        steps=steps, batch=4, context_parallel=within, warmup=1, save_every=100, ema=0.9, validate_every=4,
-        learning_rate=1e-3, **changes,
+        steps=steps, batch=4, context_parallel=within, warmup_steps=1, save_every=100, ema=0.9,
+        validate_every=4, learning_rate=1e-3, **changes,
     )  # fmt: skip
     one = objective("clips", settings)
-    with distributed_processes.current().first():
-        run = distributed_processes.own_view(RunFolder.create(folder))
+    with current_processes().first():
+        run = run_folder_of_rank(RunFolder.create(folder))
     measure = ValidationLoss(one, Encoded([CLIP] * 3), one.encoded, run, samples=3, levels=2, batch=2)
     fit(one, one.model.denoiser, settings, run, 3, held_out=measure, say=lambda _: None)
 

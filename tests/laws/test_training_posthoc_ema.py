@@ -8,7 +8,7 @@ from sfumato.errors import Failed, Refused
 from sfumato.run_folder import RunFolder
 from sfumato.training.state import posthoc_ema
 from sfumato.training.state.posthoc_ema import (
-    PowerAverages,
+    PosthocEMA,
     Snapshot,
     coefficients,
     exponent,
@@ -32,7 +32,7 @@ def test_a_reconstructed_average_is_the_one_that_would_have_been_kept(tmp_path, 
     """Law: on a random walk of weights, reconstruction and direct average agree."""
     torch.manual_seed(0)
     network = torch.nn.Linear(20, 20)
-    kept, direct = PowerAverages(network), PowerAverages(network, [length])
+    kept, direct = PosthocEMA(network), PosthocEMA(network, [length])
     run = RunFolder.create(tmp_path / "run")
     for step in range(1, 401):
         with torch.no_grad():
@@ -81,7 +81,7 @@ def test_the_weights_of_a_snapshot_itself_are_one():
 
 def test_few_snapshots_stay_evenly_spread(tmp_path):
     run = RunFolder.create(tmp_path / "run")
-    averages = PowerAverages(torch.nn.Linear(2, 2))
+    averages = PosthocEMA(torch.nn.Linear(2, 2))
     for step in range(1, 131):
         averages.update(step)
         if step % 5 == 0:
@@ -95,7 +95,7 @@ def test_an_average_that_sees_fewer_steps_is_nearly_the_one_that_sees_all():
     """Law: the stride costs less than a hundredth of what the average smooths away."""
     torch.manual_seed(1)
     network = torch.nn.Linear(8, 8)
-    kept, (gamma,) = PowerAverages(network, [0.1]), [exponent(0.1)]
+    kept, (gamma,) = PosthocEMA(network, [0.1]), [exponent(0.1)]
     mean = torch.zeros(8, 8)
     for step in range(1, 2001):
         with torch.no_grad():

@@ -2,60 +2,49 @@
 
 A recipe takes the weights by name and the settings, and gives the list of optimizers that together step
 all of them. PyTorch's own where it has one, else pytorch-optimizer's, bitsandbytes' for states of 8 bits
-and states that move to host memory. The table is all that settings, memory and processes ask of an optimizer;
-torch is imported by the recipes alone, so that a run's recipe is read without it.
+and states that move to host memory. The table is all that memory and processes ask of an optimizer.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+
+import torch
 
 from sfumato.errors import Refused, one_of
-from sfumato.training.param_groups import grouped
+from sfumato.training.optim.lion import Lion
+from sfumato.training.optim.param_groups import param_groups
+from sfumato.training.settings import TrainSettings
 from sfumato.user_code import is_user_code, load_user_object
 
-if TYPE_CHECKING:
-    import torch
-
-    from sfumato.training.settings import TrainSettings
-
-Named: TypeAlias = "Mapping[str, torch.Tensor]"
-Optimizers: TypeAlias = "list[torch.optim.Optimizer]"
+Named = Mapping[str, torch.Tensor]
+Optimizers = list[torch.optim.Optimizer]
 BETAS = (0.9, 0.99)
 
 
 def adamw(named: Named, settings: TrainSettings) -> Optimizers:
     """AdamW in one fused kernel (arXiv:1711.05101)."""
-    import torch
-
-    return [torch.optim.AdamW(grouped(named, settings), lr=settings.learning_rate, betas=BETAS, fused=True)]
+    return [
+        torch.optim.AdamW(param_groups(named, settings), lr=settings.learning_rate, betas=BETAS, fused=True)
+    ]
 
 
 def adafactor(named: Named, settings: TrainSettings) -> Optimizers:
     """Adafactor: the second moment of a matrix as a row and a column (arXiv:1804.04235)."""
-    import torch
-
-    return [torch.optim.Adafactor(grouped(named, settings), lr=settings.learning_rate)]
+    return [torch.optim.Adafactor(param_groups(named, settings), lr=settings.learning_rate)]
 
 
 def lion(named: Named, settings: TrainSettings) -> Optimizers:
     """Lion; it wants a learning rate three to ten times below AdamW's."""
-    from sfumato.training.lion import Lion
-
-    return [Lion(grouped(named, settings), lr=settings.learning_rate)]
+    return [Lion(param_groups(named, settings), lr=settings.learning_rate)]
 
 
 def muon(named: Named, settings: TrainSettings) -> Optimizers:
     """Muon for matrices, scaled to AdamW's learning rates (arXiv:2502.16982); AdamW for the rest."""
-    import torch
-
     parts: Optimizers = []
     matrices = {name: weight for name, weight in named.items() if weight.ndim == 2}
     others = {name: weight for name, weight in named.items() if weight.ndim != 2}
     if matrices:
-        groups = grouped(matrices, settings)
+        groups = param_groups(matrices, settings)
         parts.append(torch.optim.Muon(groups, lr=settings.learning_rate, adjust_lr_fn="match_rms_adamw"))
     if others:
         parts += adamw(others, settings)
@@ -64,25 +53,27 @@ def muon(named: Named, settings: TrainSettings) -> Optimizers:
 
 def prodigy(named: Named, settings: TrainSettings) -> Optimizers:
     """Prodigy finds its own step size (arXiv:2306.06101); say learning_rate = 1."""
-    made = _from("pytorch_optimizer", "Prodigy")
+    made = _imported("pytorch_optimizer", "Prodigy")
     decay = settings.weight_decay
-    return [made(grouped(named, settings), lr=settings.learning_rate, weight_decay=decay)]
+    return [made(param_groups(named, settings), lr=settings.learning_rate, weight_decay=decay)]
 
 
 def schedule_free(named: Named, settings: TrainSettings) -> Optimizers:
     """AdamW that averages as it goes instead of decaying (arXiv:2405.15682); its average is drawn with."""
-    made = _from("pytorch_optimizer", "ScheduleFreeAdamW")
-    return [made(grouped(named, settings), lr=settings.learning_rate, betas=BETAS)]
+    made = _imported("pytorch_optimizer", "ScheduleFreeAdamW")
+    return [made(param_groups(named, settings), lr=settings.learning_rate, betas=BETAS)]
 
 
 def came(named: Named, settings: TrainSettings) -> Optimizers:
     """CAME: Adafactor's memory with a confidence for each step (arXiv:2307.02047)."""
-    return [_from("pytorch_optimizer", "CAME")(grouped(named, settings), lr=settings.learning_rate)]
+    return [_imported("pytorch_optimizer", "CAME")(param_groups(named, settings), lr=settings.learning_rate)]
 
 
 def ademamix(named: Named, settings: TrainSettings) -> Optimizers:
     """AdEMAMix: AdamW with a second, slow momentum (arXiv:2409.03137)."""
-    return [_from("pytorch_optimizer", "AdEMAMix")(grouped(named, settings), lr=settings.learning_rate)]
+    return [
+        _imported("pytorch_optimizer", "AdEMAMix")(param_groups(named, settings), lr=settings.learning_rate)
+    ]
 
 
 def _bits_and_bytes(kind: str) -> Callable[[Named, TrainSettings], Optimizers]:
@@ -95,8 +86,8 @@ def _bits_and_bytes(kind: str) -> Callable[[Named, TrainSettings], Optimizers]:
                 f"A paged optimizer moves its state between GPU and host memory; this run is on {device}. "
                 "Choose train.optimizer = adamw or adamw-8bit, or a machine with a GPU."
             )
-        made = _from("bitsandbytes.optim", kind)
-        groups = grouped(named, settings)
+        made = _imported("bitsandbytes.optim", kind)
+        groups = param_groups(named, settings)
         if kind.startswith("Lion"):
             return [made(groups, lr=settings.learning_rate, betas=BETAS)]
         return [made(groups, lr=settings.learning_rate, betas=BETAS, eps=1e-8)]
@@ -104,7 +95,7 @@ def _bits_and_bytes(kind: str) -> Callable[[Named, TrainSettings], Optimizers]:
     return recipe
 
 
-def _from(module: str, name: str) -> Callable[..., torch.optim.Optimizer]:
+def _imported(module: str, name: str) -> Callable[..., torch.optim.Optimizer]:
     package = module.partition(".")[0]
     installed = package.replace("_", "-")
     try:
@@ -152,23 +143,23 @@ class OptimizerSpec:
         return 4 * (2 + self.states_on_device + (not self.keeps_average))
 
 
-TORCH, BNB = "pytorch_optimizer", "bitsandbytes"
+PYTORCH_OPTIMIZER, BITSANDBYTES = "pytorch_optimizer", "bitsandbytes"
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": OptimizerSpec(adamw, is_elementwise=True),
     "adafactor": OptimizerSpec(adafactor, states=0.01),
     "lion": OptimizerSpec(lion, states=1, temporary=1, is_elementwise=True),
     "muon": OptimizerSpec(muon, states=1),
-    "prodigy": OptimizerSpec(prodigy, states=4, needs_float32=True, package=TORCH),
+    "prodigy": OptimizerSpec(prodigy, states=4, needs_float32=True, package=PYTORCH_OPTIMIZER),
     "schedule-free": OptimizerSpec(
-        schedule_free, is_elementwise=True, keeps_average=True, needs_float32=True, package=TORCH
+        schedule_free, is_elementwise=True, keeps_average=True, needs_float32=True, package=PYTORCH_OPTIMIZER
     ),
-    "came": OptimizerSpec(came, states=1.01, package=TORCH),
-    "ademamix": OptimizerSpec(ademamix, states=3, is_elementwise=True, package=TORCH),
-    "adamw-8bit": OptimizerSpec(_bits_and_bytes("AdamW8bit"), states=0.52, package=BNB),
-    "lion-8bit": OptimizerSpec(_bits_and_bytes("Lion8bit"), states=0.26, package=BNB),
-    "adamw-paged": OptimizerSpec(_bits_and_bytes("PagedAdamW32bit"), is_paged=True, package=BNB),
+    "came": OptimizerSpec(came, states=1.01, package=PYTORCH_OPTIMIZER),
+    "ademamix": OptimizerSpec(ademamix, states=3, is_elementwise=True, package=PYTORCH_OPTIMIZER),
+    "adamw-8bit": OptimizerSpec(_bits_and_bytes("AdamW8bit"), states=0.52, package=BITSANDBYTES),
+    "lion-8bit": OptimizerSpec(_bits_and_bytes("Lion8bit"), states=0.26, package=BITSANDBYTES),
+    "adamw-paged": OptimizerSpec(_bits_and_bytes("PagedAdamW32bit"), is_paged=True, package=BITSANDBYTES),
     "adamw-8bit-paged": OptimizerSpec(
-        _bits_and_bytes("PagedAdamW8bit"), states=0.52, is_paged=True, package=BNB
+        _bits_and_bytes("PagedAdamW8bit"), states=0.52, is_paged=True, package=BITSANDBYTES
     ),
 }
 
@@ -180,13 +171,13 @@ def spec_of(name: str) -> OptimizerSpec:
         Refused: unknown.
     """
     if is_user_code(name):
-        return OptimizerSpec(_own, is_elementwise=True)
-    return OPTIMIZERS[one_of("optimizer", name, OPTIMIZERS)]
+        return OptimizerSpec(_user_optimizer, is_elementwise=True)
+    return OPTIMIZERS[one_of("train.optimizer", name, OPTIMIZERS)]
 
 
-def _own(named: Named, settings: TrainSettings) -> Optimizers:
+def _user_optimizer(named: Named, settings: TrainSettings) -> Optimizers:
     """A user's own, which is called with (parameter groups, lr=…)."""
-    return [load_user_object(settings.optimizer)(grouped(named, settings), lr=settings.learning_rate)]
+    return [load_user_object(settings.optimizer)(param_groups(named, settings), lr=settings.learning_rate)]
 
 
 def new_optimizer(named: Named, settings: TrainSettings) -> Optimizers:

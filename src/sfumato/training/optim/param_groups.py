@@ -4,24 +4,20 @@ Matrices decay, vectors do not. `train.lr_multipliers = {"blocks.*.modulation.*"
 multiplies the learning rate of the weights whose names match; the first pattern that matches counts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from sfumato.errors import Refused
+from sfumato.training.settings import TrainSettings
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sfumato.training.settings import TrainSettings
-
-Groups = list[dict[str, Any]]
+ParamGroups = list[dict[str, Any]]
 
 
-def check(named: Mapping[str, Any], multipliers: Mapping[str, float]) -> None:
+def check_lr_multipliers(named: Mapping[str, Any], multipliers: Mapping[str, float]) -> None:
     """Refuse a pattern of `train.lr_multipliers` that matches no trained weight."""
     for pattern in multipliers:
         if not any(fnmatchcase(name, pattern) for name in named):
@@ -32,7 +28,7 @@ def check(named: Mapping[str, Any], multipliers: Mapping[str, float]) -> None:
             )
 
 
-def grouped(named: Mapping[str, Tensor], settings: TrainSettings) -> Groups:
+def param_groups(named: Mapping[str, Tensor], settings: TrainSettings) -> ParamGroups:
     """The parameter groups of these weights: by whether they decay (two axes or more) and by their rate."""
     found: dict[tuple[bool, float], dict[str, Any]] = {}
     for name, weight in named.items():

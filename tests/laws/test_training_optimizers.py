@@ -10,12 +10,14 @@ from training_world import fingerprint, make, train
 from sfumato.errors import Refused
 from sfumato.run_folder import RunFolder
 from sfumato.settings import Table
+from sfumato.training import settings as train_settings
+from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.optim import ema
 from sfumato.training.optim.bf16_weights import round_stochastically
 from sfumato.training.optim.ema import EMA, decay_at
-from sfumato.training.optim.lr_schedule import SCHEDULES, factor
+from sfumato.training.optim.lr_schedule import SCHEDULES, lr_factor
+from sfumato.training.optim.optimizers import OPTIMIZERS, spec_of
 from sfumato.training.optim.run_optimizer import RunOptimizer
-from sfumato.training.optimizers import OPTIMIZERS, spec_of
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state.train_state import TrainState
 
@@ -32,6 +34,11 @@ def available(name: str) -> str:
     return name
 
 
+def test_a_recipe_may_name_every_optimizer_of_the_table():
+    """Law: settings list the names without torch; the table has the same ones, in the same order."""
+    assert tuple(OPTIMIZERS) == train_settings.OPTIMIZERS
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.precisions("fp32", "bf16")
 def test_every_optimizer_learns_and_resumes_to_the_bit(tmp_path, name: str):
@@ -45,7 +52,7 @@ def test_every_optimizer_learns_and_resumes_to_the_bit(tmp_path, name: str):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_goes_down(name: str):
     _, network, settings = make(optimizer=available(name), learning_rate=RATES.get(name, 1e-2), steps=40)
-    optimizer = RunOptimizer(network, settings)
+    optimizer = RunOptimizer(trained_parameters(network), settings)
     goal = {name: weight.detach().clone() + 0.3 for name, weight in network.state_dict().items()}
     losses = []
     for step in range(40):
@@ -64,8 +71,8 @@ def stepped(name: str, weight: torch.Tensor, gradients: list[torch.Tensor]) -> R
     network = torch.nn.Linear(*weight.T.shape, bias=False)
     network.weight.data.copy_(weight)
     rate = RATES.get(name, 1e-2)
-    settings = TrainSettings(optimizer=name, learning_rate=rate, warmup=0, steps=100, ema=0)
-    optimizer = RunOptimizer(network, settings)
+    settings = TrainSettings(optimizer=name, learning_rate=rate, warmup_steps=0, steps=100, ema=0)
+    optimizer = RunOptimizer(trained_parameters(network), settings)
     for step, gradient in enumerate(gradients):
         network.weight.grad = gradient.clone()
         optimizer.step(step)
@@ -99,7 +106,7 @@ def test_an_elementwise_optimizer_moves_rows_alone_as_it_moves_the_matrix(name: 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_averages_by_itself_if_it_is_said_to(name: str):
-    assert stepped(available(name), *drawn(1, 4, 4), []).averages == OPTIMIZERS[name].keeps_average
+    assert stepped(available(name), *drawn(1, 4, 4), []).keeps_average == OPTIMIZERS[name].keeps_average
 
 
 def test_of_ones_own_optimizer_is_known_what_most_have_in_common():
@@ -112,24 +119,24 @@ def test_of_ones_own_optimizer_is_known_what_most_have_in_common():
 def test_a_missing_package_is_named():
     _, network, settings = make(optimizer="prodigy")
     with pytest.raises(Refused, match="pip install pytorch-optimizer"):
-        RunOptimizer(network, settings)
+        RunOptimizer(trained_parameters(network), settings)
 
 
 def test_matrices_decay_and_vectors_do_not():
     _, network, settings = make(weight_decay=0.5)
-    groups = RunOptimizer(network, settings).parts[0].param_groups
+    groups = RunOptimizer(trained_parameters(network), settings).parts[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert {weight.ndim for weight in groups[1]["params"]} == {1}
 
 
 def test_a_weight_learns_at_the_rate_of_the_first_pattern_it_matches():
     _, network, settings = make(lr_multipliers=Table({"first.*": 0.5, "*.bias": 0.0}), learning_rate=1e-2)
-    optimizer = RunOptimizer(network, settings)
+    optimizer = RunOptimizer(trained_parameters(network), settings)
     names = optimizer.names
     rates = {names[id(w)]: group["lr"] for group in optimizer.parts[0].param_groups for w in group["params"]}
     assert rates == {"first.weight": 5e-3, "first.bias": 5e-3, "second.weight": 1e-2, "second.bias": 0.0}
     with pytest.raises(Refused, match=r"frist.*first"):
-        RunOptimizer(network, make(lr_multipliers=Table({"frist.*": 0.5}))[2])
+        RunOptimizer(trained_parameters(network), make(lr_multipliers=Table({"frist.*": 0.5}))[2])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -137,7 +144,7 @@ def test_a_weight_learns_at_the_rate_of_the_first_pattern_it_matches():
 def test_a_paged_optimizer_is_refused_where_there_is_no_gpu(name: str):
     _, network, settings = make(optimizer=name)
     with pytest.raises(Refused, match="GPU"):
-        RunOptimizer(network, settings)
+        RunOptimizer(trained_parameters(network), settings)
 
 
 @pytest.mark.parametrize("weights", ["bf16", "bf16-masters"])
@@ -150,7 +157,7 @@ def test_weights_in_bfloat16_learn_steps_smaller_than_their_grain(weights: str, 
         weight_dtype=weights,
         optimizer=optimizer,
         learning_rate=1e-5,
-        warmup=0,
+        warmup_steps=0,
         weight_decay=0,
         steps=500,
         ema=0,
@@ -160,8 +167,8 @@ def test_weights_in_bfloat16_learn_steps_smaller_than_their_grain(weights: str, 
     for step in range(500):
         network.weight.grad = torch.ones_like(network.weight)
         held.optimizer.step(step)
-    assert held.optimizer.rounding is not None
-    kept = held.optimizer.rounding.named["weight"] if weights == "bf16-masters" else network.weight
+    assert held.optimizer.master_weights is not None
+    kept = held.optimizer.master_weights.named["weight"] if weights == "bf16-masters" else network.weight
     moved = 1 - float(kept.detach().double().mean())
     assert moved == pytest.approx(5e-3, rel=0.1) if optimizer in ("adamw", "lion") else moved > 0
 
@@ -186,16 +193,16 @@ def test_rounding_is_right_on_average_and_exact_where_it_can_be():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_warm_up_stay_within_one_and_never_rise_again(name: str):
-    rates = [factor(name, step, 100, 10) for step in range(100)]
+    rates = [lr_factor(name, step, 100, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert all(0 <= rate <= 1 for rate in rates) and rates[10] == 1
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
-    assert name == "constant" or factor(name, 100, 100, 10) == pytest.approx(0)
+    assert name == "constant" or lr_factor(name, 100, 100, 10) == pytest.approx(0)
 
 
 def test_the_average_is_the_weighted_sum_of_what_it_saw():
     network = torch.nn.Linear(2, 1, bias=False)
-    mean = EMA(network, 0.8)
+    mean = EMA(trained_parameters(network), 0.8)
     expected = network.weight.detach().clone()
     for step in range(1, 30):
         with torch.no_grad():
@@ -213,14 +220,14 @@ def test_the_average_is_the_weighted_sum_of_what_it_saw():
 def test_a_long_average_that_sees_every_eighth_step_is_the_one_that_sees_them_all(monkeypatch):
     network = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.constant_(network.weight, 0.0)
-    often = EMA(network, 0.999)
-    monkeypatch.setattr(ema, "stride", lambda step, decay=1.0: 1)
+    often = EMA(trained_parameters(network), 0.999)
+    monkeypatch.setattr(ema, "update_interval", lambda step, decay=1.0: 1)
     whole = [follows_all(often, network, step) for step in range(1, 3001)]
     monkeypatch.undo()
     torch.nn.init.constant_(network.weight, 0.0)
-    seldom = EMA(network, 0.999)
+    seldom = EMA(trained_parameters(network), 0.999)
     parted = [follows_all(seldom, network, step) for step in range(1, 3001)]
-    assert ema.stride(3000, 0.999) == 8 and ema.stride(3000, 0.9) == 1
+    assert ema.update_interval(3000, 0.999) == 8 and ema.update_interval(3000, 0.9) == 1
     assert max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(whole, parted, strict=True)) < 0.01
 
 

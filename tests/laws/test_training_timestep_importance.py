@@ -1,4 +1,4 @@
-"""Laws of adaptive times: the mean stays, its noise falls, and a run is the same function of its steps."""
+"""Laws of timestep importance sampling: means stay, noise falls, a run is the same function of its steps."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from training_processes import run_on
 from training_world import fingerprint, make, train
 
 from sfumato.training.objective import timestep_importance
-from sfumato.training.objective.timestep_importance import BINS, PERIOD, Adaptive
+from sfumato.training.objective.timestep_importance import BINS, PERIOD, TimestepImportance
 
 EVENLY = (torch.arange(64_000, dtype=torch.float64) + 0.5) / 64_000
 
@@ -16,9 +16,9 @@ def peaked(quantiles: torch.Tensor) -> torch.Tensor:
     return 0.05 + 4 * torch.exp(-(((quantiles - 0.3) / 0.06) ** 2))
 
 
-def learned(loss=peaked) -> Adaptive:
+def learned(loss=peaked) -> TimestepImportance:
     """A density that has heard a loss for four periods, with samples of its own choice."""
-    found = Adaptive()
+    found = TimestepImportance()
     for step in range(4 * PERIOD):
         u = torch.rand(32, generator=torch.Generator().manual_seed(step))
         quantiles, _ = found(u, step)
@@ -29,10 +29,10 @@ def learned(loss=peaked) -> Adaptive:
 
 def test_the_first_two_periods_are_even():
     for step in (0, PERIOD, 2 * PERIOD - 1):
-        quantiles, weights = Adaptive()(EVENLY, step)
+        quantiles, weights = TimestepImportance()(EVENLY, step)
         torch.testing.assert_close(quantiles, EVENLY)
         assert torch.all(weights == 1)
-    assert learned().shares(4 * PERIOD).max() > 2 / BINS
+    assert learned().probabilities(4 * PERIOD).max() > 2 / BINS
 
 
 @pytest.mark.parametrize("wanted", [peaked, torch.sin, lambda q: q**3], ids=["the loss", "sine", "cube"])
@@ -54,20 +54,20 @@ def test_the_estimate_of_the_mean_is_less_noisy():
 
 def test_a_loss_that_is_the_same_everywhere_leaves_the_density_even():
     found = learned(lambda quantiles: torch.ones_like(quantiles))
-    torch.testing.assert_close(found.shares(4 * PERIOD), torch.full((BINS,), 1 / BINS).double())
+    torch.testing.assert_close(found.probabilities(4 * PERIOD), torch.full((BINS,), 1 / BINS).double())
 
 
 def test_samples_heard_in_any_order_and_by_anyone_make_the_same_density():
     draw = torch.Generator().manual_seed(0)
     quantiles, losses = torch.rand(512, generator=draw), torch.rand(512, generator=draw) * 3
-    whole, other, part = Adaptive(), Adaptive(), Adaptive()
+    whole, other, part = TimestepImportance(), TimestepImportance(), TimestepImportance()
     whole.record(quantiles, losses)
     order = torch.randperm(512, generator=draw)
     other.record(quantiles[order[:200]], losses[order[:200]])
     part.record(quantiles[order[200:]], losses[order[200:]])
     whole.refresh(PERIOD, lambda tensor: tensor)
-    other.refresh(PERIOD, lambda tensor: tensor + part.heard)
-    assert torch.equal(whole.shares(2 * PERIOD), other.shares(2 * PERIOD))
+    other.refresh(PERIOD, lambda tensor: tensor + part.period_sums)
+    assert torch.equal(whole.probabilities(2 * PERIOD), other.probabilities(2 * PERIOD))
 
 
 SLOW = {

@@ -64,14 +64,14 @@ def test_torchrun_with_shared_samples_is_the_run_of_one_process_and_draws_its_pi
         torch.testing.assert_close(shared[name], weight, rtol=1e-3, atol=1e-5)
     events = RunFolder.open(tmp_path / "shared").events()
     (start,) = [event for event in events if event["kind"] == "start"]
-    assert start["processes"] == 2 and start["settings"]["context"] == 2
+    assert start["processes"] == 2 and start["settings"]["context_parallel"] == 2
     drawn = [event for event in events if event["kind"] == "pictures"]
     assert drawn and all((tmp_path / "shared" / file).is_file() for event in drawn for file in event["files"])
     alone = ["train", recipe, "train.ema=0.9", "train.steps=8", f"output={tmp_path / 'shared'}"]
     assert sfumato(*alone).code == 0  # it goes on, each sample whole again
     words = ["generate", tmp_path / "run", "--prompt", "a red thing", "--steps", 2, "--count", 2]
-    one_sentence(sfumato(*words, "--context", 2), "2 processes draw each picture", "torchrun")
-    torchrun(*words, "--context", 2, "--out", tmp_path / "two")
+    one_sentence(sfumato(*words, "--context-parallel", 2), "2 processes draw each picture", "torchrun")
+    torchrun(*words, "--context-parallel", 2, "--out", tmp_path / "two")
     assert sfumato(*words, "--out", tmp_path / "one").code == 0
     for file in sorted((tmp_path / "one").glob("0*.png")):
         one, two = (

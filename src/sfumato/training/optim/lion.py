@@ -2,7 +2,7 @@
 
 import torch
 
-from sfumato.training.param_groups import Groups
+from sfumato.training.optim.param_groups import ParamGroups
 
 
 class Lion(torch.optim.Optimizer):
@@ -12,7 +12,11 @@ class Lion(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Groups, lr: float, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+        self,
+        params: ParamGroups,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 

@@ -51,13 +51,13 @@ def test_patience_ends_the_run_and_interruptions_do_not_change_when(tmp_path):
 
 
 def test_a_measurement_heard_twice_counts_once():
-    verdict = EarlyStopping(patience=2)
-    assert verdict.update(10, 1.0)
-    assert not verdict.update(20, 1.0) and not verdict.update(20, 1.0)
-    assert verdict.since == 1 and not verdict.is_over
+    stopping = EarlyStopping(patience=2)
+    assert stopping.update(10, 1.0)
+    assert not stopping.update(20, 1.0) and not stopping.update(20, 1.0)
+    assert stopping.since_best == 1 and not stopping.is_over
     again = EarlyStopping(patience=2)
-    again.load(verdict.state())
-    assert again == verdict
+    again.load(stopping.state())
+    assert again == stopping
 
 
 def test_the_gap_is_recorded_with_its_error(tmp_path):

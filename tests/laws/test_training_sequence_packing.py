@@ -19,9 +19,9 @@ from sfumato.models.networks.dit import DiT
 from sfumato.models.networks.packed_sequence import PackedSequence
 from sfumato.run_folder import RunFolder
 from sfumato.theory import get, noise
-from sfumato.training.distributed import processes
-from sfumato.training.estimate import memory as planning
+from sfumato.training.distributed.processes import current_processes, run_folder_of_rank
 from sfumato.training.estimate import probe
+from sfumato.training.estimate.memory import count_memory, saved_bytes
 from sfumato.training.loop.loop import fit
 from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.objective.packed_batches import PackedObjective
@@ -151,7 +151,7 @@ def test_the_parts_of_a_packed_batch_have_the_losses_of_the_whole():
     for some in found:
         assert some.of == expected.of
         assert some.per_sample.tolist() == pytest.approx([known[one] for one in some.ids], rel=1e-5)
-    assert divided.replay(0, 1, 3)["ids"] == list(found[1].ids)
+    assert divided.describe_part(0, 1, 3)["ids"] == list(found[1].ids)
 
 
 def test_blocks_that_are_computed_again_and_another_theory_change_no_packed_gradient():
@@ -168,9 +168,9 @@ def test_blocks_that_are_computed_again_and_another_theory_change_no_packed_grad
 def train(folder: Path, steps: int, changes: dict[str, object]) -> None:
     """Go on with a packed run until so many steps."""
     one = objective("clips")
-    settings = TrainSettings(steps=steps, batch=5, save_every=2, warmup=1, ema=0.9, **changes)
-    with processes.current().first():
-        run = processes.own_view(RunFolder.create(folder))
+    settings = TrainSettings(steps=steps, batch=5, save_every=2, warmup_steps=1, ema=0.9, **changes)
+    with current_processes().first():
+        run = run_folder_of_rank(RunFolder.create(folder))
     fit(one, one.model.denoiser, settings, run, 3, say=lambda _: None)
 
 
@@ -205,8 +205,8 @@ def test_what_is_counted_for_a_packed_step_is_what_it_saves():
     rows = [{"tokens": torch.randn(1 + i, 8), "pooled": torch.randn(8)} for i in range(3)]
     told = [Condition.stack(rows[: len(one)]) for one in x]
     inputs = (x, [torch.full((len(one),), 500.0) for one in x], told)
-    counted = planning.count(dit, inputs)
-    real = planning.saved_bytes(lambda: dit(*inputs), dit)
+    counted = count_memory(dit, inputs)
+    real = saved_bytes(lambda: dit(*inputs), dit)
     assert counted.kept == pytest.approx(real, rel=0.02)  # attention keeps a little less of its own
     assert probe.probe(dit, inputs, TrainSettings(batch=5)).seconds > 0
 

@@ -21,7 +21,7 @@ from sfumato.errors import Refused
 from sfumato.models.networks import blocks
 from sfumato.models.pretrained import context_parallel
 from sfumato.models.pretrained.families.ltx_video import LTXVideo
-from sfumato.training.distributed import processes
+from sfumato.training.distributed.processes import current_processes
 from workers import run_processes
 
 
@@ -93,7 +93,7 @@ def _keep(folder: Path) -> None:
         context_parallel.unshare(net)
         with torch.no_grad():
             found["alone again"] = net(**asked)[0]
-        if processes.current().is_rank_zero:
+        if current_processes().is_rank_zero:
             save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / kind)
 
 
