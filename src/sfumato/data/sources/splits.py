@@ -53,7 +53,8 @@ def splits_of(paths: Sequence[str], classes: bool = False) -> list[tuple[str, st
     """(split, path without what said it) of samples by their paths in a data set; "" where a path says none.
 
     The outermost folder or shard that says one decides. Where folders are classes, a folder is a split only
-    if all beside it are, or train and a held-out part lie side by side: a class may well be called "train".
+    if all beside it are, or train and a held-out part with classes below them lie side by side: a class may
+    well be called "train".
     """
     beside: dict[tuple[str, ...], set[str]] = {}
     deep: set[tuple[str, ...]] = set()
@@ -67,9 +68,11 @@ def splits_of(paths: Sequence[str], classes: bool = False) -> list[tuple[str, st
 
     def counts(place: tuple[str, ...]) -> bool:
         sides = known[place]
-        return not classes or (
-            ("" not in sides or {TRAIN, HELD_OUT} <= sides) and (len(beside[place]) > 1 or place in deep)
-        )
+        if not classes:
+            return True
+        if place in deep:
+            return "" not in sides or {TRAIN, HELD_OUT} <= sides
+        return "" not in sides and len(beside[place]) > 1
 
     found = []
     for path in paths:
