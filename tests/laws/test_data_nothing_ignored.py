@@ -7,8 +7,10 @@ import tracemalloc
 import unicodedata
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from sfumato.data import dataset_report
 from sfumato.data.sources import archives, folder, metadata
@@ -312,3 +314,41 @@ def test_a_page_is_made_of_a_folder_with_one_short_animation(tmp_path):
     for fps, frames in ((1000.0, 9), (8.0, 9)):
         told = dataset_report.report(folder.open_collection(tmp_path), frames=frames, fps=fps)
         assert "1 of them move" in data_page.render(told.summary, told.sheets, told.twins)
+
+
+@pytest.mark.parametrize("own", ["tar", "npz", "parquet"])
+def test_what_lies_beside_archives_is_named(own, tmp_path):
+    """Law: pictures in folders below, archives of other kinds; hidden folders are not looked into."""
+    if own == "tar":
+        shard(tmp_path / "A.TAR", {"1.png": png(), "1.txt": b"one"})
+    elif own == "npz":
+        np.savez(tmp_path / "a.npz", x=np.zeros((1, 8, 8), np.uint8), labels=np.zeros(1, int))
+    else:
+        table = pyarrow.table({"image": [png()], "text": ["one"]})
+        parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("more.zip", "shards.tar.gz", ".cache/hidden.tar", "film.mpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"xx")
+    if own != "parquet":
+        pictures(tmp_path, "below/stray.png")
+    samples, aside = read(tmp_path)
+    assert len(samples) == 1
+    assert set(aside) == {"more.zip", "shards.tar.gz", "film.mpg"} | (
+        {"below/stray.png"} if own != "parquet" else set()
+    )
+
+
+def test_an_absolute_path_into_the_folder_is_read_and_one_out_of_it_is_not(tmp_path):
+    """Law: where a file lies decides, not how its path is written."""
+    pictures(tmp_path / "data", "a.png", "deep/b.png")
+    pictures(tmp_path, "c.png")
+    rows = [
+        {"file_name": str(tmp_path / name), "caption": name}
+        for name in ("data/a.png", "data/deep/b.png", "c.png")
+    ]
+    rows += [{"file_name": str(tmp_path / "data" / ".." / "c.png"), "caption": "around"}]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples, aside = read(tmp_path / "data")
+    assert set(samples) == {"a.png", "deep/b.png"} and set(aside.values()) == {
+        "refused: outside the data folder"
+    }

@@ -1,7 +1,6 @@
 """Archives: tar shards and arrays as sources; their pictures are read where they lie."""
 
 import json
-import os
 import tarfile
 import zipfile
 import zlib
@@ -52,22 +51,27 @@ def find_reader(root: Path) -> Kind | None:
 def _endings_below(root: Path) -> set[str]:
     """Which archives and tables of pictures lie below a folder; none where a picture or clip does."""
     found: set[str] = set()
-    for _, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(media.PICTURES + media.CLIPS) and not name.startswith("."):
-                return set()
-            if name not in metadata.FILES:
-                found.add(PurePosixPath(name).suffix.lower())
+    for name in metadata.files_below(root):
+        if name.lower().endswith(media.PICTURES + media.CLIPS):
+            return set()
+        if PurePosixPath(name).name not in metadata.FILES:
+            found.add(PurePosixPath(name).suffix.lower())
     return found
+
+
+def _own_files(root: Path, ending: str) -> list[tuple[str, Path]]:
+    """(name in the data set, file) of the files of one kind that `root` is, or that lie below it."""
+    if root.is_file():
+        return [(root.name, root)]
+    return [(name, root / name) for name in metadata.files_below(root) if name.lower().endswith(ending)]
 
 
 def tars(root: Path, options: SourceOptions) -> Collection:
     """Tar shards in the webdataset layout: members of one stem are one sample. Never unpacked."""
     result = Collection(root.stem, [])
     base = (root if root.is_dir() else root.parent).resolve()
-    for path in [root] if root.is_file() else sorted(root.rglob("*.tar")):
-        inside = path.name if root.is_file() else path.relative_to(root).as_posix()
+    result.set_aside += metadata.others_beside(root, ".tar")
+    for inside, path in _own_files(root, ".tar"):
         if not path.resolve().is_relative_to(base):
             result.set_aside.append(SetAside(inside, "refused: outside the data folder"))
             continue
@@ -329,8 +333,8 @@ def _is_pictures(shape: tuple[int, ...]) -> bool:
 def _folder_of_arrays(root: Path, options: SourceOptions) -> Collection:
     """The .npz files of a folder, as one; of train.npz and test.npz the names say the split."""
     whole = Collection(root.name, [])
-    for path in sorted(root.rglob("*.npz")):
-        inside = path.relative_to(root).as_posix()
+    whole.set_aside += metadata.others_beside(root, ".npz")
+    for inside, path in _own_files(root, ".npz"):
         if not path.resolve().is_relative_to(root.resolve()):
             whole.set_aside.append(SetAside(inside, "refused: outside the data folder"))
             continue

@@ -21,7 +21,6 @@ CAPTIONS = ("files", "folder", "none")
 FEW_CAPTIONS = 20  # with fewer different ones, pictures are held out, not captions
 OUTSIDE = "refused: outside the data folder"
 NOWHERE = "a link that leads nowhere"
-ARCHIVES = (".tar", ".npz", ".parquet", ".arrow", ".zip", ".7z", ".rar", ".gz", ".tgz", ".bz2", ".xz", ".zst")
 SIDECARS = (".txt", ".caption", ".json")
 
 
@@ -103,7 +102,9 @@ def folder(root: Path, options: SourceOptions) -> Collection:
     """The pictures and clips below a folder."""
     files, refused = list_files(root)
     result = Collection(root.name, [], refused)
-    refused += [SetAside(metadata.printable(name), reason) for name in files if (reason := _why_unread(name))]
+    refused += [
+        SetAside(metadata.printable(name), reason) for name in files if (reason := metadata.why_unread(name))
+    ]
     pictures = [name for name in files if name.lower().endswith(media.PICTURES + media.CLIPS)]
     if not pictures and not any(_is_metadata(name) for name in files):
         raise Refused(_why_no_pictures(root, refused))
@@ -147,13 +148,6 @@ def reason_against(path: Path, base: Path) -> str | None:
     if stat.S_ISDIR(mode):
         return ""
     return None if stat.S_ISREG(mode) else "not a regular file"
-
-
-def _why_unread(name: str) -> str:
-    """Why a file beside pictures is not read though it may hold some; "" for any other."""
-    if name.lower().endswith(ARCHIVES) and not _is_metadata(name):
-        return "an archive among pictures; name it in data.train by itself, or unpack it"
-    return media.unread_kind(name)
 
 
 def _why_no_pictures(root: Path, refused: Sequence[SetAside]) -> str:
@@ -212,9 +206,10 @@ def _from_files(
     rows: dict[str, list[metadata.Row]] = {}
     for table in tables:
         for row in metadata.read(root, table, result.set_aside, options):
-            inside = (
-                row.file if row.file in known else spelled.get(unicodedata.normalize("NFC", row.file), "")
-            )
+            inside = row.file
+            if inside.startswith("/") and Path(inside).is_relative_to(root.absolute()):
+                inside = Path(inside).relative_to(root.absolute()).as_posix()
+            inside = inside if inside in known else spelled.get(unicodedata.normalize("NFC", inside), "")
             companions = {
                 what: one if one in known else spelled.get(unicodedata.normalize("NFC", one), one)
                 for what, one in row.companions.items()

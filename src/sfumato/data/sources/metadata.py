@@ -6,6 +6,7 @@ A row that cannot be used is set aside with its reason; a table that cannot be u
 import csv
 import json
 import math
+import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 from sfumato.data.sources.sample import SetAside
 from sfumato.data.sources.splits import SPLITS
 from sfumato.errors import Refused, nearest
-from sfumato.readers.media import CLIPS, PICTURES
+from sfumato.readers.media import CLIPS, PICTURES, unread_kind
 
 FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.tsv")
 FILE_COLUMNS = ("file_name", "file", "image", "path", "video")
@@ -35,6 +36,7 @@ COMPANIONS = {
 """Columns (or parts of file names) that name a further picture of a sample, and what it is called here."""
 LABELS = ("label", "labels", "class", "class_label")
 ENDINGS = ("_file_name", "_image", "_file", "_path", "")
+ARCHIVES = (".tar", ".npz", ".parquet", ".arrow", ".zip", ".7z", ".rar", ".gz", ".tgz", ".bz2", ".xz", ".zst")
 LONGEST_CAPTION = 20_000
 MOST_DIGITS = 18  # of a class's number
 MOST_TEXT = 1_000_000  # bytes of a caption's file
@@ -62,6 +64,33 @@ class Row:
     reason: str = ""
     extra: dict[str, str] = field(default_factory=dict)
     companions: dict[str, str] = field(default_factory=dict)
+
+
+def files_below(root: Path) -> Iterator[str]:
+    """The names of all files below a folder, in order; hidden ones and hidden folders left out."""
+    for place, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inside = PurePosixPath(Path(place).relative_to(root).as_posix())
+        yield from (str(inside / name) for name in sorted(names) if not name.startswith("."))
+
+
+def why_unread(name: str) -> str:
+    """Why a file of this name is not read though it may hold pictures; "" for any other."""
+    if name.lower().endswith(ARCHIVES) and PurePosixPath(name).name not in FILES:
+        return "an archive beside files of another kind; name it in data.train by itself, or unpack it"
+    return unread_kind(name)
+
+
+def others_beside(root: Path, own: str) -> list[SetAside]:
+    """The pictures, clips and archives beside files of the kind `own`, which alone are read."""
+    found = []
+    for name in files_below(root) if root.is_dir() else ():
+        reason = why_unread(name)
+        if not reason and name.lower().endswith(PICTURES + CLIPS):
+            reason = f"not read beside {own} files; put it into a folder of its own"
+        if reason and not name.lower().endswith(own):
+            found.append(SetAside(printable(name), reason))
+    return found
 
 
 def printable(name: str) -> str:

@@ -127,8 +127,10 @@ def parquet(root: Path, options: SourceOptions) -> Collection:
 
     result = Collection(root.stem, [])
     base = (root if root.is_dir() else root.parent).resolve()
-    for path in [root] if root.is_file() else sorted(root.rglob("*.parquet")):
-        inside = path.name if root.is_file() else path.relative_to(root).as_posix()
+    result.set_aside += metadata.others_beside(root, ".parquet")
+    names = [root.name] if root.is_file() else list(metadata.files_below(root))
+    for inside in (name for name in names if name.lower().endswith(".parquet")):
+        path = root if root.is_file() else root / inside
         if not path.resolve().is_relative_to(base):
             result.set_aside.append(SetAside(inside, "refused: outside the data folder"))
             continue
