@@ -333,22 +333,18 @@ def test_what_lies_beside_archives_is_named(own, tmp_path):
         pictures(tmp_path, "below/stray.png")
     samples, aside = read(tmp_path)
     assert len(samples) == 1
-    assert set(aside) == {"more.zip", "shards.tar.gz", "film.mpg"} | (
-        {"below/stray.png"} if own != "parquet" else set()
-    )
+    stray = set() if own == "parquet" else {"below/stray.png"}
+    assert set(aside) == {"more.zip", "shards.tar.gz", "film.mpg"} | stray
 
 
 def test_an_absolute_path_into_the_folder_is_read_and_one_out_of_it_is_not(tmp_path):
     """Law: where a file lies decides, not how its path is written."""
     pictures(tmp_path / "data", "a.png", "deep/b.png")
     pictures(tmp_path, "c.png")
-    rows = [
-        {"file_name": str(tmp_path / name), "caption": name}
-        for name in ("data/a.png", "data/deep/b.png", "c.png")
-    ]
+    names = ("data/a.png", "data/deep/b.png", "c.png")
+    rows = [{"file_name": str(tmp_path / name), "caption": name} for name in names]
     rows += [{"file_name": str(tmp_path / "data" / ".." / "c.png"), "caption": "around"}]
     (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     samples, aside = read(tmp_path / "data")
-    assert set(samples) == {"a.png", "deep/b.png"} and set(aside.values()) == {
-        "refused: outside the data folder"
-    }
+    assert set(samples) == {"a.png", "deep/b.png"}
+    assert set(aside.values()) == {"refused: outside the data folder"}

@@ -69,7 +69,8 @@ def mask_picture(one: Any) -> Image.Image:
         if alpha[0] < 255:
             name = one if isinstance(one, str | Path) else "The mask"
             raise Refused(
-                f"{name} is white all over once what is clear in it lies on white. Save the mask without transparency: white where it acts, black elsewhere."
+                f"{name} is white all over once what is clear in it lies on white. Save the mask without "
+                "transparency: white where it acts, black elsewhere."
             )
     return found
 
