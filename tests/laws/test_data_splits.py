@@ -208,3 +208,20 @@ def test_a_saved_set_is_what_its_state_lists(tmp_path):
         folder.open_collection(tmp_path)
     (tmp_path / "state.json").write_text("{}")
     assert len(folder.open_collection(tmp_path).samples) == 10
+
+
+def test_an_arrow_file_whose_cells_point_out_of_it_is_set_aside(tmp_path):
+    """Law: and not read, which would end the process."""
+    arrow(tmp_path / "data-0.arrow", 3)
+    data = bytearray((tmp_path / "data-0.arrow").read_bytes())
+    lengths = np.cumsum([0, *(len(png(i)) for i in range(3))]).astype("<i4").tobytes()
+    place = data.index(lengths)
+    data[place + 8 : place + 12] = (2**31 - 9).to_bytes(4, "little")
+    (tmp_path / "data-0.arrow").write_bytes(data)
+    arrow(tmp_path / "data-1.arrow", 3)
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text("{}")
+    found = folder.open_collection(tmp_path)
+    assert len(found.samples) == 3
+    assert [one.file for one in found.set_aside] == ["data-0.arrow"]
+    assert "no Arrow file that can be read" in found.set_aside[0].reason

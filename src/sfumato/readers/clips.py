@@ -8,6 +8,7 @@ sets and what `generate` is shown enter here.
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -147,9 +148,12 @@ def middle_frame(source: Path | bytes | Image.Image, known: VideoInfo) -> Image.
     Raises:
         media.Unreadable: with the reason.
     """
+    import av.error
+
     with _opened(source) as container:
         if known.seconds:
-            container.seek(int((known.begin + known.seconds / 2) * 1e6))
+            with suppress(av.error.FFmpegError):  # what cannot be sought is shown from its beginning
+                container.seek(int((known.begin + known.seconds / 2) * 1e6))
         for _, frame in _decoded(container, known.conversion):
             return known.conversion(frame)
     raise media.Unreadable("a video without a frame")

@@ -57,6 +57,7 @@ def saved(root: Path, options: SourceOptions) -> Collection:
         try:
             with arrow.memory_map(str(path)) as mapped:
                 table = ipc.open_stream(mapped).read_all()
+                table.validate(full=True)  # a cell that points out of the file would end the process
         except (OSError, ValueError) as problem:  # pyarrow's own errors are both
             result.set_aside.append(SetAside(inside, f"no Arrow file that can be read: {problem}"))
             continue
