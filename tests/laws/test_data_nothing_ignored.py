@@ -217,6 +217,11 @@ MEMBERS = {
     "further numbers of a sample": (
         {"1.jpg": png(), "1.txt": b"one", "1.meta.json": b"{}", "1.clip.npy": b"x"}, {"1.jpg": ("one",)}, {}
     ),
+    "the picture's ending in the text's name": (
+        {"1.jpg": png(), "1.jpg.txt": b"one", "2 v1.5.png": png(), "2 v1.5.png.txt": b"two"},
+        {"1.jpg": ("one",), "2 v1.5.png": ("two",)},
+        {},
+    ),
     "a control": ({"1.jpg": png(), "1.control.png": png(9), "1.txt": b"one"}, {"1.jpg": ("one",)}, {}),
     "utf-16": (
         {"1.jpg": png(), "1.txt": "one".encode("utf-16"), "2.jpg": png(), "2.txt": b"two"},

@@ -1,1 +1,3 @@
 """Readers: pictures and clips as everything here sees them, whoever shows them: data sets, drawing, pages."""
+
+__all__: list[str] = []

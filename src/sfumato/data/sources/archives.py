@@ -134,6 +134,8 @@ def _grouped(
                 shown = metadata.printable(f"{inside}/{member.name}")
                 set_aside.append(SetAside(shown, "a link or a device, no file"))
             continue
+        if path.suffix.lower() in TEXTS and path.stem.lower().endswith(media.PICTURES + media.CLIPS):
+            path = path.with_name(f"{PurePosixPath(path.stem).stem}{path.suffix}")  # of 1.png.txt the .png
         stem, _, suffix = path.name.partition(".")
         first, last = f"{path.parent}/{stem}", f"{path.parent}/{path.stem}"
         if "." not in suffix or _is_companion(f".{suffix.lower()}", options):

@@ -64,9 +64,9 @@ def mask_picture(one: Any) -> Image.Image:
     """
     found = picture(one)
     source = Path(one).expanduser() if isinstance(one, str | Path) else one
-    if isinstance(source, Path | Image.Image) and found.convert("L").getextrema()[0] > 250:
-        alpha = media.open_picture(source).convert("RGBA").getchannel("A").getextrema()
-        if alpha[0] < 255:
+    if isinstance(source, Path | Image.Image) and np.asarray(found).min() > 250:
+        alpha = np.asarray(media.open_picture(source).convert("RGBA"))[..., 3]
+        if alpha.min() < 255:
             name = one if isinstance(one, str | Path) else "The mask"
             raise Refused(
                 f"{name} is white all over once what is clear in it lies on white. Save the mask without "
