@@ -362,10 +362,6 @@ def parse_lora(lora: str) -> tuple[str, float]:
     Raises:
         Refused: a weight that is no number.
     """
-    file, colon, weight = lora.rpartition(":")
-    if not colon or Path(lora).exists():
-        return lora, 1.0
-    try:
-        return file, float(weight)
-    except ValueError:
-        raise Refused(f'--lora "{lora}": "{weight}" is no weight. Write FILE or FILE:0.8.') from None
+    from sfumato.models.lora import key_conversion
+
+    return key_conversion.weighted(lora, "--lora")

@@ -162,15 +162,19 @@ class Pipeline(Model):
             return super().decode(latents)
         return tiling.decode_tiled(self.codec, latents.to(self.device, self.dtype), cut)
 
-    def add_lora(self, file: Path | str, weight: float = 1.0) -> list[str]:
+    def add_lora(self, file: Path | str, weight: float = 1.0, expert: str = "") -> list[str]:
         """Add a LoRA's file (diffusers', ComfyUI's or kohya's names) to the weights; several stack.
 
         Returns the layers it changed.
 
+        Args:
+            expert: high, low or both: for which of two networks (Wan 2.2 A14B) the file is, where neither its
+                keys nor its name say so; as FILE@high.
+
         Raises:
             Refused: no such file, or a LoRA of another base.
         """
-        return key_conversion.merge(self, file, weight)
+        return key_conversion.merge(self, file, weight, expert)
 
     def add_embedding(self, file: Path | str, word: str = "") -> str:
         """Teach the text encoders a word from the file of an embedding (textual inversion).

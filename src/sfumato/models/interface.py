@@ -234,6 +234,14 @@ class Denoiser(Stage):
     guidance: GuidancePolicy = GuidancePolicy()
     """How its answers are guided; whatever stands around a denoiser hands this very object on."""
 
+    def __call__(self, *args: Any, **known: Any) -> Any:
+        """As `forward` answers; a network with narrow frozen weights computes in their dtype."""
+        device = next((weight.device.type for weight in self.parameters()), "cpu")
+        if self.compute_dtype is None or device == "meta":
+            return super().__call__(*args, **known)
+        with torch.autocast(device, self.compute_dtype):
+            return super().__call__(*args, **known)
+
     @abstractmethod
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x [B, C, ...] scaled by the theory's input_scale, clock [B] → out [B, C, ...]."""
@@ -423,8 +431,7 @@ class Model:
         narrow = self.denoiser.compute_dtype
         if narrow is None:
             return self.denoiser(x, clock, condition)
-        with torch.autocast(self.device.type, narrow):
-            out = self.denoiser(x, clock, condition)
+        out = self.denoiser(x, clock, condition)
         return out.to(dtype) if isinstance(out, Tensor) else [one.to(dtype) for one in out]
 
     def retarget(self, theory: Theory) -> None:

@@ -110,7 +110,7 @@ def trained_codec(
 
 
 def codec_train_settings(recipe: Recipe) -> TrainSettings:
-    """How the recipe's codec is trained."""
+    """How the recipe's codec is trained; what the recipe says of the denoiser's weights is not of it."""
     steps = recipe.model.codec_steps
     return replace(
         recipe.train,
@@ -119,6 +119,8 @@ def codec_train_settings(recipe: Recipe) -> TrainSettings:
         gradient_accumulation=1,
         learning_rate=1e-3,
         optimizer="adamw",
+        weight_dtype="fp32",
+        lr_multipliers={},
         warmup_steps=20,
         lr_schedule="cosine",
         weight_decay=0.0,
@@ -128,6 +130,7 @@ def codec_train_settings(recipe: Recipe) -> TrainSettings:
         keep_checkpoints=1,
         keep_every=0,
         validate_every=0,
+        patience=0,
         parallel="ddp",
         context_parallel=1,
         sequence_packing=False,

@@ -7,7 +7,7 @@ from typing import Any
 
 from sfumato.errors import Refused
 from sfumato.models.interface import Conditioner
-from sfumato.models.text.encoder import MINILM, TextConditioner, minilm_folder
+from sfumato.models.text.encoder import MINILM, TextConditioner, minilm_folder, tokenizer
 
 MOST = 512
 """What a tokenizer that names no length is taken to read."""
@@ -50,7 +50,6 @@ def of_folder(model: str) -> TokenCounter | None:
     """
     if model == "none":
         return None
-    from transformers import AutoTokenizer
 
     if model == MINILM:
         try:
@@ -66,7 +65,7 @@ def of_folder(model: str) -> TokenCounter | None:
             f"{model} holds no tokenizer. Give --model the folder of a text encoder or of a diffusers "
             "pipeline, or minilm, or none."
         )
-    words: Any = AutoTokenizer.from_pretrained(kept[0], local_files_only=True, trust_remote_code=False)
+    words = tokenizer(kept[0])
     return TokenCounter(
         _counting(words), USUAL if model == MINILM else min(int(words.model_max_length), MOST)
     )
