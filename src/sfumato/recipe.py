@@ -15,7 +15,7 @@ from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
-from sfumato.settings import RENAMED, Table, key, plain, rows_of, table_of
+from sfumato.settings import RENAMED, Table, key, plain, rows_of, table_of, toml
 from sfumato.training.settings import TrainSettings
 from sfumato.user_code import is_user_code
 
@@ -289,8 +289,8 @@ def _fit(name: str, value: Any, where: str, folder: Path) -> Any:
             wanted = tuple
     if type(value) is not wanted:
         raise Refused(
-            f"{name} is {value!r}{where}, but it must be {_kind(wanted, rules)}, "
-            f"like {_shown(DEFAULTS[name])}."
+            f"{name} is {toml(value)}{where}, but it must be {_kind(wanted, rules)}, "
+            f"like {toml(DEFAULTS[name])}."
         )
     if rules["choices"] and value not in rules["choices"] and not is_user_code(str(value)):
         raise Refused(
@@ -326,16 +326,6 @@ def quoted(text: str) -> str:
     import tomlkit
 
     return tomlkit.item(text).as_string()
-
-
-def _shown(value: Any) -> str:
-    return (
-        f'"{value}"'
-        if isinstance(value, str)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
 
 
 def _from_text(name: str, text: str) -> Any:

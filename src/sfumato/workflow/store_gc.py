@@ -17,7 +17,7 @@ from sfumato.workflow import base_images, condition_encoders, encode_ahead
 from sfumato.workflow.checks import choose_sizes
 from sfumato.workflow.encode_samples import curriculum_stages, encoding_of, is_conditional
 from sfumato.workflow.prepare import model_of, resolve_recipe
-from sfumato.workflow.train_codec import codec_folder, codec_key
+from sfumato.workflow.train_codec import codec_home
 
 
 def is_store(folder: Path) -> bool:
@@ -94,7 +94,7 @@ def _codec_of(recipe: Recipe, resolved: Any) -> models.Codec | None:
     if not models.needs_training(recipe.model, fresh):
         return fresh.eval()
     trained_on = resolved.collection.with_split("train") or resolved.collection.samples
-    home = codec_folder(recipe, codec_key(recipe, trained_on, resolved.bucket_of))
+    home = codec_home(recipe, trained_on, resolved.bucket_of)
     return models.load_codec(home).eval() if (home / "stage.json").is_file() else None
 
 

@@ -71,6 +71,21 @@ def codec_folder(recipe: Recipe, key: str) -> Path:
     return Path(recipe.data.cache_dir).expanduser() / "codecs" / key
 
 
+def codec_home(
+    recipe: Recipe, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]
+) -> Path:
+    """Where the recipe's trained codec is, or will be: in the store; once the run has begun, in its folder.
+
+    A run keeps the codec it began with. Data that changed would give another one, whose latents the run's
+    weights do not know.
+    """
+    run = RunFolder(Path(recipe.output))
+    own = run.path / "model" / "codec"
+    if run.checkpoint_folders() and (own / "stage.json").is_file():
+        return own
+    return codec_folder(recipe, codec_key(recipe, samples, bucket_of))
+
+
 def trained_codec(
     recipe: Recipe,
     samples: Sequence[Sample],
@@ -88,7 +103,7 @@ def trained_codec(
     if not needs_training(recipe.model, codec):
         return codec.to(device).eval()
     assert isinstance(codec, TrainableCodec)
-    home = codec_folder(recipe, codec_key(recipe, samples, bucket_of))
+    home = codec_home(recipe, samples, bucket_of)
     if (home / "stage.json").is_file():
         return load_codec(home).to(device).eval()
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")

@@ -32,7 +32,7 @@ from sfumato.workflow.finetune import (
 from sfumato.workflow.planning import step_costs
 from sfumato.workflow.prepare import PreparedRun, Say, phase, prepare_run, resolve_recipe
 from sfumato.workflow.preview import Preview, groups
-from sfumato.workflow.resume import check_resume, code_of, data_fingerprint
+from sfumato.workflow.resume import check_classes, check_resume, code_of, data_fingerprint
 from sfumato.workflow.train_codec import Progress, trained_codec
 from sfumato.workflow.user_objects import with_user_objects
 
@@ -181,6 +181,7 @@ def train(
             run = run_folder_of_rank(RunFolder.create(parsed.output))
         with run.lock():
             with processes.first():
+                check_classes(run, resolved.classes)
                 for note in check_resume(run, parsed, data_fingerprint(resolved.samples)):
                     say(note)
                 if processes.is_rank_zero:
@@ -237,8 +238,9 @@ def _train(
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
     for warning in recipe_warnings(recipe):
         say(warning)
-    inputs = step_costs.inputs_of_run(recipe, model, prepared.train, objective)
-    say(step_costs.cost_summary(recipe, network, inputs, fresh=not run.checkpoint_folders()))
+    if steps_made(run) < settings.steps:
+        inputs = step_costs.inputs_of_run(recipe, model, prepared.train, objective)
+        say(step_costs.cost_summary(recipe, network, inputs, fresh=not run.checkpoint_folders()))
     if recipe.train.sanity and leads and not run.checkpoint_folders():
         with phase(run, "sanity"):
             run_sanity_checks(recipe, run, prepared, network, say)
@@ -267,6 +269,11 @@ def _train(
         if leads:
             run_page.write(run)
     return outcome.step
+
+
+def steps_made(run: RunFolder) -> int:
+    """The step of a run's newest checkpoint."""
+    return max((int(one.name.removeprefix("step-")) for one in run.checkpoint_folders()), default=0)
 
 
 def run_sanity_checks(

@@ -40,7 +40,7 @@ from sfumato.training.state import checkpoint
 from sfumato.training.state.async_checkpoint import CheckpointWriter
 from sfumato.training.state.checkpoint import CheckpointRetention
 from sfumato.training.state.run_precision import precision_of
-from sfumato.training.state.train_state import TrainState
+from sfumato.training.state.train_state import RATES, TrainState
 
 Progress = Callable[..., None]
 """progress(done, total, phase, **figures)."""
@@ -112,6 +112,7 @@ def fit(
     loop.callbacks = Callbacks(callbacks, loop.run, network)
     loop.resume()
     loop.announce(counts or {})
+    loop.say_if_complete()
     end = trackers.attach(loop.run, settings.trackers if loop.processes.is_rank_zero else ())
     try:
         with (
@@ -127,7 +128,7 @@ def fit(
     finally:
         loop.checkpoint_writer.close()
         end()
-    why = "done" if loop.step == settings.steps else "held-out loss no longer falls"
+    why = "done" if loop.step >= settings.steps else "held-out loss no longer falls"
     return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average, why)
 
 
@@ -419,8 +420,34 @@ class _Loop:
         if lost := self.run.damaged_events():
             lines = ", ".join(map(str, lost[:5])) + (" …" if len(lost) > 5 else "")
             self.say(f"{self.run.events_file}: line {lines} is torn or was changed; the curves do without.")
+        rates = [changed.pop(name) for name in sorted(RATES & changed.keys())]
+        self.note(rates, f"from step {self.step} on, as in a run where that was planned for this step.")
+        self.note(list(changed.values()), "the run goes on, but not bit for bit as it would have.")
+
+    def note(self, changed: Sequence[str], outcome: str) -> None:
+        """Say what was changed and what comes of it, and write it down; nothing if nothing was."""
         if changed:
-            self.say(f"{'; '.join(changed)}: the run goes on, but not bit for bit as it would have.")
+            sentence = f"{'; '.join(changed)}: {outcome}"
+            self.say(sentence)
+            self.run.event("note", text=sentence)
+
+    def say_if_complete(self) -> None:
+        """Say so where nothing is left to train, and what would make the run go on."""
+        if self.step < self.settings.steps and not self.early_stopping.is_over:
+            return
+        more = f"train.steps={max(self.step, self.settings.steps) * 2}"
+        if self.step < self.settings.steps:
+            self.say(
+                f"{self.run.path} ended at step {self.step}, because the held-out loss no longer fell for "
+                f"{self.settings.patience} measurements. It goes on with train.patience=0."
+            )
+        elif self.step == self.settings.steps:
+            self.say(f"{self.run.path} is complete: {self.step} steps. It goes on with {more}, for example.")
+        else:
+            self.say(
+                f"{self.run.path} has {self.step} steps already, which is more than train.steps = "
+                f"{self.settings.steps}; they stay. It goes on with {more}, for example."
+            )
 
     def announce(self, counts: Mapping[str, int]) -> None:
         """Write the start event."""

@@ -35,7 +35,7 @@ from sfumato.workflow.planning.step_costs import (
 )
 from sfumato.workflow.prepare import ResolvedRecipe, resolve_recipe
 from sfumato.workflow.resume import check_resume, data_fingerprint
-from sfumato.workflow.train_codec import codec_folder, codec_key
+from sfumato.workflow.train_codec import codec_home
 
 COUNTED = 20_000
 
@@ -71,7 +71,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     control_training.attach_control(model, recipe)
     home = None
     if base is None and models.needs_training(recipe.model, codec):
-        home = codec_folder(recipe, codec_key(recipe, train, resolved.bucket_of))
+        home = codec_home(recipe, train, resolved.bucket_of)
     found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, home)
     network = prepare_trainable(model, recipe)
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
@@ -268,5 +268,5 @@ def _codec(recipe: Recipe, home: Path | None) -> str:
     if home is None:
         return recipe.model.codec
     if home.exists():
-        return "trained already, in the store"
+        return "trained already, in the run" if home.name == "codec" else "trained already, in the store"
     return f"trained first, {recipe.model.codec_steps:,} steps"
