@@ -301,8 +301,8 @@ def condition_arguments(given: dict[str, Any], control_from: str) -> dict[str, A
 
 def still_or_clip(file: Any) -> Any:
     """The picture in a file; of a video or an animation its path, for models that draw clips."""
-    from sfumato.data.sources.clips import is_clip
     from sfumato.models.pretrained.image_inputs import picture
+    from sfumato.readers.clips import is_clip
 
     return str(file) if is_clip(str(file), Path(file)) else picture(file)
 
@@ -310,8 +310,8 @@ def still_or_clip(file: Any) -> Any:
 def make_control(one: Any, kind: str, width: int, height: int) -> Any:
     """A control picture of this kind, made of a picture as it is cut to what is drawn, as in training."""
     from sfumato.data.condition_images import control_image
-    from sfumato.data.sources.media import center_crop_resize, to_pixels
     from sfumato.generation import to_images
+    from sfumato.readers.media import center_crop_resize, to_pixels
 
     return to_images(control_image(to_pixels(center_crop_resize(one, width, height)[None]), kind))[0]
 

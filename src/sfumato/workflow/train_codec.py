@@ -10,10 +10,10 @@ import torch
 
 from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.data.encoding.views import EncodingOptions
-from sfumato.data.sources import media
 from sfumato.data.sources.sample import Sample
 from sfumato.models import Codec, TrainableCodec, load_codec, needs_training, new_codec, save_stage
 from sfumato.models.files import write_checksums
+from sfumato.readers import media
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder, atomic_folder
 from sfumato.theory import noise

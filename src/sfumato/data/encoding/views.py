@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.data.sources import clips, media
 from sfumato.data.sources.sample import Picture, Sample, SetAside
 from sfumato.data.store.store import key
+from sfumato.readers import clips, media
 
 Size = tuple[int, int]
 Bucket = tuple[int, ...]  # width, height in pixels, and frames where clips are wanted
@@ -134,19 +134,19 @@ def plan_task(
             source = source.read_bytes()
         content = sample.content_hash(source) if options.use_store else _state_of_file(sample)
         clip = bool(options.frames) and source is not None and clips.is_clip(sample.name, source)
-        size, frames = (0, 0), options.frames
-        if source is not None and clip and (callable(bucket_of) or options.short_clip_frames):
+        size, frames, note = (0, 0), options.frames, ""
+        if source is not None and clip and (video or callable(bucket_of) or options.short_clip_frames):
             known = clips.video_info(sample.name, source)
-            size, frames = (
-                known.size,
-                clips.usable_frames(known.seconds, frames, options.fps, options.short_clip_frames),
-            )
-        elif source is not None and not clip:
-            size = media.size_of(source)
+            frames = clips.usable_frames(known.seconds, frames, options.fps, options.short_clip_frames)
+            size, note = known.size, known.note
+        elif source is not None and clip:
+            note = clips.animation_note(sample.name, source)
+        elif source is not None:
+            size, note = media.size_of(source), media.conversion_of(source)
     except (media.Unreadable, OSError) as problem:
         return SetAside(sample.name, reason_of(problem))
     bucket: Bucket = bucket_of(size) if callable(bucket_of) else bucket_of
-    transform = f"{media.TRANSFORM} to {bucket[0]}x{bucket[1]}"
+    transform = f"{media.TRANSFORM}{note and f' ({note})'} to {bucket[0]}x{bucket[1]}"
     pieces: tuple[clips.ClipSpan, ...] = ()
     if options.frames:
         bucket = (*bucket, frames if clip else still)

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sfumato.data.sources import media, metadata, tables
+from sfumato.data.sources import metadata, tables
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import Collection, Picture, Sample, SetAside
 from sfumato.errors import Refused
+from sfumato.readers import media
 
 MOST_CLASSES = 100_000
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from sfumato.data.sources import media, metadata
+from sfumato.data.sources import metadata
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, Collection, Picture, Sample, SetAside
 from sfumato.errors import Refused, one_of
+from sfumato.readers import media
 
 CAPTIONS = ("files", "folder", "none")
 FEW_CAPTIONS = 20  # with fewer different ones, pictures are held out, not captions

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sfumato.data.sources.media import CLIPS, PICTURES
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, SetAside
 from sfumato.errors import Refused, nearest
+from sfumato.readers.media import CLIPS, PICTURES
 
 FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.tsv")
 FILE_COLUMNS = ("file_name", "file", "image", "path", "video")

@@ -9,10 +9,11 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
 
-from sfumato.data.sources import media, metadata
+from sfumato.data.sources import metadata
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import Collection, Sample, SetAside
 from sfumato.errors import Refused
+from sfumato.readers import media
 
 PICTURE_COLUMNS = ("image", "img", "picture", "pixel_values", "video", "clip")
 HEAD = 16

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import Refused
+from sfumato.readers import media
 
 Pictures = Sequence[Image.Image]
 Encode = Callable[[Tensor], Tensor]
@@ -35,14 +36,13 @@ class ImageCondition:
 def picture(one: Any) -> Image.Image:
     """A PIL picture, the path of one, uint8 [H, W, 3], or pixels [3, H, W] in [-1, 1], as RGB.
 
+    It is read as training reads it: upright, on white where it is clear, 16 bits and profiles to 8-bit sRGB.
+
     Raises:
-        Refused: anything else.
+        Refused: anything else, or a file that cannot be read.
     """
     if isinstance(one, str | Path):
-        try:
-            one = Image.open(Path(one).expanduser())
-        except OSError as problem:
-            raise Refused(f"{one} is no picture that can be read: {problem}.") from problem
+        one = _read(Path(one).expanduser(), str(one))
     if isinstance(one, Tensor) and one.ndim == 3 and one.is_floating_point():
         one = one.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     if isinstance(one, np.ndarray) and one.dtype == np.uint8 and one.ndim == 3:
@@ -52,7 +52,16 @@ def picture(one: Any) -> Image.Image:
             f"A picture must be a PIL image, a path, uint8 [H, W, 3] or pixels [3, H, W] in [-1, 1], not "
             f"{type(one).__name__}."
         )
-    return one.convert("RGB")
+    return _read(one, "The picture")
+
+
+def _read(source: Path | Image.Image, name: str) -> Image.Image:
+    try:
+        return media.read_picture(source)
+    except media.Unreadable as problem:
+        raise Refused(
+            f"{name} cannot be read as a picture: {problem}. Give one of {', '.join(media.PICTURES)}."
+        ) from problem
 
 
 def images_per_prompt(shown: Any, count: int, name: str = "image") -> list[list[Image.Image]]:

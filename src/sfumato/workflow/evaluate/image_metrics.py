@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import models
-from sfumato.data.sources.media import center_crop_resize
 from sfumato.data.sources.sample import Sample
 from sfumato.evaluation import Measure, Neighbors, kernel_distance, mean_with_error, measure_memorization
 from sfumato.evaluation.latent_kernel_distance import latent_features
 from sfumato.evaluation.measure import proportion
 from sfumato.generation import Pipeline
+from sfumato.readers.media import center_crop_resize
 from sfumato.recipe import Recipe
 from sfumato.theory import noise
 from sfumato.training.objective.reconstruction import to_pixels
