@@ -66,7 +66,7 @@ def for_terminal(text: str) -> str:
 def json_for_terminal(value: Any, indent: int | None = None) -> str:
     """A value as JSON that reads as the value, and steers no terminal; paths and the like as texts."""
     text = json.dumps(value, ensure_ascii=False, default=str, indent=indent)
-    return "".join(f"\\u{ord(one):04x}" if _steers(one) and ord(one) < 0x10000 else one for one in text)
+    return "".join(json.dumps(one)[1:-1] if _steers(one) else one for one in text)
 
 
 def _steers(letter: str) -> bool:

@@ -31,6 +31,16 @@ def is_user_code(name: str) -> bool:
     return ".py:" in name
 
 
+def load_named_object(name: str) -> Any:
+    """The object called `name` in `file.py:name`, which the user has just named.
+
+    Raises:
+        Refused: as `load_user_object`, but not for want of trust.
+    """
+    trust.add_named_files(code_files([name]))
+    return load_user_object(name)
+
+
 def load_user_object(name: str) -> Any:
     """The object called `name` in `file.py:name`.
 

@@ -42,7 +42,7 @@ OUTSIDE = {
     "locks": {"filelock", "psutil"},
     "lazy": set(),
     "run_folder": set(),
-    "report": {"jinja2", "markupsafe"},
+    "report": {"jinja2", "markupsafe", "PIL"},
     "theory": {"torch", "jaxtyping"},
     "recipe": {"tomlkit"},
 }

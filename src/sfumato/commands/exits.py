@@ -48,9 +48,7 @@ def with_trust(command: Callable[Arguments, None]) -> Callable[..., None]:
         with trusting(trust):
             command(*args, **kwargs)
 
-    option = typer.Option(
-        "--trust", help="Run code that the run or model names (FILE.py:NAME); see SECURITY."
-    )
+    option = typer.Option("--trust", help="Run code that a run or a model names, once you have read it.")
     added = inspect.Parameter(
         "trust", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
     )
