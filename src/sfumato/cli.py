@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 import typer
 
 from sfumato.commands import data_options, generate_options
-from sfumato.commands.exits import with_exit_code
+from sfumato.commands.exits import with_exit_code, with_trust
 from sfumato.commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
 from sfumato.commands.theory import theories
 
@@ -75,6 +75,7 @@ def new(
 
 @app.command()
 @with_exit_code
+@with_trust
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -97,6 +98,7 @@ def plan(
 
 @app.command()
 @with_exit_code
+@with_trust
 def encode(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -113,6 +115,7 @@ def encode(
 
 @app.command()
 @with_exit_code
+@with_trust
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -129,6 +132,7 @@ def train(
 
 @app.command()
 @with_exit_code
+@with_trust
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder or a model's.")],
     prompt: generate_options.Prompts = None,
@@ -194,6 +198,7 @@ def generate(
 
 @app.command()
 @with_exit_code
+@with_trust
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a pretrained model's.")],
     to: Annotated[str, typer.Option(metavar="WHERE", help="diffusers, comfyui or kohya.")],
@@ -218,6 +223,7 @@ def export(
 
 @app.command("eval")
 @with_exit_code
+@with_trust
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a checkpoint or average in it.")],
     samples: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures drawn for each seed.")] = 64,
@@ -239,6 +245,7 @@ def evaluate(
 
 @app.command()
 @with_exit_code
+@with_trust
 def data(
     what: Annotated[
         str, typer.Argument(metavar="DIR", help="Pictures, an embedded set, a recipe (TOML), or a store.")
@@ -294,6 +301,7 @@ def report(
 
 @app.command()
 @with_exit_code
+@with_trust
 def ema(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     length: Annotated[
@@ -320,6 +328,7 @@ def ema(
 
 @app.command()
 @with_exit_code
+@with_trust
 def doctor(
     recipe: Annotated[
         Optional[Path],  # noqa: UP045

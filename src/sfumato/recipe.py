@@ -11,13 +11,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
+from sfumato import trust
 from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
 from sfumato.settings import RENAMED, Table, key, plain, rows_of, table_of, toml
 from sfumato.training.settings import TrainSettings
-from sfumato.user_code import is_user_code
+from sfumato.user_code import code_files, is_user_code
 
 FORMAT = 2
 DEFAULT, COMMAND_LINE, PYTHON = "default", "command line", "python"
@@ -47,7 +48,8 @@ class Recipe:
         """The recipe in a TOML file, or in a run folder, with `key=value` overrides laid over it.
 
         Paths in the file are relative to the file, paths in overrides to the current folder. Names of
-        format 1 are read and noted, those of a run's own effective.toml without a note.
+        format 1 are read and noted, those of a run's own effective.toml without a note. Code that a file or
+        an override names may run from now on, that of effective.toml may not: see `trust`.
 
         Raises:
             Refused: for a file that is missing or no TOML, an unknown key, a value that cannot be.
@@ -260,6 +262,11 @@ def _build(defaults: Recipe, entries: Mapping[str, tuple[Any, str, Path]]) -> Re
         raise Refused('output is empty, but a run needs a folder of its own: output = "runs/NAME".')
     if "output" not in trees[""]:
         trees[""]["output"] = str(Path(defaults.output).absolute())
+    for name, (_, origin, _) in entries.items():
+        if origin != EFFECTIVE:  # a run's own record names code, but nobody has said that it may run
+            section, _, leaf = name.rpartition(".")
+            value = trees[section][leaf]
+            trust.add_named_files(code_files(value if _is_list(value) else [value]))
     parts = {section: replace(getattr(defaults, section), **trees[section]) for section in SECTIONS}
     origins = {"output": DEFAULT, **{name: origin for name, (_, origin, _) in entries.items()}}
     if version != FORMAT:

@@ -42,6 +42,7 @@ RENAMED_METRICS = {
 _CHECKPOINT = re.compile(r"step-(\d+)")
 _OURS = {
     "recipe.toml", "effective.toml", "events.jsonl", "samples", "checkpoints", "report.html", ".lock",
+    "code",
 }  # fmt: skip
 
 

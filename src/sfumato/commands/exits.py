@@ -2,14 +2,18 @@
 
 import errno
 import functools
+import inspect
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import ParamSpec
+from typing import Annotated, Any, ParamSpec
 
-from sfumato.errors import Failed, Refused
+import typer
+
+from sfumato.errors import Failed, Refused, for_terminal
+from sfumato.trust import trusting
 
 FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
@@ -34,6 +38,25 @@ def with_exit_code(command: Callable[Arguments, None]) -> Callable[Arguments, No
             stop(*verdict)
 
     return answered
+
+
+def with_trust(command: Callable[Arguments, None]) -> Callable[..., None]:
+    """The command with the option --trust: code that a run or a model names may run."""
+
+    @functools.wraps(command)
+    def trusted(*args: Any, trust: bool = False, **kwargs: Any) -> None:
+        with trusting(trust):
+            command(*args, **kwargs)
+
+    option = typer.Option("--trust", help="Run code that a run or a model names, once you have read it.")
+    added = inspect.Parameter(
+        "trust", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+    )
+    signature = inspect.signature(command)
+    trusted.__annotations__ = {**command.__annotations__, "trust": added.annotation}
+    parameters = [*signature.parameters.values(), added]
+    vars(trusted)["__signature__"] = signature.replace(parameters=parameters)  # what typer reads
+    return trusted
 
 
 def refusal_of(problem: Exception) -> tuple[str, int] | None:
@@ -66,7 +89,8 @@ def refusal_of(problem: Exception) -> tuple[str, int] | None:
 
 def stop(sentence: str, code: int) -> None:
     """Say the sentence on stderr and end the process with the code."""
-    print(f"sfumato: {sentence}" if code in (FAILED, REFUSED) else sentence, file=sys.stderr, flush=True)
+    said = f"sfumato: {sentence}" if code in (FAILED, REFUSED) else sentence
+    print(for_terminal(said), file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

@@ -35,7 +35,8 @@ def report(run: Path) -> None:
     """Write the run's page, and print its path."""
     from sfumato.report import run_page as pages
 
-    print(pages.write(run))
+    page = pages.write(run)
+    result({"page": page}, str(page), False)
 
 
 def ema(run: Path, length: float, step: int | None, out: Path | None, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from sfumato.report.charts import Line, chart
 from sfumato.report.page import charts, document, section, table, tiles
 from sfumato.run_folder import write_atomic
 from sfumato.theory import Theory, arguments, describe, get, methods, names, times, verify
-from sfumato.user_code import is_user_code, load_user_object
+from sfumato.user_code import is_user_code, load_named_object
 
 POINTS = 121
 BUDGETS = (5, 10, 20, 40)
@@ -31,7 +31,7 @@ def find(name: str) -> Theory:
     """
     if not is_user_code(name):
         return get(name)
-    found = load_user_object(name)
+    found = load_named_object(name)
     theory = found() if callable(found) and not isinstance(found, Theory) else found
     if not isinstance(theory, Theory):
         raise Refused(f"{name} is a {type(theory).__name__}, but a Theory(data=..., model=...) is needed.")

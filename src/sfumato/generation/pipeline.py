@@ -31,6 +31,7 @@ from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as forms
 from sfumato.theory import times as sampling_times
 from sfumato.theory.types import Denoise
+from sfumato.trust import trusting
 
 # ----------------------------------------------------------------
 # What is to be drawn: one request a picture, and which of them can be drawn together.
@@ -522,10 +523,21 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def load(
-    folder: Path | str, dtype: str = "float32", device: str = "cpu", config: Path | str | None = None
+    folder: Path | str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    config: Path | str | None = None,
+    *,
+    trust: bool = False,
 ) -> Pipeline:
-    """The model of a folder, a run or a single file, ready to draw; `stages.load` says what it takes."""
-    return cast(Pipeline, models.load(folder, dtype, device, Pipeline, config))
+    """The model of a folder, a run or a single file, ready to draw; `models.load` says what it takes.
+
+    Args:
+        trust: code that the folder names as `file.py:name` may run, also if it was neither named by you nor
+            run on this machine before.
+    """
+    with trusting(trust):
+        return cast(Pipeline, models.load(folder, dtype, device, Pipeline, config))
 
 
 def as_pipeline(model: Model, denoiser: Any = None) -> Pipeline:

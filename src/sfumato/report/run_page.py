@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.report import curves, page
-from sfumato.report.page import Picture, amount, duration, embedded
+from sfumato.report.page import Picture, amount, duration, embedded_from
 from sfumato.run_folder import RunFolder, write_atomic
 
 Event = dict[str, Any]
@@ -178,7 +178,7 @@ def _guides(run: RunFolder, event: Event, index: int) -> list[tuple[str, str]]:
     """What guided a drawing of an event, each (what it is, address)."""
     shown = event.get("shown") or {}
     found = [
-        (_shown_name(what), embedded(run.path / files[index]))
+        (_shown_name(what), embedded_from(run.path, files[index]))
         for what, files in shown.items()
         if index < len(files)
     ]
@@ -211,7 +211,7 @@ def _latest(run: RunFolder, events: list[Event], judged: bool) -> list[dict[str,
         prompts, seeds = last.get("prompts") or [], last.get("seeds") or []
         pictures = [
             Picture(
-                embedded(run.path / file),
+                embedded_from(run.path, file),
                 prompts[index] if index < len(prompts) else "",
                 f"seed {seeds[index]}" if index < len(seeds) else "",
                 _guides(run, last, index),
@@ -245,7 +245,7 @@ def _strips(run: RunFolder, events: list[Event]) -> list[dict[str, Any]]:
 
 def _cell(run: RunFolder, event: Event, row: int, words: str) -> dict[str, str]:
     files = event.get("files", ())
-    address = embedded(run.path / files[row]) if row < len(files) else ""
+    address = embedded_from(run.path, files[row]) if row < len(files) else ""
     return {"address": address, "words": f"{words} (step {event.get('step') or 0:,})"}
 
 

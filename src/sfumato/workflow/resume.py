@@ -4,11 +4,12 @@ import shlex
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 
+from sfumato import trust, user_code
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.models.files import read_json
 from sfumato.recipe import Recipe
-from sfumato.run_folder import RunFolder
+from sfumato.run_folder import RunFolder, explain_disk_errors
 from sfumato.settings import toml
 from sfumato.user_code import code_hash, is_user_code
 
@@ -140,6 +141,20 @@ def code_of(recipe: Recipe) -> dict[str, dict[str, str]]:
         if words:
             found[name] = {word: code_hash(word) for word in words}
     return found
+
+
+def keep_code(recipe: Recipe, run: RunFolder) -> None:
+    """Keep a copy of the recipe's own code in the run, and let this machine know it again.
+
+    Raises:
+        Refused, Failed: the copy cannot be written.
+    """
+    words = [word for codes in code_of(recipe).values() for word in codes]
+    with explain_disk_errors(run.path / user_code.COPIES):
+        user_code.keep_code(words, run.path)
+    for file in user_code.code_files(words):
+        if file.is_file():
+            trust.remember(file)
 
 
 def _code_before(run: RunFolder, name: str) -> dict[str, str]:

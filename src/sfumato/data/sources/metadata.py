@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, SetAside
-from sfumato.errors import Refused, nearest
+from sfumato.errors import Refused, nearest, printable
 from sfumato.readers.media import CLIPS, PICTURES
 
 FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.tsv")
@@ -68,15 +68,6 @@ class Row:
     reason: str = ""
     extra: dict[str, str] = field(default_factory=dict)
     companions: dict[str, str] = field(default_factory=dict)
-
-
-def printable(name: str) -> str:
-    """A name that can be shown and written anywhere, on one line and in its own order of letters.
-
-    Bytes that are no text appear as \\xNN, what breaks a line or turns its direction by its number.
-    """
-    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in shown)
 
 
 def is_text(words: str) -> bool:

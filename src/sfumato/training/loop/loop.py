@@ -15,7 +15,7 @@ from signal import SIGTERM
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import Failed
+from sfumato.errors import Failed, for_terminal
 from sfumato.run_folder import RunFolder
 from sfumato.training import device, precision
 from sfumato.training.distributed import context_parallel, sharding, strategy
@@ -48,7 +48,7 @@ Progress = Callable[..., None]
 
 def print_to_stderr(sentence: str) -> None:
     """Say a sentence to whoever watches the run."""
-    print(sentence, file=sys.stderr, flush=True)
+    print(for_terminal(sentence), file=sys.stderr, flush=True)
 
 
 def _nothing(sentence: str) -> None:
