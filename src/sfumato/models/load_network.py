@@ -52,7 +52,7 @@ def load_network(
     try:
         with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call torch_dtype dtype
-            network, told = kind.from_pretrained(folder, output_loading_info=True, **options)
+            network, told = kind.from_pretrained(str(folder), output_loading_info=True, **options)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as problem:
         said = " ".join(str(problem).split())[:400]
         raise Refused(f"{folder} does not load as a {kind.__name__}: {said}") from problem
