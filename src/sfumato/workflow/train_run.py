@@ -177,6 +177,7 @@ def train(
         say_notes(parsed, say)
         resolved = resolve_recipe(parsed)
         check_context_parallel(parsed, resolved.base, processes.count)
+        condition_encoders.check_read_early(parsed, resolved.base)
         with processes.first():
             run = run_folder_of_rank(RunFolder.create(parsed.output))
         with run.lock():

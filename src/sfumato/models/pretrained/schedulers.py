@@ -112,8 +112,8 @@ def table_theory(scheduler: Any) -> Theory:
 def with_table(scheduler: Any, said: Mapping[str, Any]) -> Any:
     """The scheduler with what a model's file says of its theory, its table rescaled where that is asked.
 
-    Some classes (PNDM, LMS, Heun, …) do not know `rescale_betas_zero_snr` and keep the table as it was; theirs
-    is rescaled here, as diffusers does for those that know it: the last ᾱ is 2⁻²⁴, which divides.
+    Some classes (PNDM, LMS, Heun, …) do not know `rescale_betas_zero_snr` and keep the table as it was;
+    theirs is rescaled here, as diffusers does for those that know it: the last ᾱ is 2⁻²⁴, which divides.
 
     Source: Lin et al. 2023, arXiv:2305.08891, algorithm 1.
     """

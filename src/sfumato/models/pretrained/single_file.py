@@ -111,18 +111,16 @@ def said_of_theory(file: Path) -> dict[str, Any]:
     """What a file says of the theory it was trained under, as settings of a diffusers scheduler.
 
     Markers are keys without numbers, `v_pred` and `ztsnr` (zero terminal SNR), or entries of the header:
-    `modelspec.prediction_type`, and sd-scripts' `ss_v_parameterization` and `ss_zero_terminal_snr`. A table that
-    ends at pure noise is sampled from there: timesteps are spaced from the end.
+    `modelspec.prediction_type`, and sd-scripts' `ss_v_parameterization` and `ss_zero_terminal_snr`. A table
+    that ends at pure noise is sampled from there: timesteps are spaced from the end.
 
     Raises:
         Refused: a theory that is not read here.
     """
     try:
         with safe_open(file, "pt") as opened:
-            keys, header = (
-                {key.rpartition("model.")[2] for key in opened.keys()},
-                dict(opened.metadata() or {}),
-            )
+            header = dict(opened.metadata() or {})
+            keys = {key.rpartition("model.")[2] for key in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as problem:
         raise Refused(f"{file} is damaged ({problem}). Copy it again.") from problem
     if edm := sorted(keys & set(EDM)):

@@ -20,7 +20,7 @@ from sfumato.training.distributed.strategy import processes_per_machine
 from sfumato.training.estimate import fit_memory, probe
 from sfumato.training.estimate.memory import count_memory, repeated_blocks
 from sfumato.training.precision import effective_precision
-from sfumato.workflow import class_images, control_training
+from sfumato.workflow import class_images, condition_encoders, control_training
 from sfumato.workflow.checks import check_context_parallel
 from sfumato.workflow.dataset import known_sizes
 from sfumato.workflow.finetune import prepare_trainable
@@ -55,6 +55,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     resolved = resolve_recipe(recipe)
     collection, base = resolved.collection, resolved.base
     check_context_parallel(recipe, base, many or started_processes())
+    condition_encoders.check_read_early(recipe, base)
     train, held_out = collection.with_split("train"), collection.with_split("held_out")
     found: dict[str, Any] = {
         "samples": len(train),
@@ -69,6 +70,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         base or models.new_model(recipe.model, codec, resolved.conditioner, recipe.seed, frames)
     )
     control_training.attach_control(model, recipe)
+    condition_encoders.check_read(recipe, model)
     home = None
     if base is None and models.needs_training(recipe.model, codec):
         home = codec_folder(recipe, codec_key(recipe, train, resolved.bucket_of))
