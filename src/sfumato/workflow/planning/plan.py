@@ -13,6 +13,7 @@ from sfumato.data import buckets
 from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.data.sources.sample import Sample
 from sfumato.generation import as_pipeline
+from sfumato.models.io import adapter_run
 from sfumato.models.pretrained import token_count
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
@@ -118,6 +119,7 @@ def _standing(recipe: Recipe, resolved: ResolvedRecipe) -> dict[str, Any]:
     if not (output / "effective.toml").is_file():
         return {"run": "new"}
     run = RunFolder.open(output)
+    adapter_run.verify_base(run.path / "model")
     changed = check_resume(run, recipe, data_fingerprint(resolved.samples))
     folders = run.checkpoint_folders()
     stands = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
