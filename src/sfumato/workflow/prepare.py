@@ -130,6 +130,8 @@ def prepare_run(
     with phase(run, "codec"):
         codec = base.codec if base else trained_codec(recipe, trained_on, bucket_of, device, progress, say)
     model = model_of(recipe, resolved, codec)
+    if run is not None:  # what is only encoded may be read by a loop of one's own
+        condition_encoders.check_read(recipe, model)
     condition_encoders.condition_dropout(recipe.data, list(condition_encoders.encoders(model, recipe.data)))
     with phase(run, "prior"):
         others = class_images.samples(recipe, resolved.class_images, model, progress)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from sfumato.generation import Pipeline, load
+from sfumato.models.io import adapter_run
 from sfumato.models.pretrained.train_text_encoders import untrainable_encoders
 from sfumato.recipe import Recipe
 from sfumato.report import run_page
@@ -186,11 +187,13 @@ def train(
         say_notes(parsed, say)
         resolved = resolve_recipe(parsed)
         check_context_parallel(parsed, resolved.base, processes.count)
+        condition_encoders.check_read_early(parsed, resolved.base)
         with processes.first():
             run = run_folder_of_rank(RunFolder.create(parsed.output))
         with run.lock():
             with processes.first():
                 check_classes(run, resolved.classes)
+                adapter_run.verify_base(run.path / "model")
                 for note in check_resume(run, parsed, data_fingerprint(resolved.samples)):
                     say(note)
                 if processes.is_rank_zero:

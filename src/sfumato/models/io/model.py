@@ -171,6 +171,7 @@ def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Mod
     """The model in a folder of stages, a pipeline's folder, or one that says where its base is."""
     verify_checksums(home)
     if (home / adapter_run.BASE).is_file():
+        adapter_run.verify_base(home)
         base, info = adapter_run.read_base(home)
         model = load(base, number, model_class=model_class)
         return restore_info(model, located(info, home))

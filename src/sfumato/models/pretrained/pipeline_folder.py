@@ -282,11 +282,15 @@ def load_pipeline(
     """
     family = family_of(folder)
     held: dict[str, Any] = {}
+    said: dict[str, Any] = {}
     if file is None:
         check_parts(folder, family)
     else:
+        said = {} if family.timestep_input else single_file.said_of_theory(file)
         held = single_file.components(file, folder, read_index(folder), family.network, dtype)
     pipe = open_pipeline(folder, dtype, family, held)
+    if hasattr(getattr(pipe, "scheduler", None), "alphas_cumprod"):
+        pipe.register_modules(scheduler=schedulers.with_table(pipe.scheduler, said))
     network: nn.Module = family.get_denoiser(pipe)
     codec = codec_of(family, pipe)
     if misfit := family.why_incompatible(network, pipe, codec.latent_channels):

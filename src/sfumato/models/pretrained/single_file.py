@@ -13,6 +13,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sfumato.errors import Refused
@@ -100,6 +101,47 @@ def check_used(file: Path, tensors: Mapping[str, Tensor], used: set[str], reason
         "ignored. Give as config the folder of the model that the file was made from; or, if they are of no "
         "use, write the file without them."
     )
+
+
+EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Keys by which files say that they were trained under EDM (Playground 2.5, CosXL)."""
+
+
+def said_of_theory(file: Path) -> dict[str, Any]:
+    """What a file says of the theory it was trained under, as settings of a diffusers scheduler.
+
+    Markers are keys without numbers, `v_pred` and `ztsnr` (zero terminal SNR), or entries of the header:
+    `modelspec.prediction_type`, and sd-scripts' `ss_v_parameterization` and `ss_zero_terminal_snr`. A table
+    that ends at pure noise is sampled from there: timesteps are spaced from the end.
+
+    Raises:
+        Refused: a theory that is not read here.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            header = dict(opened.metadata() or {})
+            keys = {key.rpartition("model.")[2] for key in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as problem:
+        raise Refused(f"{file} is damaged ({problem}). Copy it again.") from problem
+    if edm := sorted(keys & set(EDM)):
+        raise Refused(
+            f"{file} says ({edm[0]}) that it was trained under EDM, which is not read from single files. "
+            "Give a model that was trained on a table of betas."
+        )
+    found: dict[str, Any] = {}
+    told = header.get("modelspec.prediction_type", "").lower()
+    if "v_pred" in keys or told in ("v", "v_prediction") or header.get("ss_v_parameterization") == "True":
+        found["prediction_type"] = "v_prediction"
+    elif told == "epsilon":
+        found["prediction_type"] = "epsilon"
+    elif told:
+        raise Refused(
+            f'{file}: modelspec.prediction_type is "{told[:40]}"; epsilon and v are read. Correct it in '
+            "the file's header."
+        )
+    if "ztsnr" in keys or header.get("ss_zero_terminal_snr") == "True":
+        found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return found
 
 
 REAL_WIDTH = 3072
