@@ -16,9 +16,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all that were started together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def result(value: Any, text: str, as_json: bool) -> None:
     """A result, on stdout: `text`, or `value` as one line of JSON; of many processes the first says it."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_rank_zero():
         return
     print(json.dumps(value, ensure_ascii=False, default=str) if as_json else text, flush=True)
 
