@@ -5,7 +5,6 @@ Results go to stdout, messages to stderr. Exit codes: 0 done, 1 the run failed, 
 """
 
 import io
-import logging
 import os
 import sys
 from pathlib import Path
@@ -348,9 +347,8 @@ app.add_typer(theories, name="theory")
 
 def main() -> None:
     """Run the command line; also what `python -m sfumato` does."""
-    for name in ("torchao", "torch.utils._pytree"):  # what these say of themselves while they are imported
-        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_DISABLE", "1")  # one kind of progress bar is enough
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # of a console that has no σ
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of a console that has no σ
     app(prog_name="sfumato")

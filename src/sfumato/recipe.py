@@ -34,7 +34,7 @@ class Recipe:
     """
 
     output: str = key("runs/run", "the run's folder", path=True)
-    seed: int = key(0, "every draw of the run follows from this number", least=0)
+    seed: int = key(0, "every draw of the run follows from this number", least=0, most=2**64 - 1)
     format: int = key(FORMAT, "version of the recipe's format")
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -167,6 +167,8 @@ def parse(file: Path) -> dict[str, Any]:
         raise Refused(f"{file} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise Refused(f"{file} is not TOML: {error}.") from None
+    except RecursionError:
+        raise Refused(f"{file} is no recipe: its tables or lists are nested too deep.") from None
 
 
 def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -342,8 +344,10 @@ def _from_text(name: str, text: str) -> Any:
     wanted = cast("type[object]", type(DEFAULTS[name]))
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, UnicodeEncodeError):
         value = text
+    except RecursionError:
+        raise Refused(f"{name} is nested too deep, but it must be {_kind(wanted, RULES[name])}.") from None
     if wanted is str and not isinstance(value, str) and not (RULES[name]["many"] and _is_list(value)):
         value = text
     if wanted is Table:

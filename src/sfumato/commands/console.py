@@ -19,9 +19,14 @@ def say(text: str) -> None:
     print(for_terminal(text), file=sys.stderr, flush=True)
 
 
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all that were started together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def result(value: Any, text: str, as_json: bool) -> None:
     """A result, on stdout: `text`, or `value` as one line of JSON; of many processes the first says it."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_rank_zero():
         return
     print(json_for_terminal(value) if as_json else for_terminal(text), flush=True)
 

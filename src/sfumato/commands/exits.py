@@ -3,6 +3,7 @@
 import errno
 import functools
 import inspect
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 
+from sfumato.commands.library_messages import in_the_log
 from sfumato.errors import Failed, Refused, for_terminal
 from sfumato.trust import trusting
 
@@ -28,11 +30,12 @@ def with_exit_code(command: Callable[Arguments, None]) -> Callable[Arguments, No
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminated)
         try:
-            command(*args, **kwargs)
+            with in_the_log():
+                command(*args, **kwargs)
         except KeyboardInterrupt:
             stop("Stopped. What was saved stays; the same command goes on from there.", INTERRUPTED)
         except Exception as problem:
-            verdict = refusal_of(problem)
+            verdict = refusal_of(problem, command.__name__)
             if verdict is None:
                 raise
             stop(*verdict)
@@ -59,8 +62,12 @@ def with_trust(command: Callable[Arguments, None]) -> Callable[..., None]:
     return trusted
 
 
-def refusal_of(problem: Exception) -> tuple[str, int] | None:
-    """The sentence and exit code of a problem that is no programming error, else None."""
+def refusal_of(problem: Exception, command: str = "") -> tuple[str, int] | None:
+    """The sentence and exit code of a problem that is no programming error, else None.
+
+    Args:
+        command: whose problem it is, for advice.
+    """
     text = " ".join(str(problem).split())
     if isinstance(problem, Refused):
         return text, REFUSED
@@ -71,6 +78,14 @@ def refusal_of(problem: Exception) -> tuple[str, int] | None:
             f"{problem.filename} may not be written or read: {problem.strerror}. Choose another place.",
             REFUSED,
         )
+    if isinstance(problem, OSError) and problem.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"{problem.filename} cannot be: {problem.strerror}. Choose another name.", REFUSED
+    if "File too large (os error" in text or (isinstance(problem, OSError) and problem.errno == errno.EFBIG):
+        return (
+            "A file may not become that large here (ulimit -f, or the file system). What was saved stays; "
+            "raise the limit and give the same command again.",
+            FAILED,
+        )
     full = isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in text:
         where = getattr(problem, "filename", None) or "The disk"
@@ -78,13 +93,48 @@ def refusal_of(problem: Exception) -> tuple[str, int] | None:
             f"{where}: no space is left. What was saved stays; make room and give the same command again.",
             FAILED,
         )
-    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
-        return (
-            "Memory is used up. Lower train.batch, or raise train.gradient_accumulation to compute it in "
-            "parts.",
-            FAILED,
-        )
+    if is_out_of_memory(problem, text):
+        return f"Memory is used up{_wanted(text)}. {MEMORY.get(command, MEMORY[''])}", FAILED
     return None
+
+
+MEMORY = {
+    "train": "Lower train.batch, data.resolution or the model's size, or raise train.gradient_accumulation "
+    "to compute a batch in parts; sfumato plan says what a step needs.",
+    "plan": "Lower train.batch, data.resolution or the model's size.",
+    "encode": "Lower data.resolution or data.frames.",
+    "generate": "Draw smaller pictures (--width, --height), fewer (--count), or decode in tiles (--tile).",
+    "evaluate": "Measure fewer pictures at once: --samples.",
+    "data": "A file of the data needs more than there is; look at the largest.",
+    "": "Close what else uses it, or ask for less.",
+}
+"""What to do, by the command that used the memory up."""
+_REFUSED_BY_AN_ALLOCATOR = (
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "Storage size calculation overflowed",
+    "bad_alloc",
+    "CUDA out of memory",
+    "out of memory",
+)
+
+
+def is_out_of_memory(problem: Exception, text: str) -> bool:
+    """Whether memory was refused: Python, numpy, torch's allocators and the system each say it otherwise."""
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(problem, OSError):
+        return problem.errno == errno.ENOMEM
+    return isinstance(problem, RuntimeError) and any(words in text for words in _REFUSED_BY_AN_ALLOCATOR)
+
+
+def _wanted(text: str) -> str:
+    """How much was asked for at once, where the text says it."""
+    if found := re.search(r"(\d{7,}) bytes", text):
+        return f": {int(found[1]) / 1e9:,.3g} GB were asked for at once"
+    found = re.search(r"[\d.]+ [KMGTPE]i?B\b", text)
+    return f": {found[0]} were asked for at once" if found else ""
 
 
 def stop(sentence: str, code: int) -> None:

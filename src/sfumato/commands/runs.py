@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sfumato.commands.console import progress, result, say
+from sfumato.run_folder import check_output
 
 
 def encode(recipe: Path, overrides: list[str], workers: int, as_json: bool) -> None:
@@ -43,6 +44,8 @@ def ema(run: Path, length: float, step: int | None, out: Path | None, as_json: b
     """Write the model averaged over `length` of the run, and print its folder."""
     from sfumato.workflow.averaging import average
 
+    if out is not None:
+        check_output(out)
     made = average(run, length, step, out)
     text = f"Averaged over {length:g} of the run, as it was at step {made.step:,}"
     say(f"{text}; the profile is missed by {made.missed:.2%}. Draw: sfumato generate {made.folder}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from sfumato import models
 from sfumato.errors import Refused
 from sfumato.generation import image_guidance
-from sfumato.generation.guidance import GuidanceOptions, mark_perturbed
+from sfumato.generation.guidance import GuidanceOptions, check_negative, mark_perturbed
 from sfumato.generation.image_guidance import ImageGuidance
 from sfumato.generation.regions import Regions, parse_regions
 from sfumato.generation.video import VideoConditioning, parse_video
@@ -80,10 +80,22 @@ def parse_requests(
     away = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     seen = {name: images_per_prompt(some, count, name) for name, some in shown.items()}
+    for text in (*prompts, *away):
+        check_is_unicode(text or "")
     return [
         SampleRequest(*request, {name: some[i] for name, some in seen.items()})
         for i, request in enumerate(zip(prompts, away, seeds, strict=True))
     ]
+
+
+def check_is_unicode(text: str) -> None:
+    """Raises Refused for a text that no tokenizer reads: one that came in from bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refused(
+            f"The prompt {text[:60]!r} is no UTF-8. Write it in UTF-8, or set the terminal to it."
+        ) from None
 
 
 def batches(todo: Sequence[SampleRequest], most: int) -> Iterator[Sequence[SampleRequest]]:
@@ -419,7 +431,7 @@ class Pipeline(Model):
         """The denoiser of these requests: leaning away from the weaker answer unless guidance is 1.
 
         Raises:
-            Refused: a negative that would not act on this network, a form of guidance that would not act.
+            Refused: a negative or a form of guidance that would not act on this network or scale.
         """
         guidance, images, given = plan.guidance, plan.images, plan.options
         policy, extra = self.denoiser.guidance, plan.extra_guidance
@@ -427,6 +439,7 @@ class Pipeline(Model):
         has_negative = any(text is not None for text in away)
         first = policy.guidance_at(guidance, self.theory.t_noise, extra)
         leans = bool(len(prompted)) and policy.needs_negative(first, has_negative)
+        check_negative(any(away), leans, guidance)
         how = plan.guidance_options.effective(leans, has_negative)
         how.validate(self.denoiser, leans, has_negative)
         times = self.step_times(plan.schedule)

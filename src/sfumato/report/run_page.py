@@ -9,6 +9,7 @@ from typing import Any
 
 from sfumato.report import curves, page
 from sfumato.report.page import Picture, amount, duration, embedded_from
+from sfumato.report.run_events import readable_events
 from sfumato.run_folder import RunFolder, write_atomic
 
 Event = dict[str, Any]
@@ -55,7 +56,8 @@ def write(run: RunFolder | Path | str) -> Path:
 
 def render(run: RunFolder) -> str:
     """The page of a run, as HTML."""
-    events = run.events()
+    events, unreadable = readable_events(run)
+    odd = [f"{unreadable:,} lines of events.jsonl are none that a run writes; they are left out."]
     phases = _phases(events)
     large, small = curves.losses(events)
     return page.render(
@@ -76,7 +78,8 @@ def render(run: RunFolder) -> str:
         set_aside=_set_aside(events),
         phases=phases if sum(seconds for _, seconds in phases) > 0 else [],
         recipe=_recipe(run),
-        notes=[event["text"] for event in of_kind(events, "note") if event.get("text")],
+        notes=[event["text"] for event in of_kind(events, "note") if event.get("text")]
+        + odd * bool(unreadable),
     )
 
 
@@ -275,7 +278,7 @@ def _data(events: list[Event]) -> list[tuple[str, str]]:
     data = _last(events, "data").get("summary", {})
     words = []
     for name, value in data.items():
-        if isinstance(value, int | float | str) and name != "content":
+        if isinstance(value, int | float | str) and name not in ("content", "pixels"):
             words.append((_words(name), amount(value) if not isinstance(value, str) else value))
     sizes = data.get("sizes") or {}
     if isinstance(sizes, dict):

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
+from typing import Any
 
 from sfumato import trust, user_code
 from sfumato.data.sources.sample import Sample
@@ -65,8 +66,8 @@ def check_resume(run: RunFolder, recipe: Recipe, content: str = "") -> list[str]
         return []
     if not (run.path / "model").exists() and not run.checkpoint_folders():
         return []  # refused before anything was made: the recipe may be mended
-    before = [event["summary"].get("content") for event in run.events() if event["kind"] == "data"]
-    same_data = not before or not content or before[-1] == content
+    before = data_summary(run)
+    same_data = not before or not content or before.get("content") == content
     notes = []
     for name, (was, now) in Recipe.read(run.path).differences(recipe).items():
         moved = name == "data.train" and same_data
@@ -116,6 +117,12 @@ def check_classes(run: RunFolder, classes: Sequence[str]) -> None:
     )
 
 
+def data_summary(run: RunFolder) -> dict[str, Any]:
+    """What was last written down of a run's data; {} if nothing was."""
+    found = [one.get("summary") for one in run.events() if one["kind"] == "data"]
+    return found[-1] if found and isinstance(found[-1], dict) else {}
+
+
 def pixels_note(run: RunFolder, pixels: str, content: str) -> str:
     """The sentence about pictures whose pixels changed since the run's data was last written down, or "".
 
@@ -123,7 +130,7 @@ def pixels_note(run: RunFolder, pixels: str, content: str) -> str:
         pixels: fingerprint of what the pictures show now; content: of their names, captions and split, whose
             change `check_resume` has said already.
     """
-    before = next((one["summary"] for one in reversed(run.events()) if one["kind"] == "data"), {})
+    before = data_summary(run)
     same_samples = before.get("content") == content
     if not same_samples or not before.get("pixels") or not pixels or before["pixels"] == pixels:
         return ""
@@ -159,7 +166,9 @@ def keep_code(recipe: Recipe, run: RunFolder) -> None:
 
 def _code_before(run: RunFolder, name: str) -> dict[str, str]:
     """What `code_of` said when the run last began."""
-    return next((one["hashes"].get(name, {}) for one in reversed(run.events()) if one["kind"] == "code"), {})
+    codes = [one.get("hashes") for one in run.events() if one["kind"] == "code"]
+    known = codes[-1] if codes and isinstance(codes[-1], dict) else {}
+    return found if isinstance(found := known.get(name), dict) else {}
 
 
 def data_fingerprint(samples: Iterable[Sample]) -> str:

@@ -279,7 +279,7 @@ def _train(
         finished = outcome.step >= recipe.train.steps
     finally:
         encode_ahead.stop_encoding_ahead(train, finished)
-        if leads:
+        if leads and run.recipe.is_file():
             run_page.write(run)
     return outcome.step
 

@@ -360,7 +360,12 @@ class _Loop:
     # ------------------------------------------------------------------------- saving and resuming
 
     def save(self, has_more_steps: bool = True) -> Path:
-        """Write a checkpoint of this moment, unless a number in it is not finite."""
+        """Write a checkpoint of this moment, unless a number in it is not finite.
+
+        Raises:
+            Failed: a number is not, or the run's folder is gone.
+        """
+        self.run.check_is_there()
         if not self.checks_every_step and bool(self.not_finite):
             self.fail_not_finite()
         groups, state = self.train_state.state_dict()
