@@ -436,9 +436,7 @@ def _copied(func: Any, args: Any, kwargs: Any, asked: _Asked, target: torch.devi
 def _copied_into(func: Any, args: Any, real_args: Any, kwargs: Any) -> Any:
     """`copy_`: within a device, or between host and device."""
     into, source = args[0], args[1]
-    there, here = (
-        one.place.type if isinstance(one, DeviceTensor) else "cpu" for one in (into, source)
-    )
+    there, here = (one.place.type if isinstance(one, DeviceTensor) else "cpu" for one in (into, source))
     non_blocking = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
     if here == "cpu" and there == "cuda":
         STATE.ledger.upload(real_args[1], _is_pinned(real_args[1]), non_blocking)
@@ -452,7 +450,9 @@ def _copied_into(func: Any, args: Any, real_args: Any, kwargs: Any) -> Any:
     return into
 
 
-def _wrapped(func: Any, args: Any, kwargs: Any, real_args: Any, real_kwargs: Any, result: Any, place: Any) -> Any:
+def _wrapped(
+    func: Any, args: Any, kwargs: Any, real_args: Any, real_kwargs: Any, result: Any, place: Any
+) -> Any:
     """The result as the device's tensors; where an operation writes into an argument, that argument."""
     written: list[Any] = []
     names = [one.name for one in func._schema.arguments]

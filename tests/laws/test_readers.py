@@ -17,7 +17,7 @@ from sfumato.data.store.store import key
 from sfumato.errors import Refused
 from sfumato.generation.image_guidance import fit_image
 from sfumato.generation.video import clip_pixels, frames_in
-from sfumato.models.pretrained.image_inputs import picture
+from sfumato.models.pretrained.image_inputs import mask_picture, picture
 from sfumato.readers import clips, media, video_frames
 from sfumato.readers.clips import ClipSpan
 
@@ -491,3 +491,16 @@ def test_what_was_read_wrong_has_a_key_of_its_own(name, tmp_path):
         Sample(name, (), file=file).content_hash(), f"{OF_YESTERDAY} to 16x16{words}", "codec", "same"
     )
     assert keys_of(file, HOW) != wrong
+
+
+def test_a_mask_that_tells_by_what_is_clear_is_refused(tmp_path):
+    """Law: on white it would be white all over, and everything repainted; a white mask without holes acts."""
+    strokes = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    strokes.paste((255, 255, 255, 255), (4, 4, 12, 12))
+    for one in (strokes, saved(tmp_path / "mask.png", strokes), str(tmp_path / "mask.png")):
+        with pytest.raises(Refused, match=r"white all over.*Save the mask without transparency"):
+            mask_picture(one)
+    assert mask_picture(Image.new("RGBA", (16, 16), "white")).getpixel((3, 3)) == (255, 255, 255)
+    ink = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    ink.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    assert [mask_picture(ink).getpixel(at)[0] for at in ((1, 1), (8, 8))] == [255, 0]

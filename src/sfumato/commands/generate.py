@@ -340,11 +340,13 @@ def condition_arguments(given: dict[str, Any], control_from: str) -> dict[str, A
         Refused: a file that cannot be read, or a kind of control without one.
     """
     from sfumato.data.condition_images import KINDS, kind_of
+    from sfumato.models.pretrained.image_inputs import mask_picture
 
     known = {name: value for name, value in given.items() if value not in (None, [])}
-    for name in ("init", "mask"):
-        if name in known:
-            known[name] = still_or_clip(known[name])
+    if "init" in known:
+        known["init"] = still_or_clip(known["init"])
+    if "mask" in known:
+        known["mask"] = mask_picture(known["mask"])
     if "reference" in known:
         known["reference"] = [[still_or_clip(file) for file in known["reference"]]]
     if "control" in known:
@@ -408,7 +410,7 @@ def parse_region(text: str) -> tuple[Any, str]:
     Raises:
         Refused: no such pair, or no such file.
     """
-    from sfumato.models.pretrained.image_inputs import picture
+    from sfumato.models.pretrained.image_inputs import mask_picture
 
     drive = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
     at = text.find(":", drive)
@@ -417,7 +419,7 @@ def parse_region(text: str) -> tuple[Any, str]:
         raise Refused(
             f'--region "{text}" must be a mask\'s file and a prompt: --region "left.png:a red apple".'
         )
-    return picture(file), prompt.strip()
+    return mask_picture(file), prompt.strip()
 
 
 def parse_lora(lora: str) -> tuple[str, float]:

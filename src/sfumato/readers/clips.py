@@ -429,7 +429,7 @@ def _with_decoder(container: Any, stream: Any, decoder: str) -> Iterator[Any]:
     if not decoder:
         yield from container.decode(stream)
         return
-    context = av.CodecContext.create(decoder, "r")
+    context: Any = av.CodecContext.create(decoder, "r")
     context.thread_type = "NONE"
     for packet in container.demux(stream):
         yield from context.decode(packet)

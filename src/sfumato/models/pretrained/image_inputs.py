@@ -55,6 +55,26 @@ def picture(one: Any) -> Image.Image:
     return _read(one, "The picture")
 
 
+def mask_picture(one: Any) -> Image.Image:
+    """A mask, read as `picture` reads it, white where it acts.
+
+    Raises:
+        Refused: as `picture`, and a mask that tells by what is clear where it acts: on white it is white all
+            over.
+    """
+    found = picture(one)
+    source = Path(one).expanduser() if isinstance(one, str | Path) else one
+    if isinstance(source, Path | Image.Image) and found.convert("L").getextrema()[0] > 250:
+        alpha = media.open_picture(source).convert("RGBA").getchannel("A").getextrema()
+        if alpha[0] < 255:
+            name = one if isinstance(one, str | Path) else "The mask"
+            raise Refused(
+                f"{name} is white all over once what is clear in it lies on white. Save the mask without "
+                "transparency: white where it acts, black elsewhere."
+            )
+    return found
+
+
 def _read(source: Path | Image.Image, name: str) -> Image.Image:
     try:
         return media.read_picture(source)
