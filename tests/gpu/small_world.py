@@ -18,7 +18,14 @@ from sfumato.training.objective.packed_batches import PackedObjective
 from sfumato.training.settings import TrainSettings
 
 SHAPE = (4, 8, 8)
-SETTINGS = {"steps": 40, "batch": 4, "warmup_steps": 2, "learning_rate": 1e-3, "log_every": 20, "save_every": 20}
+SETTINGS = {
+    "steps": 40,
+    "batch": 4,
+    "warmup_steps": 2,
+    "learning_rate": 1e-3,
+    "log_every": 20,
+    "save_every": 20,
+}
 
 
 @dataclass
@@ -61,11 +68,21 @@ class Order:
 
 def dit(**known: Any) -> DiT:
     """Our transformer, whose gates have left zero."""
-    words = {"width": 32, "depth": 2, "heads": 2, "patch": 2, "text_width": 16, "pooled_width": 16, "canvas": 2}
+    torch.manual_seed(0)
+    words = {
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "patch": 2,
+        "text_width": 16,
+        "pooled_width": 16,
+        "canvas": 2,
+    }
     return stirred(DiT(SHAPE[0], **{**words, **known}))
 
 
 def unet() -> UNet:
+    torch.manual_seed(0)
     return UNet(SHAPE[0], width=32, depth=2, heads=4, text_width=16, pooled_width=16)
 
 
@@ -105,7 +122,12 @@ class Training:
 
 
 def training(
-    folder: Path, denoiser: Denoiser, device: str = "cuda", theory: str = "flow-matching", encoded: Any = None, **changes: Any
+    folder: Path,
+    denoiser: Denoiser,
+    device: str = "cuda",
+    theory: str = "flow-matching",
+    encoded: Any = None,
+    **changes: Any,
 ) -> Training:
     """Training of our own networks."""
     torch.manual_seed(0)
