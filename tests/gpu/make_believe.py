@@ -2,8 +2,8 @@
 
 The real code runs on it, with true numbers. What a GPU would have had to do is counted with the line of
 sfumato that asked for it: launches, copies between host and device, and moments at which the host waits until
-the device has done all it was given. What a GPU would refuse raises: operands on two devices, and a tensor read
-on a stream that has not waited for the stream that writes it.
+the device has done all it was given. What a GPU would refuse raises: operands on two devices, and a tensor
+read on a stream that has not waited for the stream that writes it.
 
 It needs a C++ compiler once for each version of torch, for the few answers that torch wants below Python.
 """
@@ -174,7 +174,8 @@ class Event:
         (stream or current_stream()).wait_event(self)
 
     def synchronize(self) -> None:
-        STATE.ledger.sync("event.synchronize")
+        if threading.current_thread() is threading.main_thread():  # a thread of its own keeps nobody waiting
+            STATE.ledger.sync("event.synchronize")
         STATE.known |= self.marks
 
     def query(self) -> bool:
@@ -289,7 +290,7 @@ class DeviceTensor(torch.Tensor):
     @data.setter
     def data(self, value: torch.Tensor) -> None:
         other = value.detach() if isinstance(value, DeviceTensor) else DeviceTensor(value.detach(), CPU)
-        torch._C.TensorBase.data.__set__(self, other)  # pyright: ignore
+        torch._C.TensorBase.data.__set__(self, other)  # pyright: ignore[reportAttributeAccessIssue]
         self.numbers, self.place = other.numbers, other.place
 
     def tolist(self) -> Any:
@@ -344,7 +345,17 @@ class _Asked(NamedTuple):
     name: str
     device: list[DeviceTensor]
     host: list[torch.Tensor]
-    flat: list[Any]
+    tensors: list[torch.Tensor]
+
+
+def _numbers(value: Any, found: list[torch.Tensor]) -> Any:
+    """The value with the device's tensors as their numbers; every tensor in it is added to `found`."""
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+        return value.numbers if isinstance(value, DeviceTensor) else value
+    if isinstance(value, list | tuple):
+        return type(value)([_numbers(one, found) for one in value])
+    return value
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -354,17 +365,16 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0].place
     if schema == "_fused_sdp_choice":
         return 0  # attention by plain products
-    flat, _ = tree_flatten((args, kwargs))
-    tensors = [one for one in flat if isinstance(one, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    real_args = _numbers(args, tensors)
+    real_kwargs = {name: _numbers(value, tensors) for name, value in kwargs.items() if name != "pin_memory"}
     device = [one for one in tensors if isinstance(one, DeviceTensor) and one.place.type == "cuda"]
     wanted = kwargs.get("device")
     target = None if wanted is None else torch.device(wanted)
     if not any(isinstance(one, DeviceTensor) for one in tensors) and (target is None or target.type == "cpu"):
         return func(*args, **kwargs)
     host = [one for one in tensors if not isinstance(one, DeviceTensor) or one.place.type != "cuda"]
-    asked = _Asked(schema, device, host, flat)
-    real_args, real_kwargs = tree_map_only(DeviceTensor, lambda one: one.numbers, (args, kwargs))
-    real_kwargs = {name: value for name, value in real_kwargs.items() if name != "pin_memory"}
+    asked = _Asked(schema, device, host, tensors)
     if target is not None:
         real_kwargs["device"] = CPU
     if STATE.streams > 1:
@@ -399,7 +409,7 @@ def _write_down(asked: _Asked, func: Any) -> None:
     if name in READ_BY_HOST or overload in READ_BY_HOST:
         ledger.sync(name)
     is_index = name in ("index", "index_put", "index_put_")
-    if is_index and any(getattr(one, "dtype", None) in (torch.bool, torch.uint8) for one in asked.flat[1:]):
+    if is_index and any(one.dtype in (torch.bool, torch.uint8) for one in asked.tensors[1:]):
         ledger.sync("an index by a mask")
     if _is_doing_something(func, name):
         lists = "_foreach" in name or "_fused" in name
@@ -473,9 +483,10 @@ def _wrapped(
             return owners[id(one)]
         return one if place.type == "cpu" else DeviceTensor(one, place)
 
-    found = tree_map_only(torch.Tensor, wrap, result)
+    found = wrap(result) if isinstance(result, torch.Tensor) else tree_map_only(torch.Tensor, wrap, result)
     if place.type == "cuda" and _is_doing_something(func, func._schema.name.split("::")[1]):
-        _stamp([one for one in tree_flatten(found)[0] if isinstance(one, DeviceTensor)] + written)
+        made = [found] if isinstance(found, torch.Tensor) else tree_flatten(found)[0]
+        _stamp([one for one in made if isinstance(one, DeviceTensor)] + written)
     return found
 
 
@@ -539,14 +550,14 @@ def _set_data(tensor: Any, value: torch.Tensor) -> None:
         new = torch.nn.Parameter(value.detach(), tensor.requires_grad)
         torch.utils.swap_tensors(tensor, new if isinstance(tensor, torch.nn.Parameter) else value.detach())
     else:
-        torch._C.TensorBase.data.__set__(tensor, value)  # pyright: ignore
+        torch._C.TensorBase.data.__set__(tensor, value)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextlib.contextmanager
 def make_believe(library: ctypes.CDLL) -> Iterator[Ledger]:
     """Within it there is a device cuda:0, in this thread and in those that it starts."""
     run_thread, optimizers = threading.Thread.run, sys.modules["torch.optim.optimizer"]
-    data = property(lambda one: torch._C.TensorBase.data.__get__(one), _set_data)  # pyright: ignore
+    data = property(lambda one: torch._C.TensorBase.data.__get__(one), _set_data)  # pyright: ignore[reportAttributeAccessIssue]
 
     def pretending_thread(thread: threading.Thread) -> None:
         torch._C._set_only_lift_cpu_tensors(True)

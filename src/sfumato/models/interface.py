@@ -22,6 +22,7 @@ from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy
 from sfumato.theory import Theory
 from sfumato.theory.convert import translate_inputs
+from sfumato.theory.definition import as_float64, upload
 
 
 def seeded(seed: int, make: Callable[[], Any]) -> Any:
@@ -416,15 +417,15 @@ class Model:
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """(x, clock, read): the network's inputs, and how its answer is read."""
         theory, read = self.theory, lambda out: out
-        times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        times = as_float64(t)  # times on the host stay there: what follows of them is a few numbers
         if self.trained is not None:
             x_t, times, read = translate_inputs(self.trained, self.theory, x_t, times)
             theory, times = self.trained, times.double()
         times = times.expand(len(x_t)) if times.ndim < 2 else times
-        scale = theory.input_scale(times).to(x_t.dtype)
+        scale = upload(theory.input_scale(times).to(x_t.dtype), x_t.device)
         places = (-1, 1, times.shape[1]) if times.ndim == 2 else (-1, 1)
         x = x_t * scale.view(*places, *[1] * (x_t.ndim - len(places)))
-        return x, theory.clock(times).to(x_t.dtype), read
+        return x, upload(theory.clock(times).to(x_t.dtype), x_t.device), read
 
     def _network_answer(self, x: Any, clock: Any, condition: Any, dtype: torch.dtype) -> Any:
         """The network's own answer; as wide as its input where it computes narrower."""

@@ -295,7 +295,8 @@ def run_sanity_checks(
     """Run the sanity checks quickly and say what does not hold; the run goes on."""
     from sfumato.workflow import sanity_checks
 
-    for check in sanity_checks.sanity_checks(recipe, prepared, network, sanity_checks.FEW):
+    checks = sanity_checks.sanity_checks(recipe, prepared, network, sanity_checks.FEW)
+    for check in sanity_checks.as_memory_allows(checks):
         if check.remark:
             say(f"before training: {check.claim}: {check.detail}")
             run.event("note", text=f"sanity: {check.claim}: {check.detail}")

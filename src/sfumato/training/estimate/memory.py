@@ -24,6 +24,7 @@ from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.distributed.strategy import Strategy
 from sfumato.training.optim.optimizers import spec_of
 from sfumato.training.settings import TrainSettings
+from sfumato.training.state.posthoc_ema import is_kept_on
 
 FORWARD_AND_BACKWARD = 3
 NON_MATMUL_FACTOR = 1.35
@@ -265,7 +266,7 @@ def _count_afresh(network: nn.Module, inputs: Inputs) -> MemoryCount:
         frozen_in_blocks=sum(frozen),
         block=max(held, default=0),
         root=everything - sum(held),
-        host=next(network.parameters()).device.type == "cpu",
+        host=is_kept_on(next(network.parameters()).device, numbers),
         flops=counter.get_total_flops(),
     )
 

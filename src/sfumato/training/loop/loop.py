@@ -118,6 +118,7 @@ def fit(
         with (
             listening(loop.callbacks),
             device.keep_freed_memory(loop.device),
+            device.deterministic(loop.device, settings.deterministic),
             context_parallel.enabled_for_training(network, settings, loop.processes),
             profiling.profiled(
                 profile if loop.processes.is_rank_zero else None, loop.say
@@ -189,6 +190,7 @@ class _Loop:
         self.seconds = self.window_seconds = 0.0
         self.last_loss = self.speed = float("nan")
         self.loss_spikes = LossSpikes()
+        self.figures = [0.0, 0.0, 0.0]
         self.tasks_are_due = False
         self.saved: tuple[int, bool] | None = None
 
@@ -205,8 +207,10 @@ class _Loop:
                 with part("step"):
                     rate = self.advance()
                 self.profile_step()
-                self.window_seconds += time.perf_counter() - began
                 self.tasks_are_due = True
+                if self.is_logged(self.step):
+                    self.read_figures()  # where the host waits for what it has given the device
+                self.window_seconds += time.perf_counter() - began
                 if self.is_logged(self.step):
                     self.log(rate)
                 if not self.must_stop:
@@ -322,12 +326,17 @@ class _Loop:
 
     # ------------------------------------------------------------------------- what follows a step
 
+    def read_figures(self) -> None:
+        """Read the loss and the gradient's norm, once, when all steps before are done."""
+        figures = [self.loss_sum / max(1, self.loss_count), self.norm.float(), self.not_finite.float()]
+        self.figures = torch.stack(figures).tolist()
+
     def log(self, rate: float) -> None:
-        """Read the loss, once, and write the step event."""
-        if not self.checks_every_step and bool(self.not_finite):
+        """Write the step event."""
+        loss, norm, not_finite = self.figures
+        if not self.checks_every_step and not_finite:
             self.fail_not_finite()
         self.loss_records.clear()
-        loss, norm = torch.stack([self.loss_sum / max(1, self.loss_count), self.norm.float()]).tolist()
         if sentence := self.loss_spikes.update(self.step, loss):
             self.run.event("note", text=sentence)
         self.last_loss = loss
