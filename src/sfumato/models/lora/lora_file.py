@@ -10,7 +10,7 @@ Conventions: diffusers, peft, kohya's sd-scripts, and LyCORIS (Yeh et al. 2023, 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ OTHERS = {
 """Ends of keys of adapters that are known and not read."""
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps ranks and alphas, as JSON."""
+DORA_SCALE, OF_BASE = "dora_scale", "lengths over those of the base's rows, as ComfyUI reckons"
+"""What the metadata of a DoRA for ComfyUI says of its lengths."""
 HOMES = ("transformer_2", "transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -63,6 +65,8 @@ class WeightDelta:
     factors: dict[str, Tensor] = field(default_factory=dict)
     given: float | None = None
     """The scale, where it does not follow from alpha and rank."""
+    of_base: bool = False
+    """Whether W + ΔW is multiplied by `length` over the lengths of W, as ComfyUI does, not over its own."""
 
     @property
     def kind(self) -> str:
@@ -153,8 +157,8 @@ class WeightDelta:
             self.length is not None and self.length.ndim > 1 and len(self.length) == 1 < self.length.numel()
         )
 
-    def lengthened(self, weight: Tensor) -> Tensor:
-        """The weight with the lengths that DoRA learned, of its rows or of its columns."""
+    def lengthened(self, weight: Tensor, base: Tensor) -> Tensor:
+        """The changed weight with the lengths that DoRA learned, of its rows or of its columns."""
         assert self.length is not None
         length = self.length.to(weight)
         if self.is_by_column:
@@ -163,7 +167,20 @@ class WeightDelta:
         else:
             axes = tuple(range(1, weight.ndim))
             length = length.flatten()[self.rows].view(-1, *[1] * (weight.ndim - 1))
-        return weight * length / weight.square().sum(dim=axes, keepdim=True).sqrt()
+        of = base if self.of_base else weight
+        return weight * length / of.square().sum(dim=axes, keepdim=True).sqrt()
+
+    def with_halves_swapped(self) -> "WeightDelta":
+        """The same change of a layer whose rows' halves stand in the other order."""
+        swapped = {
+            name: swapped_halves(getattr(self, name))
+            for name in ("up", "bias", "diff", *(() if self.is_by_column else ("length",)))
+            if getattr(self, name) is not None
+        }
+        if self.kind in ("loha", "lokr"):
+            whole = WeightDelta(diff=swapped_halves(self.whole()), bias=self.bias, length=self.length)
+            return replace(whole, **swapped)
+        return replace(self, **swapped)
 
     def straightened(self) -> "WeightDelta":
         """The same with the kernel between the two matrices in the first: ΔW is as it was."""
@@ -171,6 +188,11 @@ class WeightDelta:
             down = torch.einsum("ab...,bj->aj...", self.mid.float(), self.down.flatten(1).float())
             self.down, self.mid = down, None
         return self
+
+
+def swapped_halves(rows: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
+    return torch.cat(rows.chunk(2)[::-1])
 
 
 def read(file: Path | str) -> tuple[dict[str, WeightDelta], dict[str, str]]:
@@ -208,6 +230,8 @@ def read(file: Path | str) -> tuple[dict[str, WeightDelta], dict[str, str]]:
         raise Refused(f"{path} is no LoRA that is known: {said(strange) or 'it is empty'}.")
     fill_alphas(changes, metadata)
     fill_from_peft(changes, path.with_name("adapter_config.json"))
+    for change in changes.values():
+        change.of_base = metadata.get(DORA_SCALE) == OF_BASE
     return {name: change.straightened() for name, change in changes.items()}, metadata
 
 
