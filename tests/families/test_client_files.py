@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import sfumato
 from sfumato.errors import Refused
 from sfumato.models.io import adapter_run
-from sfumato.models.lora import adapter
+from sfumato.models.lora import adapter, lora_file
 from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.models.lora.layer_names import layer_names_of
 from sfumato.workflow.export import text_encoders
@@ -212,3 +212,105 @@ def test_what_leaves_for_diffusers_needs_no_metadata(known, base, tmp_path):
     model.add_lora(tmp_path / "plain.safetensors")
     for key, one in network_of(model).state_dict().items():
         torch.testing.assert_close(one, network.state_dict()[key], atol=1e-5, rtol=1e-4)
+
+
+def pair(layer: str, rows: int, columns: int, down: str = "lora_A", up: str = "lora_B") -> judge.Weights:
+    """A LoRA of rank 2 of one layer."""
+    draw = torch.Generator().manual_seed(len(layer))
+    return {
+        f"{layer}.{down}.weight": 0.3 * torch.randn(2, columns, generator=draw),
+        f"{layer}.{up}.weight": 0.3 * torch.randn(rows, 2, generator=draw),
+    }
+
+
+XLABS = {
+    **pair("double_blocks.0.processor.qkv_lora1", 96, 32, "down", "up"),
+    **pair("double_blocks.1.processor.qkv_lora2", 96, 32, "down", "up"),
+    **pair("double_blocks.0.processor.proj_lora1", 32, 32, "down", "up"),
+    **pair("double_blocks.1.processor.proj_lora2", 32, 32, "down", "up"),
+    **pair("single_blocks.1.processor.qkv_lora", 96, 32, "down", "up"),
+    **pair("single_blocks.0.processor.proj_lora", 32, 160, "down", "up"),
+}
+HOME = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+PROCESSORS = {
+    **pair(f"{HOME}.processor.to_q_lora", 8, 8, "down", "up"),
+    **pair(f"{HOME}.processor.to_out_lora", 8, 8, "down", "up"),
+}
+BIAS = {**pair("transformer.x_embedder", 32, 64), "transformer.x_embedder.lora_B.bias": torch.ones(32)}
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("flux-dev", XLABS), ("stable-diffusion-1.5", PROCESSORS), ("flux-dev", BIAS)],
+    ids=["XLabs", "processors", "bias"],
+)
+def test_older_spellings_are_read_as_diffusers_reads_them(name, file, base, tmp_path):
+    """Law: XLabs, attention processors of old and biases of peft change what they change in diffusers."""
+    save_file(file, tmp_path / "lora.safetensors")
+    mine, theirs = sfumato.load(base(name)), sfumato.load(base(name))
+    before = {key: one.clone() for key, one in network_of(mine).state_dict().items()}
+    assert mine.add_lora(tmp_path / "lora.safetensors")
+    theirs.origin.load_lora_weights(file if "processor" in next(iter(file)) else dict(file))
+    adapter.merge(network_of(theirs))
+    after = network_of(theirs).state_dict()
+    for key, one in network_of(mine).state_dict().items():
+        torch.testing.assert_close(one, after[key], atol=1e-5, rtol=1e-4)
+    assert any(not torch.equal(one, after[key]) for key, one in before.items())
+
+
+DIFFSYNTH = {
+    "blocks.0.attn.a_to_qkv": "double_blocks_0_img_attn_qkv",
+    "blocks.1.attn.b_to_qkv": "double_blocks_1_txt_attn_qkv",
+    "blocks.0.attn.a_to_out": "double_blocks_0_img_attn_proj",
+    "blocks.0.ff_a.0": "double_blocks_0_img_mlp_0",
+    "blocks.0.norm1_b.linear": "double_blocks_0_txt_mod_lin",
+    "single_blocks.1.to_qkv_mlp": "single_blocks_1_linear1",
+    "single_blocks.0.proj_out": "single_blocks_0_linear2",
+    "single_blocks.0.norm.linear": "single_blocks_0_modulation_lin",
+}  # fmt: skip
+"""DiffSynth-Studio's names of FLUX and kohya's, as diffsynth/utils/lora/flux.py (fed7b18) pairs them."""
+
+
+def test_diffsynths_names_of_flux_are_read_as_kohyas(base, tmp_path):
+    """Law: the same matrices under either name change the same."""
+    shapes = judge.comfyui("flux-dev")["shapes"]
+    inner = {key.removesuffix(".weight").replace(".", "_"): shape for key, shape in shapes.items()}
+    states = []
+    for own in (True, False):
+        file, ends = {}, ("lora_A.default", "lora_B.default") if own else ("lora_down", "lora_up")
+        for theirs, kohyas in DIFFSYNTH.items():
+            both, layer = pair("x", *inner[kohyas], *ends), theirs if own else f"lora_unet_{kohyas}"
+            file |= {key.replace("x.", f"{layer}."): one for key, one in both.items()}
+        save_file(file, tmp_path / "lora.safetensors")
+        model = sfumato.load(base("flux-dev"))
+        model.add_lora(tmp_path / "lora.safetensors")
+        states.append(network_of(model).state_dict())
+    assert all(torch.equal(one, states[1][key]) for key, one in states[0].items())
+
+
+def test_text_encoders_as_comfyui_calls_them_are_read(base, tmp_path):
+    """Law: clip_l is the first CLIP, t5xxl the T5, whichever place it has."""
+    q, t5 = "encoder.layers.0.self_attn.q_proj", "encoder.block.0.layer.0.SelfAttention.q"
+    model = sfumato.load(base("flux-dev"))
+    width = model.origin.text_encoder_2.get_submodule(t5).weight.shape
+    file = pair(f"text_encoders.clip_l.transformer.text_model.{q}", 32, 32)
+    file |= pair(f"text_encoders.t5xxl.transformer.{t5}", *width)
+    save_file(file, tmp_path / "lora.safetensors")
+    found = {name.replace("text_model.", "") for name in model.add_lora(tmp_path / "lora.safetensors")}
+    assert found == {f"text_encoder.{q}", f"text_encoder_2.{t5}"}
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "said"),
+    [
+        ("bundle_emb.word.clip_l", (1, 4), "holds a new word beside its LoRA"),
+        ("lora_unet_a.oft_blocks", (2, 2, 2, 2), "holds BOFT"),
+        ("lora_unet_a.oft_blocks", (2, 2, 2), "holds OFT"),
+        ("diffusion_model.blocks.0.diff_m", (1, 6, 4), "differences of modulation tables"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_its_right_name(key, shape, said, tmp_path):
+    """Law: the sentence names what the file holds, and a way out."""
+    save_file({**pair("lora_unet_b", 4, 4), key: torch.ones(shape)}, tmp_path / "odd.safetensors")
+    with pytest.raises(Refused, match=said):
+        lora_file.read(tmp_path / "odd.safetensors")

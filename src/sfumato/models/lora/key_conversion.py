@@ -24,14 +24,16 @@ DENOISER = (
     "diffusion_model.",
     "transformer.",
     "unet.",
+    "lora_unet__",
     "lora_unet_",
     "lora_transformer_",
     "lycoris_",
 )
+T5 = "text_encoders.t5xxl.transformer."
 TEXT = {
-    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
-    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
+    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_", "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_", "text_encoders.clip_g.transformer."),
+    "text_encoder_3": ("text_encoder_3.", "lora_te3_", T5),
     "transformer_2": ("transformer_2.",),
 }
 
@@ -148,7 +150,9 @@ def home_of(name: str, homes: Mapping[str, Any]) -> tuple[str, str]:
     for home, prefixes in TEXT.items():
         for prefix in prefixes:
             if name.startswith(prefix):
-                is_t5 = home == "text_encoder_3" and home not in homes  # kohya's third is FLUX's second
+                is_t5 = prefix == T5 or (
+                    home == "text_encoder_3" and home not in homes
+                )  # kohya's third for FLUX
                 readers = [n for n, one in homes.items() if type(one).__name__.startswith(("T5", "UMT5"))]
                 return (readers[0] if is_t5 and readers else home), name.removeprefix(prefix)
     for prefix in DENOISER:
