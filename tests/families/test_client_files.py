@@ -21,7 +21,7 @@ from sfumato.workflow.export import text_encoders
 from sfumato.workflow.export.lora import write_lora
 
 from . import client_judge as judge
-from . import clips, pictures
+from . import clips, pictures, single_files
 from .components import seeded
 from .zoo import ZOO
 
@@ -314,3 +314,32 @@ def test_what_is_not_read_is_refused_by_its_right_name(key, shape, said, tmp_pat
     save_file({**pair("lora_unet_b", 4, 4), key: torch.ones(shape)}, tmp_path / "odd.safetensors")
     with pytest.raises(Refused, match=said):
         lora_file.read(tmp_path / "odd.safetensors")
+
+
+PREFIX = {"hunyuan-video": "model.model."}
+"""What ComfyUI saves before a denoiser's names, where it is not `model.diffusion_model.`."""
+
+
+@pytest.mark.parametrize("bare", [False, True], ids=["saved", "bare"])
+@pytest.mark.parametrize("name", some(name for name in COMFYUI if name != "pixart-sigma"))
+def test_a_single_file_as_comfyui_saves_it_is_read(name, bare, base, tmp_path):
+    """Law: ComfyUI's names of a denoiser, with and without what it saves before them, give its weights."""
+    folder = base(name)
+    network = network_of(sfumato.load(folder))
+    with torch.no_grad():
+        for one in network.parameters():
+            one += 0.01 * torch.randn(one.shape, generator=torch.Generator().manual_seed(1))
+    if name.startswith("stable-diffusion-") and name != "stable-diffusion-3.5":
+        file = {
+            key.removeprefix("model.diffusion_model."): one for key, one in single_files.unet(network).items()
+        }
+    else:
+        weights, used = judge.in_makers_layout(name, network)
+        file = {key: one for key, one in weights.items() if key in used}
+    before = "" if bare else PREFIX.get(name, "model.diffusion_model.")
+    save_file({before + key: one.contiguous() for key, one in file.items()}, tmp_path / "one.safetensors")
+    loaded = network_of(sfumato.load(tmp_path / "one.safetensors", config=folder)).state_dict()
+    for key, one in network.state_dict().items():
+        torch.testing.assert_close(
+            loaded[key], one, atol=1e-6, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
+        )

@@ -72,6 +72,7 @@ class QwenImage(Family):
 
     pipelines = ("QwenImagePipeline",)
     layer_names = LayerNames((), "shared", "plain", kohya_holds=r"transformer_blocks\..*")
+    comfyui_loads_whole = True
     timestep_input = "share of noise"
     controlnet = QwenImageControlNet()
     even_sigmas = True

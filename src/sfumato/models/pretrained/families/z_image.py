@@ -52,6 +52,7 @@ class ZImage(Family):
     layer_names = LayerNames(
         tuple(Z_IMAGE), "shared", "plain", kohya_holds=r"(layers|noise_refiner|context_refiner)\..*"
     )
+    comfyui_loads_whole = True
     timestep_input = "share of signal"
     sign = -1
     even_sigmas = True
