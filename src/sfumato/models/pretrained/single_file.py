@@ -6,7 +6,7 @@ what the networks look like (its config.json files), and lends what the file lac
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -50,7 +50,9 @@ def components(
         is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
         if is_network and (converter := convertible(kind)):
             with at_width(converter, folder / name):
-                part, reason = converted(kind, converter, tensors, folder, name, dtype, used)
+                held, taken = of_denoiser(tensors, entry[1]) if name == denoiser else tensors, set[str]()
+                part, reason = converted(kind, converter, held, folder, name, dtype, taken)
+                used |= keys_of(tensors, [held[key] for key in taken])
         elif isinstance(kind, type) and name == denoiser:
             part, reason = under_its_own_names(kind, tensors, folder / name, dtype, used)
         elif entry[0] == "transformers" and name.startswith("text_encoder"):
@@ -144,32 +146,89 @@ def said_of_theory(file: Path) -> dict[str, Any]:
     return found
 
 
+IN_CHECKPOINT = ("model.diffusion_model.", "model.model.")
+"""What stands before the denoiser's names in a file that holds more than it, as ComfyUI saves one."""
+NORMS = [(r"(query_norm|key_norm|norms\.\d+)\.weight$", r"\1.scale")]
+RENAMED = {
+    "FluxTransformer2DModel": NORMS,
+    "ChromaTransformer2DModel": NORMS,
+    "HunyuanVideoTransformer3DModel": [
+        (r"\.(img|txt)_attn\.norm\.query_norm\.(weight|scale)$", r".\1_attn_q_norm.weight"),
+        (r"\.(img|txt)_attn\.norm\.key_norm\.(weight|scale)$", r".\1_attn_k_norm.weight"),
+        (r"\.norm\.query_norm\.(weight|scale)$", ".q_norm.weight"),
+        (r"\.norm\.key_norm\.(weight|scale)$", ".k_norm.weight"),
+        (r"_attn\.(qkv|proj)\.", r"_attn_\1."), (r"(_mod|modulation)\.lin\.", r"\1.linear."),
+        (r"mlp\.0\.", "mlp.fc1."), (r"((?:img|txt)_|blocks\.\d+\.)mlp\.2\.", r"\1mlp.fc2."),
+        (r"^(time_in|guidance_in|txt_in\.t_embedder)\.in_layer", r"\1.mlp.0"),
+        (r"^(time_in|guidance_in|txt_in\.t_embedder)\.out_layer", r"\1.mlp.2"),
+        (r"^txt_in\.c_embedder\.in_layer", "txt_in.c_embedder.linear_1"),
+        (r"^txt_in\.c_embedder\.out_layer", "txt_in.c_embedder.linear_2"),
+    ],
+}  # fmt: skip
+"""Names of ComfyUI's networks where they are not the makers', which diffusers' converters want."""
+
+
+def of_denoiser(tensors: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The denoiser's tensors in a file, under the names that diffusers' converter of this class wants."""
+    before = next((one for one in IN_CHECKPOINT if any(key.startswith(one) for key in tensors)), "")
+    own = {key.removeprefix(before): one for key, one in tensors.items() if key.startswith(before)}
+    if kind.startswith("UNet"):
+        is_original = any(key.startswith("input_blocks.") for key in own)
+        return {f"{IN_CHECKPOINT[0]}{key}": one for key, one in own.items()} if is_original else own
+    rules = RENAMED.get(kind, [])
+    if rules is not NORMS and not any("attn.qkv." in key for key in own):
+        return own
+    return {renamed(key, rules): one for key, one in own.items()}
+
+
+def keys_of(tensors: Mapping[str, Tensor], some: Iterable[Tensor]) -> set[str]:
+    """The keys under which a file holds these tensors."""
+    held = {id(one) for one in some}
+    return {key for key, one in tensors.items() if id(one) in held}
+
+
+def renamed(key: str, rules: list[tuple[str, str]]) -> str:
+    """A key after every rule (a pattern, what stands there instead)."""
+    for pattern, there in rules:
+        key = re.sub(pattern, there, key)
+    return key
+
+
 REAL_WIDTH = 3072
 """The width that diffusers has written into its converters of FLUX.1, Chroma and HunyuanVideo."""
 
 
+def sizes_of(kind: str, config: dict[str, Any]) -> dict[int, int]:
+    """Numbers that diffusers has written into its converter of this class → those of the config."""
+    if kind == "MochiTransformer3DModel":
+        return {48: config["num_layers"]}
+    if kind == "Lumina2Transformer2DModel":
+        width = config["hidden_size"]
+        return {2304: width, 768: width // config["num_attention_heads"] * config["num_kv_heads"]}
+    heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
+    return {REAL_WIDTH: heads * size} if isinstance(heads, int) and isinstance(size, int) else {}
+
+
 @contextmanager
 def at_width(kind: str, folder: Path) -> Iterator[None]:
-    """Inside the block, the converter of this class of network splits layers at the width of the config."""
+    """Inside the block, the converter of this class of network splits layers at the sizes of the config."""
     from diffusers.loaders import single_file_model
 
     entry: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[kind]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    heads, size = config.get("num_attention_heads"), config.get("attention_head_dim")
-    width = heads * size if isinstance(heads, int) and isinstance(size, int) else REAL_WIDTH
-    usual = entry["checkpoint_mapping_fn"]
-    if width != REAL_WIDTH and isinstance(usual, FunctionType):
-        entry["checkpoint_mapping_fn"] = FunctionType(narrowed(usual.__code__, width), usual.__globals__)
+    usual, sizes = entry["checkpoint_mapping_fn"], sizes_of(kind, config)
+    if isinstance(usual, FunctionType) and any(real != own for real, own in sizes.items()):
+        entry["checkpoint_mapping_fn"] = FunctionType(narrowed(usual.__code__, sizes), usual.__globals__)
     try:
         yield
     finally:
         entry["checkpoint_mapping_fn"] = usual
 
 
-def narrowed(code: CodeType, width: int) -> CodeType:
-    """The same code with another number for the real width, in functions inside it too."""
-    constants = [narrowed(one, width) if isinstance(one, CodeType) else one for one in code.co_consts]
-    known = [width if type(one) is int and one == REAL_WIDTH else one for one in constants]
+def narrowed(code: CodeType, sizes: dict[int, int]) -> CodeType:
+    """The same code with other numbers for the real sizes, in functions inside it too."""
+    constants = [narrowed(one, sizes) if isinstance(one, CodeType) else one for one in code.co_consts]
+    known = [sizes.get(one, one) if type(one) is int else one for one in constants]
     return code.replace(co_consts=tuple(known))
 
 
@@ -233,8 +292,7 @@ def under_its_own_names(
 ) -> tuple[nn.Module | None, str]:
     """(the network filled with weights under diffusers' own names, or None; why not)."""
     network = kind.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    names = {key: key.removeprefix("model.diffusion_model.") for key in tensors}
-    own = {names[key]: tensor for key, tensor in tensors.items()}
+    own = of_denoiser(tensors, kind.__name__)
     missing = sorted(network.state_dict().keys() - own.keys())
     if missing:
         return None, f"diffusers converts no other layout of it, and it has no {missing[0]}"
@@ -242,7 +300,7 @@ def under_its_own_names(
         network.load_state_dict(own, strict=False)
     except RuntimeError as problem:
         return None, " ".join(str(problem).split())[:200]
-    used |= {key for key, name in names.items() if name in network.state_dict()}
+    used |= keys_of(tensors, [own[key] for key in network.state_dict()])
     return network.to(dtype).eval(), ""
 
 
@@ -262,8 +320,11 @@ def converted(
             network = kind.from_single_file(
                 dict(tensors), config=str(folder), subfolder=name, torch_dtype=dtype, local_files_only=True
             )
+    except KeyError as problem:
+        return None, f"it has no {problem.args[0]}"
     except Exception as problem:  # converters fail in every way on a file that is of something else
-        return None, " ".join(str(problem).split())[:200]
+        message = " ".join(str(problem).split())[:200]
+        return None, f"its tensors are not those that diffusers converts into it ({message})"
     empty = [key for key, weight in network.named_parameters() if weight.is_meta]
     if empty:
         return None, f"it has no {empty[0]}"
