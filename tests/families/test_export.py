@@ -26,9 +26,10 @@ from .zoo import ZOO
 COMFYUI = {
     "stable-diffusion-1.5": "lora_unet_", "stable-diffusion-xl": "lora_unet_", "flux-dev": "transformer.",
     "stable-diffusion-3.5": "transformer.", "auraflow": "transformer.", "pixart-sigma": "transformer.",
-    "qwen-image": "transformer.", "chroma": "diffusion_model.", "wan-2.1": "diffusion_model.",
+    "qwen-image": "diffusion_model.", "chroma": "diffusion_model.", "wan-2.1": "diffusion_model.",
     "wan-2.2-a14b": "diffusion_model.", "ltx-video": "diffusion_model.", "hunyuan-video": "diffusion_model.",
     "mochi": "diffusion_model.", "lumina-2": "diffusion_model.", "z-image": "diffusion_model.",
+    "flux-2-klein": "diffusion_model.",
 }  # fmt: skip
 KOHYA = ("stable-diffusion-1.5", "stable-diffusion-xl", "flux-dev", "wan-2.1", "qwen-image")
 

@@ -8,6 +8,7 @@ import sfumato
 from sfumato.errors import Refused
 from sfumato.models.io import adapter_run
 from sfumato.models.lora import adapter
+from sfumato.models.pretrained import train_text_encoders
 from sfumato.workflow.export import export
 
 from .test_export import CONVERTED, raw, runs
@@ -82,3 +83,42 @@ def test_a_file_that_does_not_fit_is_refused_in_a_sentence(runs, tmp_path):
     text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     more = {f"{text}.lora_A.weight": torch.ones(2, 32), f"{text}.lora_B.weight": torch.ones(32, 2)}
     assert 'model.train_text_encoder = "lora"' in refused({**tensors, **more})
+
+
+def text_lora(model, ends):
+    """kohya's LoRA of a denoiser's attention and of its text encoder's layers with these ends."""
+    draw, tensors = torch.Generator().manual_seed(4), {}
+    parts = {"lora_unet_": adapter.peft_target(model.denoiser), "lora_te_": model.origin.text_encoder}
+    for prefix, network in parts.items():
+        for name, layer in network.named_modules():
+            if not isinstance(layer, torch.nn.Linear | torch.nn.Embedding) or not name.endswith(ends):
+                continue
+            plain = prefix == "lora_unet_" or name.startswith("text_model.")
+            key = prefix + (name if plain else f"text_model.{name}").replace(".", "_")
+            rows, columns = layer.weight.shape
+            tensors[f"{key}.lora_down.weight"] = 0.3 * torch.randn(2, columns, generator=draw)
+            tensors[f"{key}.lora_up.weight"] = 0.3 * torch.randn(rows, 2, generator=draw)
+            tensors[f"{key}.alpha"] = torch.tensor(1.0)
+    return tensors
+
+
+def test_all_layers_of_a_text_encoder_that_a_file_changes_go_on(runs, tmp_path):
+    """Law: kohya's usual LoRA changes an encoder's MLPs too; the run begins with them, and is loaded so."""
+    run, name = runs("stable-diffusion-1.5"), "stable-diffusion-1.5"
+    base = adapter_run.read_base(run / "model")[0]
+    there = sfumato.load(base)
+    usual = ("to_q", "to_k", "to_v", "to_out.0", *train_text_encoders.TARGETS, "fc1", "fc2")
+    save_file(text_lora(there, usual), tmp_path / "kohya.safetensors")
+    keys = [f"model.init_adapter={tmp_path}/kohya.safetensors", "model.train_text_encoder=lora"]
+    model = begun(name, tmp_path, run, keys).model()
+    before = there.condition(["a red circle"])["tokens"]
+    there.add_lora(tmp_path / "kohya.safetensors")
+    theirs = there.condition(["a red circle"])["tokens"]
+    torch.testing.assert_close(model.condition(["a red circle"])["tokens"], theirs, atol=1e-4, rtol=1e-3)
+    assert (theirs - before).abs().max() > 0.1
+    there.info = model.info
+    torch.testing.assert_close(raw(model), raw(there), atol=1e-4, rtol=1e-3)
+    save_file(text_lora(there, (*usual, "token_embedding")), tmp_path / "odd.safetensors")
+    keys[0] = f"model.init_adapter={tmp_path}/odd.safetensors"
+    with pytest.raises(Refused, match=r"token_embedding.*no room"):
+        begun(name, tmp_path / "odd", run, keys)

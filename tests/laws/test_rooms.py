@@ -10,11 +10,12 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 
-GROUND = {"errors", "settings", "user_code", "locks", "lazy"}
+GROUND = {"errors", "settings", "user_code", "trust", "locks", "lazy"}
 BELOW = {
     "errors": set(),
     "settings": {"errors"},
-    "user_code": {"errors"},
+    "trust": {"errors"},
+    "user_code": {"errors", "trust"},
     "locks": set(),
     "lazy": set(),
     "run_folder": GROUND,
@@ -37,11 +38,12 @@ STANDARD = set(sys.stdlib_module_names)
 OUTSIDE = {
     "errors": set(),
     "settings": set(),
+    "trust": set(),
     "user_code": set(),
     "locks": {"filelock", "psutil"},
     "lazy": set(),
     "run_folder": set(),
-    "report": {"jinja2", "markupsafe"},
+    "report": {"jinja2", "markupsafe", "PIL"},
     "theory": {"torch", "jaxtyping"},
     "recipe": {"tomlkit"},
 }

@@ -72,7 +72,7 @@ def new(name: str, data: str, base: str, train: str) -> None:
         file.unlink()
         raise
     say(f"Next: sfumato plan {file}, then sfumato train {file}.")
-    print(file)
+    result({"file": file}, str(file), False)
 
 
 def _captions(data: str, embedded: tuple[str, ...]) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 
 from sfumato.data import buckets, survey
 from sfumato.data.sources.captions import truncated
-from sfumato.data.sources.metadata import printable
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, Collection
+from sfumato.errors import printable
 from sfumato.readers.clips import is_short
 
 PAIRS = 12  # equal or similar pictures that are shown

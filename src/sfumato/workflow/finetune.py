@@ -1,5 +1,6 @@
 """The model a run goes on from, and what of it is trained."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from sfumato.models.control.control_plan import write_plans
 from sfumato.models.interface import Codec
 from sfumato.models.io import adapter_run
 from sfumato.models.io.model import restore_info
-from sfumato.models.lora import adapter, init_from_file
+from sfumato.models.lora import adapter, init_from_file, lora_file
 from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.models.lora.lora_file import WeightDelta
 from sfumato.models.networks import blocks, quantized
@@ -69,7 +70,7 @@ def base_of(recipe: Recipe) -> Pipeline | None:
     plan = adapter_plan_of(recipe, base)
     if plan is not None:
         plan.config(adapter.chosen(adapter.peft_target(base.denoiser), plan, base.denoiser.lora_targets))
-    check_text(base, text_plan_of(recipe, plan))
+    check_text(base, text_plan_of(recipe, plan, base))
     return base
 
 
@@ -244,20 +245,53 @@ def is_fresh(recipe: Recipe) -> bool:
     return not any(checkpoints.glob("step-*"))
 
 
-def changes_of_encoder(changes: Mapping[str, WeightDelta], encoder: nn.Module) -> dict[str, WeightDelta]:
-    """The changes of layers that are listened to; those of others have no effect."""
+def changes_of_encoder(
+    changes: Mapping[str, WeightDelta], encoder: nn.Module, file: str
+) -> dict[str, WeightDelta]:
+    """The changes of layers that are listened to; those behind the last such layer have no effect.
+
+    Raises:
+        Refused: a layer that can carry no adapter.
+    """
     known = {name for name, _ in adapter.adapted(encoder)}
+    ends = {name.rpartition(".")[2] for name in known}
+    if outside := sorted(name for name in changes if name.rpartition(".")[2] not in ends):
+        raise Refused(
+            f"model.init_adapter: {file} changes {lora_file.said(outside)} of a text encoder, for which its "
+            "adapter has no room. Name it as model.merge_loras, which makes it part of the base."
+        )
     return {name: change for name, change in changes.items() if name in known}
 
 
-def text_plan_of(recipe: Recipe, plan: AdapterPlan | None = None) -> TextPlan:
-    """What the recipe teaches the text encoders; `plan`: of the denoiser, whose rank and kind theirs has."""
+def text_targets(recipe: Recipe, base: Pipeline) -> tuple[str, ...]:
+    """The layers of text encoders that learn: the usual ones, and all kinds that the first file changes."""
+    usual = ("auto",)
+    if not recipe.model.init_adapter or recipe.model.train_text_encoder != "lora":
+        return usual
+    kept = train_text_encoders.read_plan(Path(recipe.output) / "model")
+    if kept is not None:  # a run that has begun has its own
+        return kept.lora.targets if kept.lora is not None else usual
+    start = init_from_file.read(base, recipe.model.init_adapter)
+    changed = {layer.rpartition(".")[2] for home in start.encoders for layer in start.changes[home]}
+    if changed <= set(train_text_encoders.TARGETS):
+        return usual
+    ends = sorted(changed | set(train_text_encoders.TARGETS))
+    return (rf"(.*\.)?({'|'.join(map(re.escape, ends))})",)
+
+
+def text_plan_of(recipe: Recipe, plan: AdapterPlan | None = None, base: Pipeline | None = None) -> TextPlan:
+    """What the recipe teaches the text encoders.
+
+    Args:
+        plan: of the denoiser, whose rank and kind theirs has. base: says which layers a beginning changes.
+    """
     model = recipe.model
+    targets = text_targets(recipe, base) if base is not None else ("auto",)
     lora = AdapterPlan(
-        "lora", model.rank, model.alpha, ("auto",), model.dropout, model.dora, model.rslora, recipe.seed
+        "lora", model.rank, model.alpha, targets, model.dropout, model.dora, model.rslora, recipe.seed
     )
     if plan is not None and plan.kind == "lora":
-        lora = replace(plan, targets=("auto",))
+        lora = replace(plan, targets=targets)
     tokens = tuple(model.new_tokens.items())
     if any(like.endswith(SUFFIX) and not Path(like).is_file() for _, like in tokens):
         kept = train_text_encoders.read_plan(
@@ -295,7 +329,7 @@ def save_base_reference(model: Pipeline, recipe: Recipe, folder: Path) -> None:
     plan = adapter_plan_of(recipe, model)
     if plan is not None:
         adapter_run.write_plan(folder, plan)
-    if text := text_plan_of(recipe, plan):
+    if text := text_plan_of(recipe, plan, model):
         train_text_encoders.write_plan(folder, text)
 
 
@@ -311,6 +345,7 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
         if is_fresh(recipe) and recipe.model.init_adapter
         else None
     )
+    text = text_plan_of(recipe, plan, model)
     if isinstance(model.denoiser, ControlledDenoiser):
         model.denoiser.unfreeze()
     elif plan is None:
@@ -323,14 +358,15 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
     if recipe.model.attention_backend:
         blocks.set_attention_backend(network, recipe.model.attention_backend)
     if recipe.train.offload:
-        blocks.offload_blocks(network, model.device)
+        blocks.offload_blocks(network, model.device, recipe.train.gradient_checkpointing == 1)
     blocks.recompute(network, recipe.train.gradient_checkpointing)
     if recipe.train.compile:
         blocks.compile_blocks(network, model.device)
-    learning = train_text_encoders.attach_text_training(model, text_plan_of(recipe, plan))
+    learning = train_text_encoders.attach_text_training(model, text)
     if begin is not None:
         for name in begin.encoders:
-            init_from_file.fill(learning[name], changes_of_encoder(begin.changes[name], learning[name]))
+            changes = changes_of_encoder(begin.changes[name], learning[name], recipe.model.init_adapter)
+            init_from_file.fill(learning[name], changes)
     return (
         train_text_encoders.DenoiserWithTextEncoders(model.denoiser, learning) if learning else model.denoiser
     )

@@ -64,7 +64,10 @@ class Companion:
 
 @dataclass(frozen=True)
 class EncodingTask:
-    """One sample to be encoded: its bucket, its own size ((0, 0) if not looked at), one key for each view."""
+    """One sample to be encoded: its bucket, its own size ((0, 0) if not looked at), one key for each view.
+
+    content: changes whenever its picture's file, or what draws it, does.
+    """
 
     sample: Sample
     bucket: Bucket
@@ -72,6 +75,7 @@ class EncodingTask:
     keys: tuple[str, ...]
     pieces: tuple[clips.ClipSpan, ...] = ()
     companion: str = ""
+    content: str = ""
 
 
 def companion_task(
@@ -128,7 +132,7 @@ def plan_task(
         )
         if isinstance(source, Path) and not video and options.use_store:
             source = source.read_bytes()
-        content = sample.content_hash(source) if options.use_store else sample.name
+        content = sample.content_hash(source) if options.use_store else _state_of_file(sample)
         clip = bool(options.frames) and source is not None and clips.is_clip(sample.name, source)
         size, frames, note = (0, 0), options.frames, ""
         if source is not None and clip and (video or callable(bucket_of) or options.short_clip_frames):
@@ -158,7 +162,12 @@ def plan_task(
     if options.flip:
         views = [view for plain in views for view in (plain, f"{plain} mirrored")]
     keys = tuple(key(content, view, options.pixels, options.pixels_format) for view in views)
-    return EncodingTask(sample, bucket, size, keys, pieces)
+    return EncodingTask(sample, bucket, size, keys, pieces, content=content)
+
+
+def _state_of_file(sample: Sample) -> str:
+    """Of a picture that is not read before it is shown: its name and, of a file, how long it is."""
+    return sample.name if sample.file is None else f"{sample.name}, {sample.file.stat().st_size} bytes"
 
 
 def decode(task: EncodingTask) -> list[Tensor] | str:

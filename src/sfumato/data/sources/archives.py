@@ -17,7 +17,7 @@ from PIL import Image
 from sfumato.data.sources import metadata, splits, tables
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import Collection, Picture, Sample, SetAside
-from sfumato.errors import Refused
+from sfumato.errors import Refused, printable
 from sfumato.readers import media
 
 MOST_CLASSES = 100_000
@@ -101,14 +101,14 @@ def _one_tar(path: Path, inside: str, options: SourceOptions, result: Collection
             name = f"{inside}/{picture.name}"
             for other in (*endings[1:], *(one for one in members if media.unread_kind(one))):
                 reason = media.unread_kind(other) or f"a second picture beside {picture.name}, which is used"
-                shown = metadata.printable(f"{inside}/{members[other].name}")
-                result.set_aside.append(SetAside(shown, metadata.printable(reason)))
+                shown = printable(f"{inside}/{members[other].name}")
+                result.set_aside.append(SetAside(shown, printable(reason)))
             found, reason = _tar_captions(archive, members) if options.captions == "files" else (("",), "")
             label = _label(archive, members)
             if options.captions == "folder":
                 found, reason, label = _class(archive, members)
             if reason:
-                result.set_aside.append(SetAside(metadata.printable(name), reason))
+                result.set_aside.append(SetAside(printable(name), reason))
                 continue
             others = _beside_in_tar(path, members, options)
             read = partial(_slice, path, picture.offset_data, picture.size)
@@ -131,7 +131,7 @@ def _grouped(
         path = PurePosixPath(member.name)
         if not member.isfile():
             if not member.isdir():
-                shown = metadata.printable(f"{inside}/{member.name}")
+                shown = printable(f"{inside}/{member.name}")
                 set_aside.append(SetAside(shown, "a link or a device, no file"))
             continue
         if path.suffix.lower() in TEXTS and path.stem.lower().endswith(media.PICTURES + media.CLIPS):
@@ -157,10 +157,10 @@ def _grouped(
             groups[last] = {**(texts if pictures else {}), **members}
         for ending in pictures if last not in groups else ():
             reason = (
-                f"a further picture of {metadata.printable(str(own and own.name))}; name it in "
+                f"a further picture of {printable(str(own and own.name))}; name it in "
                 "data.condition_columns to use it"
             )
-            shown = metadata.printable(f"{inside}/{members[ending].name}")
+            shown = printable(f"{inside}/{members[ending].name}")
             set_aside.append(SetAside(shown, reason))
     return groups
 
@@ -178,7 +178,7 @@ def _name_unread(inside: str, key: str, members: Members, set_aside: list[SetAsi
     foreign = [(member, kind) for ending, member in members.items() if (kind := media.unread_kind(ending))]
     member, reason = foreign[0] if foreign else (next(iter(members.values())), "")
     reason = reason or f"there is no picture beside it: only {', '.join(sorted(members))}"
-    set_aside.append(SetAside(metadata.printable(f"{inside}/{member.name}"), reason))
+    set_aside.append(SetAside(printable(f"{inside}/{member.name}"), reason))
 
 
 def _beside_in_tar(path: Path, members: Members, options: SourceOptions) -> dict[str, Picture]:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from sfumato.data.sources import metadata, splits
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, Collection, Picture, Sample, SetAside
-from sfumato.errors import Refused, one_of
+from sfumato.errors import Refused, one_of, printable
 from sfumato.readers import media
 
 CAPTIONS = ("files", "folder", "none")
@@ -102,9 +102,7 @@ def folder(root: Path, options: SourceOptions) -> Collection:
     """The pictures and clips below a folder."""
     files, refused = list_files(root)
     result = Collection(root.name, [], refused)
-    refused += [
-        SetAside(metadata.printable(name), reason) for name in files if (reason := metadata.why_unread(name))
-    ]
+    refused += [SetAside(printable(name), reason) for name in files if (reason := metadata.why_unread(name))]
     pictures = [name for name in files if name.lower().endswith(media.PICTURES + media.CLIPS)]
     if not pictures and not any(_is_metadata(name) for name in files):
         raise Refused(_why_no_pictures(root, refused))
@@ -130,7 +128,7 @@ def list_files(root: Path) -> tuple[list[str], list[SetAside]]:
             if reason is None:
                 found.append(shown)
             elif reason and (path.is_symlink() or name.lower().endswith(media.PICTURES + media.CLIPS)):
-                refused.append(SetAside(metadata.printable(shown), reason))
+                refused.append(SetAside(printable(shown), reason))
     return found, refused
 
 
@@ -184,7 +182,7 @@ def _from_folders(root: Path, pictures: list[str], result: Collection) -> None:
     for name, (split, rest) in zip(pictures, found, strict=True):
         parent = str(PurePosixPath(rest).parent)
         if parent == ".":
-            result.set_aside.append(SetAside(metadata.printable(name), "it lies in no class folder"))
+            result.set_aside.append(SetAside(printable(name), "it lies in no class folder"))
         else:
             label = number[parent]
             result.samples.append(Sample(name, (words(parent),), file=root / name, label=label, split=split))
@@ -219,7 +217,7 @@ def _from_files(
                 rows.setdefault(inside, []).append(row)
             else:
                 reason = _why_unknown(root, row.file, folded)
-                result.set_aside.append(SetAside(metadata.printable(row.file_cell), reason))
+                result.set_aside.append(SetAside(printable(row.file_cell), reason))
     taken = {inside for some in rows.values() for row in some for inside in row.companions.values()}
     beside = _companions_beside(pictures, options)
     taken |= {other for found in beside.values() for other in found.values()} - set(rows)
@@ -233,9 +231,9 @@ def _from_files(
             if options.captions != "none":
                 captions, reason, note = _beside(root, name, known)
             if note and not reason:
-                result.set_aside.append(SetAside(metadata.printable(name), note))
+                result.set_aside.append(SetAside(printable(name), note))
             if reason:
-                result.set_aside.append(SetAside(metadata.printable(name), reason))
+                result.set_aside.append(SetAside(printable(name), reason))
             else:
                 result.samples.append(
                     Sample(name, captions, file=root / name, split=split, companions=others)
@@ -274,7 +272,7 @@ def _why_unknown(root: Path, inside: str, folded: Mapping[str, str] | None = Non
         return "the row names no file"
     reason = reason_against(root / inside, root.resolve()) or "not a file that can be read"
     other = (folded or {}).get(inside.casefold())
-    return f"{reason}, but {metadata.printable(other)}: large and small letters differ" if other else reason
+    return f"{reason}, but {printable(other)}: large and small letters differ" if other else reason
 
 
 def _take(
@@ -296,17 +294,17 @@ def _take(
     if not captions and (
         options.captions != "none" or any(not one.startswith("no caption") for one in reasons)
     ):
-        result.set_aside.append(SetAside(metadata.printable(name), reasons[0] if reasons else "no caption"))
+        result.set_aside.append(SetAside(printable(name), reasons[0] if reasons else "no caption"))
         return
     repeated = sum(row == rows[0] for row in rows[1:])
     if repeated:
         reason = f"listed {repeated + 1} times with one caption; used once"
-        result.set_aside.append(SetAside(metadata.printable(name), reason))
+        result.set_aside.append(SetAside(printable(name), reason))
     first = rows[0]
     for what, inside in first.companions.items():
         if inside not in known:
-            reason = f"its {what} {metadata.printable(inside)}: {_why_unknown(root, inside)}"
-            result.set_aside.append(SetAside(metadata.printable(name), reason))
+            reason = f"its {what} {printable(inside)}: {_why_unknown(root, inside)}"
+            result.set_aside.append(SetAside(printable(name), reason))
             return
     result.samples.append(
         Sample(

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from sfumato.data.sources.sample import SetAside
 from sfumato.data.sources.splits import SPLITS
-from sfumato.errors import Refused, nearest
+from sfumato.errors import Refused, nearest, printable
 from sfumato.readers.media import CLIPS, PICTURES, unread_kind
 
 FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.tsv")
@@ -91,15 +91,6 @@ def others_beside(root: Path, own: str) -> list[SetAside]:
         if reason and not name.lower().endswith(own):
             found.append(SetAside(printable(name), reason))
     return found
-
-
-def printable(name: str) -> str:
-    """A name that can be shown and written anywhere, on one line and in its own order of letters.
-
-    Bytes that are no text appear as \\xNN, what breaks a line or turns its direction by its number.
-    """
-    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in shown)
 
 
 def is_text(words: str) -> bool:

@@ -13,7 +13,7 @@ from sfumato.data.sources import metadata
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import Collection, Sample, SetAside
 from sfumato.data.sources.splits import splits_of
-from sfumato.errors import Refused
+from sfumato.errors import Refused, printable
 from sfumato.readers import media
 
 PICTURE_COLUMNS = ("image", "img", "picture", "pixel_values", "video", "clip")
@@ -91,7 +91,7 @@ def _tables_of_saved(root: Path, set_aside: list[SetAside]) -> list[Path]:
     for folder, files in listed.items():
         for name in sorted((files or set()) - {path.name for path in folder.glob("*.arrow")}):
             inside = (folder / name).relative_to(root).as_posix()
-            set_aside.append(SetAside(metadata.printable(inside), "state.json lists it, but it is not there"))
+            set_aside.append(SetAside(printable(inside), "state.json lists it, but it is not there"))
     return found
 
 

@@ -58,7 +58,7 @@ def read(model: Model, file: Path | str) -> AdapterInit:
         Refused: no LoRA, or one of another base.
     """
     path = Path(file)
-    changes, _ = lora_file.read(path)
+    changes = key_conversion.read_changes(model, path)
     found: dict[str, dict[str, WeightDelta]] = {}
     two = hasattr(adapter.peft_target(model.denoiser), "noisy")
     for home, layer, change in key_conversion.match_layers(model, changes, path):
@@ -145,4 +145,9 @@ def set_lora_weights(layer: Any, change: WeightDelta) -> None:
     b[:, :rank] = (scale * change.up.flatten(1)[change.rows]).reshape(-1, rank, *b.shape[2:]).to(b)
     if change.length is not None:
         magnitude: Tensor = layer.lora_magnitude_vector[name].weight
-        magnitude.copy_(change.length.flatten()[change.rows].view_as(magnitude))
+        length = change.length.flatten()[change.rows].to(magnitude)
+        if change.of_base:
+            base = layer.get_base_layer().weight.float()
+            after = base + change.delta(base.shape).to(base.device)
+            length = length * (after.flatten(1).norm(dim=1) / base.flatten(1).norm(dim=1)).to(length)
+        magnitude.copy_(length.view_as(magnitude))

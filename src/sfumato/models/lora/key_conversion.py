@@ -3,7 +3,9 @@
 W ← W + weight · ΔW        (DoRA: then every row is given its learned length)
 """
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,11 +13,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import Refused
+from sfumato.errors import Refused, one_of
 from sfumato.models.interface import Model
-from sfumato.models.lora import adapter
-from sfumato.models.lora.layer_names import LayerNames, layer_names_of, original
-from sfumato.models.lora.lora_file import ENDS, WeightDelta, end_of, read, said
+from sfumato.models.lora import adapter, experts
+from sfumato.models.lora.layer_names import LayerNames, all_originals, layer_names_of, original
+from sfumato.models.lora.lora_file import (
+    ENDS,
+    WeightDelta,
+    end_of,
+    files_in,
+    read,
+    said,
+    swapped_halves,
+)
 
 DENOISER = (
     "base_model.model.",
@@ -23,14 +33,16 @@ DENOISER = (
     "diffusion_model.",
     "transformer.",
     "unet.",
+    "lora_unet__",
     "lora_unet_",
     "lora_transformer_",
     "lycoris_",
 )
+T5 = "text_encoders.t5xxl.transformer."
 TEXT = {
-    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
-    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
+    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_", "text_encoders.clip_l.transformer."),
+    "text_encoder_2": ("text_encoder_2.", "lora_te2_", "text_encoders.clip_g.transformer."),
+    "text_encoder_3": ("text_encoder_3.", "lora_te3_", T5),
     "transformer_2": ("transformer_2.",),
 }
 
@@ -45,7 +57,10 @@ def weighted(said: str, key: str) -> tuple[str, float]:
     if not colon or Path(said).expanduser().exists() or "/" in weight or "\\" in weight:
         return said, 1.0
     try:
-        return file, float(weight)
+        number = float(weight)
+        if not math.isfinite(number):
+            raise ValueError
+        return file, number
     except ValueError:
         raise Refused(f'{key} "{said}": "{weight}" is no weight. Write FILE or FILE:0.8.') from None
 
@@ -83,20 +98,20 @@ def layers_of(network: nn.Module) -> dict[str, nn.Module]:
     return plain | tuned  # type: ignore[return-value]
 
 
-def spellings(network: nn.Module, names: LayerNames) -> dict[str, list[tuple[str, slice]]]:
-    """Every name a file may give → the layers it means, with their rows of `up`."""
+def spellings(network: nn.Module, names: LayerNames) -> dict[str, list[tuple[str, slice, bool]]]:
+    """Every name a file may give → (layer, its rows of `up`, whether halves are swapped) of what it means."""
     layers = layers_of(network)
-    found: dict[str, list[tuple[str, slice]]] = {}
+    found: dict[str, list[tuple[str, slice, bool]]] = {}
     for name in layers:
-        whole = [(name, slice(None))]
+        whole = [(name, slice(None), False)]
         for spelt in (name, f"text_model.{name}"):
             found[spelt] = found[spelt.replace(".", "_")] = whole
-    for there, parts in original(names, layers):
+    for there, parts in all_originals(names.read_rules(network), layers):
         if any(part not in layers for part in parts):
             continue
         ends = torch.tensor([0, *(layers[part].weight.shape[0] for part in parts)]).cumsum(0).tolist()  # type: ignore[union-attr, index]
-        rows = [(part, slice(a, b)) for part, a, b in zip(parts, ends[:-1], ends[1:], strict=True)]
-        whole = [(parts[0], slice(None))]
+        rows = [(part, slice(a, b), False) for part, a, b in zip(parts, ends[:-1], ends[1:], strict=True)]
+        whole = [(parts[0], slice(None), names.swaps(network, parts[0]))]
         found[there] = found[there.replace(".", "_")] = whole if len(parts) == 1 else rows
     return found
 
@@ -118,14 +133,14 @@ def match_layers(
     layers = {home: layers_of(network) for home, network in homes.items()}
     found: list[tuple[str, str, WeightDelta]] = []
     strange = []
-    for name, change in in_our_blocks(model, changes).items():
+    for name, change in changes.items():
         home, rest = home_of(name, homes)
         meant = known.get(home, {}).get(rest)
         if meant is None:
             strange.append(name)
             continue
-        for layer, rows in meant:
-            part = replace(change, rows=rows)
+        for layer, rows, is_swapped in meant:
+            part = change.with_halves_swapped() if is_swapped else replace(change, rows=rows)
             shape: torch.Size = layers[home][layer].weight.shape  # type: ignore[assignment]
             there, here = part.sides(shape), (shape[0], shape[1:].numel())
             if there != here:
@@ -142,22 +157,14 @@ def match_layers(
     yield from found
 
 
-def in_our_blocks(model: Model, changes: Mapping[str, WeightDelta]) -> Mapping[str, WeightDelta]:
-    """UNets of the original code count input and output blocks; diffusers says which are which."""
-    if not any("lora_unet_input_blocks" in name or "lora_unet_output_blocks" in name for name in changes):
-        return changes
-    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers as by_blocks
-
-    renamed = by_blocks({f"{name}.alpha": name for name in changes}, model.origin.unet.config)
-    return {key.removesuffix(".alpha"): changes[name] for key, name in renamed.items()}
-
-
 def home_of(name: str, homes: Mapping[str, Any]) -> tuple[str, str]:
     """(network, layer as the file calls it)."""
     for home, prefixes in TEXT.items():
         for prefix in prefixes:
             if name.startswith(prefix):
-                is_t5 = home == "text_encoder_3" and home not in homes  # kohya's third is FLUX's second
+                is_t5 = prefix == T5 or (
+                    home == "text_encoder_3" and home not in homes
+                )  # kohya's third for FLUX
                 readers = [n for n, one in homes.items() if type(one).__name__.startswith(("T5", "UMT5"))]
                 return (readers[0] if is_t5 and readers else home), name.removeprefix(prefix)
     for prefix in DENOISER:
@@ -165,18 +172,69 @@ def home_of(name: str, homes: Mapping[str, Any]) -> tuple[str, str]:
     return "", name
 
 
+def read_changes(model: Model, file: Path | str, expert: str = "") -> dict[str, WeightDelta]:
+    """What a file, or a folder with both files of a pair, changes: by the file's own names of layers.
+
+    Those of the second of two experts begin with `transformer_2.`, whichever way the file says so.
+
+    Args:
+        expert: high, low or both: the network that the file is for, where it does not say so itself.
+    Raises:
+        Refused: a file that is no LoRA; an expert of a model that has none; a pair for one expert.
+    """
+    path, word = experts.split_expert(file)
+    word = one_of("The expert of a LoRA", expert or word, experts.EXPERTS) if expert or word else ""
+    has_two = hasattr(adapter.peft_target(model.denoiser), "noisy")
+    if word and not has_two:
+        raise Refused(
+            f"{file}: {model.info.get('pipeline', 'this model')} has one network. Leave @{word} out."
+        )
+    found: dict[str, WeightDelta] = {}
+    files = files_in(path, pair=has_two and not word)
+    for one in files:
+        changes, metadata = read(one)
+        split = any(name.startswith(experts.SECOND) for name in changes)
+        if has_two and not (split and not word):
+            chosen = word or experts.expert_of(one, changes, metadata)
+            changes = for_expert(changes, chosen)
+        if twice := found.keys() & changes.keys():
+            raise Refused(
+                f"{path} holds two files for one network ({said(sorted(twice))}). Give them one by one."
+            )
+        found |= changes
+    return found
+
+
+def for_expert(changes: Mapping[str, WeightDelta], expert: str) -> dict[str, WeightDelta]:
+    """The changes under names of the expert they are for; text encoders, which both hear, keep theirs."""
+    found: dict[str, WeightDelta] = {}
+    for name, change in changes.items():
+        home, rest = home_of(name, {})
+        if home.startswith("text"):
+            found[name] = change
+            continue
+        if expert in ("high", "both"):
+            found[rest if home else name] = change
+        if expert in ("low", "both"):
+            found[f"{experts.SECOND}{rest}"] = change
+    return found
+
+
 @torch.no_grad()
-def merge(model: Model, file: Path | str, weight: float = 1.0, second: bool = False) -> list[str]:
+def merge(model: Model, file: Path | str, weight: float = 1.0, expert: str = "") -> list[str]:
     """Add a LoRA, `weight` times, to the model's weights; returns the layers for which it holds a change.
 
-    Several files stack: each is added to what is there. `second`: the file is for the second of two experts.
+    Several files stack: each is added to what is there.
 
+    Args:
+        file: of a LoRA; of a pair for two experts FILE@high, FILE@low, or the folder that holds both.
+        expert: high, low or both, as after @.
     Raises:
         Refused: a file that is no LoRA, one of another base, or weights that are quantised.
     """
-    changes, _ = read(file)
-    if second:
-        changes = {f"transformer_2.{home_of(name, {})[1]}": change for name, change in changes.items()}
+    if not math.isfinite(weight):
+        raise Refused(f"{file}: {weight} is no weight of a LoRA. Give a number, as 0.8.")
+    changes = read_changes(model, file, expert)
     homes, changed = networks(model), list[str]()
     layers: dict[str, dict[str, Any]] = {home: layers_of(network) for home, network in homes.items()}
     for home, layer, change in match_layers(model, changes, file):
@@ -194,7 +252,7 @@ def add(layer: Any, change: WeightDelta, weight: float) -> None:
         before = layer.weight.float()
         after = before + change.delta(before.shape).to(before.device)
         if change.length is not None:
-            after = change.lengthened(after)
+            after = change.lengthened(after, before)
         layer.weight.copy_((before + weight * (after - before)).to(layer.weight.dtype))
     if change.bias is not None:
         if layer.bias is None:
@@ -219,7 +277,7 @@ def to_target_keys(
     Layers that the original code joins are joined exactly: ranks add up, each part keeps its own rows.
 
     Raises:
-        Refused: no convention is known; DoRA, LoHa or LoKr of layers that are joined.
+        Refused: no convention is known, or no name of a layer; DoRA, LoHa or LoKr of layers that are joined.
     """
     style = getattr(names, to)
     if not style:
@@ -227,29 +285,87 @@ def to_target_keys(
     flat = to == "kohya" or style == "kohya"
     prefix = "lora_unet_" if flat else "transformer." if style == "plain" else "diffusion_model."
     layers = trained(tensors)
-    rules = names if style == "original" else LayerNames()
+    must_have_room(names, to, layers)
+    is_lora = "up" in next(iter(layers.values()))
+    may_join = is_lora and not any("length" in one for one in layers.values())
     out: dict[str, Tensor] = {}
-    for there, parts in original(rules, layers):
-        key = prefix + (there.replace(".", "_") if flat else there)
-        if "up" not in next(iter(layers.values())):
-            out |= as_lycoris(key, layers, parts, scale)
+    for there, parts in original(names.rules, layers) if style == "original" else ((x, (x,)) for x in layers):
+        if len(parts) > 1 and not may_join and names.separable and to == "comfyui":
+            for part in (part for part in parts if part in layers):
+                out |= keyed(f"transformer.{part}", layers, (part,), scale, to, network, False)
             continue
-        one = fuse_split_layers([layers.get(part) for part in parts], parts, network)
-        up, down = (".lora_up.weight", ".lora_down.weight") if flat else (".lora_B.weight", ".lora_A.weight")
-        out[key + down], out[key + up] = one["down"].contiguous(), one["up"].contiguous()
-        out[key + ".alpha"] = torch.tensor(scale * one["down"].shape[0])
-        if "length" in one:
-            out[key + ".dora_scale"] = one["length"].reshape(-1, *[1] * (one["down"].ndim - 1)).contiguous()
+        swaps = len(parts) == 1 and names.swaps(network, parts[0]) and style != "kohya"
+        if swaps and style == "plain" and to == "comfyui" and "length" in layers[parts[0]]:
+            there, prefix_here = (
+                next(original(names.rules, parts))[0],
+                "diffusion_model.",
+            )  # lengths are of its rows
+        else:
+            swaps, prefix_here = swaps and style == "original", prefix
+        key = prefix_here + (there.replace(".", "_") if flat else there)
+        out |= keyed(key, layers, parts, scale, to, network, swaps)
     return out
 
 
+def must_have_room(names: LayerNames, to: str, layers: Iterable[str]) -> None:
+    """Raises Refused where kohya's networks have no room for a layer."""
+    outside = [name for name in layers if not re.fullmatch(names.kohya_holds, name)] if to == "kohya" else []
+    if outside:
+        raise Refused(
+            f"kohya's trainers have no LoRA for {said(outside)}, and would leave out what was learned there. "
+            "Export --to comfyui or diffusers, or train without them: leave them out of model.targets."
+        )
+
+
+def keyed(
+    key: str,
+    layers: Mapping[str, dict[str, Tensor]],
+    parts: tuple[str, ...],
+    scale: float,
+    to: str,
+    network: nn.Module,
+    swaps: bool,
+) -> dict[str, Tensor]:
+    """The tensors of one layer of a target; `swaps`: the halves of its rows are in the other order there."""
+    if "up" not in next(iter(layers.values())):
+        return as_lycoris(key, layers, parts, scale, swaps)
+    flat = key.startswith("lora_unet_")
+    one = fuse_split_layers([layers.get(part) for part in parts], parts, network)
+    if "length" in one and to == "comfyui":
+        one["length"] = length_for_comfyui(one, scale, cast(Tensor, network.get_submodule(parts[0]).weight))
+    if swaps:
+        one |= {name: swapped_halves(one[name]) for name in ("up", "length") if name in one}
+    up, down = (".lora_up.weight", ".lora_down.weight") if flat else (".lora_B.weight", ".lora_A.weight")
+    out = {key + down: one["down"].contiguous(), key + up: one["up"].contiguous()}
+    out[key + ".alpha"] = torch.tensor(scale * one["down"].shape[0])
+    if "length" in one:
+        out[key + ".dora_scale"] = one["length"].reshape(-1, *[1] * (one["down"].ndim - 1)).contiguous()
+    return out
+
+
+def length_for_comfyui(one: Mapping[str, Tensor], scale: float, weight: Tensor) -> Tensor:
+    """The lengths [out] with which ComfyUI makes rows of length m: m·|W|/|W + ΔW|.
+
+    Where `dora_scale` has the length of rows, ComfyUI multiplies W + ΔW by it over |W|, not over |W + ΔW|
+    (comfy/weight_adapter/base.py, weight_decompose).
+    """
+    before = weight.detach().float().flatten(1)
+    change = scale * (one["up"].float().flatten(1) @ one["down"].float().flatten(1))
+    ratio = (before.norm(dim=1) + torch.finfo(torch.float32).eps) / (before + change).norm(dim=1)
+    return (one["length"].flatten().float() * ratio).to(one["length"].dtype)
+
+
 def as_lycoris(
-    key: str, layers: Mapping[str, dict[str, Tensor]], parts: tuple[str, ...], scale: float
+    key: str,
+    layers: Mapping[str, dict[str, Tensor]],
+    parts: tuple[str, ...],
+    scale: float,
+    swaps: bool = False,
 ) -> dict[str, Tensor]:
     """One layer's LoHa or LoKr under LyCORIS' names; where both factors are whole it knows no alpha.
 
     Raises:
-        Refused: the layers are one there.
+        Refused: the layers are one there, or the halves of one cannot be exchanged.
     """
     if len(parts) > 1:
         raise Refused(
@@ -257,6 +373,14 @@ def as_lycoris(
             'model.train = "lora", or export the whole model: sfumato.load(RUN).save(FOLDER).'
         )
     own = {name: one.contiguous() for name, one in layers[next(iter(parts))].items()}
+    if swaps:
+        tall = [name for name in ("hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a") if name in own]
+        if any(len(own[name]) % 2 for name in tall):
+            raise Refused(
+                f"The halves of {parts[0]} are in the other order there, which this LoKr, whose small factor "
+                f"has {len(own[tall[0]])} rows, cannot say. Leave that layer out of model.targets."
+            )
+        own |= {name: swapped_halves(own[name]).contiguous() for name in tall}
     rank = WeightDelta(factors=own).rank
     if not rank:
         own["lokr_w1"] = scale * own["lokr_w1"]
@@ -270,7 +394,7 @@ def fuse_split_layers(
     """The change of several layers as that of one: downs stacked, ups on the diagonal; None is no change."""
     if len(parts) == 1:
         assert parts[0] is not None
-        return parts[0]
+        return dict(parts[0])
     there = [part for part in parts if part is not None]
     if any("length" in part for part in there):
         raise Refused(

@@ -5,10 +5,12 @@ Conventions: ComfyUI comfy/lora.py, sd-scripts and musubi-tuner networks/, diffu
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+
+from sfumato.errors import Refused
 
 Rule = tuple[tuple[str, ...], str]
 """(diffusers' names, one behind the other in the original layer; the original name); # is a number."""
@@ -31,6 +33,16 @@ BLOCK, SINGLE = "transformer_blocks.#", "single_transformer_blocks.#"
 """Where most transformers of diffusers keep their blocks."""
 
 
+def same(*layers: str) -> list[Rule]:
+    """Layers whose original name is diffusers' own."""
+    return [((layer,), layer) for layer in layers]
+
+
+def renamed(pairs: Mapping[str, str], home: str = "", there: str = "") -> list[Rule]:
+    """One layer each, the names below a home."""
+    return [((home + ours,), there + theirs) for ours, theirs in pairs.items()]
+
+
 def refined_attention(home: str) -> list[Rule]:
     """Attention of Lumina 2 (attn) and Z-Image (attention), whose refiners are built like their layers."""
     places = ("layers.#", "noise_refiner.#", "context_refiner.#")
@@ -38,18 +50,42 @@ def refined_attention(home: str) -> list[Rule]:
     return joined + [((f"{place}.{home}.to_out.0",), f"{place}.attention.out") for place in places]
 
 
+HALVES = ("AdaLayerNormContinuous", "AuraFlowPreFinalBlock")
+"""Norms that read scale and shift from the halves of a layer; in original code the shift comes first."""
+
+
 @dataclass(frozen=True)
 class LayerNames:
     """How a family's layers are called elsewhere.
 
     Args:
-        rules: original names, where they differ. comfyui, kohya: which names those read: "plain" is
-            diffusers' own, "original" the rules'; "" where no convention is published.
+        rules: original names, also where they are diffusers' own. comfyui, kohya: which names those read:
+            "plain" is diffusers' own, "shared" too, in a network that has them itself, "original" the
+            rules'; "" where no convention is published.
+        kohya_holds: a regular expression of the layers that kohya's networks have room for.
+        separable: ComfyUI also reads the parts of joined layers under diffusers' names.
+        swapped: layers whose halves stand in the other order in the original code, besides those of HALVES.
+        read_only: further names that files have. of_network: such names as follow from a network's config.
     """
 
     rules: tuple[Rule, ...] = ()
     comfyui: str = ""
     kohya: str = ""
+    kohya_holds: str = ".*"
+    separable: bool = False
+    swapped: tuple[str, ...] = ()
+    read_only: tuple[Rule, ...] = ()
+    of_network: Callable[[Any], tuple[Rule, ...]] | None = None
+
+    def read_rules(self, network: Any) -> tuple[Rule, ...]:
+        """All names under which this network's layers may stand in a file."""
+        derived = self.of_network(network) if self.of_network is not None else ()
+        return (*self.rules, *self.read_only, *derived)
+
+    def swaps(self, network: Any, layer: str) -> bool:
+        """Whether the halves of this layer's rows stand in the other order in the original code."""
+        home = type(network.get_submodule(layer.rpartition(".")[0])).__name__
+        return home in HALVES or any(numbered(name).fullmatch(layer) for name in self.swapped)
 
 
 def layer_names_of(family: Any) -> LayerNames:
@@ -57,14 +93,18 @@ def layer_names_of(family: Any) -> LayerNames:
     return LayerNames() if family is None else family.layer_names
 
 
-def original(names: LayerNames, layers: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(original name, diffusers' layers that it holds, in order); layers without a rule keep their name.
+def original(rules: Iterable[Rule], layers: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(original name, diffusers' layers that it holds, in order).
 
     All parts of a joined layer are named, whether or not they are among `layers`.
+
+    Raises:
+        Refused: a layer that no rule knows.
     """
     done: set[str] = set()
+    unknown: list[str] = []
     for layer in layers:
-        for parts, there in names.rules:
+        for parts, there in rules:
             found = next((one for part in parts if (one := numbered(part).fullmatch(layer))), None)
             if found is None:
                 continue
@@ -75,7 +115,20 @@ def original(names: LayerNames, layers: Iterable[str]) -> Iterator[tuple[str, tu
                 yield name, tuple(part.replace("#", block) for part in parts)
             break
         else:
-            yield layer, (layer,)
+            unknown.append(layer)
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise Refused(
+            f"No name is known there for {', '.join(unknown[:3])}{more}, so nobody would read what was "
+            "learned in them. Export --to diffusers, or train without them: leave them out of model.targets."
+        )
+
+
+def all_originals(rules: Iterable[Rule], layers: Iterable[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """As `original`, under every rule that a layer has; those without a rule are left out."""
+    for rule in rules:
+        known = [layer for layer in layers if any(numbered(part).fullmatch(layer) for part in rule[0])]
+        yield from original((rule,), known)
 
 
 @cache

@@ -10,7 +10,7 @@ Conventions: diffusers, peft, kohya's sd-scripts, and LyCORIS (Yeh et al. 2023, 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.models.files import HEADER, digest, must_be_safetensors
+from sfumato.models.lora.old_spellings import usual
 
 ENDS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up", ".lora_A.default.weight": "down",
     ".lora_B.default.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha", ".dora_scale": "length",
     ".lora_magnitude_vector.weight": "length", ".lora_magnitude_vector": "length",
-    ".diff": "diff", ".diff_b": "bias",
+    ".diff": "diff", ".diff_b": "bias", ".lora_B.bias": "up_bias",
 }  # fmt: skip
 """Ends of keys, the longer first where one ends another."""
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -35,11 +36,17 @@ ENDS |= {f".{name}": name for name in (*LOKR, *LOHA)}
 OTHERS = {
     ".oft_blocks": "OFT", ".oft_diag": "OFT", ".oft_R.weight": "OFT", ".boft_R": "BOFT", ".on_input": "IA³",
     ".a1.weight": "GLoRA", ".b1.weight": "GLoRA", ".w_norm": "LyCORIS norm", ".b_norm": "LyCORIS norm",
-    ".vera_lambda_b": "VeRA", ".lora_E": "AdaLoRA",
+    ".vera_lambda_b": "VeRA", ".lora_E": "AdaLoRA", ".diff_m": "differences of modulation tables",
 }  # fmt: skip
 """Ends of keys of adapters that are known and not read."""
+NOT_READ = (
+    "which is not read here. Merge it into its base with the program that wrote it, and give that base; "
+    "LoRA, LoHa, LoKr and their DoRA are read."
+)
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps ranks and alphas, as JSON."""
+DORA_SCALE, OF_BASE = "dora_scale", "lengths over those of the base's rows, as ComfyUI reckons"
+"""What the metadata of a DoRA for ComfyUI says of its lengths."""
 HOMES = ("transformer_2", "transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -63,6 +70,10 @@ class WeightDelta:
     factors: dict[str, Tensor] = field(default_factory=dict)
     given: float | None = None
     """The scale, where it does not follow from alpha and rank."""
+    up_bias: Tensor | None = None
+    """What is added behind `up`, before the scale (peft's lora_bias)."""
+    of_base: bool = False
+    """Whether W + ΔW is multiplied by `length` over the lengths of W, as ComfyUI does, not over its own."""
 
     @property
     def kind(self) -> str:
@@ -153,8 +164,8 @@ class WeightDelta:
             self.length is not None and self.length.ndim > 1 and len(self.length) == 1 < self.length.numel()
         )
 
-    def lengthened(self, weight: Tensor) -> Tensor:
-        """The weight with the lengths that DoRA learned, of its rows or of its columns."""
+    def lengthened(self, weight: Tensor, base: Tensor | None = None) -> Tensor:
+        """The changed weight with the lengths that DoRA learned, of its rows or of its columns."""
         assert self.length is not None
         length = self.length.to(weight)
         if self.is_by_column:
@@ -163,7 +174,20 @@ class WeightDelta:
         else:
             axes = tuple(range(1, weight.ndim))
             length = length.flatten()[self.rows].view(-1, *[1] * (weight.ndim - 1))
-        return weight * length / weight.square().sum(dim=axes, keepdim=True).sqrt()
+        of = base if self.of_base and base is not None else weight
+        return weight * length / of.square().sum(dim=axes, keepdim=True).sqrt()
+
+    def with_halves_swapped(self) -> "WeightDelta":
+        """The same change of a layer whose rows' halves stand in the other order."""
+        swapped = {
+            name: swapped_halves(getattr(self, name))
+            for name in ("up", "bias", "diff", *(() if self.is_by_column else ("length",)))
+            if getattr(self, name) is not None
+        }
+        if self.kind in ("loha", "lokr"):
+            whole = WeightDelta(diff=swapped_halves(self.whole()), bias=self.bias, length=self.length)
+            return replace(whole, **swapped)
+        return replace(self, **swapped)
 
     def straightened(self) -> "WeightDelta":
         """The same with the kernel between the two matrices in the first: ΔW is as it was."""
@@ -173,18 +197,33 @@ class WeightDelta:
         return self
 
 
+def files_in(file: Path | str, pair: bool = False) -> list[Path]:
+    """The file itself; of a folder the one in it, or both of a pair.
+
+    Raises:
+        Refused: a folder of none, or of more.
+    """
+    path = Path(file).expanduser()
+    if not path.is_dir():
+        return [path]
+    inside = sorted(path.glob("*.safetensors"))
+    if len(inside) != 1 and not (pair and len(inside) == 2):
+        raise Refused(f"{path} holds {len(inside)} safetensors files. Give the LoRA's file itself.")
+    return inside
+
+
+def swapped_halves(rows: Tensor) -> Tensor:
+    """The second half of the rows before the first."""
+    return torch.cat(rows.chunk(2)[::-1])
+
+
 def read(file: Path | str) -> tuple[dict[str, WeightDelta], dict[str, str]]:
     """(changes by the file's own names of layers, metadata).
 
     Raises:
         Refused: no such file, a pickle, a key that belongs to no LoRA.
     """
-    path = Path(file).expanduser()
-    if path.is_dir():
-        inside = sorted(path.glob("*.safetensors"))
-        if len(inside) != 1:
-            raise Refused(f"{path} holds {len(inside)} safetensors files. Give the LoRA's file itself.")
-        path = inside[0]
+    (path,) = files_in(file)
     if not path.is_file():
         raise Refused(f"{path} does not exist. Give the file of a LoRA (.safetensors).")
     must_be_safetensors(path)
@@ -196,18 +235,26 @@ def read(file: Path | str) -> tuple[dict[str, WeightDelta], dict[str, str]]:
         raise Refused(f"{path} is damaged ({problem}). Copy it again.") from problem
     if metadata.get(HEADER, "") not in ("", digest(whole)):
         raise Refused(f"{path} is damaged: it does not have the checksum it was written with. Copy it again.")
-    changes, strange = sorted_by_layer(whole)
+    changes, strange = sorted_by_layer({usual(key): tensor for key, tensor in whole.items()})
     for key in strange:
-        if other := next((kind for end, kind in OTHERS.items() if key.endswith(end)), ""):
+        if key.startswith("bundle_emb."):
             raise Refused(
-                f'{path} holds {other} ("{key}"), which is not read here. Merge it into its base with the '
-                "program that wrote it, and give that base; LoRA, LoHa, LoKr and their DoRA are read."
+                f'{path} holds a new word beside its LoRA ("{key}"), which is not read here. Save both apart '
+                "with the program that wrote it, and name the word in model.new_tokens."
             )
+        if key.endswith(".oft_blocks") and whole[key].ndim == 4:
+            raise Refused(f'{path} holds BOFT ("{key}"), {NOT_READ}')
+        if other := next((kind for end, kind in OTHERS.items() if key.endswith(end)), ""):
+            raise Refused(f'{path} holds {other} ("{key}"), {NOT_READ}')
     strange += [name for name, one in changes.items() if not one.kind]
     if strange or not changes:
         raise Refused(f"{path} is no LoRA that is known: {said(strange) or 'it is empty'}.")
     fill_alphas(changes, metadata)
     fill_from_peft(changes, path.with_name("adapter_config.json"))
+    for change in changes.values():
+        change.of_base = metadata.get(DORA_SCALE) == OF_BASE
+        if change.up_bias is not None:
+            change.bias = change.scale * change.up_bias
     return {name: change.straightened() for name, change in changes.items()}, metadata
 
 

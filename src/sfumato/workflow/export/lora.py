@@ -13,6 +13,7 @@ from sfumato.generation import Pipeline, load
 from sfumato.models.files import save_sealed
 from sfumato.models.lora import adapter, key_conversion, lora_file
 from sfumato.models.lora.adapter import AdapterPlan
+from sfumato.models.lora.experts import EXPERT_HEADER, SECOND
 from sfumato.models.lora.layer_names import layer_names_of
 from sfumato.models.pretrained.pipeline_folder import quiet
 from sfumato.models.pretrained.train_text_encoders import TextPlan
@@ -108,14 +109,22 @@ def write_lora(
     folder: Path,
     info: dict[str, str],
 ) -> None:
-    """The adapter's file under the target's names; a peft folder where diffusers has no loader."""
+    """The adapter's file under the target's names; a peft folder where diffusers has no loader.
+
+    For diffusers the scale is part of the weights, and alpha is the rank: who reads the same keys without
+    their metadata acts alike.
+    """
     alpha = plan.alpha or plan.rank
     scale = alpha / plan.rank**0.5 if plan.rslora else alpha / plan.rank
+    if plan.dora and to != "diffusers":
+        info = {**info, **dora_metadata(to)}
     text = text_encoders.lora_of(model, tensors, to, scale)
     if "" not in tensors:
         save_sealed(text.tensors, folder / LORA_FILE, {**info, **text.metadata})
         return
     for second, part, network in experts(model, tensors[""]):
+        if hasattr(adapter.peft_target(model.denoiser), "noisy"):
+            info = {**info, EXPERT_HEADER: "low" if second else "high"}
         config = network.peft_config[adapter.NAME]
         if to != "diffusers":
             names = layer_names_of(model.denoiser.family)
@@ -124,15 +133,31 @@ def write_lora(
             save_sealed(keyed, folder / f"{info['modelspec.title']}{second}.safetensors", info)
         elif hasattr(model.origin, "load_lora_weights"):
             prefix = model.denoiser.family.network  # type: ignore[attr-defined]
-            described = {**config.to_dict(), "target_modules": sorted(key_conversion.trained(part))}
+            described = {
+                **config.to_dict(),
+                "target_modules": sorted(key_conversion.trained(part)),
+                "lora_alpha": plan.rank,
+                "use_rslora": False,
+            }
             packed = {f"{prefix}.{name}": value for name, value in described.items()} | text.config
             more = {lora_file.METADATA: json.dumps(packed, default=as_json)}
-            keyed = {f"{prefix}.{name}": tensor for name, tensor in part.items()} | text.tensors
+            keyed = {f"{prefix}.{name}": one for name, one in text_encoders.with_scale(part, scale).items()}
+            keyed |= text.tensors
             save_sealed(keyed, folder / LORA_FILE.replace(".", f"{second}."), {**info, **more})
         else:
             config.save_pretrained(folder)
             keyed = {f"base_model.model.{name}": tensor for name, tensor in part.items()}
             save_sealed(keyed, folder / "adapter_model.safetensors", info)
+
+
+def dora_metadata(to: str) -> dict[str, str]:
+    """What a reader of a DoRA must know: kohya's own networks have none, the trainer's LyCORIS module has."""
+    if to == "comfyui":
+        return {lora_file.DORA_SCALE: lora_file.OF_BASE}
+    return {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_args": json.dumps({"algo": "locon", "dora_wd": True, "wd_on_output": True}),
+    }
 
 
 def as_json(value: Any) -> Any:
@@ -188,11 +213,9 @@ def load_back(fresh: Pipeline, files: Sequence[Path], to: str, layers: set[str])
 
 def read_back(fresh: Pipeline, file: Path) -> list[str]:
     """The layers that a file changes, once merged; those of a second expert under our name for it."""
-    is_second = file.stem.endswith("_2") and hasattr(adapter.peft_target(fresh.denoiser), "clean")
-    home = (
-        "clean." if is_second else "noisy." if hasattr(adapter.peft_target(fresh.denoiser), "clean") else ""
-    )
+    names = key_conversion.merge(fresh, file)
+    if not hasattr(adapter.peft_target(fresh.denoiser), "clean"):
+        return names
     return [
-        home + name.removeprefix("transformer_2.")
-        for name in key_conversion.merge(fresh, file, second=is_second)
+        f"clean.{name.removeprefix(SECOND)}" if name.startswith(SECOND) else f"noisy.{name}" for name in names
     ]

@@ -62,10 +62,12 @@ def lora_of(model: Pipeline, tensors: Mapping[str, dict[str, Tensor]], to: str, 
         parts = key_conversion.trained(tensors[home])
         if to == "diffusers":
             config = {**network.peft_config[adapter.NAME].to_dict()}  # type: ignore[union-attr, index, operator]
+            config |= {"lora_alpha": config["r"], "use_rslora": False}
             config["target_modules"] = sorted(name.removeprefix("text_model.") for name in parts)
             found.config |= {f"{home}.{name}": value for name, value in config.items()}
             found.tensors |= {
-                f"{home}.{full_layer_name(name)}": tensor for name, tensor in tensors[home].items()
+                f"{home}.{full_layer_name(name)}": tensor
+                for name, tensor in with_scale(tensors[home], scale).items()
             }
             continue
         number = home.rpartition("_")[2] if home != "text_encoder" else "1"
@@ -75,9 +77,17 @@ def lora_of(model: Pipeline, tensors: Mapping[str, dict[str, Tensor]], to: str, 
             found.tensors[f"{key}.lora_down.weight"] = one["down"].contiguous()
             found.tensors[f"{key}.lora_up.weight"] = one["up"].contiguous()
             found.tensors[f"{key}.alpha"] = torch.tensor(scale * one["down"].shape[0])
+            if "length" in one and to == "comfyui":
+                weight: Any = network.get_submodule(layer).weight
+                one["length"] = key_conversion.length_for_comfyui(one, scale, weight)
             if "length" in one:
                 found.tensors[f"{key}.dora_scale"] = one["length"].reshape(-1, 1).contiguous()
     return found
+
+
+def with_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """An adapter's tensors with its scale in their second matrices: alpha is the rank then."""
+    return {name: scale * one if ".lora_B." in name else one for name, one in tensors.items()}
 
 
 def state_of(network: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Condition
-from sfumato.models.lora.layer_names import LayerNames
+from sfumato.models.lora.layer_names import LayerNames, Rule, renamed, same
 from sfumato.models.networks.tokens import patchify, position_ids, unpatchify
 from sfumato.models.pretrained.families.flux import FLUX
 from sfumato.models.pretrained.family import Family
+
+GUIDANCE: list[Rule] = [
+    *same("distilled_guidance_layer.in_proj", "distilled_guidance_layer.out_proj"),
+    *renamed({"linear_1": "in_layer", "linear_2": "out_layer"}, *2 * ("distilled_guidance_layer.layers.#.",)),
+]
 
 
 class Chroma(Family):
@@ -22,7 +27,13 @@ class Chroma(Family):
     """
 
     pipelines = ("ChromaPipeline", "ChromaImg2ImgPipeline")
-    layer_names = LayerNames(tuple(FLUX), "original", "original")
+    layer_names = LayerNames(
+        (*FLUX, *GUIDANCE),
+        "original",
+        "original",
+        kohya_holds=r"(?!proj_out|distilled).*",
+        separable=True,
+    )
     timestep_input = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "shift")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sfumato.models.condition import Condition
 from sfumato.models.control.controlnet import ControlNetAdapter, Given
 from sfumato.models.control.ip_adapter import IPAdapterLayout, Tensors, small_normal, summary_projection
-from sfumato.models.lora.layer_names import ADDED, BLOCK, SINGLE, LayerNames, Rule, mlp, qkv
+from sfumato.models.lora.layer_names import ADDED, BLOCK, SINGLE, LayerNames, Rule, mlp, qkv, renamed
 from sfumato.models.networks.tokens import patchify, position_ids, unpatchify
 from sfumato.models.pretrained.family import ATTENTION, called_with
 from sfumato.models.pretrained.guidance_embedding import GuidanceDistilled
@@ -30,7 +30,32 @@ FLUX: list[Rule] = [
     ((*qkv(f"{SINGLE}.attn"), f"{SINGLE}.proj_mlp"), "single_blocks.#.linear1"),
     ((f"{SINGLE}.proj_out",), "single_blocks.#.linear2"),
     ((f"{SINGLE}.norm.linear",), "single_blocks.#.modulation.lin"),
-]
+    *renamed({
+        "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+    }),
+    *[
+        ((f"time_text_embed.{ours}.linear_{n}",), f"{theirs}.{layer}")
+        for ours, theirs in (
+            ("timestep_embedder", "time_in"), ("text_embedder", "vector_in"),
+            ("guidance_embedder", "guidance_in"),
+        )
+        for n, layer in (("1", "in_layer"), ("2", "out_layer"))
+    ],
+]  # fmt: skip
+OF_OTHERS: list[Rule] = [
+    (qkv(f"{SINGLE}.attn"), "single_blocks.#.linear1_qkv"),
+    (qkv(f"{BLOCK}.attn"), "blocks.#.attn.a_to_qkv"),
+    (qkv(f"{BLOCK}.attn", *ADDED), "blocks.#.attn.b_to_qkv"),
+    *renamed({
+        "attn.to_out.0": "attn.a_to_out", "attn.to_add_out": "attn.b_to_out", "ff.net.0.proj": "ff_a.0",
+        "ff.net.2": "ff_a.2", "ff_context.net.0.proj": "ff_b.0", "ff_context.net.2": "ff_b.2",
+        "norm1.linear": "norm1_a.linear", "norm1_context.linear": "norm1_b.linear",
+    }, f"{BLOCK}.", "blocks.#."),
+    ((*qkv(f"{SINGLE}.attn"), f"{SINGLE}.proj_mlp"), "single_blocks.#.to_qkv_mlp"),
+    *renamed({"proj_out": "proj_out", "norm.linear": "norm.linear"}, f"{SINGLE}.", "single_blocks.#."),
+]  # fmt: skip
+"""Names of XLabs (linear1_qkv, as ComfyUI says it) and of DiffSynth-Studio."""
 
 
 class FluxControlNet(ControlNetAdapter):
@@ -94,7 +119,13 @@ class Flux(GuidanceDistilled):
     """dev was distilled to read its guidance (`guidance` [B] in the condition, by default 3.5)."""
 
     pipelines = ("FluxPipeline", "FluxImg2ImgPipeline")
-    layer_names = LayerNames(tuple(FLUX), "plain", "original")
+    layer_names = LayerNames(
+        tuple(FLUX),
+        "plain",
+        "original",
+        kohya_holds=r"(?!norm_out|proj_out).*",
+        read_only=tuple(OF_OTHERS),
+    )
     comfyui_loads_whole = True
     timestep_input = "share of noise"
     controlnet = FluxControlNet()

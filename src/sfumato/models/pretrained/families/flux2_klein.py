@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Condition
+from sfumato.models.lora.layer_names import ADDED, BLOCK, SINGLE, LayerNames, Rule, qkv, renamed
 from sfumato.models.pretrained.family import Family
 from sfumato.models.pretrained.image_inputs import (
     Encode,
@@ -19,11 +20,40 @@ from sfumato.models.pretrained.image_inputs import (
     references,
 )
 
+FLUX2: list[Rule] = [
+    (qkv(f"{BLOCK}.attn"), "double_blocks.#.img_attn.qkv"),
+    (qkv(f"{BLOCK}.attn", *ADDED), "double_blocks.#.txt_attn.qkv"),
+    *renamed({
+        "attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj", "ff.linear_in": "img_mlp.0",
+        "ff.linear_out": "img_mlp.2", "ff_context.linear_in": "txt_mlp.0",
+        "ff_context.linear_out": "txt_mlp.2",
+    }, f"{BLOCK}.", "double_blocks.#."),
+    *renamed({"to_qkv_mlp_proj": "linear1", "to_out": "linear2"}, f"{SINGLE}.attn.", "single_blocks.#."),
+    *renamed({
+        "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+        "norm_out.linear": "final_layer.adaLN_modulation.1",
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "time_guidance_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+        "time_guidance_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+        "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+        "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+        "single_stream_modulation.linear": "single_stream_modulation.lin",
+    }),
+]  # fmt: skip
+
 
 class Flux2Klein(Family):
     """Latents are the autoencoder's, 2×2 in channels, normalised by its batch norm: [B, 128, H, W]."""
 
     pipelines = ("Flux2KleinPipeline",)
+    layer_names = LayerNames(
+        tuple(FLUX2),
+        "original",
+        "original",
+        kohya_holds=r"(single_)?transformer_blocks\..*",
+        separable=True,
+    )
     timestep_input = "share of noise"
     even_sigmas = True
     patch = 1

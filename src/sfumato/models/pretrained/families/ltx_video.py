@@ -8,15 +8,32 @@ from typing import Any
 from torch import Tensor
 
 from sfumato.models.condition import Condition
-from sfumato.models.lora.layer_names import LayerNames
+from sfumato.models.lora.layer_names import BLOCK, LayerNames, Rule, renamed, same
 from sfumato.models.pretrained.family import Family
+
+LTX: list[Rule] = [
+    *same(
+        *(
+            f"{BLOCK}.{attn}.{name}"
+            for attn in ("attn1", "attn2")
+            for name in ("to_q", "to_k", "to_v", "to_out.0")
+        ),
+        f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2", "caption_projection.linear_1",
+        "caption_projection.linear_2", "proj_out",
+    ),
+    *renamed({
+        "proj_in": "patchify_proj", "time_embed.linear": "adaln_single.linear",
+        "time_embed.emb.timestep_embedder.linear_1": "adaln_single.emb.timestep_embedder.linear_1",
+        "time_embed.emb.timestep_embedder.linear_2": "adaln_single.emb.timestep_embedder.linear_2",
+    }),
+]  # fmt: skip
 
 
 class LTXVideo(Family):
     """Latents [B, 128, F, H, W], one token each; places are told in seconds (25 pictures each) and pixels."""
 
     pipelines = ("LTXPipeline",)
-    layer_names = LayerNames((), "original", "")
+    layer_names = LayerNames(tuple(LTX), "original", "")
     no_context_parallel = "diffusers gives its attention a mask for all heads, of which each process has some"
     timestep_input = "thousandths"
     even_sigmas = True

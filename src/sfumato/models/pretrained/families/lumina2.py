@@ -10,9 +10,27 @@ from torch import Tensor
 
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
-from sfumato.models.lora.layer_names import LayerNames, refined_attention
+from sfumato.models.lora.layer_names import LayerNames, Rule, refined_attention, renamed, same
 from sfumato.models.pretrained.family import Family
 from sfumato.theory import guidance
+
+LUMINA2: list[Rule] = [
+    *refined_attention("attn"),
+    *[
+        ((f"{place}.#.feed_forward.linear_{n}",), f"{place}.#.feed_forward.w{n}")
+        for place in ("layers", "noise_refiner", "context_refiner")
+        for n in "123"
+    ],
+    *renamed({
+        "layers.#.norm1.linear": "layers.#.adaLN_modulation.1",
+        "noise_refiner.#.norm1.linear": "noise_refiner.#.adaLN_modulation.1",
+        "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_caption_embed.caption_embedder.1": "cap_embedder.1",
+        "norm_out.linear_1": "final_layer.adaLN_modulation.1", "norm_out.linear_2": "final_layer.linear",
+    }),
+    *same("x_embedder"),
+]  # fmt: skip
 
 
 class Lumina2Guidance(PipelineGuidance):
@@ -27,7 +45,7 @@ class Lumina2(Family):
     """The system prompt is written before prompts, not before negatives."""
 
     pipelines = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
-    layer_names = LayerNames(tuple(refined_attention("attn")), "original", "original")
+    layer_names = LayerNames(tuple(LUMINA2), "original", "original")
     timestep_input = "share of signal"
     sign = -1
     even_sigmas = True

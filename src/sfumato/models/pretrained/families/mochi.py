@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Condition
-from sfumato.models.lora.layer_names import ADDED, BLOCK, LayerNames, Rule, qkv
+from sfumato.models.lora.layer_names import ADDED, BLOCK, LayerNames, Rule, qkv, renamed
 from sfumato.models.pretrained.family import Family
 
 MOCHI: list[Rule] = [
@@ -18,14 +18,28 @@ MOCHI: list[Rule] = [
     (qkv(f"{BLOCK}.attn1", *ADDED), "blocks.#.attn.qkv_y"),
     ((f"{BLOCK}.attn1.to_out.0",), "blocks.#.attn.proj_x"),
     ((f"{BLOCK}.attn1.to_add_out",), "blocks.#.attn.proj_y"),
-]
+    *renamed({
+        "ff.net.0.proj": "mlp_x.w1", "ff.net.2": "mlp_x.w2", "ff_context.net.0.proj": "mlp_y.w1",
+        "ff_context.net.2": "mlp_y.w2", "norm1.linear": "mod_x", "norm1_context.linear": "mod_y",
+        "norm1_context.linear_1": "mod_y",
+    }, f"{BLOCK}.", "blocks.#."),
+    *renamed({
+        "patch_embed.proj": "x_embedder.proj", "time_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_embed.pooler.to_kv": "t5_y_embedder.to_kv", "time_embed.pooler.to_q": "t5_y_embedder.to_q",
+        "time_embed.pooler.to_out": "t5_y_embedder.to_out", "time_embed.caption_proj": "t5_yproj",
+        "norm_out.linear": "final_layer.mod", "proj_out": "final_layer.linear",
+    }),
+]  # fmt: skip
+GATED = (f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff_context.net.0.proj")
+"""Feed-forwards whose gate is the first half in the original code, the second in diffusers."""
 
 
 class Mochi(Family):
     """Latents [B, 12, F, H, W]; the schedule is linear for its first half and quadratic for the other."""
 
     pipelines = ("MochiPipeline",)
-    layer_names = LayerNames(tuple(MOCHI), "original", "")
+    layer_names = LayerNames(tuple(MOCHI), "original", "", swapped=GATED)
     timestep_input = "thousandths of signal"
     sign = -1
     normalizes = ("factor", "channels")

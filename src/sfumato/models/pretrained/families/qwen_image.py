@@ -71,7 +71,8 @@ class QwenImage(Family):
     """Latents [B, 16, 1, H, W]; the pipeline leans only away from a negative that is given."""
 
     pipelines = ("QwenImagePipeline",)
-    layer_names = LayerNames((), "plain", "plain")
+    layer_names = LayerNames((), "shared", "plain", kohya_holds=r"transformer_blocks\..*")
+    comfyui_loads_whole = True
     timestep_input = "share of noise"
     controlnet = QwenImageControlNet()
     even_sigmas = True

@@ -11,6 +11,7 @@ from torch import Tensor
 from sfumato.errors import Refused
 from sfumato.models.condition import Condition
 from sfumato.models.lora.layer_names import LayerNames
+from sfumato.models.lora.unet_names import UNET_BLOCKS, unet_names
 from sfumato.models.pretrained.guidance_embedding import UNetFamily
 from sfumato.models.pretrained.inpainting import beside
 
@@ -23,7 +24,7 @@ class StableDiffusion(UNetFamily):
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
     )
-    layer_names = LayerNames((), "kohya", "plain")
+    layer_names = LayerNames((), "kohya", "plain", kohya_holds=UNET_BLOCKS, of_network=unet_names)
     comfyui_loads_whole = True
     prompt_only = ("clip_skip",)
 

@@ -13,7 +13,7 @@ from sfumato.models.condition import Condition
 from sfumato.models.control.controlnet import ControlNetAdapter, Given
 from sfumato.models.control.ip_adapter import WHOLE, IPAdapterLayout, Tensors
 from sfumato.models.interface import Model
-from sfumato.models.lora.layer_names import ADDED, BLOCK, LayerNames, Rule, mlp, qkv
+from sfumato.models.lora.layer_names import ADDED, BLOCK, LayerNames, Rule, mlp, qkv, renamed, same
 from sfumato.models.pretrained import schedulers
 from sfumato.models.pretrained.family import ATTENTION, Family
 
@@ -26,7 +26,17 @@ SD3: list[Rule] = [
     ((f"{BLOCK}.attn.to_add_out",), "joint_blocks.#.context_block.attn.proj"),
     *mlp(f"{BLOCK}.ff", "joint_blocks.#.x_block.mlp", "fc1", "fc2"),
     *mlp(f"{BLOCK}.ff_context", "joint_blocks.#.context_block.mlp", "fc1", "fc2"),
-]
+    ((f"{BLOCK}.norm1.linear",), "joint_blocks.#.x_block.adaLN_modulation.1"),
+    ((f"{BLOCK}.norm1_context.linear",), "joint_blocks.#.context_block.adaLN_modulation.1"),
+    *same("context_embedder"),
+    *renamed({
+        "pos_embed.proj": "x_embedder.proj", "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+        "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        "norm_out.linear": "final_layer.adaLN_modulation.1", "proj_out": "final_layer.linear",
+    }),
+]  # fmt: skip
 
 
 class StableDiffusion3ControlNet(ControlNetAdapter):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
-from sfumato.models.lora.layer_names import LayerNames, Rule, mlp
+from sfumato.models.lora.layer_names import LayerNames, Rule, mlp, renamed, same
 from sfumato.models.pretrained.family import Family
 
 WAN: list[Rule] = [
@@ -38,7 +38,14 @@ WAN: list[Rule] = [
     (("condition_embedder.text_embedder.linear_1",), "text_embedding.0"),
     (("condition_embedder.text_embedder.linear_2",), "text_embedding.2"),
     (("proj_out",), "head.head"),
-]
+    *same("patch_embedding"),
+    *renamed({
+        "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+        "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+        "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+        "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    }),
+]  # fmt: skip
 
 
 class Experts(nn.Module):
@@ -78,7 +85,7 @@ class Wan(Family):
     """Latents [B, 16, F, H, W]; tokens of a fixed length, zero after the words."""
 
     pipelines = ("WanPipeline",)
-    layer_names = LayerNames(tuple(WAN), "original", "original")
+    layer_names = LayerNames(tuple(WAN), "original", "original", kohya_holds=r"blocks\..*")
     timestep_input = "thousandths"
     normalizes = ("factor", "channels")
     video, fps = True, 16.0

@@ -11,9 +11,26 @@ from torch import Tensor
 
 from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy, PipelineGuidance
-from sfumato.models.lora.layer_names import LayerNames, refined_attention
+from sfumato.models.lora.layer_names import LayerNames, Rule, refined_attention, renamed, same
 from sfumato.models.pretrained.family import Family
 from sfumato.theory import guidance
+
+Z_IMAGE: list[Rule] = [
+    *refined_attention("attention"),
+    *same(
+        *(
+            f"{place}.#.feed_forward.w{n}"
+            for place in ("layers", "noise_refiner", "context_refiner")
+            for n in "123"
+        ),
+        "layers.#.adaLN_modulation.0", "noise_refiner.#.adaLN_modulation.0",
+        "t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1",
+    ),
+    *renamed({
+        "all_x_embedder.2-1": "x_embedder", "all_final_layer.2-1.linear": "final_layer.linear",
+        "all_final_layer.2-1.adaLN_modulation.1": "final_layer.adaLN_modulation.1",
+    }),
+]  # fmt: skip
 
 
 class ZImageGuidance(PipelineGuidance):
@@ -32,7 +49,10 @@ class ZImage(Family):
     """Tokens of unequal length; guidance counts from 0, as the pipeline's: strong + g·(strong − weak)."""
 
     pipelines = ("ZImagePipeline",)
-    layer_names = LayerNames(tuple(refined_attention("attention")), "original", "original")
+    layer_names = LayerNames(
+        tuple(Z_IMAGE), "shared", "plain", kohya_holds=r"(layers|noise_refiner|context_refiner)\..*"
+    )
+    comfyui_loads_whole = True
     timestep_input = "share of signal"
     sign = -1
     even_sigmas = True
