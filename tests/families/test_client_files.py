@@ -17,7 +17,7 @@ from sfumato.models.io import adapter_run
 from sfumato.models.lora import adapter, lora_file
 from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.models.lora.layer_names import layer_names_of
-from sfumato.workflow.export import text_encoders
+from sfumato.workflow.export import export, text_encoders
 from sfumato.workflow.export.lora import write_lora
 
 from . import client_judge as judge
@@ -343,3 +343,20 @@ def test_a_single_file_as_comfyui_saves_it_is_read(name, bare, base, tmp_path):
         torch.testing.assert_close(
             loaded[key], one, atol=1e-6, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+@pytest.mark.parametrize("name", some(["qwen-image", "z-image"]))
+def test_a_whole_denoiser_leaves_under_names_that_comfyui_has(name, base, tmp_path):
+    """Law: every weight of the file is one of ComfyUI's network, or a part of one by its own table."""
+    sfumato.load(base(name)).save(tmp_path / "merged")
+    done = export(tmp_path / "merged", "comfyui", tmp_path / "out")
+    table, file = judge.comfyui(name), load_file(done.files[0])
+    known = {key: shape for key, shape in table["shapes"].items() if key not in table["names"]}
+    for key, one in file.items():
+        layer, _, end = key.rpartition(".")
+        if end == "weight" and f"diffusion_model.{layer}" in table["names"]:
+            there, offset, _ = table["names"][f"diffusion_model.{layer}"]
+            assert table["shapes"][there][0] == len(one) if offset is None else offset[2] == len(one)
+        elif end == "weight":
+            assert len(known[key]) == one.ndim
+    assert sum(key.endswith(".weight") for key in file) > 20
