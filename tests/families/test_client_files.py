@@ -29,6 +29,7 @@ __all__ = ["clips", "pictures"]
 QUICK = ("stable-diffusion-xl", "flux-dev", "mochi", "z-image")
 COMFYUI = sorted(file.stem for file in (judge.TABLES / "comfyui").glob("*.json"))
 CLOSE = 2e-5
+DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 
 
 def some(names: Any) -> list[Any]:
@@ -113,6 +114,7 @@ def written(name: str, to: str, base: Any, folder: Path, **known: Any) -> tuple[
         if part.requires_grad:
             part.data += 0.3 * torch.randn(part.shape, generator=draw)
     tensors = {"": text_encoders.state_of(network, torch.float32)}
+    folder.mkdir(exist_ok=True)
     write_lora(model, plan, tensors, to, folder, {"modelspec.title": "run"})
     adapter.merge(network)
     (file,) = folder.glob("*.safetensors")
@@ -360,3 +362,15 @@ def test_a_whole_denoiser_leaves_under_names_that_comfyui_has(name, base, tmp_pa
         elif end == "weight":
             assert len(known[key]) == one.ndim
     assert sum(key.endswith(".weight") for key in file) > 20
+
+
+def test_hunyuan_video_leaves_for_kohya_with_the_targets_that_the_documentation_says(base, tmp_path):
+    """Law: its blocks have room, its token refiner, a usual target, has none and is named."""
+    said = re.search(
+        r"model\.targets = \['(\(single_\)\?transformer_blocks[^']*)'\]", DOCS.read_text("utf-8")
+    )
+    assert said is not None
+    _, _, file = written("hunyuan-video", "kohya", base, tmp_path / "blocks", targets=(said[1],))
+    assert {key.partition(".")[0] for key in file} <= judge.kohya("hunyuan-video")
+    with pytest.raises(Refused, match="token_refiner"):
+        written("hunyuan-video", "kohya", base, tmp_path / "usual")
