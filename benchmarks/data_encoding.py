@@ -23,10 +23,11 @@ from sfumato.data.encoding import views
 from sfumato.data.encoding.encode import encode_to_store
 from sfumato.data.encoding.encode_plan import plan_encoding
 from sfumato.data.encoding.views import EncodingOptions
-from sfumato.data.sources import folder, media
+from sfumato.data.sources import folder
 from sfumato.data.store.store import Store
 from sfumato.models import new_codec
 from sfumato.models.settings import ModelSettings
+from sfumato.readers import media
 
 BATCH = 16
 FRAMES, RATE = 9, 8.0

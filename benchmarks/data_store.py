@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from sfumato.data import buckets
-from sfumato.data.sources import folder, media
+from sfumato.data.sources import folder
 from sfumato.data.store.index import COLUMNS, Index
 from sfumato.data.store.shard import Field
+from sfumato.readers import media
 
 LATENT = (16, 32, 32)
 

@@ -21,8 +21,8 @@ from scipy.ndimage import binary_dilation, binary_fill_holes
 import sfumato
 from sfumato.data import condition_images
 from sfumato.data.sources import folder
-from sfumato.data.sources.media import center_crop_resize, read_picture, to_pixels
 from sfumato.generation import to_pictures
+from sfumato.readers.media import center_crop_resize, read_picture, to_pixels
 
 WHITE = 24
 """How far from white, in 255ths of any color, a pixel is no background."""

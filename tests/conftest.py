@@ -17,6 +17,7 @@ install_import_hook("sfumato.theory", "beartype.beartype")
 import torch  # noqa: E402
 
 from sfumato.training.precision import AUTO_PRECISION, PRECISIONS  # noqa: E402
+from sfumato.trust import MEMORY_VARIABLE  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -41,6 +42,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("precisions")
     if marker is not None:
         metafunc.parametrize("precision", marker.args, indirect=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What the tests run is remembered apart from what the user runs; processes of the tests inherit it."""
+    os.environ[MEMORY_VARIABLE] = str(tmp_path_factory.mktemp("machine") / "trusted-code")
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ Results go to stdout, messages to stderr. Exit codes: 0 done, 1 the run failed, 
 """
 
 import io
-import logging
 import os
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from sfumato.commands import data_options, generate_options
-from sfumato.commands.exits import with_exit_code
+from sfumato.commands.exits import with_exit_code, with_trust
 from sfumato.commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
 from sfumato.commands.theory import theories
 
@@ -75,6 +74,7 @@ def new(
 
 @app.command()
 @with_exit_code
+@with_trust
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -97,6 +97,7 @@ def plan(
 
 @app.command()
 @with_exit_code
+@with_trust
 def encode(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -113,6 +114,7 @@ def encode(
 
 @app.command()
 @with_exit_code
+@with_trust
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -129,6 +131,7 @@ def train(
 
 @app.command()
 @with_exit_code
+@with_trust
 def generate(
     model: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder or a model's.")],
     prompt: generate_options.Prompts = None,
@@ -194,6 +197,7 @@ def generate(
 
 @app.command()
 @with_exit_code
+@with_trust
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a pretrained model's.")],
     to: Annotated[str, typer.Option(metavar="WHERE", help="diffusers, comfyui or kohya.")],
@@ -218,6 +222,7 @@ def export(
 
 @app.command("eval")
 @with_exit_code
+@with_trust
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="RUN", help="A run, or a checkpoint or average in it.")],
     samples: Annotated[int, typer.Option(metavar="N", min=2, help="Pictures drawn for each seed.")] = 64,
@@ -239,6 +244,7 @@ def evaluate(
 
 @app.command()
 @with_exit_code
+@with_trust
 def data(
     what: Annotated[
         str, typer.Argument(metavar="DIR", help="Pictures, an embedded set, a recipe (TOML), or a store.")
@@ -294,6 +300,7 @@ def report(
 
 @app.command()
 @with_exit_code
+@with_trust
 def ema(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
     length: Annotated[
@@ -320,6 +327,7 @@ def ema(
 
 @app.command()
 @with_exit_code
+@with_trust
 def doctor(
     recipe: Annotated[
         Optional[Path],  # noqa: UP045
@@ -339,9 +347,8 @@ app.add_typer(theories, name="theory")
 
 def main() -> None:
     """Run the command line; also what `python -m sfumato` does."""
-    for name in ("torchao", "torch.utils._pytree"):  # what these say of themselves while they are imported
-        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_DISABLE", "1")  # one kind of progress bar is enough
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # of a console that has no σ
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of a console that has no σ
     app(prog_name="sfumato")

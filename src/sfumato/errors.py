@@ -1,14 +1,24 @@
 """What sfumato says when it stops: input that is refused, or a run that failed."""
 
+import json
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
-class Refused(ValueError):
+class _Sentence(Exception):
+    """A problem whose sentence may quote what a file says: it steers no terminal that shows it."""
+
+    def __str__(self) -> str:
+        return for_terminal(super().__str__())
+
+
+class Refused(_Sentence, ValueError):
     """The user's input cannot be taken; the message names culprit, rule and way out. Exit code 2."""
 
 
-class Failed(RuntimeError):
+class Failed(_Sentence, RuntimeError):
     """The run could not go on although its input was accepted. Exit code 1."""
 
 
@@ -29,3 +39,38 @@ def one_of(kind: str, word: str, options: Iterable[str]) -> str:
     if word not in known:
         raise Refused(f'{kind} "{word}" is not known.{nearest(word, known)}')
     return word
+
+
+# ----------------------------------------------------------------
+# What others wrote, shown: no text of a file moves the cursor, changes the title or turns a line around.
+
+
+def printable(name: object) -> str:
+    """A name that can be shown and written anywhere, on one line and in its own order of letters.
+
+    Bytes that are no text appear as \\xNN, what breaks a line or turns its direction by its number.
+    """
+    shown = str(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in shown)
+
+
+JOINERS = "\u200c\u200d"
+"""What joins letters or parts letters of one word: of many scripts, and of emoji."""
+
+
+def for_terminal(text: str) -> str:
+    """A text of several lines as a terminal may get it: what would steer it appears by its number."""
+    return "".join(ascii(one)[1:-1] if _steers(one) else one for one in text)
+
+
+def json_for_terminal(value: Any, indent: int | None = None) -> str:
+    """A value as JSON that reads as the value, and steers no terminal; paths and the like as texts."""
+    text = json.dumps(value, ensure_ascii=False, default=str, indent=indent)
+    return "".join(json.dumps(one)[1:-1] if _steers(one) else one for one in text)
+
+
+def _steers(letter: str) -> bool:
+    """Whether it is a control, half a letter, or a mark that breaks lines or changes their direction."""
+    if letter in "\n\t" or letter in JOINERS:
+        return False
+    return unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -1,10 +1,12 @@
 """Locks between processes, on every system.
 
-`exclusive` lets one process at a time through a block. `FileLease` marks for as long as its process lives,
-however that ends, that a file is in use. `Holder` names a process so that it can be told from a later one
-that was given the same number.
+`exclusive` lets one process at a time through a block. `OwnerLock` belongs to one process for as long as it
+works, and says to others whose it is. `FileLease` marks for as long as its process lives, however that ends,
+that a file is in use. `Holder` names a process so that it can be told from a later one that was given the
+same number.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -12,8 +14,8 @@ import socket
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,11 @@ FOREIGN_LOCK_SECONDS = 600.0
 
 
 class LockHeld(Exception):
-    """Another process holds a lock that nobody wants to wait for."""
+    """Another process holds a lock that nobody wants to wait for; `holder` is who, where that is known."""
+
+    def __init__(self, text: str, holder: "Holder | None" = None) -> None:
+        super().__init__(text)
+        self.holder = holder
 
 
 def _lock(file: Path) -> Any:
@@ -50,6 +56,110 @@ def exclusive(file: Path, wait: bool = True) -> Iterator[None]:
     finally:
         lock.release()
 
+
+# ----------------------------------------------------------------------------- one owner
+
+
+class OwnerLock:
+    """A file that belongs to this process until it is released or dies, and says so.
+
+    Where the system has flock, it is held as long as the lock: the kernel knows who lives, whatever process
+    numbers and host names say, and a file that was left behind or copied hinders nobody. Elsewhere, and on
+    other machines, the name in the file counts.
+    """
+
+    def __init__(self, file: Path) -> None:
+        """Take it.
+
+        Raises:
+            LockHeld: it is another's. OSError: the place cannot be written, or is no file.
+        """
+        self.file = file
+        self._handle: int | None = None
+        self._mine = Holder.me()
+        try:
+            import fcntl
+        except ImportError:
+            self._take_by_name()
+            return
+        while self._handle is None:
+            handle = os.open(file, _OPEN, 0o666)
+            try:
+                self._handle = self._take(handle, fcntl)
+            finally:
+                if self._handle is None:
+                    os.close(handle)
+
+    def _take(self, handle: int, fcntl: Any) -> int | None:
+        """The handle, once it is locked; None if the file at the path has become another meanwhile."""
+        is_locked = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LockHeld(str(self.file), Holder.of(self.file)) from None
+        except OSError as problem:
+            if problem.errno not in _NO_FLOCK:
+                raise
+            is_locked = False
+        if not self._is_at_path(handle):
+            return None
+        holder = Holder.of(self.file)
+        if holder is not None and holder.is_alive(self.file):
+            ended = is_locked and holder.inode is not None and holder.host == socket.gethostname()
+            if not ended:  # it may be a writer of before this was locked, or on another machine
+                raise LockHeld(str(self.file), holder)
+        self._mine = replace(self._mine, inode=os.fstat(handle).st_ino)
+        os.ftruncate(handle, 0)
+        os.write(handle, self._mine.text().encode())
+        return handle
+
+    def _take_by_name(self) -> None:
+        with exclusive(self._guard):
+            holder = Holder.of(self.file)
+            if holder is not None and holder.is_alive(self.file):
+                raise LockHeld(str(self.file), holder)
+            self.file.write_bytes(b"")
+            self._mine = replace(self._mine, inode=self.file.stat().st_ino)
+            self.file.write_text(self._mine.text(), encoding="utf-8")
+
+    @property
+    def _guard(self) -> Path:
+        return self.file.with_name(f"{self.file.name}.guard")
+
+    def _is_at_path(self, handle: int) -> bool:
+        try:
+            there = os.lstat(self.file)
+        except FileNotFoundError:
+            return False
+        here = os.fstat(handle)
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+    def is_there(self) -> bool:
+        """Whether the file still is where it was, or somebody removed it or its folder."""
+        return Holder.of(self.file) == self._mine if self._handle is None else self._is_at_path(self._handle)
+
+    def touch(self) -> None:
+        """Give a sign of life."""
+        with suppress(OSError):
+            os.utime(self.file)
+
+    def release(self) -> None:
+        """Give it back: the file goes."""
+        if self._handle is None:
+            with suppress(FileNotFoundError), exclusive(self._guard):
+                if self.is_there():
+                    self.file.unlink(missing_ok=True)
+            return
+        try:
+            if self.is_there():
+                self.file.unlink(missing_ok=True)
+        finally:
+            os.close(self._handle)
+
+
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What file systems without flock answer."""
 
 # ----------------------------------------------------------------------------- leases
 
@@ -104,11 +214,15 @@ def is_leased(file: Path) -> bool:
 
 @dataclass(frozen=True)
 class Holder:
-    """A process: its number, when it started (None: nobody knows), and its machine."""
+    """A process: its number, when it started (None: nobody knows), and its machine.
+
+    inode: of the file it wrote itself into; a copy of that file has another.
+    """
 
     pid: int
     started: str | None
     host: str
+    inode: int | None = None
 
     @classmethod
     def me(cls) -> "Holder":
@@ -120,8 +234,8 @@ class Holder:
         """Who wrote `file`; None if nobody did, or it is torn."""
         try:
             written = json.loads(file.read_bytes())
-            return cls(int(written["pid"]), written["started"], str(written["host"]))
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return cls(int(written["pid"]), written["started"], str(written["host"]), written.get("inode"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
 
     def text(self) -> str:
@@ -130,8 +244,10 @@ class Holder:
 
     def is_alive(self, file: Path) -> bool:
         """Whether it still runs: same pid and start time here; elsewhere, a recent sign of life in `file`."""
+        if self.inode is not None and self.inode != file.stat().st_ino:
+            return False  # a copy of its file
         if self.host != socket.gethostname():
-            return time.time() - file.stat().st_mtime < FOREIGN_LOCK_SECONDS
+            return abs(time.time() - file.stat().st_mtime) < FOREIGN_LOCK_SECONDS
         return started(self.pid) == self.started is not None
 
 

@@ -11,13 +11,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
+from sfumato import trust
 from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
-from sfumato.settings import RENAMED, Table, key, plain, rows_of, table_of
+from sfumato.settings import RENAMED, Table, key, plain, rows_of, table_of, toml
 from sfumato.training.settings import TrainSettings
-from sfumato.user_code import is_user_code
+from sfumato.user_code import code_files, is_user_code
 
 FORMAT = 2
 DEFAULT, COMMAND_LINE, PYTHON = "default", "command line", "python"
@@ -33,7 +34,7 @@ class Recipe:
     """
 
     output: str = key("runs/run", "the run's folder", path=True)
-    seed: int = key(0, "every draw of the run follows from this number", least=0)
+    seed: int = key(0, "every draw of the run follows from this number", least=0, most=2**64 - 1)
     format: int = key(FORMAT, "version of the recipe's format")
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -47,7 +48,8 @@ class Recipe:
         """The recipe in a TOML file, or in a run folder, with `key=value` overrides laid over it.
 
         Paths in the file are relative to the file, paths in overrides to the current folder. Names of
-        format 1 are read and noted, those of a run's own effective.toml without a note.
+        format 1 are read and noted, those of a run's own effective.toml without a note. Code that a file or
+        an override names may run from now on, that of effective.toml may not: see `trust`.
 
         Raises:
             Refused: for a file that is missing or no TOML, an unknown key, a value that cannot be.
@@ -165,6 +167,8 @@ def parse(file: Path) -> dict[str, Any]:
         raise Refused(f"{file} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
         raise Refused(f"{file} is not TOML: {error}.") from None
+    except RecursionError:
+        raise Refused(f"{file} is no recipe: its tables or lists are nested too deep.") from None
 
 
 def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -260,6 +264,11 @@ def _build(defaults: Recipe, entries: Mapping[str, tuple[Any, str, Path]]) -> Re
         raise Refused('output is empty, but a run needs a folder of its own: output = "runs/NAME".')
     if "output" not in trees[""]:
         trees[""]["output"] = str(Path(defaults.output).absolute())
+    for name, (_, origin, _) in entries.items():
+        if origin != EFFECTIVE:  # a run's own record names code, but nobody has said that it may run
+            section, _, leaf = name.rpartition(".")
+            value = trees[section][leaf]
+            trust.add_named_files(code_files(value if _is_list(value) else [value]))
     parts = {section: replace(getattr(defaults, section), **trees[section]) for section in SECTIONS}
     origins = {"output": DEFAULT, **{name: origin for name, (_, origin, _) in entries.items()}}
     if version != FORMAT:
@@ -289,8 +298,8 @@ def _fit(name: str, value: Any, where: str, folder: Path) -> Any:
             wanted = tuple
     if type(value) is not wanted:
         raise Refused(
-            f"{name} is {value!r}{where}, but it must be {_kind(wanted, rules)}, "
-            f"like {_shown(DEFAULTS[name])}."
+            f"{name} is {toml(value)}{where}, but it must be {_kind(wanted, rules)}, "
+            f"like {toml(DEFAULTS[name])}."
         )
     if rules["choices"] and value not in rules["choices"] and not is_user_code(str(value)):
         raise Refused(
@@ -328,16 +337,6 @@ def quoted(text: str) -> str:
     return tomlkit.item(text).as_string()
 
 
-def _shown(value: Any) -> str:
-    return (
-        f'"{value}"'
-        if isinstance(value, str)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
-
-
 def _from_text(name: str, text: str) -> Any:
     """The value a command line's `name=text` means: TOML, where bare words are texts."""
     if name not in DEFAULTS:
@@ -345,8 +344,10 @@ def _from_text(name: str, text: str) -> Any:
     wanted = cast("type[object]", type(DEFAULTS[name]))
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, UnicodeEncodeError):
         value = text
+    except RecursionError:
+        raise Refused(f"{name} is nested too deep, but it must be {_kind(wanted, RULES[name])}.") from None
     if wanted is str and not isinstance(value, str) and not (RULES[name]["many"] and _is_list(value)):
         value = text
     if wanted is Table:

@@ -5,15 +5,18 @@ the one process that may write. The report reads nothing but this folder.
 """
 
 import errno
+import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,12 +43,20 @@ RENAMED_METRICS = {
 }
 """What events and their metrics were called before recipes of format 2: what they are called."""
 _CHECKPOINT = re.compile(r"step-(\d+)")
-_OURS = {
-    "recipe.toml", "effective.toml", "events.jsonl", "samples", "checkpoints", "report.html", ".lock",
-}  # fmt: skip
+LOG = "log.txt"
+"""What other packages said while the run was written."""
+_FILES = {".lock", "events.jsonl", LOG}
+_FOLDERS = {"samples", "checkpoints", "model", "averages", "profile", "code"}
+_OURS = _FILES | _FOLDERS | {"recipe.toml", "effective.toml", "report.html", "black_box.json"}
 
 
 # ----------------------------------------------------------------------------- files
+
+
+_UNWRITABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EISDIR, errno.EEXIST),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+}
 
 
 @contextmanager
@@ -64,11 +75,47 @@ def explain_disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: no space is left on this disk. Everything saved before is intact; "
                 "make room (or move the output) and give the same command again."
             ) from problem
-        if problem.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+        if problem.errno == errno.EFBIG:
+            raise Failed(
+                f"{path}: a file may not become that large here (ulimit -f, or the file system). Everything "
+                "saved before is intact; raise the limit and give the same command again."
+            ) from problem
+        if problem.errno in _UNWRITABLE:
             raise Refused(
                 f"{path} cannot be written: {problem.strerror}. Choose an output folder you may write to."
             ) from problem
         raise
+
+
+def check_output(folder: Path, option: str = "--out") -> None:
+    """Try whether files can be written into `folder`, and leave nothing behind.
+
+    Raises:
+        Refused: they cannot. Failed: no space is left.
+    """
+    made: list[Path] = []
+    probe = folder / f".{os.getpid()}.part"
+    try:
+        with explain_disk_errors(folder):
+            for place in reversed([folder, *folder.parents]):
+                if not place.is_dir():
+                    place.mkdir()
+                    made.append(place)
+            probe.write_bytes(b"")
+    except Refused as refusal:
+        problem = refusal.__cause__
+        reason = problem.strerror if isinstance(problem, OSError) else ""
+        if isinstance(problem, OSError) and problem.errno == errno.EEXIST:
+            reason = "it is no folder"
+        raise Refused(
+            f"{option}: nothing can be written into {folder} ({reason}). Choose another folder."
+        ) from None
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        for place in reversed(made):
+            with suppress(OSError):
+                place.rmdir()
 
 
 def _sync(path: Path) -> None:
@@ -103,10 +150,18 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        written = data.encode() if isinstance(data, str) else data
+    except UnicodeEncodeError as problem:
+        odd = problem.object[max(0, problem.start - 20) : problem.end + 20]
+        raise Refused(
+            f"{path} cannot be written: it would say {odd!r}, which is no UTF-8. Rename the file or "
+            "folder; or, if it is named in UTF-8, say PYTHONUTF8=1 before the command."
+        ) from problem
     with explain_disk_errors(path):
         try:
             with beside.open("wb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
+                file.write(written)
                 file.flush()
                 os.fsync(file.fileno())
             _rename(beside, path)
@@ -129,10 +184,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     with explain_disk_errors(path):
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            yield beside
-            move_into_place(beside, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_left_behind(path)
+            beside.mkdir()
+            with _being_written(beside):
+                yield beside
+                move_into_place(beside, path)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
@@ -143,6 +200,7 @@ def move_into_place(beside: Path, path: Path) -> None:
 
     A folder that stood there goes first, out of sight in one rename.
     """
+    _give_usual_modes(beside)
     for entry in [*sorted(beside.rglob("*")), beside]:
         _sync(entry)
     former = None
@@ -153,6 +211,59 @@ def move_into_place(beside: Path, path: Path) -> None:
     _sync(path.parent)
     if former is not None:
         shutil.rmtree(former, ignore_errors=True)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Let all files below be read as the folder may be: some writers make files for their owner alone."""
+    if IS_WINDOWS:
+        return
+    usual = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        mode = file.lstat().st_mode
+        if stat.S_ISREG(mode) and mode & 0o666 != usual:
+            file.chmod(stat.S_IMODE(mode) & ~0o666 | usual)
+
+
+@contextmanager
+def _being_written(folder: Path) -> Iterator[None]:
+    """Show other processes that `folder` is not left behind."""
+    handle = _flocked(folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _flocked(folder: Path) -> int | None:
+    """A handle that locks a folder until it is closed; None where another has it, or nobody can."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def remove_left_behind(path: Path) -> None:
+    """Remove what killed writers of the folder `path` left beside it."""
+    for rest in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        pid = rest.name.removeprefix(f".{path.name}.").partition(".")[0]
+        is_mine = pid == str(os.getpid())
+        is_only_copy = rest.name.endswith(".old.part") and not path.exists()
+        if not pid.isdecimal() or not rest.is_dir() or rest.is_symlink() or is_only_copy:
+            continue
+        handle = _flocked(rest)
+        if is_mine or (handle is not None and locks.started(int(pid)) is None):
+            shutil.rmtree(rest, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
 
 
 def remove_partial_files(folder: Path) -> None:
@@ -170,6 +281,48 @@ def checksum(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# ----------------------------------------------------------------------------- what other packages say
+
+LIBRARIES = logging.getLogger("sfumato.libraries")
+"""Takes what other packages say; the run that is being written keeps it in its log."""
+LIBRARIES.propagate = False
+_MOST_WAITING = 200
+
+
+class _Waiting(logging.Handler):
+    """Keeps messages until there is a run that they belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it, if there are not too many."""
+        if len(LIBRARIES.handlers) == 1 and len(self.records) < _MOST_WAITING:
+            self.records.append(record)
+
+
+_waiting = _Waiting()
+LIBRARIES.addHandler(_waiting)
+
+
+@contextmanager
+def _library_log(file: Path) -> Iterator[None]:
+    """Write what other packages say into `file`, which is made when there is something."""
+    log = logging.FileHandler(file, delay=True, encoding="utf-8", errors="backslashreplace")
+    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.handleError = lambda record: None  # a full disk is said by whoever writes what matters
+    LIBRARIES.addHandler(log)
+    waiting, _waiting.records = _waiting.records, []
+    for record in waiting:
+        log.handle(record)
+    try:
+        yield
+    finally:
+        LIBRARIES.removeHandler(log)
+        log.close()
+
+
 # ----------------------------------------------------------------------------- the run
 
 
@@ -183,6 +336,7 @@ class RunFolder:
     path: Path
     listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list, repr=False)
     _events: BinaryIO | None = field(default=None, repr=False)
+    _lock: locks.OwnerLock | None = field(default=None, repr=False)
 
     @property
     def recipe(self) -> Path:
@@ -224,9 +378,11 @@ class RunFolder:
             Refused: `path` is a file, holds something else than a run, or is not writable.
         """
         run = cls(Path(path))
-        if run.path.is_file():
-            raise Refused(f"{run.path} is a file; a run needs a folder. Choose another output.")
         with explain_disk_errors(run.path):
+            if (run.path.exists() or run.path.is_symlink()) and not run.path.is_dir():
+                what = "a file" if run.path.is_file() else "no folder"
+                raise Refused(f"{run.path} is {what}; a run needs a folder. Choose another output.")
+            run.check_places()
             run.path.mkdir(parents=True, exist_ok=True)
             strangers = {entry.name for entry in run.path.iterdir() if not entry.name.startswith(".")} - _OURS
             if strangers and not run.recipe.exists():
@@ -254,6 +410,31 @@ class RunFolder:
             raise Refused(f"{run.path} is no run folder: it {why}. Give a folder that `sfumato train` wrote.")
         return run
 
+    def check_places(self) -> None:
+        """Raises Refused where a file or folder of the run is a link out of it, or of the wrong kind."""
+        for name in sorted(_FILES | _FOLDERS):
+            place = self.path / name
+            try:
+                mode = place.lstat().st_mode
+            except OSError:
+                continue
+            if stat.S_ISLNK(mode):
+                raise Refused(
+                    f"{place} is a link, and a run is written within its own folder only. Remove the link, "
+                    "or put what it points to in its place."
+                )
+            if not (stat.S_ISREG(mode) if name in _FILES else stat.S_ISDIR(mode)):
+                kind = "file" if name in _FILES else "folder"
+                raise Refused(f"{place} is no {kind}, but a run has a {kind} of that name. Remove it.")
+
+    def check_is_there(self) -> None:
+        """Raises Failed if the folder was removed or moved while this process writes it."""
+        if self._lock is not None and not self._lock.is_there():
+            raise Failed(
+                f"{self.path} was removed or moved, or its .lock was, while it was written. Nothing more is "
+                "written there; what was saved before is where the folder is now."
+            )
+
     # ------------------------------------------------------------------------- lock
 
     @contextmanager
@@ -263,23 +444,26 @@ class RunFolder:
         Raises:
             Refused: another living process holds it (named by its pid), or the folder is read-only.
         """
-        file, guard = self.path / ".lock", self.path / ".lock.guard"
-        with explain_disk_errors(self.path), locks.exclusive(guard):
-            holder = locks.Holder.of(file)
-            if holder and holder.is_alive(file):
-                raise Refused(
-                    f"{self.path} is being written by process {holder.pid} on {holder.host}. "
-                    "Wait for it or stop it, or choose another output."
-                )
-            mine = locks.Holder.me()
-            write_atomic(file, mine.text())
+        self.check_places()
+        file = self.path / ".lock"
         try:
-            yield self
+            with explain_disk_errors(file):
+                lock = locks.OwnerLock(file)
+        except locks.LockHeld as held:
+            who = held.holder
+            name = f"process {who.pid} on {who.host}" if who else "another process"
+            raise Refused(
+                f"{self.path} is being written by {name}. Wait for it or stop it, or choose another output. "
+                f"If you know that it is gone, delete {file}."
+            ) from None
+        former, self._lock = self._lock, lock
+        try:
+            with _library_log(self.path / LOG):
+                yield self
         finally:
             self.close()
-            with locks.exclusive(guard):
-                if locks.Holder.of(file) == mine:
-                    file.unlink(missing_ok=True)
+            self._lock = former
+            lock.release()
 
     def close(self) -> None:
         """Close the events file; the next event opens it again."""
@@ -292,22 +476,22 @@ class RunFolder:
     def event(self, kind: str, *, sync: bool = False, **fields: Any) -> None:
         """Append {"kind", "time", **fields} as one line; `sync` waits until the disk has it.
 
-        Raises Failed without space, Refused where the folder is read-only.
+        Raises Failed without space or when the folder was removed, Refused where it is read-only.
         """
+        self.check_is_there()
         event = {"kind": kind, "time": round(time.time(), 3), **fields}
-        line = _checked(json.dumps(event, ensure_ascii=False)) + "\n"
+        line = _checked(json.dumps(event, ensure_ascii=False))
         with explain_disk_errors(self.events_file):
             if self._events is None:
-                self._events = self.events_file.open("ab+", buffering=0)
+                self._events = open(self.events_file, "ab+", buffering=0, opener=_not_through_a_link)  # noqa: SIM115
                 if size := self._events.seek(0, os.SEEK_END):
                     self._events.seek(size - 1)
-                    line = line if self._events.read(1) == b"\n" else "\n" + line
-            self._events.write(line.encode())
+                    line = line if self._events.read(1) == b"\n" else b"\n" + line
+            self._events.write(line + b"\n")
             if sync:
                 os.fsync(self._events.fileno())
-        lock = self.path / ".lock"
-        if lock.exists():
-            os.utime(lock)
+        if self._lock is not None:
+            self._lock.touch()
         for listener in self.listeners:
             listener(event)
 
@@ -329,6 +513,8 @@ class RunFolder:
         """The events by their lines' numbers, from 1; None for a line that is torn or was changed."""
         if not self.events_file.exists():
             return
+        if not self.events_file.is_file():
+            raise Refused(f"{self.events_file} is no file that can be read to its end. Remove it.")
         for number, line in enumerate(self.events_file.read_bytes().split(b"\n"), 1):
             if line.strip():
                 yield number, _event_of(line)
@@ -356,9 +542,18 @@ class RunFolder:
 _CHECK = re.compile(rb', "check": "([0-9a-f]{8})"}\s*$')
 
 
-def _checked(line: str) -> str:
-    """A JSON object with the crc32 of what precedes it as its last entry."""
-    return f'{line[:-1]}, "check": "{zlib.crc32(line[:-1].encode()):08x}"}}'
+def _checked(line: str) -> bytes:
+    """A JSON object with the crc32 of what precedes it as its last entry.
+
+    A letter that is no UTF-8 (of a file's name) is written as JSON's escape for it.
+    """
+    begin = line[:-1].encode("utf-8", "backslashreplace")
+    return begin + f', "check": "{zlib.crc32(begin):08x}"}}'.encode()
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    """As `open` opens a file, but none that a link points to."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _event_of(line: bytes) -> dict[str, Any] | None:
@@ -368,9 +563,11 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(event, dict) or "kind" not in event:
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        return None
+    if any(isinstance(event.get(name), dict | list) for name in EVENT_KEY):
         return None
     event.pop("check", None)
     return _of_today(event)

@@ -3,6 +3,7 @@
 `RENAMED` holds the names settings had before format 2; whatever is read from disk goes through it.
 """
 
+import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
@@ -175,8 +176,8 @@ def rows_of(name: str, given: Any, rules: Mapping[str, Any]) -> tuple[Any, ...]:
             values = {one: getattr(row, one) for one in names}
         if sorted(values) != sorted(names) or any(type(one) is not int or one < 1 for one in values.values()):
             raise Refused(
-                f"{name} has {row!r}; write tables of {' and '.join(names)}, whole numbers above 0, or texts "
-                f'like "{rules["example"]}".'
+                f"{name} has {toml(row)}; write tables of {' and '.join(names)}, whole numbers above 0, or "
+                f'texts like "{rules["example"]}".'
             )
         found.append(rules["rows"](**values))
     return tuple(found)
@@ -240,7 +241,9 @@ def _value(where: str, value: Any, rules: Mapping[str, Any]) -> Any:
     if kind is object:
         return _frozen(value)
     if type(value) is not kind:
-        raise Refused(f"{where} is {value!r}, but it must be {'a number' if kind is float else 'a text'}.")
+        raise Refused(
+            f"{where} is {toml(value)}, but it must be {'a number' if kind is float else 'a text'}."
+        )
     for bound, beyond, word in (("least", -1, "at least"), ("most", 1, "at most")):
         if rules[bound] is not None and not (rules[bound] - value) * beyond >= 0:
             raise Refused(f"{where} is {value:g}, but it must be {word} {rules[bound]:g}.")
@@ -254,6 +257,23 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, Mapping):
         return Table({name: _frozen(one) for name, one in value.items()})
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def toml(value: Any) -> str:
+    """A setting as a recipe writes it on one line, which is also what the command line reads."""
+    value = plain(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_text(name)} = {toml(one)}" for name, one in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else _toml_text(str(value))
+
+
+def _toml_text(text: str) -> str:
+    """A text as TOML writes it, in one line: JSON's escapes are TOML's too, but for one that TOML demands."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def plain(value: Any) -> Any:

@@ -90,6 +90,15 @@ def test_smaller_numbers_say_what_they_cost(form, tmp_path):
     assert f"stored text as {form}: relative error" in answer.err
 
 
+READS = """
+from sfumato.models.networks.dit import DiT
+
+class Reads(DiT):
+    def forward(self, x, clock, condition):
+        return super().forward(x + 0 * condition.get("control", x), clock, condition)
+"""
+
+
 def test_a_control_picture_reaches_the_denoiser_and_is_dropped_by_itself(tmp_path):
     recipe = write_recipe(tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "pictures" / "metadata.jsonl").read_text().splitlines()]
@@ -99,9 +108,15 @@ def test_a_control_picture_reaches_the_denoiser_and_is_dropped_by_itself(tmp_pat
     (tmp_path / "pictures" / "edges" / "metadata.jsonl").unlink()
     (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = ["data.condition_columns=control", "data.condition_dropout=control=0.5"]
-    answer = sfumato("train", recipe, *given)
+    (tmp_path / "reads.py").write_text(READS)
+    answer = sfumato("train", recipe, *given, f"model.denoiser={tmp_path}/reads.py:Reads")
     assert answer.code == 0, answer.err
     assert "it has no control" in answer.err
+    for command in ("train", "plan"):
+        one_sentence(
+            sfumato(command, recipe, *given, "output=other"), 'names "control"', "scratch would not read"
+        )
+    assert not (tmp_path / "other").exists()
     ready = public.encode(Recipe.read(recipe, given))
     batch = ready.train.read([0, 1])
     assert batch.companions["control"].shape == batch.latents.shape

@@ -15,7 +15,7 @@ import typer.main
 import sfumato
 from sfumato.cli import app
 from sfumato.recipe import Recipe
-from sfumato.user_code import load_user_object
+from sfumato.user_code import load_named_object
 
 from .world import write_recipe
 
@@ -212,4 +212,4 @@ def test_python_in_the_docs_runs(block, world, monkeypatch):
 @pytest.mark.parametrize("file", sorted((TOP / "examples").glob("*.py")), ids=lambda file: file.name)
 def test_a_theory_in_the_examples_is_sound(file):
     """Law: an example's theory is one that can be solved at every time."""
-    assert load_user_object(f"{file}:{file.stem}").check().ok
+    assert load_named_object(f"{file}:{file.stem}").check().ok

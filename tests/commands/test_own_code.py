@@ -90,7 +90,7 @@ def test_a_recipe_and_python_train_the_same_bits_with_ones_own(kind, world):
     key, word = WORDS[kind]
     needs = [LETTERS] if kind == "denoiser" else []
     plain, said = train(world, "plain", *needs), train(world, "said", *needs, f"{key}={word}")
-    found = user_code.load_user_object(word)
+    found = user_code.load_named_object(word)
     handed = train(world, "handed", *needs, **{kind.split()[0]: [found] if kind == "callbacks" else found})
     assert weights(said) == weights(handed)
     assert (weights(said) == weights(plain)) == (kind in ("callbacks", "dataset"))
@@ -102,7 +102,7 @@ def test_a_recipe_and_python_train_the_same_bits_with_ones_own(kind, world):
 @pytest.mark.parametrize("kind", ["denoiser", "codec", "conditioner"])
 def test_an_object_of_ones_own_class_loads_again(kind, world):
     """Law: what was handed over as an object is loaded by its class, and draws what it drew."""
-    cls = user_code.load_user_object(WORDS[kind][1])
+    cls = user_code.load_named_object(WORDS[kind][1])
     made = cls(channels=3, width=8, text_width=26) if kind == "denoiser" else cls()
     before = {name: weight.clone() for name, weight in made.state_dict().items()}
     run = train(world, "run", *([LETTERS] if kind == "denoiser" else []), **{kind: made})
@@ -214,7 +214,7 @@ def test_code_that_changed_is_said_when_a_run_goes_on(world):
 
 def test_a_data_set_is_encoded_once_and_asked_no_more_than_it_must(world):
     """Law: with a fingerprint, pictures that are in the store are not asked for again."""
-    data = user_code.load_user_object("colors.py:Colors")()
+    data = user_code.load_named_object("colors.py:Colors")()
     asked: list[int] = []
 
     class Watched(type(data)):
@@ -308,7 +308,7 @@ def test_a_broken_contract_is_refused_and_named(name, world):
 
 
 def test_what_a_run_could_not_load_again_is_refused(world):
-    class Local(user_code.load_user_object("halves.py:Halves")):
+    class Local(user_code.load_named_object("halves.py:Halves")):
         pass
 
     for given in ({"codec": Local()}, {"codec": Local}, {"theory": get("flow-matching")}):
@@ -322,4 +322,4 @@ def test_what_a_run_could_not_load_again_is_refused(world):
 
 def test_stages_of_ones_own_beside_a_base_are_refused(world):
     with pytest.raises(Refused, match="for a model from scratch"):
-        train(world, "run", "model.base=somewhere", codec=user_code.load_user_object("halves.py:Halves"))
+        train(world, "run", "model.base=somewhere", codec=user_code.load_named_object("halves.py:Halves"))

@@ -237,3 +237,22 @@ def test_plan_says_what_fits_and_train_says_what_it_costs(tmp_path):
     assert (tmp_path / "run" / "profile" / "table.txt").is_file()
     events = RunFolder.open(tmp_path / "run").events()
     assert all(event["process_gb"] > 0 for event in events if event["kind"] == "phase")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train.weight_dtype=bf16"],
+        ["train.weight_dtype=bf16-masters"],
+        ["train.lr_multipliers={'blocks.*' = 0.5}"],
+        ["train.patience=2", "train.validate_every=2"],
+    ],
+)
+def test_what_is_said_of_the_denoisers_weights_is_not_of_the_codec(words, tmp_path):
+    """Law: a codec that is trained first is trained as always, whatever the recipe says of the denoiser."""
+    recipe = write_recipe(tmp_path)
+    assert sfumato("train", recipe, "train.steps=2", *words).code == 0
+    (codec,) = (tmp_path / "store" / "codecs").glob("*/weights.safetensors")
+    assert sfumato("train", recipe, "train.steps=1", "output=plain", "data.cache_dir=other").code == 0
+    (plain,) = (tmp_path / "other" / "codecs").glob("*/weights.safetensors")
+    assert codec.read_bytes() == plain.read_bytes()

@@ -116,15 +116,31 @@ def test_checkpointing_of_a_narrow_base_changes_nothing(form, pixart):
     assert fewer < 0.6 * kept
 
 
-def test_offloaded_weights_give_the_same_gradients(pixart):
-    """Law: blocks whose weights come and go answer as before; two blocks are there at most."""
+@pytest.mark.parametrize("every", [0, 1])
+@pytest.mark.parametrize("form", ["float32", "nf4"])
+def test_offloaded_weights_give_the_same_gradients(form, every, pixart, monkeypatch):
+    """Law: blocks whose weights come and go answer as before, with nothing to be read where they are away."""
     model = copy.deepcopy(pixart)
-    before = gradients(model)
-    parts = blocks.blocks_of(adapter.peft_target(model.denoiser))
-    offloaded = blocks.OffloadedBlocks(parts, torch.device("cpu"))
-    after = gradients(model)
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
-    assert offloaded.copies >= 3
+    network = adapter.peft_target(model.denoiser)
+    quantized.quantize_frozen(network, form)
+    before, there = gradients(model), []
+
+    class Poisoned(blocks.OffloadedBlocks):
+        def drop(self, place):
+            super().drop(place)
+            for weight, home in self.homes[place]:
+                weight.data = torch.full_like(home, float("nan") if home.is_floating_point() else 77)
+
+        def lend(self, place, following=None):
+            super().lend(place, following)
+            there.append(sum(one is not None for one in self.there))
+
+    offloaded = Poisoned(blocks.blocks_of(network), torch.device("cpu"))
+    blocks.recompute(network, every)
+    for _ in range(2):
+        after = gradients(model)
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert offloaded.copies >= 3 and max(there) == 2
 
 
 def test_an_attention_backend_is_used_by_this_network_alone(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 
 from sfumato.data.buckets import candidates, choose, crop_waste, token_budget
 from sfumato.data.encoding.batch_sampler import BatchSampler, Curriculum, CurriculumStage, rank_slice
-from sfumato.data.sources import media
 from sfumato.errors import Refused
+from sfumato.readers import media
 
 BUCKETS = {
     "one": [(4, 8, 8)] * 50,

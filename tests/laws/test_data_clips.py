@@ -12,10 +12,11 @@ from PIL import Image
 from sfumato.data import dataset_report
 from sfumato.data.encoding import encode
 from sfumato.data.encoding.views import EncodingOptions
-from sfumato.data.sources import clips, folder, media
-from sfumato.data.sources.clips import ClipSpan
+from sfumato.data.sources import folder
 from sfumato.data.sources.sample import Sample
 from sfumato.data.store.store import Store
+from sfumato.readers import clips, media
+from sfumato.readers.clips import ClipSpan
 from sfumato.report import data_page
 
 SIDE = 32

@@ -18,8 +18,9 @@ from sfumato.data import dataset_report
 from sfumato.data.encoding import views
 from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.sources import folder as sources_folder
-from sfumato.data.sources import media, metadata
+from sfumato.data.sources import metadata
 from sfumato.errors import Refused
+from sfumato.readers import media
 from sfumato.report import data_page
 
 RED = (200, 30, 40)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from sfumato.data.sources import clips, moving_shapes
+from sfumato.data.sources import moving_shapes
 from sfumato.errors import Refused
+from sfumato.readers import clips
 
 
 def some(count=12, seed=4):

@@ -4,6 +4,8 @@ import base64
 import hashlib
 import html
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +238,117 @@ def test_a_page_runs_its_own_script_and_no_other(page, tmp_path):
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = html.unescape(re.findall(r'Content-Security-Policy" content="([^"]*)"', text)[0])
     assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none'")
+
+
+STRANGE = {
+    "above": lambda run, secret: "../secret.png",
+    "far above": lambda run, secret: "samples/" + "../" * 40 + str(secret)[1:],
+    "absolute": lambda run, secret: str(secret),
+    "the machine's": lambda run, secret: "/etc/hostname",
+    "a link out": lambda run, secret: link(run, "samples/link.png", secret),
+    "through a folder that is a link": lambda run, secret: link(run, "there", secret.parent) + "/secret.png",
+    "a device": lambda run, secret: link(run, "samples/zero.png", Path("/dev/zero")),
+    "no picture": lambda run, secret: written(run, "samples/words.png", b"SECRET"),
+    "half a picture": lambda run, secret: written(run, "samples/half.png", secret.read_bytes()[:60]),
+    "a drawing with a script": lambda run, secret: written(
+        run, "a.svg", b"<svg><script>evil()</script></svg>"
+    ),
+    "the record itself": lambda run, secret: "events.jsonl",
+    "a folder": lambda run, secret: "samples",
+    "nothing": lambda run, secret: "samples/none.png",
+    "no name": lambda run, secret: "a\0b.png",
+    "a number": lambda run, secret: 3,
+    "a list": lambda run, secret: ["samples/a.png"],
+}
+
+
+def link(run, name, target):
+    (run.path / name).symlink_to(target)
+    return name
+
+
+def written(run, name, content):
+    (run.path / name).write_bytes(content)
+    return name
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_a_page_embeds_pictures_of_its_run_alone(strange, tmp_path):
+    """Law: what an event names is embedded if it lies inside the run and is a picture, else left out."""
+    run, secret = RunFolder.create(tmp_path / "run", "seed = 0\n"), tmp_path / "secret.png"
+    Image.effect_noise((16, 16), 80).save(secret)
+    Image.new("RGB", (8, 8)).save(run.samples / "a.png")
+    name = STRANGE[strange](run, secret)
+    for step in (1, 2):
+        files = [name, "samples/a.png"]
+        shown = {"source": [name, name]}
+        run.event("pictures", step=step, files=files, prompts=["", ""], seeds=[0, 1], shown=shown)
+    text = run_page.render(run)
+    inside = base64.b64encode((run.samples / "a.png").read_bytes()).decode()
+    assert set(re.findall(r"data:[\w/+]+;base64,([\w+/=]*)", text)) == {inside}
+    assert text.count(inside) == 3, "among the latest, and twice in the strip"
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "gif"])
+def test_a_page_says_what_kind_of_picture_it_embeds(kind, tmp_path):
+    """Law: the kind is that of the picture, whatever its name says; a link inside the run serves."""
+    Image.new("RGB", (8, 8)).save(tmp_path / f"a.{kind}")
+    (tmp_path / f"a.{kind}").rename(tmp_path / "a.svg")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.svg")
+    found = {page.embedded_from(tmp_path, name) for name in ("a.svg", "b.png")}
+    assert len(found) == 1 and found.pop().startswith(f"data:image/{kind.replace('jpg', 'jpeg')};base64,")
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def console_of(file, tmp_path):
+    """(a page as the browser has it once it has run, what its console and network said)."""
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    done = subprocess.run(
+        [CHROMIUM, *options, profile, "--virtual-time-budget=3000", "--dump-dom", file.as_uri()],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+PROBE = (
+    "for (const one of document.querySelectorAll('.gallery img, .strip img, .sheet img')) one.click();"
+    "document.body.dataset.lens = document.getElementById('lens').open;"
+)
+"""What is asked of a page that works: a click on a picture opens it large."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.parametrize("made", PAGES, ids=lambda page: page.__name__)
+def test_a_browser_runs_a_pages_script_and_nothing_it_was_told(made, tmp_path):
+    """Law: told hostile words, the page works and the console is silent; a foreign script is refused."""
+    (folder := tmp_path / "folder").mkdir()
+    text = made(folder).replace("evil()", "document.title='PWNED'")
+    (file := tmp_path / "page.html").write_text(text, encoding="utf-8")
+    shown, said = console_of(file, tmp_path)
+    assert said == []
+    assert "<title>PWNED" not in shown and 'id="lens"' in shown
+    script = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)[0]
+    before = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    after = base64.b64encode(hashlib.sha256((script + PROBE).encode()).digest()).decode()
+    file.write_text(
+        text.replace(script, script + PROBE)
+        .replace(before, after)
+        .replace(html.escape(before), html.escape(after)),
+        encoding="utf-8",
+    )
+    shown, said = console_of(file, tmp_path)
+    assert said == [] and f'data-lens="{str("<img src=" in text or "data:image" in text).lower()}"' in shown
+    for foreign in (
+        "<script>document.title='PWNED'</script>",
+        "<img src=x onerror=\"document.title='PWNED'\">",
+    ):
+        file.write_text(text.replace("<main>", f"<main>{foreign}"), encoding="utf-8")
+        shown, said = console_of(file, tmp_path)
+        assert "<title>PWNED" not in shown and any("Content Security Policy" in one for one in said)
 
 
 def test_every_page_is_made_by_one_builder():

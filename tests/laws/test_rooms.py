@@ -10,20 +10,22 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 
-GROUND = {"errors", "settings", "user_code", "locks", "lazy"}
+GROUND = {"errors", "settings", "user_code", "trust", "locks", "lazy"}
 BELOW = {
     "errors": set(),
     "settings": {"errors"},
-    "user_code": {"errors"},
+    "trust": {"errors"},
+    "user_code": {"errors", "trust"},
     "locks": set(),
     "lazy": set(),
     "run_folder": GROUND,
+    "readers": {"errors"},
     "theory": GROUND,
-    "models": GROUND | {"run_folder", "theory"},
-    "data": GROUND | {"run_folder", "theory"},
-    "generation": GROUND | {"run_folder", "theory", "models"},
+    "models": GROUND | {"run_folder", "theory", "readers"},
+    "data": GROUND | {"run_folder", "theory", "readers"},
+    "generation": GROUND | {"run_folder", "theory", "readers", "models"},
     "training": GROUND | {"run_folder", "theory", "models", "data"},
-    "evaluation": GROUND | {"run_folder", "theory", "models", "data", "generation"},
+    "evaluation": GROUND | {"run_folder", "theory", "readers", "models", "data", "generation"},
     "report": GROUND | {"run_folder"},
     "recipe": GROUND | {"models", "data", "training", "generation"},
 }
@@ -36,11 +38,12 @@ STANDARD = set(sys.stdlib_module_names)
 OUTSIDE = {
     "errors": set(),
     "settings": set(),
+    "trust": set(),
     "user_code": set(),
     "locks": {"filelock", "psutil"},
     "lazy": set(),
     "run_folder": set(),
-    "report": {"jinja2", "markupsafe"},
+    "report": {"jinja2", "markupsafe", "PIL"},
     "theory": {"torch", "jaxtyping"},
     "recipe": {"tomlkit"},
 }

@@ -8,11 +8,11 @@ from sfumato.errors import Failed, Refused
 from sfumato.run_folder import RunFolder
 from sfumato.training.state import posthoc_ema
 from sfumato.training.state.posthoc_ema import (
+    EMASnapshot,
     PosthocEMA,
-    Snapshot,
-    coefficients,
     exponent,
     relative_length,
+    snapshot_weights,
 )
 
 
@@ -73,8 +73,8 @@ def test_snapshots_resume_to_the_bit_and_damage_is_named(tmp_path):
 
 
 def test_the_weights_of_a_snapshot_itself_are_one():
-    taken = [Snapshot(step, length, None) for step in (100, 200) for length in (0.05, 0.1)]  # pyright: ignore[reportArgumentType]
-    weights, missed = coefficients(taken, 200, 0.1)
+    taken = [EMASnapshot(step, length, None) for step in (100, 200) for length in (0.05, 0.1)]  # pyright: ignore[reportArgumentType]
+    weights, missed = snapshot_weights(taken, 200, 0.1)
     torch.testing.assert_close(weights, torch.tensor([0.0, 0, 0, 1], dtype=torch.float64), atol=1e-6, rtol=0)
     assert missed < 1e-5
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from training_world import Encoded, fingerprint, make, train
 
 from sfumato.errors import Failed, Refused
 from sfumato.run_folder import RunFolder
+from sfumato.settings import Table
 from sfumato.training.loop.signals import Stopped
+from sfumato.training.optim.run_optimizer import RunOptimizer
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -225,3 +228,72 @@ def test_changed_settings_are_said(tmp_path, capsys):
     train(tmp_path / "run", steps=2)
     train(tmp_path / "run", steps=4, learning_rate=1e-3)
     assert "learning_rate was 0.01 and is 0.001" in capsys.readouterr().err
+
+
+NEW_RATES = {
+    "the rate": {"learning_rate": 1e-3},
+    "the schedule": {"lr_schedule": "cosine"},
+    "a longer warm-up": {"warmup_steps": 9},
+    "multipliers": {"lr_multipliers": Table({"first*": 0.5, "second.bias": 3.0})},
+    "no multipliers": {"lr_multipliers": Table()},
+    "all of it": {"learning_rate": 3e-3, "lr_schedule": "linear", "lr_multipliers": Table({"second*": 0.1})},
+}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("change", NEW_RATES.values(), ids=NEW_RATES)
+def test_rates_changed_on_the_way_are_rates_planned_for_that_step(
+    tmp_path, monkeypatch, capsys, change: dict[str, object], optimizer: str
+):
+    """Law: a run that goes on with other rates has the bits of one whose optimizer got them at that step."""
+    before = {"optimizer": optimizer, "lr_multipliers": Table({"first*": 2.0})}
+    after = before | change
+    train(tmp_path / "resumed", steps=5, **before)
+    train(tmp_path / "resumed", **after)
+    train(tmp_path / "resumed", steps=12, **after)
+
+    step = RunOptimizer.step
+    _, _, settings = make(**after)
+
+    def planned(self: RunOptimizer, number: int, *args: object) -> float:
+        if number == 5:  # the judge: rates of each weight by its name, nothing of checkpoints
+            for part in self.parts:
+                for group in part.param_groups:
+                    group["rates"] = [
+                        next((by for p, by in settings.lr_multipliers.items() if fnmatchcase(name, p)), 1.0)
+                        for name in (self.names[id(weight)] for weight in group["params"])
+                    ]
+                split = [
+                    {**group, "params": [weight], "lr": settings.learning_rate * rate}
+                    for group in part.param_groups
+                    for weight, rate in zip(group["params"], group["rates"], strict=True)
+                ]
+                part.param_groups[:] = split
+            self._peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+            self.settings = settings
+        return step(self, number, *args)
+
+    monkeypatch.setattr(RunOptimizer, "step", planned)
+    train(tmp_path / "planned", **before)
+    last = [RunFolder.open(tmp_path / name).checkpoint_folders()[-1] for name in ("resumed", "planned")]
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert (last[0] / file).read_bytes() == (last[1] / file).read_bytes()
+    said = capsys.readouterr().err
+    for name in change:
+        assert said.count(f"train.{name} was ") == 1, said
+    assert "from step 5 on" in said and "not bit for bit" not in said
+    notes = [
+        event["text"] for event in RunFolder.open(tmp_path / "resumed").events() if event["kind"] == "note"
+    ]
+    assert any("from step 5 on" in note for note in notes)
+
+
+def test_a_run_with_nothing_left_to_train_says_so_and_why(tmp_path, capsys):
+    train(tmp_path / "run", steps=4)
+    assert train(tmp_path / "run", steps=4).reason == "done"
+    assert "is complete: 4 steps" in capsys.readouterr().err
+    before = fingerprint(tmp_path / "run")
+    outcome = train(tmp_path / "run", steps=3)
+    assert (outcome.step, outcome.reason) == (4, "done")
+    assert "has 4 steps already" in capsys.readouterr().err
+    assert fingerprint(tmp_path / "run") == before

@@ -1,6 +1,8 @@
-"""What a command says: messages and progress on stderr, results on stdout."""
+"""What a command says: messages and progress on stderr, results on stdout.
 
-import json
+Much of it comes from files, so all of it is shown without what would steer a terminal.
+"""
+
 import os
 import sys
 import time
@@ -8,19 +10,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sfumato.errors import for_terminal, json_for_terminal
 from sfumato.report.page import duration
 
 
 def say(text: str) -> None:
     """A message, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(for_terminal(text), file=sys.stderr, flush=True)
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all that were started together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def result(value: Any, text: str, as_json: bool) -> None:
     """A result, on stdout: `text`, or `value` as one line of JSON; of many processes the first says it."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_rank_zero():
         return
-    print(json.dumps(value, ensure_ascii=False, default=str) if as_json else text, flush=True)
+    print(json_for_terminal(value) if as_json else for_terminal(text), flush=True)
 
 
 class Progress:
@@ -45,7 +53,7 @@ class Progress:
             self._line(done, total, phase, notes)
             return
         if phase not in self._tasks:
-            self._tasks[phase] = self._bars.add_task(phase, total=total, notes=notes)
+            self._tasks[phase] = self._bars.add_task(for_terminal(phase), total=total, notes=notes)
         self._bars.update(self._tasks[phase], completed=done, total=total, notes=notes)
 
     def _speed(self, done: int, total: int, phase: str, ends: bool) -> str:
@@ -84,12 +92,12 @@ class Progress:
         from rich.progress import Progress as Bars
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[notes]}", style="dim"),
+            TextColumn("{task.fields[notes]}", style="dim", markup=False),
         )
         self._bars = Bars(*columns, console=Console(stderr=True), speed_estimate_period=60)
         self._bars.start()

@@ -9,7 +9,7 @@ from sfumato.commands.options import with_present_names
 from sfumato.data.sources.sample import Collection
 from sfumato.errors import Refused
 from sfumato.models.pretrained import token_count
-from sfumato.run_folder import write_atomic
+from sfumato.run_folder import check_output, write_atomic
 
 USUAL = {"resolution": 256, "buckets": 5, "frames": 16, "fps": 8.0, "model": "minilm", "captions": "files"}
 """What the report plans with where neither the command nor a recipe says it."""
@@ -52,6 +52,7 @@ def data(what: str, overrides: list[str], options: dict[str, Any], out: Path, as
     from sfumato.report import data_page
 
     options = with_present_names(options)
+    check_output(out)
     place = Path(what).expanduser()
     is_recipe = place.suffix == ".toml" or (place / "effective.toml").is_file()
     subject = _of_recipe(place, overrides, options) if is_recipe else _of_folder(what, overrides, options)

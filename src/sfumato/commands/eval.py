@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sfumato.commands.console import progress, result, say
+from sfumato.commands.console import is_rank_zero, progress, result, say
 from sfumato.report import curves
 from sfumato.report.page import Picture, charts, document, embedded, gallery, section, table
-from sfumato.run_folder import write_atomic
+from sfumato.run_folder import check_output, write_atomic
 
 BY_HEART = "Drawn, and beside it its nearest training picture; a small ratio: no other is nearly as near."
 
@@ -29,6 +29,8 @@ def evaluate(
     from sfumato.generation.files import contents, is_clip
     from sfumato.workflow.evaluate import evaluate as measure
 
+    if is_rank_zero():
+        check_output(out)
     with progress() as bars:
         found = measure(folder, samples, seeds, steps, guidance, device, bars, say)
     out.mkdir(parents=True, exist_ok=True)

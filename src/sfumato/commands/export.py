@@ -5,9 +5,42 @@ from pathlib import Path
 import torch
 
 from sfumato.commands.console import result
-from sfumato.errors import one_of
+from sfumato.errors import Refused, one_of
+from sfumato.run_folder import check_output
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+MARKS = ("model_index.json", "sfumato.json", "adapter_config.json", "config.json", "ip-adapter.safetensors")
+"""Files that say of a folder that it was exported, or is a model's."""
+
+
+def check_replaceable(out: Path) -> None:
+    """Raises Refused for a folder that holds other things than an earlier export, which would be lost."""
+    held = sorted(one.name for one in out.iterdir()) if out.is_dir() else []
+    if any(name in MARKS for name in held):
+        return
+    for name in held:
+        if not name.startswith(".") and not is_ours(out / name):
+            raise Refused(
+                f'--out: {out} holds other things ("{name}"), and what is exported takes the place of the '
+                "whole folder. Choose a folder of its own."
+            )
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a file of weights was exported from here."""
+    from safetensors import SafetensorError, safe_open
+
+    from sfumato.models.files import HEADER
+
+    if file.suffix != ".safetensors" or not file.is_file():
+        return False
+    try:
+        with safe_open(file, "pt") as opened:
+            return HEADER in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def export(run: Path, to: str, out: Path | None, triggers: list[str], dtype: str, as_json: bool) -> None:
@@ -15,7 +48,10 @@ def export(run: Path, to: str, out: Path | None, triggers: list[str], dtype: str
     from sfumato.workflow.export import export as write
 
     number = DTYPES[one_of("--dtype", dtype, DTYPES)]
-    done = write(run, to, out or Path("runs/export") / f"{run.name}-{to}", triggers, number)
+    place = out or Path("runs/export") / f"{run.absolute().name}-{to}"
+    check_output(place)
+    check_replaceable(place)
+    done = write(run, to, place, triggers, number)
     lines = [str(file) for file in done.files]
     lines.append(f"loaded back: the largest difference is {done.difference:.1e} of the answer's deviation")
     if done.effect:

@@ -2,16 +2,16 @@
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfumato.commands.console import progress, result
+from sfumato.commands.console import is_rank_zero, progress, result, say
 from sfumato.commands.options import with_present_names
-from sfumato.errors import Refused, one_of
+from sfumato.errors import Failed, Refused, one_of
 from sfumato.report.page import Picture, document, embedded, gallery, section
-from sfumato.run_folder import write_atomic
+from sfumato.run_folder import check_output, write_atomic
 
 AS_TRAINED = ("width", "height", "frames", "window", "tile", "chunk")
 """Options that leave it to the model where they are 0."""
@@ -87,6 +87,8 @@ def generate(request: GenerateRequest, as_json: bool) -> None:
     """
     from sfumato.training.distributed import context_parallel
 
+    if is_rank_zero():
+        check_output(request.out)
     with context_parallel.drawing_processes(request.context_parallel, request.device) as processes:
         found = run_generation(request, processes)
     if processes.is_rank_zero:
@@ -106,6 +108,8 @@ def run_generation(
     output_formats(request, model)
     prompts = [prompt for prompt in request.prompts or request.labels or [""] for _ in range(request.count)]
     options = dict(request.options)
+    for sentence in cut_off(model, [*request.prompts, *words_of(options)], options):
+        say(sentence)
     if request.control_from:
         shape = model.latent_shape(options.get("width"), options.get("height"))
         size = model.codec.pixel_size(shape)
@@ -129,6 +133,32 @@ def run_generation(
     return model, prompts, drawn, metadata
 
 
+def words_of(options: Mapping[str, Any]) -> list[str]:
+    """What else is read of the options: a negative, and the prompts of regions."""
+    return [options.get("negative") or "", *(text for _, text in options.get("regions", ()))]
+
+
+def cut_off(model: Any, texts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """A sentence for each text that is longer than the model's text encoders read."""
+    from sfumato.data.sources.metadata import printable
+    from sfumato.generation.pipeline import check_is_unicode
+    from sfumato.models.pretrained import token_count
+
+    texts = [text for text in dict.fromkeys(texts) if text]
+    for text in texts:
+        check_is_unicode(text)
+    asked = options.get("max_sequence_length")
+    reading = token_count.of_conditioner(model.conditioner, asked if isinstance(asked, int) else None)
+    if reading is None or not texts:
+        return []
+    return [
+        f'"{printable(text[:40])}…" has {length} tokens, but this model reads {reading.most}: what is beyond '
+        "changes nothing. Write it shorter, the most important first."
+        for text, length in zip(texts, reading.count(texts), strict=True)
+        if length > reading.most
+    ]
+
+
 def write(
     request: GenerateRequest,
     model: Any,
@@ -137,19 +167,53 @@ def write(
     metadata: dict[str, Any],
     as_json: bool,
 ) -> None:
-    """Write what was drawn, a sheet and a page of it, and tell where."""
+    """Write what was drawn, a sheet and a page of it, and tell where.
+
+    Nothing that is there is replaced: where a name is taken, all that this call writes is numbered.
+    """
     kinds, fps = output_formats(request, model)
+    seeds = [request.options["seed"] + index for index in range(len(drawn))]
+    names = [
+        f"{index:03d}-{slug(prompt)}-{seed}"
+        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+    number = free_number(request.out, names, [ending_of(one, kind) for one in drawn for kind in kinds])
     listed = []
-    for index, (prompt, one) in enumerate(zip(prompts, drawn, strict=True)):
-        seed = request.options["seed"] + index
-        place = request.out / f"{index:03d}-{slug(prompt)}-{seed}"
+    for name, prompt, seed, one in zip(names, prompts, seeds, drawn, strict=True):
+        place = request.out / f"{name}{number}"
         kept = save_output(one, place, kinds, {"prompt": prompt, **metadata, "seed": seed}, fps)
         listed.append({**kept, "prompt": prompt, "seed": seed})
-    sheet, page = overview(request, drawn, listed, fps)
+    sheet, page = overview(request, drawn, listed, fps, number)
     result(
         {"pictures": listed, "sheet": sheet, "page": page},
         "\n".join([*(file for one in listed for file in one["files"]), str(sheet), str(page)]),
         as_json,
+    )
+
+
+def ending_of(drawn: Any, kind: str) -> str:
+    """What the name of a drawing's file, or of the folder of its frames, ends in."""
+    return "" if kind == "frames" else f".{kind}"
+
+
+def free_number(out: Path, names: Sequence[str], endings: Collection[str]) -> str:
+    """What a call adds to the names of its files so that none is taken: nothing, "-2", "-3", …
+
+    The page is made at once, so that another call at the same time takes the next number.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    taken = {one.name for one in out.iterdir()}
+    for number in ("", *(f"-{count}" for count in range(2, len(taken) + 3))):
+        wanted = {f"{name}{number}{ending}" for name in names for ending in endings}
+        wanted |= {f"sheet{number}.png", f"index{number}.html"}
+        if wanted.isdisjoint(taken):
+            try:
+                (out / f"index{number}.html").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            return number
+    raise Failed(
+        f"{out} is being filled by others faster than a free name can be found. Choose another --out."
     )
 
 
@@ -207,13 +271,13 @@ def output_formats(request: GenerateRequest, model: Any) -> tuple[list[str], flo
 
 
 def overview(
-    request: GenerateRequest, drawn: list[Any], listed: list[dict[str, Any]], fps: float
+    request: GenerateRequest, drawn: list[Any], listed: list[dict[str, Any]], fps: float, number: str
 ) -> tuple[Path, Path]:
     """Write a contact sheet and a page of what was drawn; where they are."""
     from sfumato.generation import files
     from sfumato.generation.contact_sheet import sheet_of
 
-    sheet, page = request.out / "sheet.png", request.out / "index.html"
+    sheet, page = request.out / f"sheet{number}.png", request.out / f"index{number}.html"
     write_atomic(sheet, files.png(sheet_of(drawn, [row["prompt"] for row in listed]), {}))
     there = [
         Picture(embedded(*preview_bytes(one, fps)), row["prompt"], f"seed {row['seed']}")
@@ -276,11 +340,13 @@ def condition_arguments(given: dict[str, Any], control_from: str) -> dict[str, A
         Refused: a file that cannot be read, or a kind of control without one.
     """
     from sfumato.data.condition_images import KINDS, kind_of
+    from sfumato.models.pretrained.image_inputs import mask_picture
 
     known = {name: value for name, value in given.items() if value not in (None, [])}
-    for name in ("init", "mask"):
-        if name in known:
-            known[name] = still_or_clip(known[name])
+    if "init" in known:
+        known["init"] = still_or_clip(known["init"])
+    if "mask" in known:
+        known["mask"] = mask_picture(known["mask"])
     if "reference" in known:
         known["reference"] = [[still_or_clip(file) for file in known["reference"]]]
     if "control" in known:
@@ -301,8 +367,8 @@ def condition_arguments(given: dict[str, Any], control_from: str) -> dict[str, A
 
 def still_or_clip(file: Any) -> Any:
     """The picture in a file; of a video or an animation its path, for models that draw clips."""
-    from sfumato.data.sources.clips import is_clip
     from sfumato.models.pretrained.image_inputs import picture
+    from sfumato.readers.clips import is_clip
 
     return str(file) if is_clip(str(file), Path(file)) else picture(file)
 
@@ -310,8 +376,8 @@ def still_or_clip(file: Any) -> Any:
 def make_control(one: Any, kind: str, width: int, height: int) -> Any:
     """A control picture of this kind, made of a picture as it is cut to what is drawn, as in training."""
     from sfumato.data.condition_images import control_image
-    from sfumato.data.sources.media import center_crop_resize, to_pixels
     from sfumato.generation import to_images
+    from sfumato.readers.media import center_crop_resize, to_pixels
 
     return to_images(control_image(to_pixels(center_crop_resize(one, width, height)[None]), kind))[0]
 
@@ -344,7 +410,7 @@ def parse_region(text: str) -> tuple[Any, str]:
     Raises:
         Refused: no such pair, or no such file.
     """
-    from sfumato.models.pretrained.image_inputs import picture
+    from sfumato.models.pretrained.image_inputs import mask_picture
 
     drive = 2 if re.match(r"[A-Za-z]:[\\/]", text) else 0
     at = text.find(":", drive)
@@ -353,7 +419,7 @@ def parse_region(text: str) -> tuple[Any, str]:
         raise Refused(
             f'--region "{text}" must be a mask\'s file and a prompt: --region "left.png:a red apple".'
         )
-    return picture(file), prompt.strip()
+    return mask_picture(file), prompt.strip()
 
 
 def parse_lora(lora: str) -> tuple[str, float]:
@@ -362,10 +428,6 @@ def parse_lora(lora: str) -> tuple[str, float]:
     Raises:
         Refused: a weight that is no number.
     """
-    file, colon, weight = lora.rpartition(":")
-    if not colon or Path(lora).exists():
-        return lora, 1.0
-    try:
-        return file, float(weight)
-    except ValueError:
-        raise Refused(f'--lora "{lora}": "{weight}" is no weight. Write FILE or FILE:0.8.') from None
+    from sfumato.models.lora import key_conversion
+
+    return key_conversion.weighted(lora, "--lora")

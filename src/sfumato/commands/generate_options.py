@@ -41,7 +41,8 @@ Formats = Annotated[
 Loras = Annotated[
     Optional[list[str]],
     typer.Option(
-        metavar="FILE[:WEIGHT]", help="A LoRA to draw with (diffusers', ComfyUI's, kohya's); repeat it."
+        metavar="FILE[@EXPERT][:WEIGHT]",
+        help="A LoRA to draw with (diffusers', ComfyUI's, kohya's); repeat it. Of two networks: @high, @low.",
     ),
 ]
 Embeddings = Annotated[

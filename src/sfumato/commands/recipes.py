@@ -72,7 +72,7 @@ def new(name: str, data: str, base: str, train: str) -> None:
         file.unlink()
         raise
     say(f"Next: sfumato plan {file}, then sfumato train {file}.")
-    print(file)
+    result({"file": file}, str(file), False)
 
 
 def _captions(data: str, embedded: tuple[str, ...]) -> str:
@@ -202,7 +202,7 @@ def native_resolution(folder: Path) -> int:
 
 def has_clips(data: str) -> bool:
     """Whether a folder holds videos."""
-    from sfumato.data.sources.media import CLIPS as ENDINGS
+    from sfumato.readers.media import CLIPS as ENDINGS
 
     folder = Path(data).expanduser()
     return folder.is_dir() and any(file.suffix.lower() in ENDINGS for file in folder.rglob("*"))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sfumato.commands.console import progress, result, say
+from sfumato.run_folder import check_output
 
 
 def encode(recipe: Path, overrides: list[str], workers: int, as_json: bool) -> None:
@@ -35,13 +36,16 @@ def report(run: Path) -> None:
     """Write the run's page, and print its path."""
     from sfumato.report import run_page as pages
 
-    print(pages.write(run))
+    page = pages.write(run)
+    result({"page": page}, str(page), False)
 
 
 def ema(run: Path, length: float, step: int | None, out: Path | None, as_json: bool) -> None:
     """Write the model averaged over `length` of the run, and print its folder."""
     from sfumato.workflow.averaging import average
 
+    if out is not None:
+        check_output(out)
     made = average(run, length, step, out)
     text = f"Averaged over {length:g} of the run, as it was at step {made.step:,}"
     say(f"{text}; the profile is missed by {made.missed:.2%}. Draw: sfumato generate {made.folder}")

@@ -24,6 +24,7 @@ def store(root: Path, keep: list[Path], days: float, remove: bool, as_json: bool
     lines.append(_folders("codecs", found["codecs"]))
     if found["rings"]:
         lines.append(_folders("rings", found["rings"]))
+    lines += [f"  passed by: {one['file']}: {one['reason']}" for one in found["passed_by"]]
     if found["leftover_bytes"]:
         lines.append(f"  left by killed writers: {size(found['leftover_bytes'])}")
     for user in found["users"]:

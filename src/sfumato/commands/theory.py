@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from sfumato.commands.exits import with_exit_code
+from sfumato.commands.exits import with_exit_code, with_trust
 from sfumato.commands.options import Device, Guidance, Json, out_option
 
 theories = typer.Typer(
@@ -79,6 +79,7 @@ def compare_solvers(
 
 @theories.command("fit")
 @with_exit_code
+@with_trust
 def fit_times(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder of a model or of a run.")],
     prompt: Annotated[

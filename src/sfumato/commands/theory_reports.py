@@ -13,9 +13,9 @@ from sfumato.commands.console import result
 from sfumato.errors import Failed, Refused
 from sfumato.report.charts import Line, chart
 from sfumato.report.page import charts, document, section, table, tiles
-from sfumato.run_folder import write_atomic
+from sfumato.run_folder import check_output, write_atomic
 from sfumato.theory import Theory, arguments, describe, get, methods, names, times, verify
-from sfumato.user_code import is_user_code, load_user_object
+from sfumato.user_code import is_user_code, load_named_object
 
 POINTS = 121
 BUDGETS = (5, 10, 20, 40)
@@ -31,7 +31,7 @@ def find(name: str) -> Theory:
     """
     if not is_user_code(name):
         return get(name)
-    found = load_user_object(name)
+    found = load_named_object(name)
     theory = found() if callable(found) and not isinstance(found, Theory) else found
     if not isinstance(theory, Theory):
         raise Refused(f"{name} is a {type(theory).__name__}, but a Theory(data=..., model=...) is needed.")
@@ -50,6 +50,7 @@ def show_list(as_json: bool) -> None:
 
 def show(name: str, out: Path, as_json: bool) -> None:
     """Write a page that shows the theory, and print its path."""
+    check_output(out)
     theory = find(name)
     lead = describe(name) if not is_user_code(name) else name
     facts = [
@@ -151,6 +152,7 @@ def check(name: str, out: Path, as_json: bool) -> None:
     Raises:
         Failed: if something is wrong with it.
     """
+    check_output(out)
     theory = find(name)
     torch.set_num_threads(1)  # a plane and a few points: threads would only wait for each other
     began = time.perf_counter()
@@ -176,6 +178,7 @@ def check(name: str, out: Path, as_json: bool) -> None:
 
 def compare(name: str, budget: int, out: Path, as_json: bool) -> None:
     """Every solver on every grid at about one budget of evaluations, the best first."""
+    check_output(out)
     theory = find(name)
     torch.set_num_threads(1)
     rows = verify.compare(theory, budget) + diffusers_errors.rows(theory, budget)

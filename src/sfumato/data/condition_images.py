@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from sfumato.data.sources import media
 from sfumato.data.sources.sample import HELD_OUT, Sample, identity
 from sfumato.errors import Refused, one_of
+from sfumato.readers import media
 
 # ----------------------------------------------------------------
 # Control pictures made from pictures: white on black, so that black says nothing.

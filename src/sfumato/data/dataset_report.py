@@ -9,9 +9,9 @@ from typing import Any
 
 from sfumato.data import buckets, survey
 from sfumato.data.sources.captions import truncated
-from sfumato.data.sources.clips import is_short
-from sfumato.data.sources.metadata import printable
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, Collection
+from sfumato.errors import printable
+from sfumato.readers.clips import is_short
 
 PAIRS = 12  # equal or similar pictures that are shown
 SHOWN = 240  # pictures on the contact sheets

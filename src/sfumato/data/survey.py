@@ -10,8 +10,8 @@ from itertools import combinations
 import numpy as np
 from PIL import Image
 
-from sfumato.data.sources import clips, media
 from sfumato.data.sources.sample import Sample, SetAside
+from sfumato.readers import clips, media
 
 SIDE = 8  # pictures are compared as SIDE × SIDE × 3 numbers
 NEAR = (
@@ -49,9 +49,7 @@ def inspect_images(
             content, source = sample.content_hash(), sample.source()
             clip = clips.video_info(sample.name, source) if clips.is_clip(sample.name, source) else None
             video = clip is not None and sample.name.lower().endswith(media.CLIPS)
-            picture = media.read_picture(
-                clips.middle_frame(source, clip.seconds) if clip and video else source
-            )
+            picture = media.read_picture(clips.middle_frame(source, clip) if clip and video else source)
         except (media.Unreadable, OSError) as problem:
             return SetAside(sample.name, str(problem))
         small = (
@@ -87,7 +85,7 @@ def thumbnail_of(one: ImageInfo) -> str:
     source = one.sample.source()
     is_video = one.clip is not None and one.sample.name.lower().endswith(media.CLIPS)
     return _thumbnail(
-        media.read_picture(clips.middle_frame(source, one.clip.seconds) if one.clip and is_video else source)
+        media.read_picture(clips.middle_frame(source, one.clip) if one.clip and is_video else source)
     )
 
 

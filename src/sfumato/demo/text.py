@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from sfumato.data.sources import shape_reader
-from sfumato.data.sources.media import center_crop_resize
 from sfumato.demo.budget import Plan, recipe_for_budget
 from sfumato.demo.drawing import JUDGED, draw, picture_of, sample_prompts
 from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.evaluation import Neighbors
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
+from sfumato.readers.media import center_crop_resize
 from sfumato.recipe import Recipe
 from sfumato.training.settings import TrainSettings
 

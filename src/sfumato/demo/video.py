@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from sfumato.data.sources import clips, moving_shapes
+from sfumato.data.sources import moving_shapes
 from sfumato.demo.budget import Plan, recipe_for_budget
 from sfumato.demo.drawing import JUDGED, draw, sample_prompts
 from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.generation.settings import SampleSettings
 from sfumato.models.settings import ModelSettings
+from sfumato.readers import clips
 from sfumato.recipe import Recipe
 from sfumato.training.settings import TrainSettings
 from sfumato.workflow.evaluate.video_metrics import frame_change

@@ -16,6 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sfumato.errors import Refused, one_of
+from sfumato.readers import clips, media
 
 PICTURE_KINDS = ("png", "webp")
 CLIP_KINDS = ("mp4", "webp", "frames")
@@ -136,9 +137,9 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         if path.suffix.lower() == ".mp4":
             import av
 
-            with av.open(str(path)) as container:
+            with av.open(str(path), options={"format_whitelist": clips.CONTAINERS}) as container:
                 return dict(json.loads(container.metadata.get("sfumato", "{}")))
-        with Image.open(path) as picture:
+        with Image.open(path, formats=media.FORMATS) as picture:
             text = getattr(picture, "text", {}).get("sfumato") or picture.getexif().get(DESCRIPTION) or "{}"
         return dict(json.loads(text))
     except (OSError, ValueError) as problem:

@@ -36,6 +36,19 @@ RENAMED_FIELDS = {"perturbed": "pag_scale", "by": "autoguidance_model"}
 """{what a field was called in the info of models before 0.2: what it is called}."""
 
 
+def check_negative(has_words: bool, leans: bool, guidance: float) -> None:
+    """Raises Refused for a negative that nobody would hear.
+
+    Args:
+        has_words: whether a negative says anything; leans: whether the network leans away from it.
+    """
+    if has_words and not leans:
+        raise Refused(
+            f"negative says what to lean away from, but with guidance {guidance:g} this model does not lean. "
+            "Give a guidance above 1, or leave negative out."
+        )
+
+
 @dataclass(frozen=True)
 class GuidanceOptions:
     """What a user may say about guidance beside its scale; `ARGUMENTS` names the arguments of `generate`.

@@ -17,7 +17,7 @@ from sfumato.generation.video import clip_pixels, image_pixels
 from sfumato.models import Condition, Model
 from sfumato.models.control import WEAK, ControlledDenoiser
 from sfumato.models.control.image_encoders import ImageConditionEncoder
-from sfumato.models.pretrained.image_inputs import picture
+from sfumato.models.pretrained.image_inputs import mask_picture, picture
 from sfumato.models.pretrained.inpainting import HOLE, KEPT, hole_of, opening, repaints
 from sfumato.theory import Theory
 
@@ -346,12 +346,13 @@ def inpaint_masks(said: Mapping[str, Any], count: int, size: tuple[int, int], mo
     Raises:
         Refused: a mask of another shape than its picture, which would not lie where it should.
     """
-    masks, starts = one_each(said["mask"], count, "mask"), one_each(said["init"], count, "init")
+    masks = [mask_picture(mask) for mask in one_each(said["mask"], count, "mask")]
+    starts = one_each(said["init"], count, "init")
     for mask, start in () if moves else zip(masks, starts, strict=True):
-        one, other = picture(mask), picture(start)
-        if not math.isclose(one.width * other.height, one.height * other.width, rel_tol=0.02):
+        other = picture(start)
+        if not math.isclose(mask.width * other.height, mask.height * other.width, rel_tol=0.02):
             raise Refused(
-                f"The mask is {one.width}×{one.height}, but the picture to start from is "
+                f"The mask is {mask.width}×{mask.height}, but the picture to start from is "
                 f"{other.width}×{other.height}. Give a mask of the picture's shape."
             )
     return opening(torch.stack([fit_image(mask, *size) for mask in masks]))

@@ -18,7 +18,7 @@ from torch import Tensor
 from sfumato import models
 from sfumato.errors import Refused
 from sfumato.generation import image_guidance
-from sfumato.generation.guidance import GuidanceOptions, mark_perturbed
+from sfumato.generation.guidance import GuidanceOptions, check_negative, mark_perturbed
 from sfumato.generation.image_guidance import ImageGuidance
 from sfumato.generation.regions import Regions, parse_regions
 from sfumato.generation.video import VideoConditioning, parse_video
@@ -31,6 +31,7 @@ from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as forms
 from sfumato.theory import times as sampling_times
 from sfumato.theory.types import Denoise
+from sfumato.trust import trusting
 
 # ----------------------------------------------------------------
 # What is to be drawn: one request a picture, and which of them can be drawn together.
@@ -79,10 +80,22 @@ def parse_requests(
     away = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     seen = {name: images_per_prompt(some, count, name) for name, some in shown.items()}
+    for text in (*prompts, *away):
+        check_is_unicode(text or "")
     return [
         SampleRequest(*request, {name: some[i] for name, some in seen.items()})
         for i, request in enumerate(zip(prompts, away, seeds, strict=True))
     ]
+
+
+def check_is_unicode(text: str) -> None:
+    """Raises Refused for a text that no tokenizer reads: one that came in from bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refused(
+            f"The prompt {text[:60]!r} is no UTF-8. Write it in UTF-8, or set the terminal to it."
+        ) from None
 
 
 def batches(todo: Sequence[SampleRequest], most: int) -> Iterator[Sequence[SampleRequest]]:
@@ -162,15 +175,19 @@ class Pipeline(Model):
             return super().decode(latents)
         return tiling.decode_tiled(self.codec, latents.to(self.device, self.dtype), cut)
 
-    def add_lora(self, file: Path | str, weight: float = 1.0) -> list[str]:
+    def add_lora(self, file: Path | str, weight: float = 1.0, expert: str = "") -> list[str]:
         """Add a LoRA's file (diffusers', ComfyUI's or kohya's names) to the weights; several stack.
 
         Returns the layers it changed.
 
+        Args:
+            expert: high, low or both: for which of two networks (Wan 2.2 A14B) the file is, where neither its
+                keys nor its name say so; as FILE@high.
+
         Raises:
             Refused: no such file, or a LoRA of another base.
         """
-        return key_conversion.merge(self, file, weight)
+        return key_conversion.merge(self, file, weight, expert)
 
     def add_embedding(self, file: Path | str, word: str = "") -> str:
         """Teach the text encoders a word from the file of an embedding (textual inversion).
@@ -414,7 +431,7 @@ class Pipeline(Model):
         """The denoiser of these requests: leaning away from the weaker answer unless guidance is 1.
 
         Raises:
-            Refused: a negative that would not act on this network, a form of guidance that would not act.
+            Refused: a negative or a form of guidance that would not act on this network or scale.
         """
         guidance, images, given = plan.guidance, plan.images, plan.options
         policy, extra = self.denoiser.guidance, plan.extra_guidance
@@ -422,6 +439,7 @@ class Pipeline(Model):
         has_negative = any(text is not None for text in away)
         first = policy.guidance_at(guidance, self.theory.t_noise, extra)
         leans = bool(len(prompted)) and policy.needs_negative(first, has_negative)
+        check_negative(any(away), leans, guidance)
         how = plan.guidance_options.effective(leans, has_negative)
         how.validate(self.denoiser, leans, has_negative)
         times = self.step_times(plan.schedule)
@@ -518,10 +536,21 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def load(
-    folder: Path | str, dtype: str = "float32", device: str = "cpu", config: Path | str | None = None
+    folder: Path | str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    config: Path | str | None = None,
+    *,
+    trust: bool = False,
 ) -> Pipeline:
-    """The model of a folder, a run or a single file, ready to draw; `stages.load` says what it takes."""
-    return cast(Pipeline, models.load(folder, dtype, device, Pipeline, config))
+    """The model of a folder, a run or a single file, ready to draw; `models.load` says what it takes.
+
+    Args:
+        trust: code that the folder names as `file.py:name` may run, also if it was neither named by you nor
+            run on this machine before.
+    """
+    with trusting(trust):
+        return cast(Pipeline, models.load(folder, dtype, device, Pipeline, config))
 
 
 def as_pipeline(model: Model, denoiser: Any = None) -> Pipeline:

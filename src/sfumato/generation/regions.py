@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.generation.image_guidance import fit_image
+from sfumato.models.pretrained.image_inputs import mask_picture
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -59,7 +60,7 @@ def parse_regions(options: dict[str, Any], shape: Sequence[int], size: tuple[int
         return Regions()
     if not all(isinstance(one, list | tuple) and len(one) == 2 and isinstance(one[1], str) for one in said):
         raise Refused('regions must be pairs of a mask and a prompt: [("left.png", "a red apple"), …].')
-    masks = torch.stack([fit_image(mask, *size).mean(0, keepdim=True) for mask, _ in said])
+    masks = torch.stack([fit_image(mask_picture(mask), *size).mean(0, keepdim=True) for mask, _ in said])
     masks = F.adaptive_avg_pool2d((masks + 1) / 2, (shape[-2], shape[-1]))
     for share, (_, prompt) in zip(masks, said, strict=True):
         if not bool(share.any()):

@@ -5,21 +5,21 @@ clips are asked for in windows that overlap; where several answer, the answer is
 more towards its middle (MultiDiffusion, arXiv:2302.08113, along time).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sfumato.errors import Refused
 from sfumato.models.condition import Condition
 from sfumato.models.interface import Model, known_time
 from sfumato.models.pretrained.image_inputs import images_per_prompt, picture
+from sfumato.readers import clips, media
 from sfumato.theory import Theory
 
 Ask = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -212,13 +212,6 @@ def _windows(model: Model, options: dict[str, Any], shape: tuple[int, ...]) -> W
 
 # ----------------------------------------------------------------
 # Films: what a model of clips is shown, as frames of its size at its own rate.
-#
-# A file's frame at a moment is the last that began before it, so that a clip of any rate, even or uneven,
-# is as
-# fast as it is.
-
-
-SLACK = 1e-3  # seconds; rounding of time stamps
 
 
 def image_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
@@ -248,7 +241,7 @@ def clip_pixels(shown: Any, width: int, height: int, frames: int, fps: float = 0
 
 
 def frames_in(path: Path, most: int, fps: float = 0.0) -> list[Image.Image]:
-    """The first frames of a video or animation, or what it shows every 1/fps seconds; upright.
+    """The first frames of a video or animation, or what it shows every 1/fps seconds, as training reads them.
 
     Of a picture one.
 
@@ -256,54 +249,9 @@ def frames_in(path: Path, most: int, fps: float = 0.0) -> list[Image.Image]:
         Refused: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            return _paced(_animated(image), most, fps)
-    except UnidentifiedImageError:
-        pass
-    except OSError as problem:
-        raise Refused(f"{path} cannot be read: {problem.strerror or problem}.") from problem
-    import av
-    import av.error
-
-    try:
-        with av.open(str(path)) as container:
-            found = _paced(_filmed(container), most, fps)
-    except (av.error.FFmpegError, IndexError, ValueError) as problem:
-        why = getattr(problem, "strerror", None) or problem
-        raise Refused(f"{path} is neither a picture nor a video that can be read: {why}.") from problem
-    if not found:
-        raise Refused(f"{path} is a video without a frame.")
-    return found
-
-
-def _animated(image: Image.Image) -> Iterator[tuple[float, Image.Image]]:
-    """(begin in seconds, frame) of an animated picture."""
-    begin = 0.0
-    for frame in ImageSequence.Iterator(image):
-        yield begin, frame.convert("RGB")
-        begin += (frame.info.get("duration") or 100) / 1000
-
-
-def _filmed(container: Any) -> Iterator[tuple[float, Image.Image]]:
-    """(begin in seconds, frame) of a video."""
-    for index, frame in enumerate(container.decode(video=0)):
-        turn = int(getattr(frame, "rotation", 0) or 0) % 360
-        image = frame.to_image()
-        when = frame.time if frame.time is not None else index / 25
-        yield float(when), image.rotate(turn, expand=True) if turn else image
-
-
-def _paced(timed: Iterator[tuple[float, Image.Image]], most: int, fps: float) -> list[Image.Image]:
-    """The first `most` frames, or those shown at 0, 1/fps, 2/fps, … seconds; the last one is not held."""
-    if not fps:
-        return [image for _, image in islice(timed, most)]
-    found: list[Image.Image] = []
-    begin, shown = 0.0, None
-    for when, image in timed:
-        begin = when if shown is None else begin
-        while shown is not None and len(found) < most and len(found) / fps + SLACK < when - begin:
-            found.append(shown)
-        if len(found) == most:
-            return found
-        shown = image
-    return found if shown is None else [*found, shown]
+        return clips.first_frames(path, most, fps)
+    except (media.Unreadable, OSError) as problem:
+        raise Refused(
+            f"{path} cannot be read: {problem}. Give a picture or a clip: "
+            f"{', '.join(media.PICTURES + media.CLIPS)}."
+        ) from problem

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfumato.errors import Refused
+from sfumato.theory.definition import upload
 
 RAGGED = {"tokens": "mask"}
 """Tensors whose second axis differs from sample to sample, and the mask that says which entries count."""
@@ -30,6 +31,8 @@ class Condition(Mapping[str, Tensor]):
         self.tensors = dict(tensors)
         self.size = next(iter(lengths.values()))
         self.negative = negative
+        self.is_unpadded = False
+        """Whether it is known, without a look at its masks, that every token counts."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -57,16 +60,20 @@ class Condition(Mapping[str, Tensor]):
     def stack(cls, rows: Sequence[Mapping[str, Tensor]]) -> Self:
         """A batch of rows; ragged tensors are padded with zeros to the longest, and masked."""
         tensors: dict[str, Tensor] = {}
+        alike: list[bool] = []
         for name in rows[0] if rows else ():
             parts = [row[name] for row in rows]
             if name in RAGGED:
                 longest = max(len(part) for part in parts)
+                alike.append(all(len(part) == longest for part in parts))
                 tensors[name] = torch.stack([F.pad(part, (0, 0, 0, longest - len(part))) for part in parts])
                 places = torch.arange(longest, device=parts[0].device)
                 tensors[RAGGED[name]] = torch.stack([places < len(part) for part in parts])
             else:
                 tensors[name] = torch.stack(parts)
-        return cls(tensors, size=len(rows))
+        stacked = cls(tensors, size=len(rows))
+        stacked.is_unpadded = bool(alike) and all(alike)
+        return stacked
 
     @classmethod
     def join(cls, *parts: "Condition") -> Self:
@@ -76,7 +83,11 @@ class Condition(Mapping[str, Tensor]):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """On another device; floating tensors in another dtype."""
         moved = {
-            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+            name: (tensor if device is None else upload(tensor, device)).to(
+                dtype=dtype if tensor.is_floating_point() else None
+            )
             for name, tensor in self.tensors.items()
         }
-        return type(self)(moved, size=self.size, negative=self.negative and self.negative.to(device, dtype))
+        other = type(self)(moved, size=self.size, negative=self.negative and self.negative.to(device, dtype))
+        other.is_unpadded = self.is_unpadded
+        return other

@@ -40,6 +40,8 @@ def verify_checksums(folder: Path) -> None:
         Failed: naming the file that differs.
     """
     for name, digest in read_json(folder / SEAL).items() if (folder / SEAL).is_file() else ():
+        if "\0" in name:
+            raise Failed(f"{folder / SEAL} is damaged: it names {name!r}, which can be no file. Delete it.")
         file = folder / name
         if file.resolve().is_relative_to(folder.resolve()) and file.is_file() and checksum(file) != digest:
             raise Failed(
@@ -72,8 +74,11 @@ def read_json(file: Path) -> Mapping[str, Any]:
         Failed: the file is damaged.
     """
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as problem:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no table")
+        return found
+    except (OSError, ValueError, RecursionError) as problem:
         raise Failed(
             f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
         ) from problem

@@ -22,6 +22,7 @@ from sfumato.models.condition import Condition
 from sfumato.models.guidance_policy import GuidancePolicy
 from sfumato.theory import Theory
 from sfumato.theory.convert import translate_inputs
+from sfumato.theory.definition import as_float64, upload
 
 
 def seeded(seed: int, make: Callable[[], Any]) -> Any:
@@ -234,6 +235,14 @@ class Denoiser(Stage):
     guidance: GuidancePolicy = GuidancePolicy()
     """How its answers are guided; whatever stands around a denoiser hands this very object on."""
 
+    def __call__(self, *args: Any, **known: Any) -> Any:
+        """As `forward` answers; a network with narrow frozen weights computes in their dtype."""
+        device = next((weight.device.type for weight in self.parameters()), "cpu")
+        if self.compute_dtype is None or device == "meta":
+            return super().__call__(*args, **known)
+        with torch.autocast(device, self.compute_dtype):
+            return super().__call__(*args, **known)
+
     @abstractmethod
     def forward(self, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """x [B, C, ...] scaled by the theory's input_scale, clock [B] → out [B, C, ...]."""
@@ -408,23 +417,22 @@ class Model:
     ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """(x, clock, read): the network's inputs, and how its answer is read."""
         theory, read = self.theory, lambda out: out
-        times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        times = as_float64(t)  # times on the host stay there: what follows of them is a few numbers
         if self.trained is not None:
             x_t, times, read = translate_inputs(self.trained, self.theory, x_t, times)
             theory, times = self.trained, times.double()
         times = times.expand(len(x_t)) if times.ndim < 2 else times
-        scale = theory.input_scale(times).to(x_t.dtype)
+        scale = upload(theory.input_scale(times).to(x_t.dtype), x_t.device)
         places = (-1, 1, times.shape[1]) if times.ndim == 2 else (-1, 1)
         x = x_t * scale.view(*places, *[1] * (x_t.ndim - len(places)))
-        return x, theory.clock(times).to(x_t.dtype), read
+        return x, upload(theory.clock(times).to(x_t.dtype), x_t.device), read
 
     def _network_answer(self, x: Any, clock: Any, condition: Any, dtype: torch.dtype) -> Any:
         """The network's own answer; as wide as its input where it computes narrower."""
         narrow = self.denoiser.compute_dtype
         if narrow is None:
             return self.denoiser(x, clock, condition)
-        with torch.autocast(self.device.type, narrow):
-            out = self.denoiser(x, clock, condition)
+        out = self.denoiser(x, clock, condition)
         return out.to(dtype) if isinstance(out, Tensor) else [one.to(dtype) for one in out]
 
     def retarget(self, theory: Theory) -> None:

@@ -52,6 +52,7 @@ def save_stage(stage: Stage, folder: Path, text_by_name: bool = False) -> None:
     described: dict[str, Any] = {"kind": stage.kind, "config": dict(stage.config())}
     if stage.own_name:
         described["own"] = stage.own_name
+        described["code"] = user_code.keep_code([stage.own_name], folder)
     described["config"] |= stage.write_weights(folder, text_by_name)
     (folder / "stage.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
 
@@ -62,7 +63,8 @@ def load_stage(folder: Path) -> Stage:
     config = dict(described["config"])
     if described.get("own"):
         arguments = {} if described["kind"] == "text" else config
-        stage = load_user_stage(described["own"], Stage, **arguments)
+        word = user_code.locate_code(described["own"], folder, described.get("code"))
+        stage = load_user_stage(word, Stage, **arguments)
     elif described["kind"] not in KINDS:
         raise Refused(
             f'{folder} holds a stage of kind "{described["kind"]}".{nearest(described["kind"], KINDS)}'

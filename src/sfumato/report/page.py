@@ -7,15 +7,21 @@ own: it carries the hash of that one as its policy.
 
 import base64
 import hashlib
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
+FORMATS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+"""What is embedded from a folder, by the name that Pillow has for it."""
+MOST_PIXELS, MOST_BYTES = 64_000_000, 64_000_000
+"""The largest picture that is embedded from a folder."""
 KINDS = {
     ".png": "image/png",
     ".jpg": "image/jpeg",
@@ -127,6 +133,45 @@ def embedded(picture: Path | bytes, kind: str = "image/png") -> str:
             return ""
         kind, picture = KINDS.get(picture.suffix.lower(), kind), picture.read_bytes()
     return f"data:{kind};base64,{base64.b64encode(picture).decode()}"
+
+
+def embedded_from(folder: Path, name: object) -> str:
+    """A picture that lies inside a folder as an address that holds it; empty for anything else.
+
+    Args:
+        name: where it is in the folder, as its record says. Neither `../` nor a link leads out, and what is
+            no picture that can be decoded is left out.
+    """
+    if not isinstance(name, str) or "\0" in name:
+        return ""
+    home, file = Path(os.path.realpath(folder)), Path(os.path.realpath(folder / name))
+    try:
+        if not file.is_relative_to(home) or not file.is_file():
+            return ""
+        about = file.stat()
+        kind = _kind(file, about.st_mtime_ns, about.st_size)
+        return embedded(file.read_bytes(), kind) if kind else ""
+    except OSError:
+        return ""
+
+
+@lru_cache(4096)
+def _kind(file: Path, changed: int, size: int) -> str:
+    """What kind of picture a file is, "" for none; looked at again when it has changed."""
+    from PIL import Image
+
+    if size > MOST_BYTES:
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file, formats=list(FORMATS)) as picture:
+                if picture.width * picture.height > MOST_PIXELS:
+                    return ""
+                picture.load()
+                return FORMATS[picture.format or ""]
+    except Exception:
+        return ""
 
 
 def duration(seconds: float) -> str:

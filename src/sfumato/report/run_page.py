@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.report import curves, page
-from sfumato.report.page import Picture, amount, duration, embedded
+from sfumato.report.page import Picture, amount, duration, embedded_from
+from sfumato.report.run_events import readable_events
 from sfumato.run_folder import RunFolder, write_atomic
 
 Event = dict[str, Any]
@@ -55,7 +56,8 @@ def write(run: RunFolder | Path | str) -> Path:
 
 def render(run: RunFolder) -> str:
     """The page of a run, as HTML."""
-    events = run.events()
+    events, unreadable = readable_events(run)
+    odd = [f"{unreadable:,} lines of events.jsonl are none that a run writes; they are left out."]
     phases = _phases(events)
     large, small = curves.losses(events)
     return page.render(
@@ -76,7 +78,8 @@ def render(run: RunFolder) -> str:
         set_aside=_set_aside(events),
         phases=phases if sum(seconds for _, seconds in phases) > 0 else [],
         recipe=_recipe(run),
-        notes=[event["text"] for event in of_kind(events, "note") if event.get("text")],
+        notes=[event["text"] for event in of_kind(events, "note") if event.get("text")]
+        + odd * bool(unreadable),
     )
 
 
@@ -178,7 +181,7 @@ def _guides(run: RunFolder, event: Event, index: int) -> list[tuple[str, str]]:
     """What guided a drawing of an event, each (what it is, address)."""
     shown = event.get("shown") or {}
     found = [
-        (_shown_name(what), embedded(run.path / files[index]))
+        (_shown_name(what), embedded_from(run.path, files[index]))
         for what, files in shown.items()
         if index < len(files)
     ]
@@ -211,7 +214,7 @@ def _latest(run: RunFolder, events: list[Event], judged: bool) -> list[dict[str,
         prompts, seeds = last.get("prompts") or [], last.get("seeds") or []
         pictures = [
             Picture(
-                embedded(run.path / file),
+                embedded_from(run.path, file),
                 prompts[index] if index < len(prompts) else "",
                 f"seed {seeds[index]}" if index < len(seeds) else "",
                 _guides(run, last, index),
@@ -245,7 +248,7 @@ def _strips(run: RunFolder, events: list[Event]) -> list[dict[str, Any]]:
 
 def _cell(run: RunFolder, event: Event, row: int, words: str) -> dict[str, str]:
     files = event.get("files", ())
-    address = embedded(run.path / files[row]) if row < len(files) else ""
+    address = embedded_from(run.path, files[row]) if row < len(files) else ""
     return {"address": address, "words": f"{words} (step {event.get('step') or 0:,})"}
 
 
@@ -275,7 +278,7 @@ def _data(events: list[Event]) -> list[tuple[str, str]]:
     data = _last(events, "data").get("summary", {})
     words = []
     for name, value in data.items():
-        if isinstance(value, int | float | str) and name != "content":
+        if isinstance(value, int | float | str) and name not in ("content", "pixels"):
             words.append((_words(name), amount(value) if not isinstance(value, str) else value))
     sizes = data.get("sizes") or {}
     if isinstance(sizes, dict):

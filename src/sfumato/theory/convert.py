@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import Refused
-from sfumato.theory.definition import Theory, as_float64, broadcast_like
+from sfumato.theory.definition import Theory, as_float64, broadcast_like, upload
 from sfumato.theory.types import Denoise, TimeLike
 
 OUTSIDE = 0.05
@@ -30,7 +30,7 @@ def translate(denoise: Denoise, trained: Theory, to: Theory) -> Denoise:
 
     def answer(x_t: Tensor, t: TimeLike) -> Tensor:
         x, network_t, read = translate_inputs(trained, to, x_t, t)
-        return read(denoise(x, network_t))
+        return read(denoise(x, upload(network_t, x.device)))
 
     return answer
 
@@ -40,10 +40,12 @@ def translate_inputs(
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     """(x', t', read): what the network is asked instead of (x_t, t), and how its answer reads in `to`.
 
+    t' lies where t does: of times on the host all coefficients are computed there, and no GPU is waited for.
+
     Raises as `translation_coefficients`.
     """
     there, ratio, ask, keep = translation_coefficients(trained, to, to.clamp_time(as_float64(t)))
-    network_t = there.to(x_t.dtype if x_t.dtype == torch.float64 else torch.float32).to(x_t.device)
+    network_t = there.to(x_t.dtype if x_t.dtype == torch.float64 else torch.float32)
     network_t = network_t.expand(len(x_t)) if network_t.ndim < 2 else network_t
     return (
         broadcast_like(ratio, x_t) * x_t,

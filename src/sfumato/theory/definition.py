@@ -38,9 +38,16 @@ def as_float64(t: TimeLike) -> Tensor:
         raise Refused(f"{t!r} is no time: give a real number, or a tensor with one per sample.") from error
 
 
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device; from host to GPU by way of pinned memory, so that nobody waits for the copy."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def broadcast_like(coefficient: Tensor, like: Tensor) -> Tensor:
     """A scalar or [B] turned to [1 or B, 1, …, 1] with the dtype and device of `like` [B, …]."""
-    placed = coefficient.to(like.device, like.dtype)
+    placed = upload(coefficient.to(like.dtype), like.device)
     return placed if placed.ndim == 0 else placed.reshape(-1, *[1] * (like.ndim - 1))
 
 

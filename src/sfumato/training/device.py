@@ -1,6 +1,8 @@
 """Where a run computes: its device, and the memory it keeps there."""
 
 import ctypes
+import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +36,32 @@ def resolve(device: str) -> torch.device:
 
 
 @contextmanager
+def deterministic(device: torch.device, asked: bool) -> Iterator[None]:
+    """Within it a GPU adds in one order, where torch has a way to; what has none is warned of.
+
+    A CPU does so anyway.
+    """
+    if device.type != "cuda" or not asked:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    backend: Any = torch.backends.cudnn
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        backend.deterministic,
+        backend.benchmark,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    backend.deterministic, backend.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        backend.deterministic, backend.benchmark = before[2:]
+
+
+@contextmanager
 def keep_freed_memory(device: torch.device) -> Iterator[None]:
     """Within it a CPU run keeps the memory of what it let go, to take it again in its next step.
 
@@ -56,6 +84,13 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
         library.mallopt(TRIM_THRESHOLD, 64 << 20)
         library.mallopt(TOP_PAD, 128 << 10)
         trim_memory()
+
+
+def release_cached_memory() -> None:
+    """Give the memory that torch keeps of a GPU's back to it, in one piece for what comes next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def trim_memory() -> None:

@@ -104,7 +104,10 @@ class TrainSettings:
         0, "every n-th block is computed again in the backward pass, to need less memory; 0: none", least=0
     )
     compile: bool = key(False, "compile the network's repeated blocks")
-    offload: bool = key(False, "adapters on a GPU: keep the frozen blocks in the CPU's memory")
+    deterministic: bool = key(False, "on a GPU: the same bits whenever a run is repeated, at some speed")
+    offload: bool = key(
+        False, "adapters on a GPU, with gradient_checkpointing = 1: frozen blocks wait in host memory"
+    )
     device: str = key("auto", "auto, cpu, cuda, cuda:1, ...")
     threads: int = key(0, "CPU threads; 0 leaves the choice to torch", least=0)
     callbacks: tuple[str, ...] = key(

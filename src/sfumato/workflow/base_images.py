@@ -16,14 +16,14 @@ from PIL import Image
 from sfumato.data.encoding.encode_plan import PROMPT_IMAGE_MARK
 from sfumato.data.encoding.views import Companion
 from sfumato.data.settings import DataSettings
-from sfumato.data.sources import clips
-from sfumato.data.sources.media import center_crop_resize, read_picture, to_pixels
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.generation import Pipeline
 from sfumato.models import Condition, Conditioner
 from sfumato.models.pretrained.image_inputs import ImageCondition, picture
 from sfumato.models.pretrained.stages import PretrainedConditioner
+from sfumato.readers import clips
+from sfumato.readers.media import Unreadable, center_crop_resize, conversion_of, read_picture, to_pixels
 from sfumato.recipe import Recipe
 
 SOURCE = "edit_source"
@@ -101,11 +101,15 @@ def source_image(settings: DataSettings, sample: Sample) -> Any:
 def source_image_hash(settings: DataSettings, sample: Sample) -> str:
     """A hash of that picture, and the size it is seen at."""
     found = source_image(settings, sample)
+    try:
+        note = conversion_of(found)
+    except Unreadable:
+        note = ""  # said where it is read
     if isinstance(found, Path):
         found = found.read_bytes()
     if isinstance(found, Image.Image):
         found = repr((found.mode, found.size)).encode() + found.tobytes()
-    return f"{sha256(found).hexdigest()} at {settings.resolution}"
+    return f"{sha256(found).hexdigest()} at {settings.resolution}{note and f' ({note})'}"
 
 
 def text_image_encoder(

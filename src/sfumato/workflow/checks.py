@@ -13,7 +13,7 @@ from sfumato.data.settings import EMBEDDED, DataSettings
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.generation import Pipeline, load
-from sfumato.generation.guidance import ARGUMENTS, GuidanceOptions
+from sfumato.generation.guidance import ARGUMENTS, GuidanceOptions, check_negative
 from sfumato.models import control
 from sfumato.models.interface import no_context_parallel
 from sfumato.models.networks.dit import DiT
@@ -214,7 +214,9 @@ def check_guidance(
     """Raises Refused where [sample] says something about guidance that would not act on what is drawn."""
     sample, has_negative = recipe.sample, bool(recipe.sample.negative)
     network = base.denoiser if base else NETWORKS.get(recipe.model.denoiser)
-    if not sample.guidance_options or network is None:  # a network of one's own is asked when it draws
+    if (
+        not (sample.guidance_options or has_negative) or network is None
+    ):  # a network of one's own is asked when it draws
         return
     guidance = sample.guidance
     if base is not None and recipe.origin("sample.guidance") == DEFAULT:
@@ -227,6 +229,7 @@ def check_guidance(
         policy = network.guidance
         scale = policy.guidance_at(guidance, base.theory.t_noise if base else 1.0, policy.options)
         leans = conditioner.kind != "none" and policy.needs_negative(scale, has_negative)
+        check_negative(has_negative, leans, guidance)
         how.validate(network, leans, has_negative)
         how.check_latents(codec)
     except Refused as refusal:

@@ -16,12 +16,23 @@ from sfumato.errors import Refused, nearest
 from sfumato.models import Model
 from sfumato.models.control import ControlledDenoiser
 from sfumato.models.control.image_encoders import ImageConditionEncoder
+from sfumato.models.interface import DenoiserWrapper
 from sfumato.models.pretrained import inpainting
+from sfumato.models.stage_folder import is_ours
+from sfumato.recipe import Recipe
+from sfumato.user_code import is_user_code
 from sfumato.workflow import base_images, control_training
 
 
 def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
     """How each companion the recipe names is encoded for this model; what it needs itself comes too."""
+    own = own_encoders(model, settings)
+    names = dict.fromkeys([*own, *settings.condition_columns])
+    return {name: own.get(name) or _usual(model, name) for name in names}
+
+
+def own_encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
+    """The companions that this model reads, however the recipe names them."""
     own: dict[str, Companion] = dict(model.denoiser.companions(model))
     if isinstance(model.denoiser, ControlledDenoiser):
         own |= {
@@ -36,9 +47,40 @@ def encoders(model: Model, settings: DataSettings) -> dict[str, Companion]:
             "without having "
             "learned to. Take an inpainting checkpoint as model.base, or leave data.random_masks out."
         )
-    own |= base_images.companions(model, settings)
-    names = dict.fromkeys([*own, *settings.condition_columns])
-    return {name: own.get(name) or _usual(model, name) for name in names}
+    return own | base_images.companions(model, settings)
+
+
+def check_read(recipe: Recipe, model: Model | None) -> None:
+    """Raises Refused where the recipe names a column of pictures that nothing of the model would read.
+
+    A denoiser of one's own may read any; it is asked by none of its words.
+
+    Args:
+        model: None for a denoiser of ours without control modules, before it is made.
+    """
+    denoiser = None if model is None else model.denoiser
+    while isinstance(denoiser, DenoiserWrapper) and is_ours(type(denoiser)):
+        denoiser = denoiser.base
+    if denoiser is not None and not is_ours(type(denoiser)):
+        return
+    own = {} if model is None else own_encoders(model, recipe.data)
+    read = {*own, *(word for one in own.values() for word in (one.of, one.without))}
+    unread = [name for name in recipe.data.condition_columns if name not in read]
+    if unread:
+        said = f"it reads {', '.join(own)}" if own else "it reads no picture beside a sample's own"
+        raise Refused(
+            f'data.condition_columns names "{unread[0]}", which {recipe.model.base} would not read: {said}. '
+            "Leave "
+            "it out; or set model.train to controlnet, ip-adapter or edit, take an inpainting checkpoint as "
+            "model.base, or a denoiser of your own (file.py:name)."
+        )
+
+
+def check_read_early(recipe: Recipe, base: Model | None) -> None:
+    """`check_read` before anything is made, where that can be told."""
+    is_ours_to_make = base is None and not is_user_code(recipe.model.denoiser)
+    if not control_training.control_plan_of(recipe) and (base is not None or is_ours_to_make):
+        check_read(recipe, base)
 
 
 def _guiding(encoder: ImageConditionEncoder, name: str, settings: DataSettings) -> Companion:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from sfumato.data import condition_images
 from sfumato.data.settings import DataSettings
-from sfumato.data.sources import clips
-from sfumato.data.sources.media import center_crop_resize, read_picture, to_pixels
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused, nearest
 from sfumato.generation import Pipeline, to_pictures
@@ -19,6 +17,8 @@ from sfumato.generation.image_guidance import CONTROLS
 from sfumato.models import Condition
 from sfumato.models import control as models_control
 from sfumato.models.control import ControlledDenoiser, ControlPlan
+from sfumato.readers import clips
+from sfumato.readers.media import center_crop_resize, read_picture, to_pixels
 from sfumato.recipe import DEFAULT, Recipe
 from sfumato.workflow import base_images
 from sfumato.workflow.preview import PreviewGroup

@@ -12,10 +12,11 @@ from sfumato.data import condition_images
 from sfumato.data.encoding import views
 from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.settings import EMBEDDED, DataSettings
-from sfumato.data.sources import clips, folder, media, user_dataset
+from sfumato.data.sources import folder, user_dataset
 from sfumato.data.sources.captions import CaptionOptions, expand_captions
 from sfumato.data.sources.sample import Collection, Sample
 from sfumato.errors import Refused
+from sfumato.readers import clips, media
 from sfumato.recipe import Recipe
 from sfumato.user_code import is_user_code
 from sfumato.workflow import control_training

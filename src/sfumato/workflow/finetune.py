@@ -358,7 +358,7 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
     if recipe.model.attention_backend:
         blocks.set_attention_backend(network, recipe.model.attention_backend)
     if recipe.train.offload:
-        blocks.offload_blocks(network, model.device)
+        blocks.offload_blocks(network, model.device, recipe.train.gradient_checkpointing == 1)
     blocks.recompute(network, recipe.train.gradient_checkpointing)
     if recipe.train.compile:
         blocks.compile_blocks(network, model.device)

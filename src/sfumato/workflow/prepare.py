@@ -28,7 +28,7 @@ from sfumato.workflow.checks import (
 from sfumato.workflow.dataset import Bucket, class_names, collection_of
 from sfumato.workflow.encode_samples import curriculum_stages, encoded_samples
 from sfumato.workflow.finetune import base_of, check_latents, check_tokens_in_captions
-from sfumato.workflow.resume import data_fingerprint
+from sfumato.workflow.resume import data_fingerprint, pixels_note
 from sfumato.workflow.train_codec import Progress, trained_codec
 
 Say = Callable[[str], None]
@@ -65,6 +65,11 @@ class ResolvedRecipe:
     def samples(self) -> list[Sample]:
         """All that are there before anything is drawn."""
         return [*self.collection.samples, *self.class_images]
+
+    @property
+    def classes(self) -> list[str]:
+        """Of a model of classes, their names in the order of their numbers; of any other none."""
+        return list(getattr(self.conditioner, "names", ())) if self.conditioner.kind == "labels" else []
 
 
 def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
@@ -125,6 +130,8 @@ def prepare_run(
     with phase(run, "codec"):
         codec = base.codec if base else trained_codec(recipe, trained_on, bucket_of, device, progress, say)
     model = model_of(recipe, resolved, codec)
+    if run is not None:  # what is only encoded may be read by a loop of one's own
+        condition_encoders.check_read(recipe, model)
     condition_encoders.condition_dropout(recipe.data, list(condition_encoders.encoders(model, recipe.data)))
     with phase(run, "prior"):
         others = class_images.samples(recipe, resolved.class_images, model, progress)
@@ -142,7 +149,13 @@ def prepare_run(
             of_class = encoded_samples(recipe, others, shapes, model, progress, say, part, "prior")
     aside = [*collection.set_aside, *encoded.set_aside]
     listed = [{"file": one.file, "reason": one.reason} for one in aside]
-    _record_data(listed, encoded, collection.name, data_fingerprint(resolved.samples), run, say)
+    if run is not None:
+        pixels = encoded.pixels
+        if of_class is not None and resolved.class_images:  # those that are drawn are the same every time
+            pixels = f"{pixels} {of_class.pixels}"
+        _record_data(listed, encoded, collection.name, data_fingerprint(resolved.samples), pixels, run, say)
+    else:
+        _say_set_aside(listed, encoded, say)
     train, held_out = encoded.with_split("train"), encoded.with_split("held_out")
     return PreparedRun(model, collection, train, held_out, listed, device, earlier, of_class)
 
@@ -173,18 +186,15 @@ def _record_data(
     encoded: EncodedDataset,
     name: str,
     content: str,
-    run: RunFolder | None,
+    pixels: str,
+    run: RunFolder,
     say: Say,
 ) -> None:
-    """Say what was set aside and repaired, and write the summary of the data."""
-    for note in encoded.notes:
+    """Say what was set aside, repaired and changed, and write the summary of the data."""
+    _say_set_aside(aside, encoded, say)
+    if note := pixels_note(run, pixels, content):
         say(note)
-    for one in aside:
-        say(f"set aside: {one['file']}: {one['reason']}")
-    if aside:
-        say(f"{len(aside)} set aside, {len(encoded)} samples left.")
-    if run is None:
-        return
+        run.event("note", text=note)
     sizes: dict[str, int] = {}
     for item in encoded.items:
         size = "×".join(map(str, item.bucket))
@@ -193,11 +203,21 @@ def _record_data(
     summary = {
         "name": name,
         "content": content,
+        "pixels": pixels,
         "samples": len(encoded.with_split("train")),
         "captions": captions,
     }
     held_out = len(encoded.with_split("held_out"))
     run.event("data", summary={**summary, "held_out": held_out, "sizes": sizes, "set_aside": aside})
+
+
+def _say_set_aside(aside: list[dict[str, str]], encoded: EncodedDataset, say: Say) -> None:
+    for note in encoded.notes:
+        say(note)
+    for one in aside:
+        say(f"set aside: {one['file']}: {one['reason']}")
+    if aside:
+        say(f"{len(aside)} set aside, {len(encoded)} samples left.")
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import nn
 
 from sfumato.models.lora import adapter
@@ -63,6 +64,16 @@ def sanity_checks(
         network,
         is_pretrained=recipe.model.base != "scratch",
     )
+
+
+def as_memory_allows(checks: Iterator[Check]) -> Iterator[Check]:
+    """The checks until memory is out, which says nothing about a run that asks for less at once."""
+    try:
+        yield from checks
+    except torch.OutOfMemoryError:
+        devices.release_cached_memory()
+        claim = "the sanity checks fit into memory"
+        yield Check(claim, True, "they do not, so that the rest of them is left out", remark=True)
 
 
 def encoders_of(network: nn.Module) -> list[nn.Module]:

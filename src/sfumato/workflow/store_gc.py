@@ -1,9 +1,10 @@
 """Collecting a store: what runs and recipes still need of it stays, trained codecs too."""
 
-import json
+import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,19 @@ from sfumato import models
 from sfumato.data.encoding.encode_plan import plan_encoding
 from sfumato.data.store import leases
 from sfumato.data.store.gc import DAY, collect
-from sfumato.data.store.store import KINDS, Store
+from sfumato.data.store.store import KINDS, STRAY_SECONDS, Store
+from sfumato.errors import Failed, Refused
+from sfumato.models.files import read_json
 from sfumato.recipe import Recipe
 from sfumato.workflow import base_images, condition_encoders, encode_ahead
 from sfumato.workflow.checks import choose_sizes
 from sfumato.workflow.encode_samples import curriculum_stages, encoding_of, is_conditional
 from sfumato.workflow.prepare import model_of, resolve_recipe
-from sfumato.workflow.train_codec import codec_folder, codec_key
+from sfumato.workflow.train_codec import codec_home
+
+NAME = re.compile(r"[0-9a-f]{32}")
+"""What a trained codec's folder is called: the hash of what it depends on."""
+PART = re.compile(r"\.[0-9a-f]{32}\.\d+(\.old)?\.part")
 
 
 def is_store(folder: Path) -> bool:
@@ -38,7 +45,7 @@ def collect_garbage(
         days: what was written since then is kept, whoever needs it.
     Returns:
         plain values: {kind: {entries, bytes, unused_entries, unused_bytes, damaged}}, users, codecs, rings,
-        leftover_bytes, unused_bytes, freed_bytes.
+        passed_by ([{file, reason}]: what is left alone), leftover_bytes, unused_bytes, freed_bytes.
     Raises:
         Refused: a recipe cannot be used, somebody else is collecting, or the store cannot be written.
     """
@@ -47,20 +54,37 @@ def collect_garbage(
     for one in keep:
         _add_needs(Recipe.read(one), needed, encoders)
     found = collect(Store(root), needed, days, remove)
-    codecs = _codecs(root / "codecs", found.encoders | encoders, days, remove)
-    rings = _rings(
-        root / encode_ahead.FOLDER, {user["owner"] for user in found.users if user["busy"]}, days, remove
-    )
+    passed_by: list[dict[str, str]] = []
+    left = Leftovers(remove=remove)
+    codecs = _codecs(root / "codecs", found.encoders | encoders, days, remove, passed_by, left)
+    busy = {user["owner"] for user in found.users if user["busy"]}
+    rings = _rings(root / encode_ahead.FOLDER, busy, days, remove, passed_by)
     unused = sum(one["bytes"] for one in (*codecs, *rings) if not one["kept"])
     return {
         **{kind: vars(share) for kind, share in found.shares.items()},
         "users": found.users,
         "codecs": codecs,
         "rings": rings,
-        "leftover_bytes": found.leftover_bytes,
-        "unused_bytes": found.unused_bytes + unused,
-        "freed_bytes": found.freed_bytes + unused * remove,
+        "passed_by": passed_by,
+        "leftover_bytes": found.leftover_bytes + left.bytes,
+        "unused_bytes": found.unused_bytes + unused + left.bytes,
+        "freed_bytes": found.freed_bytes + (unused + left.bytes) * remove,
     }
+
+
+@dataclass
+class Leftovers:
+    """What killed writers of folders have left: how large it is; it goes if `remove` says so."""
+
+    remove: bool
+    bytes: int = 0
+
+    def take(self, folder: Path) -> None:
+        """Count one that is old enough for its writer to be gone."""
+        if time.time() - folder.lstat().st_mtime > STRAY_SECONDS:
+            self.bytes += _size(folder)
+            if self.remove:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _add_needs(recipe: Recipe, needed: dict[str, set[str]], encoders: set[str]) -> None:
@@ -94,41 +118,86 @@ def _codec_of(recipe: Recipe, resolved: Any) -> models.Codec | None:
     if not models.needs_training(recipe.model, fresh):
         return fresh.eval()
     trained_on = resolved.collection.with_split("train") or resolved.collection.samples
-    home = codec_folder(recipe, codec_key(recipe, trained_on, resolved.bucket_of))
+    home = codec_home(recipe, trained_on, resolved.bucket_of)
     return models.load_codec(home).eval() if (home / "stage.json").is_file() else None
 
 
-def _codecs(folder: Path, encoders: set[str], days: float, remove: bool) -> list[dict[str, Any]]:
-    """The trained codecs of a store: which are kept, and how large they are."""
+def _folders(place: Path, passed_by: list[dict[str, str]]) -> Iterator[Path]:
+    """The folders in a part of a store, by name; links are passed by."""
+    for home in sorted(place.iterdir()) if place.is_dir() else ():
+        if home.is_symlink():
+            passed_by.append({"file": f"{place.name}/{home.name}", "reason": "it is a link"})
+        elif home.is_dir():
+            yield home
+
+
+def _codecs(
+    folder: Path,
+    encoders: set[str],
+    days: float,
+    remove: bool,
+    passed_by: list[dict[str, str]],
+    left: Leftovers,
+) -> list[dict[str, Any]]:
+    """The trained codecs of a store: which are kept, and how large they are.
+
+    Only what a codec's training wrote is looked at; what else is there is passed by, with the reason.
+    """
     found: list[dict[str, Any]] = []
-    for home in sorted(folder.glob("*")):
-        if not home.is_dir():
+    for home in _folders(folder, passed_by):
+        if PART.fullmatch(home.name):
+            left.take(home)
             continue
         is_run = home.suffix == ".run"
-        finished = (home.with_suffix("") / "stage.json").is_file() if is_run else True
         young = time.time() - home.stat().st_mtime < days * DAY
-        kept = young or (not finished if is_run else _is_needed(home, encoders))
+        if not (NAME.fullmatch(home.stem) and (home / ("recipe.toml" if is_run else "stage.json")).is_file()):
+            passed_by.append({"file": f"{folder.name}/{home.name}", "reason": "it is no codec of sfumato"})
+            continue
+        try:
+            finished = (home.with_suffix("") / "stage.json").is_file() if is_run else True
+            kept = young or (not finished if is_run else _is_needed(home, encoders))
+        except UNREADABLE as problem:
+            passed_by.append({"file": f"{folder.name}/{home.name}", "reason": _reason(problem)})
+            continue
         found.append({"name": home.name, "kept": kept, "bytes": _size(home)})
         if remove and not kept:
-            shutil.rmtree(home)
+            shutil.rmtree(home, ignore_errors=True)
     return found
 
 
-def _rings(folder: Path, busy: set[str], days: float, remove: bool) -> list[dict[str, Any]]:
+def _rings(
+    folder: Path, busy: set[str], days: float, remove: bool, passed_by: list[dict[str, str]]
+) -> list[dict[str, Any]]:
     """What runs have encoded ahead (`data.cache_limit`): each ring with its run, and how large it is."""
     found: list[dict[str, Any]] = []
-    for file in sorted(folder.glob(f"*/{encode_ahead.OWNER}")):
-        owner = json.loads(file.read_bytes())["owner"]
-        young = time.time() - file.stat().st_mtime < days * DAY
+    for home in _folders(folder, passed_by):
+        file = home / encode_ahead.OWNER
+        try:
+            owner = read_json(file)["owner"]
+            if not isinstance(owner, str) or "\0" in owner:
+                raise Refused(f"{encode_ahead.OWNER} names no run")
+            young = time.time() - file.stat().st_mtime < days * DAY
+        except UNREADABLE as problem:
+            passed_by.append({"file": f"{folder.name}/{home.name}", "reason": _reason(problem)})
+            continue
         kept = young or owner in busy or Path(owner).exists()
-        found.append({"owner": owner, "kept": kept, "bytes": _size(file.parent)})
+        found.append({"owner": owner, "kept": kept, "bytes": _size(home)})
         if remove and not kept:
-            shutil.rmtree(file.parent)
+            shutil.rmtree(home, ignore_errors=True)
     return found
+
+
+UNREADABLE = (Refused, Failed, OSError, ValueError, TypeError, KeyError, RuntimeError)
+"""What comes of reading a folder that is damaged, or is another program's."""
+
+
+def _reason(problem: Exception) -> str:
+    text = " ".join(str(problem).split())
+    return text if isinstance(problem, Refused | Failed) else f"it cannot be read ({text[:200]})"
 
 
 def _size(folder: Path) -> int:
-    return sum(one.stat().st_size for one in folder.rglob("*") if one.is_file())
+    return sum(one.lstat().st_size for one in folder.rglob("*") if one.is_file() and not one.is_symlink())
 
 
 def _is_needed(home: Path, encoders: set[str]) -> bool:

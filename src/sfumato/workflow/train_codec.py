@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +12,11 @@ import torch
 
 from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.data.encoding.views import EncodingOptions
-from sfumato.data.sources import media
 from sfumato.data.sources.sample import Sample
+from sfumato.errors import Failed, Refused
 from sfumato.models import Codec, TrainableCodec, load_codec, needs_training, new_codec, save_stage
 from sfumato.models.files import write_checksums
+from sfumato.readers import media
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder, atomic_folder
 from sfumato.theory import noise
@@ -26,6 +29,8 @@ from sfumato.workflow.dataset import Bucket, PicturesInMemory, fitting_in_memory
 RECIPE = "codec 1: L1 and gradients, AdamW 1e-3, cosine"
 CLIPS = "clips 2: a narrow posterior"
 LOOKED_AT = 1024
+FOLDER = "codecs"
+"""Where a store keeps them."""
 
 Progress = Callable[..., None]
 
@@ -68,7 +73,22 @@ def codec_key(
 
 def codec_folder(recipe: Recipe, key: str) -> Path:
     """Where the codec of a key is kept."""
-    return Path(recipe.data.cache_dir).expanduser() / "codecs" / key
+    return Path(recipe.data.cache_dir).expanduser() / FOLDER / key
+
+
+def codec_home(
+    recipe: Recipe, samples: Sequence[Sample], bucket_of: Bucket | Callable[[Bucket], Bucket]
+) -> Path:
+    """Where the recipe's trained codec is, or will be: in the store; once the run has begun, in its folder.
+
+    A run keeps the codec it began with. Data that changed would give another one, whose latents the run's
+    weights do not know.
+    """
+    run = RunFolder(Path(recipe.output))
+    own = run.path / "model" / "codec"
+    if run.checkpoint_folders() and (own / "stage.json").is_file():
+        return own
+    return codec_folder(recipe, codec_key(recipe, samples, bucket_of))
 
 
 def trained_codec(
@@ -88,9 +108,18 @@ def trained_codec(
     if not needs_training(recipe.model, codec):
         return codec.to(device).eval()
     assert isinstance(codec, TrainableCodec)
-    home = codec_folder(recipe, codec_key(recipe, samples, bucket_of))
+    home = codec_home(recipe, samples, bucket_of)
+    training = home.with_name(f"{home.name}.run")
     if (home / "stage.json").is_file():
-        return load_codec(home).to(device).eval()
+        try:
+            found = load_codec(home)
+        except (Failed, Refused) as problem:
+            if home.parent.name != FOLDER:  # the run's own, which cannot be made again
+                raise
+            say(f"{problem} It is trained again.")
+        else:
+            _remove_training(training)
+            return found.to(device).eval()
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
     data = recipe.data
     how = EncodingOptions(
@@ -101,16 +130,25 @@ def trained_codec(
         short_clip_frames=data.short_clip_frames,
     )
     pictures = PicturesInMemory(fitting_in_memory(samples, bucket_of, recipe.data.frames), bucket_of, how)
-    train_codec(recipe, codec.to(device), pictures, home.with_name(f"{home.name}.run"), progress, say)
+    train_codec(recipe, codec.to(device), pictures, training, progress, say)
     if current_processes().is_rank_zero:
         with atomic_folder(home) as beside:
             save_stage(codec, beside)
             write_checksums(beside)
+        _remove_training(training)
     return codec.eval()
 
 
+def _remove_training(folder: Path) -> None:
+    """Remove the checkpoints of a codec that is finished, unless another process works with them."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    with suppress(Refused, Failed, OSError), RunFolder(folder).lock():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def codec_train_settings(recipe: Recipe) -> TrainSettings:
-    """How the recipe's codec is trained."""
+    """How the recipe's codec is trained; what the recipe says of the denoiser's weights is not of it."""
     steps = recipe.model.codec_steps
     return replace(
         recipe.train,
@@ -119,6 +157,8 @@ def codec_train_settings(recipe: Recipe) -> TrainSettings:
         gradient_accumulation=1,
         learning_rate=1e-3,
         optimizer="adamw",
+        weight_dtype="fp32",
+        lr_multipliers={},
         warmup_steps=20,
         lr_schedule="cosine",
         weight_decay=0.0,
@@ -128,6 +168,7 @@ def codec_train_settings(recipe: Recipe) -> TrainSettings:
         keep_checkpoints=1,
         keep_every=0,
         validate_every=0,
+        patience=0,
         parallel="ddp",
         context_parallel=1,
         sequence_packing=False,

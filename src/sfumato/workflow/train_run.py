@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from sfumato.generation import Pipeline, load
+from sfumato.models.io import adapter_run
 from sfumato.models.pretrained.train_text_encoders import untrainable_encoders
 from sfumato.recipe import Recipe
 from sfumato.report import run_page
@@ -20,6 +21,7 @@ from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.training.objective.packed_batches import PackedObjective
 from sfumato.training.objective.user_loss import UserLoss
 from sfumato.training.state.run_precision import precision_of
+from sfumato.trust import trusting
 from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
 from sfumato.workflow.checks import check_context_parallel, recipe_warnings
 from sfumato.workflow.encode_samples import caption_encoder, dataset_and_sampler, is_conditional
@@ -32,7 +34,7 @@ from sfumato.workflow.finetune import (
 from sfumato.workflow.planning import step_costs
 from sfumato.workflow.prepare import PreparedRun, Say, phase, prepare_run, resolve_recipe
 from sfumato.workflow.preview import Preview, groups
-from sfumato.workflow.resume import check_resume, code_of, data_fingerprint
+from sfumato.workflow.resume import check_classes, check_resume, code_of, data_fingerprint, keep_code
 from sfumato.workflow.train_codec import Progress, trained_codec
 from sfumato.workflow.user_objects import with_user_objects
 
@@ -51,9 +53,9 @@ class Run:
         """Its page."""
         return self.path / "report.html"
 
-    def model(self, dtype: str = "float32", device: str = "cpu") -> Pipeline:
-        """The trained model, its averaged weights."""
-        return load(self.path, dtype, device)
+    def model(self, dtype: str = "float32", device: str = "cpu", *, trust: bool = False) -> Pipeline:
+        """The trained model, its averaged weights; see `sfumato.load`."""
+        return load(self.path, dtype, device, trust=trust)
 
     def events(self) -> list[dict[str, Any]]:
         """What happened, in order."""
@@ -80,6 +82,7 @@ def encode(
     dataset: Any = None,
     codec: Any = None,
     conditioner: Any = None,
+    trust: bool = False,
 ) -> PreparedRun:
     """Train a missing codec, then encode what the store lacks; nothing that is there is done again.
 
@@ -87,12 +90,14 @@ def encode(
 
     Args:
         dataset, codec, conditioner: one's own, in place of what the recipe names.
+        trust: code that a run or a model names may run, see `sfumato.load`.
 
     Raises:
         Refused: the recipe or its data cannot be used. Failed: the disk is full.
     """
     objects = {"dataset": dataset, "codec": codec, "conditioner": conditioner}
     with (
+        trusting(trust),
         with_user_objects(read_recipe(recipe, overrides), objects) as parsed,
         join_processes(parsed.train.device) as processes,
     ):
@@ -124,8 +129,9 @@ def encode_on_cluster(
         trained_codec(parsed, samples, resolved.bucket_of, resolved.device, progress, say)
 
     def share(rank: int, world: int) -> int:
+        mine = parsed.checked()  # a worker is another process: what the user named is named there again
         return len(
-            prepare_run(parsed, resolve_recipe(parsed), say=lambda sentence: None, part=(rank, world)).train
+            prepare_run(mine, resolve_recipe(mine), say=lambda sentence: None, part=(rank, world)).train
         )
 
     cards = 1.0 if resolved.device.type == "cuda" else 0.0
@@ -147,6 +153,7 @@ def train(
     dataset: Any = None,
     loss: Any = None,
     callbacks: Sequence[Any] | None = None,
+    trust: bool = False,
 ) -> Run:
     """Train a recipe, going on from where its run folder stands.
 
@@ -154,6 +161,8 @@ def train(
         profile: write a trace and a table of a few early steps into the run's folder `profile`.
         theory, denoiser, codec, conditioner, dataset, loss, callbacks: one's own, objects or classes, in
             place of what the recipe names as `file.py:name`; docs/own-code.md says what each has to be.
+        trust: code that a run or a model names may run, see `sfumato.load`. What this run names is known on
+            this machine from now on.
 
     Raises:
         Refused: the recipe cannot be used, or is not the one the run began with.
@@ -169,6 +178,7 @@ def train(
         "callbacks": callbacks,
     }
     with (
+        trusting(trust),
         with_user_objects(read_recipe(recipe, overrides), objects) as parsed,
         join_processes(parsed.train.device) as processes,
     ):
@@ -177,16 +187,20 @@ def train(
         say_notes(parsed, say)
         resolved = resolve_recipe(parsed)
         check_context_parallel(parsed, resolved.base, processes.count)
+        condition_encoders.check_read_early(parsed, resolved.base)
         with processes.first():
             run = run_folder_of_rank(RunFolder.create(parsed.output))
         with run.lock():
             with processes.first():
+                check_classes(run, resolved.classes)
+                adapter_run.verify_base(run.path / "model")
                 for note in check_resume(run, parsed, data_fingerprint(resolved.samples)):
                     say(note)
                 if processes.is_rank_zero:
                     RunFolder.create(parsed.output, parsed.to_toml(), parsed.to_toml(every=True))
                     if codes := code_of(parsed):
                         run.event("code", hashes=codes)
+                        keep_code(parsed, run)
             prepared = prepare_run(parsed, resolved, progress, say, run)
             return Run(run.path, _train(parsed, run, prepared, progress, say, profile))
 
@@ -237,8 +251,9 @@ def _train(
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
     for warning in recipe_warnings(recipe):
         say(warning)
-    inputs = step_costs.inputs_of_run(recipe, model, prepared.train, objective)
-    say(step_costs.cost_summary(recipe, network, inputs, fresh=not run.checkpoint_folders()))
+    if steps_made(run) < settings.steps:
+        inputs = step_costs.inputs_of_run(recipe, model, prepared.train, objective)
+        say(step_costs.cost_summary(recipe, network, inputs, fresh=not run.checkpoint_folders()))
     if recipe.train.sanity and leads and not run.checkpoint_folders():
         with phase(run, "sanity"):
             run_sanity_checks(recipe, run, prepared, network, say)
@@ -264,9 +279,14 @@ def _train(
         finished = outcome.step >= recipe.train.steps
     finally:
         encode_ahead.stop_encoding_ahead(train, finished)
-        if leads:
+        if leads and run.recipe.is_file():
             run_page.write(run)
     return outcome.step
+
+
+def steps_made(run: RunFolder) -> int:
+    """The step of a run's newest checkpoint."""
+    return max((int(one.name.removeprefix("step-")) for one in run.checkpoint_folders()), default=0)
 
 
 def run_sanity_checks(
@@ -275,7 +295,8 @@ def run_sanity_checks(
     """Run the sanity checks quickly and say what does not hold; the run goes on."""
     from sfumato.workflow import sanity_checks
 
-    for check in sanity_checks.sanity_checks(recipe, prepared, network, sanity_checks.FEW):
+    checks = sanity_checks.sanity_checks(recipe, prepared, network, sanity_checks.FEW)
+    for check in sanity_checks.as_memory_allows(checks):
         if check.remark:
             say(f"before training: {check.claim}: {check.detail}")
             run.event("note", text=f"sanity: {check.claim}: {check.detail}")

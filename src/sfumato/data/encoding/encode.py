@@ -295,7 +295,15 @@ def _gather(
     found = zip(texts.values(), run.store.locations("text", list(texts.values())), strict=True)
     text_locations = {one: location for one, location in found if location is not None}
     return EncodedDataset(
-        run.store, items, null, run.set_aside, run.counts, run.notes, labels, text_locations=text_locations
+        run.store,
+        items,
+        null,
+        run.set_aside,
+        run.counts,
+        run.notes,
+        labels,
+        text_locations=text_locations,
+        pixels=work.fingerprint,
     )
 
 

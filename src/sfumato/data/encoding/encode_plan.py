@@ -43,6 +43,15 @@ class EncodePlan:
         """The tasks of samples and companions."""
         return [*self.tasks, *self.companion_tasks.values()]
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever a picture's file, or what draws it, does."""
+        digest = hashlib.sha256()
+        for task in self.pictures:
+            line = (task.sample.name, task.companion, task.content)
+            digest.update(repr(line).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+
     def keys(self, options: EncodingOptions) -> dict[str, list[str]]:
         """The keys of everything that is kept, by kind."""
         kept = [one for task in self.pictures for one in task.keys] if options.use_store else []

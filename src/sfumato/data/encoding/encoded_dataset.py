@@ -110,6 +110,8 @@ class EncodedDataset:
     """Share shown without their caption, where words are read beside a picture and the empty one too."""
     adds_time_ids: bool = False
     text_locations: dict[str, EntryLocation] = field(default_factory=dict, repr=False)
+    pixels: str = ""
+    """Fingerprint of all pictures' files, companions' too; of streamed ones, of their lengths."""
 
     def __post_init__(self) -> None:
         self.ids = [item.sample.id for item in self.items]

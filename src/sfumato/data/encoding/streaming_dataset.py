@@ -14,10 +14,10 @@ from torch import Tensor
 from sfumato.data.encoding import views
 from sfumato.data.encoding.encoded_dataset import EncodedDataset
 from sfumato.data.encoding.views import EncodingOptions, EncodingTask
-from sfumato.data.sources.media import to_pixels
 from sfumato.data.store import formats, shard
 from sfumato.data.store.index import EntryLocation
 from sfumato.errors import Failed
+from sfumato.readers.media import to_pixels
 
 Encoder = Callable[[Tensor], Tensor | Mapping[str, Tensor]]
 

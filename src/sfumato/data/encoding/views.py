@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sfumato.data.sources import clips, media
 from sfumato.data.sources.sample import Picture, Sample, SetAside
 from sfumato.data.store.store import key
+from sfumato.readers import clips, media
 
 Size = tuple[int, int]
 Bucket = tuple[int, ...]  # width, height in pixels, and frames where clips are wanted
@@ -64,7 +64,10 @@ class Companion:
 
 @dataclass(frozen=True)
 class EncodingTask:
-    """One sample to be encoded: its bucket, its own size ((0, 0) if not looked at), one key for each view."""
+    """One sample to be encoded: its bucket, its own size ((0, 0) if not looked at), one key for each view.
+
+    content: changes whenever its picture's file, or what draws it, does.
+    """
 
     sample: Sample
     bucket: Bucket
@@ -72,6 +75,7 @@ class EncodingTask:
     keys: tuple[str, ...]
     pieces: tuple[clips.ClipSpan, ...] = ()
     companion: str = ""
+    content: str = ""
 
 
 def companion_task(
@@ -128,21 +132,21 @@ def plan_task(
         )
         if isinstance(source, Path) and not video and options.use_store:
             source = source.read_bytes()
-        content = sample.content_hash(source) if options.use_store else sample.name
+        content = sample.content_hash(source) if options.use_store else _state_of_file(sample)
         clip = bool(options.frames) and source is not None and clips.is_clip(sample.name, source)
-        size, frames = (0, 0), options.frames
-        if source is not None and clip and (callable(bucket_of) or options.short_clip_frames):
+        size, frames, note = (0, 0), options.frames, ""
+        if source is not None and clip and (video or callable(bucket_of) or options.short_clip_frames):
             known = clips.video_info(sample.name, source)
-            size, frames = (
-                known.size,
-                clips.usable_frames(known.seconds, frames, options.fps, options.short_clip_frames),
-            )
-        elif source is not None and not clip:
-            size = media.size_of(source)
+            frames = clips.usable_frames(known.seconds, frames, options.fps, options.short_clip_frames)
+            size, note = known.size, known.note
+        elif source is not None and clip:
+            note = clips.animation_note(sample.name, source)
+        elif source is not None:
+            size, note = media.size_of(source), media.conversion_of(source)
     except (media.Unreadable, OSError) as problem:
         return SetAside(sample.name, reason_of(problem))
     bucket: Bucket = bucket_of(size) if callable(bucket_of) else bucket_of
-    transform = f"{media.TRANSFORM} to {bucket[0]}x{bucket[1]}"
+    transform = f"{media.TRANSFORM}{note and f' ({note})'} to {bucket[0]}x{bucket[1]}"
     pieces: tuple[clips.ClipSpan, ...] = ()
     if options.frames:
         bucket = (*bucket, frames if clip else still)
@@ -158,7 +162,12 @@ def plan_task(
     if options.flip:
         views = [view for plain in views for view in (plain, f"{plain} mirrored")]
     keys = tuple(key(content, view, options.pixels, options.pixels_format) for view in views)
-    return EncodingTask(sample, bucket, size, keys, pieces)
+    return EncodingTask(sample, bucket, size, keys, pieces, content=content)
+
+
+def _state_of_file(sample: Sample) -> str:
+    """Of a picture that is not read before it is shown: its name and, of a file, how long it is."""
+    return sample.name if sample.file is None else f"{sample.name}, {sample.file.stat().st_size} bytes"
 
 
 def decode(task: EncodingTask) -> list[Tensor] | str:

@@ -11,14 +11,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
-from sfumato.data.sources import media, metadata, tables
+from sfumato.data.sources import metadata, splits, tables
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import Collection, Picture, Sample, SetAside
-from sfumato.errors import Refused
+from sfumato.errors import Refused, printable
+from sfumato.readers import media
 
 MOST_CLASSES = 100_000
+TEXTS = (".txt", ".caption", ".json")
+BOMB_BYTES, BOMB_RATIO = (
+    1 << 28,
+    100,
+)  # what an .npz may unpack to, unless it was no more than so many times packed
 
 Kind = Callable[[Path, SourceOptions], Collection]
 
@@ -31,59 +38,148 @@ def find_reader(root: Path) -> Kind | None:
         return tables.saved
     if (root / "dataset_dict.json").exists():
         return tables.saved
-    names = [path.suffix.lower() for path in root.iterdir() if not path.name.startswith(".")]
+    names = {path.suffix.lower() for path in root.iterdir() if not path.name.startswith(".")}
     if any(suffix in media.PICTURES + media.CLIPS for suffix in names):
         return None
-    if ".tar" in names or ".npz" in names:
+    if not names & {".tar", ".npz"}:
+        names = _endings_below(root)
+    if names & {".tar", ".npz"}:
         return tars if ".tar" in names else _folder_of_arrays
-    return tables.parquet if tables.is_folder_of_parquet(root) else None
+    return tables.parquet if ".parquet" in names else None
+
+
+def _endings_below(root: Path) -> set[str]:
+    """Which archives and tables of pictures lie below a folder; none where a picture or clip does."""
+    found: set[str] = set()
+    for name in metadata.files_below(root):
+        if name.lower().endswith(media.PICTURES + media.CLIPS):
+            return set()
+        if PurePosixPath(name).name not in metadata.FILES:
+            found.add(PurePosixPath(name).suffix.lower())
+    return found
+
+
+def _own_files(root: Path, ending: str) -> list[tuple[str, Path]]:
+    """(name in the data set, file) of the files of one kind that `root` is, or that lie below it."""
+    if root.is_file():
+        return [(root.name, root)]
+    return [(name, root / name) for name in metadata.files_below(root) if name.lower().endswith(ending)]
 
 
 def tars(root: Path, options: SourceOptions) -> Collection:
     """Tar shards in the webdataset layout: members of one stem are one sample. Never unpacked."""
     result = Collection(root.stem, [])
     base = (root if root.is_dir() else root.parent).resolve()
-    for path in [root] if root.is_file() else sorted(root.glob("*.tar")):
+    result.set_aside += metadata.others_beside(root, ".tar")
+    for inside, path in _own_files(root, ".tar"):
         if not path.resolve().is_relative_to(base):
-            result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
+            result.set_aside.append(SetAside(inside, "refused: outside the data folder"))
             continue
         try:
-            _one_tar(path, options, result)
+            _one_tar(path, inside, options, result)
         except (tarfile.TarError, OSError, EOFError) as problem:
-            result.set_aside.append(SetAside(path.name, f"the archive is broken: {problem}"))
+            result.set_aside.append(SetAside(inside, f"the archive is broken: {problem}"))
+    found = splits.by_path([one.name for one in result.samples])
+    result.samples = [
+        replace(one, split=split) for one, (split, _) in zip(result.samples, found, strict=True)
+    ]
     return result
 
 
-def _one_tar(path: Path, options: SourceOptions, result: Collection) -> None:
-    groups: dict[str, dict[str, tarfile.TarInfo]] = {}
+Members = dict[str, tarfile.TarInfo]
+"""Members of one sample by their endings."""
+
+
+def _one_tar(path: Path, inside: str, options: SourceOptions, result: Collection) -> None:
     with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            if member.isfile():
-                stem, _, suffix = PurePosixPath(member.name).name.partition(".")
-                parent = str(PurePosixPath(member.name).parent)
-                groups.setdefault(f"{parent}/{stem}", {})["." + suffix.lower()] = member
-        for members in groups.values():
-            picture = next(
-                (members[suffix] for suffix in media.PICTURES + media.CLIPS if suffix in members), None
-            )
-            if picture is None:
+        for key, members in _grouped(archive, inside, options, result.set_aside).items():
+            endings = [ending for ending in media.PICTURES + media.CLIPS if ending in members]
+            if not endings:
+                _name_unread(inside, key, members, result.set_aside)
                 continue
-            name = f"{path.name}/{picture.name}"
+            picture = members[endings[0]]
+            name = f"{inside}/{picture.name}"
+            for other in (*endings[1:], *(one for one in members if media.unread_kind(one))):
+                reason = media.unread_kind(other) or f"a second picture beside {picture.name}, which is used"
+                shown = printable(f"{inside}/{members[other].name}")
+                result.set_aside.append(SetAside(shown, printable(reason)))
             found, reason = _tar_captions(archive, members) if options.captions == "files" else (("",), "")
             label = _label(archive, members)
             if options.captions == "folder":
                 found, reason, label = _class(archive, members)
             if reason:
-                result.set_aside.append(SetAside(metadata.printable(name), reason))
+                result.set_aside.append(SetAside(printable(name), reason))
                 continue
             others = _beside_in_tar(path, members, options)
             read = partial(_slice, path, picture.offset_data, picture.size)
             result.samples.append(Sample(name, found, picture=read, label=label, split="", companions=others))
 
 
-def _beside_in_tar(
-    path: Path, members: dict[str, tarfile.TarInfo], options: SourceOptions
-) -> dict[str, Picture]:
+def _grouped(
+    archive: tarfile.TarFile, inside: str, options: SourceOptions, set_aside: list[SetAside]
+) -> dict[str, Members]:
+    """Members by the sample they belong to: up to the first dot of their names, as webdataset has it.
+
+    What follows that dot may be no ending that is known ("cat v1.5.png"): then the last dot counts. A picture
+    without texts of its own takes those of the first dot's sample ("dog.left.png", "dog.txt"), unless that
+    has a picture too, which it is a further picture of.
+    """
+    groups: dict[str, Members] = {}
+    dotted: list[tuple[str, str, Members]] = []  # key by the first dot, key by the last one
+    place: dict[str, Members] = {}
+    for member in archive:
+        path = PurePosixPath(member.name)
+        if not member.isfile():
+            if not member.isdir():
+                shown = printable(f"{inside}/{member.name}")
+                set_aside.append(SetAside(shown, "a link or a device, no file"))
+            continue
+        stem, _, suffix = path.name.partition(".")
+        first, last = f"{path.parent}/{stem}", f"{path.parent}/{path.stem}"
+        if "." not in suffix or _is_companion(f".{suffix.lower()}", options):
+            groups.setdefault(first, {})["." + suffix.lower()] = member
+            continue
+        if last not in place:
+            place[last] = {}
+            dotted.append((first, last, place[last]))
+        place[last][path.suffix.lower()] = member
+    owners = {first: groups.get(first, {}) for first, _, _ in dotted}
+    for first, last, members in dotted:
+        owner = owners[first]
+        own = next((owner[ending] for ending in media.PICTURES + media.CLIPS if ending in owner), None)
+        pictures = [ending for ending in members if ending in media.PICTURES + media.CLIPS]
+        if own is None or (pictures and members.keys() & set(TEXTS)):
+            texts = {ending: one for ending, one in owner.items() if ending in (*TEXTS, ".cls")}
+            if pictures and len(texts) == len(owner):
+                groups.pop(first, None)  # they are this one's
+            groups[last] = {**(texts if pictures else {}), **members}
+        for ending in pictures if last not in groups else ():
+            reason = (
+                f"a further picture of {printable(str(own and own.name))}; name it in "
+                "data.condition_columns to use it"
+            )
+            shown = printable(f"{inside}/{members[ending].name}")
+            set_aside.append(SetAside(shown, reason))
+    return groups
+
+
+def _is_companion(suffix: str, options: SourceOptions) -> bool:
+    """Whether ".control.png" or the like names a further picture that is known."""
+    what, _, kind = suffix[1:].rpartition(".")
+    return (what in options.companions or what in metadata.COMPANIONS) and f".{kind}" in (
+        media.PICTURES + media.CLIPS
+    )
+
+
+def _name_unread(inside: str, key: str, members: Members, set_aside: list[SetAside]) -> None:
+    """Set aside what is no sample, by the name of one of its members."""
+    foreign = [(member, kind) for ending, member in members.items() if (kind := media.unread_kind(ending))]
+    member, reason = foreign[0] if foreign else (next(iter(members.values())), "")
+    reason = reason or f"there is no picture beside it: only {', '.join(sorted(members))}"
+    set_aside.append(SetAside(printable(f"{inside}/{member.name}"), reason))
+
+
+def _beside_in_tar(path: Path, members: Members, options: SourceOptions) -> dict[str, Picture]:
     """Members called STEM.control.png, STEM.mask.png and the like."""
     found: dict[str, Picture] = {}
     for suffix, member in members.items():
@@ -101,60 +197,71 @@ def _slice(path: Path, begin: int, length: int) -> bytes:
 
 
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    """The text of a member.
+
+    Raises:
+        ValueError: it is longer than a text may be, or UTF-16; the message is the reason.
+    """
+    most = metadata.MOST_JSON if member.name.lower().endswith(".json") else metadata.MOST_TEXT
+    if member.size > most:
+        raise ValueError(f"longer than {most / 1e6:g} MB")
     file = archive.extractfile(member)
-    return "" if file is None else file.read().decode("utf-8-sig", "surrogateescape")
+    return "" if file is None else metadata.decoded(file.read(most + 1), most)
 
 
-def _tar_captions(
-    archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]
-) -> tuple[tuple[str, ...], str]:
-    for suffix in (".txt", ".caption"):
-        if suffix in members:
-            return metadata.captions_of(_member(archive, members[suffix]).splitlines() or [""])
-    if ".json" not in members:
-        return (), "no caption: no .txt or .json of its name in the archive"
+def _tar_captions(archive: tarfile.TarFile, members: Members) -> tuple[tuple[str, ...], str]:
+    for suffix in TEXTS:
+        if suffix not in members:
+            continue
+        try:
+            text = _member(archive, members[suffix])
+        except ValueError as problem:
+            return (), f"its {suffix} is {problem}"
+        if suffix == ".json":
+            return metadata.captions_of_json(text, "its .json")
+        return metadata.captions_of(text.splitlines() or [""])
+    return (), "no caption: no .txt or .json of its name in the archive"
+
+
+def _label(archive: tarfile.TarFile, members: Members) -> int | None:
     try:
-        value: Any = json.loads(_member(archive, members[".json"]))
-    except (ValueError, RecursionError):
-        return (), "its .json is not JSON"
-    if isinstance(value, dict):
-        value = next((value[name] for name in metadata.CAPTION_COLUMNS if name in value), None)
-    return metadata.captions_of(value)
-
-
-def _label(archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> int | None:
-    if ".cls" in members:
-        return metadata.class_number(_member(archive, members[".cls"]))
-    if ".json" not in members:
-        return None
-    try:
-        parsed: Any = json.loads(_member(archive, members[".json"]))
+        if ".cls" in members:
+            return metadata.class_number(_member(archive, members[".cls"]))
+        parsed: Any = json.loads(_member(archive, members[".json"])) if ".json" in members else None
     except (ValueError, RecursionError):
         return None  # said where its captions are read
     found = [parsed.get(name) for name in metadata.LABELS] if isinstance(parsed, dict) else []
     return next((number for one in found if (number := metadata.class_number(one)) is not None), None)
 
 
-def _class(
-    archive: tarfile.TarFile, members: dict[str, tarfile.TarInfo]
-) -> tuple[tuple[str, ...], str, int | None]:
+def _class(archive: tarfile.TarFile, members: Members) -> tuple[tuple[str, ...], str, int | None]:
     if ".cls" not in members:
         return (), "no class: no .cls of its name in the archive", None
-    text = _member(archive, members[".cls"]).strip()
-    return (text,), "", int(text) if text.isdecimal() else None
+    try:
+        text = _member(archive, members[".cls"]).strip()
+    except ValueError as problem:
+        return (), f"its .cls is {problem}", None
+    found, reason = metadata.captions_of(text)
+    if not reason and text.isdecimal() and metadata.class_number(text) is None:
+        return (), f"its .cls is a number of {len(text)} digits", None
+    return found, reason.replace("caption", "class"), metadata.class_number(text)
 
 
 def arrays(root: Path, options: SourceOptions) -> Collection:
     """An .npz of pictures [N, H, W] or [N, H, W, C] (uint8), with labels [N] and perhaps captions or classes.
 
     Raises:
-        Refused: it has no such array, or is no .npz. Arrays of Python objects are never loaded.
+        Refused: it has no such array, is no .npz, or would not fit into memory. Arrays of Python objects are
+            never loaded.
     """
     try:
+        _check_unpacked(root)
         with np.load(root, allow_pickle=False) as file:
             named = {name: file[name] for name in file.files}
         if strange := [name for name, array in named.items() if not isinstance(array, np.ndarray)]:
             raise ValueError(f'"{strange[0]}" is no array')
+    except Refused:
+        raise
     except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as problem:
         raise Refused(f"{root} is no .npz of plain arrays: {problem}") from problem
     shapes = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in named.items())
@@ -196,6 +303,28 @@ def arrays(root: Path, options: SourceOptions) -> Collection:
     return result
 
 
+def _check_unpacked(root: Path) -> None:
+    """Look at what an .npz unpacks to before any of it is.
+
+    Raises:
+        Refused: hardly anything packed as very much, or more than the memory that is free.
+    """
+    with zipfile.ZipFile(root) as file:
+        members = file.infolist()
+    whole, packed = sum(one.file_size for one in members), sum(one.compress_size for one in members)
+    if whole > BOMB_BYTES and whole > BOMB_RATIO * packed:
+        raise Refused(
+            f"{root} is a decompression bomb: {packed / 1e6:.0f} MB become {whole / 1e9:.1f} GB. If they "
+            "are pictures, save them uncompressed (np.savez), or in several files."
+        )
+    free = psutil.virtual_memory().available
+    if whole > free:
+        raise Refused(
+            f"{root} unpacks to {whole / 1e9:.1f} GB, but {free / 1e9:.1f} GB of memory are free. Save its "
+            "pictures as files, or as .tar shards, which are read one by one."
+        )
+
+
 def _is_pictures(shape: tuple[int, ...]) -> bool:
     """Whether an array is of pictures: [N, H, W], or [N, H, W, C] with 1, 3 or 4 channels."""
     return shape[:1] > (0,) and (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3, 4)))
@@ -204,13 +333,23 @@ def _is_pictures(shape: tuple[int, ...]) -> bool:
 def _folder_of_arrays(root: Path, options: SourceOptions) -> Collection:
     """The .npz files of a folder, as one; of train.npz and test.npz the names say the split."""
     whole = Collection(root.name, [])
-    for path in sorted(root.glob("*.npz")):
+    whole.set_aside += metadata.others_beside(root, ".npz")
+    for inside, path in _own_files(root, ".npz"):
         if not path.resolve().is_relative_to(root.resolve()):
-            whole.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
+            whole.set_aside.append(SetAside(inside, "refused: outside the data folder"))
             continue
-        part = arrays(path, options)
-        split = metadata.SPLITS.get(path.stem.lower(), "")
-        whole.samples += [replace(one, split=split) for one in part.samples]
+        try:
+            part = arrays(path, options)
+        except Refused as problem:
+            whole.set_aside.append(SetAside(inside, str(problem).removeprefix(f"{path} ")))
+            continue
+        ((split, _),) = splits.splits_of([inside])
+        whole.samples += [
+            replace(one, split=split, name=inside + one.name.removeprefix(path.name)) for one in part.samples
+        ]
+        whole.set_aside += [
+            replace(one, file=inside + one.file.removeprefix(path.name)) for one in part.set_aside
+        ]
         whole.classes = max(whole.classes, part.classes, key=len)
     return whole
 

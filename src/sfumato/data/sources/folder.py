@@ -6,18 +6,21 @@ Nothing is decoded here; `media` does that later. No name in a metadata file can
 import hashlib
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from sfumato.data.sources import media, metadata
+from sfumato.data.sources import metadata, splits
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, Collection, Picture, Sample, SetAside
-from sfumato.errors import Refused, one_of
+from sfumato.errors import Refused, one_of, printable
+from sfumato.readers import media
 
 CAPTIONS = ("files", "folder", "none")
 FEW_CAPTIONS = 20  # with fewer different ones, pictures are held out, not captions
 OUTSIDE = "refused: outside the data folder"
+NOWHERE = "a link that leads nowhere"
 SIDECARS = (".txt", ".caption", ".json")
 
 
@@ -99,15 +102,10 @@ def folder(root: Path, options: SourceOptions) -> Collection:
     """The pictures and clips below a folder."""
     files, refused = list_files(root)
     result = Collection(root.name, [], refused)
-    unread = [name for name in files if name.lower().endswith(media.UNREAD)]
-    refused += [
-        SetAside(metadata.printable(name), "not a kind that is read; save it as PNG") for name in unread
-    ]
+    refused += [SetAside(printable(name), reason) for name in files if (reason := metadata.why_unread(name))]
     pictures = [name for name in files if name.lower().endswith(media.PICTURES + media.CLIPS)]
     if not pictures and not any(_is_metadata(name) for name in files):
-        raise Refused(
-            f"{root} holds no pictures; it was searched for {', '.join(media.PICTURES + media.CLIPS)}."
-        )
+        raise Refused(_why_no_pictures(root, refused))
     if options.captions == "folder":
         _from_folders(root, pictures, result)
     else:
@@ -130,7 +128,7 @@ def list_files(root: Path) -> tuple[list[str], list[SetAside]]:
             if reason is None:
                 found.append(shown)
             elif reason and (path.is_symlink() or name.lower().endswith(media.PICTURES + media.CLIPS)):
-                refused.append(SetAside(metadata.printable(shown), reason))
+                refused.append(SetAside(printable(shown), reason))
     return found, refused
 
 
@@ -139,7 +137,7 @@ def reason_against(path: Path, base: Path) -> str | None:
     try:
         real = path.resolve(strict=True)
     except FileNotFoundError:
-        return "a link that leads nowhere" if path.is_symlink() else "there is no such file"
+        return NOWHERE if path.is_symlink() else "there is no such file"
     except (OSError, RuntimeError, ValueError):
         return "a link that leads nowhere, or no possible file name"
     if not real.is_relative_to(base):
@@ -150,13 +148,30 @@ def reason_against(path: Path, base: Path) -> str | None:
     return None if stat.S_ISREG(mode) else "not a regular file"
 
 
+def _why_no_pictures(root: Path, refused: Sequence[SetAside]) -> str:
+    """The sentence for a folder without a picture that may be read."""
+    links = sum(one.reason in (OUTSIDE, NOWHERE) for one in refused)
+    if links:
+        return (
+            f"{root} holds {links} links that lead out of it, and none is followed out of a folder of data. "
+            "Copy what they lead to: cp -rL FOLDER COPY, or of the Hub: hf download NAME --repo-type dataset "
+            "--local-dir COPY."
+        )
+    if refused:
+        kinds = sorted({one.reason for one in refused})
+        return f"{root} holds no picture that is read. Set aside: {'; '.join(kinds[:4])}."
+    searched = ", ".join(media.PICTURES + media.CLIPS)
+    return f"{root} holds no pictures; it was searched for {searched}."
+
+
 def _is_metadata(name: str) -> bool:
     return PurePosixPath(name).name in metadata.FILES
 
 
 def _from_folders(root: Path, pictures: list[str], result: Collection) -> None:
     """Every folder is a class: its name is the caption, its number among the names the label."""
-    classes = sorted({str(PurePosixPath(name).parent) for name in pictures} - {"."})
+    found = splits.by_path(pictures, classes=True)
+    classes = sorted({str(PurePosixPath(rest).parent) for _, rest in found} - {"."})
     if not classes:
         raise Refused(
             f'{root} has no folders inside, and data.captions = "folder" takes class names from them. '
@@ -164,13 +179,13 @@ def _from_folders(root: Path, pictures: list[str], result: Collection) -> None:
         )
     number = {name: index for index, name in enumerate(classes)}
     result.classes = [words(name) for name in classes]
-    for name in pictures:
-        parent = str(PurePosixPath(name).parent)
+    for name, (split, rest) in zip(pictures, found, strict=True):
+        parent = str(PurePosixPath(rest).parent)
         if parent == ".":
-            result.set_aside.append(SetAside(metadata.printable(name), "it lies in no class folder"))
+            result.set_aside.append(SetAside(printable(name), "it lies in no class folder"))
         else:
             label = number[parent]
-            result.samples.append(Sample(name, (words(parent),), file=root / name, label=label, split=""))
+            result.samples.append(Sample(name, (words(parent),), file=root / name, label=label, split=split))
 
 
 def words(name: str) -> str:
@@ -184,28 +199,45 @@ def _from_files(
     """Captions from metadata files where there are any, else from the files beside the pictures."""
     tables = [name for name in files if _is_metadata(name)]
     known = set(files)
+    spelled = {unicodedata.normalize("NFC", name): name for name in files}  # macOS writes ü as u and ¨
+    folded = {name.casefold(): name for name in files}
     rows: dict[str, list[metadata.Row]] = {}
     for table in tables:
         for row in metadata.read(root, table, result.set_aside, options):
             inside = row.file
+            if inside.startswith("/") and Path(inside).is_relative_to(root.absolute()):
+                inside = Path(inside).relative_to(root.absolute()).as_posix()
+            inside = inside if inside in known else spelled.get(unicodedata.normalize("NFC", inside), "")
+            companions = {
+                what: one if one in known else spelled.get(unicodedata.normalize("NFC", one), one)
+                for what, one in row.companions.items()
+            }
+            row = row if companions == row.companions else replace(row, companions=companions)
             if inside in known:
                 rows.setdefault(inside, []).append(row)
             else:
-                reason = _why_unknown(root, inside)
-                result.set_aside.append(SetAside(metadata.printable(row.file_cell), reason))
+                reason = _why_unknown(root, row.file, folded)
+                result.set_aside.append(SetAside(printable(row.file_cell), reason))
     taken = {inside for some in rows.values() for row in some for inside in row.companions.values()}
     beside = _companions_beside(pictures, options)
     taken |= {other for found in beside.values() for other in found.values()} - set(rows)
-    for name in sorted((set(pictures) - taken) | set(rows)):
+    names = sorted((set(pictures) - taken) | set(rows))
+    for name, (split, _) in zip(names, splits.by_path(names), strict=True):
         others = {what: root / other for what, other in beside.get(name, {}).items()}
         if name in rows:
-            _take(root, name, rows[name], known, options, others, result)
+            _take(root, name, rows[name], known, options, others, result, split)
         else:
-            captions, reason = ((), "") if options.captions == "none" else _beside(root, name, known)
+            captions, reason, note = ((), "", "")
+            if options.captions != "none":
+                captions, reason, note = _beside(root, name, known)
+            if note and not reason:
+                result.set_aside.append(SetAside(printable(name), note))
             if reason:
-                result.set_aside.append(SetAside(metadata.printable(name), reason))
+                result.set_aside.append(SetAside(printable(name), reason))
             else:
-                result.samples.append(Sample(name, captions, file=root / name, split="", companions=others))
+                result.samples.append(
+                    Sample(name, captions, file=root / name, split=split, companions=others)
+                )
 
 
 def _companions_beside(pictures: Iterable[str], options: SourceOptions) -> dict[str, dict[str, str]]:
@@ -232,13 +264,15 @@ def _name_classes(result: Collection) -> None:
     ]
 
 
-def _why_unknown(root: Path, inside: str) -> str:
-    """Why a file that a metadata row names cannot be taken."""
+def _why_unknown(root: Path, inside: str, folded: Mapping[str, str] | None = None) -> str:
+    """Why a file that a metadata row names cannot be taken; `folded` names files by names without case."""
     if inside.startswith("/") or ".." in PurePosixPath(inside).parts:
         return OUTSIDE
     if not inside or "\0" in inside:
         return "the row names no file"
-    return reason_against(root / inside, root.resolve()) or "not a file that can be read"
+    reason = reason_against(root / inside, root.resolve()) or "not a file that can be read"
+    other = (folded or {}).get(inside.casefold())
+    return f"{reason}, but {printable(other)}: large and small letters differ" if other else reason
 
 
 def _take(
@@ -249,6 +283,7 @@ def _take(
     options: SourceOptions,
     beside: Mapping[str, Picture],
     result: Collection,
+    split: str,
 ) -> None:
     """One sample from all rows that name its file; equal rows are counted once."""
     captions: list[str] = []
@@ -259,24 +294,24 @@ def _take(
     if not captions and (
         options.captions != "none" or any(not one.startswith("no caption") for one in reasons)
     ):
-        result.set_aside.append(SetAside(metadata.printable(name), reasons[0] if reasons else "no caption"))
+        result.set_aside.append(SetAside(printable(name), reasons[0] if reasons else "no caption"))
         return
     repeated = sum(row == rows[0] for row in rows[1:])
     if repeated:
         reason = f"listed {repeated + 1} times with one caption; used once"
-        result.set_aside.append(SetAside(metadata.printable(name), reason))
+        result.set_aside.append(SetAside(printable(name), reason))
     first = rows[0]
     for what, inside in first.companions.items():
         if inside not in known:
-            reason = f"its {what} {metadata.printable(inside)}: {_why_unknown(root, inside)}"
-            result.set_aside.append(SetAside(metadata.printable(name), reason))
+            reason = f"its {what} {printable(inside)}: {_why_unknown(root, inside)}"
+            result.set_aside.append(SetAside(printable(name), reason))
             return
     result.samples.append(
         Sample(
             name,
             tuple(captions),
             file=root / name,
-            split=first.split or "",
+            split=first.split or split,
             label=first.label,
             companions={**beside, **{what: root / inside for what, inside in first.companions.items()}},
             extra=first.extra,
@@ -284,14 +319,14 @@ def _take(
     )
 
 
-def _beside(root: Path, name: str, known: set[str]) -> tuple[tuple[str, ...], str]:
-    """Captions from the file beside a picture, or the reason why there are none."""
+def _beside(root: Path, name: str, known: set[str]) -> tuple[tuple[str, ...], str, str]:
+    """Captions from the file beside a picture, the reason why there are none, and a note on them."""
     stem = str(PurePosixPath(name).with_suffix(""))
     for suffix in SIDECARS:
         for candidate in (stem + suffix, name + suffix):
             if candidate in known:
                 return metadata.sidecar(root / candidate)
-    return (), "no caption: no row in a metadata file, no .txt beside it"
+    return (), "no caption: no row in a metadata file, no .txt beside it", ""
 
 
 def _lacks_captions(captions: str, set_aside: list[SetAside]) -> bool:

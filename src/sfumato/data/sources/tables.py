@@ -9,10 +9,12 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any
 
-from sfumato.data.sources import media, metadata
+from sfumato.data.sources import metadata
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import Collection, Sample, SetAside
-from sfumato.errors import Refused
+from sfumato.data.sources.splits import splits_of
+from sfumato.errors import Refused, printable
+from sfumato.readers import media
 
 PICTURE_COLUMNS = ("image", "img", "picture", "pixel_values", "video", "clip")
 HEAD = 16
@@ -50,10 +52,7 @@ def saved(root: Path, options: SourceOptions) -> Collection:
     import pyarrow.ipc as ipc
 
     result = Collection(root.name, [])
-    for path in sorted(root.rglob("*.arrow")):
-        if not path.resolve().is_relative_to(root.resolve()):
-            result.set_aside.append(SetAside(path.name, "refused: outside the data folder"))
-            continue
+    for path in _tables_of_saved(root, result.set_aside):
         inside = path.relative_to(root).as_posix()
         try:
             with arrow.memory_map(str(path)) as mapped:
@@ -61,7 +60,7 @@ def saved(root: Path, options: SourceOptions) -> Collection:
         except (OSError, ValueError) as problem:  # pyarrow's own errors are both
             result.set_aside.append(SetAside(inside, f"no Arrow file that can be read: {problem}"))
             continue
-        split = metadata.SPLITS.get(PurePosixPath(inside).parts[0], "")
+        ((split, _),) = splits_of([inside])
 
         def cell(column: str, row: int, table: Any = table) -> Reader | None:
             return partial(_cell, table[column], row) if table[column][row].is_valid else None
@@ -70,12 +69,51 @@ def saved(root: Path, options: SourceOptions) -> Collection:
     return result
 
 
-def is_folder_of_parquet(root: Path) -> bool:
-    """Whether a folder holds Parquet files with pictures in them (not a table of file names)."""
-    files = [*root.glob("*.parquet"), *root.glob("*/*.parquet")]
-    if all(path.name in metadata.FILES for path in files):
-        return False
-    return not any(path.suffix.lower() in media.PICTURES + media.CLIPS for path in root.rglob("*"))
+def _tables_of_saved(root: Path, set_aside: list[SetAside]) -> list[Path]:
+    """The Arrow files of a saved data set: those that the state.json beside them lists, no caches.
+
+    Without such a list (older versions of the library) all that are no caches.
+    """
+    found: list[Path] = []
+    listed: dict[Path, set[str] | None] = {}
+    for path in sorted(root.rglob("*.arrow")):
+        inside = path.relative_to(root).as_posix()
+        if path.parent not in listed:
+            listed[path.parent] = _files_of_state(path.parent, root, set_aside)
+        files = listed[path.parent]
+        if not path.resolve().is_relative_to(root.resolve()):
+            set_aside.append(SetAside(inside, "refused: outside the data folder"))
+        elif path.name in files if files is not None else not path.name.startswith("cache-"):
+            found.append(path)
+        else:
+            set_aside.append(SetAside(inside, "a cache of the datasets library, no part of the saved set"))
+    for folder, files in listed.items():
+        for name in sorted((files or set()) - {path.name for path in folder.glob("*.arrow")}):
+            inside = (folder / name).relative_to(root).as_posix()
+            set_aside.append(SetAside(printable(inside), "state.json lists it, but it is not there"))
+    return found
+
+
+def _files_of_state(folder: Path, root: Path, set_aside: list[SetAside]) -> set[str] | None:
+    """The names of the files that a folder's state.json lists; None where it lists none."""
+    state = folder / "state.json"
+    if not state.is_file() or not state.resolve().is_relative_to(root.resolve()):
+        return None
+    inside = state.relative_to(root).as_posix()
+    try:
+        said = json.loads(metadata.bounded_text(state))
+        names = [one["filename"] for one in said["_data_files"]] if said.get("_data_files") else None
+        indices = said.get("_indices_files") or said.get("_indices_data_files")
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as problem:
+        raise Refused(
+            f"{state} is not what save_to_disk writes ({type(problem).__name__}: {problem}). "
+            "Save the set again."
+        ) from problem
+    if indices:
+        set_aside.append(
+            SetAside(inside, "its rows were chosen and ordered by an index, which is not read: all rows are")
+        )
+    return None if names is None else {PurePosixPath(str(name)).name for name in names}
 
 
 def parquet(root: Path, options: SourceOptions) -> Collection:
@@ -89,8 +127,10 @@ def parquet(root: Path, options: SourceOptions) -> Collection:
 
     result = Collection(root.stem, [])
     base = (root if root.is_dir() else root.parent).resolve()
-    for path in [root] if root.is_file() else sorted(root.rglob("*.parquet")):
-        inside = path.name if root.is_file() else path.relative_to(root).as_posix()
+    result.set_aside += metadata.others_beside(root, ".parquet")
+    names = [root.name] if root.is_file() else list(metadata.files_below(root))
+    for inside in (name for name in names if name.lower().endswith(".parquet")):
+        path = root if root.is_file() else root / inside
         if not path.resolve().is_relative_to(base):
             result.set_aside.append(SetAside(inside, "refused: outside the data folder"))
             continue
@@ -101,7 +141,7 @@ def parquet(root: Path, options: SourceOptions) -> Collection:
         except (OSError, ValueError) as problem:  # pyarrow's own errors are both
             result.set_aside.append(SetAside(inside, f"no Parquet file that can be read: {problem}"))
             continue
-        split = metadata.SPLITS.get(path.stem.partition("-")[0].lower(), "")
+        ((split, _),) = splits_of([inside])
 
         def cell(column: str, row: int, path: Path = path) -> Reader | None:
             return partial(_parquet_cell, path, column, row)

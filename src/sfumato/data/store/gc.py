@@ -119,7 +119,7 @@ def _leftovers(folder: Path, found: GCReport, remove: bool) -> int:
     """Count what killed writers left in `folder`, and `remove` it; returns the bytes freed."""
     freed = 0
     for stray in folder.glob(".*.part"):
-        if time.time() - stray.stat().st_mtime > STRAY_SECONDS:
+        if stray.is_file() and time.time() - stray.lstat().st_mtime > STRAY_SECONDS:
             found.leftover_bytes += stray.stat().st_size
             freed += stray.stat().st_size if remove else 0
             if remove:

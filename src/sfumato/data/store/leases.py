@@ -84,16 +84,15 @@ def read_leases(root: Path) -> list[Lease]:
             with safe_open(file, "pt") as held:
                 metadata = held.metadata() or {}
                 keys = {kind: _texts(held.get_tensor(kind)) for kind in held.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError):
-            continue
-        if metadata.get("format") == FORMAT:
-            encoders = tuple(json.loads(metadata["encoders"]))
+            if metadata.get("format") != FORMAT:
+                continue
+            encoders, (folder, part) = json.loads(metadata["encoders"]), json.loads(metadata["owner"])
+            owner = Owner(str(folder), str(part))
             written_at = file.stat().st_mtime
-            found.append(
-                Lease(
-                    Owner(*json.loads(metadata["owner"])), keys, encoders, written_at, is_leased(file), file
-                )
-            )
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        known = tuple(map(str, encoders))
+        found.append(Lease(owner, keys, known, written_at, is_leased(file), file))
     return found
 
 

@@ -63,7 +63,9 @@ class Entry:
 
 def shard_files(folder: Path) -> list[Path]:
     """The shards of a folder, by name; other people's files are not looked at."""
-    return sorted(path for path in folder.glob("*.safetensors") if NAME.fullmatch(path.name))
+    return sorted(
+        path for path in folder.glob("*.safetensors") if NAME.fullmatch(path.name) and path.is_file()
+    )
 
 
 class DamagedShard(Exception):

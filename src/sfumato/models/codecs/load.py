@@ -7,6 +7,7 @@ from sfumato.models.codecs.image import AutoencoderCodec
 from sfumato.models.codecs.video import VIDEO_AUTOENCODERS, VideoAutoencoderCodec
 from sfumato.models.files import read_json, verify_checksums
 from sfumato.models.interface import Codec
+from sfumato.models.load_network import load_network
 from sfumato.models.stage_folder import load_stage
 
 
@@ -23,7 +24,7 @@ def load_codec(folder: Path) -> Codec:
     architecture = config.get("_class_name")
     if architecture in VIDEO_AUTOENCODERS:
         made = VideoAutoencoderCodec(architecture, **{k: v for k, v in config.items() if k[0] != "_"})
-        weights = made.network.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        weights = load_network(type(made.network), folder)
         made.network.load_state_dict(weights.state_dict())
         made.measure()
         return made.eval()
@@ -34,7 +35,7 @@ def load_codec(folder: Path) -> Codec:
             f"({', '.join(VIDEO_AUTOENCODERS)}). Or say auto, kl, tiny or pixels."
         )
     codec = AutoencoderCodec(architecture, **{k: v for k, v in config.items() if not k.startswith("_")})
-    fill_network = codec.network.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    fill_network = load_network(type(codec.network), folder)
     codec.network.load_state_dict(fill_network.state_dict())
     codec.shift.fill_(config.get("shift_factor") or 0.0)
     codec.scale.fill_(1.0 / (config.get("scaling_factor") or 1.0))

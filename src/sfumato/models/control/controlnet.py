@@ -20,6 +20,7 @@ from sfumato.models.control.base import WEAK, ControlModule, Hook, weight_of
 from sfumato.models.control.image_encoders import ImageConditionEncoder
 from sfumato.models.control.own import image_features
 from sfumato.models.interface import Denoiser, Model
+from sfumato.models.load_network import load_network
 
 Given = dict[str, Any]
 CHANNELS = (16, 32, 96, 256)
@@ -223,7 +224,7 @@ class ControlNet(ControlModule):
                 f"{folder} holds a {said.get('_class_name')}, but this base needs a {self.adapter.control}."
             )
         kind = getattr(diffusers, self.adapter.control)
-        net = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        net = load_network(kind, folder)
         self.adapter.check(net, network, folder)
         return net
 

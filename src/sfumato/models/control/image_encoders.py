@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 from sfumato.models.interface import Codec, Model
+from sfumato.models.load_network import load_network
 from sfumato.models.networks.tokens import position_features
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -101,7 +102,7 @@ class VisionFeatures(ImageEncoder):
     def __init__(self, folder: str, tokens: bool = False, layer: int = 0, grey: bool = False) -> None:
         super().__init__()
         self.folder, self.tokens, self.layer, self.grey = folder, tokens, layer, grey
-        self.network, self.is_projected = vision_network(Path(folder).expanduser())
+        self.network, self.is_projected = vision_network(Path(folder).expanduser(), tokens)
         config = self.network.config
         side = int(config.image_size if isinstance(config.image_size, int) else config.image_size[0])
         self.size = (side, side)
@@ -148,8 +149,11 @@ class VisionFeatures(ImageEncoder):
         return ImageConditionEncoder(self, name, self.size, silent=silent)
 
 
-def vision_network(folder: Path) -> tuple[Any, bool]:
+def vision_network(folder: Path, tokens: bool = False) -> tuple[Any, bool]:
     """The vision half of a model in a local folder, and whether its summary is projected (CLIP's).
+
+    Args:
+        tokens: only the features of patches are read, no summary.
 
     Raises:
         Refused: no such folder, or nothing in it that sees.
@@ -163,14 +167,11 @@ def vision_network(folder: Path) -> tuple[Any, bool]:
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        options: dict[str, Any] = {
-            "local_files_only": True,
-            "use_safetensors": True,
-            "trust_remote_code": False,
-        }
         if config.model_type in ("clip", "clip_vision_model"):
-            return CLIPVisionModelWithProjection.from_pretrained(folder, **options), True
-        network = AutoModel.from_pretrained(folder, **options)
+            return load_network(CLIPVisionModelWithProjection, folder), True
+        network = load_network(AutoModel, folder, unused=["pooler"] if tokens else [])
+    except Refused:
+        raise
     except (OSError, ValueError) as problem:
         raise Refused(f"{folder} does not load as an image encoder: {problem}.") from problem
     return getattr(network, "vision_model", network), False

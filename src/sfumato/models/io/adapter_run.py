@@ -1,6 +1,6 @@
 """What a run keeps of a base it did not change: where it is, and the plan of the adapter beside it.
 
-base.json     the base's folder, and what the model remembers
+base.json     the base's folder, fingerprints of its files, and what the model remembers
 adapter.json  the adapter's plan; its weights are in the run's checkpoints
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato.errors import Failed, Refused
 from sfumato.models.interface import Denoiser
+from sfumato.models.io.base_fingerprint import base_fingerprint, check_base
 from sfumato.models.lora import adapter
 from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.run_folder import write_atomic
@@ -23,9 +24,10 @@ BASE, ADAPTER = "base.json", "adapter.json"
 
 
 def write_base(folder: Path, base: Path, info: Mapping[str, Any]) -> None:
-    """Remember a base by its place."""
+    """Remember a base by its place, and by what its files are now."""
     folder.mkdir(parents=True, exist_ok=True)
     described = {"format": FORMAT, "base": str(base.absolute()), "info": dict(info)}
+    described["fingerprint"] = base_fingerprint(base, info)
     write_atomic(folder / BASE, json.dumps(described, indent=1))
 
 
@@ -43,6 +45,15 @@ def read_base(folder: Path) -> tuple[Path, dict[str, Any]]:
             f'back there, or write its new place into {folder / BASE} ("base").'
         )
     return base, dict(described["info"])
+
+
+def verify_base(folder: Path) -> None:
+    """Raises Refused where a run in this folder was laid over a base that is another one now."""
+    if not (folder / BASE).is_file():
+        return
+    known = _read(folder / BASE).get("fingerprint")
+    if isinstance(known, Mapping) and known:
+        check_base(folder, read_base(folder)[0], {str(name): str(one) for name, one in known.items()})
 
 
 def write_plan(folder: Path, plan: AdapterPlan) -> None:

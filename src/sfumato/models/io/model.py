@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from sfumato import user_code
 from sfumato.errors import Refused
 from sfumato.models import locate
 from sfumato.models.build import new_theory
@@ -73,6 +74,8 @@ def save(model: Model, folder: Path | str, text_by_name: bool = False) -> None:
             save_stage(stage, beside / role, text_by_name)
         info = {name: value for name, value in model.info.items() if name != "guides"}
         described = {"format": FORMAT, "info": info}
+        if code := user_code.keep_code(theory_words(info), beside):
+            described["code"] = code
         (beside / "model.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
         keep_fitted(model, beside)
         write_checksums(beside)
@@ -168,9 +171,10 @@ def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Mod
     """The model in a folder of stages, a pipeline's folder, or one that says where its base is."""
     verify_checksums(home)
     if (home / adapter_run.BASE).is_file():
+        adapter_run.verify_base(home)
         base, info = adapter_run.read_base(home)
         model = load(base, number, model_class=model_class)
-        return restore_info(model, info)
+        return restore_info(model, located(info, home))
     if (home / INDEX).is_file():
         return load_pipeline(home, number, model_class)
     if not (home / "model.json").is_file():
@@ -180,13 +184,32 @@ def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Mod
         raise Refused(
             f"{home} was written by a newer sfumato (format {described['format']}). Update sfumato."
         )
-    info = dict(described["info"])
+    info = located(dict(described["info"]), home, described.get("code"))
     codec, conditioner = load_stage(home / "codec"), load_stage(home / "conditioner")
     denoiser = load_stage(home / "denoiser")
     assert (
         isinstance(codec, Codec) and isinstance(conditioner, Conditioner) and isinstance(denoiser, Denoiser)
     )
     return restore_info(model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser), info)
+
+
+THEORIES = ("theory", "continued_as")
+"""What of a model's info names a theory."""
+
+
+def theory_words(info: Mapping[str, Any]) -> list[str]:
+    """The theories that a model's info names."""
+    return [info[name] for name in THEORIES if isinstance(info.get(name), str)]
+
+
+def located(info: Mapping[str, Any], home: Path, code: Any = None) -> dict[str, Any]:
+    """A model's info, its theories where they are: see `user_code.locate_code`."""
+    return {
+        name: user_code.locate_code(value, home, code)
+        if name in THEORIES and isinstance(value, str)
+        else value
+        for name, value in info.items()
+    }
 
 
 RENAMED_INFO = {

@@ -58,7 +58,7 @@ def read(model: Model, file: Path | str) -> AdapterInit:
         Refused: no LoRA, or one of another base.
     """
     path = Path(file)
-    changes, _ = lora_file.read(path)
+    changes = key_conversion.read_changes(model, path)
     found: dict[str, dict[str, WeightDelta]] = {}
     two = hasattr(adapter.peft_target(model.denoiser), "noisy")
     for home, layer, change in key_conversion.match_layers(model, changes, path):

@@ -3,6 +3,7 @@
 W ← W + weight · ΔW        (DoRA: then every row is given its learned length)
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -12,11 +13,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import Refused
+from sfumato.errors import Refused, one_of
 from sfumato.models.interface import Model
-from sfumato.models.lora import adapter
+from sfumato.models.lora import adapter, experts
 from sfumato.models.lora.layer_names import LayerNames, all_originals, layer_names_of, original
-from sfumato.models.lora.lora_file import ENDS, WeightDelta, end_of, read, said, swapped_halves
+from sfumato.models.lora.lora_file import (
+    ENDS,
+    WeightDelta,
+    end_of,
+    files_in,
+    read,
+    said,
+    swapped_halves,
+)
 
 DENOISER = (
     "base_model.model.",
@@ -48,7 +57,10 @@ def weighted(said: str, key: str) -> tuple[str, float]:
     if not colon or Path(said).expanduser().exists() or "/" in weight or "\\" in weight:
         return said, 1.0
     try:
-        return file, float(weight)
+        number = float(weight)
+        if not math.isfinite(number):
+            raise ValueError
+        return file, number
     except ValueError:
         raise Refused(f'{key} "{said}": "{weight}" is no weight. Write FILE or FILE:0.8.') from None
 
@@ -160,18 +172,69 @@ def home_of(name: str, homes: Mapping[str, Any]) -> tuple[str, str]:
     return "", name
 
 
+def read_changes(model: Model, file: Path | str, expert: str = "") -> dict[str, WeightDelta]:
+    """What a file, or a folder with both files of a pair, changes: by the file's own names of layers.
+
+    Those of the second of two experts begin with `transformer_2.`, whichever way the file says so.
+
+    Args:
+        expert: high, low or both: the network that the file is for, where it does not say so itself.
+    Raises:
+        Refused: a file that is no LoRA; an expert of a model that has none; a pair for one expert.
+    """
+    path, word = experts.split_expert(file)
+    word = one_of("The expert of a LoRA", expert or word, experts.EXPERTS) if expert or word else ""
+    has_two = hasattr(adapter.peft_target(model.denoiser), "noisy")
+    if word and not has_two:
+        raise Refused(
+            f"{file}: {model.info.get('pipeline', 'this model')} has one network. Leave @{word} out."
+        )
+    found: dict[str, WeightDelta] = {}
+    files = files_in(path, pair=has_two and not word)
+    for one in files:
+        changes, metadata = read(one)
+        split = any(name.startswith(experts.SECOND) for name in changes)
+        if has_two and not (split and not word):
+            chosen = word or experts.expert_of(one, changes, metadata)
+            changes = for_expert(changes, chosen)
+        if twice := found.keys() & changes.keys():
+            raise Refused(
+                f"{path} holds two files for one network ({said(sorted(twice))}). Give them one by one."
+            )
+        found |= changes
+    return found
+
+
+def for_expert(changes: Mapping[str, WeightDelta], expert: str) -> dict[str, WeightDelta]:
+    """The changes under names of the expert they are for; text encoders, which both hear, keep theirs."""
+    found: dict[str, WeightDelta] = {}
+    for name, change in changes.items():
+        home, rest = home_of(name, {})
+        if home.startswith("text"):
+            found[name] = change
+            continue
+        if expert in ("high", "both"):
+            found[rest if home else name] = change
+        if expert in ("low", "both"):
+            found[f"{experts.SECOND}{rest}"] = change
+    return found
+
+
 @torch.no_grad()
-def merge(model: Model, file: Path | str, weight: float = 1.0, second: bool = False) -> list[str]:
+def merge(model: Model, file: Path | str, weight: float = 1.0, expert: str = "") -> list[str]:
     """Add a LoRA, `weight` times, to the model's weights; returns the layers for which it holds a change.
 
-    Several files stack: each is added to what is there. `second`: the file is for the second of two experts.
+    Several files stack: each is added to what is there.
 
+    Args:
+        file: of a LoRA; of a pair for two experts FILE@high, FILE@low, or the folder that holds both.
+        expert: high, low or both, as after @.
     Raises:
         Refused: a file that is no LoRA, one of another base, or weights that are quantised.
     """
-    changes, _ = read(file)
-    if second:
-        changes = {f"transformer_2.{home_of(name, {})[1]}": change for name, change in changes.items()}
+    if not math.isfinite(weight):
+        raise Refused(f"{file}: {weight} is no weight of a LoRA. Give a number, as 0.8.")
+    changes = read_changes(model, file, expert)
     homes, changed = networks(model), list[str]()
     layers: dict[str, dict[str, Any]] = {home: layers_of(network) for home, network in homes.items()}
     for home, layer, change in match_layers(model, changes, file):

@@ -197,6 +197,21 @@ class WeightDelta:
         return self
 
 
+def files_in(file: Path | str, pair: bool = False) -> list[Path]:
+    """The file itself; of a folder the one in it, or both of a pair.
+
+    Raises:
+        Refused: a folder of none, or of more.
+    """
+    path = Path(file).expanduser()
+    if not path.is_dir():
+        return [path]
+    inside = sorted(path.glob("*.safetensors"))
+    if len(inside) != 1 and not (pair and len(inside) == 2):
+        raise Refused(f"{path} holds {len(inside)} safetensors files. Give the LoRA's file itself.")
+    return inside
+
+
 def swapped_halves(rows: Tensor) -> Tensor:
     """The second half of the rows before the first."""
     return torch.cat(rows.chunk(2)[::-1])
@@ -208,12 +223,7 @@ def read(file: Path | str) -> tuple[dict[str, WeightDelta], dict[str, str]]:
     Raises:
         Refused: no such file, a pickle, a key that belongs to no LoRA.
     """
-    path = Path(file).expanduser()
-    if path.is_dir():
-        inside = sorted(path.glob("*.safetensors"))
-        if len(inside) != 1:
-            raise Refused(f"{path} holds {len(inside)} safetensors files. Give the LoRA's file itself.")
-        path = inside[0]
+    (path,) = files_in(file)
     if not path.is_file():
         raise Refused(f"{path} does not exist. Give the file of a LoRA (.safetensors).")
     must_be_safetensors(path)

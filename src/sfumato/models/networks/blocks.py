@@ -145,44 +145,72 @@ def set_attention_backend(network: nn.Module, backend: str) -> int:
     return len(chosen)
 
 
+QUANTIZED = ("codes", "scales")
+"""The buffers in which a layer keeps frozen weights of few bits."""
+
+
 class OffloadedBlocks:
     """Frozen weights that live in the CPU's memory and are lent to the GPU block by block.
 
     While one block is computed the next one's weights are copied on a stream of their own; what was asked is
-    dropped at once, so that two blocks are there at most. Trained weights stay on the GPU.
+    dropped, so that two blocks are there at most. Trained weights stay on the GPU.
+
+    Backwards a block is lent when its answer's gradient is there, and dropped when that of another's is:
+    torch's own hook for "the backward pass of this module is over" heeds tensors given by position alone, and
+    comes before that pass where none of them needs a gradient. Which block comes next is learned from the
+    last forward pass.
     """
 
     def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.homes: list[list[tuple[nn.Parameter, Tensor]]] = []
+        self.homes: list[list[tuple[Tensor, Tensor]]] = []
         self.there: list[Any] = [None] * len(blocks)
+        self.after: dict[int, int] = {}
+        """The block that was asked after each."""
+        self.asked: int | None = None
         self.copies = 0
         for place, block in enumerate(blocks):
             frozen = [weight for weight in block.parameters() if not weight.requires_grad]
+            frozen += [one for name, one in block.named_buffers() if name.split(".")[-1] in QUANTIZED]
             self.homes.append([(weight, self._home(weight)) for weight in frozen])
             self.drop(place)
-            block.register_forward_pre_hook(self._before(place, place + 1))
-            block.register_forward_hook(self._after(place))
-            block.register_full_backward_pre_hook(self._before(place, place - 1))
-            block.register_full_backward_hook(self._after(place))
+            block.register_forward_pre_hook(self._before_forward(place))
+            block.register_full_backward_pre_hook(self._before_backward(place))
 
-    def _home(self, weight: nn.Parameter) -> Tensor:
+    def _home(self, weight: Tensor) -> Tensor:
         home = weight.detach().to("cpu", copy=True)
         return home.pin_memory() if self.stream is not None else home
 
-    def _before(self, place: int, next_place: int) -> Any:
+    def _before_forward(self, place: int) -> Any:
         def load(*_: Any) -> None:
-            self.copy(place)
-            if self.stream is not None:
-                torch.cuda.current_stream(self.device).wait_event(self.there[place])
-            if 0 <= next_place < len(self.homes):
-                self.copy(next_place)
+            if self.asked is not None and self.asked != place:
+                self.after[self.asked] = place
+            self.asked = place
+            self.lend(place, self.after.get(place))
 
         return load
 
-    def _after(self, place: int) -> Any:
-        return lambda *_: self.drop(place)
+    def _before_backward(self, place: int) -> Any:
+        def load(*_: Any) -> None:
+            if self.asked is not None:  # the last of this forward pass: none follows it
+                self.after.pop(self.asked, None)
+                self.asked = None
+            before = next((one for one, then in self.after.items() if then == place), None)
+            self.lend(place, before)
+
+        return load
+
+    def lend(self, place: int, following: int | None = None) -> None:
+        """Have a block's weights on the device, begin to copy those of the one that follows, drop others."""
+        for other in range(len(self.homes)):
+            if self.there[other] is not None and other not in (place, following):
+                self.drop(other)
+        self.copy(place)
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.there[place])
+        if following is not None:
+            self.copy(following)
 
     def copy(self, place: int) -> None:
         """Begin to copy a block's weights to the device, unless they are there."""
@@ -197,7 +225,6 @@ class OffloadedBlocks:
         with torch.cuda.stream(self.stream):
             for weight, home in self.homes[place]:
                 weight.data = home.to(self.device, non_blocking=True)
-                weight.data.record_stream(torch.cuda.current_stream(self.device))
             self.there[place] = self.stream.record_event()
 
     def drop(self, place: int) -> None:
@@ -209,16 +236,23 @@ class OffloadedBlocks:
         self.there[place] = None
 
 
-def offload_blocks(network: nn.Module, device: torch.device) -> OffloadedBlocks:
+def offload_blocks(network: nn.Module, device: torch.device, recomputed: bool = True) -> OffloadedBlocks:
     """Keep the frozen weights of the network's blocks in the CPU's memory and lend them to the GPU.
 
+    Args:
+        recomputed: whether every block is computed again in the backward pass.
     Raises:
-        Refused: there is no GPU to lend to, or nothing frozen in blocks.
+        Refused: there is no GPU to lend to, nothing frozen in blocks, or blocks that keep what they are lent.
     """
     if device.type != "cuda":
         raise Refused(
             f"train.offload lends a GPU what does not fit into its memory, but this run is on the "
             f"{device.type}. Leave train.offload out."
+        )
+    if not recomputed:
+        raise Refused(
+            "train.offload frees nothing while blocks keep their weights for the backward pass. Say "
+            "train.gradient_checkpointing = 1 with it."
         )
     found = blocks_of(network)
     if not any(not weight.requires_grad for block in found for weight in block.parameters()):

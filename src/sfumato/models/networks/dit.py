@@ -17,6 +17,7 @@ is a clip of one frame. Frames may be told times of their own, as diffusion forc
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,6 +46,25 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(
         expand_to_tokens(shift, x), F.layer_norm(x, x.shape[-1:]), 1 + expand_to_tokens(scale, x)
     )
+
+
+@lru_cache(maxsize=128)
+def _interpolation(coarse: int, fine: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[coarse, fine]: what each of `coarse` numbers in a row weighs in `fine` ones between them."""
+    whole = torch.eye(coarse, dtype=torch.float64)
+    return F.interpolate(whole[None], fine, mode="linear")[0].to(device, dtype)
+
+
+def interpolate(x: Tensor, size: Sequence[int]) -> Tensor:
+    """x [B, D, …] → [B, D, *size], linear between the numbers, as torch's: by a matrix for each axis.
+
+    Torch's own adds its gradients on a GPU in an order of their arrival, so that no run could be repeated.
+    """
+    for axis, fine in enumerate(size, 2):
+        if x.shape[axis] != fine:
+            x = x.transpose(axis, -1) @ _interpolation(x.shape[axis], fine, x.device, x.dtype)
+            x = x.transpose(axis, -1)
+    return x
 
 
 class HeadNorm(nn.RMSNorm):
@@ -340,6 +360,8 @@ class DiT(Denoiser):
             tokens, time, angles = self.local_tokens(self.ulysses, tokens, time, angles)
         text = self.text(condition["tokens"]) if "tokens" in condition else None
         mask = condition["mask"] if text is not None and "mask" in condition else None
+        if getattr(condition, "is_unpadded", False) and x.device.type != "cpu":
+            mask = None  # with a mask no GPU takes its fastest attention; a CPU rounds otherwise without one
         perturbed = condition.get("perturbed")
         middle = ((len(self.blocks) - 1) // 2, len(self.blocks) // 2)
         for index, block in enumerate(self.blocks):
@@ -432,7 +454,10 @@ class DiT(Denoiser):
         if canvas is None:
             return tokens
         size, way = ((frames, rows, columns), "trilinear") if self.frames else ((rows, columns), "bilinear")
-        return tokens + F.interpolate(canvas, size, mode=way).flatten(2).transpose(1, 2)
+        spread = (
+            F.interpolate(canvas, size, mode=way) if x.device.type == "cpu" else interpolate(canvas, size)
+        )
+        return tokens + spread.flatten(2).transpose(1, 2)
 
     def angles(self, frames: int, rows: int, columns: int, device: torch.device) -> Angles:
         """What turns queries and keys: two axes for a network of pictures, three for one of clips."""

@@ -5,6 +5,7 @@ quantiles of a normal distribution, with one scale for 64 neighbors (arXiv:2305.
 linear layers of the repeated blocks are stored narrow: what enters, leaves and normalizes stays as it is.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 """NF4: the numbers that 4 bits stand for."""
+
+
+@lru_cache(maxsize=16)
+def _level_pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[256, 2]: the two numbers that each byte of codes stands for; copied to a device once."""
+    levels = torch.tensor(LEVELS, dtype=dtype)
+    byte = torch.arange(256)
+    return torch.stack([levels[byte >> 4], levels[byte & 15]], 1).to(device)
 
 
 def quantize(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
@@ -44,9 +53,8 @@ def dequantize(codes: Tensor, scales: Tensor, shape: tuple[int, int], dtype: tor
     """The matrix [out, in] that the codes stand for."""
     if codes.dtype != torch.uint8:
         return codes.to(dtype) * scales.to(dtype)
-    levels = torch.tensor(LEVELS, device=codes.device, dtype=dtype)
-    pairs = torch.stack([codes >> 4, codes & 15], 1).long()
-    flat = (levels[pairs].view(-1, GROUP) * scales.to(dtype)).flatten()
+    pairs = _level_pairs(codes.device, dtype).index_select(0, codes.int())
+    flat = (pairs.view(-1, GROUP) * scales.to(dtype)).flatten()
     return flat[: shape[0] * shape[1]].view(shape)
 
 
@@ -56,7 +64,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(codes, scales)
-        ctx.shape, ctx.dtype = shape, x.dtype
+        ctx.shape, ctx.dtype, device = shape, x.dtype, x.device.type
+        if device != "cpu" and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # or the weights are made wide and then narrow again
         return F.linear(x, dequantize(codes, scales, shape, x.dtype))
 
     @staticmethod

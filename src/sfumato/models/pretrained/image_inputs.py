@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato.errors import Refused
+from sfumato.readers import media
 
 Pictures = Sequence[Image.Image]
 Encode = Callable[[Tensor], Tensor]
@@ -35,14 +36,13 @@ class ImageCondition:
 def picture(one: Any) -> Image.Image:
     """A PIL picture, the path of one, uint8 [H, W, 3], or pixels [3, H, W] in [-1, 1], as RGB.
 
+    It is read as training reads it: upright, on white where it is clear, 16 bits and profiles to 8-bit sRGB.
+
     Raises:
-        Refused: anything else.
+        Refused: anything else, or a file that cannot be read.
     """
     if isinstance(one, str | Path):
-        try:
-            one = Image.open(Path(one).expanduser())
-        except OSError as problem:
-            raise Refused(f"{one} is no picture that can be read: {problem}.") from problem
+        one = _read(Path(one).expanduser(), str(one))
     if isinstance(one, Tensor) and one.ndim == 3 and one.is_floating_point():
         one = one.float().clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     if isinstance(one, np.ndarray) and one.dtype == np.uint8 and one.ndim == 3:
@@ -52,7 +52,36 @@ def picture(one: Any) -> Image.Image:
             f"A picture must be a PIL image, a path, uint8 [H, W, 3] or pixels [3, H, W] in [-1, 1], not "
             f"{type(one).__name__}."
         )
-    return one.convert("RGB")
+    return _read(one, "The picture")
+
+
+def mask_picture(one: Any) -> Image.Image:
+    """A mask, read as `picture` reads it, white where it acts.
+
+    Raises:
+        Refused: as `picture`, and a mask that tells by what is clear where it acts: on white it is white all
+            over.
+    """
+    found = picture(one)
+    source = Path(one).expanduser() if isinstance(one, str | Path) else one
+    if isinstance(source, Path | Image.Image) and found.convert("L").getextrema()[0] > 250:
+        alpha = media.open_picture(source).convert("RGBA").getchannel("A").getextrema()
+        if alpha[0] < 255:
+            name = one if isinstance(one, str | Path) else "The mask"
+            raise Refused(
+                f"{name} is white all over once what is clear in it lies on white. Save the mask without "
+                "transparency: white where it acts, black elsewhere."
+            )
+    return found
+
+
+def _read(source: Path | Image.Image, name: str) -> Image.Image:
+    try:
+        return media.read_picture(source)
+    except media.Unreadable as problem:
+        raise Refused(
+            f"{name} cannot be read as a picture: {problem}. Give one of {', '.join(media.PICTURES)}."
+        ) from problem
 
 
 def images_per_prompt(shown: Any, count: int, name: str = "image") -> list[list[Image.Image]]:

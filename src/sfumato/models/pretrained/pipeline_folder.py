@@ -17,6 +17,7 @@ from sfumato.models.codecs.image import PixelCodec
 from sfumato.models.codecs.pretrained import PretrainedCodec
 from sfumato.models.files import PICKLES, must_be_safetensors
 from sfumato.models.interface import Codec, Conditioner, Denoiser, Model
+from sfumato.models.load_network import load_network
 from sfumato.models.pretrained import schedulers, single_file, train_text_encoders
 from sfumato.models.pretrained.families import pipelines
 from sfumato.models.pretrained.family import Family
@@ -170,8 +171,14 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[s
     logging.disable_progress_bar()
     index = read_index(folder)
     given: dict[str, Any] = dict.fromkeys(left_out(index, family))
-    composed = family.custom_components(folder)  # diffusers takes only the classes that the index names
+    try:
+        composed = family.custom_components(folder)  # diffusers takes only the classes that the index names
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
+        said = " ".join(str(problem).split())[:300]
+        raise Refused(f"{folder} does not load as a {index['_class_name']}: {said}") from problem
     given |= dict.fromkeys(composed) | held
+    variant = variant_of(folder, index, dtype)
+    given |= open_networks(folder, {name: index[name] for name in index if name not in given}, dtype, variant)
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
     try:
@@ -182,7 +189,6 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[s
                 torch_dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
-                variant=variant_of(folder, index, dtype),
                 **given,
             )
     except (OSError, ValueError, TypeError, RuntimeError) as problem:
@@ -191,6 +197,34 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[s
     pipe.register_modules(**composed)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def open_networks(
+    folder: Path, index: dict[str, Any], dtype: torch.dtype, variant: str | None
+) -> dict[str, nn.Module]:
+    """The components that are networks of diffusers or transformers, with every weight of their files.
+
+    Raises:
+        Refused: one lacks a weight, or its file holds a key that no layer has.
+    """
+    import diffusers
+    import transformers
+
+    found: dict[str, nn.Module] = {}
+    for name, entry in index.items():
+        if (
+            name.startswith("_")
+            or not isinstance(entry, list)
+            or entry[0] not in ("diffusers", "transformers")
+        ):
+            continue
+        kind = getattr(diffusers if entry[0] == "diffusers" else transformers, str(entry[1]), None)
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained")):
+            continue
+        files = [file.name for file in (folder / name).glob("*.safetensors")]
+        words = {word.group(1) for file in files if (word := VARIANT.fullmatch(file)) is not None}
+        found[name] = load_network(kind, folder / name, dtype, variant if variant in words else None)
+    return found
 
 
 def first_of(pipe: Any, *names: str, otherwise: int = 1) -> int:
@@ -248,11 +282,15 @@ def load_pipeline(
     """
     family = family_of(folder)
     held: dict[str, Any] = {}
+    said: dict[str, Any] = {}
     if file is None:
         check_parts(folder, family)
     else:
+        said = {} if family.timestep_input else single_file.said_of_theory(file)
         held = single_file.components(file, folder, read_index(folder), family.network, dtype)
     pipe = open_pipeline(folder, dtype, family, held)
+    if hasattr(getattr(pipe, "scheduler", None), "alphas_cumprod"):
+        pipe.register_modules(scheduler=schedulers.with_table(pipe.scheduler, said))
     network: nn.Module = family.get_denoiser(pipe)
     codec = codec_of(family, pipe)
     if misfit := family.why_incompatible(network, pipe, codec.latent_channels):

@@ -4,6 +4,7 @@ A discrete scheduler's step n of N sits at t = (n + 1)/N; a flow scheduler's σ 
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -106,6 +107,37 @@ def table_theory(scheduler: Any) -> Theory:
     if config.get("rescale_betas_zero_snr"):
         kept[-1] = 0  # some schedulers write a tiny number there
     return get(ANSWERS[answer], betas=1 - kept / torch.cat([kept.new_ones(1), kept[:-1]]))
+
+
+def with_table(scheduler: Any, said: Mapping[str, Any]) -> Any:
+    """The scheduler with what a model's file says of its theory, its table rescaled where that is asked.
+
+    Some classes (PNDM, LMS, Heun, …) do not know `rescale_betas_zero_snr` and keep the table as it was;
+    theirs is rescaled here, as diffusers does for those that know it: the last ᾱ is 2⁻²⁴, which divides.
+
+    Source: Lin et al. 2023, arXiv:2305.08891, algorithm 1.
+    """
+    config = scheduler.config
+    if config.get("rescale_betas_zero_snr") and said.get("rescale_betas_zero_snr"):
+        said = {name: value for name, value in said.items() if name != "timestep_spacing"}
+    if any(config.get(name) != value for name, value in said.items()):
+        scheduler = type(scheduler).from_config(config, **said)
+        scheduler.register_to_config(**said)  # also what this class does not know
+    known = inspect.signature(type(scheduler).__init__).parameters
+    if not scheduler.config.get("rescale_betas_zero_snr") or "rescale_betas_zero_snr" in known:
+        return scheduler
+    root = scheduler.alphas_cumprod.double().sqrt()
+    kept = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    kept[-1] = 2.0**-24
+    scheduler.alphas_cumprod = kept.to(scheduler.alphas_cumprod.dtype)
+    scheduler.alphas = (kept / torch.cat([kept.new_ones(1), kept[:-1]])).to(scheduler.alphas_cumprod.dtype)
+    scheduler.betas = 1 - scheduler.alphas
+    for name, value in (("alpha_t", kept.sqrt()), ("sigma_t", (1 - kept).sqrt())):
+        if hasattr(scheduler, name):
+            setattr(scheduler, name, value.to(scheduler.alphas_cumprod.dtype))
+    if hasattr(scheduler, "lambda_t"):
+        scheduler.lambda_t = torch.log(scheduler.alpha_t) - torch.log(scheduler.sigma_t)
+    return scheduler
 
 
 def line_of_sigmas(steps: int) -> list[float]:

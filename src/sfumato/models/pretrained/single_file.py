@@ -6,16 +6,18 @@ what the networks look like (its config.json files), and lends what the file lac
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from sfumato.errors import Refused
+from sfumato.models.scaled_weights import dequantize
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -36,21 +38,25 @@ def components(
         tensors: Any = load_single_file_checkpoint(str(file), local_files_only=True)
     except Exception as problem:
         raise Refused(f"{file} is damaged ({problem}). Copy it again.") from problem
+    tensors = dequantize(tensors, dtype, file)
     found: dict[str, Any] = {}
+    used: set[str] = set()
+    reasons: dict[str, str] = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or not entry[0]:
             continue
         kind = getattr(diffusers, entry[1], None) if entry[0] == "diffusers" else None
-        reason = "the file has no such part"
+        reason = NO_PART
         is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
         if is_network and (converter := convertible(kind)):
             with at_width(converter, folder / name):
-                held = of_denoiser(tensors, entry[1]) if name == denoiser else tensors
-                part, reason = converted(kind, held, folder, name, dtype)
+                held, taken = of_denoiser(tensors, entry[1]) if name == denoiser else tensors, set[str]()
+                part, reason = converted(kind, converter, held, folder, name, dtype, taken)
+                used |= keys_of(tensors, [held[key] for key in taken])
         elif isinstance(kind, type) and name == denoiser:
-            part, reason = under_its_own_names(kind, tensors, folder / name, dtype)
+            part, reason = under_its_own_names(kind, tensors, folder / name, dtype, used)
         elif entry[0] == "transformers" and name.startswith("text_encoder"):
-            part = text_part(entry[1], name, tensors, folder, dtype)
+            part, reason = text_part(entry[1], name, tensors, folder, dtype, used)
         else:
             continue
         if part is not None:
@@ -61,10 +67,82 @@ def components(
                 "folder of the model that the file was made from."
             )
         elif not any(one.name.endswith(WEIGHTS) for one in (folder / name).glob("*")):
+            why = "" if reason == NO_PART else f" ({reason})"
             raise Refused(
-                f'{file} has no "{name}" ({entry[1]}), and {folder / name} holds no weights either. Put the '
+                f'{file} has no "{name}" ({entry[1]}){why}, and {folder / name} holds no weights either. '
+                "Put the "
                 f"weights of the model's {name} there (*.safetensors)."
             )
+        else:
+            reasons[name] = reason
+    check_used(file, tensors, used, reasons)
+    return found
+
+
+NO_PART = "the file has no such part"
+WITHOUT_USE = re.compile(
+    r"^model_ema\.|^(first_stage_model|vae)\.loss\."
+    r"|(^|\.)(position_ids|logit_scale|num_batches_tracked|inv_freq)$"
+    r"|^((\w*_)?alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar|scale_factor)$"
+    r"|^denoiser\.(log_)?sigmas$|^(v_pred|ztsnr|edm_mean|edm_std|iteration|global_step)$"
+)
+"""Keys of makers' files that are no weight of what is drawn with: their averages, tables, losses."""
+TEXT_WITHOUT_USE = re.compile(r"(^|\.)(position_ids|logit_scale|text_projection(\.weight)?)$")
+TEXT_PARTS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.")
+
+
+def check_used(file: Path, tensors: Mapping[str, Tensor], used: set[str], reasons: Mapping[str, str]) -> None:
+    """Raises Refused where the file holds a key that no network took."""
+    left = sorted(key for key in tensors if key not in used and not WITHOUT_USE.search(key))
+    if not left:
+        return
+    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+    why = next((f" ({name}: {said})" for name, said in reasons.items() if said != NO_PART), "")
+    raise Refused(
+        f"{file} holds {left[0]}{more}, which no network of the config's folder uses{why}: it would be "
+        "ignored. Give as config the folder of the model that the file was made from; or, if they are of no "
+        "use, write the file without them."
+    )
+
+
+EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Keys by which files say that they were trained under EDM (Playground 2.5, CosXL)."""
+
+
+def said_of_theory(file: Path) -> dict[str, Any]:
+    """What a file says of the theory it was trained under, as settings of a diffusers scheduler.
+
+    Markers are keys without numbers, `v_pred` and `ztsnr` (zero terminal SNR), or entries of the header:
+    `modelspec.prediction_type`, and sd-scripts' `ss_v_parameterization` and `ss_zero_terminal_snr`. A table
+    that ends at pure noise is sampled from there: timesteps are spaced from the end.
+
+    Raises:
+        Refused: a theory that is not read here.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            header = dict(opened.metadata() or {})
+            keys = {key.rpartition("model.")[2] for key in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as problem:
+        raise Refused(f"{file} is damaged ({problem}). Copy it again.") from problem
+    if edm := sorted(keys & set(EDM)):
+        raise Refused(
+            f"{file} says ({edm[0]}) that it was trained under EDM, which is not read from single files. "
+            "Give a model that was trained on a table of betas."
+        )
+    found: dict[str, Any] = {}
+    told = header.get("modelspec.prediction_type", "").lower()
+    if "v_pred" in keys or told in ("v", "v_prediction") or header.get("ss_v_parameterization") == "True":
+        found["prediction_type"] = "v_prediction"
+    elif told == "epsilon":
+        found["prediction_type"] = "epsilon"
+    elif told:
+        raise Refused(
+            f'{file}: modelspec.prediction_type is "{told[:40]}"; epsilon and v are read. Correct it in '
+            "the file's header."
+        )
+    if "ztsnr" in keys or header.get("ss_zero_terminal_snr") == "True":
+        found |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return found
 
 
@@ -101,6 +179,12 @@ def of_denoiser(tensors: dict[str, Any], kind: str) -> dict[str, Any]:
     if rules is not NORMS and not any("attn.qkv." in key for key in own):
         return own
     return {renamed(key, rules): one for key, one in own.items()}
+
+
+def keys_of(tensors: Mapping[str, Tensor], some: Iterable[Tensor]) -> set[str]:
+    """The keys under which a file holds these tensors."""
+    held = {id(one) for one in some}
+    return {key for key, one in tensors.items() if id(one) in held}
 
 
 def renamed(key: str, rules: list[tuple[str, str]]) -> str:
@@ -148,8 +232,63 @@ def narrowed(code: CodeType, sizes: dict[int, int]) -> CodeType:
     return code.replace(co_consts=tuple(known))
 
 
+class Traced(Tensor):
+    """A tensor that knows of which keys of the file it was made, through whatever a converter does to it."""
+
+    keys: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, key: str, tensor: Tensor) -> "Traced":
+        """The same numbers, and the key they have in the file."""
+        one = tensor.as_subclass(cls)
+        one.keys = frozenset((key,))
+        return one
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What is made of traced tensors is made of all their keys."""
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        keys = frozenset[str]().union(*(one.keys for one in flattened((args, kwargs))))
+        for one in flattened(out):
+            one.keys = one.keys | keys
+        return out
+
+
+def flattened(value: Any) -> Iterator[Traced]:
+    """The traced tensors inside lists, tuples and dicts."""
+    if isinstance(value, Traced):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from flattened(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from flattened(one)
+
+
+@contextmanager
+def traced(kind: str, made: dict[str, frozenset[str]]) -> Iterator[None]:
+    """Inside the block the converter of this class writes into `made` of which keys each weight was made."""
+    from diffusers.loaders import single_file_model
+
+    entry: Any = single_file_model.SINGLE_FILE_LOADABLE_CLASSES[kind]
+    usual = entry["checkpoint_mapping_fn"]
+
+    def follow(checkpoint: Mapping[str, Tensor], **known: Any) -> dict[str, Tensor]:
+        marked = {key: Traced.of(key, one) for key, one in checkpoint.items()}
+        out = usual(checkpoint=marked, **known)
+        made.update({key: getattr(one, "keys", frozenset()) for key, one in out.items()})
+        return {key: one.as_subclass(Tensor) for key, one in out.items()}
+
+    entry["checkpoint_mapping_fn"] = follow
+    try:
+        yield
+    finally:
+        entry["checkpoint_mapping_fn"] = usual
+
+
 def under_its_own_names(
-    kind: Any, tensors: dict[str, Any], folder: Path, dtype: torch.dtype
+    kind: Any, tensors: dict[str, Any], folder: Path, dtype: torch.dtype, used: set[str]
 ) -> tuple[nn.Module | None, str]:
     """(the network filled with weights under diffusers' own names, or None; why not)."""
     network = kind.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -161,45 +300,125 @@ def under_its_own_names(
         network.load_state_dict(own, strict=False)
     except RuntimeError as problem:
         return None, " ".join(str(problem).split())[:200]
+    used |= keys_of(tensors, [own[key] for key in network.state_dict()])
     return network.to(dtype).eval(), ""
 
 
 def converted(
-    kind: Any, tensors: dict[str, Any], folder: Path, name: str, dtype: torch.dtype
+    kind: Any,
+    converter: str,
+    tensors: dict[str, Any],
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    used: set[str],
 ) -> tuple[nn.Module | None, str]:
-    """(the network with the file's weights, or None; why not)."""
+    """(the network with the file's weights, or None; why not); adds the keys it was made of to `used`."""
+    made: dict[str, frozenset[str]] = {}
     try:
-        network = kind.from_single_file(
-            dict(tensors), config=str(folder), subfolder=name, torch_dtype=dtype, local_files_only=True
-        )
+        with traced(converter, made):
+            network = kind.from_single_file(
+                dict(tensors), config=str(folder), subfolder=name, torch_dtype=dtype, local_files_only=True
+            )
     except KeyError as problem:
         return None, f"it has no {problem.args[0]}"
     except Exception as problem:  # converters fail in every way on a file that is of something else
         message = " ".join(str(problem).split())[:200]
         return None, f"its tensors are not those that diffusers converts into it ({message})"
     empty = [key for key, weight in network.named_parameters() if weight.is_meta]
-    return (None, f"it has no {empty[0]}") if empty else (network.eval(), "")
+    if empty:
+        return None, f"it has no {empty[0]}"
+    known = network.state_dict()
+    made = made or {key: frozenset((key,)) for key in tensors}
+    used |= frozenset[str]().union(*(keys for key, keys in made.items() if key in known))
+    return network.eval(), ""
 
 
 def text_part(
-    kind: str, name: str, tensors: dict[str, Any], folder: Path, dtype: torch.dtype
-) -> nn.Module | None:
-    """The text encoder with the file's weights; None where the file has none."""
+    kind: str, name: str, tensors: dict[str, Any], folder: Path, dtype: torch.dtype, used: set[str]
+) -> tuple[nn.Module | None, str]:
+    """(the text encoder with the file's weights, or None where the file has none; why not)."""
     from diffusers import pipelines
     from diffusers.loaders.single_file import load_single_file_sub_model
 
+    asked, given = Asked(tensors), set[str]()
     try:
-        part: Any = load_single_file_sub_model(
-            library_name="transformers",
-            class_name=kind,
-            name=name,
-            checkpoint=dict(tensors),
-            pipelines=pipelines,
-            is_pipeline_module=False,
-            cached_model_config_path=str(folder),
-            torch_dtype=dtype,
-            local_files_only=True,
-        )
-    except Exception:  # as above; the folder's own is taken then
-        return None
-    return None if any(weight.is_meta for weight in part.parameters()) else part
+        with watched(given):
+            part: Any = load_single_file_sub_model(
+                library_name="transformers",
+                class_name=kind,
+                name=name,
+                checkpoint=asked,
+                pipelines=pipelines,
+                is_pipeline_module=False,
+                cached_model_config_path=str(folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+            )
+    except Exception as problem:  # as above; the folder's own is taken then
+        return None, " ".join(str(problem).split())[:200] if asked.taken else NO_PART
+    if not asked.taken:  # the folder's own, which is opened with its index
+        return None, NO_PART
+    if empty := [key for key, weight in part.named_parameters() if weight.is_meta]:
+        return None, f"it has no {empty[0]}"
+    known = {re.sub(r"^text_model\.", "", key) for key in part.state_dict()}
+    names = (re.sub(r"^text_model\.", "", key) for key in sorted(given))
+    if extra := [one for one in names if one not in known and not TEXT_WITHOUT_USE.search(one)]:
+        return None, f"no layer of it is called {extra[0]}"
+    homes = {text_home(key) for key in asked.taken}
+    used |= {key for key in tensors if text_home(key) in homes}
+    return part, ""
+
+
+@contextmanager
+def watched(given: set[str]) -> Iterator[None]:
+    """Inside the block the converter of text encoders writes down which weights it hands to the network."""
+    from diffusers.loaders import single_file_utils
+
+    usual: Any = single_file_utils.load_model_dict_into_meta
+
+    def fill(network: Any, state_dict: Mapping[str, Any], *known: Any, **named: Any) -> Any:
+        given.update(state_dict)
+        return usual(network, state_dict, *known, **named)
+
+    module: Any = single_file_utils
+    module.load_model_dict_into_meta = fill
+    try:
+        yield
+    finally:
+        module.load_model_dict_into_meta = usual
+
+
+class Asked(dict[str, Any]):
+    """The file's tensors; `taken` are the keys of text encoders that a converter asked for."""
+
+    def __init__(self, tensors: Mapping[str, Any]) -> None:
+        super().__init__(tensors)
+        self.taken: set[str] = set()
+
+    def note(self, key: str) -> None:
+        """A key of a text encoder was asked for."""
+        if text_home(key):
+            self.taken.add(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.note(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
+        """As of any dict."""
+        self.note(key)
+        return super().get(key, default)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of any dict."""
+        self.note(key)
+        return super().pop(key, *default)
+
+
+def text_home(key: str) -> str:
+    """Where a file keeps the text encoder that a key belongs to; empty for keys of other networks."""
+    words = key.split(".")
+    if not key.startswith(TEXT_PARTS):
+        return ""
+    return ".".join(words[: 3 if key.startswith("conditioner.") else 2 if key.startswith("text_enc") else 1])

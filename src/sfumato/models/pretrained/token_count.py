@@ -7,7 +7,7 @@ from typing import Any
 
 from sfumato.errors import Refused
 from sfumato.models.interface import Conditioner
-from sfumato.models.text.encoder import MINILM, TextConditioner, minilm_folder
+from sfumato.models.text.encoder import MINILM, TextConditioner, minilm_folder, tokenizer
 
 MOST = 512
 """What a tokenizer that names no length is taken to read."""
@@ -22,10 +22,14 @@ class TokenCounter:
     most: int
 
 
-def of_conditioner(conditioner: Conditioner) -> TokenCounter | None:
-    """How much a model's conditioner reads, by its most patient tokenizer; None if it reads no text."""
+def of_conditioner(conditioner: Conditioner, asked: int | None = None) -> TokenCounter | None:
+    """How much a model's conditioner reads, by its most patient tokenizer; None if it reads no text.
+
+    Args:
+        asked: its `max_sequence_length`, where that is not the usual one.
+    """
     if isinstance(conditioner, TextConditioner):
-        most = min(conditioner.max_tokens, conditioner.tokenizer.model_max_length)
+        most = min(asked or conditioner.max_tokens, conditioner.tokenizer.model_max_length)
         return TokenCounter(_counting(conditioner.tokenizer), int(most))
     components: dict[str, Any] = getattr(getattr(conditioner, "pipe", None), "components", {})
     words: list[Any] = [
@@ -34,7 +38,7 @@ def of_conditioner(conditioner: Conditioner) -> TokenCounter | None:
     if not words:
         return None
     settings = getattr(conditioner, "settings", dict)({})
-    asked = int(settings.get("max_sequence_length") or MOST)
+    asked = int(asked or settings.get("max_sequence_length") or MOST)
     limits = [int(one.model_max_length) if one.model_max_length <= 128 else asked for one in words]
     best = max(range(len(words)), key=lambda i: limits[i])
     return TokenCounter(_counting(words[best]), limits[best])
@@ -50,7 +54,6 @@ def of_folder(model: str) -> TokenCounter | None:
     """
     if model == "none":
         return None
-    from transformers import AutoTokenizer
 
     if model == MINILM:
         try:
@@ -66,7 +69,7 @@ def of_folder(model: str) -> TokenCounter | None:
             f"{model} holds no tokenizer. Give --model the folder of a text encoder or of a diffusers "
             "pipeline, or minilm, or none."
         )
-    words: Any = AutoTokenizer.from_pretrained(kept[0], local_files_only=True, trust_remote_code=False)
+    words = tokenizer(kept[0])
     return TokenCounter(
         _counting(words), USUAL if model == MINILM else min(int(words.model_max_length), MOST)
     )

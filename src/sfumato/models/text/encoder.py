@@ -12,6 +12,7 @@ from torch import Tensor
 from sfumato.errors import Refused, nearest
 from sfumato.models.condition import Condition
 from sfumato.models.interface import Conditioner, registered
+from sfumato.models.load_network import load_network
 
 MINILM = "minilm"
 OPTIONS = ("max_sequence_length",)
@@ -52,8 +53,6 @@ class TextConditioner(Conditioner):
 
     def __init__(self, source: str = MINILM, max_tokens: int = 64, waves: int = 0):
         super().__init__()
-        from transformers import AutoTokenizer
-
         self.source, self.max_tokens, self.waves = source, max_tokens, waves
         folder = minilm_folder() if source == MINILM else Path(source).expanduser()
         if not (folder / "config.json").is_file():
@@ -62,9 +61,7 @@ class TextConditioner(Conditioner):
                 'encoder as transformers saves it, with its tokenizer; or "minilm", or "none".'
             )
         self.network = text_encoder(folder).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer = tokenizer(folder)
         self.width = int(self.network.config.hidden_size)
         self.pooled_width = (1 + 2 * waves) * self.width
         self._fingerprint = ""
@@ -98,12 +95,15 @@ class TextConditioner(Conditioner):
             word = next(iter(options))
             raise Refused(f'A text encoder takes no "{word}".{nearest(word, OPTIONS)}')
         limit = min(max_sequence_length or self.max_tokens, self.tokenizer.model_max_length)
-        words = self.tokenizer(
-            list(prompt), padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        ).to(self.network.device)
+        known = {"truncation": True, "return_tensors": "pt"}
+        words = self.tokenizer(list(prompt), padding=True, max_length=limit, **known)
+        if words["input_ids"].shape[1] == 0:  # no prompt has a token: one of padding, which does not count
+            words = self.tokenizer(list(prompt), padding="max_length", max_length=1, **known)
+        words = words.to(self.network.device)
         words.pop("token_type_ids", None)
         mask = words["attention_mask"].bool()
-        tokens = self.network(**words).last_hidden_state * mask[:, :, None]
+        tokens = self.network(**words).last_hidden_state
+        tokens = tokens.masked_fill(tokens.isnan() & ~mask[:, :, None], 0) * mask[:, :, None]
         return Condition({"tokens": tokens, "mask": mask, "pooled": pooled_fourier(tokens, mask, self.waves)})
 
     def encode_empty(self, count: int) -> Condition:
@@ -128,6 +128,31 @@ def pooled_fourier(tokens: Tensor, mask: Tensor, waves: int) -> Tensor:
     return (sums / kept.sum(1).clamp(min=1)[:, None, None]).flatten(1)
 
 
+def tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder`, with a token to pad with.
+
+    Raises:
+        Refused: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        words: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        named = tuple(getattr(words, "vocab_files_names", {}).values())
+        if named and not any((folder / name).is_file() for name in ("tokenizer.json", *named)):
+            raise Refused(f"it has none of {', '.join(dict.fromkeys(('tokenizer.json', *named)))}")
+        if words.pad_token is None:
+            kept = (words.eos_token, words.unk_token, words.bos_token, words.convert_ids_to_tokens(0))
+            words.pad_token = next(token for token in kept if token is not None)
+        words([""], padding=True)
+    except Exception as problem:  # tokenizers raise whatever their files make them, Exception itself too
+        raise Refused(
+            f"{folder} holds no tokenizer that loads ({' '.join(str(problem).split())[:300]}). Put the text "
+            "encoder's tokenizer there, as transformers' save_pretrained writes it."
+        ) from problem
+    return words
+
+
 def text_encoder(folder: Path) -> Any:
     """The network in `folder` that reads text: the encoder alone where there is a decoder too."""
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, CLIPTextModel
@@ -136,20 +161,16 @@ def text_encoder(folder: Path) -> Any:
     disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        options: dict[str, Any] = {
-            "local_files_only": True,
-            "use_safetensors": True,
-            "trust_remote_code": False,
-        }
         if config.model_type in ("clip", "clip_text_model"):
-            return CLIPTextModel.from_pretrained(folder, **options)
-        if getattr(config, "is_encoder_decoder", False):
-            return AutoModelForTextEncoding.from_pretrained(folder, **options)
-        return AutoModel.from_pretrained(folder, **options)
-    except (OSError, ValueError) as problem:
+            return load_network(CLIPTextModel, folder)
+        encoders: Any = AutoModelForTextEncoding
+        # the config of T5EncoderModel does not say that it is half a T5
+        kind: Any = AutoModelForTextEncoding if type(config) in encoders._model_mapping else AutoModel
+        return load_network(kind, folder, unused=["pooler"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as problem:
         raise Refused(
-            f"{folder} does not load as a text encoder: {problem}. It needs config.json, safetensors weights "
-            "and a tokenizer, as transformers' save_pretrained writes them."
+            f"{folder} does not load as a text encoder: {' '.join(str(problem).split())} It needs "
+            "config.json, safetensors weights and a tokenizer, as transformers' save_pretrained writes them."
         ) from problem
 
 

@@ -24,6 +24,8 @@ from sfumato.run_folder import RunFolder
 from sfumato.training.settings import TrainSettings
 
 PATIENCE = timedelta(hours=2)
+LONG_PATIENCE = timedelta(days=7)
+"""While one process encodes or trains a codec, the others wait."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Processes:
     def wait(self) -> None:
         """Return when every process is here."""
         if self.count > 1:
-            dist.barrier()
+            _wait_for_all()
 
     def indices_of_rank(self, count: int) -> list[int]:
         """Which of `count` things this group does; one at least, so that all compute together."""
@@ -94,10 +96,10 @@ class Processes:
     def first(self) -> Iterator[None]:
         """The leading process does the block, then the others do, and find done what is kept on disk."""
         if not self.is_rank_zero:
-            dist.barrier()
+            _wait_for_all()
         yield
         if self.is_rank_zero and self.count > 1:
-            dist.barrier()
+            _wait_for_all()
 
 
 def current_processes() -> Processes:
@@ -130,13 +132,31 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
         yield current_processes()
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu and ":" in device:
+        raise Refused(
+            f'train.device = "{device}" puts every process on one GPU. Under torchrun say train.device = '
+            '"cuda": each process takes the GPU of its local rank.'
+        )
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own)
+        dist.init_process_group("nccl", timeout=PATIENCE, device_id=own)
+        _WAITING.append(dist.new_group(backend="gloo", timeout=LONG_PATIENCE))
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield current_processes()
     finally:
+        _WAITING.clear()
         dist.destroy_process_group()
+
+
+_WAITING: list[dist.ProcessGroup] = []
+"""The group in which processes with GPUs wait: NCCL's watchdog ends those that wait for long."""
+
+
+def _wait_for_all() -> None:
+    dist.barrier(_WAITING[0] if _WAITING else None)
 
 
 def _own_device() -> torch.device:

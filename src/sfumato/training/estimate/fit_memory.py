@@ -128,7 +128,11 @@ def memory_options(
 
 
 def _clash(chosen: Mapping[str, Any]) -> bool:
-    """Whether a combination would be refused: divided weights are float32 and move by elementwise rules."""
+    """Whether a combination would be refused: divided weights are float32 and move by elementwise rules, and
+    blocks whose weights come and go are computed again.
+    """
+    if chosen.get("train.offload") and chosen.get("train.gradient_checkpointing", 0) != 1:
+        return True
     is_divided = chosen.get("train.parallel") in ("fsdp", "hsdp")
     narrow = chosen.get("train.weight_dtype", "fp32") != "fp32"
     whole = not spec_of(chosen.get("train.optimizer", "adamw")).is_elementwise

@@ -8,13 +8,15 @@ probe of a few real steps then says what the machine makes of it.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.training.distributed.processes import BatchSplit, Processes
@@ -22,6 +24,7 @@ from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.distributed.strategy import Strategy
 from sfumato.training.optim.optimizers import spec_of
 from sfumato.training.settings import TrainSettings
+from sfumato.training.state.posthoc_ema import is_kept_on
 
 FORWARD_AND_BACKWARD = 3
 NON_MATMUL_FACTOR = 1.35
@@ -244,7 +247,8 @@ def _count_afresh(network: nn.Module, inputs: Inputs) -> MemoryCount:
     shapes = tuple(to_meta(value) for value in inputs)
     blocks, saved = repeated_blocks(shadow), _SavedTensors(shadow)
     counter = FlopCounterMode(display=False)
-    with counter, saved.heard(blocks):
+    narrow: torch.dtype | None = getattr(network, "compute_dtype", None)
+    with counter, saved.heard(blocks), MetaAutocast(narrow) if narrow else nullcontext():
         kept = shadow(*shapes)
     del kept
     weights = list(trained_parameters(shadow).values())
@@ -262,9 +266,36 @@ def _count_afresh(network: nn.Module, inputs: Inputs) -> MemoryCount:
         frozen_in_blocks=sum(frozen),
         block=max(held, default=0),
         root=everything - sum(held),
-        host=next(network.parameters()).device.type == "cpu",
+        host=is_kept_on(next(network.parameters()).device, numbers),
         flops=counter.get_total_flops(),
     )
+
+
+PRODUCTS = {
+    F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.conv_transpose3d, torch.matmul, torch.bmm,
+    torch.addmm, torch.baddbmm, torch.Tensor.matmul, torch.Tensor.__matmul__, F.scaled_dot_product_attention,
+}  # fmt: skip
+NORMS = {F.group_norm, F.layer_norm, F.rms_norm}
+
+
+class MetaAutocast(TorchFunctionMode):
+    """What torch.autocast does, on the meta device, which it does not know: products narrow, norms wide."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The same call, its tensors of one dtype."""
+        dtype = self.dtype if func in PRODUCTS else torch.float32 if func in NORMS else None
+        if dtype is None:
+            return func(*args, **(kwargs or {}))
+        known = {name: _cast(one, dtype) for name, one in (kwargs or {}).items()}
+        return func(*[_cast(one, dtype) for one in args], **known)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def meta_copy(network: nn.Module) -> nn.Module:

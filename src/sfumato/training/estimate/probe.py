@@ -116,15 +116,25 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def flops_per_second(seconds: float = 0.2, size: int = 512, device: str | torch.device = "cpu") -> float:
-    """What this machine makes of float32 matrix products."""
-    a, b = torch.randn(2, size, size, device=device)
+def flops_per_second(
+    seconds: float = 0.2, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> float:
+    """What this machine makes of matrix products: on a CPU of float32, on a GPU of what autocast makes them.
+
+    A GPU is asked for products that keep it busy (4096³), several at a time, and waited for.
+    """
+    place = torch.device(device)
+    on_gpu = place.type == "cuda"
+    size, at_once = (4096, 8) if on_gpu else (512, 1)
+    a, b = torch.randn(2, size, size, device=place, dtype=dtype if on_gpu else None)
     c = a @ b
+    _finish(place)
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        torch.matmul(a, b, out=c)
-        count += 1
-    _finish(torch.device(device))
+        for _ in range(at_once):
+            torch.matmul(a, b, out=c)
+        count += at_once
+        _finish(place)
     return count * 2 * size**3 / (time.perf_counter() - began)
 
 

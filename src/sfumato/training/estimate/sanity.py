@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from sfumato.models.condition import Condition
 from sfumato.theory.definition import broadcast_like
+from sfumato.training.distributed.processes import BatchSplit, current_processes
 from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.objective.diffusion import DiffusionObjective, PreparedBatch
+from sfumato.training.precision import NARROW, effective_precision
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state.train_state import TrainState
 
@@ -42,6 +44,26 @@ class Check:
 def parts_of(objective: DiffusionObjective) -> int:
     """Into how many parts the first batch is divided, so that one of them is enough to ask about."""
     return max(1, len(objective.order.at(0)[0]) // CHECK_SAMPLES)
+
+
+def gradient_parts(objective: DiffusionObjective, settings: TrainSettings) -> tuple[int, range]:
+    """(parts of a batch, those asked for): with a gradient no more at once than training asks for."""
+    whole, trained = parts_of(objective), BatchSplit.of(settings, current_processes()).parts
+    return (whole, range(1)) if trained <= whole else (trained, range(trained // whole))
+
+
+@contextmanager
+def training_precision(objective: DiffusionObjective, settings: TrainSettings) -> Iterator[None]:
+    """Within it a GPU answers in the precision of the run; a CPU in float32, where nothing is gained."""
+    denoiser, device = objective.model.denoiser, objective.model.device
+    own = denoiser.compute_dtype
+    if own is None and device.type != "cpu":
+        name = effective_precision(settings.precision, device, settings.weight_dtype)
+        denoiser.compute_dtype = NARROW.get(name)
+    try:
+        yield
+    finally:
+        denoiser.compute_dtype = own
 
 
 def first_batch(objective: DiffusionObjective) -> PreparedBatch:
@@ -96,13 +118,13 @@ def cosine_to_target(objective: DiffusionObjective) -> float:
 def baseline_answer(objective: DiffusionObjective, x_0: Tensor, t: Tensor, x_t: Tensor) -> Tensor:
     """The answer of one that knows only the latents' mean square."""
     theory = objective.model.theory
-    square = x_0.square().mean().double()
+    square = x_0.square().mean().double().to(t.device)
     (a, s), (p, q) = theory.data(t.double()), theory.model(t.double())
     size = (a**2 * square + s**2).clamp(min=1e-12)
     share = (p * a * square + q * s) / size
     if share.ndim > 1:  # frames with times of their own: [B, F] stands beside [B, C, F, H, W]
         return share[:, None, :, None, None].to(x_t) * x_t
-    return broadcast_like(share, x_t).to(x_t) * x_t
+    return broadcast_like(share, x_t) * x_t
 
 
 @contextmanager
@@ -190,18 +212,19 @@ def run_checks(
     kept = {name: weight.detach().clone() for name, weight in trained_parameters(network).items()}
     was_training = network.training
     try:
-        yield from _prompts(objective)
-        yield _unit_latents(objective, is_pretrained)
-        yield _first_loss(objective) if not is_pretrained else beats_baseline(objective)
-        if without is not None:
-            yield adapter_starts_neutral(objective, without)
-        if objective.model.trained is not None:
-            yield survives_conversion(objective)
-        yield _gradients(objective, network, is_pretrained)
-        yield from _dependences(objective)
-        if without is not None:
-            yield _adapts(objective, without)
-        yield _overfits(objective, network, settings, tries, is_pretrained)
+        with training_precision(objective, settings):
+            yield from _prompts(objective)
+            yield _unit_latents(objective, is_pretrained)
+            yield _first_loss(objective) if not is_pretrained else beats_baseline(objective)
+            if without is not None:
+                yield adapter_starts_neutral(objective, without)
+            if objective.model.trained is not None:
+                yield survives_conversion(objective)
+            yield _gradients(objective, network, settings, is_pretrained)
+            yield from _dependences(objective)
+            if without is not None:
+                yield _adapts(objective, without)
+            yield _overfits(objective, network, settings, tries, is_pretrained)
     finally:
         network.train(was_training)
         for name, weight in trained_parameters(network).items():
@@ -279,7 +302,9 @@ def _first_loss(objective: DiffusionObjective) -> Check:
     )
 
 
-def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained: bool) -> Check:
+def _gradients(
+    objective: DiffusionObjective, network: nn.Module, settings: TrainSettings, is_pretrained: bool
+) -> Check:
     """Layers that start at zero hide those before them for a step or two, so a few steps are taken.
 
     Where a large part was not asked, others follow at times far apart: of several experts, each has its own.
@@ -289,8 +314,10 @@ def _gradients(objective: DiffusionObjective, network: nn.Module, is_pretrained:
     with_gradient: set[str] = set()
     reached_ever: set[str] = set()
     places: list[float | None] = [None] * 3
+    parts, asked = gradient_parts(objective, settings)
     for step, at in enumerate(places):
-        _losses(objective, step, at).mean().backward()
+        for part in asked:
+            (_losses(objective, step, at, part, parts).mean() / len(asked)).backward()
         reached = {name: one.grad for name, one in network.named_parameters() if one.grad is not None}
         reached_ever |= reached.keys()
         with_gradient |= {name for name, gradient in reached.items() if bool(gradient.any())}
@@ -326,12 +353,13 @@ def block_of(name: str) -> str:
     return ".".join(parts[: first + 1])
 
 
-def _losses(objective: DiffusionObjective, step: int, at: float | None) -> torch.Tensor:
-    """The losses of a step's batch, at a share of the way from data to noise if one is given."""
-    parts = parts_of(objective)
+def _losses(
+    objective: DiffusionObjective, step: int, at: float | None, part: int, parts: int
+) -> torch.Tensor:
+    """The losses of a part of a step's batch, at a share of the way from data to noise if one is given."""
     if at is None:
-        return objective.losses(step, 0, parts).per_sample
-    batch, x_0, drawn, _ = objective.prepare(step, 0, parts)
+        return objective.losses(step, part, parts).per_sample
+    batch, x_0, drawn, _ = objective.prepare(step, part, parts)
     theory = objective.model.theory
     t = torch.full_like(drawn.t, theory.t_data + at * (theory.t_noise - theory.t_data))
     return objective.measure(x_0, replace(drawn, t=t), objective.rows(batch))
@@ -404,17 +432,22 @@ def _overfits(
     )
     train_state = TrainState(network, fast)
     batch, x_0, drawn, _ = first_batch(objective)
-    few = slice(0, min(FEW, len(x_0)))
-    small = drawn.rows(few)
+    count = min(FEW, len(x_0))
+    at_once = min(count, max(1, len(objective.order.at(0)[0]) // gradient_parts(objective, settings)[0]))
+    slices = [slice(first, min(count, first + at_once)) for first in range(0, count, at_once)]
     losses = []
     for step in range(tries):
-        loss = objective.measure(x_0[few], small, list(objective.rows(batch))[few]).mean()
-        loss.backward()
+        loss = torch.zeros((), device=x_0.device)
+        for few in slices:
+            found = objective.measure(x_0[few], drawn.rows(few), list(objective.rows(batch))[few])
+            share = found.mean() if len(slices) == 1 else found.sum() / count
+            share.backward()
+            loss = loss + share.detach()
         torch.nn.utils.clip_grad_norm_(train_state.weights, 1.0)
         train_state.optimizer.step(step)
         for weight in train_state.weights:
             weight.grad = None
-        losses.append(float(loss.detach()))
+        losses.append(float(loss))
     by_heart = tries >= OVERFIT_STEPS and not is_pretrained
     good = losses[-1] < (0.7 if by_heart else 0.98 if tries >= OVERFIT_STEPS else 0.999) * losses[0]
     detail = f"loss {losses[0]:.3f} → {losses[-1]:.3f} in {tries} steps"

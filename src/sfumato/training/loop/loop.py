@@ -15,7 +15,7 @@ from signal import SIGTERM
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import Failed
+from sfumato.errors import Failed, for_terminal
 from sfumato.run_folder import RunFolder
 from sfumato.training import device, precision
 from sfumato.training.distributed import context_parallel, sharding, strategy
@@ -40,7 +40,7 @@ from sfumato.training.state import checkpoint
 from sfumato.training.state.async_checkpoint import CheckpointWriter
 from sfumato.training.state.checkpoint import CheckpointRetention
 from sfumato.training.state.run_precision import precision_of
-from sfumato.training.state.train_state import TrainState
+from sfumato.training.state.train_state import RATES, TrainState
 
 Progress = Callable[..., None]
 """progress(done, total, phase, **figures)."""
@@ -48,7 +48,7 @@ Progress = Callable[..., None]
 
 def print_to_stderr(sentence: str) -> None:
     """Say a sentence to whoever watches the run."""
-    print(sentence, file=sys.stderr, flush=True)
+    print(for_terminal(sentence), file=sys.stderr, flush=True)
 
 
 def _nothing(sentence: str) -> None:
@@ -112,11 +112,13 @@ def fit(
     loop.callbacks = Callbacks(callbacks, loop.run, network)
     loop.resume()
     loop.announce(counts or {})
+    loop.say_if_complete()
     end = trackers.attach(loop.run, settings.trackers if loop.processes.is_rank_zero else ())
     try:
         with (
             listening(loop.callbacks),
             device.keep_freed_memory(loop.device),
+            device.deterministic(loop.device, settings.deterministic),
             context_parallel.enabled_for_training(network, settings, loop.processes),
             profiling.profiled(
                 profile if loop.processes.is_rank_zero else None, loop.say
@@ -127,7 +129,7 @@ def fit(
     finally:
         loop.checkpoint_writer.close()
         end()
-    why = "done" if loop.step == settings.steps else "held-out loss no longer falls"
+    why = "done" if loop.step >= settings.steps else "held-out loss no longer falls"
     return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average, why)
 
 
@@ -188,6 +190,7 @@ class _Loop:
         self.seconds = self.window_seconds = 0.0
         self.last_loss = self.speed = float("nan")
         self.loss_spikes = LossSpikes()
+        self.figures = [0.0, 0.0, 0.0]
         self.tasks_are_due = False
         self.saved: tuple[int, bool] | None = None
 
@@ -204,8 +207,10 @@ class _Loop:
                 with part("step"):
                     rate = self.advance()
                 self.profile_step()
-                self.window_seconds += time.perf_counter() - began
                 self.tasks_are_due = True
+                if self.is_logged(self.step):
+                    self.read_figures()  # where the host waits for what it has given the device
+                self.window_seconds += time.perf_counter() - began
                 if self.is_logged(self.step):
                     self.log(rate)
                 if not self.must_stop:
@@ -321,12 +326,17 @@ class _Loop:
 
     # ------------------------------------------------------------------------- what follows a step
 
+    def read_figures(self) -> None:
+        """Read the loss and the gradient's norm, once, when all steps before are done."""
+        figures = [self.loss_sum / max(1, self.loss_count), self.norm.float(), self.not_finite.float()]
+        self.figures = torch.stack(figures).tolist()
+
     def log(self, rate: float) -> None:
-        """Read the loss, once, and write the step event."""
-        if not self.checks_every_step and bool(self.not_finite):
+        """Write the step event."""
+        loss, norm, not_finite = self.figures
+        if not self.checks_every_step and not_finite:
             self.fail_not_finite()
         self.loss_records.clear()
-        loss, norm = torch.stack([self.loss_sum / max(1, self.loss_count), self.norm.float()]).tolist()
         if sentence := self.loss_spikes.update(self.step, loss):
             self.run.event("note", text=sentence)
         self.last_loss = loss
@@ -359,7 +369,12 @@ class _Loop:
     # ------------------------------------------------------------------------- saving and resuming
 
     def save(self, has_more_steps: bool = True) -> Path:
-        """Write a checkpoint of this moment, unless a number in it is not finite."""
+        """Write a checkpoint of this moment, unless a number in it is not finite.
+
+        Raises:
+            Failed: a number is not, or the run's folder is gone.
+        """
+        self.run.check_is_there()
         if not self.checks_every_step and bool(self.not_finite):
             self.fail_not_finite()
         groups, state = self.train_state.state_dict()
@@ -419,8 +434,34 @@ class _Loop:
         if lost := self.run.damaged_events():
             lines = ", ".join(map(str, lost[:5])) + (" …" if len(lost) > 5 else "")
             self.say(f"{self.run.events_file}: line {lines} is torn or was changed; the curves do without.")
+        rates = [changed.pop(name) for name in sorted(RATES & changed.keys())]
+        self.note(rates, f"from step {self.step} on, as in a run where that was planned for this step.")
+        self.note(list(changed.values()), "the run goes on, but not bit for bit as it would have.")
+
+    def note(self, changed: Sequence[str], outcome: str) -> None:
+        """Say what was changed and what comes of it, and write it down; nothing if nothing was."""
         if changed:
-            self.say(f"{'; '.join(changed)}: the run goes on, but not bit for bit as it would have.")
+            sentence = f"{'; '.join(changed)}: {outcome}"
+            self.say(sentence)
+            self.run.event("note", text=sentence)
+
+    def say_if_complete(self) -> None:
+        """Say so where nothing is left to train, and what would make the run go on."""
+        if self.step < self.settings.steps and not self.early_stopping.is_over:
+            return
+        more = f"train.steps={max(self.step, self.settings.steps) * 2}"
+        if self.step < self.settings.steps:
+            self.say(
+                f"{self.run.path} ended at step {self.step}, because the held-out loss no longer fell for "
+                f"{self.settings.patience} measurements. It goes on with train.patience=0."
+            )
+        elif self.step == self.settings.steps:
+            self.say(f"{self.run.path} is complete: {self.step} steps. It goes on with {more}, for example.")
+        else:
+            self.say(
+                f"{self.run.path} has {self.step} steps already, which is more than train.steps = "
+                f"{self.settings.steps}; they stay. It goes on with {more}, for example."
+            )
 
     def announce(self, counts: Mapping[str, int]) -> None:
         """Write the start event."""

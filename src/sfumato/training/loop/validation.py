@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfumato.run_folder import RunFolder
 from sfumato.theory import noise
+from sfumato.theory.definition import upload
 from sfumato.training.distributed.processes import current_processes
 from sfumato.training.objective.diffusion import DiffusionObjective, Encoded, NoiseDraw
 from sfumato.training.precision import autocast, effective_precision
@@ -137,11 +138,11 @@ class ValidationLoss:
         objective = self.objective
         place = objective.model.device
         batch = encoded.read(indices, MEASURE_SEED, 0)
-        x_0 = batch.latents.to(place, torch.float32)
+        x_0 = upload(batch.latents, place).float()
         shape = tuple(x_0.shape[1:])
-        x_T = noise.normal(shape, MEASURE_SEED, batch.ids, step=level, purpose="held-out", device=place)
+        x_T = noise.normal(shape, MEASURE_SEED, batch.ids, step=level, purpose="held-out")
         kept = torch.zeros(len(batch.ids), dtype=torch.bool)
-        drawn = NoiseDraw(t.expand(len(batch.ids)).to(place), x_T, kept)
+        drawn = NoiseDraw(t.expand(len(batch.ids)), upload(x_T, place), kept)
         with autocast(effective_precision(self.precision, place), place):
             return objective.measure(x_0, drawn, objective.rows(batch))
 

@@ -18,6 +18,7 @@ from sfumato.errors import Refused
 from sfumato.models.condition import Condition
 from sfumato.models.interface import Model
 from sfumato.theory import densities, noise
+from sfumato.theory.definition import upload
 from sfumato.training.objective.frame_timesteps import FrameTimes, by_frame, mean_of_unknown
 from sfumato.training.objective.prefetch import Reader
 from sfumato.training.objective.timestep_importance import TimestepImportance
@@ -101,7 +102,8 @@ def part_slice(count: int, part: int, parts: int) -> slice:
 class NoiseDraw:
     """What is drawn for a part of a batch.
 
-    t [b] in the theory's time, or of each frame [b, F]; x_T like x_0, dropped [b] bool: captions left out;
+    t [b] in the theory's time, or of each frame [b, F], float64 and on the host, where all that follows from
+    it alone is computed; x_T like x_0, dropped [b] bool: captions left out;
     without: the same for each companion by name; known [b, F] bool: frames that are given. Of adaptive times,
     the quantiles [b] that were drawn and what their losses weigh [b].
     """
@@ -186,7 +188,7 @@ class DiffusionObjective:
         """Read and draw one part of a batch; a thread does it while the part before is computed."""
         mine, epoch, count = self.taken(step, part, parts)
         batch = self.encoded.read(mine, self.seed, epoch)
-        x_0 = batch.latents.to(self.model.device, torch.float32)
+        x_0 = upload(batch.latents, self.model.device).float()
         return PreparedBatch(batch, x_0, self.draw(batch.ids, x_0, step, part, parts), count)
 
     def taken(self, step: int, part: int, parts: int) -> tuple[Sequence[int], int, int]:
@@ -215,7 +217,7 @@ class DiffusionObjective:
         if self.timestep_importance is None or drawn.quantiles is None or drawn.importance is None:
             return losses
         self.timestep_importance.record(drawn.quantiles, losses.detach())
-        return losses * drawn.importance.to(losses)
+        return losses * upload(drawn.importance.to(losses.dtype), losses.device)
 
     def rows(self, batch: EncodedBatch) -> Sequence[Mapping[str, Tensor]]:
         """What guides each sample; where the network hears it, also how its picture was cut."""
@@ -253,12 +255,12 @@ class DiffusionObjective:
     def draw_noise(self, drawn: NoiseDraw, ids: Sequence[int], x_0: Tensor, step: int) -> NoiseDraw:
         """With the noise of samples x_0 [b, C, …], and of clips the times of their frames."""
         t, known, shape = drawn.t, None, tuple(x_0.shape[1:])
-        x_T = noise.normal(shape, self.seed, ids, step=step, purpose="noise", device=x_0.device)
+        x_T = noise.normal(shape, self.seed, ids, step=step, purpose="noise")  # the same on every machine
         if x_0.ndim == 5 and not self.frame_times.is_plain:
             frames = x_0.shape[2]
             t, known = self.frame_times(self.model.theory, self.density, t, frames, self.seed, ids, step)
-            known = known.to(x_0.device)
-        return replace(drawn, t=t.to(x_0.device), x_T=x_T, known=known)
+            known = upload(known, x_0.device)
+        return replace(drawn, t=t, x_T=upload(x_T, x_0.device), known=known)
 
     def _spread(self, u: Tensor, step: int, part: int, parts: int) -> Tensor:
         """Put each of the u [b] into its own of the batch's equal strata, which a permutation deals out."""
@@ -286,12 +288,12 @@ class DiffusionObjective:
         theory, t = self.model.theory, drawn.t
         error = self.error(answer.float(), x_0, drawn, condition)
         if error.ndim == 1:
-            return error * self.weighting(theory, t).to(error.dtype)
+            return error * upload(self.weighting(theory, t).to(error.dtype), error.device)
         if drawn.known is not None:
-            weight = self.weighting(theory, t.flatten()).unflatten(0, t.shape)
-            return mean_of_unknown(error, weight, drawn.known)
+            weight = self.weighting(theory, t.flatten()).unflatten(0, t.shape).to(error.dtype)
+            return mean_of_unknown(error, upload(weight, error.device), drawn.known)
         error = self.model.denoiser.mask_error(error, condition)
-        return error.flatten(1).mean(1) * self.weighting(theory, t).to(error.dtype)
+        return error.flatten(1).mean(1) * upload(self.weighting(theory, t).to(error.dtype), error.device)
 
     def error(self, answer: Tensor, x_0: Tensor, drawn: NoiseDraw, condition: Condition) -> Tensor:
         """(answer − target)² elementwise, or what one's own loss makes of both: shaped so, or [b].
@@ -302,7 +304,7 @@ class DiffusionObjective:
         target = drawn.of(self.model.theory.target, x_0)
         if self.loss is None:
             return squared(answer, target)
-        known: dict[str, Any] = {"t": drawn.t, "x_0": x_0, "condition": condition}
+        known: dict[str, Any] = {"t": upload(drawn.t, x_0.device), "x_0": x_0, "condition": condition}
         if "x_t" in self.loss.arguments:
             known["x_t"] = drawn.of(self.model.theory.mix, x_0)
         error = self.loss(answer, target, known | {"theory": self.model.theory})

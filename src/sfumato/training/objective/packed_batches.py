@@ -11,6 +11,7 @@ import torch
 from torch.profiler import record_function
 
 from sfumato.errors import Refused
+from sfumato.theory.definition import upload
 from sfumato.training.objective.diffusion import DiffusionObjective, Losses, PreparedBatch
 from sfumato.training.objective.prefetch import Reader
 
@@ -54,7 +55,7 @@ class PackedObjective(DiffusionObjective):
         drawn = self.draw_times([self.encoded.ids[index] for index in mine], step, part, parts)
         for places in indices_by_shape(mine, cast(Any, self.encoded).buckets):
             batch = self.encoded.read([mine[place] for place in places], self.seed, epoch)
-            x_0 = batch.latents.to(self.model.device, torch.float32)
+            x_0 = upload(batch.latents, self.model.device).float()
             own = self.draw_noise(drawn.rows(places), batch.ids, x_0, step)
             groups.append(PreparedBatch(batch, x_0, own, count))
         return PackedLatents(groups, count)

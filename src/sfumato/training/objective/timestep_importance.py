@@ -31,7 +31,8 @@ class TimestepImportance:
     def __init__(self) -> None:
         self.tables: dict[int, Tensor] = {}
         self.history = torch.zeros(2, BINS, dtype=torch.float64)
-        self.period_sums = torch.zeros(2, BINS, dtype=torch.int64)
+        self._sums = torch.zeros(2, BINS, dtype=torch.int64)
+        self.pending: list[tuple[Tensor, Tensor]] = []
 
     def probabilities(self, step: int) -> Tensor:
         """The probability [K] of each bin in a step; even in the first two periods."""
@@ -48,13 +49,21 @@ class TimestepImportance:
         return (place + inside) / BINS, (1 / BINS / shares)[place]
 
     def record(self, quantiles: Tensor, losses: Tensor) -> None:
-        """Take in the losses [b] at these quantiles [b], before they are weighed."""
-        if self.period_sums.device != losses.device:
-            self.period_sums = self.period_sums.to(losses.device)
-        place = (quantiles * BINS).long().clamp(0, BINS - 1).to(losses.device)
-        squares = (losses.double().clamp(0, MOST).square() * GRAIN).round().long()
-        self.period_sums[0].index_add_(0, place, squares)
-        self.period_sums[1].index_add_(0, place, torch.ones_like(place))
+        """Take in the losses [b] at these quantiles [b], not yet weighed; they are read when asked for."""
+        self.pending.append((quantiles, losses))
+
+    @property
+    def period_sums(self) -> Tensor:
+        """[2, K] int64: the losses' squares of this period in each bin, and how many they are."""
+        if self.pending:
+            quantiles = torch.cat([quantiles.cpu() for quantiles, _ in self.pending])
+            losses = torch.cat([losses for _, losses in self.pending]).cpu()
+            self.pending.clear()
+            place = (quantiles * BINS).long().clamp(0, BINS - 1)
+            squares = (losses.double().clamp(0, MOST).square() * GRAIN).round().long()
+            self._sums[0].index_add_(0, place, squares)
+            self._sums[1].index_add_(0, place, torch.ones_like(place))
+        return self._sums
 
     def refresh(self, step: int, add: Callable[[Tensor], Tensor]) -> None:
         """After `step` updates: at the end of a period, make the density of the one after the next.
@@ -64,9 +73,9 @@ class TimestepImportance:
         """
         if step % PERIOD:
             return
-        found = add(self.period_sums.cpu()).double()
+        found = add(self.period_sums).double()
         self.history = HISTORY_DECAY * self.history + torch.stack([found[0] / GRAIN, found[1]])
-        self.period_sums.zero_()
+        self._sums.zero_()
         spread = (self.history[0] / self.history[1].clamp(min=1)).sqrt()
         wanted = spread / spread.sum().clamp(min=1e-12)
         now = step // PERIOD
@@ -78,7 +87,7 @@ class TimestepImportance:
         return {
             "tables": {str(period): shares.tolist() for period, shares in self.tables.items()},
             "seen": self.history.tolist(),
-            "heard": add(self.period_sums.cpu()).tolist(),
+            "heard": add(self.period_sums).tolist(),
         }
 
     def load(self, state: Mapping[str, Any], is_rank_zero: bool) -> None:
@@ -88,4 +97,4 @@ class TimestepImportance:
             for period, shares in state["tables"].items()
         }
         self.history = torch.tensor(state["seen"], dtype=torch.float64)
-        self.period_sums = torch.tensor(state["heard"], dtype=torch.int64) * int(is_rank_zero)
+        self._sums = torch.tensor(state["heard"], dtype=torch.int64) * int(is_rank_zero)

@@ -4,17 +4,19 @@ The state leaves as {name: tensor} and JSON and
 comes back bit for bit; nothing is pickled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused
+from sfumato.settings import Table
 from sfumato.training.optim.bf16_weights import MasterWeights
 from sfumato.training.optim.lr_schedule import lr_factor
 from sfumato.training.optim.optimizers import new_optimizer, spec_of
-from sfumato.training.optim.param_groups import check_lr_multipliers
+from sfumato.training.optim.param_groups import check_lr_multipliers, param_groups
 from sfumato.training.settings import TrainSettings
 
 FROM_SETTINGS = {"params", "lr", "weight_decay", "initial_lr"}
@@ -120,8 +122,24 @@ class RunOptimizer:
             if name not in FROM_SETTINGS and isinstance(value, plain)
         }
 
-    def load(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-        """Continue from what `state` gave."""
+    def _former_groups(self, part: torch.optim.Optimizer, multipliers: Mapping[str, float]) -> Sequence[int]:
+        """For each group of a part the number of the one whose numbers it takes over."""
+        if multipliers == self.settings.lr_multipliers:
+            return range(len(part.param_groups))
+        weights = {self.names[id(one)]: one for group in part.param_groups for one in group["params"]}
+        before = param_groups(weights, replace(self.settings, lr_multipliers=Table(multipliers)))
+        home = {id(one): number for number, group in enumerate(before) for one in group["params"]}
+        return [home[id(group["params"][0])] for group in part.param_groups]
+
+    def load(
+        self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any], multipliers: Mapping[str, float]
+    ) -> None:
+        """Continue from what `state` gave.
+
+        Args:
+            multipliers: the `lr_multipliers` it was given under. Where they are others now, weights stand in
+                other groups; a group then goes on with the numbers of the one its first weight was in.
+        """
         if self.master_weights is not None:
             masters = {name: value for name, value in tensors.items() if name.startswith("masters/")}
             self.master_weights.load(
@@ -136,7 +154,8 @@ class RunOptimizer:
             ordered = [weight for group in part.param_groups for weight in group["params"]]
             owners = [f"{number}/{self.names[id(weight)]}" for weight in ordered]
             packed["state"] = {i: entries[owner] for i, owner in enumerate(owners) if owner in entries}
-            for index, group in enumerate(packed["param_groups"]):
+            formers = self._former_groups(part, multipliers)
+            for group, index in zip(packed["param_groups"], formers, strict=True):
                 group |= rest["groups"][number][index] | entries.get(f"{number}/group {index}", {})
             part.load_state_dict(packed)
             if self.master_weights is not None:

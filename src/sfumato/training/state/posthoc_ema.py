@@ -7,11 +7,16 @@ A power-function average over t steps weighs step τ by τ^γ,
 and forgets its random start of itself. Its relative length σ = √(γ+1)/((γ+2)·√(γ+3)) is a share of the
 run. Two of them, written down now and then, span a space in which any other length is found by least
 squares: Karras et al. 2024, arXiv:2312.02696, section 3 and algorithm 3.
+
+They lie beside the weights where those are on the CPU or are few, as an adapter's are. Of a large network on
+a GPU they lie in the host's memory: every eighth step the weights are copied into pinned memory, for which no
+step waits, and a thread takes them in.
 """
 
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,12 +27,14 @@ from sfumato.errors import Failed, Refused
 from sfumato.models import files
 from sfumato.run_folder import RunFolder, remove_partial_files
 from sfumato.training.distributed.sharding import shards_of, trained_parameters
-from sfumato.training.optim.ema import last_update_step
+from sfumato.training.optim.ema import LONGEST_INTERVAL, last_update_step
 from sfumato.training.state import checkpoint, sharded_checkpoint
 
 LENGTHS = (0.05, 0.10)
 LONGEST = 0.25
 MOST_SNAPSHOTS = 10
+DEVICE_SHARE = 1 / 16
+"""Of a GPU's memory, what the averages may take; larger ones lie in the host's."""
 _FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -53,33 +60,76 @@ def relative_length(gamma: float) -> float:
     return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
 
 
+def is_kept_on(device: torch.device, numbers: int) -> bool:
+    """Whether the averages of so many trained numbers on this device lie on it too."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    total = torch.cuda.get_device_properties(device).total_memory
+    return 4 * len(LENGTHS) * numbers <= DEVICE_SHARE * total
+
+
 class PosthocEMA:
-    """Power-function averages of a network's weights, one for each of `lengths`, in host memory."""
+    """Power-function averages of a network's weights, one for each of `lengths`."""
 
     def __init__(self, network: nn.Module, lengths: Sequence[float] = LENGTHS) -> None:
         self._named, self._shards = trained_parameters(network), shards_of(network)
         self.lengths = tuple(lengths)
         self._gammas = [exponent(length) for length in lengths]
+        weights = list(self._named.values())
+        device = weights[0].device if weights else torch.device("cpu")
+        here = self._shards is None and is_kept_on(device, sum(weight.numel() for weight in weights))
+        self._place = device if here else torch.device("cpu")
+        self._buffers: list[Tensor] | None = None
+        """Pinned memory, where a GPU's weights are copied to without being waited for."""
         now = self._now()
         self._means = [[weight.clone() for weight in now] for _ in lengths]
+        if device.type == "cuda" and not here and self._shards is None:
+            self._buffers = [weight.pin_memory() for weight in now]
+        self._interval = 1 if self._buffers is None else LONGEST_INTERVAL
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="averages")
+        self._pending: Future[None] | None = None
 
     def _now(self) -> list[Tensor]:
-        return [weight.detach().to("cpu", torch.float32) for weight in self._named.values()]
+        return [weight.detach().to(self._place, torch.float32) for weight in self._named.values()]
+
+    def _last_update(self, step: int) -> int:
+        """The last step at or before `step` at which the weights are taken in."""
+        last = last_update_step(step)
+        return last - last % self._interval
 
     def update(self, step: int) -> None:
         """Take in the weights after `step` updates (1, 2, …), if it is one of the steps that count."""
-        if last_update_step(step) == step:
-            self._take_in(self._means, step)
+        if self._last_update(step) != step:
+            return
+        if self._buffers is None:
+            self._take_in(self._means, step, self._now())
+            return
+        self._finish()
+        for buffer, weight in zip(self._buffers, self._named.values(), strict=True):
+            buffer.copy_(weight.detach(), non_blocking=True)
+        copied = torch.cuda.current_stream(next(iter(self._named.values())).device).record_event()
+        self._pending = self._thread.submit(self._take_in_copied, copied, self._buffers, step)
+
+    def _take_in_copied(self, copied: torch.cuda.Event, now: list[Tensor], step: int) -> None:
+        copied.synchronize()
+        self._take_in(self._means, step, now)
+
+    def _finish(self) -> None:
+        """Wait for what is being taken in."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
 
     @torch.no_grad()
-    def _take_in(self, means: list[list[Tensor]], step: int) -> None:
-        now, before = self._now(), last_update_step(step - 1)
+    def _take_in(self, means: list[list[Tensor]], step: int, now: list[Tensor]) -> None:
+        before = self._last_update(step - 1)
         for gamma, mean in zip(self._gammas, means, strict=True):
             share = 1 - (before / step) ** (gamma + 1)
             torch._foreach_lerp_(mean, now, share)  # pyright: ignore[reportPrivateImportUsage]
 
     def groups(self) -> dict[str, dict[str, Tensor]]:
         """Each average as a group of a checkpoint."""
+        self._finish()
         return {
             f"power-{length:.3f}": dict(zip(self._named, means, strict=True))
             for length, means in zip(self.lengths, self._means, strict=True)
@@ -88,6 +138,7 @@ class PosthocEMA:
     @torch.no_grad()
     def load(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from `groups`, as `groups()` gave them."""
+        self._finish()
         for length, means in zip(self.lengths, self._means, strict=True):
             for name, mean in zip(self._named, means, strict=True):
                 mean.copy_(groups[f"power-{length:.3f}"][name])
@@ -98,9 +149,11 @@ class PosthocEMA:
         Args:
             every: steps between two snapshots; of many, those of every second interval are let go.
         """
-        means = [[mean.clone() for mean in kept] for kept in self._means]
-        if last_update_step(step) != step:
-            self._take_in(means, step)
+        self._finish()
+        means = [[mean.to("cpu", copy=True) for mean in kept] for kept in self._means]
+        if self._last_update(step) != step:
+            now = [weight.detach().to("cpu", torch.float32) for weight in self._named.values()]
+            self._take_in(means, step, now)
         groups = {
             f"power-{length:.3f}": {
                 name: mean.half() if not mean.numel() or mean.abs().max() < 6e4 else mean

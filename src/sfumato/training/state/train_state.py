@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 from sfumato.models import files
-from sfumato.settings import plain, saved_settings
+from sfumato.settings import plain, saved_settings, toml
 from sfumato.training.distributed.sharding import shards_of, trained_parameters
 from sfumato.training.optim.bf16_weights import to_bfloat16
 from sfumato.training.optim.ema import EMA, ScheduleFreeEMA
@@ -33,6 +33,8 @@ HARMLESS = {
     "callbacks",
 }
 """Settings that do not change the weights."""
+RATES = {"learning_rate", "text_learning_rate", "lr_multipliers", "lr_schedule", "warmup_steps", "steps"}
+"""Settings that decide a step's learning rate, which each step asks for anew."""
 
 
 class TrainState:
@@ -80,11 +82,11 @@ class TrainState:
             "settings": asdict(self.settings),
         }
 
-    def load(self, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    def load(self, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         """Take up a checkpoint that is whole.
 
         Returns:
-            its state, and what keeps the run from going on bit for bit, in half sentences.
+            its state, and what was changed since, as {setting: half a sentence}.
         Raises:
             Refused: it is of another network.
         """
@@ -98,19 +100,30 @@ class TrainState:
             kept = {group: files.read(folder, group, wanted) for group in self.posthoc_ema.groups()}
             self.posthoc_ema.load({group: tensors or model for group, tensors in kept.items()})
         if state["settings"]["optimizer"] == self.settings.optimizer:
-            self.optimizer.load(files.read(folder, "optimizer", wanted), state["optimizer"])
+            former = saved_settings("train", state["settings"], TrainSettings)
+            self.optimizer.load(
+                files.read(folder, "optimizer", wanted), state["optimizer"], former.get("lr_multipliers", {})
+            )
         return state, self._changed(state)
 
-    def _changed(self, state: Mapping[str, Any]) -> list[str]:
+    def _changed(self, state: Mapping[str, Any]) -> dict[str, str]:
+        was = saved_settings("train", state["settings"], TrainSettings)
         now = asdict(self.settings)
-        harmless = HARMLESS | ({"steps"} if self.settings.lr_schedule == "constant" else set())
-        changed = [
-            f"train.{name} was {was} and is {now[name]}"
-            for name, was in saved_settings("train", state["settings"], TrainSettings).items()
-            if name in now and plain(now[name]) != plain(was) and name not in harmless
-        ]
+        for one in (was, now):  # the text encoders' rate is among the multipliers too; it is said once
+            if one.get("text_learning_rate"):
+                multipliers = dict(one["lr_multipliers"])
+                multipliers.pop("text_encoder*", None)
+                one["lr_multipliers"] = multipliers
+        harmless = set(HARMLESS)
+        if was.get("lr_schedule") == now["lr_schedule"] == "constant":
+            harmless.add("steps")
+        changed = {
+            name: f"train.{name} was {toml(value)} and is {toml(now[name])}"
+            for name, value in was.items()
+            if name in now and plain(now[name]) != plain(value) and name not in harmless
+        }
         if state["threads"] != torch.get_num_threads():
-            changed.append(f"threads were {state['threads']} and are {torch.get_num_threads()}")
+            changed["threads"] = f"threads were {state['threads']} and are {torch.get_num_threads()}"
         return changed
 
 

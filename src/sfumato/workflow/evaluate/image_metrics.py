@@ -9,12 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import models
-from sfumato.data.sources.media import center_crop_resize
 from sfumato.data.sources.sample import Sample
 from sfumato.evaluation import Measure, Neighbors, kernel_distance, mean_with_error, measure_memorization
 from sfumato.evaluation.latent_kernel_distance import latent_features
 from sfumato.evaluation.measure import proportion
 from sfumato.generation import Pipeline
+from sfumato.readers.media import center_crop_resize
 from sfumato.recipe import Recipe
 from sfumato.theory import noise
 from sfumato.training.objective.reconstruction import to_pixels
@@ -78,6 +78,7 @@ def measure_images(
     side = recipe.data.resolution
     real, unseen = (RealImages.of(split[name], bucket_of, side) for name in ("train", "held_out"))
     neighbors = Neighbors(torch.stack(real.squares), [list(real.captions[name]) for name in real.names])
+    compares = len(real.squares) > 1  # a distance between sets needs two of each
     features = _features(model, real.squares[:MOST_REAL])
     captions, sizes = real.texts or [""], real.sizes
     right: list[float] = []
@@ -95,7 +96,8 @@ def measure_images(
         )
         drawn_pixels.append(pixels)
         right.append(sum(neighbors.judge(pixels, prompts)) / len(prompts))
-        distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
+        if compares and len(pixels) > 1:
+            distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
         drawn = drawn or list(zip(prompts, pictures, strict=True))
         if recipe.data.train == "shapes" and unseen.texts:
             unseen_prompts = _drawn_prompts(unseen.texts, samples, seed)
@@ -104,9 +106,10 @@ def measure_images(
             )
             for name, value in _judged(unseen_drawn, unseen_prompts).items():
                 judged.setdefault(name, []).append(value)
-    metrics = {"latent_kernel_distance": mean_with_error(distances, CODEC)} | _floor(
-        model, features, unseen, seeds
-    )
+    metrics: dict[str, Measure] = {}
+    if distances:
+        metrics["latent_kernel_distance"] = mean_with_error(distances, CODEC)
+        metrics |= _floor(model, features, unseen, seeds)
     if captions != [""]:
         metrics["nearest_neighbor_accuracy"] = _merged(right, samples, neighbors.how)
     metrics |= {

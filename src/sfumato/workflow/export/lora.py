@@ -14,6 +14,7 @@ from sfumato.generation import Pipeline, load
 from sfumato.models.files import save_sealed
 from sfumato.models.lora import adapter, key_conversion, lora_file
 from sfumato.models.lora.adapter import AdapterPlan
+from sfumato.models.lora.experts import EXPERT_HEADER, SECOND
 from sfumato.models.lora.layer_names import layer_names_of
 from sfumato.models.pretrained.pipeline_folder import quiet
 from sfumato.models.pretrained.train_text_encoders import TextPlan
@@ -160,6 +161,8 @@ def write_lora(
         save_sealed(text.tensors, folder / LORA_FILE, {**info, **text.metadata})
         return
     for second, part, network in experts(model, tensors[""]):
+        if hasattr(adapter.peft_target(model.denoiser), "noisy"):
+            info = {**info, EXPERT_HEADER: "low" if second else "high"}
         config = network.peft_config[adapter.NAME]
         if to != "diffusers":
             names = layer_names_of(model.denoiser.family)
@@ -248,11 +251,9 @@ def load_back(fresh: Pipeline, files: Sequence[Path], to: str, layers: set[str])
 
 def read_back(fresh: Pipeline, file: Path) -> list[str]:
     """The layers that a file changes, once merged; those of a second expert under our name for it."""
-    is_second = file.stem.endswith("_2") and hasattr(adapter.peft_target(fresh.denoiser), "clean")
-    home = (
-        "clean." if is_second else "noisy." if hasattr(adapter.peft_target(fresh.denoiser), "clean") else ""
-    )
+    names = key_conversion.merge(fresh, file)
+    if not hasattr(adapter.peft_target(fresh.denoiser), "clean"):
+        return names
     return [
-        home + name.removeprefix("transformer_2.")
-        for name in key_conversion.merge(fresh, file, second=is_second)
+        f"clean.{name.removeprefix(SECOND)}" if name.startswith(SECOND) else f"noisy.{name}" for name in names
     ]

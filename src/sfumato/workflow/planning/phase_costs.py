@@ -25,7 +25,7 @@ from sfumato.training.objective.reconstruction import to_pixels
 from sfumato.workflow import base_images, condition_encoders, train_codec
 from sfumato.workflow.dataset import Bucket
 from sfumato.workflow.encode_samples import caption_encoder, encoding_of, is_conditional, posterior_encoder
-from sfumato.workflow.planning.step_costs import StepEstimate
+from sfumato.workflow.planning.step_costs import StepEstimate, product_dtype
 from sfumato.workflow.prepare import ResolvedRecipe
 from sfumato.workflow.preview import SHOWN
 
@@ -90,7 +90,8 @@ def phase_costs(
     Args:
         home: where the codec is kept that is trained for this data; None if it needs no training.
     """
-    machine = Machine(resolved.device, probe.flops_per_second(device=resolved.device))
+    dtype = product_dtype(recipe, resolved.device)
+    machine = Machine(resolved.device, probe.flops_per_second(device=resolved.device, dtype=dtype))
     samples, found = resolved.collection.samples, dict[str, PhaseCost]()
     if home is not None and home.exists():
         model.codec = models.load_codec(home).to(resolved.device).eval()

@@ -13,6 +13,7 @@ from sfumato.data import buckets
 from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.data.sources.sample import Sample
 from sfumato.generation import as_pipeline
+from sfumato.models.io import adapter_run
 from sfumato.models.pretrained import token_count
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
@@ -20,7 +21,7 @@ from sfumato.training.distributed.strategy import processes_per_machine
 from sfumato.training.estimate import fit_memory, probe
 from sfumato.training.estimate.memory import count_memory, repeated_blocks
 from sfumato.training.precision import effective_precision
-from sfumato.workflow import class_images, control_training
+from sfumato.workflow import class_images, condition_encoders, control_training
 from sfumato.workflow.checks import check_context_parallel
 from sfumato.workflow.dataset import known_sizes
 from sfumato.workflow.finetune import prepare_trainable
@@ -35,7 +36,7 @@ from sfumato.workflow.planning.step_costs import (
 )
 from sfumato.workflow.prepare import ResolvedRecipe, resolve_recipe
 from sfumato.workflow.resume import check_resume, data_fingerprint
-from sfumato.workflow.train_codec import codec_folder, codec_key
+from sfumato.workflow.train_codec import codec_home
 
 COUNTED = 20_000
 
@@ -55,6 +56,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     resolved = resolve_recipe(recipe)
     collection, base = resolved.collection, resolved.base
     check_context_parallel(recipe, base, many or started_processes())
+    condition_encoders.check_read_early(recipe, base)
     train, held_out = collection.with_split("train"), collection.with_split("held_out")
     found: dict[str, Any] = {
         "samples": len(train),
@@ -69,9 +71,10 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         base or models.new_model(recipe.model, codec, resolved.conditioner, recipe.seed, frames)
     )
     control_training.attach_control(model, recipe)
+    condition_encoders.check_read(recipe, model)
     home = None
     if base is None and models.needs_training(recipe.model, codec):
-        home = codec_folder(recipe, codec_key(recipe, train, resolved.bucket_of))
+        home = codec_home(recipe, train, resolved.bucket_of)
     found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, home)
     network = prepare_trainable(model, recipe)
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
@@ -116,6 +119,7 @@ def _standing(recipe: Recipe, resolved: ResolvedRecipe) -> dict[str, Any]:
     if not (output / "effective.toml").is_file():
         return {"run": "new"}
     run = RunFolder.open(output)
+    adapter_run.verify_base(run.path / "model")
     changed = check_resume(run, recipe, data_fingerprint(resolved.samples))
     folders = run.checkpoint_folders()
     stands = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
@@ -268,5 +272,5 @@ def _codec(recipe: Recipe, home: Path | None) -> str:
     if home is None:
         return recipe.model.codec
     if home.exists():
-        return "trained already, in the store"
+        return "trained already, in the run" if home.name == "codec" else "trained already, in the store"
     return f"trained first, {recipe.model.codec_steps:,} steps"

@@ -16,6 +16,7 @@ from sfumato.generation import Pipeline
 from sfumato.models import Condition
 from sfumato.recipe import Recipe
 from sfumato.report.page import duration
+from sfumato.training import precision
 from sfumato.training.device import free_bytes
 from sfumato.training.distributed import strategy
 from sfumato.training.distributed.processes import BatchSplit, Processes, current_processes
@@ -143,7 +144,10 @@ def step_cost(
     chosen = strategy.choose(recipe.train, network, Processes(0, devices))
     samples = samples_in_memory(recipe, division.parts)
     inputs = inputs_of(recipe, model, longest_first(captions), samples, sizes)
-    mine, speed = len(division.mine), probe.flops_per_second(device=model.device)
+    mine, speed = (
+        len(division.mine),
+        probe.flops_per_second(device=model.device, dtype=product_dtype(recipe, model.device)),
+    )
     sharing: dict[str, Any] = {}
     if devices > 1:
         sharing = {"devices": devices, "parallel": f"{chosen.name}: {chosen.why}"}
@@ -197,11 +201,17 @@ def cost_summary(recipe: Recipe, network: nn.Module, inputs: tuple[Any, ...], fr
         return f"Plan: {', '.join(words)}; this network's memory can only be probed: sfumato plan."
     alone = counted.memory(recipe.train, recipe.values().get("train.gradient_checkpointing", 0))
     memory = counted.shared(alone, chosen, recipe.train, processes.count)
-    speed = probe.flops_per_second(0.05, device=device) * recipe.train.context_parallel
+    dtype = product_dtype(recipe, device)
+    speed = probe.flops_per_second(0.05, device, dtype) * recipe.train.context_parallel
     forward = NON_MATMUL_FACTOR * counted.flops / speed
     is_small = forward < MOMENT  # then other things than products take the time
     if is_small and processes.count == 1:
-        forward = probe.measure_call(lambda: network(*inputs), device).seconds
+
+        def ask() -> None:
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                network(*inputs)
+
+        forward = probe.measure_call(ask, device).seconds
     seconds = FORWARD_AND_BACKWARD * len(division.mine) * forward
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in vars(memory).items() if size > 5e6)
     if processes.count > 1:
@@ -213,6 +223,14 @@ def cost_summary(recipe: Recipe, network: nn.Module, inputs: tuple[Any, ...], fr
         f"about {seconds:.2g} s a step, {duration(seconds * recipe.train.steps)} in all",
     ]
     return f"Plan: {'; '.join(words)}."
+
+
+def product_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
+    """What a run's matrix products are computed in where it is not float32."""
+    train = recipe.train
+    if recipe.model.base_quantization == "bfloat16":
+        return torch.bfloat16
+    return precision.NARROW.get(precision.effective_precision(train.precision, device, train.weight_dtype))
 
 
 def store_bytes(recipe: Recipe, samples: int, codec: models.Codec) -> float:

@@ -1,11 +1,14 @@
 """Media: whatever a picture file holds becomes plain RGB, upright and on white, or a reason why not.
 
+The one reader of pictures: data sets, what `generate` is shown, masks and companions all enter here.
+
 Nothing a file contains can hang or crash a run: sizes are looked at before pixels, and every failure of a
 decoder becomes one sentence.
 """
 
 import io
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +32,19 @@ PICTURES = (
     ".jp2",
     ".ppm",
 )
-UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".nef", ".arw")
+UNREAD = (
+    ".heic", ".heif", ".jxl", ".svg", ".psd", ".psb", ".xcf", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf",
+    ".orf", ".rw2", ".tga", ".exr", ".hdr", ".dds", ".ico", ".icns", ".eps", ".ai", ".pdf", ".qoi", ".pcx",
+    ".jpe", ".jpf", ".j2k", ".jpx", ".jxr", ".apng", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+"""Pictures of kinds that are not read: they are set aside by name."""
 CLIPS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".m4v")
+UNREAD_CLIPS = (
+    ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".wmv", ".asf", ".flv", ".f4v",
+    ".ogv", ".ogm", ".rm", ".rmvb", ".divx", ".mxf", ".dv", ".h264", ".h265", ".hevc", ".y4m", ".mjpeg",
+    ".mjpg",
+)  # fmt: skip
+"""Clips of kinds that are not read: they are set aside by name."""
 TRANSFORM = "picture 1: upright, on white, sRGB, centre crop, Lanczos, large JPEGs by halves"
 """What `read_picture` and `center_crop_resize` do, as part of the store's keys; a change changes it."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000", "PPM")
@@ -38,6 +52,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000", "PPM
 MOST_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs
 THINNEST = 32  # longer side over shorter side
 SMALLEST = 4  # pixels a side
+SAME_COLOR = 3  # levels of 255 by which a profile may move colors and be taken for sRGB
 
 
 class Unreadable(Exception):
@@ -80,6 +95,13 @@ def _too_large(what: str) -> str:
     return f"too large to be decoded safely (more than {MOST_PIXELS // 1_000_000} megapixels): {what}"
 
 
+def unread_kind(name: str) -> str:
+    """Why a picture or clip of this name is not read; "" if it is, or is neither."""
+    if name.lower().endswith(UNREAD):
+        return "not a kind that is read; save it as PNG"
+    return "not a kind that is read; save it as MP4" if name.lower().endswith(UNREAD_CLIPS) else ""
+
+
 def size_of(source: Path | bytes | Image.Image) -> tuple[int, int]:
     """(width, height) as seen upright, from the file's head alone.
 
@@ -91,6 +113,7 @@ def size_of(source: Path | bytes | Image.Image) -> tuple[int, int]:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     except Exception:  # a broken EXIF block: the picture is taken as it lies
         turned = False
+    turned &= image.format != "TIFF"  # Pillow tells a TIFF's size as seen upright already
     size = (image.height, image.width) if turned else image.size
     if isinstance(source, Path):
         image.close()
@@ -112,7 +135,8 @@ def read_picture(source: Path | bytes | Image.Image, least: tuple[int, int] | No
             side = 2 * max(least)
             image.draft(None, (side, side))
         image.load()
-        return _flatten_alpha(_to_8_bit(_to_srgb(_apply_exif_orientation(image))))
+        profile = image.info.get("icc_profile")
+        return _flatten_alpha(_to_srgb(_to_8_bit(_apply_exif_orientation(image)), profile))
     except Unreadable:
         raise
     except Exception as problem:  # decoders fail in every way there is; each is one reason
@@ -127,17 +151,73 @@ def _apply_exif_orientation(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """Apply an embedded colour profile; one that is broken is ignored, as browsers do."""
+def conversion_of(source: Path | bytes | Image.Image) -> str:
+    """What `read_picture` converts though `TRANSFORM` does not tell, from the head: it belongs to the key.
+
+    "" for all but pictures whose profile earlier versions left aside.
+
+    Raises:
+        Unreadable: see `open_picture`.
+    """
+    image = open_picture(source, whole=False)
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "CMYK") or b"sRGB" in profile[:4096]:
-        return image
+    clear = "transparency" in image.info  # a color that is clear was lost beside a profile
+    found = bool(profile) and (
+        clear if _always_applied(image.mode, profile) else _is_applied(image.mode, profile)
+    )
+    if isinstance(source, Path):
+        image.close()
+    return "its profile applied" if found else ""
+
+
+def _always_applied(mode: str, profile: bytes) -> bool:
+    """Whether a profile is applied without a look at what it does, as in every version."""
+    return mode in ("RGB", "CMYK") and b"sRGB" not in profile[:4096]
+
+
+def _is_applied(mode: str, profile: bytes) -> bool:
+    """Whether an embedded profile is for pictures of this mode, and is not sRGB itself."""
+    if mode in ("RGB", "RGBA", "RGBX", "RGBa", "P", "PA"):
+        return _change(profile, "RGB") > SAME_COLOR
+    if mode.startswith(("L", "I", "F")) and mode != "LAB":
+        return _change(profile, "L") > SAME_COLOR
+    return mode == "CMYK" and _always_applied(mode, profile)
+
+
+@lru_cache(maxsize=64)
+def _change(profile: bytes, mode: str) -> int:
+    """By how many levels, of 255, a profile moves colors at most; 0 if it is broken or of another mode."""
+    steps = np.linspace(0, 255, 9).astype(np.uint8)
+    grid = steps[:, None] if mode == "L" else np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 9, 3)
+    colors = Image.fromarray(grid)
+    found = _convert(colors, profile)
+    return int(np.abs(np.asarray(found, int) - np.asarray(colors.convert("RGB"), int)).max())
+
+
+def _convert(image: Image.Image, profile: bytes) -> Image.Image:
+    """RGB, CMYK or grey turned into sRGB; a profile that is broken or of another kind is ignored."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         turned = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        return turned if turned is not None else image
+        return turned if turned is not None else image.convert("RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):
+        return image.convert("RGB")
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Apply an embedded color profile, whatever holds the colors; one that is broken is ignored.
+
+    What is clear stays clear, and a profile that moves no color by more than SAME_COLOR levels is sRGB.
+    """
+    if not profile or not (_always_applied(image.mode, profile) or _is_applied(image.mode, profile)):
         return image
+    if image.mode == "CMYK" or (image.mode in ("RGB", "L") and "transparency" not in image.info):
+        return _convert(image, profile)
+    clear = image.convert("LA" if image.mode in ("L", "LA", "La") else "RGBA")
+    plain = clear.convert("L" if clear.mode == "LA" else "RGB")
+    turned = _convert(plain, profile)
+    turned.putalpha(clear.getchannel("A"))
+    return turned
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

@@ -1,0 +1,1 @@
+"""Readers: pictures and clips as everything here sees them, whoever shows them: data sets, drawing, pages."""
