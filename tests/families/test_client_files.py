@@ -25,7 +25,7 @@ from .components import seeded
 from .zoo import ZOO
 
 __all__ = ["clips", "pictures"]
-QUICK = ("stable-diffusion-xl", "flux-dev", "mochi", "z-image")
+QUICK = ("stable-diffusion-xl", "flux-dev", "mochi")
 COMFYUI = sorted(file.stem for file in (judge.TABLES / "comfyui").glob("*.json"))
 CLOSE = 2e-5
 DOCS = Path(__file__).parents[2] / "docs" / "families.md"

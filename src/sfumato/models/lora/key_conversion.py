@@ -375,8 +375,8 @@ def as_lycoris(
         tall = [name for name in ("hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a") if name in own]
         if any(len(own[name]) % 2 for name in tall):
             raise Refused(
-                f"The halves of {next(iter(parts))} are in the other order there, which this LoKr, whose small factor "
-                f"has {len(own[tall[0]])} rows, cannot say. Leave that layer out of model.targets."
+                f"The halves of {next(iter(parts))} are in the other order there, which this LoKr, whose "
+                f"small factor has {len(own[tall[0]])} rows, cannot say. Leave it out of model.targets."
             )
         own |= {name: swapped_halves(own[name]).contiguous() for name in tall}
     rank = WeightDelta(factors=own).rank
