@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import diffusers as D
 import pytest
 import torch
 from safetensors import safe_open
@@ -17,7 +16,7 @@ from sfumato.models.io import adapter_run
 from sfumato.models.lora import adapter, lora_file
 from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.models.lora.layer_names import layer_names_of
-from sfumato.workflow.export import text_encoders
+from sfumato.workflow.export import export, text_encoders
 from sfumato.workflow.export.lora import write_lora
 
 from . import client_judge as judge
@@ -26,9 +25,10 @@ from .components import seeded
 from .zoo import ZOO
 
 __all__ = ["clips", "pictures"]
-QUICK = ("stable-diffusion-xl", "flux-dev", "mochi", "z-image")
+QUICK = ("stable-diffusion-xl", "flux-dev", "mochi")
 COMFYUI = sorted(file.stem for file in (judge.TABLES / "comfyui").glob("*.json"))
 CLOSE = 2e-5
+DOCS = Path(__file__).parents[2] / "docs" / "families.md"
 
 
 def some(names: Any) -> list[Any]:
@@ -46,11 +46,10 @@ def base(tmp_path_factory):
             with pictures.small():
                 pipe = ZOO[name].make(name)
             if name == "stable-diffusion-3.5":  # ComfyUI's heads are 64 wide, as many as blocks
+                kind: Any = type(pipe.transformer)
                 config = {**pipe.transformer.config, "attention_head_dim": 64, "num_attention_heads": 3}
                 config["caption_projection_dim"] = 192
-                pipe.register_modules(
-                    transformer=seeded(D.SD3Transformer2DModel.from_config(config), "wide sd3")
-                )
+                pipe.register_modules(transformer=seeded(kind.from_config(config), "wide sd3"))
             pipe.save_pretrained(home / name)
             made[name] = home / name
         return made[name]
@@ -113,6 +112,7 @@ def written(name: str, to: str, base: Any, folder: Path, **known: Any) -> tuple[
         if part.requires_grad:
             part.data += 0.3 * torch.randn(part.shape, generator=draw)
     tensors = {"": text_encoders.state_of(network, torch.float32)}
+    folder.mkdir(exist_ok=True)
     write_lora(model, plan, tensors, to, folder, {"modelspec.title": "run"})
     adapter.merge(network)
     (file,) = folder.glob("*.safetensors")
@@ -279,7 +279,8 @@ def test_diffsynths_names_of_flux_are_read_as_kohyas(base, tmp_path):
     for own in (True, False):
         file, ends = {}, ("lora_A.default", "lora_B.default") if own else ("lora_down", "lora_up")
         for theirs, kohyas in DIFFSYNTH.items():
-            both, layer = pair("x", *inner[kohyas], *ends), theirs if own else f"lora_unet_{kohyas}"
+            rows, columns = inner[kohyas]
+            both, layer = pair("x", rows, columns, *ends), theirs if own else f"lora_unet_{kohyas}"
             file |= {key.replace("x.", f"{layer}."): one for key, one in both.items()}
         save_file(file, tmp_path / "lora.safetensors")
         model = sfumato.load(base("flux-dev"))
@@ -343,3 +344,32 @@ def test_a_single_file_as_comfyui_saves_it_is_read(name, bare, base, tmp_path):
         torch.testing.assert_close(
             loaded[key], one, atol=1e-6, rtol=0, msg=lambda text, key=key: f"{key}: {text}"
         )
+
+
+@pytest.mark.parametrize("name", some(["qwen-image", "z-image"]))
+def test_a_whole_denoiser_leaves_under_names_that_comfyui_has(name, base, tmp_path):
+    """Law: every weight of the file is one of ComfyUI's network, or a part of one by its own table."""
+    sfumato.load(base(name)).save(tmp_path / "merged")
+    done = export(tmp_path / "merged", "comfyui", tmp_path / "out")
+    table, file = judge.comfyui(name), load_file(done.files[0])
+    known = {key: shape for key, shape in table["shapes"].items() if key not in table["names"]}
+    for key, one in file.items():
+        layer, _, end = key.rpartition(".")
+        if end == "weight" and f"diffusion_model.{layer}" in table["names"]:
+            there, offset, _ = table["names"][f"diffusion_model.{layer}"]
+            assert table["shapes"][there][0] == len(one) if offset is None else offset[2] == len(one)
+        elif end == "weight":
+            assert len(known[key]) == one.ndim
+    assert sum(key.endswith(".weight") for key in file) > 20
+
+
+def test_hunyuan_video_leaves_for_kohya_with_the_targets_that_the_documentation_says(base, tmp_path):
+    """Law: its blocks have room, its token refiner, a usual target, has none and is named."""
+    said = re.search(
+        r"model\.targets = \['(\(single_\)\?transformer_blocks[^']*)'\]", DOCS.read_text("utf-8")
+    )
+    assert said is not None
+    _, _, file = written("hunyuan-video", "kohya", base, tmp_path / "blocks", targets=(said[1],))
+    assert {key.partition(".")[0] for key in file} <= judge.kohya("hunyuan-video")
+    with pytest.raises(Refused, match="token_refiner"):
+        written("hunyuan-video", "kohya", base, tmp_path / "usual")

@@ -183,6 +183,22 @@ def test_a_file_that_does_not_match_is_not_declared_written(runs, tmp_path, monk
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", ["comfyui", "diffusers"])
+def test_a_weight_that_comes_back_otherwise_is_not_declared_written(to, runs, tmp_path, monkeypatch):
+    """Law: one matrix that is a hundredth too strong is found, named, and nothing is left behind."""
+    from sfumato.workflow.export import lora
+
+    def too_strong(tensors: Any, file: Path, *given: Any) -> None:
+        worst = next(key for key in tensors if "mid_block" in key and ("up" in key or "lora_B" in key))
+        save_sealed({**tensors, worst: 1.01 * tensors[worst]}, file, *given)
+
+    save_sealed = lora.save_sealed
+    monkeypatch.setattr(lora, "save_sealed", too_strong)
+    with pytest.raises(Failed, match=r"other weights.*mid_block.*Nothing was kept"):
+        export(runs("stable-diffusion-1.5"), to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_whole_run_draws_in_diffusers_what_it_draws_here(tmp_path):
     """Law: the exported folder, opened by diffusers alone, gives the run's picture from the same noise."""
     run = sfumato.train(write_recipe("stable-diffusion-1.5", tmp_path), ["train.steps=1", "train.ema=0"])

@@ -289,20 +289,18 @@ def to_target_keys(
     is_lora = "up" in next(iter(layers.values()))
     may_join = is_lora and not any("length" in one for one in layers.values())
     out: dict[str, Tensor] = {}
-    for there, parts in original(names.rules, layers) if style == "original" else ((x, (x,)) for x in layers):
+    plain: list[tuple[str, tuple[str, ...]]] = [(layer, (layer,)) for layer in layers]
+    for there, parts in original(names.rules, layers) if style == "original" else plain:
         if len(parts) > 1 and not may_join and names.separable and to == "comfyui":
             for part in (part for part in parts if part in layers):
                 out |= keyed(f"transformer.{part}", layers, (part,), scale, to, network, False)
             continue
-        swaps = len(parts) == 1 and names.swaps(network, parts[0]) and style != "kohya"
-        if swaps and style == "plain" and to == "comfyui" and "length" in layers[parts[0]]:
-            there, prefix_here = (
-                next(original(names.rules, parts))[0],
-                "diffusion_model.",
-            )  # lengths are of its rows
-        else:
-            swaps, prefix_here = swaps and style == "original", prefix
-        key = prefix_here + (there.replace(".", "_") if flat else there)
+        key = prefix + (there.replace(".", "_") if flat else there)
+        swaps = len(parts) == 1 and style != "kohya" and names.swaps(network, next(iter(parts)))
+        if swaps and style == "plain" and to == "comfyui" and not may_join and is_lora:
+            key = "diffusion_model." + next(original(names.rules, parts))[0]  # lengths are of ComfyUI's rows
+        elif style != "original":
+            swaps = False
         out |= keyed(key, layers, parts, scale, to, network, swaps)
     return out
 
@@ -377,8 +375,8 @@ def as_lycoris(
         tall = [name for name in ("hada_w1_a", "hada_w2_a", "lokr_w1", "lokr_w1_a") if name in own]
         if any(len(own[name]) % 2 for name in tall):
             raise Refused(
-                f"The halves of {parts[0]} are in the other order there, which this LoKr, whose small factor "
-                f"has {len(own[tall[0]])} rows, cannot say. Leave that layer out of model.targets."
+                f"The halves of {next(iter(parts))} are in the other order there, which this LoKr, whose "
+                f"small factor has {len(own[tall[0]])} rows, cannot say. Leave it out of model.targets."
             )
         own |= {name: swapped_halves(own[name]).contiguous() for name in tall}
     rank = WeightDelta(factors=own).rank

@@ -1,9 +1,10 @@
 """A LoRA under diffusers', ComfyUI's or kohya's names, loaded back there and compared."""
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,11 +80,48 @@ def export_lora(
             loader = load_back(fresh, files, to, matched)
         for file, word in written.items():
             text_encoders.read_words(fresh.origin, file, word)
-        difference = check_agreement(
-            ours, answers_and_conditions(fresh, x, example_inputs(fresh, words)[1]), loader
-        )
+        check_weights(model, fresh, loader, dtype)
+        theirs = answers_and_conditions(fresh, x, example_inputs(fresh, words)[1])
+        difference = check_agreement(ours, theirs, loader) if written else largest_difference(ours, theirs)
         names = sorted(file.name for file in beside.iterdir())
     return Exported(tuple(out / name for name in names), difference, effect, info)
+
+
+@torch.no_grad()
+def check_weights(model: Pipeline, fresh: Pipeline, where: str, dtype: torch.dtype) -> None:
+    """Compare every adapted layer's weight, the adapter merged, with what was loaded back.
+
+    Weights decide, since the answers of an adapter that is strong for its base may be far apart for their
+    rounding alone.
+
+    Raises:
+        Failed: a weight is another one.
+    """
+    pairs = {"": (adapter.peft_target(model.denoiser), adapter.peft_target(fresh.denoiser))}
+    theirs = text_encoders.encoders(fresh)
+    pairs |= {home: (one, theirs[home]) for home, one in text_encoders.adapted_encoders(model).items()}
+    limit = 2e-5 + 4 * torch.finfo(dtype).eps
+    for home, (network, loaded) in pairs.items():
+        for name, layer in adapter.adapted(network):
+            mine, other = merged_weight(layer), merged_weight(loaded.get_submodule(name))
+            apart = float((mine - other).abs().max() / mine.abs().max().clamp(min=1e-8))
+            if not apart < limit:
+                raise Failed(
+                    f"What was written makes other weights once {where} has loaded it: "
+                    f"{f'{home}.{name}'.removeprefix('.')} is {apart:.1e} of its largest apart, more than "
+                    f"{limit:.0e}. Nothing was kept."
+                )
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """A layer's weight with its adapters added; the layer stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(layer, BaseTunerLayer):
+        one: Any = copy.deepcopy(layer)
+        one.merge()
+        layer = one.get_base_layer()
+    return cast(Tensor, layer.weight).detach().float()
 
 
 def effect_of(model: Pipeline, text: TextPlan, words: str, ours: list[Tensor]) -> float:
