@@ -1,6 +1,7 @@
 """Laws of what leaves: files load elsewhere and answer there as here, or they are not declared written."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,25 @@ def test_a_pickle_is_no_lora(tmp_path):
     (tmp_path / "lora.pt").write_bytes(b"x")
     with pytest.raises(Refused, match="Convert it"):
         lora_file.read(tmp_path / "lora.pt")
+
+
+@pytest.mark.parametrize("to", ["diffusers", "comfyui", "kohya"])
+def test_an_earlier_checkpoints_lora_goes_out_as_a_lora(to, runs, tmp_path):
+    """Law: a checkpoint that is named is exported as its run is: an adapter, with that step's weights."""
+    run = tmp_path / "run"
+    shutil.copytree(runs("stable-diffusion-1.5"), run)
+    early = run / "checkpoints" / "step-000001"
+    shutil.copytree(run / "checkpoints" / "step-000002", early)
+    late = {k: -2 * v for k, v in load_file(early / "model.safetensors").items()}
+    write_checkpoint(run, late)
+    done = export(early, to, tmp_path / "out")
+    assert done.difference < 1e-4 and done.metadata["steps"] == "1" and done.metadata["rank"] == "2"
+    assert done.metadata["modelspec.title"] == "run-step-000001"
+    (file,) = done.files
+    base = sfumato.load(adapter_run.read_base(run / "model")[0])
+    base.add_lora(file)
+    assert torch.allclose(raw(base), raw(sfumato.load(early)), atol=1e-4)
+    assert not torch.allclose(raw(base), raw(sfumato.load(run)), atol=1e-2)
 
 
 def test_a_whole_model_goes_to_diffusers(runs, tmp_path):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sfumato import models
 from sfumato.errors import Refused
-from sfumato.generation import image_guidance
+from sfumato.generation import finite, image_guidance
 from sfumato.generation.guidance import GuidanceOptions, check_negative, mark_perturbed
 from sfumato.generation.image_guidance import ImageGuidance
 from sfumato.generation.regions import Regions, parse_regions
@@ -244,8 +244,10 @@ class Pipeline(Model):
         Returns:
             PIL images, RGB; clips as uint8 arrays [F, H, W, 3].
         Raises:
-            Refused: sizes, lists or arguments that do not fit.
+            Refused: sizes, lists or arguments that do not fit, a weight that is no number.
+            Failed: what was drawn is no number.
         """
+        finite.check_arguments({"guidance": guidance, "times": times, "latents": latents, **options})
         prompt = [str(label) for label in options.pop("labels")] if "labels" in options else prompt
         shown = {
             name: options.pop(name)
@@ -267,6 +269,7 @@ class Pipeline(Model):
                 None if watch is None else partial(_tell_steps, watch, plan.schedule.steps, rows, len(todo))
             )
             pixels = self.sample_pixels(plan.part(rows), some, start, tile, chunk, tell)
+            finite.check_result(pixels, self, plan.guidance)
             pictures += to_pictures(pixels, "frames" in self.info, frames)
         return pictures
 

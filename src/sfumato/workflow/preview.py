@@ -7,12 +7,13 @@ from typing import Any
 from torch import nn
 
 from sfumato.data.encoding.encoded_dataset import EncodedDataset
-from sfumato.generation import Pipeline
+from sfumato.generation import Pipeline, finite
 from sfumato.generation.files import DEFAULT_FPS, contents, is_clip
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder, write_atomic
 from sfumato.theory import noise
 from sfumato.training.distributed.processes import current_processes
+from sfumato.training.loop.loop import print_to_stderr
 from sfumato.workflow.draw_sizes import Size, draw_in_sizes
 
 SHOWN = 8
@@ -104,14 +105,15 @@ class Preview:
         """Draw and write this process's share; the names of all files, in the run's folder."""
         sample, mine = self.recipe.sample, current_processes().indices_of_rank(len(seeds))
         sizes = group.sizes or (None,) * len(seeds)
-        pictures = draw_in_sizes(
-            self.model,
-            [group.prompts[index] for index in mine],
-            [seeds[index] for index in mine],
-            [sizes[index] for index in mine],
-            negative=sample.negative or None,
-            guides={name: [pictures[index] for index in mine] for name, pictures in group.guides.items()},
-        )
+        with finite.said_instead(print_to_stderr):
+            pictures = draw_in_sizes(
+                self.model,
+                [group.prompts[index] for index in mine],
+                [seeds[index] for index in mine],
+                [sizes[index] for index in mine],
+                negative=sample.negative or None,
+                guides={name: [pictures[index] for index in mine] for name, pictures in group.guides.items()},
+            )
         kind = "webp" if is_clip(pictures[0]) else "png"
         files = [
             self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"

@@ -148,6 +148,8 @@ def match_layers(
                     f"{source} is a LoRA of another base: {name} changes {there[0]}×{there[1]} numbers, but "
                     f"here {layer} has {here[0]}×{here[1]}."
                 )
+            if problem := part.misplaced(shape):
+                raise Refused(f"{source} is damaged: of {said([name])} {problem}. Get the file again.")
             found.append((home, layer, part))
     if strange:
         raise Refused(

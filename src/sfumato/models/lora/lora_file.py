@@ -8,12 +8,15 @@ Conventions: diffusers, peft, kohya's sd-scripts, and LyCORIS (Yeh et al. 2023, 
 """
 
 import json
+import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -47,6 +50,12 @@ METADATA = "lora_adapter_metadata"
 """Where diffusers keeps ranks and alphas, as JSON."""
 DORA_SCALE, OF_BASE = "dora_scale", "lengths over those of the base's rows, as ComfyUI reckons"
 """What the metadata of a DoRA for ComfyUI says of its lengths."""
+MOST_NUMBERS = 1 << 29
+"""Numbers that a layer's change may have before it is known which layer that is."""
+HEADER_ALPHAS = ("alpha", "lora_alpha", "network_alpha")
+"""Where a header says one alpha for all layers of a file that has none beside its tensors."""
+PATTERN_SECONDS = 2.0
+"""How long the patterns of one file may take: a regular expression can be made to run for ever."""
 HOMES = ("transformer_2", "transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -144,18 +153,75 @@ class WeightDelta:
         return self.whole()[self.rows].reshape(shape)
 
     def sides(self, shape: torch.Size) -> tuple[int, int]:
-        """(rows of this layer, numbers in each) that the file has; `shape`: of the layer's weight."""
-        if self.kind == "lora":
+        """(rows of this layer, numbers in each) that the file has; `shape`: of the layer's weight.
+
+        Told from the factors' shapes: nothing is multiplied out.
+        """
+        kind, rows, columns = self.kind, shape[0], shape[1:].numel()
+        if kind == "lora":
             assert self.down is not None and self.up is not None
-            return self.up[self.rows].shape[0], self.down[0].numel()
-        if self.kind == "diff" and self.diff is None:
-            return shape[0], shape[1:].numel()
-        if self.kind == "lokr" and "lokr_w2_a" in self.factors and "lokr_t2" not in self.factors:
-            one = self.factor("w1")
-            rows, columns = len(self.factors["lokr_w2_a"]), self.factors["lokr_w2_b"].shape[1]
-            return len(range(one.shape[0] * rows)[self.rows]), one.shape[1] * columns
-        there = self.whole()
-        return there[self.rows].shape[0], there.shape[1]
+            rows, columns = self.up.shape[0], self.down[0].numel()
+        elif kind == "diff" and self.diff is None:
+            return rows, columns
+        elif kind == "diff":
+            assert self.diff is not None
+            rows, columns = self.diff.shape[0], self.diff[0].numel()
+        elif kind == "loha":
+            rows, columns = self.factor_shape("hada", "w1")
+        else:
+            (a, b), (c, d) = self.factor_shape("lokr", "w1"), self.factor_shape("lokr", "w2")
+            rows, columns = a * c, b * d
+        return len(range(rows)[self.rows]), columns
+
+    def factor_shape(self, kind: str, which: str) -> tuple[int, int]:
+        """(rows, numbers in each) of w1 or w2 of a LoKr ("lokr") or LoHa ("hada")."""
+        f = self.factors
+        if (whole := f.get(f"{kind}_{which}")) is not None:
+            return whole.shape[0], whole[0].numel()
+        a, b, t = f[f"{kind}_{which}_a"], f[f"{kind}_{which}_b"], f.get(f"{kind}_t{which[1]}")
+        if t is not None and (kind == "hada" or which == "w2"):
+            return a.shape[1], b.shape[1] * t.shape[2:].numel()
+        return a.shape[0], b.shape[1]
+
+    def misfit(self) -> str:
+        """Why the tensors of this change do not belong together; empty where they do."""
+        tensors = {"down": self.down, "up": self.up, "mid": self.mid, "diff": self.diff, **self.factors}
+        known = {name: one for name, one in tensors.items() if one is not None}
+        for name, one in known.items():
+            if one.ndim < (1 if name == "diff" else 2) or not one.numel():
+                return f"{name} is of shape {list(one.shape)}"
+        pairs: list[tuple[str, int, str, int]] = []
+        if self.mid is not None:
+            pairs += [("mid", 1, "down", 0), ("up", 1, "mid", 0)]
+        else:
+            pairs += [("up", 1, "down", 0)]
+        for kind, which in (("hada", "w1"), ("hada", "w2"), ("lokr", "w1"), ("lokr", "w2")):
+            t = f"{kind}_t{which[1]}"
+            a, b = f"{kind}_{which}_a", f"{kind}_{which}_b"
+            if t in known:
+                pairs += [(t, 0, a, 0), (t, 1, b, 0)]
+            else:
+                pairs += [(a, 1, b, 0)]
+        for one, i, other, j in pairs:
+            if one in known and other in known and known[one].shape[i] != known[other].shape[j]:
+                return f"{one} is of shape {list(known[one].shape)}, {other} of {list(known[other].shape)}"
+        if self.kind == "loha" and self.factor_shape("hada", "w1") != self.factor_shape("hada", "w2"):
+            return "w1 and w2 are of different shapes"
+        if self.mid is not None and self.down is not None:
+            numbers = self.mid.shape[0] * self.down[0].numel() * self.mid.shape[2:].numel()
+            if numbers > MOST_NUMBERS:
+                return f"its kernel would have {numbers:,} numbers"
+        return ""
+
+    def misplaced(self, shape: torch.Size) -> str:
+        """Why bias or lengths do not fit a layer's weight of this shape; empty where they do."""
+        if self.bias is not None and (self.bias.ndim != 1 or len(self.bias[self.rows]) != shape[0]):
+            return f"the bias is of shape {list(self.bias.shape)}, but the layer has {shape[0]} rows"
+        if self.length is None:
+            return ""
+        wanted = shape[1] if self.is_by_column else shape[0]
+        count = self.length.numel() if self.is_by_column else len(self.length.flatten()[self.rows])
+        return "" if count == wanted else f"DoRA has {count} lengths, but the layer needs {wanted}"
 
     @property
     def is_by_column(self) -> bool:
@@ -235,6 +301,7 @@ def read(file: Path | str) -> tuple[dict[str, WeightDelta], dict[str, str]]:
         raise Refused(f"{path} is damaged ({problem}). Copy it again.") from problem
     if metadata.get(HEADER, "") not in ("", digest(whole)):
         raise Refused(f"{path} is damaged: it does not have the checksum it was written with. Copy it again.")
+    check_numbers(path, whole)
     changes, strange = sorted_by_layer({usual(key): tensor for key, tensor in whole.items()})
     for key in strange:
         if key.startswith("bundle_emb."):
@@ -249,13 +316,36 @@ def read(file: Path | str) -> tuple[dict[str, WeightDelta], dict[str, str]]:
     strange += [name for name, one in changes.items() if not one.kind]
     if strange or not changes:
         raise Refused(f"{path} is no LoRA that is known: {said(strange) or 'it is empty'}.")
-    fill_alphas(changes, metadata)
+    for name, change in changes.items():
+        if why := change.misfit():
+            raise Refused(f"{path} is damaged or no LoRA: of {said([name])} {why}. Get the file again.")
+    fill_alphas(path, changes, metadata)
     fill_from_peft(changes, path.with_name("adapter_config.json"))
+    fill_from_header(path, changes, metadata)
     for change in changes.values():
         change.of_base = metadata.get(DORA_SCALE) == OF_BASE
         if change.up_bias is not None:
             change.bias = change.scale * change.up_bias
     return {name: change.straightened() for name, change in changes.items()}, metadata
+
+
+def check_numbers(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises Refused where a tensor is not finite, an alpha is not one number, or numbers are complex."""
+    for key, tensor in tensors.items():
+        if tensor.is_complex():
+            raise Refused(
+                f"{path}: {said([key])} holds complex numbers, which no LoRA has. Get the file again."
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise Refused(
+                f"{path}: {said([key])} holds numbers that are not finite (NaN or infinite): the file is "
+                "damaged, or its training diverged. Get the file again, or another step of it."
+            )
+        if key.endswith(".alpha") and tensor.numel() != 1:
+            raise Refused(
+                f"{path}: {said([key])} is of shape {list(tensor.shape)}, but an alpha is one number. Get "
+                "the file again."
+            )
 
 
 def sorted_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, WeightDelta], list[str]]:
@@ -291,41 +381,135 @@ def fill_from_peft(changes: Mapping[str, WeightDelta], config: Path) -> None:
     if not config.is_file() or not all(name.startswith("base_model.model.") for name in changes):
         return
     try:
-        known = dict(json.loads(config.read_text(encoding="utf-8")))
-    except ValueError as problem:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, ValueError) as problem:
         raise Refused(f"{config} is damaged ({problem}). Copy it again.") from problem
+    known, patterns = json_object(text, config), Patterns(config)
     for name, change in changes.items():
-        scale_as_peft(change, name.removeprefix("base_model.model."), known)
+        scale_as_peft(change, name.removeprefix("base_model.model."), known, patterns)
 
 
-def fill_alphas(changes: Mapping[str, WeightDelta], metadata: Mapping[str, str]) -> None:
+def json_object(text: str, source: object) -> dict[str, Any]:
+    """The JSON object in a text of a file.
+
+    Raises:
+        Refused: it is none.
+    """
+    try:
+        known = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise Refused(f"{source} is damaged ({str(problem)[:100]}). Copy it again.") from problem
+    if not isinstance(known, dict):
+        raise Refused(
+            f"{source} is damaged: it holds a {type(known).__name__}, no JSON object. Copy it again."
+        )
+    return known
+
+
+def number(value: object, name: str, source: object) -> float:
+    """A finite number that a file says.
+
+    Raises:
+        Refused: it is none.
+    """
+    try:
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise Refused(f"{source}: {name} is {said([str(value)[:60]])}, which is no number. Correct it there.")
+    return found
+
+
+def fill_from_header(path: Path, changes: Mapping[str, WeightDelta], metadata: Mapping[str, str]) -> None:
+    """One alpha that the header says for all layers, where neither tensors nor peft's settings have any."""
+    name = next((name for name in HEADER_ALPHAS if metadata.get(name)), "")
+    if not name or any(change.alpha is not None or change.given is not None for change in changes.values()):
+        return
+    alpha = number(metadata[name], f"{name} in its header", path)
+    for change in changes.values():
+        if change.kind != "diff":
+            change.alpha = alpha
+
+
+def fill_alphas(path: Path, changes: Mapping[str, WeightDelta], metadata: Mapping[str, str]) -> None:
     """Alphas that diffusers wrote into the metadata instead of the tensors."""
-    known = json.loads(metadata.get(METADATA, "{}"))
+    source = f"{path}, {METADATA} in its header,"
+    known, patterns = json_object(metadata.get(METADATA, "{}"), source), Patterns(source)
     for name, change in changes.items():
         home = next((prefix for prefix in HOMES if name.startswith(f"{prefix}.")), "")
         config = {
             key.removeprefix(f"{home}."): value for key, value in known.items() if key.startswith(f"{home}.")
         }
-        scale_as_peft(change, name.removeprefix(f"{home}."), config)
+        scale_as_peft(change, name.removeprefix(f"{home}."), config, patterns)
 
 
-def scale_as_peft(change: WeightDelta, layer: str, config: Mapping[str, Any]) -> None:
+def scale_as_peft(change: WeightDelta, layer: str, config: Mapping[str, Any], patterns: "Patterns") -> None:
     """Scale a change as peft's config says, where the file itself has no alpha."""
     usual = config.get("lora_alpha") or config.get("alpha")
     if change.alpha is not None or not usual or change.kind == "diff":
         return
-    alpha = float(of_pattern(config.get("alpha_pattern"), layer, usual))
-    rank = change.rank or int(of_pattern(config.get("rank_pattern"), layer, config.get("r", 1)))
+    alpha = number(patterns.value(config, "alpha_pattern", layer, usual), "lora_alpha", patterns.source)
+    rank: float = change.rank
+    if not rank:
+        rank = number(patterns.value(config, "rank_pattern", layer, config.get("r", 1)), "r", patterns.source)
+    if rank < 1:
+        raise Refused(
+            f"{patterns.source}: the rank of {said([layer])} is {rank:g}, but at least 1. Correct it there."
+        )
     change.given = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def of_pattern(patterns: Mapping[str, Any] | None, layer: str, usual: Any) -> Any:
-    """What a pattern of peft's says of a layer: its keys are ends of names, or regular expressions."""
-    found = next((key for key in patterns or {} if re.fullmatch(rf"(.*\.)?({key})", layer)), None)
-    return usual if found is None or patterns is None else patterns[found]
+class Patterns:
+    """Patterns of peft's: ends of layers' names, or regular expressions of whoever wrote the file.
+
+    All together they have `PATTERN_SECONDS`.
+    """
+
+    def __init__(self, source: object) -> None:
+        self.source, self.left = source, PATTERN_SECONDS
+        self._known: dict[str, Any] = {}
+
+    def value(self, config: Mapping[str, Any], name: str, layer: str, usual: Any) -> Any:
+        """What the config's patterns of this name say of a layer, else `usual`.
+
+        Raises:
+            Refused: no patterns, no regular expression, or one that takes too long.
+        """
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            raise Refused(f"{self.source}: {name} is no JSON object. Correct it there.")
+        return next((value for key, value in patterns.items() if self.matches(str(key), layer)), usual)
+
+    def matches(self, key: str, layer: str) -> bool:
+        """Whether a key means this layer."""
+        if PLAIN_NAME.fullmatch(key):  # what nearly all are; a dot stands for itself or for any letter
+            return re.fullmatch(rf"(.*\.)?({key})", layer) is not None
+        began = time.monotonic()
+        try:
+            if len(key) > 1000 or key.count("{") > 8:
+                raise regex.error("it is too long")
+            if key not in self._known:
+                self._known[key] = regex.compile(rf"(.*\.)?({key})")
+            found = self._known[key].fullmatch(layer, timeout=max(self.left, 0.001)) is not None
+        except (regex.error, TimeoutError, OverflowError, RecursionError, MemoryError) as problem:
+            why = (
+                "takes too long"
+                if isinstance(problem, TimeoutError)
+                else f"is no regular expression ({problem})"
+            )
+            raise Refused(
+                f"{self.source}: the pattern {said([key[:60]])} {why}. Correct it there."
+            ) from problem
+        self.left -= time.monotonic() - began
+        return found
+
+
+PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
 def said(names: list[str], most: int = 3) -> str:
-    """The first names of many."""
+    """The first names of many, letters that would steer a terminal by their numbers."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f'"{name}"' for name in names[:most]) + rest
+    shown = ("".join(one if one.isprintable() else ascii(one)[1:-1] for one in name) for name in names[:most])
+    return ", ".join(f'"{name}"' for name in shown) + rest

@@ -16,6 +16,7 @@ from sfumato.errors import Refused
 from sfumato.generation import Pipeline, load
 from sfumato.models.control import ControlledDenoiser
 from sfumato.models.io import adapter_run
+from sfumato.models.locate import weights_of
 from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.models.pretrained import train_text_encoders
 from sfumato.models.pretrained.train_text_encoders import TextPlan
@@ -33,6 +34,7 @@ def export(
     """Write a run's adapter, or a run's or model's whole weights, for elsewhere.
 
     Args:
+        run: its newest checkpoint is written, or the one that is named (`RUN/checkpoints/step-000500`).
         to: one of TARGETS. out: the folder to write into. triggers: words for the metadata.
         dtype: of the adapter's tensors.
     Raises:
@@ -47,10 +49,11 @@ def export(
             f"{run} is a model of sfumato's own stages, which {to} has no classes for. It goes elsewhere as "
             "the folder that model.save writes, and loads with sfumato.load."
         )
+    run, checkpoint = weights_of(run)
     home = run / "model"
     plan = adapter_run.read_plan(home) if home.is_dir() else None
     text = train_text_encoders.read_plan(home) or TextPlan()
-    info = metadata_of(run, model, plan, [*triggers, *(word for word, _ in text.tokens)])
+    info = metadata_of(run, checkpoint, model, plan, [*triggers, *(word for word, _ in text.tokens)])
     if isinstance(model.denoiser, ControlledDenoiser):
         from sfumato.workflow.export.control import export_control_modules
 
@@ -63,6 +66,7 @@ def export(
 
 def metadata_of(
     run: Path,
+    checkpoint: Path | None,
     model: Pipeline,
     plan: AdapterPlan | None,
     triggers: Sequence[str],
@@ -70,7 +74,9 @@ def metadata_of(
     """What a reader of the file wants to know, under keys that are read elsewhere."""
     is_run = (run / "model").is_dir()
     base = adapter_run.read_base(run / "model")[0] if (run / "model" / adapter_run.BASE).is_file() else run
-    step = RunFolder.open(run).checkpoint_folders()[-1].name.rpartition("-")[2] if is_run else "0"
+    newest = RunFolder.open(run).checkpoint_folders()[-1] if is_run else None
+    step = chosen.name.rpartition("-")[2] if (chosen := checkpoint or newest) else "0"
+    name = run.name if checkpoint is None else f"{run.name}-{checkpoint.name}"
     known: dict[str, Any] = {
         "format": "pt",
         "software": f"sfumato {__version__}",
@@ -81,7 +87,7 @@ def metadata_of(
         "resolution": f"{model.info.get('width')}x{model.info.get('height')}",
         "trigger_words": ", ".join(triggers),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": run.name,
+        "modelspec.title": name,
         "modelspec.architecture": model.info["pipeline"].removesuffix("Pipeline") + ("/lora" if plan else ""),
         "modelspec.implementation": "sfumato",
         "modelspec.trigger_phrase": ", ".join(triggers),
