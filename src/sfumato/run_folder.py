@@ -369,9 +369,11 @@ def _event_of(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(event, dict) or "kind" not in event:
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        return None
+    if any(isinstance(event.get(name), list | dict) for name in EVENT_KEY):
         return None
     event.pop("check", None)
     return _of_today(event)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.errors import Failed, Refused
+from sfumato.errors import MALFORMED, Failed, Refused, explain_malformed, parse_object
 from sfumato.run_folder import checksum
 
 # ----------------------------------------------------------------
@@ -40,8 +40,10 @@ def verify_checksums(folder: Path) -> None:
         Failed: naming the file that differs.
     """
     for name, digest in read_json(folder / SEAL).items() if (folder / SEAL).is_file() else ():
-        file = folder / name
-        if file.resolve().is_relative_to(folder.resolve()) and file.is_file() and checksum(file) != digest:
+        with explain_malformed(folder / SEAL, "Copy the folder again, or delete that file."):
+            file = folder / name
+            inside = file.resolve().is_relative_to(folder.resolve()) and file.is_file()
+        if inside and checksum(file) != digest:
             raise Failed(
                 f"{file} is damaged: it does not have the checksum it was written with. Copy the folder "
                 f"again; or, if you changed the file yourself, delete {folder / SEAL}."
@@ -72,7 +74,7 @@ def read_json(file: Path) -> Mapping[str, Any]:
         Failed: the file is damaged.
     """
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return parse_object(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise Failed(
             f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
@@ -87,7 +89,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(file) if file.is_file() else read(file.parent, file.stem)
-    except (OSError, SafetensorError, ValueError) as problem:
+    except (SafetensorError, *MALFORMED) as problem:
         raise Failed(
             f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
         ) from problem

@@ -9,6 +9,7 @@ from typing import Any
 
 from sfumato.report import curves, page
 from sfumato.report.page import Picture, amount, duration, embedded_from
+from sfumato.report.sound_events import sound_events
 from sfumato.run_folder import RunFolder, write_atomic
 
 Event = dict[str, Any]
@@ -55,7 +56,7 @@ def write(run: RunFolder | Path | str) -> Path:
 
 def render(run: RunFolder) -> str:
     """The page of a run, as HTML."""
-    events = run.events()
+    events = sound_events(run.events())
     phases = _phases(events)
     large, small = curves.losses(events)
     return page.render(
@@ -308,7 +309,7 @@ def _recipe(run: RunFolder) -> list[tuple[str, list[tuple[str, str, str]], list[
         return []
     sections: dict[str, list[tuple[str, str, str]]] = {"": []}
     name = ""
-    for line in run.effective.read_text(encoding="utf-8").splitlines():
+    for line in run.effective.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("["):
             name = line.strip("[] ")
         elif " = " in line:

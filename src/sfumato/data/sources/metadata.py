@@ -131,7 +131,7 @@ def _row(table: str, file_cell: str, row: Mapping[str, Any], caption_column: str
 
 def class_number(value: Any) -> int | None:
     """A class number from a cell: an integer, or its digits; None for anything else."""
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 19:
         return int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
