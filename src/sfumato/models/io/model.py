@@ -27,6 +27,7 @@ from sfumato.models.control.control_plan import read_plans, write_plans
 from sfumato.models.control.load import WEIGHTS as GUIDES
 from sfumato.models.files import (
     PICKLES,
+    check_layers,
     must_be_safetensors,
     read_json,
     read_tensors,
@@ -182,6 +183,7 @@ def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Mod
             return restore_info(model, located(info, home))
     if (home / INDEX).is_file():
         with explain_malformed(home, "Look at its JSON files, or take it anew from where it came.", NO_LOAD):
+            check_layers(home)
             return load_pipeline(home, number, model_class)
     if not (home / "model.json").is_file():
         raise Refused(explain_missing(home, given))
