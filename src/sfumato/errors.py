@@ -2,7 +2,9 @@
 
 import json
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +22,56 @@ class Refused(_Sentence, ValueError):
 
 class Failed(_Sentence, RuntimeError):
     """The run could not go on although its input was accepted. Exit code 1."""
+
+
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, OSError)
+"""What goes wrong where a file does not say what it should; torch has RuntimeError for bad sizes."""
+
+
+@contextmanager
+def explain_malformed(file: object, way_out: str, verdict: str = "is damaged") -> Iterator[None]:
+    """Turn what goes wrong while a file's words are taken as they stand into one sentence.
+
+    For a block that reads one file and believes it: of what a stranger wrote, any part may be of any type.
+
+    Raises:
+        Failed: naming the file. What the block refuses itself goes on.
+    """
+    try:
+        yield
+    except (Refused, Failed):
+        raise
+    except MALFORMED as problem:
+        if type(problem).__name__ == "OutOfMemoryError":
+            raise
+        said = " ".join(str(problem).split())[:200]
+        raise Failed(f"{file} {verdict} ({type(problem).__name__}: {said}). {way_out}") from problem
+
+
+def check_types(settings: Any) -> None:
+    """Raises TypeError unless each field of a dataclass that a file filled in is of its default's kind."""
+    for one in fields(settings):
+        value, usual = getattr(settings, one.name), one.default
+        kinds = (int, float) if isinstance(usual, float) else (type(usual),)
+        if isinstance(usual, tuple) and isinstance(value, tuple):
+            value, kinds = next((part for part in value if not isinstance(part, str)), ""), (str,)
+        if type(value) not in kinds:
+            raise TypeError(f"{one.name} is a {type(value).__name__}")
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"it is a {type(found).__name__}, not a JSON object")
+    return found
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

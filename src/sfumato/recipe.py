@@ -165,10 +165,14 @@ def parse(file: Path) -> dict[str, Any]:
         raise Refused(f"{file} does not exist. `sfumato new NAME --data DIR` writes a recipe.") from None
     except UnicodeDecodeError as error:
         raise Refused(f"{file} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise Refused(f"{file} is not TOML: {error}.") from None
+    except OSError as error:
+        raise Refused(
+            f"{file} cannot be read: {error.strerror}. Give a recipe file or a run folder."
+        ) from None
     except RecursionError:
-        raise Refused(f"{file} is no recipe: its tables or lists are nested too deep.") from None
+        raise Refused(f"{file} is nested too deeply for a recipe. Write its keys as the docs show.") from None
+    except ValueError as error:  # tomllib's own, and of numbers and dates that cannot be
+        raise Refused(f"{file} is not TOML: {error}.") from None
 
 
 def flat(tables: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -344,7 +348,7 @@ def _from_text(name: str, text: str) -> Any:
     wanted = cast("type[object]", type(DEFAULTS[name]))
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, UnicodeEncodeError):
+    except ValueError:
         value = text
     except RecursionError:
         raise Refused(f"{name} is nested too deep, but it must be {_kind(wanted, RULES[name])}.") from None

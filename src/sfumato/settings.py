@@ -227,7 +227,7 @@ def _entry(name: str, word: Any, rules: Mapping[str, Any], is_file: Callable[[st
         return before.strip(), after.strip()
     try:
         return before.strip(), float(after) if kind is float else tomllib.loads(f"value = {after}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return before.strip(), after.strip()
     except ValueError:
         raise wrong from None

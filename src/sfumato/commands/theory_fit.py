@@ -1,6 +1,5 @@
 """The command that fits sampling times to a model."""
 
-import tomllib
 from pathlib import Path
 
 from sfumato.commands.console import progress, result
@@ -64,5 +63,6 @@ def usual_prompts(folder: Path) -> list[str]:
     file = run / "effective.toml"
     if not file.is_file():
         return []
-    recipe = tomllib.loads(file.read_text(encoding="utf-8"))
-    return [str(prompt) for prompt in recipe.get("sample", {}).get("prompts", [])]
+    from sfumato.recipe import Recipe
+
+    return [str(prompt) for prompt in Recipe.read(run).sample.prompts]

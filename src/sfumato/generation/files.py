@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sfumato.errors import Refused, one_of
+from sfumato.errors import MALFORMED, Refused, one_of, parse_object
 from sfumato.readers import clips, media
 
 PICTURE_KINDS = ("png", "webp")
@@ -138,9 +138,9 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
             import av
 
             with av.open(str(path), options={"format_whitelist": clips.CONTAINERS}) as container:
-                return dict(json.loads(container.metadata.get("sfumato", "{}")))
+                return parse_object(container.metadata.get("sfumato", "{}"))
         with Image.open(path, formats=media.FORMATS) as picture:
             text = getattr(picture, "text", {}).get("sfumato") or picture.getexif().get(DESCRIPTION) or "{}"
-        return dict(json.loads(text))
-    except (OSError, ValueError) as problem:
+        return parse_object(text)
+    except (SyntaxError, *MALFORMED) as problem:  # Pillow calls a broken PNG a SyntaxError
         raise Refused(f"{path} says nothing that can be read: {problem}") from problem

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sfumato.errors import Failed, Refused
+from sfumato.errors import MALFORMED, Failed, Refused, explain_malformed, parse_object
 from sfumato.run_folder import checksum
 
 # ----------------------------------------------------------------
@@ -40,10 +40,10 @@ def verify_checksums(folder: Path) -> None:
         Failed: naming the file that differs.
     """
     for name, digest in read_json(folder / SEAL).items() if (folder / SEAL).is_file() else ():
-        if "\0" in name:
-            raise Failed(f"{folder / SEAL} is damaged: it names {name!r}, which can be no file. Delete it.")
-        file = folder / name
-        if file.resolve().is_relative_to(folder.resolve()) and file.is_file() and checksum(file) != digest:
+        with explain_malformed(folder / SEAL, "Copy the folder again, or delete that file."):
+            file = folder / name
+            inside = file.resolve().is_relative_to(folder.resolve()) and file.is_file()
+        if inside and checksum(file) != digest:
             raise Failed(
                 f"{file} is damaged: it does not have the checksum it was written with. Copy the folder "
                 f"again; or, if you changed the file yourself, delete {folder / SEAL}."
@@ -74,14 +74,43 @@ def read_json(file: Path) -> Mapping[str, Any]:
         Failed: the file is damaged.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no table")
-        return found
-    except (OSError, ValueError, RecursionError) as problem:
+        return parse_object(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
         raise Failed(
             f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
         ) from problem
+
+
+MOST_LAYERS = 1024
+"""Of a network that is loaded; the deepest have some hundred."""
+
+
+def check_layers(folder: Path) -> None:
+    """Raises Refused for a model's config.json that asks for more layers than any network has.
+
+    They are built one after the other before the first weight is looked at.
+    """
+    for file in sorted({*folder.glob("config.json"), *folder.glob("*/config.json")}):
+        for name, value in _numbers(read_json(file)):
+            counts = any(word in name for word in ("layer", "depth", "block"))
+            sizes = any(word in name for word in ("channels", "dim", "size", "norm", "eps"))
+            if counts and not sizes and value > MOST_LAYERS:
+                raise Refused(
+                    f"{file} says {name} = {value:.6g}, and no network has more than {MOST_LAYERS} layers. "
+                    "Take the folder anew from where it came."
+                )
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Each number in a config, with the name it stands under."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _numbers(one, str(key))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _numbers(one, name)
+    elif isinstance(value, int | float):
+        yield name, value
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -92,7 +121,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(file) if file.is_file() else read(file.parent, file.stem)
-    except (OSError, SafetensorError, ValueError) as problem:
+    except (SafetensorError, *MALFORMED) as problem:
         raise Failed(
             f"{file} is damaged ({problem}). Copy the folder again, or save the model again."
         ) from problem

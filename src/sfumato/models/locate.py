@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sfumato.errors import Failed, Refused
+from sfumato.errors import Failed, Refused, explain_malformed
 from sfumato.models.files import read_json
 from sfumato.run_folder import RunFolder, checksum
 
@@ -87,18 +87,24 @@ def newest_weights(run: RunFolder) -> Path:
 
 def weights_in(checkpoint: Path) -> tuple[Path | None, list[str]]:
     """(the weights a checkpoint is drawn with, None if no file of them is whole; the damaged ones)."""
-    listed, damaged = read_json(checkpoint / "manifest.json").get("files", {}), []
+    listed, damaged = _listed(checkpoint / "manifest.json"), []
     for name in WEIGHTS:
         parts = [one for one in listed if one == name or _is_piece(one, name)]
         bad = [
             str(checkpoint / one)
             for one in parts
-            if not (checkpoint / one).is_file() or checksum(checkpoint / one) != listed[one]["sha256"]
+            if not (checkpoint / one).is_file() or checksum(checkpoint / one) != listed[one]
         ]
         if parts and not bad:
             return checkpoint / name, damaged
         damaged += bad
     return None, damaged
+
+
+def _listed(manifest: Path) -> dict[str, str]:
+    """The files of a checkpoint and their checksums."""
+    with explain_malformed(manifest, "Choose another checkpoint."):
+        return {name: str(one["sha256"]) for name, one in read_json(manifest).get("files", {}).items()}
 
 
 def _is_piece(file: str, name: str) -> bool:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sfumato import user_code
-from sfumato.errors import Refused, nearest
+from sfumato.errors import Refused, explain_malformed, nearest
 from sfumato.models.files import read_json, read_tensors
 from sfumato.models.interface import KINDS, Denoiser, Stage
 
@@ -59,7 +60,17 @@ def save_stage(stage: Stage, folder: Path, text_by_name: bool = False) -> None:
 
 def load_stage(folder: Path) -> Stage:
     """The stage in a folder that `save_stage` wrote."""
-    described = read_json(folder / "stage.json")
+    file = folder / "stage.json"
+    with explain_malformed(file, "Copy the folder again, or save the model again."):
+        stage = _described_stage(folder, read_json(file))
+    weights = folder / "weights.safetensors"
+    if weights.exists():
+        fill(stage, read_tensors(weights), weights)
+    return stage.eval()
+
+
+def _described_stage(folder: Path, described: Mapping[str, Any]) -> Stage:
+    """The stage that a stage.json describes, its weights not yet filled in."""
     config = dict(described["config"])
     if described.get("own"):
         arguments = {} if described["kind"] == "text" else config
@@ -72,10 +83,46 @@ def load_stage(folder: Path) -> Stage:
     else:
         if config.get("source") == ".":
             config["source"] = str(folder)
+        check_sizes(config, folder)
         stage = KINDS[described["kind"]](**config)
-    if (folder / "weights.safetensors").exists():
-        fill(stage, read_tensors(folder / "weights.safetensors"), folder / "weights.safetensors")
-    return stage.eval()
+    return stage
+
+
+MOST = 1 << 20
+"""The largest number that a stage's config may hold."""
+REPEATED = ("depth", "layers")
+"""Numbers of a config that say how often something is built, of which each has weights of its own."""
+
+
+def check_sizes(config: Any, folder: Path) -> None:
+    """Raises Refused for a config whose network is larger than any, or than its own file of weights."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            if name in REPEATED and isinstance(value, int) and value > _tensors_in(folder):
+                raise Refused(
+                    f"{folder / 'stage.json'} says {name} = {value}, but the weights beside it have "
+                    f"{_tensors_in(folder)} tensors. Copy the folder again."
+                )
+            check_sizes(value, folder)
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_sizes(value, folder)
+    elif isinstance(config, int | float) and not -MOST <= config <= MOST:
+        raise Refused(
+            f"{folder / 'stage.json'} holds {config:.3g}, which is no size of a network. Copy it again."
+        )
+
+
+def _tensors_in(folder: Path) -> int:
+    """The number of tensors in a stage's file of weights, read from its header alone."""
+    file = folder / "weights.safetensors"
+    if not file.is_file():
+        return 0
+    try:
+        with safe_open(file, "pt") as opened:
+            return len(opened.keys())
+    except (SafetensorError, OSError):
+        return MOST  # what is wrong with it is said when it is read
 
 
 def fill(stage: Stage, tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -311,7 +311,7 @@ def _recipe(run: RunFolder) -> list[tuple[str, list[tuple[str, str, str]], list[
         return []
     sections: dict[str, list[tuple[str, str, str]]] = {"": []}
     name = ""
-    for line in run.effective.read_text(encoding="utf-8").splitlines():
+    for line in run.effective.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("["):
             name = line.strip("[] ")
         elif " = " in line:

@@ -6,6 +6,7 @@ bytes, so that whoever writes a shard, once or after a kill, writes the same fil
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from sfumato.errors import MALFORMED
 from sfumato.run_folder import IS_WINDOWS, write_atomic
 
 FORMAT = "sfumato-shard-1"
@@ -145,6 +147,14 @@ def read_header(path: Path) -> dict[str, Entry]:
         size = file.seek(0, 2)
     if hashlib.sha256(text).hexdigest()[:32] != path.name.partition(".")[0]:
         raise DamagedShard(f"{path.name} is damaged: its header is not the one that was written")
+    try:
+        return _entries_of(text, length, size, path)
+    except MALFORMED as problem:
+        raise DamagedShard(f"{path.name} is damaged: its header is no shard's ({problem})") from problem
+
+
+def _entries_of(text: bytes, length: int, size: int, path: Path) -> dict[str, Entry]:
+    """The entries that a header names."""
     shard_files = json.loads(text)
     checks = json.loads(shard_files.pop("__metadata__")["checksums"])
     fields: dict[str, list[Field]] = {key: [] for key in checks}
@@ -154,8 +164,12 @@ def read_header(path: Path) -> dict[str, Entry]:
         key, _, part = name.partition("/")
         begin, end = item["data_offsets"]
         start = begins.setdefault(key, begin)
-        shape = tuple(item["shape"])
-        fields[key].append(Field(part, DTYPES[item["dtype"]], shape, begin - start, end - begin))
+        shape, dtype = tuple(item["shape"]), DTYPES[item["dtype"]]
+        if any(type(one) is not int or one < 0 for one in (*shape, begin, end)):
+            raise ValueError(f"{name} has a size that is none")
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} is not as long as its shape")
+        fields[key].append(Field(part, dtype, shape, begin - start, end - begin))
     base = 8 + length
     if size != base + end:
         raise DamagedShard(f"{path.name} is damaged: it has {size} bytes where {base + end} were written")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.errors import Failed, Refused
+from sfumato.errors import Refused, explain_malformed, parse_object
 from sfumato.models.control.base import ControlledDenoiser, ControlModule
 from sfumato.models.control.controlnet import ControlNet
 from sfumato.models.control.image_encoders import image_encoder
@@ -132,14 +132,11 @@ def read_plans(folder: Path) -> list[ControlPlan]:
     file = folder / FILE
     if not file.is_file():
         return []
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-        plans = plans_of(said["guides"])
-    except (OSError, ValueError, KeyError) as problem:
-        raise Failed(f"{file} is damaged ({problem}). Copy the folder again.") from problem
-    if said.get("format", 0) > FORMAT:
-        raise Refused(f"{file} was written by a newer sfumato (format {said['format']}). Update sfumato.")
-    return plans
+    with explain_malformed(file, "Copy the folder again."):
+        said = parse_object(file.read_text(encoding="utf-8"))
+        if said.get("format", 0) > FORMAT:
+            raise Refused(f"{file} was written by a newer sfumato (format {said['format']}). Update sfumato.")
+        return plans_of(said["guides"])
 
 
 def load_weights(controlled: ControlledDenoiser, tensors: Mapping[str, Tensor], source: Path) -> None:

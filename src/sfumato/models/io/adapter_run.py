@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sfumato.errors import Failed, Refused
+from sfumato.errors import Refused, check_types, explain_malformed, parse_object
 from sfumato.models.interface import Denoiser
 from sfumato.models.io.base_fingerprint import base_fingerprint, check_base
 from sfumato.models.lora import adapter
@@ -38,13 +38,15 @@ def read_base(folder: Path) -> tuple[Path, dict[str, Any]]:
         Refused: the base is gone.
     """
     described = _read(folder / BASE)
-    base = Path(described["base"])
+    with explain_malformed(folder / BASE, "Copy the folder again."):
+        base, info = Path(described["base"]), dict(described["info"])
+        base.exists()  # a NUL in it is found here
     if not base.exists():
         raise Refused(
             f"{folder} is of a run that was trained on {base}, which is not there any more. Put the base "
             f'back there, or write its new place into {folder / BASE} ("base").'
         )
-    return base, dict(described["info"])
+    return base, info
 
 
 def verify_base(folder: Path) -> None:
@@ -67,20 +69,21 @@ def read_plan(folder: Path) -> AdapterPlan | None:
     if not (folder / ADAPTER).is_file():
         return None
     described = _read(folder / ADAPTER)
-    known = {one.name: described[one.name] for one in fields(AdapterPlan) if one.name in described}
-    return AdapterPlan(**{**known, "targets": tuple(known["targets"])})
+    with explain_malformed(folder / ADAPTER, "Copy the folder again."):
+        known = {one.name: described[one.name] for one in fields(AdapterPlan) if one.name in described}
+        plan = AdapterPlan(**{**known, "targets": tuple(known["targets"])})
+        check_types(plan)
+        return plan
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        described = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as problem:
-        raise Failed(f"{file} is damaged ({problem}). Train the recipe again.") from problem
-    if described.get("format", 0) > FORMAT:
-        raise Refused(
-            f"{file} was written by a newer sfumato (format {described['format']}). Update sfumato."
-        )
-    return described
+    with explain_malformed(file, "Train the recipe again."):
+        described = parse_object(file.read_text(encoding="utf-8"))
+        if described.get("format", 0) > FORMAT:
+            raise Refused(
+                f"{file} was written by a newer sfumato (format {described['format']}). Update sfumato."
+            )
+        return described
 
 
 def attach(denoiser: Denoiser, plan: AdapterPlan) -> list[str]:

@@ -5,7 +5,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from sfumato.errors import Refused
+from sfumato.errors import MALFORMED, Refused, parse_object
 from sfumato.run_folder import write_atomic
 from sfumato.theory.times import FittedGrid
 
@@ -35,11 +35,11 @@ def read_times(home: Path) -> FittedGrid | None:
     if not file.is_file():
         return None
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = parse_object(file.read_text(encoding="utf-8"))
         if "check" in stored and stored.pop("check") != _check(stored):
             raise ValueError("it does not have the checksum it was written with")
         return FittedGrid.from_dict(stored)
-    except (ValueError, TypeError, AttributeError, Refused) as problem:
+    except MALFORMED as problem:  # a Refused is one, too
         raise Refused(f"{file} is damaged ({problem}). Delete it, or fit the times again.") from problem
 
 

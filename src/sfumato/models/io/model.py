@@ -17,15 +17,17 @@ import torch
 from safetensors.torch import save_file
 
 from sfumato import user_code
-from sfumato.errors import Refused
+from sfumato.errors import Refused, explain_malformed
 from sfumato.models import locate
 from sfumato.models.build import new_theory
 from sfumato.models.control import ControlledDenoiser, add_control_modules
+from sfumato.models.control.control_plan import FILE as CONTROL_PLANS
 from sfumato.models.control.control_plan import load_weights as load_control_weights
 from sfumato.models.control.control_plan import read_plans, write_plans
 from sfumato.models.control.load import WEIGHTS as GUIDES
 from sfumato.models.files import (
     PICKLES,
+    check_layers,
     must_be_safetensors,
     read_json,
     read_tensors,
@@ -43,6 +45,8 @@ from sfumato.models.stage_folder import fill, load_stage, save_stage
 from sfumato.run_folder import atomic_folder
 
 FORMAT = 1
+AGAIN = "Copy the folder again, or save the model again."
+NO_LOAD = "does not load as it stands"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -127,7 +131,8 @@ def load(
     model.fitted_times = fitted_times.read_times(home) or model.fitted_times
     plans = read_plans(home)
     if plans:
-        controlled = add_control_modules(model, plans)
+        with explain_malformed(home / CONTROL_PLANS, AGAIN):
+            controlled = add_control_modules(model, plans)
         place = chosen_weights(path, checkpoint) if is_run else home / GUIDES
         load_control_weights(controlled, read_tensors(place), place)
         controlled.eval()
@@ -136,11 +141,12 @@ def load(
         weights = chosen_weights(path, checkpoint)
         tensors, text = read_tensors(weights), train_text_encoders.read_plan(home)
         if text is not None:
-            tensors = train_text_encoders.load_text_weights(
-                train_text_encoders.attach_text_training(model, text), tensors
-            )
+            with explain_malformed(home / train_text_encoders.FILE, AGAIN):
+                taught = train_text_encoders.attach_text_training(model, text)
+            tensors = train_text_encoders.load_text_weights(taught, tensors)
         if plan is not None:
-            adapter_run.attach(model.denoiser, plan)
+            with explain_malformed(home / adapter_run.ADAPTER, AGAIN):
+                adapter_run.attach(model.denoiser, plan)
             adapter_run.fill_adapter(model.denoiser, tensors, weights)
             model.denoiser.eval()
         elif text is None or not text.alone:
@@ -174,23 +180,33 @@ def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Mod
         adapter_run.verify_base(home)
         base, info = adapter_run.read_base(home)
         model = load(base, number, model_class=model_class)
-        return restore_info(model, located(info, home))
+        with explain_malformed(home / adapter_run.BASE, AGAIN):
+            return restore_info(model, located(info, home))
     if (home / INDEX).is_file():
-        return load_pipeline(home, number, model_class)
+        with explain_malformed(home, "Look at its JSON files, or take it anew from where it came.", NO_LOAD):
+            check_layers(home)
+            return load_pipeline(home, number, model_class)
     if not (home / "model.json").is_file():
         raise Refused(explain_missing(home, given))
-    described = read_json(home / "model.json")
-    if described.get("format", 0) > FORMAT:
-        raise Refused(
-            f"{home} was written by a newer sfumato (format {described['format']}). Update sfumato."
-        )
-    info = located(dict(described["info"]), home, described.get("code"))
+    with explain_malformed(home / "model.json", AGAIN):
+        described = read_json(home / "model.json")
+        if described.get("format", 0) > FORMAT:
+            raise Refused(
+                f"{home} was written by a newer sfumato (format {described['format']}). Update sfumato."
+            )
+        info = located(dict(described["info"]), home, described.get("code"))
+        theory = new_theory(info.get("theory", ""))
     codec, conditioner = load_stage(home / "codec"), load_stage(home / "conditioner")
     denoiser = load_stage(home / "denoiser")
+    for stage, kind in ((codec, Codec), (conditioner, Conditioner), (denoiser, Denoiser)):
+        if not isinstance(stage, kind):
+            name = kind.__name__.lower()
+            raise Refused(f"{home / name} holds a {stage.kind}, not a {name}. Copy the folder again.")
     assert (
         isinstance(codec, Codec) and isinstance(conditioner, Conditioner) and isinstance(denoiser, Denoiser)
     )
-    return restore_info(model_class(new_theory(info.get("theory", "")), codec, conditioner, denoiser), info)
+    with explain_malformed(home / "model.json", AGAIN):
+        return restore_info(model_class(theory, codec, conditioner, denoiser), info)
 
 
 THEORIES = ("theory", "continued_as")

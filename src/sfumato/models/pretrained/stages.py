@@ -13,6 +13,7 @@ from sfumato.errors import Refused, nearest
 from sfumato.models.condition import Condition
 from sfumato.models.interface import Conditioner, Denoiser
 from sfumato.models.pretrained import context_parallel
+from sfumato.models.pretrained.chat_templates import bounded_templates, check_templates
 from sfumato.models.pretrained.family import Family, called_with
 from sfumato.models.pretrained.image_inputs import SHOWN, Encode, ImageCondition, images_per_prompt
 
@@ -35,6 +36,7 @@ class PretrainedConditioner(Conditioner):
             family.image_arguments,
             "height" in family.image_size_arguments,
         )
+        check_templates(pipe)
         self.shows = family.required_images(pipe)
         """Those of `image_arguments` without which the network cannot be asked."""
         self.usual: dict[str, Any] = {}
@@ -120,7 +122,8 @@ class PretrainedConditioner(Conditioner):
         apart = {name: settings.pop(name) for name in self.family.image_size_arguments}
         reads = "image" in inspect.signature(self.pipe.encode_prompt).parameters
         beside = {"image": shown.get("image")} if reads else {}
-        tensors = read(self.pipe, prompt, settings | beside)
+        with bounded_templates(self.pipe):
+            tensors = read(self.pipe, prompt, settings | beside)
         return Condition(
             tensors | (self.family.encode_images(self.pipe, shown, apart, self.encode) if shown else {})
         )

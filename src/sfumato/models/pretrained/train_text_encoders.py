@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.errors import Failed, Refused
+from sfumato.errors import Failed, Refused, check_types, explain_malformed, parse_object
 from sfumato.models.interface import Denoiser, DenoiserWrapper, Model, seeded
 from sfumato.models.lora import adapter
 from sfumato.models.lora.adapter import AdapterPlan
@@ -76,12 +76,15 @@ def read_plan(folder: Path) -> TextPlan | None:
     """
     if not (folder / FILE).is_file():
         return None
-    try:
-        said = dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as problem:
-        raise Failed(f"{folder / FILE} is damaged ({problem}). Train the recipe again.") from problem
-    if said.get("format", 0) > FORMAT:
-        raise Refused(f"{folder / FILE} was written by a newer sfumato. Update sfumato.")
+    with explain_malformed(folder / FILE, "Train the recipe again."):
+        said = parse_object((folder / FILE).read_text(encoding="utf-8"))
+        if said.get("format", 0) > FORMAT:
+            raise Refused(f"{folder / FILE} was written by a newer sfumato. Update sfumato.")
+        return _plan_of(said, folder)
+
+
+def _plan_of(said: Mapping[str, Any], folder: Path) -> TextPlan:
+    """What the file of a plan says."""
     lora = said.get("lora")
     known = {one.name for one in fields(AdapterPlan)}
     adapter = (
@@ -93,7 +96,13 @@ def read_plan(folder: Path) -> TextPlan | None:
         (word, str(folder / like) if like.endswith(textual_inversion.SUFFIX) else like)
         for word, like in said["tokens"]
     )
-    return TextPlan(adapter, tokens, said["seed"], said["alone"])
+    plan = TextPlan(adapter, tokens, said["seed"], said["alone"])
+    for one in (plan.lora, replace(plan, lora=None, tokens=())):
+        if one is not None:
+            check_types(one)
+    if not all(isinstance(word, str) for word, _ in tokens):
+        raise TypeError("a new word is no text")
+    return plan
 
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")

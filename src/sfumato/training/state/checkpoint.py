@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfumato.errors import Failed
+from sfumato.errors import MALFORMED, Failed, explain_malformed, parse_object
 from sfumato.models.files import heading
 from sfumato.run_folder import RunFolder, atomic_folder, checksum, explain_disk_errors, remove_partial_files
 
@@ -190,11 +190,11 @@ def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if every byte is as it was written."""
     manifest = folder / "manifest.json"
     try:
-        listed = json.loads(manifest.read_bytes())
+        listed = parse_object(manifest.read_bytes())
         expected = {str(name): str(entry["sha256"]) for name, entry in listed["files"].items()}
     except FileNotFoundError:
         return f"{manifest} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+    except MALFORMED as problem:
         return f"{manifest} cannot be read ({problem})"
     for name, digest in expected.items():
         file = folder / name
@@ -251,18 +251,19 @@ def read_state(folder: Path) -> dict[str, Any]:
     Raises:
         Failed: it was written by a newer sfumato.
     """
-    state = json.loads((folder / "state.json").read_bytes())
-    if state["format"] > FORMAT:
-        raise Failed(
-            f"{folder} has checkpoint format {state['format']}, this sfumato reads up to {FORMAT}. "
-            "Use the version that wrote it, or a newer one."
-        )
-    return state
+    with explain_malformed(folder / "state.json", "Remove this checkpoint; the one before it is used."):
+        state = parse_object((folder / "state.json").read_bytes())
+        if state["format"] > FORMAT:
+            raise Failed(
+                f"{folder} has checkpoint format {state['format']}, this sfumato reads up to {FORMAT}. "
+                "Use the version that wrote it, or a newer one."
+            )
+        return state
 
 
 def saved_precision(run: RunFolder) -> str | None:
     """The precision of the newest checkpoint that tells it; None before the first."""
     for folder in reversed(run.checkpoint_folders()):
-        with suppress(OSError, ValueError, KeyError):  # a damaged one is named when the run goes on
+        with suppress(Failed, OSError, ValueError, KeyError):  # a damaged one is named when the run goes on
             return str(read_state(folder)["precision"])
     return None
