@@ -109,17 +109,22 @@ class Ledger:
 
 
 def line() -> str:
-    """The innermost lines of sfumato that are being run, else the innermost of all outside torch."""
+    """The innermost lines of sfumato that are being run; before them in brackets another package's within."""
     found: list[str] = []
     outside, frame = "", sys._getframe(1)
     while frame is not None and len(found) < 2:
         name = frame.f_code.co_filename
         if "/src/sfumato/" in name:
             found.append(f"{name.split('/src/sfumato/')[1]}:{frame.f_lineno}")
-        elif not outside and "/torch/" not in name and name != __file__:
+        elif not (outside or found) and "/torch/" not in name and name != __file__:
             outside = f"{'/'.join(name.split('/')[-2:])}:{frame.f_lineno}"
         frame = frame.f_back
-    return " < ".join(found) or outside
+    return " < ".join([*([f"[{outside}]"] if outside and found else []), *found]) or outside
+
+
+def ours(counted: Counter[str]) -> Counter[str]:
+    """Of what was counted, what sfumato's own lines ask for."""
+    return Counter({where: count for where, count in counted.items() if "[" not in where})
 
 
 class DeviceMismatch(RuntimeError):
@@ -208,7 +213,7 @@ def current_stream(device: Any = None) -> Stream:
 
 @contextlib.contextmanager
 def stream_context(stream: Stream | None) -> Iterator[None]:
-    before = current_stream()
+    before = getattr(STATE.local, "stream", None)
     STATE.local.stream = stream or before
     try:
         yield
@@ -371,11 +376,12 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     device = [one for one in tensors if isinstance(one, DeviceTensor) and one.place.type == "cuda"]
     wanted = kwargs.get("device")
     target = None if wanted is None else torch.device(wanted)
-    if not any(isinstance(one, DeviceTensor) for one in tensors) and (target is None or target.type == "cpu"):
+    is_ours = target is not None and target.type == "cuda"
+    if not is_ours and not any(isinstance(one, DeviceTensor) for one in tensors):
         return func(*args, **kwargs)
     host = [one for one in tensors if not isinstance(one, DeviceTensor) or one.place.type != "cuda"]
     asked = _Asked(schema, device, host, tensors)
-    if target is not None:
+    if is_ours:
         real_kwargs["device"] = CPU
     if STATE.streams > 1:
         _check_order(device)
@@ -386,7 +392,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _write_down(asked, func)
     result = func(*real_args, **real_kwargs)
     place = target if target is not None else CUDA if device else CPU
-    return _wrapped(func, args, kwargs, real_args, real_kwargs, result, CPU if place.type == "cpu" else CUDA)
+    return _wrapped(func, args, kwargs, result, CUDA if place.type == "cuda" else CPU)
 
 
 def _is_doing_something(func: Any, name: str) -> bool:
@@ -436,7 +442,7 @@ def _copied(func: Any, args: Any, kwargs: Any, asked: _Asked, target: torch.devi
         doubles = [one for one in (source, result) if one.dtype == torch.float64 and one.numel() > 1]
         if doubles and there == "cuda":
             ledger.doubles[line()] += 1
-    if there == "cpu":
+    if there != "cuda":
         return result
     made = DeviceTensor(result)
     _stamp([made])
@@ -460,9 +466,7 @@ def _copied_into(func: Any, args: Any, real_args: Any, kwargs: Any) -> Any:
     return into
 
 
-def _wrapped(
-    func: Any, args: Any, kwargs: Any, real_args: Any, real_kwargs: Any, result: Any, place: Any
-) -> Any:
+def _wrapped(func: Any, args: Any, kwargs: Any, result: Any, place: Any) -> Any:
     """The result as the device's tensors; where an operation writes into an argument, that argument."""
     written: list[Any] = []
     names = [one.name for one in func._schema.arguments]
@@ -577,7 +581,7 @@ def make_believe(library: ctypes.CDLL) -> Iterator[Ledger]:
         ),
     ]
     STATE.ledger.clear()
-    STATE.known, STATE.default, STATE.streams = {}, Stream(), 1
+    STATE.known, STATE.default, STATE.streams, STATE.local = {}, Stream(), 1, threading.local()
     STATE.writers.clear()
     STATE.pinned.clear()
     lifts = torch._C._only_lift_cpu_tensors()

@@ -13,9 +13,7 @@ from .small_world import Encoded, dit, training, unet
 
 USUAL = {"ema_snapshot_every": 0}
 CASES = {
-    "dit": (dit, {}),
-    "dit, averages for later": (dit, {"ema_snapshot_every": 20}),
-    "dit, bf16": (dit, {"precision": "bf16", "ema": 0.9}),
+    "dit": (dit, {"precision": "bf16", "ema": 0.9}),
     "dit, in parts, computed again": (dit, {"gradient_accumulation": 2, "max_grad_norm": 0.1}),
     "dit, min-snr": (dit, {"weighting": "min-snr", "timestep_importance_sampling": True}),
     "dit, packed": (dit, {"sequence_packing": True}),
@@ -153,3 +151,23 @@ def test_copies_of_one_network_do_not_share_its_numbers(gpu):
     with torch.no_grad():
         next(other.parameters()).zero_()
     assert bool(plain(next(network.parameters())).any())
+
+
+def test_a_layer_of_few_bits_copies_nothing(gpu):
+    """Law: once its table is there, a layer of nf4 asks the host for nothing, forwards or backwards, and
+    under autocast makes its weights as narrow as its products."""
+    from torch import nn
+
+    from sfumato.models.networks.quantized import QuantizedLinear
+
+    layer = nn.Linear(64, 32).requires_grad_(False)
+    QuantizedLinear.of(layer, "nf4", torch.device("cuda"))
+    layer.to("cuda")
+    x = torch.randn(3, 64).to("cuda").requires_grad_()
+    for _ in range(2):
+        gpu.clear()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = layer(x)
+        out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and x.grad is not None
+    assert not gpu.syncs and not gpu.uploads, gpu.syncs

@@ -30,6 +30,7 @@ from sfumato.models.pretrained.image_inputs import images_per_prompt
 from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as forms
 from sfumato.theory import times as sampling_times
+from sfumato.theory.definition import as_float64
 from sfumato.theory.types import Denoise
 from sfumato.trust import trusting
 
@@ -165,7 +166,7 @@ class Pipeline(Model):
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""
-        times = torch.as_tensor(t, dtype=torch.float64, device=x_t.device)
+        times = as_float64(t)  # where they are: those on the host cost a GPU nothing
         return self.video.ask(super().predict, self.theory)(x_t, times, condition)
 
     @torch.no_grad()
@@ -173,7 +174,8 @@ class Pipeline(Model):
         """Latents → pixels, not clamped; to save memory, tiles of so many pixels, frames of a chunk."""
         if not (cut := tiling.Tiling(tile, chunk)):
             return super().decode(latents)
-        return tiling.decode_tiled(self.codec, latents.to(self.device, self.dtype), cut)
+        with self.at_work(self.codec):
+            return tiling.decode_tiled(self.codec, self.codec_input(latents), cut)
 
     def add_lora(self, file: Path | str, weight: float = 1.0, expert: str = "") -> list[str]:
         """Add a LoRA's file (diffusers', ComfyUI's or kohya's names) to the weights; several stack.
@@ -458,7 +460,7 @@ class Pipeline(Model):
             return alone
         other = how.autoguidance_denoiser(self, [request.prompt for request in todo], given)
         if leans and other is None:
-            with torch.no_grad():
+            with torch.no_grad(), self.at_work(self.conditioner):
                 weak = images.add_to(self.conditioner.encode_negative(away, **given), is_weak=True)
             answers.append(weak.to(self.device))
         if how.pag_scale:
@@ -560,5 +562,5 @@ def as_pipeline(model: Model, denoiser: Any = None) -> Pipeline:
     """The same stages as a model that draws, optionally with other weights (the averaged ones)."""
     pipeline = Pipeline(model.theory, model.codec, model.conditioner, denoiser or model.denoiser, model.info)
     pipeline.origin, pipeline.sampling, pipeline.trained = model.origin, model.sampling, model.trained
-    pipeline.fitted_times = model.fitted_times
+    pipeline.fitted_times, pipeline.placement = model.fitted_times, model.placement
     return pipeline

@@ -6,7 +6,8 @@ prompts → conditioner → condition     (frozen, once, offline)
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from hashlib import sha256
@@ -317,6 +318,36 @@ for _name in HANDED_ON:
     setattr(DenoiserWrapper, _name, _handed_on(_name))
 
 
+class StagePlacement:
+    """Where frozen stages work and where they rest, so that only the one that works takes a GPU's memory.
+
+    What is lent is copied and dropped, never copied back: its numbers do not change.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.busy: set[int] = set()
+
+    @contextmanager
+    def at_work(self, *stages: nn.Module) -> Iterator[None]:
+        """Within it the stages are on the device."""
+        mine = [stage for stage in stages if id(stage) not in self.busy]
+        homes = [
+            (tensor, tensor.data) for stage in mine for tensor in (*stage.parameters(), *stage.buffers())
+        ]
+        self.busy |= {id(stage) for stage in mine}
+        try:
+            for tensor, home in homes:
+                tensor.data = home.to(self.device)
+            yield
+        finally:
+            self.busy -= {id(stage) for stage in mine}
+            for tensor, home in homes:
+                tensor.data = home
+            if homes and self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
 class Model:
     """Codec, conditioner and denoiser, bound by a theory.
 
@@ -339,6 +370,8 @@ class Model:
         """How that pipeline samples (`pipeline_folder.PipelineSampling`)."""
         self.trained: Theory | None = None
         """The theory the network itself speaks, where it is asked under another."""
+        self.placement: StagePlacement | None = None
+        """Where codec and conditioner work, if they rest elsewhere; None: they stay where they are."""
         self.fitted_times: Any = None
         """Sampling times fitted to this model (`theory.schedule_search.FittedGrid`), if any."""
 
@@ -363,6 +396,15 @@ class Model:
         narrow = self.denoiser.compute_dtype is not None
         return torch.float32 if narrow else next(self.denoiser.parameters()).dtype
 
+    def at_work(self, *stages: nn.Module) -> AbstractContextManager[None]:
+        """Within it these stages are on the device, wherever they rest."""
+        return nullcontext() if self.placement is None else self.placement.at_work(*stages)
+
+    def codec_input(self, tensor: Tensor) -> Tensor:
+        """Pixels or latents where the codec's weights are, in the model's dtype."""
+        weight = next(self.codec.parameters(), None)
+        return tensor.to(self.device if weight is None else weight.device, self.dtype)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move all three stages; returns self."""
         for stage in (self.codec, self.conditioner, self.denoiser):
@@ -381,22 +423,25 @@ class Model:
         if labels is not None:
             options["labels"] = labels
         prompts = [""] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        condition = self.conditioner(prompts, **options)
-        if negative is not None:
-            away = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
-            condition.negative = self.conditioner.encode_negative(away, **options)
+        with self.at_work(self.conditioner):
+            condition = self.conditioner(prompts, **options)
+            if negative is not None:
+                away = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+                condition.negative = self.conditioner.encode_negative(away, **options)
         return condition
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] → normalised latents: the mode, or with `noise` a sample."""
         self.codec.check_size(pixels.shape[-1], pixels.shape[-2])
-        return self.codec.encode(pixels.to(self.device, self.dtype), noise)
+        with self.at_work(self.codec):
+            return self.codec.encode(self.codec_input(pixels), noise)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents → pixels, not clamped."""
-        return self.codec.decode(latents.to(self.device, self.dtype))
+        with self.at_work(self.codec):
+            return self.codec.decode(self.codec_input(latents))
 
     def predict(self, x_t: Tensor, t: Tensor | float, condition: Condition) -> Tensor:
         """The network's answer at t in the theory's own time: scalar, [B], or one for each frame [B, F]."""

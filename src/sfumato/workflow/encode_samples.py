@@ -18,6 +18,7 @@ from sfumato.data.store.leases import Owner
 from sfumato.data.store.store import Store
 from sfumato.errors import Refused
 from sfumato.generation import Pipeline
+from sfumato.models.at_once import AtOnce
 from sfumato.recipe import Recipe
 from sfumato.training.distributed.processes import BatchSplit, current_processes
 from sfumato.training.loop.loop import print_to_stderr
@@ -116,7 +117,7 @@ def encoded_samples(
         texts = base_images.text_image_encoder(model, data, samples) if beside_it else caption_encoder(model)
     part = part or (processes.rank, processes.count)
     beside = condition_encoders.encoders(model, recipe.data)
-    pixels = posterior_encoder(model)
+    pixels = posterior_encoder(model, say)
 
     def filled(how: EncodingOptions) -> EncodedDataset:
         return encode_to_store(
@@ -181,12 +182,24 @@ def caption_encoder(model: Pipeline) -> Callable[[Sequence[str]], list[dict[str,
     return read
 
 
-def posterior_encoder(model: Pipeline) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
-    """Pixels → what the store keeps of the codec's posterior: its mean and, in 16 bits, its deviation."""
+def posterior_encoder(
+    model: Pipeline, say: Say = lambda sentence: None
+) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """Pixels → what the store keeps of the codec's posterior: its mean and, in 16 bits, its deviation.
+
+    Where so many pictures do not fit into memory, half as many are encoded at once.
+    """
+    at_once = AtOnce("pictures to encode", "Lower data.resolution or data.frames, or use a larger GPU.", say)
 
     def encode(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         model.codec.check_size(pixels.shape[-1], pixels.shape[-2])
-        mean, deviation = model.codec.distribution(pixels.to(model.device, model.dtype))
+        parts = at_once(lambda some: encode_some(pixels[some]), len(pixels))
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+
+    def encode_some(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        mean, deviation = model.codec.distribution(model.codec_input(pixels))
         return {"latents": mean} if deviation is None else {"mean": mean, "std": deviation.bfloat16()}
 
     return encode

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sfumato import models
@@ -333,9 +334,12 @@ def save_base_reference(model: Pipeline, recipe: Recipe, folder: Path) -> None:
         train_text_encoders.write_plan(folder, text)
 
 
-def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
+def prepare_trainable(model: Pipeline, recipe: Recipe, device: torch.device | None = None) -> nn.Module:
     """Attach what the recipe trains, and free it; returns the network whose free weights are trained.
 
+    Args:
+        device: where the denoiser goes, once its frozen weights are stored as the recipe says; by default it
+            stays where it is.
     Raises:
         Refused: a rank or target that matches nothing.
     """
@@ -354,14 +358,19 @@ def prepare_trainable(model: Pipeline, recipe: Recipe) -> nn.Module:
         adapter_run.attach(model.denoiser, plan)
         if begin is not None:
             init_from_file.fill(network, begin.changes.get("", {}))
-    model.denoiser.compute_dtype = quantized.quantize_frozen(network, recipe.model.base_quantization)
+    device = device or model.device
+    model.denoiser.compute_dtype = quantized.quantize_frozen(network, recipe.model.base_quantization, device)
     if recipe.model.attention_backend:
         blocks.set_attention_backend(network, recipe.model.attention_backend)
     if recipe.train.offload:
-        blocks.offload_blocks(network, model.device, recipe.train.gradient_checkpointing == 1)
+        blocks.offload_blocks(network, device, recipe.train.gradient_checkpointing == 1).move_rest(
+            model.denoiser
+        )
+    else:
+        model.denoiser.to(device)
     blocks.recompute(network, recipe.train.gradient_checkpointing)
     if recipe.train.compile:
-        blocks.compile_blocks(network, model.device)
+        blocks.compile_blocks(network, device)
     learning = train_text_encoders.attach_text_training(model, text)
     if begin is not None:
         for name in begin.encoders:

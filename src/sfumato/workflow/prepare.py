@@ -11,6 +11,7 @@ from sfumato import models
 from sfumato.data.encoding.encoded_dataset import EncodedDataset
 from sfumato.data.sources.sample import Collection, Sample
 from sfumato.generation import Pipeline, as_pipeline
+from sfumato.models.interface import StagePlacement
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
 from sfumato.training import device as devices
@@ -27,7 +28,7 @@ from sfumato.workflow.checks import (
 )
 from sfumato.workflow.dataset import Bucket, class_names, collection_of
 from sfumato.workflow.encode_samples import curriculum_stages, encoded_samples
-from sfumato.workflow.finetune import base_of, check_latents, check_tokens_in_captions
+from sfumato.workflow.finetune import base_of, check_latents, check_tokens_in_captions, text_plan_of
 from sfumato.workflow.resume import data_fingerprint, pixels_note
 from sfumato.workflow.train_codec import Progress, trained_codec
 
@@ -133,9 +134,10 @@ def prepare_run(
     if run is not None:  # what is only encoded may be read by a loop of one's own
         condition_encoders.check_read(recipe, model)
     condition_encoders.condition_dropout(recipe.data, list(condition_encoders.encoders(model, recipe.data)))
-    with phase(run, "prior"):
+    drawing = (model.denoiser, model.codec, model.conditioner) if class_images.is_used(recipe) else ()
+    with phase(run, "prior"), model.at_work(*drawing):
         others = class_images.samples(recipe, resolved.class_images, model, progress)
-    with phase(run, "encode"):
+    with phase(run, "encode"), model.at_work(model.codec, model.conditioner):
         encoded = encoded_samples(recipe, collection.samples, bucket_of, model, progress, say, part)
         earlier = []
         for until, smaller in curriculum_stages(recipe):
@@ -174,11 +176,24 @@ def model_of(recipe: Recipe, resolved: ResolvedRecipe, codec: models.Codec) -> P
         model.info |= {"steps": recipe.sample.steps, "guidance": recipe.sample.guidance}
     if recipe.sample.guidance_options:
         model.info["guidance_options"] = recipe.sample.guidance_options
-    model.to(resolved.device)
+    if stages_take_turns(recipe, resolved.device):
+        model.placement = StagePlacement(resolved.device)
+    else:
+        model.to(resolved.device)
     control_training.attach_control(model, recipe)
     model.codec.eval().requires_grad_(False)
     model.conditioner.eval().requires_grad_(False)
     return model
+
+
+def stages_take_turns(recipe: Recipe, device: torch.device) -> bool:
+    """Whether codec and conditioner are on the device only while they work, the denoiser when it is ready.
+
+    Not where they work in every step: pictures encoded as they are shown, text encoders that are trained,
+    pictures that guide.
+    """
+    always = recipe.data.stream or recipe.data.cache_limit or text_plan_of(recipe)
+    return device.type == "cuda" and not always and control_training.control_plan_of(recipe) is None
 
 
 def _record_data(

@@ -9,6 +9,7 @@ from torch import nn
 from sfumato.data.encoding.encoded_dataset import EncodedDataset
 from sfumato.generation import Pipeline, finite
 from sfumato.generation.files import DEFAULT_FPS, contents, is_clip
+from sfumato.models.at_once import AtOnce
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder, write_atomic
 from sfumato.theory import noise
@@ -80,6 +81,10 @@ class Preview:
         after: Callable[[], Any],
     ) -> None:
         self.model, self.recipe, self.run, self.groups, self.after = model, recipe, run, groups, after
+        self.at_once = AtOnce("previews", "Set sample.every = 0, or use a larger GPU.", self._note)
+
+    def _note(self, sentence: str) -> None:
+        self.run.event("note", text=sentence)
 
     def __call__(self, network: nn.Module, step: int) -> None:
         """Draw with the weights the network has now; processes share the pictures."""
@@ -105,15 +110,21 @@ class Preview:
         """Draw and write this process's share; the names of all files, in the run's folder."""
         sample, mine = self.recipe.sample, current_processes().indices_of_rank(len(seeds))
         sizes = group.sizes or (None,) * len(seeds)
-        with finite.said_instead(print_to_stderr):
-            pictures = draw_in_sizes(
+
+        def draw(at: slice) -> list[Any]:
+            return draw_in_sizes(
                 self.model,
-                [group.prompts[index] for index in mine],
-                [seeds[index] for index in mine],
-                [sizes[index] for index in mine],
+                [group.prompts[index] for index in mine[at]],
+                [seeds[index] for index in mine[at]],
+                [sizes[index] for index in mine[at]],
                 negative=sample.negative or None,
-                guides={name: [pictures[index] for index in mine] for name, pictures in group.guides.items()},
+                guides={name: [pictures[i] for i in mine[at]] for name, pictures in group.guides.items()},
             )
+
+        alone = current_processes().count == 1  # those that compute together ask for the same
+        with finite.said_instead(print_to_stderr):
+            parts = self.at_once(draw, len(mine)) if alone else [draw(slice(None))]
+        pictures = [picture for some in parts for picture in some]
         kind = "webp" if is_clip(pictures[0]) else "png"
         files = [
             self.run.samples / f"step-{step:06d}-{group.name or 'prompt'}-{index:02d}.{kind}"

@@ -31,7 +31,7 @@ def check_recipe(recipe: Recipe) -> list[Check]:
         Refused: the recipe cannot be used.
     """
     prepared = prepare_run(recipe, resolve_recipe(recipe))
-    return list(sanity_checks(recipe, prepared, prepare_trainable(prepared.model, recipe)))
+    return list(sanity_checks(recipe, prepared, prepare_trainable(prepared.model, recipe, prepared.device)))
 
 
 def sanity_checks(

@@ -218,7 +218,8 @@ def _train(
         save_base_reference(model, recipe, run.path / "model")
     for note in untrainable_encoders(model, text_plan_of(recipe)):
         say(note)
-    network, settings = prepare_trainable(model, recipe), with_text_learning_rate(recipe)
+    network = prepare_trainable(model, recipe, prepared.device)
+    settings = with_text_learning_rate(recipe)
     train, order = dataset_and_sampler(recipe, prepared.train, prepared.curriculum)
     encode_ahead.start_encoding_ahead(train, order, recipe)
     # Where words are read beside a picture, the samples say which captions are left out.

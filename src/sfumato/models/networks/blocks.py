@@ -145,6 +145,15 @@ def set_attention_backend(network: nn.Module, backend: str) -> int:
     return len(chosen)
 
 
+def _tensors(answer: Any) -> Iterator[Tensor]:
+    """The tensors in what a block answers."""
+    if isinstance(answer, Tensor):
+        yield answer
+    elif isinstance(answer, dict | list | tuple):
+        for one in answer.values() if isinstance(answer, dict) else answer:
+            yield from _tensors(one)
+
+
 QUANTIZED = ("codes", "scales")
 """The buffers in which a layer keeps frozen weights of few bits."""
 
@@ -155,7 +164,7 @@ class OffloadedBlocks:
     While one block is computed the next one's weights are copied on a stream of their own; what was asked is
     dropped, so that two blocks are there at most. Trained weights stay on the GPU.
 
-    Backwards a block is lent when its answer's gradient is there, and dropped when that of another's is:
+    Backwards a block is lent when the gradient of its answer is there, and dropped when that of another's is:
     torch's own hook for "the backward pass of this module is over" heeds tensors given by position alone, and
     comes before that pass where none of them needs a gradient. Which block comes next is learned from the
     last forward pass.
@@ -176,7 +185,14 @@ class OffloadedBlocks:
             self.homes.append([(weight, self._home(weight)) for weight in frozen])
             self.drop(place)
             block.register_forward_pre_hook(self._before_forward(place))
-            block.register_full_backward_pre_hook(self._before_backward(place))
+            block.register_forward_hook(self._after_forward(place))
+
+    def move_rest(self, network: nn.Module) -> None:
+        """Move the rest of a network, whose blocks are lent, to the device for good."""
+        lent = {id(weight) for homes in self.homes for weight, _ in homes}
+        for tensor in (*network.parameters(), *network.buffers()):
+            if id(tensor) not in lent:
+                tensor.data = tensor.data.to(self.device)
 
     def _home(self, weight: Tensor) -> Tensor:
         home = weight.detach().to("cpu", copy=True)
@@ -191,8 +207,18 @@ class OffloadedBlocks:
 
         return load
 
+    def _after_forward(self, place: int) -> Any:
+        load = self._before_backward(place)
+
+        def watch(block: nn.Module, given: Any, answer: Any) -> None:
+            for one in _tensors(answer):
+                if one.requires_grad:
+                    one.register_hook(load)
+
+        return watch
+
     def _before_backward(self, place: int) -> Any:
-        def load(*_: Any) -> None:
+        def load(gradient: Tensor) -> None:
             if self.asked is not None:  # the last of this forward pass: none follows it
                 self.after.pop(self.asked, None)
                 self.asked = None

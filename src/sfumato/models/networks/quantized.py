@@ -83,9 +83,9 @@ class QuantizedLinear(nn.Linear):
     scales: Tensor
 
     @classmethod
-    def of(cls, layer: nn.Linear, form: str) -> None:
-        """Make this very layer narrow, in its place."""
-        codes, scales = quantize(layer.weight.detach().float(), form)
+    def of(cls, layer: nn.Linear, form: str, device: torch.device | None = None) -> None:
+        """Make this very layer narrow, in its place; on a device where its wide weights are for a moment."""
+        codes, scales = quantize(layer.weight.detach().to(device, torch.float32), form)
         del layer.weight
         layer.register_buffer("codes", codes)
         layer.register_buffer("scales", scales)
@@ -103,9 +103,11 @@ class QuantizedLinear(nn.Linear):
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
-def quantize_frozen(network: nn.Module, form: str) -> torch.dtype | None:
+def quantize_frozen(network: nn.Module, form: str, device: torch.device | None = None) -> torch.dtype | None:
     """Store the frozen weights of a network in `form`, trained ones untouched.
 
+    Args:
+        device: where the codes are made and stay; by default where the weights are.
     Returns:
         the dtype that the network computes in, None for its own.
     Raises:
@@ -127,7 +129,7 @@ def quantize_frozen(network: nn.Module, form: str) -> torch.dtype | None:
     for block in blocks_of(network):
         for layer in [part for part in block.modules() if type(part) is nn.Linear]:
             if not layer.weight.requires_grad:
-                QuantizedLinear.of(layer, form)
+                QuantizedLinear.of(layer, form, device)
                 count += 1
     if not count:
         raise Refused(

@@ -90,7 +90,9 @@ class GuidanceDistilled(Family):
 
     def guidance_values(self, x: Tensor, condition: Condition) -> Tensor:
         """The guidance [B] of this batch, beside its latents."""
-        return condition.get("guidance", torch.full((len(x),), self.usual_guidance)).to(x.device)
+        if "guidance" in condition:
+            return condition["guidance"].to(x.device)
+        return torch.full((len(x),), self.usual_guidance, device=x.device)
 
 
 class UNetFamily(GuidanceDistilled):

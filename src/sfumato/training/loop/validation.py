@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from sfumato.models.at_once import AtOnce
 from sfumato.run_folder import RunFolder
 from sfumato.theory import noise
 from sfumato.theory.definition import upload
@@ -67,6 +68,12 @@ class ValidationLoss:
         self.sets = {"held_out": held_out, "train": train}
         self.indices = {split: sample_indices(len(encoded), samples) for split, encoded in self.sets.items()}
         self.precision = precision
+        self.at_once = AtOnce(
+            "samples to measure", "Set train.validate_every = 0, or use a larger GPU.", self._note
+        )
+
+    def _note(self, sentence: str) -> None:
+        self.run.event("note", text=sentence)
 
     def __call__(self, step: int, weights: str) -> HeldOutLoss | None:
         """Record the loss of the weights the network has now, as `weights` ("ema" or "raw").
@@ -99,7 +106,7 @@ class ValidationLoss:
             # Every process computes as often as every other, or sharded weights could not be gathered.
             number = min(first + processes.group, len(parts) - 1)
             for level in range(self.levels):
-                found = self._losses(encoded, parts[number], self._time(level), level)
+                found = self._losses_as_memory_allows(encoded, parts[number], level)
                 if first + processes.group < len(parts):
                     losses[starts[number] : starts[number + 1], level] = found.double().cpu()
         losses = processes.add(losses)
@@ -133,6 +140,14 @@ class ValidationLoss:
             else:
                 parts.append([index])
         return parts
+
+    def _losses_as_memory_allows(self, encoded: Encoded, part: list[int], level: int) -> Tensor:
+        """The losses of a batch; where memory is out in smaller ones, unless processes compute together."""
+        t = self._time(level)
+        if current_processes().count > 1:
+            return self._losses(encoded, part, t, level)
+        found = self.at_once(lambda some: self._losses(encoded, part[some], t, level), len(part))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _losses(self, encoded: Encoded, indices: list[int], t: Tensor, level: int) -> Tensor:
         objective = self.objective

@@ -1,7 +1,8 @@
 """What a recipe would do, said before it is done: counts, what is missing, memory and disk."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -12,14 +13,15 @@ from sfumato import models
 from sfumato.data import buckets
 from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.data.sources.sample import Sample
-from sfumato.generation import as_pipeline
+from sfumato.generation import Pipeline, as_pipeline
+from sfumato.models.interface import StagePlacement
 from sfumato.models.io import adapter_run
 from sfumato.models.pretrained import token_count
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
 from sfumato.training.distributed.strategy import processes_per_machine
 from sfumato.training.estimate import fit_memory, probe
-from sfumato.training.estimate.memory import count_memory, repeated_blocks
+from sfumato.training.estimate.memory import MemoryBreakdown, count_memory, repeated_blocks
 from sfumato.training.precision import effective_precision
 from sfumato.workflow import class_images, condition_encoders, control_training
 from sfumato.workflow.checks import check_context_parallel
@@ -34,7 +36,7 @@ from sfumato.workflow.planning.step_costs import (
     step_cost,
     store_bytes,
 )
-from sfumato.workflow.prepare import ResolvedRecipe, resolve_recipe
+from sfumato.workflow.prepare import ResolvedRecipe, resolve_recipe, stages_take_turns
 from sfumato.workflow.resume import check_resume, data_fingerprint
 from sfumato.workflow.train_codec import codec_home
 
@@ -76,7 +78,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     if base is None and models.needs_training(recipe.model, codec):
         home = codec_home(recipe, train, resolved.bucket_of)
     found["codec"] = f"of {recipe.model.base}" if base else _codec(recipe, home)
-    network = prepare_trainable(model, recipe)
+    network = prepare_trainable(model, recipe, resolved.device)
     parameters = sum(one.numel() for one in network.parameters() if one.requires_grad)
     found["parameters"] = sum(one.numel() for one in network.parameters())
     found["trained_parameters"] = parameters
@@ -89,7 +91,11 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     found["precision"] = effective_precision(
         recipe.train.precision, resolved.device, recipe.train.weight_dtype
     )
-    model.to(resolved.device)
+    if stages_take_turns(recipe, resolved.device):
+        model.placement = StagePlacement(resolved.device)
+    else:
+        model.codec.to(resolved.device)
+        model.conditioner.to(resolved.device)
     captions = [sample.captions for sample in train]
     step = step_cost(
         recipe,
@@ -99,9 +105,12 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         many or started_processes(),
         _sizes(recipe, train, resolved.bucket_of),
     )
-    found |= step_report(
-        recipe, step, phase_costs.phase_costs(recipe, model, network, resolved, step, home), resolved.device
-    )
+    with model.at_work(model.codec, model.conditioner):
+        parts = phase_costs.phase_costs(recipe, model, network, resolved, step, home)
+    found |= step_report(recipe, step, parts, resolved.device)
+    if resolved.device.type == "cuda":
+        held = device_bytes(model, step.memory, parts)
+        found["device_gb"] = {name: gigabytes(size) for name, size in held.items()}
     if class_images.is_used(recipe):
         drawn = 0 if resolved.class_images else recipe.data.num_class_images
         found["prior"] = (
@@ -153,6 +162,31 @@ def step_report(
             for name, part in {**parts, "steps": steps}.items()
         },
     }
+
+
+def device_bytes(
+    model: Pipeline, step: MemoryBreakdown, parts: Mapping[str, phase_costs.PhaseCost]
+) -> dict[str, int]:
+    """The bytes that a GPU holds at once in each part of a run.
+
+    Codec and text encoders are there only while they work, unless they work in every step; pictures are drawn
+    beside the network, its optimizer and its averages.
+    """
+    codec, words = stage_bytes(model.codec), stage_bytes(model.conditioner)
+    takes_turns = model.placement is not None
+    rest = 0 if takes_turns else codec + words
+    beside = step.weights + step.optimizer + step.average + rest
+    extra = {name: part.peak or 0 for name, part in parts.items()}
+    return {
+        "encode": codec + words + extra.get("encode", 0) + (0 if takes_turns else step.weights),
+        "steps": step.peak + rest,
+        "draw": beside + takes_turns * max(codec, words) + extra.get("draw", 0),
+    }
+
+
+def stage_bytes(stage: torch.nn.Module) -> int:
+    """Bytes of a stage's weights."""
+    return sum(tensor.nbytes for tensor in (*stage.parameters(), *stage.buffers()))
 
 
 def gigabytes(size: float) -> float:
@@ -229,7 +263,8 @@ def fit_to_memory(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dic
     built = resolved.base or models.new_model(recipe.model, codec, resolved.conditioner, recipe.seed, frames)
     model = as_pipeline(built)
     control_training.attach_control(model, recipe)
-    network = prepare_trainable(model, recipe)
+    whole = replace(recipe, train=replace(recipe.train, offload=False))  # what could be lent is counted
+    network = prepare_trainable(model, whole)
     train = resolved.collection.with_split("train")
     captions, sizes = [sample.captions for sample in train], _sizes(recipe, train, resolved.bucket_of)
     on_gpu = resolved.device.type == "cuda"

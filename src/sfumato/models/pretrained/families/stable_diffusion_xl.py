@@ -15,6 +15,7 @@ from sfumato.models.lora.layer_names import LayerNames
 from sfumato.models.lora.unet_names import UNET_BLOCKS, unet_names
 from sfumato.models.pretrained.guidance_embedding import UNetFamily
 from sfumato.models.pretrained.inpainting import beside
+from sfumato.theory.definition import upload
 
 
 class StableDiffusionXL(UNetFamily):
@@ -68,8 +69,8 @@ class StableDiffusionXL(UNetFamily):
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:
         """ε [B, 4, H, W]."""
         height, width = (self.stride * side for side in x.shape[-2:])
-        plain = torch.tensor([[height, width, 0, 0, height, width]], dtype=x.dtype, device=x.device)
-        sizes = plain.expand(len(x), 6)
+        plain = torch.tensor([[height, width, 0, 0, height, width]], dtype=x.dtype)
+        sizes = upload(plain, x.device).expand(len(x), 6)
         if "time_ids" in condition:
             sizes = torch.where(condition["time_ids"].isnan(), sizes, condition["time_ids"]).to(x.dtype)
         added = {"text_embeds": condition["pooled"], "time_ids": sizes}
