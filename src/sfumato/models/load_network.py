@@ -29,7 +29,7 @@ WEIGHTS = ("model", "diffusion_pytorch_model")
 
 def load_network(
     kind: Any,
-    folder: Path,
+    folder: Path | str,
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     unused: Sequence[str] = (),
@@ -37,6 +37,7 @@ def load_network(
     """The network of a class of diffusers or transformers (or of an auto class) in a folder, offline.
 
     Args:
+        folder: its word goes into the network's config, and so into fingerprints, as it is given.
         dtype: of its weights; None leaves it to the library. variant: "fp16" of model.fp16.safetensors.
         unused: parts whose answer nobody reads; where the file has none of it their weights are 0.
     Raises:
@@ -61,7 +62,7 @@ def load_network(
         if name in missing and name.startswith(tuple(f"{part}." for part in unused)):
             missing.discard(name)
             weight.data.zero_()
-    check_loaded(network, {**told, "missing_keys": missing}, folder, variant)
+    check_loaded(network, {**told, "missing_keys": missing}, Path(folder), variant)
     return network
 
 

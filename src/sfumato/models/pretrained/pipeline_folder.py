@@ -223,7 +223,7 @@ def open_networks(
             continue
         files = [file.name for file in (folder / name).glob("*.safetensors")]
         words = {word.group(1) for file in files if (word := VARIANT.fullmatch(file)) is not None}
-        found[name] = load_network(kind, folder / name, dtype, variant if variant in words else None)
+        found[name] = load_network(kind, str(folder / name), dtype, variant if variant in words else None)
     return found
 
 

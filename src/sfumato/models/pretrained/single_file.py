@@ -375,13 +375,13 @@ def watched(given: set[str]) -> Iterator[None]:
     """Inside the block the converter of text encoders writes down which weights it hands to the network."""
     from diffusers.loaders import single_file_utils
 
-    usual: Any = single_file_utils.load_model_dict_into_meta
+    module: Any = single_file_utils
+    usual = module.load_model_dict_into_meta
 
     def fill(network: Any, state_dict: Mapping[str, Any], *known: Any, **named: Any) -> Any:
         given.update(state_dict)
         return usual(network, state_dict, *known, **named)
 
-    module: Any = single_file_utils
     module.load_model_dict_into_meta = fill
     try:
         yield
@@ -390,7 +390,7 @@ def watched(given: set[str]) -> Iterator[None]:
 
 
 class Asked(dict[str, Any]):
-    """The file's tensors; `taken` are the keys of text encoders that a converter asked for."""
+    """The file's tensors; `taken` are the keys of text encoders that a converter took, not only looked at."""
 
     def __init__(self, tensors: Mapping[str, Any]) -> None:
         super().__init__(tensors)
@@ -400,10 +400,6 @@ class Asked(dict[str, Any]):
         """A key of a text encoder was asked for."""
         if text_home(key):
             self.taken.add(key)
-
-    def __getitem__(self, key: str) -> Any:
-        self.note(key)
-        return super().__getitem__(key)
 
     def get(self, key: str, default: Any = None) -> Any:  # type: ignore[override]
         """As of any dict."""
