@@ -172,6 +172,8 @@ def write(
     Nothing that is there is replaced: where a name is taken, all that this call writes is numbered.
     """
     kinds, fps = output_formats(request, model)
+    if not request.formats and drawn and all(map(is_still, drawn)):
+        drawn, kinds = [as_picture(one) for one in drawn], ["png"]
     seeds = [request.options["seed"] + index for index in range(len(drawn))]
     names = [
         f"{index:03d}-{slug(prompt)}-{seed}"
@@ -189,6 +191,20 @@ def write(
         "\n".join([*(file for one in listed for file in one["files"]), str(sheet), str(page)]),
         as_json,
     )
+
+
+def is_still(drawn: Any) -> bool:
+    """Whether a drawing of a model of clips is a clip of one frame."""
+    from sfumato.generation import files
+
+    return files.is_clip(drawn) and len(drawn) == 1
+
+
+def as_picture(drawn: Any) -> Any:
+    """The one frame of a still."""
+    from PIL import Image
+
+    return Image.fromarray(drawn[0])
 
 
 def ending_of(drawn: Any, kind: str) -> str:
