@@ -240,7 +240,7 @@ def test_a_table_of_captions_says_what_was_written_into_it(rows, table, encoding
             writer.writerows([("file_name", "caption"), *rows])
         aside: list = []
         found = list(metadata.read(Path(folder), table, aside))
-    assert not aside and [one.said for one in found] == [name for name, _ in rows]
+    assert not aside and [one.file_cell for one in found] == [name for name, _ in rows]
     for one, (_, caption) in zip(found, rows, strict=True):
         kept = " ".join(caption.replace("\0", "").split())
         assert one.captions == ((kept,) if kept else ())
