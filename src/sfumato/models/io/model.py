@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
 from sfumato import user_code
@@ -185,7 +186,10 @@ def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Mod
     if (home / INDEX).is_file():
         with explain_malformed(home, "Look at its JSON files, or take it anew from where it came.", NO_LOAD):
             check_layers(home)
-            return load_pipeline(home, number, model_class)
+            try:
+                return load_pipeline(home, number, model_class)
+            except StrictDataclassError as problem:  # a config's value of another type, in transformers
+                raise ValueError(str(problem)) from problem
     if not (home / "model.json").is_file():
         raise Refused(explain_missing(home, given))
     with explain_malformed(home / "model.json", AGAIN):
