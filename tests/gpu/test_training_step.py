@@ -9,7 +9,7 @@ from sfumato.models.condition import Condition
 from sfumato.models.networks.dit import interpolate
 
 from .make_believe import plain
-from .small_world import Encoded, dit, training, unet
+from .small_world import SETTINGS, Encoded, Order, Training, dit, training, unet
 
 USUAL = {"ema_snapshot_every": 0}
 CASES = {
@@ -171,3 +171,26 @@ def test_a_layer_of_few_bits_copies_nothing(gpu):
         out.float().sum().backward()
     assert out.dtype == torch.bfloat16 and x.grad is not None
     assert not gpu.syncs and not gpu.uploads, gpu.syncs
+
+
+def test_nobody_waits_in_a_step_of_a_codec(gpu, tmp_path):
+    """Law: as above, of the codec that is trained first."""
+    from sfumato.models.codecs.image import ResidualCodec
+    from sfumato.training.objective.reconstruction import ReconstructionObjective
+    from sfumato.training.settings import TrainSettings
+
+    class Pictures:
+        ids = list(range(8))
+        names = tuple(map(str, ids))
+        pixels = torch.arange(8 * 3 * 16 * 16).view(8, 3, 16, 16).remainder(255).to(torch.uint8)
+
+        def read(self, indices):
+            return self.pixels[list(indices)]
+
+    torch.manual_seed(0)
+    codec = ResidualCodec(latent_channels=4, width=8, stride=4).to("cuda")
+    objective = ReconstructionObjective(codec, Pictures(), Order(), 0, flip=True)
+    found = Training(tmp_path, objective, codec, TrainSettings(**{**SETTINGS, **USUAL})).steps(2)
+    gpu.clear()
+    found.steps(2)
+    assert not gpu.syncs and not gpu.doubles, (gpu.syncs, gpu.doubles)

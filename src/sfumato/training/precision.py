@@ -1,8 +1,9 @@
 """How precisely a run computes: what "auto" means, autocast, the scale of a loss."""
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -51,6 +52,21 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision in NARROW:
         return torch.autocast(device.type, dtype=NARROW[precision])
     return nullcontext()
+
+
+@contextmanager
+def computing_in(denoiser: Any, precision: str, device: torch.device) -> Iterator[None]:
+    """Within it a GPU computes a denoiser's answers in this precision, where they have none of their own.
+
+    Codec and text encoders stay as they are. A CPU computes in float32, where a moment's work gains nothing.
+    """
+    own = denoiser.compute_dtype
+    if own is None and device.type != "cpu":
+        denoiser.compute_dtype = NARROW.get(precision)
+    try:
+        yield
+    finally:
+        denoiser.compute_dtype = own
 
 
 class LossScale:

@@ -15,6 +15,7 @@ from sfumato.run_folder import RunFolder, write_atomic
 from sfumato.theory import noise
 from sfumato.training.distributed.processes import current_processes
 from sfumato.training.loop.loop import print_to_stderr
+from sfumato.training.precision import computing_in, effective_precision
 from sfumato.workflow.draw_sizes import Size, draw_in_sizes
 
 SHOWN = 8
@@ -88,6 +89,14 @@ class Preview:
 
     def __call__(self, network: nn.Module, step: int) -> None:
         """Draw with the weights the network has now; processes share the pictures."""
+        train, device = self.recipe.train, self.model.device
+        precision = effective_precision(train.precision, device, train.weight_dtype)
+        with computing_in(self.model.denoiser, precision, device):
+            self._draw_groups(step)
+        if current_processes().is_rank_zero:
+            self.after()
+
+    def _draw_groups(self, step: int) -> None:
         seed = self.recipe.sample.seed
         for group in self.groups:
             seeds = [seed + index for index in range(len(group.prompts))]
@@ -98,8 +107,6 @@ class Preview:
                 fields["shown"] = write_shown(self.run, group.name or "prompt", group.guides, self.fps)
             current_processes().wait()
             self.run.event("pictures", step=step, files=names, **fields)
-        if current_processes().is_rank_zero:
-            self.after()
 
     @property
     def fps(self) -> float:

@@ -141,7 +141,8 @@ def join_processes(device: str = "auto") -> Iterator[Processes]:
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(own)
         dist.init_process_group("nccl", timeout=PATIENCE, device_id=own)
-        _WAITING.append(dist.new_group(backend="gloo", timeout=LONG_PATIENCE))
+        waiting = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
+        _WAITING.extend([waiting] if isinstance(waiting, dist.ProcessGroup) else [])
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)
     try:

@@ -17,7 +17,7 @@ from sfumato.theory.definition import broadcast_like
 from sfumato.training.distributed.processes import BatchSplit, current_processes
 from sfumato.training.distributed.sharding import trained_parameters
 from sfumato.training.objective.diffusion import DiffusionObjective, PreparedBatch
-from sfumato.training.precision import NARROW, effective_precision
+from sfumato.training.precision import computing_in, effective_precision
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state.train_state import TrainState
 
@@ -50,20 +50,6 @@ def gradient_parts(objective: DiffusionObjective, settings: TrainSettings) -> tu
     """(parts of a batch, those asked for): with a gradient no more at once than training asks for."""
     whole, trained = parts_of(objective), BatchSplit.of(settings, current_processes()).parts
     return (whole, range(1)) if trained <= whole else (trained, range(trained // whole))
-
-
-@contextmanager
-def training_precision(objective: DiffusionObjective, settings: TrainSettings) -> Iterator[None]:
-    """Within it a GPU answers in the precision of the run; a CPU in float32, where nothing is gained."""
-    denoiser, device = objective.model.denoiser, objective.model.device
-    own = denoiser.compute_dtype
-    if own is None and device.type != "cpu":
-        name = effective_precision(settings.precision, device, settings.weight_dtype)
-        denoiser.compute_dtype = NARROW.get(name)
-    try:
-        yield
-    finally:
-        denoiser.compute_dtype = own
 
 
 def first_batch(objective: DiffusionObjective) -> PreparedBatch:
@@ -211,8 +197,10 @@ def run_checks(
     network = objective.model.denoiser if network is None else network
     kept = {name: weight.detach().clone() for name, weight in trained_parameters(network).items()}
     was_training = network.training
+    device = objective.model.device
+    precision = effective_precision(settings.precision, device, settings.weight_dtype)
     try:
-        with training_precision(objective, settings):
+        with computing_in(objective.model.denoiser, precision, device):
             yield from _prompts(objective)
             yield _unit_latents(objective, is_pretrained)
             yield _first_loss(objective) if not is_pretrained else beats_baseline(objective)

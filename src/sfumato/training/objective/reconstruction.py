@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sfumato.models.interface import TrainableCodec
 from sfumato.theory import noise
+from sfumato.theory.definition import upload
 from sfumato.training.objective.diffusion import Losses, Order, part_slice
 from sfumato.training.objective.prefetch import Reader
 
@@ -74,13 +75,14 @@ class ReconstructionObjective:
     def losses(self, step: int, part: int, parts: int) -> Losses:
         """The losses [b] of one part of the batch of `step`."""
         ids, pictures = self._reader(step, part, parts)
-        pixels = to_pixels(pictures.to(next(self.codec.parameters()).device, non_blocking=True))
+        device = next(self.codec.parameters()).device
+        pixels = to_pixels(upload(pictures, device))
         if self.flip:
-            mirrored = noise.uniform(self.seed, ids, step=step, purpose="flip").to(pixels.device) < 0.5
+            mirrored = upload(noise.uniform(self.seed, ids, step=step, purpose="flip") < 0.5, device)
             pixels = torch.where(mirrored.view(-1, *[1] * (pixels.ndim - 1)), pixels.flip(-1), pixels)
         frames, height, width = (1, *pixels.shape[2:])[-3:]
         shape = self.codec.latent_shape(width, height, frames)
-        drawn = noise.normal(shape, self.seed, ids, step=step, purpose="codec", device=pixels.device)
+        drawn = upload(noise.normal(shape, self.seed, ids, step=step, purpose="codec"), device)
         again, kl = self.codec.reconstruct(pixels, drawn)
         error = reconstruction_error(again.float(), pixels, self.edges)
         per_number = kl.float() / math.prod(shape)

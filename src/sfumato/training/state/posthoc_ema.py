@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +111,7 @@ class PosthocEMA:
         copied = torch.cuda.current_stream(next(iter(self._named.values())).device).record_event()
         self._pending = self._thread.submit(self._take_in_copied, copied, self._buffers, step)
 
-    def _take_in_copied(self, copied: torch.cuda.Event, now: list[Tensor], step: int) -> None:
+    def _take_in_copied(self, copied: Any, now: list[Tensor], step: int) -> None:
         copied.synchronize()
         self._take_in(self._means, step, now)
 
