@@ -295,10 +295,11 @@ class _Waiting(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.records: list[logging.LogRecord] = []
+        self.runs = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep it, if there are not too many."""
-        if len(LIBRARIES.handlers) == 1 and len(self.records) < _MOST_WAITING:
+        if not self.runs and len(self.records) < _MOST_WAITING:
             self.records.append(record)
 
 
@@ -313,12 +314,14 @@ def _library_log(file: Path) -> Iterator[None]:
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log.handleError = lambda record: None  # a full disk is said by whoever writes what matters
     LIBRARIES.addHandler(log)
+    _waiting.runs += 1
     waiting, _waiting.records = _waiting.records, []
     for record in waiting:
         log.handle(record)
     try:
         yield
     finally:
+        _waiting.runs -= 1
         LIBRARIES.removeHandler(log)
         log.close()
 
