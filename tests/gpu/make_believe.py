@@ -383,7 +383,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = _Asked(schema, device, host, tensors)
     if is_ours:
         real_kwargs["device"] = CPU
-    if STATE.streams > 1:
+    if STATE.streams > 1 and _is_doing_something(func, schema):
         _check_order(device)
     if schema == "_to_copy":
         return _copied(func, real_args, real_kwargs, asked, target)

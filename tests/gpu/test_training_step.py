@@ -180,7 +180,7 @@ def test_nobody_waits_in_a_step_of_a_codec(gpu, tmp_path):
     from sfumato.training.settings import TrainSettings
 
     class Pictures:
-        ids = list(range(8))
+        ids = tuple(range(8))
         names = tuple(map(str, ids))
         pixels = torch.arange(8 * 3 * 16 * 16).view(8, 3, 16, 16).remainder(255).to(torch.uint8)
 
