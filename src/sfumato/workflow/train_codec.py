@@ -162,7 +162,6 @@ def codec_train_settings(recipe: Recipe) -> TrainSettings:
         warmup_steps=20,
         lr_schedule="cosine",
         weight_decay=0.0,
-        weight_dtype="fp32",  # it is small, and its latents are measured outside autocast
         ema=0.0,
         ema_snapshot_every=0,
         save_every=max(100, steps // 5),
