@@ -131,7 +131,7 @@ def test_a_folder_of_clips_and_stills_becomes_a_model_of_clips(recipe, tmp_path)
 def test_a_new_recipe_for_a_folder_of_videos_trains_on_clips(recipe, tmp_path):
     (tmp_path / "clips" / "one.mp4").write_bytes(b"")
     assert sfumato("new", "mine", "--data", "clips").code == 0
-    said = sfumato("plan", "mine.toml", "--json").json()["recipe"]
+    said = sfumato("plan", "mine.toml", "train.batch=2", "--json").json()["recipe"]
     assert said["data.frames"]["value"] == 9 and said["data.short_clip_frames"]["value"] == [1.0]
 
 

@@ -360,6 +360,7 @@ def read_effective(folder: Path) -> None:
 
 
 def make_base_json(folder: Path) -> Path:
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}', encoding="utf-8")
     adapter_run.write_base(folder, folder, {"theory": "flow-matching"})
     return folder / adapter_run.BASE
 

@@ -5,6 +5,7 @@ The examples are the same each time (derandomized), and few enough to take secon
 
 import csv
 import itertools
+import re
 import tempfile
 from dataclasses import fields
 from pathlib import Path
@@ -57,7 +58,7 @@ def adapters(draw, rules):
         key=lambda name: (name.count("."), name),
     )
     names = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]
-    layers = {name: nn.Linear(INPUTS, 2 + number % 3, bias=False) for number, name in enumerate(names)}
+    layers = {name: nn.Linear(INPUTS, 2 + 2 * (number % 3), bias=False) for number, name in enumerate(names)}
     chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=6, unique=True))
     tensors = {}
     for number, name in enumerate(chosen):
@@ -81,10 +82,17 @@ def test_a_lora_s_names_come_back_from_every_convention(family, to):
     """Law: written under others' names and read again, each layer has its own change and no other has any."""
     names = NAMED[family]
 
+    def held(key):
+        return re.fullmatch(names.kohya_holds, key.rsplit(".", 2)[0])
+
     @settings(few, max_examples=6)
     @given(adapters(names.rules), st.floats(0.1, 4))
     def law(adapter, scale):
         network, tensors = adapter
+        if to == "kohya":  # what its networks have no room for is refused
+            tensors = {key: one for key, one in tensors.items() if held(key)}
+        if not tensors:
+            return
         file = key_conversion.to_target_keys(tensors, scale, names, to, network)
         changes, strange = lora_file.sorted_by_layer(file)
         assert not strange
@@ -92,9 +100,9 @@ def test_a_lora_s_names_come_back_from_every_convention(family, to):
         for name, change in changes.items():
             home, rest = key_conversion.home_of(name, {"": network})
             assert home == "" and rest in known, f"{name} is not found again"
-            for layer, rows in known[rest]:
+            for layer, rows, is_swapped in known[rest]:
                 assert layer not in found, f"{layer} is named twice"
-                found[layer] = change.whole()[rows]
+                found[layer] = (change.with_halves_swapped() if is_swapped else change).whole()[rows]
         for layer, delta in found.items():
             down, up = (tensors.get(f"{layer}.lora_{one}.weight") for one in "AB")
             own = scale * up @ down if up is not None and down is not None else torch.zeros_like(delta)

@@ -37,6 +37,7 @@ import torch
 from PIL import Image
 
 import sfumato
+from sfumato.models.lora import lora_file
 from sfumato.recipe import Recipe
 
 from .material import HOME, PLACE, bits, canary, far, groups_of, make_base, summary
@@ -327,8 +328,13 @@ def test_a_lora_file_is_read_and_written_as_it_was(to, house, here):
     assert said.code == 0, said.err
     (now,), (then,) = (groups_of(folder).values() for folder in (out, file.parent))
     assert now.keys() == then.keys()
+    if to == "diffusers":  # 0.1 wrote its scale beside the weights, where few look; it is in them now
+        (newer,) = out.glob("*.safetensors")
+        now, then = (
+            {name: one.whole() for name, one in lora_file.read(one)[0].items()} for one in (newer, file)
+        )
     assert all(torch.allclose(now[key].double(), then[key].double(), rtol=1e-3, atol=1e-4) for key in then)
-    assert not here or bits(now) == bits(then)
+    assert not here or to == "diffusers" or bits(now) == bits(then)
 
 
 # ----------------------------------------------------------------------------- recipes

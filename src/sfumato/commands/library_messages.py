@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from sfumato.errors import for_terminal
 from sfumato.run_folder import LIBRARIES
 
 QUIETED = ("transformers", "diffusers", "peft", "huggingface_hub", "torchao", "torch", "bitsandbytes")
@@ -79,7 +80,8 @@ def in_the_log() -> Iterator[None]:
         is_new = text not in keeper.seen
         keeper.emit(logging.LogRecord(category.__name__, logging.WARNING, filename, lineno, text, None, None))
         if is_new and any(word in text for word in SAID):
-            print(f"torch says: {text.partition(' (Triggered')[0]}", file=sys.stderr, flush=True)
+            said = f"torch says: {text.partition(' (Triggered')[0]}"
+            print(for_terminal(said), file=sys.stderr, flush=True)
 
     warnings.showwarning = show
     try:

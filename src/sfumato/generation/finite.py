@@ -14,6 +14,8 @@ from sfumato.models import Model
 
 LARGE = 100.0
 """A guidance beyond which it is the first suspect."""
+OPEN_ENDED = ("guidance_interval",)
+"""Ranges, which may have no end."""
 _SAY: ContextVar[Callable[[str], None] | None] = ContextVar("say", default=None)
 
 
@@ -30,6 +32,8 @@ def said_instead(say: Callable[[str], None]) -> Iterator[None]:
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises Refused where an argument, or a number in it, is NaN or infinite."""
     for name, value in arguments.items():
+        if name in OPEN_ENDED and isinstance(value, list | tuple):
+            value = [one for one in value if one not in (math.inf, -math.inf)]
         if not _is_finite(value):
             shown = f" is {value}" if isinstance(value, float) else " holds what is no finite number"
             raise Refused(f"{name}{shown}. Give finite numbers.")
