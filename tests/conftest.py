@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those of the make-believe GPU last: autograd then has a thread for it, after which no process can fork."""
+    """Those of the make-believe GPU last: autograd has a thread for it then, and no process can fork."""
     items.sort(key=lambda item: "gpu" in item.path.parts)
 
 

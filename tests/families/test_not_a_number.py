@@ -28,9 +28,15 @@ def model(folder):
     return sfumato.load(folder)
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+NUMBERS = ("guidance", "pag_scale", "guidance_rescale", "strength")
+
+
 @pytest.mark.parametrize(
-    "name", ["guidance", "pag_scale", "guidance_rescale", "guidance_interval", "strength"]
+    ("name", "value"),
+    [
+        *((name, value) for name in NUMBERS for value in (NAN, INF, -INF)),
+        ("guidance_interval", NAN),  # a range may have no end
+    ],
 )
 def test_an_argument_that_is_no_number_is_refused_by_its_name(name, value, model):
     """Law: whatever takes a number takes a finite one."""

@@ -16,7 +16,12 @@ from sfumato.errors import Failed, Refused, for_terminal, json_for_terminal, pri
 from sfumato.training.loop.loop import print_to_stderr
 
 SOURCE = Path(sfumato.__file__).parent
-SPEAKERS = {"commands/console.py", "commands/exits.py", "commands/library_messages.py", "training/loop/loop.py"}
+SPEAKERS = {f"commands/{name}.py" for name in ("console", "exits", "library_messages")} | {"training/loop/loop.py"}
+    "commands/console.py",
+    "commands/exits.py",
+    "commands/library_messages.py",
+    "training/loop/loop.py",
+}
 """The files that may print; each passes what it says through `for_terminal`."""
 STEERING = {
     "a title": "\x1b]0;PWNED\x07",
