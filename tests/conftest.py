@@ -38,11 +38,6 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ[AUTO_PRECISION] = config.getoption("--precision")  # for fixtures that many tests share
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those of the make-believe GPU last: autograd has a thread for it then, and no process can fork."""
-    items.sort(key=lambda item: "gpu" in item.path.parts)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("precisions")
     if marker is not None:

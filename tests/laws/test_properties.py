@@ -52,7 +52,8 @@ def tree(layers: dict[str, nn.Module]) -> nn.Module:
 def adapters(draw, rules):
     """(network, a LoRA of some of its layers by peft's names), in blocks of any numbers."""
     blocks = draw(st.lists(st.integers(0, 21), min_size=1, max_size=3, unique=True))
-    groups = [parts for parts, _ in rules] or [tuple(f"transformer_blocks.#.{one}" for one in PLAIN)]
+    one_each = {there: parts for parts, there in rules}  # of layers that share a name a block has one
+    groups = list(one_each.values()) or [tuple(f"transformer_blocks.#.{one}" for one in PLAIN)]
     names = sorted(
         {part.replace("#", str(block)) for parts in groups for part in parts for block in blocks},
         key=lambda name: (name.count("."), name),

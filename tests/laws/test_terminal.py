@@ -16,7 +16,7 @@ from sfumato.errors import Failed, Refused, for_terminal, json_for_terminal, pri
 from sfumato.training.loop.loop import print_to_stderr
 
 SOURCE = Path(sfumato.__file__).parent
-SPEAKERS = {f"commands/{name}.py" for name in ("console", "exits", "library_messages")} | {"training/loop/loop.py"}
+SPEAKERS = {
     "commands/console.py",
     "commands/exits.py",
     "commands/library_messages.py",
