@@ -35,7 +35,7 @@ NUMBERS = ("guidance", "pag_scale", "guidance_rescale", "strength")
     ("name", "value"),
     [
         *((name, value) for name in NUMBERS for value in (NAN, INF, -INF)),
-        ("guidance_interval", NAN),  # a range may have no end
+        *(("guidance_interval", value) for value in (NAN, -INF)),  # a range may have no upper end
     ],
 )
 def test_an_argument_that_is_no_number_is_refused_by_its_name(name, value, model):

@@ -33,7 +33,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raises Refused where an argument, or a number in it, is NaN or infinite."""
     for name, value in arguments.items():
         if name in OPEN_ENDED and isinstance(value, list | tuple):
-            value = [one for one in value if one not in (math.inf, -math.inf)]
+            value = [one for one in value if one != math.inf]
         if not _is_finite(value):
             shown = f" is {value}" if isinstance(value, float) else " holds what is no finite number"
             raise Refused(f"{name}{shown}. Give finite numbers.")
