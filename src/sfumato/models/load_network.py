@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def load_network(
     if variant is not None:
         options["variant"] = variant
     try:
-        with warnings.catch_warnings(), quiet():
+        with warnings.catch_warnings(), quiet("diffusers", "transformers"):
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call torch_dtype dtype
             network, told = kind.from_pretrained(str(folder), output_loading_info=True, **options)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, AttributeError, ImportError) as problem:
@@ -67,13 +68,11 @@ def load_network(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Inside the block the libraries keep their reports to themselves: what they say is checked here."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    kept = [(one, one.get_verbosity()) for one in (diffusers_logging, transformers_logging)]
-    for one, _ in kept:
+def quiet(*libraries: str) -> Iterator[None]:
+    """Inside the block these libraries (diffusers, transformers) keep to themselves what is handled here."""
+    logs = [import_module(f"{name}.utils.logging") for name in libraries]
+    kept = [(one, one.get_verbosity()) for one in logs]
+    for one in logs:
         one.set_verbosity_error()
     try:
         yield

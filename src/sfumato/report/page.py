@@ -170,7 +170,7 @@ def _kind(file: Path, changed: int, size: int) -> str:
                     return ""
                 picture.load()
                 return FORMATS[picture.format or ""]
-    except Exception:
+    except Exception:  # a stranger's file makes Pillow raise anything; it is no picture then
         return ""
 
 

@@ -151,14 +151,11 @@ def encoded_samples(
 def encoding_of(recipe: Recipe, model: Pipeline) -> EncodingOptions:
     """How the recipe's samples are encoded by the model's frozen stages."""
     data = recipe.data
-    return EncodingOptions(
+    return EncodingOptions.of(
+        data,
         f"{model.codec.fingerprint()} with deviation",
         model.conditioner.fingerprint() if is_conditional(model) else "",
         flip=data.flip,
-        frames=data.frames,
-        fps=data.fps,
-        clips_per_video=data.clips_per_video,
-        short_clip_frames=data.short_clip_frames,
         pixels_format=data.latent_format,
         texts_format=data.text_format,
         use_store=not (data.stream or data.cache_limit),

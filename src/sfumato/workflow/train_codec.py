@@ -121,15 +121,8 @@ def trained_codec(
             _remove_training(training)
             return found.to(device).eval()
     say(f"Training the codec ({recipe.model.codec_steps:,} steps); it is kept for all runs on this data.")
-    data = recipe.data
-    how = EncodingOptions(
-        "",
-        frames=data.frames,
-        fps=data.fps,
-        clips_per_video=data.clips_per_video,
-        short_clip_frames=data.short_clip_frames,
-    )
-    pictures = PicturesInMemory(fitting_in_memory(samples, bucket_of, recipe.data.frames), bucket_of, how)
+    how = EncodingOptions.of(recipe.data)
+    pictures = PicturesInMemory(fitting_in_memory(samples, bucket_of, how.frames), bucket_of, how)
     train_codec(recipe, codec.to(device), pictures, training, progress, say)
     if current_processes().is_rank_zero:
         with atomic_folder(home) as beside:

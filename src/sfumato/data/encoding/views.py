@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from sfumato.data.settings import DataSettings
 from sfumato.data.sources.sample import Picture, Sample, SetAside
 from sfumato.data.store.store import key
 from sfumato.readers import clips, media
@@ -43,6 +45,19 @@ class EncodingOptions:
     texts_format: str = "same"
     threads: int = 2
     use_store: bool = True
+
+    @classmethod
+    def of(cls, data: DataSettings, pixels: str = "", texts: str = "", **more: Any) -> Self:
+        """With the frames that a recipe's [data] asks of clips."""
+        return cls(
+            pixels,
+            texts,
+            frames=data.frames,
+            fps=data.fps,
+            clips_per_video=data.clips_per_video,
+            short_clip_frames=data.short_clip_frames,
+            **more,
+        )
 
 
 @dataclass(frozen=True)

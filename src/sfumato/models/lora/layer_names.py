@@ -33,6 +33,19 @@ BLOCK, SINGLE = "transformer_blocks.#", "single_transformer_blocks.#"
 """Where most transformers of diffusers keep their blocks."""
 
 
+DOUBLE_BLOCKS: list[Rule] = [
+    (qkv(f"{BLOCK}.attn"), "double_blocks.#.img_attn.qkv"),
+    (qkv(f"{BLOCK}.attn", *ADDED), "double_blocks.#.txt_attn.qkv"),
+    ((f"{BLOCK}.attn.to_out.0",), "double_blocks.#.img_attn.proj"),
+    ((f"{BLOCK}.attn.to_add_out",), "double_blocks.#.txt_attn.proj"),
+    *mlp(f"{BLOCK}.ff", "double_blocks.#.img_mlp"),
+    *mlp(f"{BLOCK}.ff_context", "double_blocks.#.txt_mlp"),
+    ((f"{BLOCK}.norm1.linear",), "double_blocks.#.img_mod.lin"),
+    ((f"{BLOCK}.norm1_context.linear",), "double_blocks.#.txt_mod.lin"),
+]
+"""Blocks of two streams, as FLUX calls them, and ComfyUI in HunyuanVideo too."""
+
+
 def same(*layers: str) -> list[Rule]:
     """Layers whose original name is diffusers' own."""
     return [((layer,), layer) for layer in layers]

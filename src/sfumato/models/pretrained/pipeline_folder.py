@@ -4,7 +4,6 @@ import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from sfumato.models.codecs.image import PixelCodec
 from sfumato.models.codecs.pretrained import PretrainedCodec
 from sfumato.models.files import PICKLES, must_be_safetensors
 from sfumato.models.interface import Codec, Conditioner, Denoiser, Model
-from sfumato.models.load_network import load_network
+from sfumato.models.load_network import load_network, quiet
 from sfumato.models.pretrained import schedulers, single_file, train_text_encoders
 from sfumato.models.pretrained.families import pipelines
 from sfumato.models.pretrained.family import Family
@@ -316,7 +315,7 @@ def save_pipeline(model: Model, folder: Path, denoiser: Denoiser) -> None:
     family: Family = denoiser.family
     family.set_denoiser(pipe, denoiser.backbone)
     try:
-        with quiet(), train_text_encoders.merged_text_encoders(pipe):
+        with quiet("diffusers"), train_text_encoders.merged_text_encoders(pipe):
             pipe.save_pretrained(folder, safe_serialization=True)
     finally:
         family.set_denoiser(pipe, model.denoiser.backbone)
@@ -325,16 +324,3 @@ def save_pipeline(model: Model, folder: Path, denoiser: Denoiser) -> None:
             part.save_pretrained(folder / name)
             index = read_index(folder) | {name: list(part.written_as)}
             (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """diffusers keeps to itself what is handled here."""
-    from diffusers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -25,13 +25,7 @@ def measure_videos(
 ) -> tuple[dict[str, Measure], list[tuple[str, Any]]]:
     """Numbers about `count` clips of these samples' captions beside the samples themselves, and the clips."""
     data = recipe.data
-    how = EncodingOptions(
-        "",
-        frames=data.frames,
-        fps=data.fps,
-        clips_per_video=data.clips_per_video,
-        short_clip_frames=data.short_clip_frames,
-    )
+    how = EncodingOptions.of(data)
     found = PicturesInMemory(fitting_in_memory(samples, bucket_of, data.frames)[: 2 * count], bucket_of, how)
     captions = {sample.name: sample.captions[0] if sample.captions else "" for sample in samples}
     chosen = [i for i, one in enumerate(found.pictures) if one.shape[1] > 1][:count]

@@ -12,11 +12,11 @@ from torch import Tensor
 from sfumato.errors import Failed, Refused
 from sfumato.generation import Pipeline, load
 from sfumato.models.files import save_sealed
+from sfumato.models.load_network import quiet
 from sfumato.models.lora import adapter, key_conversion, lora_file
 from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.models.lora.experts import EXPERT_HEADER, SECOND
 from sfumato.models.lora.layer_names import layer_names_of
-from sfumato.models.pretrained.pipeline_folder import quiet
 from sfumato.models.pretrained.train_text_encoders import TextPlan
 from sfumato.run_folder import atomic_folder
 from sfumato.workflow.export import text_encoders
@@ -229,7 +229,7 @@ def load_back(fresh: Pipeline, files: Sequence[Path], to: str, layers: set[str])
     elif hasattr(pipe, "load_lora_weights"):
         for file in files:
             second = {"load_into_transformer_2": True} if file.stem.endswith("_2") else {}
-            with quiet():  # it would tell of every text encoder that has no part in the file
+            with quiet("diffusers"):  # it would tell of every text encoder that has no part in the file
                 pipe.load_lora_weights(file, **second)
         found = {name for name, _ in adapter.adapted(network)}
         found |= {

@@ -12,21 +12,23 @@ from torch import Tensor, nn
 from sfumato.models.condition import Condition
 from sfumato.models.control.controlnet import ControlNetAdapter, Given
 from sfumato.models.control.ip_adapter import IPAdapterLayout, Tensors, small_normal, summary_projection
-from sfumato.models.lora.layer_names import ADDED, BLOCK, SINGLE, LayerNames, Rule, mlp, qkv, renamed
+from sfumato.models.lora.layer_names import (
+    ADDED,
+    BLOCK,
+    DOUBLE_BLOCKS,
+    SINGLE,
+    LayerNames,
+    Rule,
+    qkv,
+    renamed,
+)
 from sfumato.models.networks.tokens import patchify, position_ids, unpatchify
 from sfumato.models.pretrained.family import ATTENTION, called_with
 from sfumato.models.pretrained.guidance_embedding import GuidanceDistilled
 from sfumato.models.pretrained.image_inputs import references
 
 FLUX: list[Rule] = [
-    (qkv(f"{BLOCK}.attn"), "double_blocks.#.img_attn.qkv"),
-    (qkv(f"{BLOCK}.attn", *ADDED), "double_blocks.#.txt_attn.qkv"),
-    ((f"{BLOCK}.attn.to_out.0",), "double_blocks.#.img_attn.proj"),
-    ((f"{BLOCK}.attn.to_add_out",), "double_blocks.#.txt_attn.proj"),
-    *mlp(f"{BLOCK}.ff", "double_blocks.#.img_mlp"),
-    *mlp(f"{BLOCK}.ff_context", "double_blocks.#.txt_mlp"),
-    ((f"{BLOCK}.norm1.linear",), "double_blocks.#.img_mod.lin"),
-    ((f"{BLOCK}.norm1_context.linear",), "double_blocks.#.txt_mod.lin"),
+    *DOUBLE_BLOCKS,
     ((*qkv(f"{SINGLE}.attn"), f"{SINGLE}.proj_mlp"), "single_blocks.#.linear1"),
     ((f"{SINGLE}.proj_out",), "single_blocks.#.linear2"),
     ((f"{SINGLE}.norm.linear",), "single_blocks.#.modulation.lin"),

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from sfumato.models.condition import Condition
-from sfumato.models.lora.layer_names import ADDED, BLOCK, SINGLE, LayerNames, Rule, mlp, qkv, renamed
+from sfumato.models.lora.layer_names import (
+    ADDED,
+    BLOCK,
+    DOUBLE_BLOCKS,
+    SINGLE,
+    LayerNames,
+    Rule,
+    mlp,
+    qkv,
+    renamed,
+)
 from sfumato.models.pretrained.family import ATTENTION
 from sfumato.models.pretrained.guidance_embedding import GuidanceDistilled
 
@@ -66,14 +76,7 @@ OF_MAKERS: list[Rule] = [
     }, "time_text_embed."),
 ]  # fmt: skip
 OF_COMFYUI: list[Rule] = [
-    (qkv(f"{BLOCK}.attn"), "double_blocks.#.img_attn.qkv"),
-    (qkv(f"{BLOCK}.attn", *ADDED), "double_blocks.#.txt_attn.qkv"),
-    ((f"{BLOCK}.attn.to_out.0",), "double_blocks.#.img_attn.proj"),
-    ((f"{BLOCK}.attn.to_add_out",), "double_blocks.#.txt_attn.proj"),
-    *mlp(f"{BLOCK}.ff", "double_blocks.#.img_mlp"),
-    *mlp(f"{BLOCK}.ff_context", "double_blocks.#.txt_mlp"),
-    ((f"{BLOCK}.norm1.linear",), "double_blocks.#.img_mod.lin"),
-    ((f"{BLOCK}.norm1_context.linear",), "double_blocks.#.txt_mod.lin"),
+    *DOUBLE_BLOCKS,
     ((f"{SINGLE}.norm.linear",), "single_blocks.#.modulation.lin"),
 ]
 
