@@ -86,13 +86,15 @@ class Shards:
 
     def square(self) -> Tensor:
         """This process's share of the squared norm of all gradients."""
-        total = torch.zeros((), device=next(iter(self.held.values())).device)
-        for name, row in self.held.items():
-            if row.grad is not None:
-                is_divided = hasattr(self.whole[name], "placements")
-                twice = self.copies if is_divided else self.processes.count
-                total = total + row.grad.float().square().sum() / twice
-        return total
+        held = {name: row.grad for name, row in self.held.items() if row.grad is not None}
+        if not held:
+            return torch.zeros((), device=next(iter(self.held.values())).device)
+        norms = torch._foreach_norm(list(held.values()))  # pyright: ignore[reportPrivateImportUsage]
+        here = [
+            norm.float() / (self.copies if hasattr(self.whole[name], "placements") else self.processes.count) ** 0.5
+            for name, norm in zip(held, norms, strict=True)
+        ]
+        return torch.stack(here).square().sum()
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
