@@ -391,6 +391,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _copied_into(func, args, real_args, real_kwargs)
     _write_down(asked, func)
     result = func(*real_args, **real_kwargs)
+    if kwargs.get("pin_memory"):
+        STATE.pinned.add(_storage(result))
     place = target if target is not None else CUDA if device else CPU
     return _wrapped(func, args, kwargs, result, CUDA if place.type == "cuda" else CPU)
 

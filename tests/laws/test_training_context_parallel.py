@@ -16,7 +16,7 @@ from sfumato.models.networks import blocks
 from sfumato.run_folder import RunFolder
 from sfumato.theory import get
 from sfumato.training.distributed import context_parallel
-from sfumato.training.distributed.buckets import gradients_of
+from sfumato.training.distributed.gradient_buckets import gradients_of
 from sfumato.training.distributed.processes import (
     BatchSplit,
     Processes,

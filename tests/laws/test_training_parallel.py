@@ -9,7 +9,7 @@ from training_world import make
 from closeness import APART, apart
 from sfumato.errors import Refused
 from sfumato.run_folder import RunFolder
-from sfumato.training.distributed import buckets
+from sfumato.training.distributed import gradient_buckets
 from sfumato.training.distributed.processes import BatchSplit, Gradients, Processes
 from sfumato.training.settings import TrainSettings
 
@@ -76,18 +76,20 @@ def test_gradients_are_sent_while_the_rest_of_them_is_computed(monkeypatch):
         happened.append(tensor.numel())
         return Work(tensor) if async_op else tensor.mul_(2)
 
-    monkeypatch.setattr(buckets.dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(buckets, "NUMBERS_OF_A_BUCKET", 32)
+    monkeypatch.setattr(gradient_buckets.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(gradient_buckets, "NUMBERS_OF_A_BUCKET", 32)
     weights = [idle, *network.parameters()]
     network[0].weight.register_hook(lambda gradient: happened.append("the first layer"))
-    sums = buckets.gradients_of(weights, Processes(0, 2), exact=False)
+    sums = gradient_buckets.gradients_of(weights, Processes(0, 2), exact=False)
     for _ in range(2):  # and again in the next step
         happened.clear()
         expected = [torch.zeros_like(one) for one in weights]
         for part in range(3):
             sums.begin(part == 2)
             loss = network(torch.randn(2, 4)).square().sum()
-            for mine, own in zip(expected[1:], torch.autograd.grad(loss, weights[1:], retain_graph=True), strict=True):
+            for mine, own in zip(
+                expected[1:], torch.autograd.grad(loss, weights[1:], retain_graph=True), strict=True
+            ):
                 mine += own
             happened.clear()
             loss.backward()

@@ -344,8 +344,8 @@ class StagePlacement:
             self.busy -= {id(stage) for stage in mine}
             for tensor, home in homes:
                 tensor.data = home
-            if homes and self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if homes and self.device.type != "cpu":
+                torch.get_device_module(self.device).empty_cache()
 
 
 class Model:

@@ -91,7 +91,8 @@ class Shards:
             return torch.zeros((), device=next(iter(self.held.values())).device)
         norms = torch._foreach_norm(list(held.values()))  # pyright: ignore[reportPrivateImportUsage]
         here = [
-            norm.float() / (self.copies if hasattr(self.whole[name], "placements") else self.processes.count) ** 0.5
+            norm.float()
+            / (self.copies if hasattr(self.whole[name], "placements") else self.processes.count) ** 0.5
             for name, norm in zip(held, norms, strict=True)
         ]
         return torch.stack(here).square().sum()

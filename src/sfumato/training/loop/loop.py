@@ -19,7 +19,7 @@ from sfumato.errors import Failed, for_terminal
 from sfumato.run_folder import RunFolder
 from sfumato.training import device, precision
 from sfumato.training.distributed import context_parallel, sharding, strategy
-from sfumato.training.distributed.buckets import gradients_of
+from sfumato.training.distributed.gradient_buckets import gradients_of
 from sfumato.training.distributed.processes import (
     BatchSplit,
     Gradients,
