@@ -60,7 +60,7 @@ def test_gradients_are_added_in_one_tree_whoever_holds_which_part():
 
 
 def test_gradients_are_sent_while_the_rest_of_them_is_computed(monkeypatch):
-    """Law: in order, the last layers' first, each before the backward pass is over, 0 for what was not asked."""
+    """Law: in order, the last layers' first, while the pass goes on; 0 for what the loss does not hear of."""
     network = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(6)))
     idle = torch.nn.Parameter(torch.ones(3))
     happened = []
@@ -95,7 +95,7 @@ def test_gradients_are_sent_while_the_rest_of_them_is_computed(monkeypatch):
             loss.backward()
             sums.add(loss.detach())
             assert happened[:2] == ([32, 32] if part == 2 else ["the first layer"])
-        total, stops = sums.total(True)
+        _, stops = sums.total(True)
         assert happened == [32, 32, "the first layer", 32, 3, 2] and float(stops) == 2
         for weight, own in zip(weights, expected, strict=True):
             torch.testing.assert_close(weight.grad, 2 * own)
