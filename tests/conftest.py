@@ -6,6 +6,7 @@ all others in bf16. Processes that a test starts inherit it.
 """
 
 import os
+from collections.abc import Iterator
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -48,6 +49,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def machine(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What the tests run is remembered apart from what the user runs; processes of the tests inherit it."""
     os.environ[MEMORY_VARIABLE] = str(tmp_path_factory.mktemp("machine") / "trusted-code")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def disk() -> Iterator[None]:
+    """No test cuts the power, and a process that is killed leaves what it wrote: nobody waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
