@@ -68,9 +68,7 @@ GUIDED = {
 }
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param(name, marks=pytest.mark.slow) for name in GUIDED]
-)
+@pytest.mark.parametrize("task", [pytest.param(name, marks=pytest.mark.slow) for name in GUIDED])
 def test_a_demo_of_a_guide_goes_the_whole_way(task, tiny, tmp_path, monkeypatch):
     """Law: the base is trained first where there is one, then the guide; both are in the run's seconds."""
     home = runner.import_module(f"sfumato.demo.{task.replace('-', '_')}")
