@@ -53,7 +53,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def disk() -> Iterator[None]:
-    """No test cuts the power, and a process that is killed leaves what it wrote: nobody waits for the disk."""
+    """No test cuts the power, and a killed process leaves what it wrote: nobody waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
         yield
