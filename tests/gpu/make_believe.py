@@ -538,6 +538,7 @@ _CUDA: dict[str, Any] = {
     "memory_reserved": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 1,
     "reset_peak_memory_stats": lambda device=None: None,
+    "set_per_process_memory_fraction": lambda share, device=None: None,
     "empty_cache": lambda: None,
     "manual_seed": lambda seed: None,
     "manual_seed_all": lambda seed: None,

@@ -107,6 +107,7 @@ def load(
     device: str = "cpu",
     model_class: type[Model] = Model,
     config: Path | str | None = None,
+    codec_dtype: torch.dtype | None = None,
 ) -> Any:
     """The model in a folder that `save` wrote, or of a run: its newest averaged weights, or those of the
     checkpoint that is named (`runs/apples/checkpoints/best`).
@@ -114,13 +115,15 @@ def load(
     A single .safetensors file in its makers' layout needs `config`: a diffusers folder that describes its
     networks and lends what it lacks; by default the folder beside it, named like it.
 
+    Args:
+        codec_dtype: of the codec's weights, where it is another than the other stages'.
     Raises:
         Refused: no such folder, or nothing in it that is known.
         Failed: a file is damaged.
     """
     if (file := Path(folder).expanduser()).suffix in (".safetensors", *PICKLES) and not file.is_dir():
         number = DTYPES[dtype] if isinstance(dtype, str) else dtype
-        return load_pipeline(described_by(file, config), number, model_class, file).to(device)
+        return load_pipeline(described_by(file, config), number, model_class, file, codec_dtype).to(device)
     if config is not None:
         raise Refused(f"config = {config} is for a single .safetensors file; {folder} is none. Leave it out.")
     path, checkpoint = weights_of(locate.place(folder))
@@ -128,7 +131,7 @@ def load(
     insides = [path / "model" / name for name in ("model.json", INDEX, adapter_run.BASE)]
     is_run = any(file.is_file() for file in insides)
     home = path / "model" if is_run else path
-    model = load_home(home, str(folder), number, model_class)
+    model = load_home(home, str(folder), number, model_class, codec_dtype)
     model.fitted_times = fitted_times.read_times(home) or model.fitted_times
     plans = read_plans(home)
     if plans:
@@ -152,7 +155,19 @@ def load(
             model.denoiser.eval()
         elif text is None or not text.alone:
             fill(model.denoiser, tensors, weights)
-    return model.to(device, None if model.origin is not None else number)  # pipelines keep some parts wide
+    if model.origin is None:  # pipelines were read so, but for parts that they keep wide
+        _narrow(model, number, codec_dtype)
+    return model.to(device)
+
+
+def _narrow(model: Model, number: torch.dtype, codec_dtype: torch.dtype | None) -> None:
+    """Keep our own stages' weights in a dtype; beside a wide codec, only the network's matrices."""
+    if codec_dtype is None:
+        model.to(dtype=number)
+        return
+    for weight in model.denoiser.parameters():
+        if weight.ndim >= 2:
+            weight.data = weight.data.to(number)
 
 
 def described_by(file: Path, config: Path | str | None) -> Path:
@@ -174,20 +189,26 @@ def described_by(file: Path, config: Path | str | None) -> Path:
     return folder
 
 
-def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Model]) -> Any:
+def load_home(
+    home: Path,
+    given: str,
+    number: torch.dtype,
+    model_class: type[Model],
+    codec_dtype: torch.dtype | None = None,
+) -> Any:
     """The model in a folder of stages, a pipeline's folder, or one that says where its base is."""
     verify_checksums(home)
     if (home / adapter_run.BASE).is_file():
         adapter_run.verify_base(home)
         base, info = adapter_run.read_base(home)
-        model = load(base, number, model_class=model_class)
+        model = load(base, number, model_class=model_class, codec_dtype=codec_dtype)
         with explain_malformed(home / adapter_run.BASE, AGAIN):
             return restore_info(model, located(info, home))
     if (home / INDEX).is_file():
         with explain_malformed(home, "Look at its JSON files, or take it anew from where it came.", NO_LOAD):
             check_layers(home)
             try:
-                return load_pipeline(home, number, model_class)
+                return load_pipeline(home, number, model_class, codec_dtype=codec_dtype)
             except StrictDataclassError as problem:  # a config's value of another type, in transformers
                 raise ValueError(str(problem)) from problem
     if not (home / "model.json").is_file():

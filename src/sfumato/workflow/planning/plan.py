@@ -16,6 +16,7 @@ from sfumato.data.sources.sample import Sample
 from sfumato.generation import Pipeline, as_pipeline
 from sfumato.models.interface import StagePlacement
 from sfumato.models.io import adapter_run
+from sfumato.models.memory_limit import parse_bytes
 from sfumato.models.pretrained import token_count
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
@@ -255,7 +256,7 @@ def fit_to_memory(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dic
     Raises:
         Refused: nothing fits, or the recipe cannot be used.
     """
-    room = fit_memory.parse_bytes(size)
+    room = parse_bytes(size)
     resolved, frames = resolve_recipe(recipe), recipe.data.frames
     codec = (
         resolved.base.codec if resolved.base else models.new_codec(recipe.model, recipe.seed, bool(frames))

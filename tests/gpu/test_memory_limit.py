@@ -1,0 +1,138 @@
+"""Laws of drawing with less memory than the model takes: the same pictures, and never more on the device."""
+
+import numpy as np
+import pytest
+import torch
+
+import sfumato
+from families.test_training import make_base
+from sfumato.models import memory_limit
+from sfumato.models.interface import Codec
+from sfumato.models.memory_limit import BY_BLOCKS, COMES, STAYS, WORKING_SHARE, bytes_of
+
+PROMPTS = ["a red circle", "a blue square"]
+ASKED = {"steps": 2, "guidance": 2.0, "seed": 3, "width": 32, "height": 32}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_base("pixart-sigma", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def expected(base):
+    return [np.asarray(one) for one in sfumato.load(base).generate(PROMPTS, **ASKED)]
+
+
+def close(pictures, expected) -> bool:
+    return all(
+        np.abs(np.asarray(one).astype(int) - other).max() <= 1
+        for one, other in zip(pictures, expected, strict=True)
+    )
+
+
+def on_device(model) -> int:
+    stages = (model.conditioner, model.denoiser, model.codec)
+    tensors = [one for stage in stages for one in (*stage.parameters(), *stage.buffers())]
+    return sum(one.nbytes for one in tensors if one.device.type == "cuda")
+
+
+def ways_of(model) -> list[str]:
+    return [model.placement.ways[name] for name in ("conditioner", "denoiser", "codec")]
+
+
+def test_a_model_draws_within_any_memory_what_it_draws_in_plenty(gpu, base, expected):
+    """Law: each arrangement is chosen where the one before does not fit, keeps its limit, draws the same."""
+    whole = sfumato.load(base)
+    c, d, v = (bytes_of(one) for one in (whole.conditioner, whole.denoiser, whole.codec))
+    enough = 1 / (1 - WORKING_SHARE)
+    limits = {
+        (STAYS, STAYS, STAYS): c + d + v,
+        (COMES, STAYS, COMES): d + max(c, v),
+        (COMES, COMES, COMES): max(c, d, v),
+    }
+    seen = []
+    for ways, bytes_ in limits.items():
+        said: list[str] = []
+        limit = bytes_ * enough + 1
+        model = sfumato.load(base, device="cuda", memory=limit, say=said.append)
+        seen.append(tuple(ways_of(model)))
+        assert seen[-1] == ways and len(said) == 1 and "GB of memory" in said[0]
+        most = watched(model)
+        assert close(model.generate(PROMPTS, **ASKED), expected)
+        assert 0 < max(most) <= bytes_ and on_device(model) == bytes_of_staying(model)
+    tiny = sfumato.load(base, device="cuda", memory=1.0)
+    assert ways_of(tiny)[:2] == [BY_BLOCKS, BY_BLOCKS]
+    most = watched(tiny)
+    assert close(tiny.generate(PROMPTS, **ASKED), expected)
+    assert max(most) <= max(v, *(tiny.placement._lent_bytes(one) for one in ("conditioner", "denoiser")))
+    assert on_device(tiny) == 0 and tiny.device.type == "cuda"
+
+
+def bytes_of_staying(model) -> int:
+    ways, sizes = model.placement.ways, model.placement.sizes
+    return sum(sizes[name] for name, way in ways.items() if way == STAYS)
+
+
+def watched(model) -> list[int]:
+    """The bytes of weights on the device whenever a layer is asked."""
+    found: list[int] = []
+    for stage in (model.conditioner, model.denoiser, model.codec):
+        for part in stage.modules():
+            if not list(part.children()):
+                part.register_forward_pre_hook(lambda *_: found.append(on_device(model)))
+    return found
+
+
+def test_where_memory_is_out_after_all_less_is_on_the_device_and_the_codec_decodes_in_tiles(
+    gpu, base, expected, monkeypatch
+):
+    """Law: what was drawn so far is drawn again, the same."""
+    model = sfumato.load(base, device="cuda", memory="64GB")
+    assert ways_of(model) == [STAYS, STAYS, STAYS]
+    said: list[str] = []
+    model.placement.say = said.append
+    ask, asked = type(model.denoiser).forward, []
+
+    def full(self, *given, **named):
+        asked.append(ways_of(model)[1])
+        if ways_of(model)[1] == STAYS:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ask(self, *given, **named)
+
+    monkeypatch.setattr(type(model.denoiser), "forward", full)
+    assert close(model.generate(PROMPTS, **ASKED), expected)
+    assert ways_of(model) == [COMES, COMES, COMES] and len(said) == 2
+    monkeypatch.undo()
+    decode = type(model.codec).decode
+
+    def out(self, latents):
+        if not getattr(self.network, "use_tiling", False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(self, latents)
+
+    monkeypatch.setattr(type(model.codec), "decode", out)
+    assert close(model.generate(PROMPTS, **ASKED), expected) and "tiles of 256" in said[-1]
+    assert isinstance(model.codec, Codec)
+
+
+def test_a_lora_that_is_added_later_is_heard_by_the_blocks_that_come(gpu, base, tmp_path):
+    """Law: what waits in the host's memory is what the weights are now."""
+    model = sfumato.load(base, device="cuda", memory=1.0)
+    before = model.generate(PROMPTS, **ASKED)
+    for weight in model.denoiser.parameters():
+        weight.data = weight.data * 1.5
+    model.placement.weights_changed()
+    other = sfumato.load(base)
+    for weight in other.denoiser.parameters():
+        weight.data = weight.data * 1.5
+    after = model.generate(PROMPTS, **ASKED)
+    assert close(after, [np.asarray(one) for one in other.generate(PROMPTS, **ASKED)])
+    assert not close(after, [np.asarray(one) for one in before])
+
+
+def test_a_limit_that_is_none_is_refused(base):
+    for memory, words in (("much", "no size"), ("8GB", "on the CPU")):
+        with pytest.raises(sfumato.Refused, match=words):
+            sfumato.load(base, memory=memory)
+    assert memory_limit.parse_bytes("8GB") == 8e9
