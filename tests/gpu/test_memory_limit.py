@@ -6,9 +6,9 @@ import torch
 
 import sfumato
 from families.test_training import make_base
-from sfumato.models import memory_limit
+from sfumato.generation.memory_limit import BY_BLOCKS, COMES, STAYS, WORKING_SHARE, bytes_of
 from sfumato.models.interface import Codec
-from sfumato.models.memory_limit import BY_BLOCKS, COMES, STAYS, WORKING_SHARE, bytes_of
+from sfumato.settings import parse_bytes
 
 PROMPTS = ["a red circle", "a blue square"]
 ASKED = {"steps": 2, "guidance": 2.0, "seed": 3, "width": 32, "height": 32}
@@ -135,4 +135,4 @@ def test_a_limit_that_is_none_is_refused(base):
     for memory, words in (("much", "no size"), ("8GB", "on the CPU")):
         with pytest.raises(sfumato.Refused, match=words):
             sfumato.load(base, memory=memory)
-    assert memory_limit.parse_bytes("8GB") == 8e9
+    assert parse_bytes("8GB") == 8e9

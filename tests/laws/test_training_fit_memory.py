@@ -8,9 +8,9 @@ from sfumato.errors import Refused
 from sfumato.models.build import new_denoiser
 from sfumato.models.codecs.image import PixelCodec
 from sfumato.models.condition import Condition
-from sfumato.models.memory_limit import parse_bytes
 from sfumato.models.settings import ModelSettings
 from sfumato.run_folder import RunFolder
+from sfumato.settings import parse_bytes
 from sfumato.theory import get
 from sfumato.training.estimate import fit_memory
 from sfumato.training.estimate import memory as memory_estimate

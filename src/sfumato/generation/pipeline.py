@@ -20,15 +20,16 @@ from sfumato.errors import Refused, one_of
 from sfumato.generation import finite, image_guidance
 from sfumato.generation.guidance import GuidanceOptions, check_negative, mark_perturbed
 from sfumato.generation.image_guidance import ImageGuidance
+from sfumato.generation.memory_limit import LimitedPlacement, place_within, within_memory
 from sfumato.generation.regions import Regions, parse_regions
 from sfumato.generation.video import VideoConditioning, parse_video
 from sfumato.models import Condition, Model
 from sfumato.models.codecs import tiling
 from sfumato.models.io.model import DTYPES
 from sfumato.models.lora import key_conversion
-from sfumato.models.memory_limit import LimitedPlacement, parse_bytes, place_within, within_memory
 from sfumato.models.pretrained import train_text_encoders
 from sfumato.models.pretrained.image_inputs import images_per_prompt
+from sfumato.settings import parse_bytes
 from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as forms
 from sfumato.theory import times as sampling_times

@@ -11,9 +11,9 @@ from sfumato.data.encoding.encoded_dataset import EncodedDataset
 from sfumato.data.encoding.ring_dataset import RingDataset
 from sfumato.data.encoding.streaming_dataset import StreamingDataset
 from sfumato.errors import Refused
-from sfumato.models.memory_limit import parse_bytes
 from sfumato.recipe import Recipe
 from sfumato.run_folder import write_atomic
+from sfumato.settings import parse_bytes
 from sfumato.training.distributed.processes import BatchSplit, current_processes
 from sfumato.training.objective.diffusion import part_slice
 from sfumato.training.objective.packed_batches import indices_by_shape

@@ -16,10 +16,10 @@ from sfumato.data.sources.sample import Sample
 from sfumato.generation import Pipeline, as_pipeline
 from sfumato.models.interface import StagePlacement
 from sfumato.models.io import adapter_run
-from sfumato.models.memory_limit import parse_bytes
 from sfumato.models.pretrained import token_count
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
+from sfumato.settings import parse_bytes
 from sfumato.training.distributed.strategy import processes_per_machine
 from sfumato.training.estimate import fit_memory, probe
 from sfumato.training.estimate.memory import MemoryBreakdown, count_memory, repeated_blocks

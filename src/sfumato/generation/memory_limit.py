@@ -4,7 +4,6 @@ Nothing is computed otherwise: what does not fit at once waits in the host's mem
 device when it is asked. What that costs is copying.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,28 +15,10 @@ from sfumato.errors import Refused
 from sfumato.models.interface import Model, StagePlacement
 from sfumato.models.networks.blocks import OffloadedBlocks, blocks_of
 
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
 WORKING_SHARE = 0.2
 """Of the memory, what is left to what the stages compute with."""
 STAYS, COMES, BY_BLOCKS = "stays", "comes", "by blocks"
 NAMES = {"conditioner": "text encoders", "denoiser": "network", "codec": "codec"}
-
-
-def parse_bytes(text: str) -> float:
-    """The number of bytes a text like "24GB" means; without a unit they are GB.
-
-    Raises:
-        Refused: it is no size.
-    """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
-    unit = match[2].upper() if match else ""
-    try:
-        value = float(match[1]) if match else 0.0
-    except ValueError:
-        value = 0.0
-    if not match or unit not in UNITS or value <= 0:
-        raise Refused(f'"{text}" is no size. Write, for example, 24GB.')
-    return value * (UNITS[unit] if unit else 1e9)
 
 
 def bytes_of(module: nn.Module) -> int:
