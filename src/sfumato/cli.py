@@ -181,6 +181,8 @@ def generate(
     overlap: generate_options.Overlap = None,
     tile: generate_options.Tile = 0,
     chunk: generate_options.Chunk = 0,
+    dtype: generate_options.Dtype = "auto",
+    memory: generate_options.Memory = "",
     out: Annotated[Path, out_option("runs/generate")] = Path("runs/generate"),
     device: Device = "auto",
     json: Json = False,

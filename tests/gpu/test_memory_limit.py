@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
 import sfumato
 from families.test_training import make_base
+from sfumato.cli import app
 from sfumato.generation.memory_limit import BY_BLOCKS, COMES, STAYS, WORKING_SHARE, bytes_of
 from sfumato.models.interface import Codec
 from sfumato.settings import parse_bytes
@@ -57,7 +60,9 @@ def test_a_model_draws_within_any_memory_what_it_draws_in_plenty(gpu, base, expe
         limit = bytes_ * enough + 1
         model = sfumato.load(base, device="cuda", memory=limit, say=said.append)
         seen.append(tuple(ways_of(model)))
-        assert seen[-1] == ways and len(said) == 1 and "GB of memory" in said[0]
+        assert (
+            seen[-1] == ways and len(said) == (COMES in ways) and all("GB of memory" in one for one in said)
+        )
         most = watched(model)
         assert close(model.generate(PROMPTS, **ASKED), expected)
         assert 0 < max(most) <= bytes_ and on_device(model) == bytes_of_staying(model)
@@ -129,6 +134,21 @@ def test_a_lora_that_is_added_later_is_heard_by_the_blocks_that_come(gpu, base, 
     after = model.generate(PROMPTS, **ASKED)
     assert close(after, [np.asarray(one) for one in other.generate(PROMPTS, **ASKED)])
     assert not close(after, [np.asarray(one) for one in before])
+
+
+@pytest.mark.parametrize("said", [[], ["--memory", "1kB"], ["--dtype", "float32"]])
+def test_the_command_draws_with_what_it_is_given(said, gpu, base, expected, tmp_path):
+    """Law: by itself in bfloat16, whose pictures are those of float32 up to its eight bits."""
+    words = [str(one) for name, value in ASKED.items() for one in (f"--{name}", value)]
+    prompts = [one for prompt in PROMPTS for one in ("-p", prompt)]
+    out = tmp_path / "out"
+    given = ["generate", str(base), *prompts, *words, *said, "--device", "cuda", "--out", str(out)]
+    answer = CliRunner().invoke(app, given)
+    assert answer.exit_code == 0, (answer.stderr, answer.exception)
+    assert ("block by block" in answer.stderr) == ("--memory" in said)
+    found = [np.asarray(Image.open(file).convert("RGB")) for file in sorted(out.glob("0*.png"))]
+    most = max(np.abs(one.astype(int) - other).max() for one, other in zip(found, expected, strict=True))
+    assert most <= 1 if "--dtype" in said else 0 < most < 16
 
 
 def test_a_limit_that_is_none_is_refused(base):

@@ -12,6 +12,7 @@ from sfumato.commands.options import with_present_names
 from sfumato.errors import Failed, Refused, one_of
 from sfumato.report.page import Picture, document, embedded, gallery, section
 from sfumato.run_folder import check_output, write_atomic
+from sfumato.settings import parse_bytes
 
 AS_TRAINED = ("width", "height", "frames", "window", "tile", "chunk")
 """Options that leave it to the model where they are 0."""
@@ -45,6 +46,8 @@ class GenerateRequest:
     control_from: str = ""
     image_encoder: Path | None = None
     context_parallel: int = 1
+    dtype: str = "auto"
+    memory: str = ""
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> "GenerateRequest":
@@ -67,7 +70,7 @@ class GenerateRequest:
             "control_from": rest.pop("control_from"),
             "loras": [parse_lora(lora) for lora in rest.pop("lora") or []],
             "embeddings": rest.pop("embedding") or [],
-            **{name: rest.pop(name) for name in ("count", "out", "device", "fps")},
+            **{name: rest.pop(name) for name in ("count", "out", "device", "dtype", "memory", "fps")},
         }
         regions = [parse_region(one) for one in rest.pop("region") or []]
         pictures = condition_arguments({name: rest.pop(name) for name in PICTURES}, own["control_from"])
@@ -239,11 +242,18 @@ def load_model(request: GenerateRequest, device: str) -> Any:
     Raises:
         Refused: one that does not fit, or a model of prompts without a prompt.
     """
+    import torch
+
     from sfumato.generation import load
+    from sfumato.generation.memory_limit import place_within
     from sfumato.models.control import attach
     from sfumato.models.pretrained.textual_inversion import parse_embedding
 
-    model = load(request.folder, device=device)
+    dtype, on_gpu = drawing_dtype(request.dtype, device), device != "cpu"
+    if request.memory and not on_gpu:
+        raise Refused("--memory is for GPUs, and this model is drawn with on the CPU. Leave --memory out.")
+    limit = parse_bytes(request.memory) if request.memory else None
+    model = load(request.folder, dtype, "cpu" if on_gpu else device)
     for file, weight in request.loras:
         model.add_lora(file, weight)
     for one in request.embeddings:
@@ -265,7 +275,20 @@ def load_model(request: GenerateRequest, device: str) -> Any:
         if model.conditioner.kind == "labels":
             raise Refused("Say which class to draw: --label NAME. Repeat --label for several pictures.")
         raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
+    if on_gpu:
+        place_within(model, torch.device(device), limit, say)
     return model
+
+
+def drawing_dtype(name: str, device: str) -> str:
+    """The dtype a network is kept and computed in: "auto" is bfloat16 on GPUs that have it, else float32."""
+    import torch
+
+    from sfumato.training.precision import has_fast_bf16
+
+    if name != "auto":
+        return name
+    return "bfloat16" if device != "cpu" and has_fast_bf16(torch.device(device)) else "float32"
 
 
 def output_formats(request: GenerateRequest, model: Any) -> tuple[list[str], float]:

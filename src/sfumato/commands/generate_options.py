@@ -169,6 +169,23 @@ Overlap = Annotated[
 Tile = Annotated[int, typer.Option(metavar="N", min=0, help="Decode in tiles of N pixels.")]
 Chunk = Annotated[int, typer.Option(metavar="N", min=0, help="Decode N frames of a clip at once.")]
 
+# With how much memory
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Of network and text encoders: float32, bfloat16, float16; auto: bfloat16 on GPUs that have it.",
+    ),
+]
+Memory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="What may be taken of a GPU's memory, such as 8GB.",
+        show_default="what is free there",
+    ),
+]
+
 # Who draws
 ContextParallel = Annotated[
     Optional[int],

@@ -4,6 +4,7 @@ Nothing is computed otherwise: what does not fit at once waits in the host's mem
 device when it is asked. What that costs is copying.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -88,7 +89,8 @@ class LimitedPlacement(StagePlacement):
                     self._lent[name] = OffloadedBlocks(blocks_of(stage), self.device)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).empty_cache()
-        self.say(self.describe())
+        if set(self.ways.values()) != {STAYS}:
+            self.say(self.describe())
         return True
 
     def weights_changed(self) -> None:
@@ -162,7 +164,7 @@ def place_within(
         )
     memory: Any = torch.get_device_module(device)
     if limit is None:
-        limit = float(memory.mem_get_info(device)[0])
+        limit = float(memory.mem_get_info(device)[0]) if hasattr(memory, "mem_get_info") else math.inf
     elif device.type == "cuda":
         total = memory.mem_get_info(device)[1]
         memory.set_per_process_memory_fraction(min(1.0, limit / total), device)
