@@ -65,7 +65,7 @@ def judge_openmoji(trained: DemoReport) -> Scores:
     known = trained.data.with_split("train")
     side = int(trained.model.info["resolution"])
     pictures = torch.stack([center_crop_resize(picture_of(sample), side, side) for sample in known])
-    neighbors = Neighbors(pictures, [sample.captions for sample in known])
+    neighbors = Neighbors(pictures, [sample.captions for sample in known], namesakes=True)
     prompts = sample_prompts([sample.captions[0] for sample in known], JUDGED)
     drawn = draw(trained, prompts, "judged")
     right = neighbors.judge(
@@ -73,18 +73,22 @@ def judge_openmoji(trained: DemoReport) -> Scores:
     )
     unseen = trained.data.with_split("held_out")[:JUDGED]
     accuracy = {"trained": sum(right) / len(right)}
+    how = {"trained": f"{neighbors.how}; chance {neighbors.chance(prompts):.1%}"}
     if unseen:
         asked = [sample.captions[0] for sample in unseen]
         fresh = draw(trained, asked, "judged_held_out")
         truth = torch.stack([center_crop_resize(picture_of(sample), side, side) for sample in unseen])
         everything = Neighbors(
-            torch.cat([pictures, truth]), [*(one.captions for one in known), *([text] for text in asked)]
+            torch.cat([pictures, truth]),
+            [*(one.captions for one in known), *([text] for text in asked)],
+            namesakes=True,
         )
         found = everything.judge(
             torch.stack([center_crop_resize(picture, side, side) for picture in fresh]), asked
         )
         accuracy["held_out"] = sum(found) / len(found)
-    return accuracy, {"trained": neighbors.how, "held_out": "the same, the held-out pictures added"}
+        how["held_out"] = f"the same, the held-out pictures added; chance {everything.chance(asked):.1%}"
+    return accuracy, how
 
 
 def judge_shapes(trained: DemoReport) -> Scores:
