@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 from sfumato.models.interface import Model, StagePlacement
-from sfumato.models.networks.blocks import OffloadedBlocks, blocks_of
+from sfumato.models.networks.blocks import OffloadedBlocks, asked_alone, blocks_of
 
 WORKING_SHARE = 0.2
 """Of the memory, what is left to what the stages compute with."""
@@ -86,7 +86,7 @@ class LimitedPlacement(StagePlacement):
                 for tensor in _tensors(stage):
                     tensor.data = tensor.data.to(self.device if way == STAYS else "cpu")
                 if way == BY_BLOCKS:
-                    self._lent[name] = OffloadedBlocks(blocks_of(stage), self.device)
+                    self._lent[name] = OffloadedBlocks(blocks_of(stage), self.device, asked_alone(stage))
         if self.device.type != "cpu":
             torch.get_device_module(self.device).empty_cache()
         if set(self.ways.values()) != {STAYS}:

@@ -255,6 +255,18 @@ class WeightDelta:
             return replace(whole, **swapped)
         return replace(self, **swapped)
 
+    def of_own_rows(self) -> "WeightDelta":
+        """The same, of layers that a file joins with its own rows and those ranks alone that they use."""
+        if self.kind != "lora" or self.rows == slice(None) or self.length is not None:
+            return self
+        assert self.up is not None and self.down is not None
+        up = self.up[self.rows]
+        used = up.flatten(1).any(0)
+        used[0] |= not bool(used.any())
+        bias = None if self.bias is None else self.bias[self.rows]
+        whole = replace(self, up=up[:, used], down=self.down[used], given=self.scale, bias=bias)
+        return replace(whole, rows=slice(None))
+
     def straightened(self) -> "WeightDelta":
         """The same with the kernel between the two matrices in the first: ΔW is as it was."""
         if self.mid is not None and self.down is not None:

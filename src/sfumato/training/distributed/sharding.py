@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sfumato.models.files import Rows
-from sfumato.models.networks.blocks import blocks_of
+from sfumato.models.networks.blocks import asked_alone, blocks_of
 from sfumato.training.distributed.processes import Processes
 from sfumato.training.precision import NARROW
 
@@ -144,7 +144,7 @@ def shard(network: nn.Module, processes: Processes, precision: str, shard_size: 
         param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
     )
     undivided = set(_undivided(network))
-    for block in dict.fromkeys([*blocks_of(network), network]):
+    for block in dict.fromkeys([*asked_alone(network), *blocks_of(network), network]):
         if any(weight not in undivided for weight in block.parameters()):
             fully_shard(
                 block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=undivided
