@@ -14,7 +14,7 @@ import typer
 
 from sfumato.commands import data_options, generate_options
 from sfumato.commands.exits import with_exit_code, with_trust
-from sfumato.commands.lora import loras
+from sfumato.commands.loras import loras
 from sfumato.commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
 from sfumato.commands.theory import theories
 

@@ -157,6 +157,7 @@ WITHIN = {
         "train_run": {"planning", "sanity_checks"},
         "evaluate": set(),
         "export": set(),
+        "lora_files": {"export"},
     },
 }
 """Room → what lies above its ground → which of those it may know. Files not named are the room's ground."""
