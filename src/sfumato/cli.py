@@ -84,15 +84,18 @@ def plan(
     devices: Annotated[
         int, typer.Option(metavar="N", min=0, help="Plan for N processes, each with a device of its own.")
     ] = 0,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every key and where its value came from, every number.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Say what would run, and run nothing.
 
-    Every value and where it came from, counts, memory, disk.
+    What, how long, how much memory and disk, what is unusual, what is fetched.
     """
     from sfumato.commands import recipes
 
-    recipes.plan(recipe, overrides or [], fit, devices, json)
+    recipes.plan(recipe, overrides or [], fit, devices, json, everything)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from sfumato.training.settings import TrainSettings
 from sfumato.user_code import code_files, is_user_code
 
 FORMAT = 2
-DEFAULT, COMMAND_LINE, PYTHON = "default", "command line", "python"
+DEFAULT, COMMAND_LINE, PYTHON, BASE = "default", "command line", "python", "base"
 EFFECTIVE = "effective.toml"
 
 

@@ -90,28 +90,34 @@ def _captions(data: str, embedded: tuple[str, ...]) -> str:
     return "folder" if any(entry.is_dir() for entry in folder.iterdir()) else "none"
 
 
-def plan(recipe: Path, overrides: list[str], fit: str, devices: int, as_json: bool) -> None:
-    """Print what the recipe would do; nothing is trained, encoded or written."""
-    from sfumato import workflow
+def plan(
+    recipe: Path, overrides: list[str], fit: str, devices: int, as_json: bool, everything: bool = False
+) -> None:
+    """Print what the recipe would do; nothing is trained, encoded or written.
+
+    Args:
+        everything: every key, its value and where it came from, and all that was counted.
+    """
     from sfumato.recipe import Recipe
-    from sfumato.settings import plain
 
     read = Recipe.read(recipe, overrides)
     for note in read.notes:
         say(note)
+    from sfumato import workflow
+
     fitted: dict[str, Any] = {}
     if fit:
         read, fitted = workflow.fit_to_memory(read, fit, devices)
     found = workflow.plan(read, devices)
-    values = {
-        name: {"value": plain(value), "origin": read.origin(name)} for name, value in read.values().items()
-    }
+    lines = workflow.summary(found)
+    width = max(len(word) for word, _ in lines)
+    text = "\n".join(f"{word:<{width}}  {line}" for word, line in lines)
+    if everything:
+        text += "\n\n" + _plan_text(found)
     if fitted:
+        text += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))
         found["fit"] = fitted
-    plan_text = _plan_text({name: value for name, value in found.items() if name != "fit"}, values)
-    if fitted:
-        plan_text += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))
-    result({**found, "recipe": values}, plan_text, as_json)
+    result(found, text, as_json)
 
 
 def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str], devices: int) -> str:
@@ -135,20 +141,28 @@ def _words(keys: dict[str, Any]) -> str:
     )
 
 
-def _plan_text(found: dict[str, Any], values: dict[str, dict[str, Any]]) -> str:
-    lines = []
+def _plan_text(found: dict[str, Any]) -> str:
+    """Every key with its value and where it came from, then every number that was counted."""
+    values, lines = found["recipe"], []
     width = max(len(name) for name in values)
     for name, entry in values.items():
         lines.append(f"{name:<{width}}  {_value_text(entry['value']):<28} {entry['origin']}")
     lines.append("")
-    lines += [f"{name.replace('_', ' '):<{width}}  {_value_text(value)}" for name, value in found.items()]
+    counted = {name: value for name, value in found.items() if name != "recipe"}
+    lines += [f"{_label(name):<{width}}  {_value_text(value)}" for name, value in counted.items()]
     return "\n".join(lines)
+
+
+def _label(name: str) -> str:
+    """`memory_gb` as people write it: memory (GB)."""
+    what = name.removesuffix("_gb")
+    return what.replace("_", " ") + (" (GB)" if what != name else "")
 
 
 def _value_text(value: Any) -> str:
     if isinstance(value, dict):
         between = "; " if any(isinstance(one, dict) for one in value.values()) else ", "
-        return between.join(f"{name} {_value_text(one)}" for name, one in value.items())
+        return between.join(f"{_label(name)} {_value_text(one)}" for name, one in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_value_text(one) for one in value) or "none"
     return f"{value:,}" if type(value) is int else str(value) if value != "" else '""'

@@ -5,6 +5,7 @@ recipe → pictures and captions → codec → encodings in the store → traini
 
 from sfumato.workflow.averaging import average
 from sfumato.workflow.planning.plan import fit_to_memory, plan
+from sfumato.workflow.planning.summary import summary
 from sfumato.workflow.prepare import prepare_run, resolve_recipe
 from sfumato.workflow.resume import check_resume
 from sfumato.workflow.train_run import Run, encode, train
@@ -18,5 +19,6 @@ __all__ = [
     "plan",
     "prepare_run",
     "resolve_recipe",
+    "summary",
     "train",
 ]

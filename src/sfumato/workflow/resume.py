@@ -9,7 +9,7 @@ from sfumato import trust, user_code
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.models.files import read_json
-from sfumato.recipe import Recipe
+from sfumato.recipe import BASE, DEFAULT, Recipe
 from sfumato.run_folder import RunFolder, explain_disk_errors
 from sfumato.settings import toml
 from sfumato.user_code import code_hash, is_user_code
@@ -69,7 +69,10 @@ def check_resume(run: RunFolder, recipe: Recipe, content: str = "") -> list[str]
     before = data_summary(run)
     same_data = not before or not content or before.get("content") == content
     notes = []
-    for name, (was, now) in Recipe.read(run.path).differences(recipe).items():
+    earlier = Recipe.read(run.path)
+    for name, (was, now) in earlier.differences(recipe).items():
+        if recipe.origin(name) == BASE and earlier.origin(name) == DEFAULT:
+            continue  # runs of before 0.2 wrote the default, and took the base's
         moved = name == "data.train" and same_data
         if not (moved or name in FREE or name in RATES or name.startswith(FREE_PARTS)):
             raise Refused(
