@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sfumato import paths
 from sfumato.commands.console import result, say
+from sfumato.commands.early import checked_recipe
 from sfumato.errors import Refused
 from sfumato.run_folder import write_atomic
 
 TEMPLATE = """\
-# sfumato plan {file}     says what will run
-# sfumato train {file}    trains; the same command resumes
+# {plan}     says what will run
+# {train_it}    trains; the same command resumes
 output = "runs/{name}"
 seed = 0
 
@@ -50,7 +52,8 @@ def new(name: str, data: str, base: str, train: str) -> None:
         )
     captions = _captions(data, EMBEDDED)
     text = TEMPLATE.format(
-        file=file,
+        plan=paths.command("plan", file),
+        train_it=paths.command("train", file),
         name=file.stem,
         base=quoted(base),
         base_note="            # or the folder of a model to go on from" if base == "scratch" else "",
@@ -71,7 +74,7 @@ def new(name: str, data: str, base: str, train: str) -> None:
     except Refused:
         file.unlink()
         raise
-    say(f"Next: sfumato plan {file}, then sfumato train {file}.")
+    say(f"Next: {paths.command('plan', file)}, then {paths.command('train', file)}.")
     result({"file": file}, str(file), False)
 
 
@@ -98,9 +101,7 @@ def plan(
     Args:
         everything: every key, its value and where it came from, and all that was counted.
     """
-    from sfumato.recipe import Recipe
-
-    read = Recipe.read(recipe, overrides)
+    read = checked_recipe(recipe, overrides)
     for note in read.notes:
         say(note)
     from sfumato import workflow
@@ -126,19 +127,18 @@ def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str]
     lines = [f"Into {size} fits, with {found['memory_gb']} GB{slower}:"]
     lines += [f"  {why}" for why in found["why"]]
     for one in found["faster"]:
-        words = _words(one["keys"]) or "the recipe as it is"
+        words = " ".join(_words(one["keys"])) or "the recipe as it is"
         lines.append(f"  faster, but {one['memory_gb']} GB: {words}")
     if found["keys"]:
-        override_text = "".join(f" {word}" for word in overrides)
         many = f"torchrun --nproc-per-node {devices} -m " if devices > 1 else ""
-        lines.append(f"{many}sfumato train {recipe}{override_text} {_words(found['keys'])}")
+        lines.append(many + paths.command("train", recipe, *overrides, *_words(found["keys"])))
     return "\n".join(lines)
 
 
-def _words(keys: dict[str, Any]) -> str:
-    return " ".join(
+def _words(keys: dict[str, Any]) -> list[str]:
+    return [
         f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()
-    )
+    ]
 
 
 def _plan_text(found: dict[str, Any]) -> str:

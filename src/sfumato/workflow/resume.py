@@ -1,11 +1,10 @@
 """A run keeps the recipe it began with: what may change does, what may not is refused by name."""
 
-import shlex
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Any
 
-from sfumato import trust, user_code
+from sfumato import paths, trust, user_code
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.models.files import read_json
@@ -77,7 +76,7 @@ def check_resume(run: RunFolder, recipe: Recipe, content: str = "") -> list[str]
         if not (moved or name in FREE or name in RATES or name.startswith(FREE_PARTS)):
             raise Refused(
                 f"{run.path} was begun with {name} = {toml(was)}, but the recipe now says {toml(now)}. "
-                f"Go on with {shlex.quote(f'{name}={toml(was)}')}, or give this recipe another output."
+                f"Go on with {paths.quoted(f'{name}={toml(was)}')}, or give this recipe another output."
             )
         said_by_the_loop = name in RATES and bool(run.checkpoint_folders())
         if name not in ("output", "format") and not said_by_the_loop:
