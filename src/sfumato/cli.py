@@ -30,6 +30,23 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        from sfumato import __version__
+
+        print(f"sfumato {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def with_version(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Trains diffusion models for images and video, and draws with them."""
+
+
 @app.command(rich_help_panel=None)
 @with_exit_code
 def demo(
@@ -85,15 +102,18 @@ def plan(
     devices: Annotated[
         int, typer.Option(metavar="N", min=0, help="Plan for N processes, each with a device of its own.")
     ] = 0,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every key and where its value came from, every number.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Say what would run, and run nothing.
 
-    Every value and where it came from, counts, memory, disk.
+    What, how long, how much memory and disk, what is unusual, what is fetched.
     """
     from sfumato.commands import recipes
 
-    recipes.plan(recipe, overrides or [], fit, devices, json)
+    recipes.plan(recipe, overrides or [], fit, devices, json, everything)
 
 
 @app.command()

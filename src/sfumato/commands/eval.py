@@ -7,7 +7,7 @@ from typing import Any
 from sfumato.commands.console import is_rank_zero, progress, result, say
 from sfumato.report import curves
 from sfumato.report.page import Picture, charts, document, embedded, gallery, section, table
-from sfumato.run_folder import check_output, write_atomic
+from sfumato.run_folder import RunFolder, check_output, write_atomic
 
 BY_HEART = "Drawn, and beside it its nearest training picture; a small ratio: no other is nearly as near."
 
@@ -23,6 +23,9 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure the run, write numbers, pictures and a page into `out`, print the numbers."""
+    place = folder.expanduser().absolute()
+    if not any((one / "effective.toml").is_file() for one in (place, place.parent.parent)):
+        RunFolder.open(folder)
     import numpy
     from PIL import Image
 

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import torch
-
 from sfumato.commands.console import result
+from sfumato.commands.early import check_model
 from sfumato.errors import Refused, one_of
 from sfumato.run_folder import check_output
+from sfumato.workflow.export.targets import TARGETS
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
+DTYPES = ("float32", "bfloat16", "float16")
 
 MARKS = ("model_index.json", "sfumato.json", "adapter_config.json", "config.json", "ip-adapter.safetensors")
 """Files that say of a folder that it was exported, or is a model's."""
@@ -45,13 +44,17 @@ def is_ours(file: Path) -> bool:
 
 def export(run: Path, to: str, out: Path | None, triggers: list[str], dtype: str, as_json: bool) -> None:
     """Write a run for diffusers, ComfyUI or kohya, and say how near the loaded file answers to the run."""
-    from sfumato.workflow.export import export as write
-
-    number = DTYPES[one_of("--dtype", dtype, DTYPES)]
+    one_of("--dtype", dtype, DTYPES)
+    one_of("--to", to, TARGETS)
+    check_model(run)
     place = out or Path("runs/export") / f"{run.absolute().name}-{to}"
     check_output(place)
     check_replaceable(place)
-    done = write(run, to, place, triggers, number)
+    import torch
+
+    from sfumato.workflow.export import export as write
+
+    done = write(run, to, place, triggers, getattr(torch, dtype))
     lines = [str(file) for file in done.files]
     lines.append(f"loaded back: the largest difference is {done.difference:.1e} of the answer's deviation")
     if done.effect:

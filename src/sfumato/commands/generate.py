@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.commands.console import is_rank_zero, progress, result, say
+from sfumato.commands.early import check_model
 from sfumato.commands.options import with_present_names
 from sfumato.errors import Failed, Refused, one_of
 from sfumato.report.page import Picture, document, embedded, gallery, section
@@ -56,6 +57,7 @@ class GenerateRequest:
         Raises:
             Refused: a file that cannot be read, or options that do not go together.
         """
+        check_model(arguments["model"])
         known = {*arguments, "latents", "watch"}
         rest = with_present_names(arguments)
         rest.pop("json", None)

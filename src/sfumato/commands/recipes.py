@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sfumato import paths
 from sfumato.commands.console import result, say
+from sfumato.commands.early import checked_recipe
 from sfumato.errors import Refused
 from sfumato.run_folder import write_atomic
 
 TEMPLATE = """\
-# sfumato plan {file}     says what will run
-# sfumato train {file}    trains; the same command resumes
+# {plan}     says what will run
+# {train_it}    trains; the same command resumes
 output = "runs/{name}"
 seed = 0
 
@@ -50,7 +52,8 @@ def new(name: str, data: str, base: str, train: str) -> None:
         )
     captions = _captions(data, EMBEDDED)
     text = TEMPLATE.format(
-        file=file,
+        plan=paths.command("plan", file),
+        train_it=paths.command("train", file),
         name=file.stem,
         base=quoted(base),
         base_note="            # or the folder of a model to go on from" if base == "scratch" else "",
@@ -71,7 +74,7 @@ def new(name: str, data: str, base: str, train: str) -> None:
     except Refused:
         file.unlink()
         raise
-    say(f"Next: sfumato plan {file}, then sfumato train {file}.")
+    say(f"Next: {paths.command('plan', file)}, then {paths.command('train', file)}.")
     result({"file": file}, str(file), False)
 
 
@@ -90,28 +93,32 @@ def _captions(data: str, embedded: tuple[str, ...]) -> str:
     return "folder" if any(entry.is_dir() for entry in folder.iterdir()) else "none"
 
 
-def plan(recipe: Path, overrides: list[str], fit: str, devices: int, as_json: bool) -> None:
-    """Print what the recipe would do; nothing is trained, encoded or written."""
-    from sfumato import workflow
-    from sfumato.recipe import Recipe
-    from sfumato.settings import plain
+def plan(
+    recipe: Path, overrides: list[str], fit: str, devices: int, as_json: bool, everything: bool = False
+) -> None:
+    """Print what the recipe would do; nothing is trained, encoded or written.
 
-    read = Recipe.read(recipe, overrides)
+    Args:
+        everything: every key, its value and where it came from, and all that was counted.
+    """
+    read = checked_recipe(recipe, overrides)
     for note in read.notes:
         say(note)
+    from sfumato import workflow
+
     fitted: dict[str, Any] = {}
     if fit:
         read, fitted = workflow.fit_to_memory(read, fit, devices)
     found = workflow.plan(read, devices)
-    values = {
-        name: {"value": plain(value), "origin": read.origin(name)} for name, value in read.values().items()
-    }
+    lines = workflow.summary(found)
+    width = max(len(word) for word, _ in lines)
+    text = "\n".join(f"{word:<{width}}  {line}" for word, line in lines)
+    if everything:
+        text += "\n\n" + _plan_text(found)
     if fitted:
+        text += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))
         found["fit"] = fitted
-    plan_text = _plan_text({name: value for name, value in found.items() if name != "fit"}, values)
-    if fitted:
-        plan_text += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))
-    result({**found, "recipe": values}, plan_text, as_json)
+    result(found, text, as_json)
 
 
 def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str], devices: int) -> str:
@@ -120,35 +127,42 @@ def _fitted(found: dict[str, Any], size: str, recipe: Path, overrides: list[str]
     lines = [f"Into {size} fits, with {found['memory_gb']} GB{slower}:"]
     lines += [f"  {why}" for why in found["why"]]
     for one in found["faster"]:
-        words = _words(one["keys"]) or "the recipe as it is"
+        words = " ".join(_words(one["keys"])) or "the recipe as it is"
         lines.append(f"  faster, but {one['memory_gb']} GB: {words}")
     if found["keys"]:
-        override_text = "".join(f" {word}" for word in overrides)
         many = f"torchrun --nproc-per-node {devices} -m " if devices > 1 else ""
-        lines.append(f"{many}sfumato train {recipe}{override_text} {_words(found['keys'])}")
+        lines.append(many + paths.command("train", recipe, *overrides, *_words(found["keys"])))
     return "\n".join(lines)
 
 
-def _words(keys: dict[str, Any]) -> str:
-    return " ".join(
+def _words(keys: dict[str, Any]) -> list[str]:
+    return [
         f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in keys.items()
-    )
+    ]
 
 
-def _plan_text(found: dict[str, Any], values: dict[str, dict[str, Any]]) -> str:
-    lines = []
+def _plan_text(found: dict[str, Any]) -> str:
+    """Every key with its value and where it came from, then every number that was counted."""
+    values, lines = found["recipe"], []
     width = max(len(name) for name in values)
     for name, entry in values.items():
         lines.append(f"{name:<{width}}  {_value_text(entry['value']):<28} {entry['origin']}")
     lines.append("")
-    lines += [f"{name.replace('_', ' '):<{width}}  {_value_text(value)}" for name, value in found.items()]
+    counted = {name: value for name, value in found.items() if name != "recipe"}
+    lines += [f"{_label(name):<{width}}  {_value_text(value)}" for name, value in counted.items()]
     return "\n".join(lines)
+
+
+def _label(name: str) -> str:
+    """`memory_gb` as people write it: memory (GB)."""
+    what = name.removesuffix("_gb")
+    return what.replace("_", " ") + (" (GB)" if what != name else "")
 
 
 def _value_text(value: Any) -> str:
     if isinstance(value, dict):
         between = "; " if any(isinstance(one, dict) for one in value.values()) else ", "
-        return between.join(f"{name} {_value_text(one)}" for name, one in value.items())
+        return between.join(f"{_label(name)} {_value_text(one)}" for name, one in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_value_text(one) for one in value) or "none"
     return f"{value:,}" if type(value) is int else str(value) if value != "" else '""'

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sfumato import paths
 from sfumato.errors import Failed, Refused, explain_malformed
 from sfumato.models.files import read_json
 from sfumato.run_folder import RunFolder, checksum
@@ -51,6 +52,8 @@ def snapshot(given: str) -> Path | None:
 
 def missing(given: str) -> str:
     """What to do about a hub id that is not in the cache."""
+    if wrong := paths.wrong_model(given):
+        return wrong
     name = given.partition("@")[0]
     return (
         f'"{given}" is no folder here and not in the Hub\'s cache ({cache()}), and nothing is fetched, as if '

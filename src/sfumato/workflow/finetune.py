@@ -27,7 +27,7 @@ from sfumato.models.pretrained.pipeline_folder import INDEX
 from sfumato.models.pretrained.stages import PretrainedConditioner, options_of
 from sfumato.models.pretrained.textual_inversion import SUFFIX
 from sfumato.models.pretrained.train_text_encoders import TextPlan
-from sfumato.recipe import DEFAULT, Recipe
+from sfumato.recipe import BASE, DEFAULT, Recipe
 from sfumato.settings import Table, plain
 from sfumato.training.settings import TrainSettings
 
@@ -179,6 +179,19 @@ def _asked(recipe: Recipe, base: Pipeline) -> dict[str, Any]:
     if recipe.data.source_image and family is not None and family.as_trained:
         overrides["prompt_options"] = {**family.as_trained, **overrides.get("prompt_options", {})}
     return overrides
+
+
+def with_base_sampling(recipe: Recipe, base: Pipeline | None) -> Recipe:
+    """The recipe with the steps and guidance that take effect: where it says none, the base's own."""
+    own = {
+        name: type(getattr(recipe.sample, name))(base.info[name])
+        for name in ("steps", "guidance")
+        if base is not None and recipe.origin(f"sample.{name}") == DEFAULT and name in base.info
+    }
+    if not own:
+        return recipe
+    origins = {**recipe.origins, **{f"sample.{name}": BASE for name in own}}
+    return replace(recipe, sample=replace(recipe.sample, **own), origins=origins)
 
 
 def prompt_options(options: Mapping[str, object], base: Pipeline) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from sfumato.workflow.finetune import (
     prepare_trainable,
     save_base_reference,
     text_plan_of,
+    with_base_sampling,
     with_text_learning_rate,
 )
 from sfumato.workflow.planning import step_costs
@@ -194,10 +195,11 @@ def train(
             with processes.first():
                 check_classes(run, resolved.classes)
                 adapter_run.verify_base(run.path / "model")
-                for note in check_resume(run, parsed, data_fingerprint(resolved.samples)):
+                effective = with_base_sampling(parsed, resolved.base)
+                for note in check_resume(run, effective, data_fingerprint(resolved.samples)):
                     say(note)
                 if processes.is_rank_zero:
-                    RunFolder.create(parsed.output, parsed.to_toml(), parsed.to_toml(every=True))
+                    RunFolder.create(parsed.output, parsed.to_toml(), effective.to_toml(every=True))
                     if codes := code_of(parsed):
                         run.event("code", hashes=codes)
                         keep_code(parsed, run)

@@ -50,11 +50,7 @@ def open_collection(
     if embedded is not None:
         return embedded()
     root = Path(path).expanduser()
-    if not root.exists():
-        raise Refused(
-            f"{root} does not exist. data.train takes a folder of pictures, a .tar, .npz or .parquet file, "
-            f"or one of: {', '.join(_embedded())}."
-        )
+    check_is_there(root)
     found = _read(root, SourceOptions(captions, tuple(companions)))
     found.samples.sort(key=lambda sample: sample.name)
     if captions == "none":
@@ -62,6 +58,15 @@ def open_collection(
     if not found.samples and (not empty or _lacks_captions(captions, found.set_aside)):
         raise Refused(_nothing_left(root, captions, found.set_aside))
     return replace(found, samples=split_held_out(found.samples, held_out))
+
+
+def check_is_there(root: Path) -> None:
+    """Raises Refused where a data set is named that is not there."""
+    if not root.exists():
+        raise Refused(
+            f"{root} does not exist. data.train takes a folder of pictures, a .tar, .npz or .parquet file, "
+            f"or one of: {', '.join(_embedded())}."
+        )
 
 
 def concatenate(parts: Sequence[tuple[Collection, float]]) -> Collection:

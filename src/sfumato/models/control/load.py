@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sfumato import paths
 from sfumato.errors import Refused
 from sfumato.models.control.base import ControlledDenoiser
 from sfumato.models.control.control_plan import FILE, ControlPlan, add_control_modules, read_plans
@@ -69,7 +70,7 @@ def _attach_run(model: Model, path: Path, home: Path, weights: Path) -> Controll
     if changing := next((one.kind for one in plans if one.kind in ("edit", "control")), ""):
         raise Refused(
             f"{path} cannot be added to a model: its base learned along ({changing}), so it draws by itself. "
-            f"Say sfumato generate {path}."
+            f"Say {paths.command('generate', path)}."
         )
     known = len(model.denoiser.control_modules) if isinstance(model.denoiser, ControlledDenoiser) else 0
     base = model.denoiser.base if isinstance(model.denoiser, ControlledDenoiser) else model.denoiser

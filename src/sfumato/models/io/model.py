@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 
-from sfumato import user_code
+from sfumato import paths, user_code
 from sfumato.errors import Refused, explain_malformed
 from sfumato.models import locate
 from sfumato.models.build import new_theory
@@ -284,7 +284,6 @@ def explain_missing(path: Path, given: str) -> str:
     if not path.exists() and locate.is_id(given):
         return locate.missing(given)
     if not path.exists():
-        return f"{path} does not exist. Give the folder of a model or of a run."
-    if (path / "recipe.toml").is_file():
-        return f"{path} is a run that has not trained yet. Run `sfumato train {path / 'recipe.toml'}` first."
-    return f"{path} holds no model.json. Give the folder of a model or of a run."
+        hint = paths.similar(path, "model") or " Give the folder of a model or of a run."
+        return f"{path} does not exist.{hint}"
+    return paths.no_model(path)

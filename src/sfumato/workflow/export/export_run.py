@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sfumato import __version__
-from sfumato.errors import Refused
+from sfumato.errors import Refused, one_of
 from sfumato.generation import Pipeline, load
 from sfumato.models.control import ControlledDenoiser
 from sfumato.models.io import adapter_run
@@ -23,9 +23,8 @@ from sfumato.models.pretrained.train_text_encoders import TextPlan
 from sfumato.run_folder import RunFolder
 from sfumato.workflow.export.compare import Exported
 from sfumato.workflow.export.lora import export_lora
+from sfumato.workflow.export.targets import TARGETS
 from sfumato.workflow.export.whole_model import export_whole
-
-TARGETS = ("diffusers", "comfyui", "kohya")
 
 
 def export(
@@ -41,8 +40,7 @@ def export(
         Refused: what cannot be written for this target.
         Failed: what was written does not load there, changes nothing, or answers otherwise.
     """
-    if to not in TARGETS:
-        raise Refused(f'--to "{to}" is not known. Choose one of {", ".join(TARGETS)}.')
+    one_of("--to", to, TARGETS)
     model = load(run)
     if model.origin is None:
         raise Refused(

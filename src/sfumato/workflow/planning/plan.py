@@ -1,12 +1,14 @@
 """What a recipe would do, said before it is done: counts, what is missing, memory and disk."""
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 
 from sfumato import models
@@ -19,15 +21,16 @@ from sfumato.models.io import adapter_run
 from sfumato.models.pretrained import token_count
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
-from sfumato.settings import parse_bytes
+from sfumato.settings import parse_bytes, plain
+from sfumato.training.device import free_bytes
 from sfumato.training.distributed.strategy import processes_per_machine
 from sfumato.training.estimate import fit_memory, probe
 from sfumato.training.estimate.memory import MemoryBreakdown, count_memory, repeated_blocks
 from sfumato.training.precision import effective_precision
 from sfumato.workflow import class_images, condition_encoders, control_training
-from sfumato.workflow.checks import check_context_parallel
+from sfumato.workflow.checks import check_context_parallel, recipe_warnings
 from sfumato.workflow.dataset import known_sizes
-from sfumato.workflow.finetune import prepare_trainable
+from sfumato.workflow.finetune import prepare_trainable, with_base_sampling
 from sfumato.workflow.planning import phase_costs
 from sfumato.workflow.planning.step_costs import (
     StepEstimate,
@@ -37,6 +40,7 @@ from sfumato.workflow.planning.step_costs import (
     step_cost,
     store_bytes,
 )
+from sfumato.workflow.planning.summary import unusual
 from sfumato.workflow.prepare import ResolvedRecipe, resolve_recipe, stages_take_turns
 from sfumato.workflow.resume import check_resume, data_fingerprint
 from sfumato.workflow.train_codec import codec_home
@@ -52,7 +56,8 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     Returns:
         plain values: samples, captions, held_out, set_aside, tokens, codec, parameters, steps_per_epoch,
         epochs, device, precision, memory_gb, memory, seconds_per_step, hours, probed, process_gb, phases,
-        store_gb, disk_gb, run.
+        store_gb, disk_gb, run, step, fetched, free, unusual, and recipe: {key: {value that takes effect,
+        origin}}. `summary` makes twelve lines of them.
     Raises:
         Refused: for whatever training would refuse.
     """
@@ -120,20 +125,44 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     store = store_bytes(recipe, len(collection.samples), codec)
     found["store_gb"] = round(store / 1e9, 3)
     found["disk_gb"] = round((store + checkpoint_bytes(recipe, parameters)) / 1e9, 3)
-    return found | _standing(recipe, resolved)
+    effective = with_base_sampling(recipe, base)
+    found |= _standing(effective, resolved)
+    found["fetched"] = fetched(recipe)
+    found["free"] = _free(recipe, resolved.device)
+    found["recipe"] = {
+        name: {"value": plain(value), "origin": effective.origin(name)}
+        for name, value in effective.values().items()
+    }
+    found["unusual"] = unusual(found, recipe_warnings(recipe))
+    return found
+
+
+def fetched(recipe: Recipe) -> list[str]:
+    """What would be fetched from the Hub before the run begins, one line each, with its size."""
+    return []
+
+
+def _free(recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """GB that are free now: memory of this machine, of the device if it has its own, and disk for the run."""
+    place = next(one for one in (Path(recipe.output), *Path(recipe.output).parents) if one.is_dir())
+    found = {"memory": psutil.virtual_memory().available, "disk": shutil.disk_usage(place).free}
+    if device.type != "cpu":
+        found["device"] = free_bytes(device)
+    return {f"{name}_gb": gigabytes(size) for name, size in found.items()}
 
 
 def _standing(recipe: Recipe, resolved: ResolvedRecipe) -> dict[str, Any]:
     """Where the recipe's run stands, and what was changed since it began."""
     output = Path(recipe.output)
     if not (output / "effective.toml").is_file():
-        return {"run": "new"}
+        return {"run": "new", "step": 0}
     run = RunFolder.open(output)
     adapter_run.verify_base(run.path / "model")
     changed = check_resume(run, recipe, data_fingerprint(resolved.samples))
     folders = run.checkpoint_folders()
     stands = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
-    return {"changed": changed, "run": stands}
+    step = int(folders[-1].name.removeprefix("step-")) if folders else 0
+    return {"changed": changed, "run": stands, "step": step}
 
 
 def step_report(
