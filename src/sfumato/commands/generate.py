@@ -10,9 +10,8 @@ from typing import Any
 from sfumato.commands.console import is_rank_zero, progress, result, say
 from sfumato.commands.early import check_model
 from sfumato.commands.options import with_present_names
-from sfumato.errors import Failed, Refused, one_of
-from sfumato.report.page import Picture, document, embedded, gallery, section
-from sfumato.run_folder import check_output, write_atomic
+from sfumato.errors import Refused, one_of
+from sfumato.run_folder import check_output
 from sfumato.settings import parse_bytes
 
 AS_TRAINED = ("width", "height", "frames", "window", "tile", "chunk")
@@ -22,6 +21,10 @@ PICTURES = (
     "reference_start", "reference_end", "init", "strength", "mask",
 )  # fmt: skip
 """Options about pictures that guide."""
+
+
+SAID_OTHERWISE = ("lora", "prompt", "size", "seed")
+"""Axes of a grid that a file's words have under other names."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,9 @@ class GenerateRequest:
     context_parallel: int = 1
     dtype: str = "auto"
     memory: str = ""
+    grid: str = ""
+    lora_scale: float | None = None
+    same_seeds: bool = False
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> "GenerateRequest":
@@ -73,7 +79,9 @@ class GenerateRequest:
             "loras": [parse_lora(lora) for lora in rest.pop("lora") or []],
             "embeddings": rest.pop("embedding") or [],
             **{name: rest.pop(name) for name in ("count", "out", "device", "dtype", "memory", "fps")},
+            **{name: rest.pop(name) for name in ("grid", "lora_scale", "same_seeds")},
         }
+        rest["times"] = parse_times(rest["times"])
         regions = [parse_region(one) for one in rest.pop("region") or []]
         pictures = condition_arguments({name: rest.pop(name) for name in PICTURES}, own["control_from"])
         last = rest.pop("last_image")
@@ -86,7 +94,7 @@ class GenerateRequest:
 
 
 def generate(request: GenerateRequest, as_json: bool) -> None:
-    """Draw `count` pictures or clips of each prompt into `out`, with a page that shows them.
+    """Draw `count` pictures or clips of each prompt, or a grid, into `out`, with a page that shows them.
 
     Of processes that draw together (`context_parallel`) the first one writes.
     """
@@ -94,26 +102,119 @@ def generate(request: GenerateRequest, as_json: bool) -> None:
 
     if is_rank_zero():
         check_output(request.out)
+    axes = check_before_loading(request)
     with context_parallel.drawing_processes(request.context_parallel, request.device) as processes:
-        found = run_generation(request, processes)
+        model, drawings = run_generation(request, axes, processes)
     if processes.is_rank_zero:
-        write(request, *found, as_json)
+        write(request, model, drawings, axes, as_json)
+
+
+def check_before_loading(request: GenerateRequest) -> dict[str, list[Any]]:
+    """Refuse, while nothing is loaded, what can be seen to be wrong; the axes of the grid, if there is one.
+
+    Raises:
+        Refused: no prompt, a file that is not there, a name that is not known, a grid that cannot be drawn.
+    """
+    from sfumato.generation import files
+    from sfumato.models.io.model import conditioner_kind, has_adapter
+    from sfumato.models.lora.experts import split_expert
+    from sfumato.models.pretrained.textual_inversion import parse_embedding
+    from sfumato.theory.grids import grids
+    from sfumato.theory.solvers.solver import methods
+
+    must_exist("--lora", *(split_expert(file)[0] for file, _ in request.loras))
+    must_exist("--embedding", *(parse_embedding(one)[1] for one in request.embeddings))
+    for kind in request.formats:
+        one_of("--format", kind, dict.fromkeys((*files.PICTURE_KINDS, *files.CLIP_KINDS)))
+    axes = grid_axes(request)
+    for solver in axes.get("solver", [request.options.get("solver")]):
+        if solver is not None:
+            one_of("Solver", solver, methods())
+    for times in axes.get("times", [request.options.get("times")]):
+        if isinstance(times, str):
+            one_of("Grid", times.replace("_", "-"), grids())
+    kind = conditioner_kind(request.folder)
+    if request.labels and (request.prompts or kind not in ("labels", "")):
+        raise Refused(
+            "Give --label or --prompt, not both."
+            if request.prompts
+            else f"--label {request.labels[0]}: this model was not trained on classes. Use --prompt."
+        )
+    if not request.prompts and not request.labels and "prompt" not in axes and kind not in ("none", ""):
+        if kind == "labels":
+            raise Refused("Say which class to draw: --label NAME. Repeat --label for several pictures.")
+        raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
+    scales = "lora" in axes or request.lora_scale is not None
+    if scales and not request.loras and has_adapter(request.folder) is False:
+        raise Refused(
+            f"{request.folder} has no LoRA of its own, so there is nothing to scale. Give --lora FILE, or "
+            "the run of a LoRA."
+        )
+    return axes
+
+
+def must_exist(option: str, *places: Path | str) -> None:
+    """Raises Refused for a file or folder that is not there."""
+    for place in places:
+        if not Path(place).expanduser().exists():
+            raise Refused(f"{option}: {place} does not exist.")
+
+
+def grid_axes(request: GenerateRequest) -> dict[str, list[Any]]:
+    """The axes of the grid that is asked for; several prompts and a count are axes too.
+
+    Raises:
+        Refused: an axis that is also given beside the grid, or a checkpoint the run does not have.
+    """
+    from sfumato.generation.grid import check_count, checkpoint_name, checkpoints_of, parse_grid
+
+    if not request.grid:
+        return {}
+    named = request.prompts or request.labels
+    axes = parse_grid(request.grid, {"prompt": named})
+    for name in axes:
+        beside = {"lora": request.lora_scale, "prompt": None}.get(name, request.options.get(name))
+        if name == "size" and ("width" in request.options or "height" in request.options):
+            raise Refused("--grid says size, and so do --width and --height. Leave one out.")
+        if beside is not None and name not in ("seed", "prompt"):
+            raise Refused(f"--grid says {name}, and so does an option of its own. Leave one out.")
+    if "prompt" in axes and named and axes["prompt"] != named:
+        raise Refused(
+            "--grid says prompt, and so does --prompt. Write prompt without values, or leave one out."
+        )
+    if len(named) > 1 and "prompt" not in axes:
+        axes["prompt"] = list(named)
+    if request.count > 1 and "seed" in axes:
+        raise Refused("--grid says seed, and --count is a number of seeds. Leave one out.")
+    if request.count > 1:
+        seed = request.options["seed"]
+        axes["seed"] = list(range(seed, seed + request.count))
+    if "checkpoint" in axes:
+        axes["checkpoint"] = [
+            checkpoint_name(one) for one in checkpoints_of(request.folder, axes["checkpoint"])
+        ]
+        if request.control_modules or request.embeddings:
+            raise Refused(
+                "A grid over checkpoints takes no --control-module and no --embedding. Leave checkpoint out."
+            )
+    check_count(axes)
+    return axes
 
 
 def run_generation(
-    request: GenerateRequest, processes: Any
-) -> tuple[Any, list[str], list[Any], dict[str, Any]]:
-    """The model, each picture's prompt, the pictures or clips, and the metadata of all of them."""
+    request: GenerateRequest, axes: Mapping[str, Sequence[Any]], processes: Any
+) -> tuple[Any, list[Any]]:
+    """The model, and all that was drawn with it, in order."""
     from sfumato.generation import load
     from sfumato.training.device import resolve
     from sfumato.training.distributed import context_parallel
 
     device = str(resolve(request.device))
-    model = load_model(request, device)
-    output_formats(request, model)
-    prompts = [prompt for prompt in request.prompts or request.labels or [""] for _ in range(request.count)]
+    model = load_model(request, device, adjustable="lora" in axes or "checkpoint" in axes)
+    check_formats(request, model)
     options = dict(request.options)
-    for sentence in cut_off(model, [*request.prompts, *words_of(options)], options):
+    prompts = list(axes.get("prompt", request.prompts))
+    for sentence in cut_off(model, [*prompts, *axes.get("negative", ()), *words_of(options)], options):
         say(sentence)
     if request.control_from:
         shape = model.latent_shape(options.get("width"), options.get("height"))
@@ -122,20 +223,82 @@ def run_generation(
             make_control(one, request.control_from, size["width"], size["height"])
             for one in options["control"]
         ]
-    metadata = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    written = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     if "autoguidance_model" in options:
         options["autoguidance_model"] = load(options["autoguidance_model"], device=device)
+    metadata = {**json_safe(written), "model": model_name(request.folder)}
+    if request.loras:
+        metadata["loras"] = [f"{Path(file).name}:{weight:g}" for file, weight in request.loras]
     with (
         progress() as bar,
         context_parallel.enabled(model.denoiser, request.context_parallel, processes),
     ):
-        drawn = model.generate(
-            prompt=prompts, watch=lambda done, total: bar(done, total, "drawing"), **options
-        )
-    metadata = {**json_safe(metadata), "model": request.folder.name}
-    if request.loras:
-        metadata["loras"] = [f"{Path(file).name}:{weight:g}" for file, weight in request.loras]
-    return model, prompts, drawn, metadata
+        draw = draw_grid if axes else draw_list
+        return model, draw(request, model, axes, options, metadata, bar)
+
+
+def draw_list(
+    request: GenerateRequest, model: Any, _: Any, options: dict[str, Any], metadata: dict[str, Any], bar: Any
+) -> list[Any]:
+    """Pictures one after the other, together in batches."""
+    from sfumato.generation.effective import effective_settings
+    from sfumato.workflow.drawings import Drawing
+
+    prompts = [prompt for prompt in request.prompts or request.labels or [""] for _ in range(request.count)]
+    first = options.pop("seed")
+    seeds = [
+        first + (index % request.count if request.same_seeds else index) for index in range(len(prompts))
+    ]
+    drawn = model.generate(
+        prompt=prompts, seed=seeds, watch=lambda done, total: bar(done, total, "drawing"), **options
+    )
+    said = scaled(model, metadata)
+    return [
+        Drawing(one, prompt, seed, {**said, **effective_settings(model, options, one)})
+        for one, prompt, seed in zip(drawn, prompts, seeds, strict=True)
+    ]
+
+
+def draw_grid(
+    request: GenerateRequest,
+    model: Any,
+    axes: Mapping[str, Sequence[Any]],
+    options: dict[str, Any],
+    metadata: dict[str, Any],
+    bar: Any,
+) -> list[Any]:
+    """The cells of a grid, in the order of its axes."""
+    from sfumato.generation.effective import effective_settings
+    from sfumato.workflow.drawings import Drawing
+
+    fixed = {name: value for name, value in options.items() if name not in axes}
+    if "prompt" not in axes and (named := request.prompts or request.labels):
+        fixed["prompt"] = named[0]
+    found = []
+    for cell in model.grid(axes, watch=lambda done, total: bar(done, total, "drawing"), **fixed):
+        varied = {name: value for name, value in cell.values.items() if name not in SAID_OTHERWISE}
+        said = scaled(model, metadata) | varied
+        said |= effective_settings(model, cell.settings, cell.drawn)
+        prompt, seed = cell.settings.get("prompt", ""), cell.settings["seed"]
+        found.append(Drawing(cell.drawn, prompt, seed, said, cell.at, cell.values))
+    return sorted(found, key=lambda one: one.at)
+
+
+def scaled(model: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata, with how strongly LoRAs act where there are any."""
+    from sfumato.models.lora.adjustable import own_adapters
+
+    has_lora = "loras" in metadata or bool(own_adapters(model))
+    said = {name: value for name, value in metadata.items() if name != "seed"}
+    return said | ({"lora_scale": model.lora_scale} if has_lora else {})
+
+
+def model_name(folder: Path) -> str:
+    """What the files call the model: the folder's name; of a checkpoint also its run's."""
+    given = folder.absolute()
+    if given.parent.name in ("checkpoints", "averages"):
+        return f"{given.parent.parent.name}/{given.name}"
+    return given.name
 
 
 def words_of(options: Mapping[str, Any]) -> list[str]:
@@ -167,80 +330,25 @@ def cut_off(model: Any, texts: Sequence[str], options: Mapping[str, Any]) -> lis
 def write(
     request: GenerateRequest,
     model: Any,
-    prompts: list[str],
-    drawn: list[Any],
-    metadata: dict[str, Any],
+    drawings: Sequence[Any],
+    axes: Mapping[str, Sequence[Any]],
     as_json: bool,
 ) -> None:
-    """Write what was drawn, a sheet and a page of it, and tell where.
+    """Write what was drawn, a sheet and a page of it, and tell where."""
+    from sfumato.generation.files import DEFAULT_FPS
+    from sfumato.workflow.drawings import write_drawings
 
-    Nothing that is there is replaced: where a name is taken, all that this call writes is numbered.
-    """
-    kinds, fps = output_formats(request, model)
-    if not request.formats and drawn and all(map(is_still, drawn)):
-        drawn, kinds = [as_picture(one) for one in drawn], ["png"]
-    seeds = [request.options["seed"] + index for index in range(len(drawn))]
-    names = [
-        f"{index:03d}-{slug(prompt)}-{seed}"
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-    ]
-    number = free_number(request.out, names, [ending_of(one, kind) for one in drawn for kind in kinds])
-    listed = []
-    for name, prompt, seed, one in zip(names, prompts, seeds, drawn, strict=True):
-        place = request.out / f"{name}{number}"
-        kept = save_output(one, place, kinds, {"prompt": prompt, **metadata, "seed": seed}, fps)
-        listed.append({**kept, "prompt": prompt, "seed": seed})
-    sheet, page = overview(request, drawn, listed, fps, number)
-    result(
-        {"pictures": listed, "sheet": sheet, "page": page},
-        "\n".join([*(file for one in listed for file in one["files"]), str(sheet), str(page)]),
-        as_json,
-    )
+    fps = float(model.info.get("fps", DEFAULT_FPS)) if request.fps is None else request.fps
+    found = write_drawings(request.out, drawings, f"By {request.folder}.", request.formats, fps, axes or None)
+    names = [*(file for one in found["pictures"] for file in one["files"]), found["sheet"], found["page"]]
+    result(found, "\n".join(map(str, names)), as_json)
 
 
-def is_still(drawn: Any) -> bool:
-    """Whether a drawing of a model of clips is a clip of one frame."""
-    from sfumato.generation import files
-
-    return files.is_clip(drawn) and len(drawn) == 1
-
-
-def as_picture(drawn: Any) -> Any:
-    """The one frame of a still."""
-    from PIL import Image
-
-    return Image.fromarray(drawn[0])
-
-
-def ending_of(drawn: Any, kind: str) -> str:
-    """What the name of a drawing's file, or of the folder of its frames, ends in."""
-    return "" if kind == "frames" else f".{kind}"
-
-
-def free_number(out: Path, names: Sequence[str], endings: Collection[str]) -> str:
-    """What a call adds to the names of its files so that none is taken: nothing, "-2", "-3", …
-
-    The page is made at once, so that another call at the same time takes the next number.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    taken = {one.name for one in out.iterdir()}
-    for number in ("", *(f"-{count}" for count in range(2, len(taken) + 3))):
-        wanted = {f"{name}{number}{ending}" for name in names for ending in endings}
-        wanted |= {f"sheet{number}.png", f"index{number}.html"}
-        if wanted.isdisjoint(taken):
-            try:
-                (out / f"index{number}.html").touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            return number
-    raise Failed(
-        f"{out} is being filled by others faster than a free name can be found. Choose another --out."
-    )
-
-
-def load_model(request: GenerateRequest, device: str) -> Any:
+def load_model(request: GenerateRequest, device: str, adjustable: bool = False) -> Any:
     """The model with its LoRAs and control modules.
 
+    Args:
+        adjustable: the LoRAs' strength, or what they were added to, will be changed.
     Raises:
         Refused: one that does not fit, or a model of prompts without a prompt.
     """
@@ -256,8 +364,11 @@ def load_model(request: GenerateRequest, device: str) -> Any:
         raise Refused("--memory is for GPUs, and this model is drawn with on the CPU. Leave --memory out.")
     limit = parse_bytes(request.memory) if request.memory else None
     model = load(request.folder, dtype, "cpu" if on_gpu else device)
+    scale = 1.0 if request.lora_scale is None else request.lora_scale
     for file, weight in request.loras:
-        model.add_lora(file, weight)
+        model.add_lora(file, weight if adjustable else weight * scale, keep_base=adjustable)
+    if request.lora_scale is not None:
+        scale_loras(model, scale, bool(request.loras) and not adjustable)
     for one in request.embeddings:
         word, file = parse_embedding(one)
         model.add_embedding(file, word)
@@ -267,16 +378,10 @@ def load_model(request: GenerateRequest, device: str) -> Any:
         )
     for place in request.control_modules:
         attach(model, place, request.image_encoder if place.is_file() else None)
-    if request.labels and (request.prompts or model.conditioner.kind != "labels"):
-        raise Refused(
-            "Give --label or --prompt, not both."
-            if request.prompts
-            else f"--label {request.labels[0]}: this model was not trained on classes. Use --prompt."
-        )
-    if not request.prompts and not request.labels and model.conditioner.kind != "none":
-        if model.conditioner.kind == "labels":
-            raise Refused("Say which class to draw: --label NAME. Repeat --label for several pictures.")
-        raise Refused('Say what to draw: --prompt "a red apple". Repeat --prompt for several pictures.')
+    if request.labels and model.conditioner.kind != "labels":
+        raise Refused(f"--label {request.labels[0]}: this model was not trained on classes. Use --prompt.")
+    if not request.prompts and not request.labels and model.conditioner.kind == "labels":
+        raise Refused("Say which class to draw: --label NAME. Repeat --label for several pictures.")
     if on_gpu:
         place_within(model, torch.device(device), limit, say)
     return model
@@ -293,75 +398,29 @@ def drawing_dtype(name: str, device: str) -> str:
     return "bfloat16" if device != "cpu" and has_fast_bf16(torch.device(device)) else "float32"
 
 
-def output_formats(request: GenerateRequest, model: Any) -> tuple[list[str], float]:
-    """The kinds of file to write, and the frames a second of clips.
-
-    Raises:
-        Refused: a kind this model's drawings cannot be written as.
-    """
+def check_formats(request: GenerateRequest, model: Any) -> None:
+    """Raises Refused for a kind of file, or a rate, that this model's drawings cannot be written with."""
     from sfumato.generation import files
 
     is_clip = "frames" in model.info
-    known = files.CLIP_KINDS if is_clip else files.PICTURE_KINDS
-    kinds = [one_of("--format", kind, known) for kind in request.formats or known[:1]]
-    if request.fps is None:
-        return kinds, float(model.info.get("fps", files.DEFAULT_FPS))
-    if not is_clip:
-        raise Refused(f"--fps {request.fps:g}: this model draws pictures, not clips. Leave --fps out.")
-    return kinds, files.check_fps(request.fps)
+    count = request.options.get("frames") or model.info.get("frames", 1)
+    known = files.PICTURE_KINDS if not is_clip else files.CLIP_KINDS
+    known = (*known, "png") if is_clip and count == 1 and "frames" not in request.grid else known
+    for kind in request.formats:
+        one_of("--format", kind, known)
+    if request.fps is not None:
+        if not is_clip:
+            raise Refused(f"--fps {request.fps:g}: this model draws pictures, not clips. Leave --fps out.")
+        files.check_fps(request.fps)
 
 
-def overview(
-    request: GenerateRequest, drawn: list[Any], listed: list[dict[str, Any]], fps: float, number: str
-) -> tuple[Path, Path]:
-    """Write a contact sheet and a page of what was drawn; where they are."""
-    from sfumato.generation import files
-    from sfumato.generation.contact_sheet import sheet_of
+def scale_loras(model: Any, scale: float, are_scaled: bool) -> None:
+    """Scale the run's own LoRA; `are_scaled`: files were added with the scale already."""
+    from sfumato.models.lora.adjustable import own_adapters
 
-    sheet, page = request.out / f"sheet{number}.png", request.out / f"index{number}.html"
-    write_atomic(sheet, files.png(sheet_of(drawn, [row["prompt"] for row in listed]), {}))
-    there = [
-        Picture(embedded(*preview_bytes(one, fps)), row["prompt"], f"seed {row['seed']}")
-        for one, row in zip(drawn, listed, strict=True)
-    ]
-    title = "Clips" if files.is_clip(drawn[0]) else "Pictures"
-    write_atomic(page, document(title, f"By {request.folder}.", [section("Drawn", gallery(there))]))
-    return sheet, page
-
-
-def save_output(
-    drawn: Any, place: Path, kinds: Sequence[str], metadata: dict[str, Any], fps: float
-) -> dict[str, Any]:
-    """Write a picture or clip to `place` and an ending; where it is now, numbered frames as their folder."""
-    from sfumato.generation import files
-
-    written = []
-    for kind in kinds:
-        for ending, content in files.contents(drawn, kind, metadata, fps).items():
-            file = Path(f"{place}{ending}")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, content)
-            written.append(str(file))
-    frames = next((i for i, kind in enumerate(kinds) if kind == "frames"), None)
-    first = str(place) if frames == 0 else written[0]
-    return {"file": first, "files": written}
-
-
-def preview_bytes(drawn: Any, fps: float) -> tuple[bytes, str]:
-    """What a page shows of a picture or clip: its bytes and what they are."""
-    from PIL import Image
-
-    from sfumato.generation import files
-
-    if not files.is_clip(drawn):
-        return files.png(drawn, {}), "image/png"
-    return files.webp([Image.fromarray(frame) for frame in drawn], {}, fps), "image/webp"
-
-
-def slug(text: str, most: int = 40) -> str:
-    """A text as a part of a file's name."""
-    kept = "".join(letter if letter.isalnum() else "-" for letter in text.lower())
-    return "-".join(part for part in kept.split("-") if part)[:most] or "picture"
+    if not are_scaled or own_adapters(model):
+        model.set_lora_scale(scale)
+    model.lora_scale = scale
 
 
 def json_safe(options: dict[str, Any]) -> dict[str, Any]:
@@ -461,6 +520,22 @@ def parse_region(text: str) -> tuple[Any, str]:
             f'--region "{text}" must be a mask\'s file and a prompt: --region "left.png:a red apple".'
         )
     return mask_picture(file), prompt.strip()
+
+
+def parse_times(text: str) -> Any:
+    """The name of a grid of times, or the times themselves, with commas between them.
+
+    Raises:
+        Refused: what stands between commas is no number.
+    """
+    if "," not in text:
+        return text or None
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise Refused(
+            f'--times "{text}": give the name of a grid, or falling times with commas between: 1,0.5,0.'
+        ) from None
 
 
 def parse_lora(lora: str) -> tuple[str, float]:

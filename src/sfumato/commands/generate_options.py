@@ -37,7 +37,22 @@ Formats = Annotated[
     typer.Option(metavar="KIND", help="png, webp; of clips mp4, webp, frames; repeat it for several."),
 ]
 
+SameSeeds = Annotated[
+    bool, typer.Option("--same-seeds", help="Each prompt from the same seeds: seed to seed + count − 1.")
+]
+Grid = Annotated[
+    str,
+    typer.Option(
+        metavar="AXES",
+        help='Draw every combination: "lora=0,0.5,1 × seed=1..4"; × may be * or x with spaces around it.',
+    ),
+]
+
 # What it is drawn with
+LoraScale = Annotated[
+    Optional[float],
+    typer.Option(metavar="X", help="How strongly LoRAs act: the run's own, and × the weights of --lora."),
+]
 Loras = Annotated[
     Optional[list[str]],
     typer.Option(
@@ -66,6 +81,10 @@ ImageEncoder = Annotated[
     ),
 ]
 Solver = Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")]
+Times = Annotated[
+    str,
+    typer.Option(metavar="NAME|T,T,…", help="The grid of times: its name (karras, log-snr, …) or the times."),
+]
 Further = Annotated[
     Optional[list[str]],
     typer.Option(metavar="NAME=VALUE", help="Further arguments by the pipeline's names: true_cfg_scale=4."),

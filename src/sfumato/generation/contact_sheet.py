@@ -93,3 +93,59 @@ def sheet_of(drawn: Sequence[Any], captions: Sequence[str]) -> Image.Image:
     if isinstance(drawn[0], np.ndarray):
         return film_sheet(drawn, captions, columns=2 if len(drawn) > 8 else 1)
     return contact_sheet(drawn, captions)
+
+
+def grid_sheet(
+    labels: Sequence[tuple[str, Sequence[str], Sequence[str]]],
+    tables: Sequence[Sequence[Sequence[Any]]],
+    side: int = 128,
+) -> Image.Image:
+    """Tables of pictures below each other, their rows and columns named; of a clip its middle frame.
+
+    Args:
+        labels: (title, names of rows, names of columns) of each table.
+        tables: rows of pictures or clips of each, None where there is none.
+        side: pixels of a picture's longer side.
+    """
+    font, parts = ImageFont.load_default(size=11), []
+    for (title, rows, columns), cells in zip(labels, tables, strict=True):
+        left = MARGIN + (110 if any(rows) else 0)
+        heads = [textwrap.wrap(name, max(8, int(side * LETTERS)))[:3] for name in columns]
+        top = MARGIN + (LINE + 6 if title else 0) + LINE * max(1, *(len(one) for one in heads))
+        shown = [[None if one is None else _fitted(one, side) for one in row] for row in cells]
+        tall = [max([one.height for one in row if one is not None], default=side) for row in shown]
+        size = left + len(columns) * (side + MARGIN), top + sum(tall) + MARGIN * len(tall)
+        sheet = Image.new("RGB", size, PAPER)
+        pen = ImageDraw.Draw(sheet)
+        if title:
+            pen.text((MARGIN, MARGIN - 4), title, fill=INK, font=ImageFont.load_default(size=13))
+        for column, lines in enumerate(heads):
+            for number, line in enumerate(reversed(lines)):
+                middle = left + column * (side + MARGIN) + side / 2
+                pen.text((middle, top - 4 - (number + 1) * LINE), line, fill=INK, font=font, anchor="ma")
+        y = top
+        for name, row, height in zip(rows, shown, tall, strict=True):
+            lines = textwrap.wrap(name, 16)[: max(1, height // LINE)]
+            for number, line in enumerate(lines):
+                middle = y + (height - LINE * len(lines)) / 2 + number * LINE
+                pen.text((left - 8, middle), line, fill=INK, font=font, anchor="ra")
+            for column, one in enumerate(row):
+                if one is not None:
+                    x = left + column * (side + MARGIN) + (side - one.width) // 2
+                    sheet.paste(one, (x, y + (height - one.height) // 2))
+            y += height + MARGIN
+        parts.append(sheet)
+    whole = Image.new("RGB", (max(one.width for one in parts), sum(one.height for one in parts)), PAPER)
+    y = 0
+    for one in parts:
+        whole.paste(one, (0, y))
+        y += one.height
+    return whole
+
+
+def _fitted(drawn: Any, side: int) -> Image.Image:
+    """A picture, or a clip's middle frame, whose longer side has so many pixels."""
+    picture = Image.fromarray(drawn[len(drawn) // 2]) if isinstance(drawn, np.ndarray) else drawn
+    scale = side / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)

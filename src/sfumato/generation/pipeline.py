@@ -18,6 +18,8 @@ from torch import Tensor
 from sfumato import models
 from sfumato.errors import Refused, one_of
 from sfumato.generation import finite, image_guidance
+from sfumato.generation.adjustable_model import AdjustableModel
+from sfumato.generation.grid import GridCell, draw_cells
 from sfumato.generation.guidance import GuidanceOptions, check_negative, mark_perturbed
 from sfumato.generation.image_guidance import ImageGuidance
 from sfumato.generation.memory_limit import LimitedPlacement, place_within, within_memory
@@ -26,8 +28,6 @@ from sfumato.generation.video import VideoConditioning, parse_video
 from sfumato.models import Condition, Model
 from sfumato.models.codecs import tiling
 from sfumato.models.io.model import DTYPES
-from sfumato.models.lora import key_conversion
-from sfumato.models.pretrained import train_text_encoders
 from sfumato.models.pretrained.image_inputs import images_per_prompt
 from sfumato.settings import parse_bytes
 from sfumato.theory import Theory, noise, solve
@@ -155,7 +155,7 @@ class SamplingPlan:
 DEFAULT_STEPS, DEFAULT_GUIDANCE, DEFAULT_SIDE = 20, 3.0, 64
 
 
-class Pipeline(Model):
+class Pipeline(AdjustableModel):
     """A model that draws."""
 
     video = VideoConditioning()
@@ -186,32 +186,28 @@ class Pipeline(Model):
         with self.at_work(self.codec):
             return tiling.decode_tiled(self.codec, self.codec_input(latents), cut)
 
-    def add_lora(self, file: Path | str, weight: float = 1.0, expert: str = "") -> list[str]:
-        """Add a LoRA's file (diffusers', ComfyUI's or kohya's names) to the weights; several stack.
+    def grid(
+        self,
+        axes: Mapping[str, Sequence[Any]],
+        watch: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[GridCell]:
+        """Draw one picture (or clip) for each cell of a grid, and yield it with its place and settings.
 
-        Returns the layers it changed.
+            for cell in model.grid({"lora": [0, 0.5, 1], "seed": [1, 2, 3, 4]}, prompt="a red apple"): ...
+
+        Each is, bit for bit, what `generate` draws with the same settings; those of one seed begin with the
+        same noise. Afterwards the model's weights are as they were.
 
         Args:
-            expert: high, low or both: for which of two networks (Wan 2.2 A14B) the file is, where neither its
-                keys nor its name say so; as FILE@high.
-
+            axes: {name: values}: any argument of `generate`, one value for each cell; `lora` for
+                `set_lora_scale`, `checkpoint` for steps or names of the run's checkpoints, or "all", and
+                `size` for (width, height).
+            watch: called with (hundredths of cells done, in all); settings: as of `generate`, of every cell.
         Raises:
-            Refused: no such file, or a LoRA of another base.
+            Refused: an axis without values, no such checkpoint, no LoRA to scale.
         """
-        changed = key_conversion.merge(self, file, weight, expert)
-        if isinstance(self.placement, LimitedPlacement):
-            self.placement.weights_changed()
-        return changed
-
-    def add_embedding(self, file: Path | str, word: str = "") -> str:
-        """Teach the text encoders a word from the file of an embedding (textual inversion).
-
-        Returns the word: the one given, else the file's own, else the file's name.
-
-        Raises:
-            Refused: no such file, an embedding of another base, a word that is known already.
-        """
-        return train_text_encoders.add_embedding(self, file, word)
+        return draw_cells(self, axes, watch, **settings)
 
     def save(self, folder: Path | str) -> None:
         """Write everything into one folder of safetensors and JSON, all or nothing."""
@@ -586,6 +582,7 @@ def load(
         model.denoiser.compute_dtype = number
     if memory is not None:
         place_within(model, torch.device(device), limit, say)
+    model.source = Path(folder)
     return model
 
 

@@ -120,6 +120,19 @@ def gallery(pictures: Iterable[Picture]) -> Markup:
     return part("gallery", there) if there else Markup("")
 
 
+def facts(pairs: Iterable[tuple[str, str]]) -> Markup:
+    """Names and values in a row that wraps, as what pictures were drawn with."""
+    there = list(pairs)
+    return part("facts", there) if there else Markup("")
+
+
+def grid(
+    title: str, rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Picture | None]]
+) -> Markup:
+    """A table of pictures whose rows and columns are named; the names stay while it is scrolled."""
+    return part("grid", title, rows, columns, cells)
+
+
 def charts(figures: Iterable[Markup]) -> Markup:
     """Charts side by side."""
     there = [one for one in figures if one]

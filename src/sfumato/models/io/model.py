@@ -170,6 +170,64 @@ def _narrow(model: Model, number: torch.dtype, codec_dtype: torch.dtype | None) 
             weight.data = weight.data.to(number)
 
 
+def load_checkpoint(model: Model, folder: Path | str) -> None:
+    """Put the weights of another checkpoint of its run (`runs/apples/checkpoints/step-000500`) into a model.
+
+    Only what checkpoints hold is read and replaced: of a LoRA its adapter.
+
+    Raises:
+        Refused: no such checkpoint, or one of another run. Failed: it is damaged.
+    """
+    path, checkpoint = weights_of(locate.place(folder))
+    home, weights = path / "model", chosen_weights(path, checkpoint)
+    tensors = read_tensors(weights)
+    if read_plans(home):
+        load_control_weights(model.denoiser, tensors, weights)  # type: ignore[arg-type]  # as `load` made it
+        return
+    text = train_text_encoders.read_plan(home)
+    if text is not None:
+        tensors = train_text_encoders.load_text_weights(train_text_encoders.taught_encoders(model), tensors)
+    if adapter_run.read_plan(home) is not None:
+        adapter_run.fill_adapter(model.denoiser, tensors, weights)
+    elif text is None or not text.alone:
+        fill(model.denoiser, tensors, weights)
+
+
+def home_of(folder: Path | str) -> Path | None:
+    """Where the description of a model is: of a run the folder `model` in it; None of what is no folder."""
+    path = weights_of(locate.place(folder))[0]
+    homes = [path / "model", path]
+    known = ("model.json", INDEX, adapter_run.BASE)
+    return next((one for one in homes if any((one / name).is_file() for name in known)), None)
+
+
+def conditioner_kind(folder: Path | str) -> str:
+    """What guides the model in a folder, without loading it: a conditioner's kind, "none" where nothing does.
+
+    Of a pretrained pipeline "text" where it has a tokenizer; "" where only loading it would tell.
+    """
+    home = home_of(folder)
+    if home is None:
+        return ""
+    with explain_malformed(home, AGAIN):
+        if (home / adapter_run.BASE).is_file():
+            return conditioner_kind(adapter_run.read_base(home)[0])
+        if (home / INDEX).is_file():
+            parts = read_json(home / INDEX)
+            return "text" if any(name.startswith("tokenizer") and parts[name][0] for name in parts) else ""
+        described = read_json(home / "conditioner" / "stage.json")
+        return "" if described.get("own") else str(described.get("kind", ""))
+
+
+def has_adapter(folder: Path | str) -> bool | None:
+    """Whether the run in a folder trained a LoRA of its denoiser or text encoders; None of what is no run."""
+    home = home_of(folder)
+    if home is None:
+        return None
+    text = train_text_encoders.read_plan(home)
+    return (home / adapter_run.ADAPTER).is_file() or (text is not None and text.lora is not None)
+
+
 def described_by(file: Path, config: Path | str | None) -> Path:
     """The folder that describes a single file's networks.
 

@@ -384,6 +384,14 @@ def is_taught(encoder: Any) -> bool:
     )
 
 
+def taught_encoders(model: Model) -> dict[str, nn.Module]:
+    """The text encoders of a model that carry an adapter or new words, by name."""
+    if not isinstance(model.conditioner, PretrainedConditioner):
+        return {}
+    parts = model.conditioner.pipe.components.items()
+    return {name: part for name, part in parts if name.startswith("text_encoder") and is_taught(part)}
+
+
 def merge_text_training(encoder: Any) -> None:
     """What an encoder learned becomes part of its weights; it is an ordinary encoder again."""
     adapter.merge(encoder)
@@ -398,10 +406,8 @@ def merge_text_training(encoder: Any) -> None:
 
 def settle_all(model: Model) -> None:
     """The same for every text encoder of a model."""
-    if isinstance(model.conditioner, PretrainedConditioner):
-        for name, part in model.conditioner.pipe.components.items():
-            if name.startswith("text_encoder") and is_taught(part):
-                merge_text_training(part)
+    for part in taught_encoders(model).values():
+        merge_text_training(part)
 
 
 @contextmanager

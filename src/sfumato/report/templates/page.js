@@ -46,7 +46,7 @@ for (const part of document.querySelectorAll("[data-tip]")) {
 }
 
 const lens = document.getElementById("lens");
-for (const picture of document.querySelectorAll(".gallery img, .strip img, .sheet img, .twin img")) {
+for (const picture of document.querySelectorAll(".gallery img, .cells img, .strip img, .sheet img, .twin img")) {
   picture.addEventListener("click", () => {
     lens.querySelector("img").src = picture.src;
     lens.querySelector("p").textContent = picture.alt;
