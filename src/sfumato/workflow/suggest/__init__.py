@@ -3,6 +3,6 @@
 look at data, base → sizes (rules) → a step is timed on this machine → steps for the minutes → TOML
 """
 
-from sfumato.workflow.suggest.suggest_recipe import Suggestion, suggest_recipe
+from sfumato.workflow.suggest.suggestion import Suggestion, suggest_recipe
 
 __all__ = ["Suggestion", "suggest_recipe"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from sfumato.data.settings import EMBEDDED, DataSettings
-from sfumato.data.sources import archives
+from sfumato.data.sources import archives, moving_shapes
 from sfumato.data.sources.folder import SIDECARS
 from sfumato.data.sources.metadata import FILES
 from sfumato.data.sources.sample import Collection, Sample
@@ -76,7 +76,9 @@ def inspect_data(data: str) -> DataFacts:
             f"{', '.join(EMBEDDED)}."
         )
     where = caption_source(data)
-    return facts_of(collect(DataSettings(train=data, captions=where, held_out=0.0)), where)
+    frames = moving_shapes.FRAMES if data == "moving-shapes" else 0
+    found = collect(DataSettings(train=data, captions=where, held_out=0.0, frames=frames))
+    return facts_of(found, where)
 
 
 def caption_source(data: str) -> str:

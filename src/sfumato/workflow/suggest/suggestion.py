@@ -63,7 +63,7 @@ def suggest_recipe(
     train: str = "full",
     minutes: float = 0.0,
     aim: str = "speed",
-    measure: Callable[[Recipe], StepSeconds] = measure_steps,
+    measure: Callable[[Recipe], StepSeconds] | None = None,
     machine: Machine | None = None,
 ) -> Suggestion:
     """Look at data, base and machine, and choose.
@@ -74,7 +74,8 @@ def suggest_recipe(
         minutes: that training may take; 0 from scratch: what a person waits for; on a base: as many steps as
             the data are good for.
         aim: speed, quality (a larger network, longer) or tiny.
-        measure: seconds of steps from scratch; machine: instead of this one.
+        measure: tells the seconds of steps from scratch, by default by taking some; machine: instead of
+            this one.
     Raises:
         Refused: data or a base that is none, a kind of training that cannot be.
     """
@@ -89,7 +90,7 @@ def suggest_recipe(
     if base == "scratch":
         values = first | named | rules.scratch_values(there, machine, aim)
         size = rules.size_of(machine, aim)
-        seconds = measure(_recipe(values, data, base))
+        seconds = (measure or measure_steps)(_recipe(values, data, base))
         minutes = minutes or size.minutes
         values |= rules.steps_for(there, values, size, seconds, minutes)
         notes.append(_time_words(values, seconds, minutes, there, machine))
@@ -156,7 +157,7 @@ def _time_words(
     takes += data.samples * seconds.codec / values["model.codec_batch"] / 2
     words = (
         f"On this machine's {machine.device} a step takes {seconds.denoiser:.2g} s: {steps:,} steps and the "
-        f"codec's {codec:,} are about {max(1, round(takes / 60))} minutes."
+        f"codec's {codec:,} are about {takes / 60:.2g} minutes."
     )
     if takes > 66 * minutes:
         return f"{words} {minutes:g} are too few to draw anything; --for tiny is quicker."
