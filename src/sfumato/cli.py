@@ -78,16 +78,23 @@ def demo(
 @with_exit_code
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The recipe is written to NAME.toml.")],
-    data: Annotated[str, typer.Option(metavar="DIR", help="A folder of captioned pictures.")],
+    data: Annotated[str, typer.Option(metavar="DIR", help="A folder of captioned pictures or clips.")],
     base: Annotated[
-        str, typer.Option(metavar="MODEL", help="scratch, or the folder of a model to go on from.")
+        str,
+        typer.Option(metavar="MODEL", help="scratch, or the folder, file or run of a model to go on from."),
     ] = "scratch",
     train: Annotated[str, typer.Option(metavar="HOW", help="What is trained: full, lora, …")] = "full",
+    minutes: Annotated[
+        float, typer.Option(metavar="M", help="How long training may take; 0: what a person waits for.")
+    ] = 0.0,
+    aim: Annotated[
+        str, typer.Option("--for", metavar="AIM", help="speed, quality (larger, longer) or tiny.")
+    ] = "speed",
 ) -> None:
-    """Write a short commented recipe."""
+    """Write a short commented recipe for this data, base and machine."""
     from sfumato.commands import recipes
 
-    recipes.new(name, data, base, train)
+    recipes.new(name, data, base, train, minutes, aim)
 
 
 @app.command()

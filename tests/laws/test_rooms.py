@@ -154,6 +154,7 @@ WITHIN = {
         "estimate": {"distributed", "optim", "state", "objective"},
     },
     "workflow": {
+        "suggest": {"planning"},
         "planning": set(),
         "sanity_checks": {"planning"},
         "train_run": {"planning", "sanity_checks"},

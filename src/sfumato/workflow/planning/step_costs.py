@@ -94,7 +94,8 @@ def inputs_of(
 def _alike(recipe: Recipe, model: Pipeline, texts: Sequence[str], size: Sequence[int]) -> tuple:
     """What the denoiser is given for samples of one size, one for each text."""
     unguided = base_images.example_condition(model, recipe.data, texts).to(model.device, model.dtype)
-    condition = control_training.with_blank_control(model, unguided, recipe.data.resolution)
+    frames = size[2] if recipe.data.frames else 0
+    condition = control_training.with_blank_control(model, unguided, recipe.data.resolution, frames)
     latents = torch.zeros(len(texts), *model.codec.latent_shape(*size), device=model.device)
     return latents, torch.full((len(texts),), 500.0, device=model.device), condition
 
