@@ -44,9 +44,9 @@ _SHAPES = Recipe(
     sample=replace(_SAMPLE, guidance=4.0),
 )
 PLANS = {
-    "openmoji": Plan(_PICTURES, 4.8, 0.13, 30, 400, 8000, 150, 2000, 64),
-    "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 800, 20000, 200, 3000, 64),
-    "shapes": Plan(_SHAPES, 4.0, 0.10, 45, 800, 16000, 100, 1000, 32),
+    "openmoji": Plan(_PICTURES, 4.8, 0.13, 70, 1000, 8000, 200, 2000, 64),
+    "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 70, 2000, 20000, 300, 3000, 64),
+    "shapes": Plan(_SHAPES, 4.0, 0.10, 150, 2000, 16000, 100, 1000, 32),
 }
 
 

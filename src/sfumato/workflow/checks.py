@@ -267,6 +267,15 @@ def check_idle_settings(recipe: Recipe, device: torch.device, held_out: int) -> 
             f"train.elastic_max_ranks is {train.elastic_max_ranks}, but one tree of gradients needs a power "
             f"of 2. Choose {lower} or {2 * lower}."
         )
+    if train.min_steps and not train.minutes:
+        raise Refused(
+            f"train.min_steps = {train.min_steps} is the least that train.minutes may come to, and "
+            "train.minutes is 0. Say how many minutes, or leave train.min_steps out: train.steps decides."
+        )
+    if train.min_steps > train.steps:
+        raise Refused(
+            f"train.min_steps = {train.min_steps} is more than train.steps = {train.steps}. Change one."
+        )
     if train.hsdp_shard_size and train.parallel != "hsdp":
         raise Refused(
             'train.hsdp_shard_size is about train.parallel = "hsdp". Say that too, or leave it out.'

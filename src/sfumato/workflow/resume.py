@@ -19,6 +19,8 @@ FREE = (
     "data.cache_dir",
     "data.cache_limit",
     "train.steps",
+    "train.minutes",
+    "train.min_steps",
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",

@@ -39,6 +39,9 @@ from sfumato.workflow.resume import check_classes, check_resume, code_of, data_f
 from sfumato.workflow.train_codec import Progress, trained_codec
 from sfumato.workflow.user_objects import with_user_objects
 
+BEFORE_TRAINING = ("codec", "prior", "encode", "sanity")
+"""Phases that `train.minutes` counts beside the training itself."""
+
 RecipeLike = Recipe | str | Path
 
 
@@ -277,14 +280,21 @@ def _train(
                 counts=counts,
                 callbacks=[Callback.load(word) for word in recipe.train.callbacks],
                 profile=run.path / "profile" if profile else None,
+                spent=seconds_before_training(run),
             )
         run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)
-        finished = outcome.step >= recipe.train.steps
+        finished = outcome.reason == "done"
     finally:
         encode_ahead.stop_encoding_ahead(train, finished)
         if leads and run.recipe.is_file():
             run_page.write(run)
     return outcome.step
+
+
+def seconds_before_training(run: RunFolder) -> float:
+    """What codec, encodings and sanity checks took, over all the times the run was started."""
+    phases = (one for one in run.events() if one["kind"] == "phase")
+    return sum(one["seconds"] for one in phases if one["name"] in BEFORE_TRAINING)
 
 
 def steps_made(run: RunFolder) -> int:

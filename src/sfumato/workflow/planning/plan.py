@@ -92,7 +92,6 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     found["steps_per_epoch"] = max(1, round(epoch_samples) // recipe.train.batch)
     if callable(resolved.bucket_of):
         found["buckets"] = _buckets(recipe, train, resolved.bucket_of)
-    found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(resolved.device)
     found["precision"] = effective_precision(
         recipe.train.precision, resolved.device, recipe.train.weight_dtype
@@ -111,6 +110,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         many or started_processes(),
         _sizes(recipe, train, resolved.bucket_of),
     )
+    found["epochs"] = round(recipe.train.expected_steps(step.seconds) / found["steps_per_epoch"], 1)
     with model.at_work(model.codec, model.conditioner):
         parts = phase_costs.phase_costs(recipe, model, network, resolved, step, home)
     found |= step_report(recipe, step, parts, resolved.device)
@@ -173,7 +173,8 @@ def step_report(
     memory_gb is a step's, process_gb all that the process has in host memory at its largest, phases the
     seconds of each part of the run and the memory that it takes beside what is there already.
     """
-    steps = phase_costs.PhaseCost(step.seconds * recipe.train.steps, step.memory.peak - step.memory.weights)
+    count = recipe.train.expected_steps(step.seconds)
+    steps = phase_costs.PhaseCost(step.seconds * count, step.memory.peak - step.memory.weights)
     most = max((part.peak or 0 for part in (*parts.values(), steps)), default=0)
     host = torch.device("cpu")
     on_host = 0 if device.type == "cuda" else most

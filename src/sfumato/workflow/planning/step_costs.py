@@ -221,9 +221,18 @@ def cost_summary(recipe: Recipe, network: nn.Module, inputs: tuple[Any, ...], fr
         words.append(f"{recipe.train.context_parallel} of them share each sample")
     words += [
         f"{memory.peak / 1e9:.2f} GB of memory a step" + (f" ({sizes})" if sizes else ""),
-        f"about {seconds:.2g} s a step, {duration(seconds * recipe.train.steps)} in all",
+        f"about {seconds:.2g} s a step, {_length(recipe, seconds)}",
     ]
     return f"Plan: {'; '.join(words)}."
+
+
+def _length(recipe: Recipe, seconds: float) -> str:
+    """How long the run is, where a step takes so many seconds."""
+    steps = recipe.train.expected_steps(seconds)
+    words = f"{duration(seconds * steps)} in all"
+    if not recipe.train.minutes:
+        return words
+    return f"about {steps:,} steps, {words}: the clock decides (train.minutes = {recipe.train.minutes:g})"
 
 
 def product_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:
