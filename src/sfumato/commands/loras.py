@@ -116,8 +116,8 @@ def extract(
     json: Json = False,
 ) -> None:
     """Write what a fine-tuned model differs in from its base as a LoRA."""
-    from sfumato.commands.export import DTYPES
     from sfumato.errors import one_of
+    from sfumato.models.io.model import DTYPES
     from sfumato.workflow.lora_files import extract
 
     place = place_for(out, tuned, to)
@@ -136,8 +136,8 @@ def write(
     as_json: bool,
 ) -> None:
     """Merge the files, of which there may be one, and say what came of it."""
-    from sfumato.commands.export import DTYPES
     from sfumato.errors import one_of
+    from sfumato.models.io.model import DTYPES
     from sfumato.models.lora.key_conversion import weighted
     from sfumato.workflow.lora_files import merge
 
