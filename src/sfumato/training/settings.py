@@ -95,6 +95,12 @@ class TrainSettings:
         "file.py:name of a loss of your own, of (answer, target); empty: their squared difference",
         path=True,
     )
+    guidance_told: float = key(
+        0.0,
+        "the guidance that a distilled network which hears it is told while it learns (FLUX dev, "
+        "HunyuanVideo); 0: its pipeline's usual",
+        least=0,
+    )
     weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
     precision: str = key(
         "auto",

@@ -371,6 +371,7 @@ def prepare_trainable(model: Pipeline, recipe: Recipe, device: torch.device | No
         adapter_run.attach(model.denoiser, plan)
         if begin is not None:
             init_from_file.fill(network, begin.changes.get("", {}))
+    check_guidance_told(model, recipe)
     device = device or model.device
     model.denoiser.compute_dtype = quantized.quantize_frozen(network, recipe.model.base_quantization, device)
     if recipe.model.attention_backend:
@@ -392,6 +393,15 @@ def prepare_trainable(model: Pipeline, recipe: Recipe, device: torch.device | No
     return (
         train_text_encoders.DenoiserWithTextEncoders(model.denoiser, learning) if learning else model.denoiser
     )
+
+
+def check_guidance_told(model: Pipeline, recipe: Recipe) -> None:
+    """Raises Refused where a guidance is to be told to a network that hears none."""
+    if recipe.train.guidance_told and not model.denoiser.guidance.is_embedded:
+        raise Refused(
+            f"train.guidance_told = {recipe.train.guidance_told:g}: this network does not hear its guidance; "
+            "only networks that were distilled to hear it do (FLUX dev, HunyuanVideo). Leave it out."
+        )
 
 
 def check_latents(recipe: Recipe, codec: Codec, base: Pipeline | None, width: int, height: int) -> None:
