@@ -10,7 +10,7 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 
-GROUND = {"errors", "settings", "user_code", "trust", "locks", "lazy"}
+GROUND = {"errors", "settings", "user_code", "trust", "locks", "lazy", "hub"}
 BELOW = {
     "errors": set(),
     "settings": {"errors"},
@@ -18,6 +18,7 @@ BELOW = {
     "user_code": {"errors", "trust"},
     "locks": set(),
     "lazy": set(),
+    "hub": {"errors"},
     "run_folder": GROUND,
     "readers": {"errors"},
     "theory": GROUND,
@@ -42,6 +43,7 @@ OUTSIDE = {
     "user_code": set(),
     "locks": {"filelock", "psutil"},
     "lazy": set(),
+    "hub": {"huggingface_hub", "modelscope"},
     "run_folder": set(),
     "report": {"jinja2", "markupsafe", "PIL"},
     "theory": {"torch", "jaxtyping"},

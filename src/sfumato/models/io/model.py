@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 from sfumato import user_code
 from sfumato.errors import Refused, explain_malformed
-from sfumato.models import locate
 from sfumato.models.build import new_theory
 from sfumato.models.control import ControlledDenoiser, add_control_modules
 from sfumato.models.control.control_plan import FILE as CONTROL_PLANS
@@ -40,7 +39,7 @@ from sfumato.models.io import adapter_run, fitted_times
 from sfumato.models.locate import chosen_weights, weights_of
 from sfumato.models.lora import adapter, key_conversion
 from sfumato.models.pretrained import train_text_encoders
-from sfumato.models.pretrained.pipeline_folder import INDEX, load_pipeline, save_pipeline
+from sfumato.models.pretrained.pipeline_folder import INDEX, find_model, load_pipeline, save_pipeline
 from sfumato.models.pretrained.stages import PretrainedConditioner
 from sfumato.models.stage_folder import fill, load_stage, save_stage
 from sfumato.run_folder import atomic_folder
@@ -48,6 +47,8 @@ from sfumato.run_folder import atomic_folder
 FORMAT = 1
 AGAIN = "Copy the folder again, or save the model again."
 NO_LOAD = "does not load as it stands"
+VARIANTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""What the weights of a type are usually called where a repository has several."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -118,12 +119,13 @@ def load(
         Refused: no such folder, or nothing in it that is known.
         Failed: a file is damaged.
     """
+    variant = VARIANTS.get(DTYPES[dtype] if isinstance(dtype, str) else dtype, "")
     if (file := Path(folder).expanduser()).suffix in (".safetensors", *PICKLES) and not file.is_dir():
         number = DTYPES[dtype] if isinstance(dtype, str) else dtype
         return load_pipeline(described_by(file, config), number, model_class, file).to(device)
     if config is not None:
         raise Refused(f"config = {config} is for a single .safetensors file; {folder} is none. Leave it out.")
-    path, checkpoint = weights_of(locate.place(folder))
+    path, checkpoint = weights_of(find_model(folder, variant))
     number = DTYPES[dtype] if isinstance(dtype, str) else dtype
     insides = [path / "model" / name for name in ("model.json", INDEX, adapter_run.BASE)]
     is_run = any(file.is_file() for file in insides)
@@ -260,8 +262,6 @@ def restore_info(model: Any, info: Mapping[str, Any]) -> Any:
 
 def explain_missing(path: Path, given: str) -> str:
     """Why nothing can be loaded from there, and what to do."""
-    if not path.exists() and locate.is_id(given):
-        return locate.missing(given)
     if not path.exists():
         return f"{path} does not exist. Give the folder of a model or of a run."
     if (path / "recipe.toml").is_file():

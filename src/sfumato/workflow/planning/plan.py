@@ -14,9 +14,11 @@ from sfumato.data import buckets
 from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.data.sources.sample import Sample
 from sfumato.generation import Pipeline, as_pipeline
+from sfumato.models import hub_files
 from sfumato.models.interface import StagePlacement
 from sfumato.models.io import adapter_run
 from sfumato.models.pretrained import token_count
+from sfumato.models.pretrained.pipeline_folder import unused_of
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
 from sfumato.training.distributed.strategy import processes_per_machine
@@ -26,7 +28,7 @@ from sfumato.training.precision import effective_precision
 from sfumato.workflow import class_images, condition_encoders, control_training
 from sfumato.workflow.checks import check_context_parallel
 from sfumato.workflow.dataset import known_sizes
-from sfumato.workflow.finetune import prepare_trainable
+from sfumato.workflow.finetune import pinned_base, prepare_trainable
 from sfumato.workflow.planning import phase_costs
 from sfumato.workflow.planning.step_costs import (
     StepEstimate,
@@ -51,10 +53,13 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     Returns:
         plain values: samples, captions, held_out, set_aside, tokens, codec, parameters, steps_per_epoch,
         epochs, device, precision, memory_gb, memory, seconds_per_step, hours, probed, process_gb, phases,
-        store_gb, disk_gb, run.
+        store_gb, disk_gb, run. While something is to be fetched, only fetch: {id: commit, files, size,
+        bytes}.
     Raises:
         Refused: for whatever training would refuse.
     """
+    if fetched := to_fetch(recipe):
+        return {"fetch": fetched, "then": "memory, disk and time are said once these files are here"}
     resolved = resolve_recipe(recipe)
     collection, base = resolved.collection, resolved.base
     check_context_parallel(recipe, base, many or started_processes())
@@ -120,6 +125,13 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     found["store_gb"] = round(store / 1e9, 3)
     found["disk_gb"] = round((store + checkpoint_bytes(recipe, parameters)) / 1e9, 3)
     return found | _standing(recipe, resolved)
+
+
+def to_fetch(recipe: Recipe) -> dict[str, Any]:
+    """{id: commit, files, size, bytes} of what a recipe names of the Hub and is not here; fetches no weights."""
+    model = recipe.model
+    named = [pinned_base(recipe), *model.merge_loras, model.init_adapter]
+    return hub_files.plan_fetch([one for one in named if one and one != "scratch"], unused_of)
 
 
 def _standing(recipe: Recipe, resolved: ResolvedRecipe) -> dict[str, Any]:
