@@ -17,7 +17,7 @@ from sfumato.errors import Failed, Refused, for_terminal
 
 ID = re.compile(
     r"(?P<source>modelscope:)?(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
-    r"(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?(?:/(?P<file>[\w./ -]+\.safetensors))?"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/\w+|[\w.-]+))?(?:/(?P<file>[\w./ -]+\.safetensors))?"
 )
 
 FILES = (".safetensors", ".ckpt", ".pt", ".bin", ".toml", ".json")
@@ -84,7 +84,7 @@ def is_offline() -> bool:
 
 
 def cached(repo: RepoId, kind: str = "model") -> Path | None:
-    """The snapshot in the cache: of the revision, else of main, else the only one; None where there is none."""
+    """The snapshot in the cache: of the revision, of main, else the only one; None where there is none."""
     place = home(repo, kind)
     reference = place / "refs" / (repo.revision or "main")
     commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else repo.revision
@@ -123,8 +123,8 @@ def explained(repo: RepoId, kind: str = "model") -> Iterator[None]:
         ) from problem
     except errors.RepositoryNotFoundError as problem:
         raise Refused(
-            f"{repo} is no folder here, and not at {page}, or it is private. Check its name; for a private one "
-            "say who you are with `hf auth login` (or HF_TOKEN)."
+            f"{repo} is no folder here, and not at {page}, or it is private. Check its name; for a private "
+            "one say who you are with `hf auth login` (or HF_TOKEN)."
         ) from problem
     except errors.RevisionNotFoundError as problem:
         raise Refused(
@@ -134,8 +134,8 @@ def explained(repo: RepoId, kind: str = "model") -> Iterator[None]:
         status = problem.response.status_code
         if status in (401, 403):
             raise Refused(
-                f"{page} answers {status}: your token does not open it. Say who you are with `hf auth login`; "
-                "to write there, a token needs the right to write."
+                f"{page} answers {status}: your token does not open it. Say who you are with `hf auth "
+                "login`; to write there, a token needs the right to write."
             ) from problem
         raise Failed(f"{page} answers {status}. Try again later; what was fetched stays.") from problem
     except errors.LocalEntryNotFoundError as problem:
@@ -181,6 +181,12 @@ def read_repo(repo: RepoId, kind: str = "model") -> Repo:
 def absent(repo: Repo, files: Sequence[str]) -> dict[str, int]:
     """Of these files, those that are not in the cache: {file: bytes}."""
     return {name: repo.sizes[name] for name in files if not (repo.snapshot / name).is_file()}
+
+
+def summary(repo: Repo, files: Mapping[str, int]) -> dict[str, Any]:
+    """{commit, files, size, bytes} of files of a repository, for a plan."""
+    total = sum(files.values())
+    return {"commit": repo.commit, "files": len(files), "size": size_text(total), "bytes": total}
 
 
 def fetch(repo: Repo, files: Sequence[str]) -> Path:

@@ -380,6 +380,8 @@ def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
         return value
     if not (rules["path"] or is_user_code(value)):
         return value
+    if rules["many"] and value.startswith("hf:"):
+        return value
     path = (folder / Path(value).expanduser()).absolute()
     is_id = rules["hub"] and hub.parse(value) is not None and not path.exists()
     return value if is_id else str(path)

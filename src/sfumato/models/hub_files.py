@@ -247,10 +247,5 @@ def plan_fetch(given: Sequence[str], unused: Unused = nothing) -> dict[str, dict
         files = wanted(listed, unused=unused)
         lacking = hub.absent(listed, files)
         if lacking:
-            found[one] = {
-                "commit": listed.commit,
-                "files": len(lacking),
-                "size": hub.size_text(sum(lacking.values())),
-                "bytes": sum(lacking.values()),
-            }
+            found[one] = hub.summary(listed, lacking)
     return found

@@ -12,6 +12,7 @@ import torch
 from sfumato import models
 from sfumato.data import buckets
 from sfumato.data.encoding.batch_sampler import BatchSampler
+from sfumato.data.sources import hub_dataset
 from sfumato.data.sources.sample import Sample
 from sfumato.generation import Pipeline, as_pipeline
 from sfumato.models import hub_files
@@ -27,7 +28,7 @@ from sfumato.training.estimate.memory import MemoryBreakdown, count_memory, repe
 from sfumato.training.precision import effective_precision
 from sfumato.workflow import class_images, condition_encoders, control_training
 from sfumato.workflow.checks import check_context_parallel
-from sfumato.workflow.dataset import known_sizes
+from sfumato.workflow.dataset import dataset_names, known_sizes
 from sfumato.workflow.finetune import pinned_base, prepare_trainable
 from sfumato.workflow.planning import phase_costs
 from sfumato.workflow.planning.step_costs import (
@@ -128,10 +129,14 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
 
 
 def to_fetch(recipe: Recipe) -> dict[str, Any]:
-    """{id: commit, files, size, bytes} of what a recipe names of the Hub and is not here; fetches no weights."""
+    """{id: commit, files, size, bytes} of what a recipe names of the Hub and is not here yet."""
     model = recipe.model
     named = [pinned_base(recipe), *model.merge_loras, model.init_adapter]
-    return hub_files.plan_fetch([one for one in named if one and one != "scratch"], unused_of)
+    found = hub_files.plan_fetch([one for one in named if one and one != "scratch"], unused_of)
+    for name in dataset_names(recipe.data):
+        if hub_dataset.is_hub_dataset(name) and (said := hub_dataset.to_fetch(hub_dataset.parse(name))):
+            found[name] = said
+    return found
 
 
 def _standing(recipe: Recipe, resolved: ResolvedRecipe) -> dict[str, Any]:
