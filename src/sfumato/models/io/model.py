@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sfumato import user_code
+from sfumato import hub, user_code
 from sfumato.errors import Refused, explain_malformed
 from sfumato.models.build import new_theory
 from sfumato.models.control import ControlledDenoiser, add_control_modules
@@ -125,7 +126,10 @@ def load(
         return load_pipeline(described_by(file, config), number, model_class, file).to(device)
     if config is not None:
         raise Refused(f"config = {config} is for a single .safetensors file; {folder} is none. Leave it out.")
-    path, checkpoint = weights_of(find_model(folder, variant))
+    found = find_model(folder, variant)
+    if found.is_file() and not Path(folder).expanduser().exists():
+        return load_lora_repo(found, dtype, device, model_class)
+    path, checkpoint = weights_of(found)
     number = DTYPES[dtype] if isinstance(dtype, str) else dtype
     insides = [path / "model" / name for name in ("model.json", INDEX, adapter_run.BASE)]
     is_run = any(file.is_file() for file in insides)
@@ -155,6 +159,31 @@ def load(
         elif text is None or not text.alone:
             fill(model.denoiser, tensors, weights)
     return model.to(device, None if model.origin is not None else number)  # pipelines keep some parts wide
+
+
+def load_lora_repo(file: Path, dtype: str | torch.dtype, device: str, model_class: type[Model]) -> Any:
+    """The model of the Hub that a LoRA of the Hub was trained on, with the LoRA in its weights.
+
+    Raises:
+        Refused: neither its header nor its card says which.
+    """
+    from huggingface_hub import metadata_load
+
+    with explain_malformed(file, "Fetch it again."), safe_open(file, "pt") as opened:
+        said = dict(opened.metadata() or {})
+    base = f"{said['base']}@{said['base_commit']}" if {"base", "base_commit"} <= said.keys() else ""
+    if not base and (card := file.with_name("README.md")).is_file():
+        with explain_malformed(card, "Load its base, and add it with add_lora."):
+            listed = (metadata_load(card) or {}).get("base_model")
+            base = str(listed[0] if isinstance(listed, list) and len(listed) == 1 else listed or "")
+    if hub.parse(base) is None:
+        raise Refused(
+            f"{file.name} is a LoRA alone, and says no model of the Hub that it belongs to. Load its base, "
+            "and add it: model.add_lora(ID), or sfumato generate BASE --lora ID."
+        )
+    model = load(base, dtype, device, model_class)
+    key_conversion.merge(model, file)
+    return model
 
 
 def described_by(file: Path, config: Path | str | None) -> Path:

@@ -2,5 +2,6 @@
 
 from sfumato.workflow.export.compare import Exported
 from sfumato.workflow.export.export_run import export
+from sfumato.workflow.export.push import Upload, prepare_upload, upload
 
-__all__ = ["Exported", "export"]
+__all__ = ["Exported", "Upload", "export", "prepare_upload", "upload"]
