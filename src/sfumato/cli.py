@@ -234,7 +234,7 @@ def generate(
 @with_trust
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a pretrained model's.")],
-    to: Annotated[str, typer.Option(metavar="WHERE", help="diffusers, comfyui or kohya.")],
+    to: Annotated[str, typer.Option(metavar="WHERE", help="diffusers, comfyui or kohya.")] = "diffusers",
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="DIR", help="The folder to write into.", show_default="runs/export/RUN-WHERE"),
@@ -246,12 +246,17 @@ def export(
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help="Of a LoRA: float32, bfloat16 or float16.")
     ] = "float32",
+    push: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="A repository of the Hub; without --yes only a list.")
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="With --push: only you see it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --push: send what is listed.")] = False,
     json: Json = False,
 ) -> None:
     """Write files that load elsewhere, verified."""
     from sfumato.commands import export as exporting
 
-    exporting.export(run, to, out, trigger or [], dtype, json)
+    exporting.export(run, to, out, trigger or [], dtype, json, exporting.Push(push, private, yes))
 
 
 @app.command("eval")

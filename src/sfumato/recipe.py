@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from sfumato import paths, trust
+from sfumato import hub, paths, trust
 from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
 from sfumato.generation.settings import SampleSettings
@@ -380,10 +380,11 @@ def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
         return value
     if not (rules["path"] or is_user_code(value)):
         return value
+    if rules["many"] and value.startswith("hf:"):
+        return value
     path = (folder / Path(value).expanduser()).absolute()
-    is_relative = value[0] not in ".~/" and not Path(value).drive
-    is_hub_id = value.count("/") == 1 and is_relative and value[-1] != "/" and not path.exists()
-    return value if rules["hub"] and is_hub_id else str(path)
+    is_id = rules["hub"] and hub.parse(value) is not None and not path.exists()
+    return value if is_id else str(path)
 
 
 def _unknown(name: str, section: bool = False) -> str:

@@ -10,7 +10,7 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 
-GROUND = {"errors", "settings", "user_code", "trust", "locks", "lazy", "paths"}
+GROUND = {"errors", "settings", "user_code", "trust", "locks", "lazy", "paths", "hub"}
 BELOW = {
     "errors": set(),
     "settings": {"errors"},
@@ -19,6 +19,7 @@ BELOW = {
     "locks": set(),
     "lazy": set(),
     "paths": set(),
+    "hub": {"errors"},
     "run_folder": GROUND,
     "readers": {"errors"},
     "theory": GROUND,
@@ -44,6 +45,7 @@ OUTSIDE = {
     "locks": {"filelock", "psutil"},
     "lazy": set(),
     "paths": set(),
+    "hub": {"huggingface_hub", "modelscope"},
     "run_folder": set(),
     "report": {"jinja2", "markupsafe", "PIL"},
     "theory": {"torch", "jaxtyping"},

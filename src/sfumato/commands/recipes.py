@@ -46,13 +46,14 @@ def plan(
     from sfumato import workflow
 
     fitted: dict[str, Any] = {}
-    if fit:
+    found = {} if fit else workflow.plan(read, devices)
+    if fit and not workflow.to_fetch(read):
         read, fitted = workflow.fit_to_memory(read, fit, devices)
-    found = workflow.plan(read, devices)
+    found = found or workflow.plan(read, devices)
     lines = workflow.summary(found)
     width = max(len(word) for word, _ in lines)
     text = "\n".join(f"{word:<{width}}  {line}" for word, line in lines)
-    if everything:
+    if everything and "fetch" not in found:
         text += "\n\n" + _plan_text(found)
     if fitted:
         text += "\n\n" + _fitted(fitted, fit, recipe, overrides, found.get("devices", 1))

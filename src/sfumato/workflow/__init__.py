@@ -11,7 +11,7 @@ from sfumato.lazy import names_from
 
 if TYPE_CHECKING:
     from sfumato.workflow.averaging import average
-    from sfumato.workflow.planning.plan import fit_to_memory, plan
+    from sfumato.workflow.planning.plan import fit_to_memory, plan, to_fetch
     from sfumato.workflow.planning.summary import summary
     from sfumato.workflow.prepare import prepare_run, resolve_recipe
     from sfumato.workflow.resume import check_resume
@@ -26,6 +26,7 @@ else:
             "encode": "sfumato.workflow.train_run",
             "fit_to_memory": "sfumato.workflow.planning.plan",
             "plan": "sfumato.workflow.planning.plan",
+            "to_fetch": "sfumato.workflow.planning.plan",
             "prepare_run": "sfumato.workflow.prepare",
             "resolve_recipe": "sfumato.workflow.prepare",
             "summary": "sfumato.workflow.planning.summary",
@@ -43,5 +44,6 @@ __all__ = [
     "prepare_run",
     "resolve_recipe",
     "summary",
+    "to_fetch",
     "train",
 ]

@@ -30,6 +30,8 @@ def open_collection(
     held_out: float = 0.05,
     empty: bool = False,
     companions: Sequence[str] = (),
+    image: str = "",
+    caption: str = "",
 ) -> Collection:
     """The samples of a data set, in a fixed order.
 
@@ -42,6 +44,7 @@ def open_collection(
         empty: whether a collection may do of which every file was set aside.
         companions: columns of the user's own that name further pictures; control, reference, mask, depth and
             edit_source are known.
+        image, caption: of tables, the columns of pictures and captions, where they have unusual names.
     Raises:
         Refused: nothing there, no pictures, or no captions; the message says what to do.
     """
@@ -51,7 +54,7 @@ def open_collection(
         return embedded()
     root = Path(path).expanduser()
     check_is_there(root)
-    found = _read(root, SourceOptions(captions, tuple(companions)))
+    found = _read(root, SourceOptions(captions, tuple(companions), image, caption))
     found.samples.sort(key=lambda sample: sample.name)
     if captions == "none":
         found.samples = [replace(sample, captions=("",)) for sample in found.samples]

@@ -50,6 +50,10 @@ class SourceOptions:
 
     captions: str = "files"
     companions: tuple[str, ...] = ()
+    image: str = ""
+    """Of tables, the column of the pictures; "" for the usual ones."""
+    caption: str = ""
+    """Of tables, the column of the captions; "" for the usual ones."""
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sfumato import paths, user_code
+from sfumato import hub, paths, user_code
 from sfumato.errors import Refused, explain_malformed
-from sfumato.models import locate
+from sfumato.models import hub_files
 from sfumato.models.build import new_theory
 from sfumato.models.control import ControlledDenoiser, add_control_modules
 from sfumato.models.control.control_plan import FILE as CONTROL_PLANS
@@ -40,7 +41,7 @@ from sfumato.models.io import adapter_run, fitted_times
 from sfumato.models.locate import chosen_weights, weights_of
 from sfumato.models.lora import adapter, key_conversion
 from sfumato.models.pretrained import train_text_encoders
-from sfumato.models.pretrained.pipeline_folder import INDEX, load_pipeline, save_pipeline
+from sfumato.models.pretrained.pipeline_folder import INDEX, find_model, load_pipeline, save_pipeline
 from sfumato.models.pretrained.stages import PretrainedConditioner
 from sfumato.models.stage_folder import fill, load_stage, save_stage
 from sfumato.run_folder import atomic_folder
@@ -48,6 +49,8 @@ from sfumato.run_folder import atomic_folder
 FORMAT = 1
 AGAIN = "Copy the folder again, or save the model again."
 NO_LOAD = "does not load as it stands"
+VARIANTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""What the weights of a type are usually called where a repository has several."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -121,12 +124,16 @@ def load(
         Refused: no such folder, or nothing in it that is known.
         Failed: a file is damaged.
     """
+    variant = VARIANTS.get(DTYPES[dtype] if isinstance(dtype, str) else dtype, "")
     if (file := Path(folder).expanduser()).suffix in (".safetensors", *PICKLES) and not file.is_dir():
         number = DTYPES[dtype] if isinstance(dtype, str) else dtype
         return load_pipeline(described_by(file, config), number, model_class, file, codec_dtype).to(device)
     if config is not None:
         raise Refused(f"config = {config} is for a single .safetensors file; {folder} is none. Leave it out.")
-    path, checkpoint = weights_of(locate.place(folder))
+    found = find_model(folder, variant)
+    if found.is_file() and not Path(folder).expanduser().exists():
+        return load_lora_repo(found, dtype, device, model_class)
+    path, checkpoint = weights_of(found)
     number = DTYPES[dtype] if isinstance(dtype, str) else dtype
     insides = [path / "model" / name for name in ("model.json", INDEX, adapter_run.BASE)]
     is_run = any(file.is_file() for file in insides)
@@ -178,7 +185,7 @@ def load_checkpoint(model: Model, folder: Path | str) -> None:
     Raises:
         Refused: no such checkpoint, or one of another run. Failed: it is damaged.
     """
-    path, checkpoint = weights_of(locate.place(folder))
+    path, checkpoint = weights_of(hub_files.local(folder))
     home, weights = path / "model", chosen_weights(path, checkpoint)
     tensors = read_tensors(weights)
     if read_plans(home):
@@ -195,7 +202,7 @@ def load_checkpoint(model: Model, folder: Path | str) -> None:
 
 def home_of(folder: Path | str) -> Path | None:
     """Where the description of a model is: of a run the folder `model` in it; None of what is no folder."""
-    path = weights_of(locate.place(folder))[0]
+    path = weights_of(hub_files.local(folder))[0]
     homes = [path / "model", path]
     known = ("model.json", INDEX, adapter_run.BASE)
     return next((one for one in homes if any((one / name).is_file() for name in known)), None)
@@ -226,6 +233,31 @@ def has_adapter(folder: Path | str) -> bool | None:
         return None
     text = train_text_encoders.read_plan(home)
     return (home / adapter_run.ADAPTER).is_file() or (text is not None and text.lora is not None)
+
+
+def load_lora_repo(file: Path, dtype: str | torch.dtype, device: str, model_class: type[Model]) -> Any:
+    """The model of the Hub that a LoRA of the Hub was trained on, with the LoRA in its weights.
+
+    Raises:
+        Refused: neither its header nor its card says which.
+    """
+    from huggingface_hub import metadata_load
+
+    with explain_malformed(file, "Fetch it again."), safe_open(file, "pt") as opened:
+        said = dict(opened.metadata() or {})
+    base = f"{said['base']}@{said['base_commit']}" if {"base", "base_commit"} <= said.keys() else ""
+    if not base and (card := file.with_name("README.md")).is_file():
+        with explain_malformed(card, "Load its base, and add it with add_lora."):
+            listed = (metadata_load(card) or {}).get("base_model")
+            base = str(listed[0] if isinstance(listed, list) and len(listed) == 1 else listed or "")
+    if hub.parse(base) is None:
+        raise Refused(
+            f"{file.name} is a LoRA alone, and says no model of the Hub that it belongs to. Load its base, "
+            "and add it: model.add_lora(ID), or sfumato generate BASE --lora ID."
+        )
+    model = load(base, dtype, device, model_class)
+    key_conversion.merge(model, file)
+    return model
 
 
 def described_by(file: Path, config: Path | str | None) -> Path:
@@ -339,8 +371,6 @@ def restore_info(model: Any, info: Mapping[str, Any]) -> Any:
 
 def explain_missing(path: Path, given: str) -> str:
     """Why nothing can be loaded from there, and what to do."""
-    if not path.exists() and locate.is_id(given):
-        return locate.missing(given)
     if not path.exists():
         hint = paths.similar(path, "model") or " Give the folder of a model or of a run."
         return f"{path} does not exist.{hint}"

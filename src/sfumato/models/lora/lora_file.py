@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfumato.errors import Refused
+from sfumato.models import hub_files
 from sfumato.models.files import HEADER, digest, must_be_safetensors
 from sfumato.models.lora.old_spellings import usual
 
@@ -276,12 +277,12 @@ class WeightDelta:
 
 
 def files_in(file: Path | str, pair: bool = False) -> list[Path]:
-    """The file itself; of a folder the one in it, or both of a pair.
+    """The file itself, of the Hub's where an id is meant; of a folder the one in it, or both of a pair.
 
     Raises:
         Refused: a folder of none, or of more.
     """
-    path = Path(file).expanduser()
+    path = hub_files.place(file)
     if not path.is_dir():
         return [path]
     inside = sorted(path.glob("*.safetensors"))

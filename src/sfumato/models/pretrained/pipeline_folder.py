@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused, nearest
+from sfumato.models import hub_files
 from sfumato.models.codecs.image import PixelCodec
 from sfumato.models.codecs.pretrained import PretrainedCodec
 from sfumato.models.files import PICKLES, must_be_safetensors
@@ -105,6 +106,17 @@ def family_of(folder: Path) -> Family:
     if name not in known:
         raise Refused(f'{folder} holds a "{name}", which no family here reads.{nearest(name, known)}')
     return known[name]
+
+
+def unused_of(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of a pipeline's components that its family does not use, whether they are there or not."""
+    family = pipelines().get(str(index.get("_class_name")))
+    return () if family is None else tuple(family.unused_components)
+
+
+def find_model(given: Path | str, variant: str = "") -> Path:
+    """Where a model is: the path as given, or of the Hub's what its family reads; see `hub_files.place`."""
+    return hub_files.place(given, variant, unused_of)
 
 
 def check_parts(folder: Path, family: Family) -> None:

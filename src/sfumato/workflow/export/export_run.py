@@ -72,13 +72,14 @@ def metadata_of(
     """What a reader of the file wants to know, under keys that are read elsewhere."""
     is_run = (run / "model").is_dir()
     base = adapter_run.read_base(run / "model")[0] if (run / "model" / adapter_run.BASE).is_file() else run
+    of_hub = adapter_run.hub_commit(run / "model")
     newest = RunFolder.open(run).checkpoint_folders()[-1] if is_run else None
     step = chosen.name.rpartition("-")[2] if (chosen := checkpoint or newest) else "0"
     name = run.name if checkpoint is None else f"{run.name}-{checkpoint.name}"
     known: dict[str, Any] = {
         "format": "pt",
         "software": f"sfumato {__version__}",
-        "base": base.name,
+        "base": of_hub.get("hub", base.name),
         "pipeline": model.info["pipeline"],
         "theory": model.theory.name,
         "steps": int(step),
@@ -103,6 +104,8 @@ def metadata_of(
             "ss_network_dim": plan.rank,
             "ss_network_alpha": alpha,
             "ss_base_model_version": model.info["family"],
-            "ss_sd_model_name": base.name,
+            "ss_sd_model_name": of_hub.get("hub", base.name),
         }
+    if of_hub:
+        known["base_commit"] = of_hub["commit"]
     return {name: str(value) for name, value in known.items()}

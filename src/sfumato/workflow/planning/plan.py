@@ -14,11 +14,14 @@ import torch
 from sfumato import models
 from sfumato.data import buckets
 from sfumato.data.encoding.batch_sampler import BatchSampler
+from sfumato.data.sources import hub_dataset
 from sfumato.data.sources.sample import Sample
 from sfumato.generation import Pipeline, as_pipeline
+from sfumato.models import hub_files
 from sfumato.models.interface import StagePlacement
 from sfumato.models.io import adapter_run
 from sfumato.models.pretrained import token_count
+from sfumato.models.pretrained.pipeline_folder import unused_of
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
 from sfumato.settings import parse_bytes, plain
@@ -29,8 +32,8 @@ from sfumato.training.estimate.memory import MemoryBreakdown, count_memory, repe
 from sfumato.training.precision import effective_precision
 from sfumato.workflow import class_images, condition_encoders, control_training
 from sfumato.workflow.checks import check_context_parallel, recipe_warnings
-from sfumato.workflow.dataset import known_sizes
-from sfumato.workflow.finetune import prepare_trainable, with_base_sampling
+from sfumato.workflow.dataset import dataset_names, known_sizes
+from sfumato.workflow.finetune import pinned_base, prepare_trainable, with_base_sampling
 from sfumato.workflow.planning import phase_costs
 from sfumato.workflow.planning.step_costs import (
     StepEstimate,
@@ -56,11 +59,14 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     Returns:
         plain values: samples, captions, held_out, set_aside, tokens, codec, parameters, steps_per_epoch,
         epochs, device, precision, memory_gb, memory, seconds_per_step, hours, probed, process_gb, phases,
-        store_gb, disk_gb, run, step, fetched, free, unusual, and recipe: {key: {value that takes effect,
-        origin}}. `summary` makes twelve lines of them.
+        store_gb, disk_gb, run, step, free, unusual, and recipe: {key: {value that takes effect,
+        origin}}. `summary` makes twelve lines of them. While something is to be fetched, only fetch: {id:
+        commit, files, size, bytes}.
     Raises:
         Refused: for whatever training would refuse.
     """
+    if fetched := to_fetch(recipe):
+        return {"fetch": fetched, "then": "memory, disk and time are said once these files are here"}
     resolved = resolve_recipe(recipe)
     collection, base = resolved.collection, resolved.base
     check_context_parallel(recipe, base, many or started_processes())
@@ -127,7 +133,6 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     found["disk_gb"] = round((store + checkpoint_bytes(recipe, parameters)) / 1e9, 3)
     effective = with_base_sampling(recipe, base)
     found |= _standing(effective, resolved)
-    found["fetched"] = fetched(recipe)
     found["free"] = _free(recipe, resolved.device)
     found["recipe"] = {
         name: {"value": plain(value), "origin": effective.origin(name)}
@@ -137,11 +142,6 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     return found
 
 
-def fetched(recipe: Recipe) -> list[str]:
-    """What would be fetched from the Hub before the run begins, one line each, with its size."""
-    return []
-
-
 def _free(recipe: Recipe, device: torch.device) -> dict[str, float]:
     """GB that are free now: memory of this machine, of the device if it has its own, and disk for the run."""
     place = next(one for one in (Path(recipe.output), *Path(recipe.output).parents) if one.is_dir())
@@ -149,6 +149,17 @@ def _free(recipe: Recipe, device: torch.device) -> dict[str, float]:
     if device.type != "cpu":
         found["device"] = free_bytes(device)
     return {f"{name}_gb": gigabytes(size) for name, size in found.items()}
+
+
+def to_fetch(recipe: Recipe) -> dict[str, Any]:
+    """{id: commit, files, size, bytes} of what a recipe names of the Hub and is not here yet."""
+    model = recipe.model
+    named = [pinned_base(recipe), *model.merge_loras, model.init_adapter]
+    found = hub_files.plan_fetch([one for one in named if one and one != "scratch"], unused_of)
+    for name in dataset_names(recipe.data):
+        if hub_dataset.is_hub_dataset(name) and (said := hub_dataset.to_fetch(hub_dataset.parse(name))):
+            found[name] = said
+    return found
 
 
 def _standing(recipe: Recipe, resolved: ResolvedRecipe) -> dict[str, Any]:

@@ -25,6 +25,12 @@ OFTEN = 1000
 
 def summary(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What `plan` found, as at most twelve lines of (word, text)."""
+    if "fetch" in found:
+        lines = [
+            ("fetched", f"{name}: {_count(one['files'], 'file')}, {one['size']}, commit {one['commit'][:12]}")
+            for name, one in found["fetch"].items()
+        ]
+        return [*lines, ("then", f"{found['then'].capitalize()}.")]
     lines = [
         ("run", _run(found)),
         ("data", _data(found)),
@@ -34,7 +40,7 @@ def summary(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("time", _time(found)),
         ("memory", _memory(found)),
         ("disk", _disk(found)),
-        ("fetched", ", ".join(found["fetched"]) or "nothing"),
+        ("fetched", "nothing"),
     ]
     notes, room = list(found["unusual"]), LINES - len(lines) - 1
     if len(notes) > room:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.errors import Refused, explain_malformed, nearest
-from sfumato.models import locate
+from sfumato.models import hub_files, locate
 from sfumato.models.files import read_json
 from sfumato.models.io import adapter_run
 from sfumato.models.io.model import described_by
@@ -59,10 +59,8 @@ def inspect_base(base: str) -> BaseFacts:
     place = Path(base).expanduser()
     if place.suffix == ".safetensors" and not place.is_dir():
         return pipeline_facts(described_by(place, None), [place])
-    path, _ = locate.weights_of(locate.place(base))
+    path, _ = locate.weights_of(hub_files.descriptions(base))
     if not path.exists():
-        if locate.is_id(base):
-            raise Refused(locate.missing(base))
         beside = [str(one) for one in path.parent.glob("*")] if path.parent.is_dir() else []
         raise Refused(
             f"{base} does not exist. Give --base the folder or the .safetensors file of a model, the folder "
