@@ -97,8 +97,10 @@ def attach_control(model: Pipeline, recipe: Recipe) -> None:
 
 @torch.no_grad()
 def with_blank_control(model: Pipeline, condition: Condition, side: int, frames: int = 0) -> Condition:
-    """The condition with what the model's control modules read of grey pictures of this side, or clips of so
-    many frames.
+    """The condition with what the model's control modules read of grey pictures of this side.
+
+    Args:
+        frames: of the clips that are drawn; 0: pictures are.
     """
     if not isinstance(model.denoiser, ControlledDenoiser):
         return condition

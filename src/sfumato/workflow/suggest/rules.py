@@ -59,8 +59,8 @@ SEEN, SEEN_EACH = 16_000, 150
 """More samples in all, or showings of each, are not asked for: more is only learned by heart."""
 REST_SECONDS = 20.0
 """What a run takes beside its steps: loading, encoding captions, the last pictures."""
-DRAWING = 0.06
-"""Share of the steps' time that previews and measurements take."""
+BESIDE = 0.4
+"""Share of the bare steps' time that reading, averaging, previews, measurements and checkpoints take."""
 
 
 def size_of(machine: Machine, aim: str) -> Size:
@@ -127,7 +127,7 @@ def steps_for(data: DataFacts, values: Values, size: Size, seconds: StepSeconds,
     share = 0.2 if data.clips else 0.13
     codec = within(150, share * whole / seconds.codec, size.codec_steps)
     encoding = data.samples * seconds.codec / values["model.codec_batch"] / 2
-    left = (whole - codec * seconds.codec - encoding - REST_SECONDS) / (1 + DRAWING)
+    left = (whole - codec * seconds.codec - encoding - REST_SECONDS) / (1 + BESIDE)
     batch = values["train.batch"]
     most = max(FEWEST_STEPS, max(SEEN, SEEN_EACH * data.samples) // batch)
     steps = rounded(within(FEWEST_STEPS, left / seconds.denoiser, most))

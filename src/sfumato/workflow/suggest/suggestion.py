@@ -143,7 +143,7 @@ def _recipe(values: Mapping[str, Any], data: str, base: str) -> Recipe:
 def _fit_to_minutes(values: Values, recipe: Recipe, minutes: float) -> str:
     """Choose the steps on a base by a plan, which takes one; the sentence about them."""
     step = max(1e-6, float(plan(recipe)["seconds_per_step"]))
-    steps = rules.rounded(max(1, (60 * minutes - rules.REST_SECONDS) / step / (1 + rules.DRAWING)))
+    steps = rules.rounded(max(1, (60 * minutes - rules.REST_SECONDS) / step / (1 + rules.BESIDE)))
     values |= rules.of_steps(steps)
     return f"A step takes {step:.2g} s here, so {minutes:g} minutes are about {steps:,} steps."
 
@@ -153,7 +153,7 @@ def _time_words(
 ) -> str:
     """How long training from scratch will take, and why not longer or shorter."""
     steps, codec = values["train.steps"], values["model.codec_steps"]
-    takes = steps * seconds.denoiser * (1 + rules.DRAWING) + codec * seconds.codec + rules.REST_SECONDS
+    takes = steps * seconds.denoiser * (1 + rules.BESIDE) + codec * seconds.codec + rules.REST_SECONDS
     takes += data.samples * seconds.codec / values["model.codec_batch"] / 2
     words = (
         f"On this machine's {machine.device} a step takes {seconds.denoiser:.2g} s: {steps:,} steps and the "
