@@ -14,11 +14,12 @@ from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.generation import Pipeline, load
 from sfumato.generation.guidance import ARGUMENTS, GuidanceOptions, check_negative
-from sfumato.models import control
+from sfumato.models import control, locate
 from sfumato.models.interface import no_context_parallel
 from sfumato.models.networks.dit import DiT
 from sfumato.models.networks.ulysses import check_heads, uneven
 from sfumato.models.networks.unet import UNet
+from sfumato.readers import clips
 from sfumato.recipe import DEFAULT, Recipe
 from sfumato.settings import Table
 from sfumato.training.distributed import context_parallel
@@ -119,6 +120,22 @@ def check_known_frames(recipe: Recipe, base: Pipeline | None) -> None:
         raise Refused(
             "train.last_frame_share is a share of train.first_frame_share, which is 0. Set that too."
         )
+
+
+def check_clips(recipe: Recipe, base: Pipeline | None, samples: Iterable[Sample]) -> None:
+    """Raises Refused where clips would be read as pictures beside a base of clips, for want of data.frames."""
+    if base is None or not base.codec.of_clips or recipe.data.frames:
+        return
+    found = next((one.name for one in samples if clips.is_clip(one.name, one.source())), None)
+    if found is None:
+        return
+    place = locate.place(recipe.model.base)
+    usual = Recipe.read(place).data.frames if (place / "effective.toml").is_file() else 0
+    example = f"data.frames = {usual}, as that run did" if usual else "data.frames"
+    raise Refused(
+        f"{found} is a clip and {recipe.model.base} draws clips, but data.frames is 0, which takes pictures. "
+        f"Set {example}; or data.frames = 1, to train on a single frame of each."
+    )
 
 
 def check_sequence_packing(recipe: Recipe, base: Pipeline | None) -> None:
