@@ -34,6 +34,8 @@ def evaluate(
     with progress() as bars:
         found = measure(folder, samples, seeds, steps, guidance, device, bars, say)
     out.mkdir(parents=True, exist_ok=True)
+    if (out / "metrics.json").exists():
+        say(f"What an earlier measurement wrote into {out} is replaced; with another --out both are kept.")
     listed = []
     for index, (prompt, picture) in enumerate(found.drawn):
         kind = "webp" if is_clip(picture) else "png"
