@@ -25,7 +25,9 @@ Regions = Annotated[
 ]
 Negative = Annotated[str, typer.Option(metavar="TEXT", help="What to lean away from.")]
 Count = Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")]
+Seed = Annotated[
+    int, typer.Option(metavar="N", min=0, max=2**64 - 1, help="Picture i is drawn from seed + i.")
+]
 Width = Annotated[
     int, typer.Option(metavar="N", min=0, help="Pixels in a row; 0 is what the model was trained at.")
 ]

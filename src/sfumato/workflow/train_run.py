@@ -23,7 +23,7 @@ from sfumato.training.objective.user_loss import UserLoss
 from sfumato.training.state.run_precision import precision_of
 from sfumato.trust import trusting
 from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
-from sfumato.workflow.checks import check_context_parallel, recipe_warnings
+from sfumato.workflow.checks import check_context_parallel, recipe_warnings, truncation_warning
 from sfumato.workflow.encode_samples import caption_encoder, dataset_and_sampler, is_conditional
 from sfumato.workflow.finetune import (
     prepare_trainable,
@@ -257,6 +257,8 @@ def _train(
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
     for warning in recipe_warnings(recipe):
         say(warning)
+    if leads and (cut := truncation_warning(model.conditioner, prepared.collection.samples)):
+        say(cut)
     if steps_made(run) < settings.steps:
         inputs = step_costs.inputs_of_run(recipe, model, prepared.train, objective)
         say(step_costs.cost_summary(recipe, network, inputs, fresh=not run.checkpoint_folders()))

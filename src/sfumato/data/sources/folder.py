@@ -148,7 +148,7 @@ def reason_against(path: Path, base: Path) -> str | None:
         return NOWHERE if path.is_symlink() else "there is no such file"
     except (OSError, RuntimeError, ValueError):
         return "a link that leads nowhere, or no possible file name"
-    if not real.is_relative_to(base):
+    if not metadata.lies_inside(real, base):
         return OUTSIDE
     mode = real.stat().st_mode
     if stat.S_ISDIR(mode):

@@ -78,6 +78,19 @@ def files_below(root: Path) -> Iterator[str]:
         yield from (str(inside / name) for name in sorted(names) if not name.startswith("."))
 
 
+def lies_inside(path: Path, base: Path) -> bool:
+    """Whether a resolved path lies in a resolved folder of data.
+
+    A snapshot of the Hub's cache is a folder of links to the blobs of its own repository, which belong to it.
+    """
+    return path.is_relative_to(base) or any(
+        place.parent.name == "snapshots"
+        and place.parent.parent.name.startswith(("datasets--", "models--", "spaces--"))
+        and path.is_relative_to(place.parent.parent / "blobs")
+        for place in (base, *base.parents)
+    )
+
+
 def why_unread(name: str) -> str:
     """Why a file of this name is not read though it may hold pictures; "" for any other."""
     if name.lower().endswith(ARCHIVES) and PurePosixPath(name).name not in FILES:

@@ -132,7 +132,7 @@ def parquet(root: Path, options: SourceOptions) -> Collection:
     names = [root.name] if root.is_file() else list(metadata.files_below(root))
     for inside in (name for name in names if name.lower().endswith(".parquet")):
         path = root if root.is_file() else root / inside
-        if not path.resolve().is_relative_to(base):
+        if not metadata.lies_inside(path.resolve(), base):
             result.set_aside.append(SetAside(inside, "refused: outside the data folder"))
             continue
         try:

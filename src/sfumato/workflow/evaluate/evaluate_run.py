@@ -1,7 +1,7 @@
 """Measuring a run: its loss by noise level, whether pictures are of what was asked, how far from the data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,8 @@ def evaluate(
             )
     drawing = {"steps": steps, "guidance": guidance}
     split = {name: collection.with_split(name) for name in ("train", "held_out")}
+    if model.conditioner.kind == "none":  # captions say nothing to a model without text
+        split = {name: [replace(one, captions=("",)) for one in part] for name, part in split.items()}
     closest: list[ClosestMatch] = []
     notes: list[str] = []
     if recipe.data.frames:

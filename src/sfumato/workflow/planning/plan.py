@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,6 @@ from sfumato.generation import Pipeline, as_pipeline
 from sfumato.models import hub_files
 from sfumato.models.interface import StagePlacement
 from sfumato.models.io import adapter_run
-from sfumato.models.pretrained import token_count
 from sfumato.models.pretrained.pipeline_folder import unused_of
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
@@ -31,7 +30,7 @@ from sfumato.training.estimate import fit_memory, probe
 from sfumato.training.estimate.memory import MemoryBreakdown, count_memory, repeated_blocks
 from sfumato.training.precision import effective_precision
 from sfumato.workflow import class_images, condition_encoders, control_training
-from sfumato.workflow.checks import check_context_parallel, recipe_warnings
+from sfumato.workflow.checks import check_context_parallel, recipe_warnings, truncation
 from sfumato.workflow.dataset import dataset_names, known_sizes
 from sfumato.workflow.finetune import pinned_base, prepare_trainable, with_base_sampling
 from sfumato.workflow.planning import phase_costs
@@ -47,8 +46,6 @@ from sfumato.workflow.planning.summary import unusual
 from sfumato.workflow.prepare import ResolvedRecipe, resolve_recipe, stages_take_turns
 from sfumato.workflow.resume import check_resume, data_fingerprint
 from sfumato.workflow.train_codec import codec_home
-
-COUNTED = 20_000
 
 
 def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
@@ -234,21 +231,6 @@ def stage_bytes(stage: torch.nn.Module) -> int:
 def gigabytes(size: float) -> float:
     """Bytes in GB, to the MB."""
     return round(size / 1e9, 3)
-
-
-def truncation(conditioner: models.Conditioner, samples: Sequence[Sample]) -> dict[str, int] | None:
-    """How many captions the model's own tokenizer cuts off: {read, longest, counted, cut_off}; None without.
-
-    Of more than COUNTED captions so many, evenly spread, are counted.
-    """
-    reading = token_count.of_conditioner(conditioner)
-    captions = sorted({caption for sample in samples for caption in sample.captions if caption})
-    if reading is None or not captions:
-        return None
-    some = captions[:: -(-len(captions) // COUNTED)]
-    lengths = reading.count(some)
-    cut = sum(length > reading.most for length in lengths)
-    return {"read": reading.most, "longest": max(lengths), "counted": len(some), "cut_off": cut}
 
 
 def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, Any]:
