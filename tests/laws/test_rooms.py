@@ -43,7 +43,7 @@ OUTSIDE = {
     "user_code": set(),
     "locks": {"filelock", "psutil"},
     "lazy": set(),
-    "hub": {"huggingface_hub", "modelscope"},
+    "hub": {"huggingface_hub", "modelscope", "tqdm"},
     "run_folder": set(),
     "report": {"jinja2", "markupsafe", "PIL"},
     "theory": {"torch", "jaxtyping"},
