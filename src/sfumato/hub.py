@@ -227,16 +227,17 @@ def fetch(repo: Repo, files: Sequence[str]) -> Path:
 
 @contextmanager
 def _bar(title: str, files: Mapping[str, int]) -> Iterator[Any]:
-    """One bar of all bytes on a terminal, a line elsewhere; what is yielded stands for each file's bar."""
-    from huggingface_hub.utils import tqdm
+    """A line, and on a terminal one bar of all bytes; what is yielded stands for each file's bar."""
+    from huggingface_hub import constants
+    from tqdm import tqdm
 
     total = sum(files.values())
     many = f"{len(files)} file{'s' * (len(files) != 1)}, {size_text(total)}"
     quiet = os.environ.get("RANK", "0") != "0"
-    if not quiet and not sys.stderr.isatty():
+    if not quiet:
         print(for_terminal(f"{title}: {many}"), file=sys.stderr, flush=True)
-    shown = None if not quiet else True
-    with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=shown, leave=True) as whole:
+    hidden = quiet or not sys.stderr.isatty() or bool(constants.HF_HUB_DISABLE_PROGRESS_BARS)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=hidden) as whole:
 
         class Part:
             """What `huggingface_hub` takes for the bar of a file: adds to the whole."""

@@ -45,7 +45,7 @@ OUTSIDE = {
     "locks": {"filelock", "psutil"},
     "lazy": set(),
     "paths": set(),
-    "hub": {"huggingface_hub", "modelscope"},
+    "hub": {"huggingface_hub", "modelscope", "tqdm"},
     "run_folder": set(),
     "report": {"jinja2", "markupsafe", "PIL"},
     "theory": {"torch", "jaxtyping"},

@@ -14,7 +14,7 @@ from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused, printable
 from sfumato.generation import Pipeline, load
 from sfumato.generation.guidance import ARGUMENTS, GuidanceOptions, check_negative
-from sfumato.models import control, locate
+from sfumato.models import control, hub_files
 from sfumato.models.interface import no_context_parallel
 from sfumato.models.networks.dit import DiT
 from sfumato.models.networks.ulysses import check_heads, uneven
@@ -133,7 +133,7 @@ def check_clips(recipe: Recipe, base: Pipeline | None, samples: Iterable[Sample]
     found = next((one.name for one in samples if clips.is_clip(one.name, one.source())), None)
     if found is None:
         return
-    place = locate.place(recipe.model.base)
+    place = hub_files.local(recipe.model.base)
     usual = Recipe.read(place).data.frames if (place / "effective.toml").is_file() else 0
     example = f"data.frames = {usual}, as that run did" if usual else "data.frames"
     raise Refused(
