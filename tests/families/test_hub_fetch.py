@@ -237,6 +237,7 @@ def test_a_model_scope_id_is_fetched_by_its_own_library(pipeline, monkeypatch):
     assert "unet/*.safetensors" in asked[-1][2] and not [one for one in asked[-1][2] if one.endswith(".py")]
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_environment_as_every_tool_of_the_hub(tiny, tmp_path):
     """Law: HF_ENDPOINT and HF_HOME, in a process of its own."""
     known = {"HF_ENDPOINT": tiny.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}

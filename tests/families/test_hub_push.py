@@ -50,6 +50,7 @@ def command(*words):
     return 0
 
 
+@pytest.mark.slow
 def test_a_lora_is_listed_then_sent_then_drawn_from_again(trained, tmp_path, capsys):
     """Law: nothing leaves without --yes; the card is the Hub's; sfumato and diffusers load what was sent."""
     from diffusers import StableDiffusionPipeline
