@@ -269,8 +269,12 @@ def draw_grid(
     fixed = {name: value for name, value in options.items() if name not in axes}
     if "prompt" not in axes and (named := request.prompts or request.labels):
         fixed["prompt"] = named[0]
+
+    def tell(done: int, total: int) -> None:
+        bar(done // 100, total // 100, "drawing cells")
+
     found = []
-    for cell in model.grid(axes, watch=lambda done, total: bar(done, total, "drawing"), **fixed):
+    for cell in model.grid(axes, watch=tell, **fixed):
         varied = {name: value for name, value in cell.values.items() if name not in SAID_OTHERWISE}
         said = scaled(model, metadata) | varied
         said |= effective_settings(model, cell.settings, cell.drawn)
