@@ -1,11 +1,12 @@
-"""Does sfumato hold on this GPU? Correctness, part by part, in one command that needs nothing fetched.
+"""Does sfumato hold on this GPU, how fast is it, how much memory does it take? One command, nothing fetched.
 
     python benchmarks/gpu.py [--device cuda] [--quick] [--tiny] [--only WORD,…] [--out DIR]
 
-Each check is one line of JSON, also in DIR/gpu-correctness.jsonl: its name, whether it holds, what was
-measured. `--only` takes the checks whose names contain one of the words ("correctness" is all of them).
-`--quick` leaves out what takes minutes, `--device cpu --tiny` tries the script itself. Speed and memory are
-not measured here yet.
+Each check and each measurement is one line of JSON, also in DIR/gpu-PART.jsonl: its name, whether it holds,
+what was measured. The parts are "correctness", "speed" beside diffusers' own loop, and "memory": what is
+predicted beside what is taken, and the smallest GPU that is enough (`gpu_speed.py`). `--only` takes the lines
+whose part or name contains one of the words. `--quick` leaves out what takes minutes, `--device cpu --tiny`
+tries the script itself. Needs `pip install -e .[test] accelerate`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_speed
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -218,34 +220,56 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
 
 
+def parts(said: argparse.Namespace, home: Path) -> dict[str, dict[str, Callable[[], dict[str, Any]]]]:
+    """What is asked, by part."""
+    bench = gpu_speed.Bench(said)
+    return {"correctness": Checks(said, home).every(), "speed": bench.speed(), "memory": bench.memory()}
+
+
+def answer(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The line of one check or measurement."""
+    began = time.perf_counter()
+    try:
+        row = {"name": name, "holds": True, **work()}
+    except Exception as problem:
+        at = [
+            f"{Path(one.filename).name}:{one.lineno}" for one in traceback.extract_tb(problem.__traceback__)
+        ]
+        row = {
+            "name": name,
+            "holds": False,
+            "why": f"{type(problem).__name__}: {problem}"[:500],
+            "at": at[-4:],
+        }
+    return row | {"seconds": round(time.perf_counter() - began, 2)}
+
+
 def main() -> int:
-    """Run the checks; 1 if one does not hold."""
+    """Run what is asked; 1 if something does not hold."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--device", default="cuda")
-    ask.add_argument("--only", default="correctness")
+    ask.add_argument("--only", default="correctness,speed,memory")
     ask.add_argument("--out", type=Path, default=Path())
     ask.add_argument("--quick", action="store_true")
     ask.add_argument("--tiny", action="store_true")
     said = ask.parse_args()
     said.out.mkdir(parents=True, exist_ok=True)
     words, failed = said.only.split(","), 0
-    with tempfile.TemporaryDirectory() as home, (said.out / "gpu-correctness.jsonl").open("w") as file:
-        for name, work in Checks(said, Path(home)).every().items():
-            if not any(word in f"correctness {name}" for word in words) or (said.quick and name in SLOW):
+    with tempfile.TemporaryDirectory() as home:
+        for part, asked in parts(said, Path(home)).items():
+            asked = {
+                name: work for name, work in asked.items() if any(word in f"{part} {name}" for word in words)
+            }
+            if not asked:
                 continue
-            began = time.perf_counter()
-            try:
-                row = {"name": name, "holds": True, **work()}
-            except Exception as problem:
-                at = [
-                    f"{Path(one.filename).name}:{one.lineno}"
-                    for one in traceback.extract_tb(problem.__traceback__)
-                ]
-                row = {"name": name, "holds": False, "why": f"{type(problem).__name__}: {problem}"[:500]}
-                row["at"], failed = at[-4:], failed + 1
-            row["seconds"] = round(time.perf_counter() - began, 2)
-            for place in (sys.stdout, file):
-                print(json.dumps(row), file=place, flush=True)
+            with (said.out / f"gpu-{part}.jsonl").open("w", encoding="utf-8") as file:
+                for name, work in asked.items():
+                    if said.quick and name in SLOW:
+                        continue
+                    row = answer(name, work)
+                    failed += not row["holds"]
+                    for place in (sys.stdout, file):
+                        print(json.dumps(row), file=place, flush=True)
     return 1 if failed else 0
 
 

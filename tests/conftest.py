@@ -6,6 +6,8 @@ all others in bf16. Processes that a test starts inherit it.
 """
 
 import os
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -50,6 +52,14 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ[MEMORY_VARIABLE] = str(tmp_path_factory.mktemp("machine") / "trusted-code")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def disk() -> Iterator[None]:
+    """No test cuts the power, and a killed process leaves what it wrote: nobody waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What "auto" means in this test and in the processes it starts; torch's own draws begin anew."""
@@ -63,3 +73,27 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One for each core this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub of our own on the loopback, to which `huggingface_hub` goes in place of the real one."""
+    import huggingface_hub
+    from huggingface_hub import constants, file_download
+
+    from hub_server import HubServer
+
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
+        huggingface_hub.utils._http.close_session()
+        yield server
+        huggingface_hub.utils._http.close_session()

@@ -14,6 +14,7 @@ import typer
 
 from sfumato.commands import data_options, generate_options
 from sfumato.commands.exits import with_exit_code, with_trust
+from sfumato.commands.loras import loras
 from sfumato.commands.options import Device, Guidance, Json, Overrides, RecipeFile, Steps, out_option
 from sfumato.commands.theory import theories
 
@@ -27,6 +28,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        from sfumato import __version__
+
+        print(f"sfumato {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def with_version(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Trains diffusion models for images and video, and draws with them."""
 
 
 @app.command(rich_help_panel=None)
@@ -60,16 +78,23 @@ def demo(
 @with_exit_code
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The recipe is written to NAME.toml.")],
-    data: Annotated[str, typer.Option(metavar="DIR", help="A folder of captioned pictures.")],
+    data: Annotated[str, typer.Option(metavar="DIR", help="A folder of captioned pictures or clips.")],
     base: Annotated[
-        str, typer.Option(metavar="MODEL", help="scratch, or the folder of a model to go on from.")
+        str,
+        typer.Option(metavar="MODEL", help="scratch, or the folder, file or run of a model to go on from."),
     ] = "scratch",
     train: Annotated[str, typer.Option(metavar="HOW", help="What is trained: full, lora, …")] = "full",
+    minutes: Annotated[
+        float, typer.Option(metavar="M", help="How long training may take; 0: what a person waits for.")
+    ] = 0.0,
+    aim: Annotated[
+        str, typer.Option("--for", metavar="AIM", help="speed, quality (larger, longer) or tiny.")
+    ] = "speed",
 ) -> None:
-    """Write a short commented recipe."""
+    """Write a short commented recipe for this data, base and machine."""
     from sfumato.commands import recipes
 
-    recipes.new(name, data, base, train)
+    recipes.new(name, data, base, train, minutes, aim)
 
 
 @app.command()
@@ -84,15 +109,18 @@ def plan(
     devices: Annotated[
         int, typer.Option(metavar="N", min=0, help="Plan for N processes, each with a device of its own.")
     ] = 0,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every key and where its value came from, every number.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Say what would run, and run nothing.
 
-    Every value and where it came from, counts, memory, disk.
+    What, how long, how much memory and disk, what is unusual, what is fetched.
     """
     from sfumato.commands import recipes
 
-    recipes.plan(recipe, overrides or [], fit, devices, json)
+    recipes.plan(recipe, overrides or [], fit, devices, json, everything)
 
 
 @app.command()
@@ -185,6 +213,8 @@ def generate(
     overlap: generate_options.Overlap = None,
     tile: generate_options.Tile = 0,
     chunk: generate_options.Chunk = 0,
+    dtype: generate_options.Dtype = "auto",
+    memory: generate_options.Memory = "",
     out: Annotated[Path, out_option("runs/generate")] = Path("runs/generate"),
     device: Device = "auto",
     json: Json = False,
@@ -204,7 +234,7 @@ def generate(
 @with_trust
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or a pretrained model's.")],
-    to: Annotated[str, typer.Option(metavar="WHERE", help="diffusers, comfyui or kohya.")],
+    to: Annotated[str, typer.Option(metavar="WHERE", help="diffusers, comfyui or kohya.")] = "diffusers",
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(metavar="DIR", help="The folder to write into.", show_default="runs/export/RUN-WHERE"),
@@ -216,12 +246,17 @@ def export(
     dtype: Annotated[
         str, typer.Option(metavar="NAME", help="Of a LoRA: float32, bfloat16 or float16.")
     ] = "float32",
+    push: Annotated[
+        str, typer.Option(metavar="OWNER/NAME", help="A repository of the Hub; without --yes only a list.")
+    ] = "",
+    private: Annotated[bool, typer.Option("--private", help="With --push: only you see it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --push: send what is listed.")] = False,
     json: Json = False,
 ) -> None:
     """Write files that load elsewhere, verified."""
     from sfumato.commands import export as exporting
 
-    exporting.export(run, to, out, trigger or [], dtype, json)
+    exporting.export(run, to, out, trigger or [], dtype, json, exporting.Push(push, private, yes))
 
 
 @app.command("eval")
@@ -347,6 +382,7 @@ def doctor(
 
 
 app.add_typer(theories, name="theory")
+app.add_typer(loras, name="lora")
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
-from sfumato import trust
+from sfumato import hub, paths, trust
 from sfumato.data.settings import DataSettings
 from sfumato.errors import Refused, nearest
 from sfumato.generation.settings import SampleSettings
@@ -21,7 +21,7 @@ from sfumato.training.settings import TrainSettings
 from sfumato.user_code import code_files, is_user_code
 
 FORMAT = 2
-DEFAULT, COMMAND_LINE, PYTHON = "default", "command line", "python"
+DEFAULT, COMMAND_LINE, PYTHON, BASE = "default", "command line", "python", "base"
 EFFECTIVE = "effective.toml"
 
 
@@ -58,7 +58,7 @@ class Recipe:
         if file.is_dir():
             file = file / EFFECTIVE
             if not file.is_file():
-                raise Refused(f"{path} is a folder without {EFFECTIVE}. Give a recipe file or a run folder.")
+                raise Refused(paths.not_a_recipe(Path(path)))
         written, old = _renamed(flat(parse(file)), file.name)
         entries = {name: (value, file.name, file.parent) for name, value in written.items()}
         if file.name == EFFECTIVE:
@@ -162,7 +162,7 @@ def parse(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Refused(f"{file} does not exist. `sfumato new NAME --data DIR` writes a recipe.") from None
+        raise Refused(paths.no_recipe(file)) from None
     except UnicodeDecodeError as error:
         raise Refused(f"{file} is not UTF-8 at byte {error.start}. Save it as UTF-8.") from None
     except OSError as error:
@@ -380,10 +380,11 @@ def _resolve(value: Any, rules: Mapping[str, Any], folder: Path) -> Any:
         return value
     if not (rules["path"] or is_user_code(value)):
         return value
+    if rules["many"] and value.startswith("hf:"):
+        return value
     path = (folder / Path(value).expanduser()).absolute()
-    is_relative = value[0] not in ".~/" and not Path(value).drive
-    is_hub_id = value.count("/") == 1 and is_relative and value[-1] != "/" and not path.exists()
-    return value if rules["hub"] and is_hub_id else str(path)
+    is_id = rules["hub"] and hub.parse(value) is not None and not path.exists()
+    return value if is_id else str(path)
 
 
 def _unknown(name: str, section: bool = False) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sfumato import locks
+from sfumato import locks, paths
 from sfumato.errors import Failed, Refused
 from sfumato.settings import RENAMED
 
@@ -409,8 +409,7 @@ class RunFolder:
         """
         run = cls(Path(path))
         if not run.recipe.is_file():
-            why = "has no recipe.toml" if run.path.is_dir() else "does not exist"
-            raise Refused(f"{run.path} is no run folder: it {why}. Give a folder that `sfumato train` wrote.")
+            raise Refused(paths.no_run(run.path))
         return run
 
     def check_places(self) -> None:

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field, fields
@@ -285,3 +286,23 @@ def plain(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
         return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
     return value
+
+
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> float:
+    """The number of bytes a text like "24GB" means; without a unit they are GB.
+
+    Raises:
+        Refused: it is no size.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    try:
+        value = float(match[1]) if match else 0.0
+    except ValueError:
+        value = 0.0
+    if not match or unit not in UNITS or value <= 0:
+        raise Refused(f'"{text}" is no size. Write, for example, 24GB.')
+    return value * (UNITS[unit] if unit else 1e9)

@@ -108,3 +108,33 @@ def test_the_control_of_a_clip_is_that_of_its_frames():
     clip = torch.rand(1, 3, 2, 16, 16) * 2 - 1
     whole = condition_images.control_image(clip, "sketch")
     assert np.allclose(whole[:, :, 1], condition_images.control_image(clip[:, :, 1], "sketch"))
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "controlnet", "ip-adapter"])
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_clips_beside_a_base_of_clips_without_frames_are_refused(command, kind, world, tmp_path):
+    free = ("frame_timesteps=shared", "first_frame_share=0", "last_frame_share=0")
+    answer = sfumato(
+        command, world / "recipe.toml", f"model.base={world / 'run'}", f"model.train={kind}", "data.frames=0",
+        *(f"train.{one}" for one in free), f"output={tmp_path / 'guided'}",
+        *(["data.control_image=canny"] if kind == "controlnet" else []),
+        *(["data.reference_image=picture"] if kind == "ip-adapter" else []),
+    )  # fmt: skip
+    one_sentence(answer, ".webp is a clip", "data.frames = 5")
+
+
+def test_a_picture_controls_a_base_of_clips_as_a_clip_of_one_frame(world):
+    """Law: bytes of a picture and those of a clip of that one frame say the same."""
+    model = package.load(world / "run")
+    guided = add_control_modules(model, [ControlPlan("controlnet")])
+    (encoder,) = guided.encoders(model).values()
+    for weight in guided.parameters():
+        weight.data += 0.1 * torch.randn(weight.shape)
+    x, t = torch.randn(2, *model.latent_shape(frames=1)), torch.full((2, 1), 0.5)
+    picture = torch.rand(2, 3, 16, 16) * 2 - 1
+    words = model.condition(["a square"] * 2)
+    drawn = [
+        model.predict(x, t, Condition({**words, "control": encoder.encode(one)}))
+        for one in (picture, picture[:, :, None])
+    ]
+    assert torch.equal(*drawn) and (drawn[0] - model.predict(x, t, words)).abs().max() > 1e-4

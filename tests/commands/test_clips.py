@@ -132,7 +132,7 @@ def test_a_new_recipe_for_a_folder_of_videos_trains_on_clips(recipe, tmp_path):
     (tmp_path / "clips" / "one.mp4").write_bytes(b"")
     assert sfumato("new", "mine", "--data", "clips").code == 0
     said = sfumato("plan", "mine.toml", "train.batch=2", "--json").json()["recipe"]
-    assert said["data.frames"]["value"] == 9 and said["data.short_clip_frames"]["value"] == [1.0]
+    assert said["data.frames"]["value"] == 5 and said["data.short_clip_frames"]["value"] == [1.0]
 
 
 @pytest.mark.parametrize(

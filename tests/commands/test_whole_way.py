@@ -63,7 +63,7 @@ def test_generate_draws_each_picture_from_its_own_seed(trained):
 
 
 def test_eval_measures_with_error_bars(trained):
-    answer = sfumato("eval", trained / "run", "--samples", 4, "--seeds", 2, "--json")
+    answer = sfumato("eval", trained / "run", "--samples", 5, "--seeds", 2, "--json")
     assert answer.code == 0, answer.err
     found = answer.json()
     assert {
@@ -75,7 +75,10 @@ def test_eval_measures_with_error_bars(trained):
     } <= found["metrics"].keys()
     assert all("error" in one for one in found["metrics"].values())
     assert {"level", "loss", "error"} <= found["by_level"]["held_out"][0].keys()
-    assert "pixels averaged 2×2" in found["metrics"]["nearest_neighbor_accuracy"]["note"]
+    right = found["metrics"]["nearest_neighbor_accuracy"]
+    assert "pixels averaged 2×2" in right["note"] and right["chance"] == pytest.approx(1 / 4)
+    again = sfumato("eval", trained / "run", "--samples", 2, "--seeds", 1, "--json").json()
+    assert Path(again["page"]).parent.name == "eval-2" and Path(found["page"]).is_file()
 
 
 def test_plan_says_where_each_value_came_from_and_writes_nothing(tmp_path):

@@ -89,7 +89,8 @@ def test_a_controlnet_is_trained_by_a_recipe_and_goes_elsewhere(name, folders, h
     kind.from_pretrained(folders(name), controlnet=net)
     again = load(folders(name))
     attach(again, home / "out" / name)
-    assert again.generate([PROMPT], control=picture, **options)[0].tobytes() == drawn.tobytes()
+    there = np.asarray(again.generate([PROMPT], control=picture, **options)[0])
+    assert np.abs(there.astype(int) - np.asarray(drawn)).max() <= 1  # where a weight lies in memory may round
 
 
 @pytest.mark.parametrize("name", quick(LOOKING))

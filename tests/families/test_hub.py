@@ -32,6 +32,7 @@ def cache(tmp_path, monkeypatch):
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return home
 
 

@@ -36,7 +36,7 @@ def written(run, file, style):
 @pytest.mark.parametrize(
     ("name", "kind", "style"),
     [
-        ("stable-diffusion-1.5", "loha", "lycoris"),
+        pytest.param("stable-diffusion-1.5", "loha", "lycoris", marks=pytest.mark.slow),
         pytest.param("stable-diffusion-1.5", "lokr", "kohya", marks=pytest.mark.slow),
         ("flux-dev", "lokr", "comfyui"),
     ],

@@ -56,7 +56,7 @@ LEARNED = {
 
 
 @pytest.mark.parametrize(
-    "name", some("stable-diffusion-xl", "stable-diffusion-1.5", "stable-diffusion-3.5", "flux-dev")
+    "name", some("stable-diffusion-1.5", "stable-diffusion-xl", "stable-diffusion-3.5", "flux-dev")
 )
 def test_text_encoders_learn_beside_the_denoiser_and_leave_with_it(name, tmp_path):
     """Law: their adapters are trained and kept; the run reads as it learned, and so does what it exports."""

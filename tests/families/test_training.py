@@ -126,6 +126,30 @@ def test_a_family_learns_through_an_adapter_and_whole(name, tmp_path):
     assert not torch.equal(asked(whole.model(), name), before)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "wan-2.1"))
+        for name in ZOO
+        if name not in (*SHOWN, "flux-dev")  # diffusers tells it its guidance in bf16: 3504 for 3500
+    ],
+)
+def test_a_family_learns_in_bf16_what_it_learns_in_fp32(name, tmp_path):
+    """Law: the losses of its first steps are the same up to the eight bits of bfloat16."""
+    recipe = write_recipe(name, tmp_path, 'train = "lora"', "rank = 4")
+    found = [
+        losses(
+            sfumato.train(
+                recipe,
+                [f"output={tmp_path}/{one}", f"train.precision={one}", "train.sanity=false"],
+            ).path
+        )
+        for one in ("fp32", "bf16")
+    ]
+    assert found[0] != found[1] and found[1] == pytest.approx(found[0], rel=0.05)
+
+
+@pytest.mark.precisions("fp32", "bf16")
 def test_interrupted_equals_uninterrupted_for_an_adapter(tmp_path):
     """Law: one step, resume, one step end with the bits of two; dropout and the average included."""
     recipe = write_recipe("pixart-sigma", tmp_path, 'train = "lora"', "rank = 2", "dropout = 0.3")

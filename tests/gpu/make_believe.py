@@ -391,6 +391,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _copied_into(func, args, real_args, real_kwargs)
     _write_down(asked, func)
     result = func(*real_args, **real_kwargs)
+    if kwargs.get("pin_memory"):
+        STATE.pinned.add(_storage(result))
     place = target if target is not None else CUDA if device else CPU
     return _wrapped(func, args, kwargs, result, CUDA if place.type == "cuda" else CPU)
 
@@ -536,6 +538,7 @@ _CUDA: dict[str, Any] = {
     "memory_reserved": lambda device=None: 0,
     "max_memory_allocated": lambda device=None: 1,
     "reset_peak_memory_stats": lambda device=None: None,
+    "set_per_process_memory_fraction": lambda share, device=None: None,
     "empty_cache": lambda: None,
     "manual_seed": lambda seed: None,
     "manual_seed_all": lambda seed: None,

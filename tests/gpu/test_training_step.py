@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sfumato.models.condition import Condition
 from sfumato.models.networks.dit import interpolate
@@ -143,6 +144,25 @@ def test_large_averages_lie_in_the_host_s_memory_and_no_step_waits_for_them(gpu,
         ends.append({name: {k: plain(v).clone() for k, v in one.items()} for name, one in groups.items()})
         assert {one.device.type for one in groups["power-0.050"].values()} == {"cuda" if share else "cpu"}
     torch.testing.assert_close(ends[0], ends[1], atol=0, rtol=0)
+
+
+def test_a_checkpoint_is_copied_behind_the_step_and_no_tensor_is_waited_for(gpu, tmp_path):
+    """Law: what is written is what the weights were, though the next step has begun; the waits of a save do
+    not grow with the number of tensors."""
+    waits = []
+    for depth in (1, 3):
+        found = training(tmp_path / str(depth), dit(depth=depth), ema=0.9, **USUAL).steps(2)
+        expected = {name: plain(one.detach()).clone() for name, one in found.loop.network.named_parameters()}
+        gpu.clear()
+        folder = found.loop.save()
+        waits.append(sum(gpu.syncs.values()))
+        found.steps(1)
+        found.loop.checkpoint_writer.wait()
+        kept = load_file(folder / "model.safetensors")
+        assert kept.keys() >= expected.keys() and all(
+            torch.equal(kept[one], expected[one]) for one in expected
+        )
+    assert waits[0] == waits[1] <= 3, (waits, gpu.syncs)
 
 
 def test_copies_of_one_network_do_not_share_its_numbers(gpu):

@@ -164,7 +164,7 @@ def test_clips_and_pictures_of_kinds_that_are_not_read_are_named(tmp_path):
 
 
 def test_a_folder_of_links_is_told_from_an_empty_one(tmp_path):
-    """Law: as the Hub's cache keeps a set, and as curated folders are made."""
+    """Law: as curated folders are made; a snapshot of no repository of the Hub is one of them."""
     (tmp_path / "blobs").mkdir()
     snapshot = tmp_path / "snapshots" / "abc"
     snapshot.mkdir(parents=True)

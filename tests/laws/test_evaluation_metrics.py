@@ -23,14 +23,28 @@ def test_a_picture_is_its_own_nearest_neighbor_whatever_its_dtype():
     assert neighbors.nearest(bytes_) == list(range(40))
 
 
-def test_a_prompt_and_a_picture_agree_by_caption_or_by_last_word():
-    assert is_right("red apple", ["green apple"])
+def test_a_prompt_and_a_picture_agree_by_caption_or_where_that_is_meant_by_last_word():
+    assert is_right("red apple", ["green apple"], namesakes=True)
+    assert not is_right("red apple", ["green apple"])
     assert is_right("Red Apple", ["red apple"])
-    assert is_right("woman’s hat", ["hat", "woman’s sandal"])
+    assert is_right("woman’s hat", ["hat", "woman’s sandal"], namesakes=True)
     assert not is_right("red apple", ["red heart"])
     assert not is_right("", ["red heart"])
     neighbors = Neighbors(pictures(3), [("a",), ("b",), ("c",)])
     assert neighbors.judge(pictures(3), ["a", "c", "c"]) == [True, False, True]
+    assert not neighbors.can_tell
+
+
+@pytest.mark.parametrize("end", ["", ", 3d toy"])
+def test_noise_is_right_as_often_as_chance_says_whatever_the_captions_end_with(end):
+    """Law: pictures that have nothing to do with their prompts are at chance, those learned by heart at 1."""
+    texts = [(f"thing {index % 20}{end}", f"also {index}{end}") for index in range(60)]
+    neighbors = Neighbors(pictures(60), texts)
+    prompts = [text for text, _ in texts] * 20
+    found = proportion(neighbors.judge(pictures(len(prompts), seed=1), prompts))
+    assert neighbors.chance(prompts) == pytest.approx(3 / 60) and neighbors.can_tell
+    assert found.error is not None and abs(found.value - 3 / 60) < 4 * found.error
+    assert all(neighbors.judge(pictures(60), [text for text, _ in texts]))
 
 
 def test_the_kernel_distance_of_equal_sets_is_zero_within_its_error():

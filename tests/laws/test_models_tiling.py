@@ -66,7 +66,13 @@ AUTOENCODERS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=AUTOENCODERS)
+LARGE = ("AutoencoderKLMochi", "AutoencoderKLHunyuanVideo", "AutoencoderKLCogVideoX")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(one, marks=[pytest.mark.slow] * (one in LARGE)) for one in AUTOENCODERS],
+)
 def autoencoder(request, tmp_path_factory):
     """A codec from a small autoencoder's folder, and the autoencoder."""
     folder = tmp_path_factory.mktemp("codecs") / request.param

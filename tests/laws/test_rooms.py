@@ -10,7 +10,7 @@ import sfumato
 
 SOURCE = Path(sfumato.__file__).parent
 
-GROUND = {"errors", "settings", "user_code", "trust", "locks", "lazy"}
+GROUND = {"errors", "settings", "user_code", "trust", "locks", "lazy", "paths", "hub"}
 BELOW = {
     "errors": set(),
     "settings": {"errors"},
@@ -18,6 +18,8 @@ BELOW = {
     "user_code": {"errors", "trust"},
     "locks": set(),
     "lazy": set(),
+    "paths": set(),
+    "hub": {"errors"},
     "run_folder": GROUND,
     "readers": {"errors"},
     "theory": GROUND,
@@ -42,6 +44,8 @@ OUTSIDE = {
     "user_code": set(),
     "locks": {"filelock", "psutil"},
     "lazy": set(),
+    "paths": set(),
+    "hub": {"huggingface_hub", "modelscope", "tqdm"},
     "run_folder": set(),
     "report": {"jinja2", "markupsafe", "PIL"},
     "theory": {"torch", "jaxtyping"},
@@ -152,11 +156,13 @@ WITHIN = {
         "estimate": {"distributed", "optim", "state", "objective"},
     },
     "workflow": {
+        "suggest": {"planning"},
         "planning": set(),
         "sanity_checks": {"planning"},
         "train_run": {"planning", "sanity_checks"},
         "evaluate": set(),
         "export": set(),
+        "lora_files": {"export"},
     },
 }
 """Room → what lies above its ground → which of those it may know. Files not named are the room's ground."""

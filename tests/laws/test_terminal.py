@@ -88,7 +88,7 @@ def test_what_is_only_text_is_shown_as_it_is(text):
     assert for_terminal(text) == text and str(Refused(text)) == text
 
 
-@settings(derandomize=True, max_examples=200, deadline=None)
+@settings(derandomize=True, max_examples=60, deadline=None)
 @given(
     st.recursive(st.text() | st.integers() | st.none(), lambda x: st.lists(x) | st.dictionaries(st.text(), x))
 )

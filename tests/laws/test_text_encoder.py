@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from sfumato.errors import Refused
-from sfumato.models.text.encoder import TextConditioner
+from sfumato.models.text.encoder import TextConditioner, tokenizer
+from sfumato.models.text.minilm import minilm_folder, token_counting
 
 T5 = {"vocab_size": 8, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
 BERT = {
@@ -97,3 +98,11 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
     BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
     with pytest.raises(Refused, match="Put the text encoder's tokenizer there"):
         TextConditioner(str(tmp_path))
+
+
+def test_tokens_are_counted_as_the_text_encoder_reads_them():
+    """Law: a report counts with the tokenizer's file alone what transformers' tokenizer counts."""
+    folder = minilm_folder()
+    captions = ["", "a red apple", "Äpfel, 3d toy!  (red:1.3)", "猫 🐈‍⬛ zygomorphic " * 40]
+    expected = [len(ids) for ids in tokenizer(folder)(captions, verbose=False)["input_ids"]]
+    assert token_counting(folder)(captions) == expected

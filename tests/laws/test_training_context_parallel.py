@@ -16,9 +16,9 @@ from sfumato.models.networks import blocks
 from sfumato.run_folder import RunFolder
 from sfumato.theory import get
 from sfumato.training.distributed import context_parallel
+from sfumato.training.distributed.gradient_buckets import gradients_of
 from sfumato.training.distributed.processes import (
     BatchSplit,
-    Gradients,
     Processes,
     current_processes,
     run_folder_of_rank,
@@ -54,9 +54,10 @@ def gradients(kind: str, within: int) -> dict[str, Tensor]:
     settings = TrainSettings(batch=4, context_parallel=within, **WORLDS[kind][2])
     one, processes = objective(kind, settings), current_processes()
     named = dict(one.model.denoiser.named_parameters())
-    sums, division = Gradients(list(named.values()), processes, False), BatchSplit.of(settings, processes)
+    sums, division = gradients_of(list(named.values()), processes, False), BatchSplit.of(settings, processes)
     with context_parallel.enabled_for_training(one.model.denoiser, settings, processes):
         for part in division.mine:
+            sums.begin(part == division.mine[-1])
             losses = one.losses(1, part, division.parts)
             share = losses.per_sample.sum() / losses.of
             share.backward()

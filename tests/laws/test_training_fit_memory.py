@@ -10,6 +10,7 @@ from sfumato.models.codecs.image import PixelCodec
 from sfumato.models.condition import Condition
 from sfumato.models.settings import ModelSettings
 from sfumato.run_folder import RunFolder
+from sfumato.settings import parse_bytes
 from sfumato.theory import get
 from sfumato.training.estimate import fit_memory
 from sfumato.training.estimate import memory as memory_estimate
@@ -21,13 +22,13 @@ from sfumato.training.settings import TrainSettings
     ("text", "wanted"), [("24GB", 24e9), ("24", 24e9), ("1.5 gb", 1.5e9), ("512MiB", 512 * 2**20)]
 )
 def test_sizes_are_read_as_people_write_them(text: str, wanted: float):
-    assert fit_memory.parse_bytes(text) == wanted
+    assert parse_bytes(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["much", "24XB", "-3GB", "0", "1.2.3GB"])
 def test_what_is_no_size_is_refused(text: str):
     with pytest.raises(Refused, match="24GB"):
-        fit_memory.parse_bytes(text)
+        parse_bytes(text)
 
 
 def counted(batch: int) -> memory_estimate.MemoryCount:

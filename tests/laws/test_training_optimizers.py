@@ -86,7 +86,7 @@ def drawn(count: int, *shape: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_keeps_as_many_numbers_as_is_said_of_it(name: str):
     """Law: what memory and checkpoints are counted by is what the optimizer holds after a step."""
-    weight, *gradients = drawn(3, 512, 512)
+    weight, *gradients = drawn(3, 256, 256)
     held, _ = stepped(available(name), weight, gradients).state()
     states = sum(tensor.nbytes for tensor in held.values()) / weight.nbytes
     assert states == pytest.approx(OPTIMIZERS[name].states, abs=0.03)

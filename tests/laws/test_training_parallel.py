@@ -9,6 +9,7 @@ from training_world import make
 from closeness import APART, apart
 from sfumato.errors import Refused
 from sfumato.run_folder import RunFolder
+from sfumato.training.distributed import gradient_buckets
 from sfumato.training.distributed.processes import BatchSplit, Gradients, Processes
 from sfumato.training.settings import TrainSettings
 
@@ -56,6 +57,49 @@ def test_gradients_are_added_in_one_tree_whoever_holds_which_part():
         expected = [left + right for left, right in zip(expected[::2], expected[1::2], strict=True)]
     assert weight.grad is not None and torch.equal(weight.grad, expected[0])
     assert float(loss) == 8
+
+
+def test_gradients_are_sent_while_the_rest_of_them_is_computed(monkeypatch):
+    """Law: in order, the last layers' first, while the pass goes on; 0 for what the loss does not hear of."""
+    network = torch.nn.Sequential(*(torch.nn.Linear(4, 4, bias=False) for _ in range(6)))
+    idle = torch.nn.Parameter(torch.ones(3))
+    happened = []
+
+    class Work:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def wait(self):
+            self.tensor *= 2  # two processes that have the same
+
+    def all_reduce(tensor, async_op=False):
+        happened.append(tensor.numel())
+        return Work(tensor) if async_op else tensor.mul_(2)
+
+    monkeypatch.setattr(gradient_buckets.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(gradient_buckets, "NUMBERS_OF_A_BUCKET", 32)
+    weights = [idle, *network.parameters()]
+    network[0].weight.register_hook(lambda gradient: happened.append("the first layer"))
+    sums = gradient_buckets.gradients_of(weights, Processes(0, 2), exact=False)
+    for _ in range(2):  # and again in the next step
+        happened.clear()
+        expected = [torch.zeros_like(one) for one in weights]
+        for part in range(3):
+            sums.begin(part == 2)
+            loss = network(torch.randn(2, 4)).square().sum()
+            for mine, own in zip(
+                expected[1:], torch.autograd.grad(loss, weights[1:], retain_graph=True), strict=True
+            ):
+                mine += own
+            happened.clear()
+            loss.backward()
+            sums.add(loss.detach())
+            assert happened[:2] == ([32, 32] if part == 2 else ["the first layer"])
+        _, stops = sums.total(True)
+        assert happened == [32, 32, "the first layer", 32, 3, 2] and float(stops) == 2
+        for weight, own in zip(weights, expected, strict=True):
+            torch.testing.assert_close(weight.grad, 2 * own)
+        sums.clear()
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])

@@ -1,5 +1,6 @@
 """Laws of divided networks: each process holds some rows, and together they are the run of one process."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from sfumato.models.files import Rows
 from sfumato.run_folder import RunFolder
 from sfumato.training.distributed import strategy
 from sfumato.training.distributed.processes import Processes
+from sfumato.training.optim.optimizers import OPTIMIZERS
 from sfumato.training.settings import TrainSettings
 from sfumato.training.state import checkpoint, posthoc_ema
 
@@ -86,6 +88,8 @@ def test_a_run_moves_between_processes_and_strategies(tmp_path):
 @pytest.mark.slow
 @pytest.mark.precisions("fp32", "bf16")
 def test_every_elementwise_optimizer_moves_rows_as_it_moves_whole_weights(tmp_path, optimizer: str):
+    if (package := OPTIMIZERS[optimizer].package) and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
     changes = {**QUIET, "optimizer": optimizer, "steps": 4, "learning_rate": 1e-3}
     run_on(1, tmp_path / "one", gradient_accumulation=2, **changes)
     run_on(2, tmp_path / "two", parallel="fsdp", **changes)

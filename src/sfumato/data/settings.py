@@ -32,8 +32,8 @@ class DataSettings:
 
     train: str | tuple[str, ...] = key(
         "",
-        "folder of captioned pictures or clips, openmoji, openmoji-all, shapes, moving-shapes, or a data set "
-        "of your own as file.py:name; or several",
+        "folder of captioned pictures or clips, openmoji, openmoji-all, shapes, moving-shapes, a data set of "
+        "the Hub as hf:owner/name, or one of your own as file.py:name; or several",
         path=True,
         words=EMBEDDED,
         many=True,

@@ -1,6 +1,6 @@
-"""How a demo's minutes are spent: steps are timed on this machine, then counted.
+"""How a demo's minutes are spent: the clock decides, while it trains, how many steps fit.
 
-A faster machine trains longer.
+A faster machine trains longer. None trains less than a good picture needs: there it takes longer.
 """
 
 import time
@@ -23,21 +23,23 @@ from sfumato.training.precision import autocast, effective_precision
 from sfumato.training.settings import TrainSettings
 
 TEXT_WIDTH = 384
+START_SECONDS = 10.0
+"""What is no phase of the run: loading, timing steps, writing the page."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a data set's minutes are spent.
 
-    minutes: in all; codec: share of them for the codec; rest: seconds for all that is not training;
-    fewest, most: steps of the denoiser, and fewest_codec, most_codec of the codec; side: of its pictures;
-    frames: of its clips, 0 for pictures.
+    minutes: in all; codec: share of them for the codec; drawing: what drawing and judging take when training
+    is over, in steps of the denoiser; fewest, most: steps of the denoiser; fewest_codec, most_codec: of the
+    codec; side: of its pictures; frames: of its clips, 0 for pictures.
     """
 
     recipe: Recipe
     minutes: float
     codec: float
-    rest: float
+    drawing: int
     fewest: int
     most: int
     fewest_codec: int
@@ -47,22 +49,31 @@ class Plan:
 
 
 def recipe_for_budget(plan: Plan, data: str, out: Path, minutes: float | None, device: str) -> Recipe:
-    """The recipe that fills the minutes on this machine."""
+    """The recipe that fills the minutes on this machine.
+
+    What is timed before it starts, when the machine may be busy for a moment, only says how long the codec is
+    trained and when to draw; how many steps the denoiser makes, `train.minutes` decides.
+    """
     minutes = minutes or plan.minutes
     model = plan.recipe.model
     where = devices.resolve(device)
     codec_step, step = time_steps(model, plan.recipe.train, plan.side, where, plan.frames)
     for_codec = 60 * minutes * plan.codec
-    for_training = 60 * minutes - for_codec - plan.rest
-    codec_steps = _between(plan.fewest_codec, for_codec / codec_step, plan.most_codec)
-    steps = _between(plan.fewest, for_training / step, plan.most if minutes <= plan.minutes else 10**7)
+    until_drawing = max(1.0, 60 * minutes - START_SECONDS - step * plan.drawing)
+    most = plan.most if minutes <= plan.minutes else 10**7
+    expected = _between(plan.fewest, (until_drawing - for_codec) / step, most)
+    train = replace(
+        plan.recipe.train, steps=most, minutes=until_drawing / 60, min_steps=plan.fewest, device=device
+    )
     return replace(
         plan.recipe,
         output=str(out),
-        model=replace(model, codec_steps=codec_steps),
+        model=replace(
+            model, codec_steps=_between(plan.fewest_codec, for_codec / codec_step, plan.most_codec)
+        ),
         data=DataSettings(train=data, resolution=plan.side, frames=plan.frames, cache_dir=str(out / "store")),
-        train=replace(plan.recipe.train, steps=steps, device=device),
-        sample=replace(plan.recipe.sample, every=-(-steps // 4)),
+        train=train,
+        sample=replace(plan.recipe.sample, every=-(-expected // 4)),
     )
 
 

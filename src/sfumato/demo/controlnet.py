@@ -12,9 +12,9 @@ from sfumato.settings import Table
 from sfumato.workflow.control_training import picture_for
 
 DEMO = GuideDemo(
-    plan_of("controlnet", minutes=5.0, guidance=3.0, fewest=300),
-    base_share=3.0,
-    guide_cost=1.3,
+    plan_of("controlnet", minutes=5.0, guidance=3.0, fewest=600),
+    base_share=0.7,
+    fewest_base=2000,
     data={"control_image": "sketch", "condition_dropout": Table({"control": 0.05})},
 )
 

@@ -10,7 +10,7 @@ from sfumato.demo.runner import DemoReport, DemoTask, Scores
 from sfumato.demo.two_step import companion, plan_of, unseen
 from sfumato.recipe import Recipe
 
-PLAN = plan_of("edit", minutes=5.0, guidance=2.0, fewest=1500)
+PLAN = plan_of("edit", minutes=5.0, guidance=2.0, fewest=2400)
 
 
 def recipe(data: str, out: Path, minutes: float | None, device: str) -> Recipe:

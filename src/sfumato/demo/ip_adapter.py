@@ -7,9 +7,9 @@ from sfumato.demo.two_step import GuideDemo, companion, plan_of, unseen
 from sfumato.settings import Table
 
 DEMO = GuideDemo(
-    plan_of("ip-adapter", minutes=6.0, guidance=2.0, fewest=500),
-    base_share=2.5,
-    guide_cost=1.8,
+    plan_of("ip-adapter", minutes=6.0, guidance=2.0, fewest=800),
+    base_share=0.6,
+    fewest_base=2000,
     base_data="shapes-alone",
     data={"reference_image": "reference", "condition_dropout": Table({"reference": 0.1})},
 )

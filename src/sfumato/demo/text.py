@@ -44,9 +44,9 @@ _SHAPES = Recipe(
     sample=replace(_SAMPLE, guidance=4.0),
 )
 PLANS = {
-    "openmoji": Plan(_PICTURES, 4.8, 0.13, 30, 400, 8000, 150, 2000, 64),
-    "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 60, 800, 20000, 200, 3000, 64),
-    "shapes": Plan(_SHAPES, 4.0, 0.10, 45, 800, 16000, 100, 1000, 32),
+    "openmoji": Plan(_PICTURES, 4.8, 0.13, 70, 1000, 8000, 200, 2000, 64),
+    "openmoji-all": Plan(_PICTURES, 10.0, 0.15, 70, 2000, 20000, 300, 3000, 64),
+    "shapes": Plan(_SHAPES, 4.0, 0.10, 150, 2000, 16000, 100, 1000, 32),
 }
 
 
@@ -65,7 +65,7 @@ def judge_openmoji(trained: DemoReport) -> Scores:
     known = trained.data.with_split("train")
     side = int(trained.model.info["resolution"])
     pictures = torch.stack([center_crop_resize(picture_of(sample), side, side) for sample in known])
-    neighbors = Neighbors(pictures, [sample.captions for sample in known])
+    neighbors = Neighbors(pictures, [sample.captions for sample in known], namesakes=True)
     prompts = sample_prompts([sample.captions[0] for sample in known], JUDGED)
     drawn = draw(trained, prompts, "judged")
     right = neighbors.judge(
@@ -73,18 +73,22 @@ def judge_openmoji(trained: DemoReport) -> Scores:
     )
     unseen = trained.data.with_split("held_out")[:JUDGED]
     accuracy = {"trained": sum(right) / len(right)}
+    how = {"trained": f"{neighbors.how}; chance {neighbors.chance(prompts):.1%}"}
     if unseen:
         asked = [sample.captions[0] for sample in unseen]
         fresh = draw(trained, asked, "judged_held_out")
         truth = torch.stack([center_crop_resize(picture_of(sample), side, side) for sample in unseen])
         everything = Neighbors(
-            torch.cat([pictures, truth]), [*(one.captions for one in known), *([text] for text in asked)]
+            torch.cat([pictures, truth]),
+            [*(one.captions for one in known), *([text] for text in asked)],
+            namesakes=True,
         )
         found = everything.judge(
             torch.stack([center_crop_resize(picture, side, side) for picture in fresh]), asked
         )
         accuracy["held_out"] = sum(found) / len(found)
-    return accuracy, {"trained": neighbors.how, "held_out": "the same, the held-out pictures added"}
+        how["held_out"] = f"the same, the held-out pictures added; chance {everything.chance(asked):.1%}"
+    return accuracy, how
 
 
 def judge_shapes(trained: DemoReport) -> Scores:

@@ -11,10 +11,9 @@ from sfumato.data.settings import DataSettings
 from sfumato.data.sources.sample import HELD_OUT, Sample
 from sfumato.demo.budget import Plan, recipe_for_budget
 from sfumato.demo.drawing import JUDGED
-from sfumato.demo.runner import DemoReport, Progress
+from sfumato.demo.runner import DemoReport, Progress, phases
 from sfumato.demo.text import PLANS
 from sfumato.recipe import Recipe
-from sfumato.run_folder import RunFolder
 from sfumato.workflow import Run, train
 
 
@@ -33,33 +32,46 @@ def plan_of(kind: str, minutes: float, guidance: float, fewest: int) -> Plan:
 class GuideDemo:
     """A demo of two stages.
 
-    plan: of both; base_share: steps of the base for each of the guide; guide_cost: a guide's step, in steps
-    of the base; base_data: the set the base learns from, if another; data: further keys of [data].
+    plan: of both, its fewest steps those of the guide; base_share: of the training's time for the base;
+    fewest_base: steps of the base; base_data: the set the base learns from, if another; data: further keys
+    of [data].
     """
 
     plan: Plan
     base_share: float
-    guide_cost: float
+    fewest_base: int
     base_data: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
 
     def recipe(self, name: str, out: Path, minutes: float | None, device: str) -> Recipe:
-        """The guide's recipe; its base is trained in `out/base`."""
+        """The guide's recipe, with the minutes of both; its base is trained in `out/base`."""
         whole = recipe_for_budget(self.plan, name, out, minutes, device)
-        steps = max(self.plan.fewest, int(whole.train.steps / (self.base_share + self.guide_cost)))
+        every = max(1, round(whole.sample.every * (1 - self.base_share)))
         return replace(
             whole,
             model=replace(whole.model, base=str(out / "base")),
             data=replace(whole.data, **self.data),
-            train=replace(whole.train, steps=steps),
-            sample=replace(whole.sample, every=-(-steps // 3)),
+            sample=replace(whole.sample, every=every),
         )
 
     def train(self, recipe: Recipe, progress: Progress | None) -> Run:
-        """Train the base, and then the guide."""
+        """Train the base, and then the guide in the minutes that are left."""
+        if not has_begun(Path(recipe.output)):
+            self.train_base(recipe, progress)
+            left = recipe.train.minutes - sum(phases(Path(recipe.model.base)).values()) / 60
+            recipe = replace(recipe, train=replace(recipe.train, minutes=max(0.01, left)))
+        return train(recipe, progress=progress)
+
+    def train_base(self, recipe: Recipe, progress: Progress | None) -> None:
+        """Train the base of a guide's recipe, or go on with it."""
+        if has_begun(Path(recipe.model.base)):
+            train(Recipe.read(recipe.model.base), progress=progress)
+            return
         usual = DataSettings()
         plain: dict[str, Any] = {name: getattr(usual, name) for name in self.data}
-        steps = max(1, int(recipe.train.steps * self.base_share))
+        settings = replace(
+            recipe.train, minutes=recipe.train.minutes * self.base_share, min_steps=self.fewest_base
+        )
         base = Recipe(
             output=recipe.model.base,
             seed=recipe.seed,
@@ -67,16 +79,16 @@ class GuideDemo:
                 recipe.model, base="scratch", train="full", control_layers=0, image_encoder="codec"
             ),
             data=replace(recipe.data, train=self.base_data or recipe.data.train, **plain),
-            train=replace(recipe.train, steps=steps),
-            sample=replace(recipe.sample, every=steps),
+            train=settings,
+            sample=replace(recipe.sample, every=settings.steps),
         )
-        if not RunFolder(Path(base.output)).effective.is_file():
-            train(base, progress=progress)
-        elif RunFolder.open(base.output).checkpoint_folders()[-1:] != [
-            RunFolder.open(base.output).checkpoint_folder(steps)
-        ]:
-            train(Recipe.read(base.output), progress=progress)
-        return train(recipe, progress=progress)
+        train(base, progress=progress)
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether a run was begun there."""
+    effective = folder / "effective.toml"
+    return effective.is_file() and bool(effective.read_text(encoding="utf-8").strip())
 
 
 def unseen(trained: DemoReport) -> list[Sample]:

@@ -31,7 +31,7 @@ _RECIPE = Recipe(
 TIMES = 3
 """Clips of each unseen combination that are judged; there are few combinations."""
 PLANS = {
-    "moving-shapes": Plan(_RECIPE, 7.3, 0.14, 50, 300, 4000, 150, 400, side=32, frames=moving_shapes.FRAMES),
+    "moving-shapes": Plan(_RECIPE, 7.3, 0.14, 80, 700, 4000, 150, 400, side=32, frames=moving_shapes.FRAMES),
 }
 
 

@@ -8,14 +8,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measure:
-    """value ± error; error is one standard error, None where a single measurement gives none."""
+    """value ± error; error is one standard error, None where a single measurement gives none.
+
+    chance: the value that pure chance gives, of shares that are right.
+    """
 
     value: float
     error: float | None = None
     note: str = ""
+    chance: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.4g}" + (f" ± {self.error:.2g}" if self.error is not None else "")
+        beside = "" if self.error is None else f" ± {self.error:.2g}"
+        return f"{self.value:.4g}{beside}" + ("" if self.chance is None else f" (chance {self.chance:.2g})")
 
     def to_dict(self) -> dict[str, Any]:
         """As a table for JSON."""

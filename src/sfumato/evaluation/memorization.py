@@ -6,7 +6,7 @@ have copied, say how small it is anyway: the share of drawn pictures below what 
 below is near 5 % for a model that copies nothing. After Carlini et al. 2023, arXiv:2301.13188, section 4.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,9 +54,12 @@ def measure_memorization(generated: Tensor, train: Tensor, held_out: Tensor | No
     if len(train) < 3:
         raise ValueError("memorisation is measured against at least three training pictures")
     nearest, ratio = nearest_distance_ratios(generated, train)
-    line, note = PLAINLY, f"nearest training picture within {PLAINLY:g} of the next {OTHERS}"
+    next_ones = min(OTHERS, len(train) - 1)
+    line, chance = PLAINLY, None
+    note = f"at most {PLAINLY:g} times as far from one training picture as from the next {next_ones}"
     if held_out is not None and len(held_out) >= 1 / QUANTILE:
         own = torch.tensor(nearest_distance_ratios(held_out, train)[1])
-        line = float(own.quantile(QUANTILE))
-        note = f"as near to one training picture as {QUANTILE:.0%} of held-out pictures are"
-    return Memorization(nearest, ratio, proportion([value < line for value in ratio], note))
+        line, chance = float(own.quantile(QUANTILE)), QUANTILE
+        note = f"nearer to one training picture than {1 - QUANTILE:.0%} of held-out pictures are"
+    copied = proportion([value < line for value in ratio], note)
+    return Memorization(nearest, ratio, replace(copied, chance=chance))

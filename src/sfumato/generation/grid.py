@@ -131,7 +131,7 @@ def checkpoints_of(source: Path | str | None, values: Sequence[Any]) -> list[Pat
     Raises:
         Refused: no run, or no such checkpoint.
     """
-    run = None if source is None else locate.weights_of(locate.place(source))[0]
+    run = None if source is None else locate.weights_of(Path(source).expanduser())[0]
     if run is None or not (run / "checkpoints").is_dir():
         raise Refused(f"{source} is no run with checkpoints, so a grid cannot compare them. Leave that out.")
     there = RunFolder.open(run).checkpoint_folders()

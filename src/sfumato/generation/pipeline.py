@@ -8,7 +8,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,17 +16,20 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import models
-from sfumato.errors import Refused
+from sfumato.errors import Refused, one_of
 from sfumato.generation import finite, image_guidance
 from sfumato.generation.adjustable_model import AdjustableModel
 from sfumato.generation.grid import GridCell, draw_cells
 from sfumato.generation.guidance import GuidanceOptions, check_negative, mark_perturbed
 from sfumato.generation.image_guidance import ImageGuidance
+from sfumato.generation.memory_limit import LimitedPlacement, place_within, within_memory
 from sfumato.generation.regions import Regions, parse_regions
 from sfumato.generation.video import VideoConditioning, parse_video
 from sfumato.models import Condition, Model
 from sfumato.models.codecs import tiling
+from sfumato.models.io.model import DTYPES
 from sfumato.models.pretrained.image_inputs import images_per_prompt
+from sfumato.settings import parse_bytes
 from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as forms
 from sfumato.theory import times as sampling_times
@@ -173,7 +176,13 @@ class Pipeline(AdjustableModel):
     def decode(self, latents: Tensor, tile: int = 0, chunk: int = 0) -> Tensor:
         """Latents → pixels, not clamped; to save memory, tiles of so many pixels, frames of a chunk."""
         if not (cut := tiling.Tiling(tile, chunk)):
-            return super().decode(latents)
+            try:
+                return super().decode(latents)
+            except torch.OutOfMemoryError:
+                if not (isinstance(self.placement, LimitedPlacement) and tiling.can_tile(self.codec)):
+                    raise
+            cut = tiling.usual(self.codec)
+            self.placement.say(f"The codec does not fit at once: it decodes tiles of {cut.tile} pixels.")
         with self.at_work(self.codec):
             return tiling.decode_tiled(self.codec, self.codec_input(latents), cut)
 
@@ -269,7 +278,8 @@ class Pipeline(AdjustableModel):
             tell = (
                 None if watch is None else partial(_tell_steps, watch, plan.schedule.steps, rows, len(todo))
             )
-            pixels = self.sample_pixels(plan.part(rows), some, start, tile, chunk, tell)
+            draw = partial(self.sample_pixels, plan.part(rows), some, start, tile, chunk, tell)
+            pixels = within_memory(self, draw)
             finite.check_result(pixels, self, plan.guidance)
             pictures += to_pictures(pixels, "frames" in self.info, frames)
         return pictures
@@ -365,10 +375,11 @@ class Pipeline(AdjustableModel):
             first = images.initial_state(self.theory, start, schedule.grid, first)
         elif self.sampling is None:
             first = self.scale_noise(first, schedule.grid)
-        for step, state in enumerate(self.states(todo, first, denoise, schedule), 1):
-            x = state
-            if watch is not None:
-                watch(step)
+        with self.at_work(self.denoiser):
+            for step, state in enumerate(self.states(todo, first, denoise, schedule), 1):
+                x = state
+                if watch is not None:
+                    watch(step)
         x = sampler.video.restore_known(images.paste_latents(self.denoiser.finalize_latents(x, prompted)))
         return images.paste_pixels(self.decode(x, tile, chunk))
 
@@ -545,16 +556,32 @@ def load(
     device: str = "cpu",
     config: Path | str | None = None,
     *,
+    memory: str | float | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
     trust: bool = False,
 ) -> Pipeline:
     """The model of a folder, a run or a single file, ready to draw; `models.load` says what it takes.
 
     Args:
+        dtype: what the network and the text encoders are kept and computed in: float32, bfloat16 or float16.
+            The states between steps and the codec stay float32.
+        memory: of a GPU, what may be taken: bytes, a text like "8GB", or "free" for what is free there.
+            Stages then take turns on the device, and the largest come block by block; pictures are the same.
+        say: hears where the stages are, and what is changed where memory is out after all.
         trust: code that the folder names as `file.py:name` may run, also if it was neither named by you nor
             run on this machine before.
+    Raises:
+        Refused: no such model, device or dtype; a memory that is none, or on a CPU.
     """
+    number = DTYPES[one_of("dtype", dtype, DTYPES)]
+    limit = None if memory in (None, "free") else parse_bytes(memory) if isinstance(memory, str) else memory
     with trusting(trust):
-        model = cast(Pipeline, models.load(folder, dtype, device, Pipeline, config))
+        at_first = device if memory is None else "cpu"
+        model: Pipeline = models.load(folder, number, at_first, Pipeline, config, torch.float32)
+    if number != torch.float32:
+        model.denoiser.compute_dtype = number
+    if memory is not None:
+        place_within(model, torch.device(device), limit, say)
     model.source = Path(folder)
     return model
 

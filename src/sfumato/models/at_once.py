@@ -54,6 +54,6 @@ class AtOnce:
             return (ask(some),)
         except torch.OutOfMemoryError:
             pass
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if torch.accelerator.is_available():
+            torch.get_device_module().empty_cache()
         return None

@@ -31,6 +31,11 @@ class GuidancePolicy:
     options: Mapping[str, float | None] = field(default_factory=dict)
     has_own_form: bool = False
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the network itself reads the guidance scale."""
+        return False
+
     def embed_guidance(self, condition: Condition, scale: float) -> Condition:
         """The condition of a network that reads the guidance scale; most do not."""
         return condition

@@ -238,8 +238,11 @@ class Denoiser(Stage):
 
     def __call__(self, *args: Any, **known: Any) -> Any:
         """As `forward` answers; a network with narrow frozen weights computes in their dtype."""
-        device = next((weight.device.type for weight in self.parameters()), "cpu")
-        if self.compute_dtype is None or device == "meta":
+        if self.compute_dtype is None:
+            return super().__call__(*args, **known)
+        x = args[0] if args else known["x"]
+        device = (x if isinstance(x, Tensor) else x[0]).device.type
+        if device == "meta":
             return super().__call__(*args, **known)
         with torch.autocast(device, self.compute_dtype):
             return super().__call__(*args, **known)
@@ -344,8 +347,8 @@ class StagePlacement:
             self.busy -= {id(stage) for stage in mine}
             for tensor, home in homes:
                 tensor.data = home
-            if homes and self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            if homes and self.device.type != "cpu":
+                torch.get_device_module(self.device).empty_cache()
 
 
 class Model:
@@ -387,7 +390,9 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser's weights are."""
+        """Where the denoiser computes."""
+        if self.placement is not None:
+            return self.placement.device
         return next(self.denoiser.parameters()).device
 
     @property

@@ -11,7 +11,12 @@ class ModelSettings:
     """The section [model] of a recipe."""
 
     base: str = key(
-        "scratch", "scratch, or a model's folder to go on from", path=True, words=("scratch",), hub=True
+        "scratch",
+        "scratch, or a model's folder, a run, or an id of the Hub's (owner/name, owner/name@revision) "
+        "to go on from",
+        path=True,
+        words=("scratch",),
+        hub=True,
     )
     train: str = key(
         "full",
@@ -55,13 +60,17 @@ class ModelSettings:
         choices=("float32", "bfloat16", "int8", "fp8", "nf4"),
     )
     init_adapter: str = key(
-        "", "adapters only: a file of the same kind, whoever wrote it, that training goes on from", path=True
+        "",
+        "adapters only: a file of the same kind, whoever wrote it, that training goes on from",
+        path=True,
+        hub=True,
     )
     merge_loras: Mapping[str, float] = key(
         Table(),
         "adapters only: LoRA files that become part of the base first, each with its weight",
         values=float,
         path=True,
+        hub=True,
         sign=":",
         example="style.safetensors:0.8",
     )

@@ -5,6 +5,8 @@ case. MP4, WebM and the like are read by PyAV, animated GIF and WebP by Pillow. 
 sets and what `generate` is shown enter here.
 """
 
+from __future__ import annotations
+
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +14,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from sfumato.readers import media
 from sfumato.readers.video_frames import PLAIN, FrameConversion, conversion_of, deinterlaced
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_DECODED = 20_000  # frames decoded for one piece, at most
 SEEK_FROM = 1.0  # seconds; what begins earlier is read from the beginning
@@ -200,6 +203,8 @@ def read_frames(
     Raises:
         media.Unreadable: no video, broken, or too short.
     """
+    import torch  # here: what only looks at clips does without, and answers at once
+
     known = video_info(name, source)
     needed = piece.frames / piece.fps
     if known.seconds and is_short(known.seconds, piece.frames, piece.fps):

@@ -6,15 +6,19 @@ Nothing a file contains can hang or crash a run: sizes are looked at before pixe
 decoder becomes one sentence.
 """
 
+from __future__ import annotations
+
 import io
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageCms, ImageOps
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with a file is said once, as its reason
 
@@ -257,6 +261,8 @@ def center_crop_resize(image: Image.Image, width: int, height: int) -> Tensor:
     if image.size != (width, height):
         box = center_crop_box(image.size, width, height)
         image = image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+    import torch  # here: what only looks at pictures does without, and answers at once
+
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 

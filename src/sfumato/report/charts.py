@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,12 +42,12 @@ class Axis:
 
     def __call__(self, value: float) -> float:
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        here = math.log(max(value, self.low * 1e-9)) if self.log else value
+        here = math.log(max(value, self.low * 1e-9, 5e-324)) if self.log else value
         return self.start + (here - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, about: int = 5) -> list[float]:
         """Round values along the axis."""
-        if self.log and self.high / self.low > 4:
+        if self.log and self.high > 4 * self.low:
             return self._log_ticks()
         raw = (self.high - self.low) / about
         size = 10 ** math.floor(math.log10(raw))
@@ -56,7 +57,7 @@ class Axis:
         return [(first + index) * step for index in range(count)]
 
     def _log_ticks(self) -> list[float]:
-        decades = math.log10(self.high / self.low)
+        decades = math.log10(self.high) - math.log10(self.low)
         factors = (
             (1,) if decades > 4 else (1, 3) if decades > 2 else (1, 2, 5) if decades > 0.7 else range(1, 10)
         )
@@ -74,7 +75,7 @@ def _bounds(values: Sequence[float], log: bool, zero: bool) -> tuple[float, floa
         return (0.1, 1.0) if log else (0.0, 1.0)
     low, high = min(good), max(good)
     if log:
-        return (low / 1.1, high * 1.1)
+        return (max(low / 1.1, 5e-324), min(high * 1.1, sys.float_info.max))
     if zero:
         low = min(low, 0.0)
     room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0

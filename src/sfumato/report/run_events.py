@@ -3,13 +3,15 @@
 A line that has no check sum may come from anywhere; what it says is looked at before it is shown.
 """
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from sfumato.run_folder import RunFolder
 
 Check = Callable[[Any], bool]
+LARGEST = sys.float_info.max
+"""An integer may be larger, and no chart can show it."""
 
 
 def _is_text(value: Any) -> bool:
@@ -17,7 +19,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isinf(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > LARGEST
 
 
 def _is_step(value: Any) -> bool:

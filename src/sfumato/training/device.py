@@ -17,22 +17,59 @@ MMAP_MAX, MMAP_THRESHOLD, TOP_PAD, TRIM_THRESHOLD = -4, -3, -2, -1
 """The numbers by which glibc's mallopt knows them."""
 
 
+KINDS = ("cpu", "cuda", "xpu", "mps")
+"""Kinds of device: "cuda" are the GPUs of NVIDIA and, with torch for ROCm, of AMD; Intel's; Apple's."""
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
 def resolve(device: str) -> torch.device:
-    """The device a setting means; "auto" is the first GPU if there is one.
+    """The device a setting means; "auto" is the first CUDA or ROCm GPU if there is one, else the CPU.
 
     Raises:
         Refused: no such device on this machine.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except RuntimeError as problem:
         raise Refused(f'device "{device}" is not known. Say auto, cpu, cuda or cuda:1.') from problem
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise Refused(f'device "{device}" is not there: torch sees {count} GPUs. Say auto or cpu.')
+    if found.type not in KINDS:
+        raise Refused(f'device "{device}": networks are not computed there. Say auto, {", ".join(KINDS)}.')
+    if found.type == "cpu":
+        return found
+    count = _count(found.type)
+    if (found.index or 0) >= count:
+        raise Refused(
+            f'device "{device}" is not there: torch {torch.__version__} sees {count} devices of the kind '
+            f'"{found.type}". Say auto or cpu, or install torch as it is built for that device.'
+        )
+    _let_segments_grow(found)
     return found
+
+
+def _count(kind: str) -> int:
+    """How many devices of a kind other than the CPU torch sees."""
+    if kind == "cuda":
+        return torch.cuda.device_count()
+    present = torch.accelerator.current_accelerator(check_available=True)
+    return torch.accelerator.device_count() if present is not None and present.type == kind else 0
+
+
+def _let_segments_grow(device: torch.device) -> None:
+    """Let torch's allocator grow what it has: samples of many shapes would else leave holes nobody can use.
+
+    The environment decides where it says how (PYTORCH_ALLOC_CONF); AMD's driver cannot.
+    """
+    if device.type == "cuda" and sys.platform == "linux" and torch.version.hip is None:
+        if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+            os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
 
 
 @contextmanager
@@ -89,8 +126,8 @@ def keep_freed_memory(device: torch.device) -> Iterator[None]:
 def release_cached_memory() -> None:
     """Give the memory that torch keeps of a GPU's back to it, in one piece for what comes next."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if torch.accelerator.is_available():
+        torch.get_device_module().empty_cache()
 
 
 def trim_memory() -> None:
@@ -109,4 +146,8 @@ def free_bytes(device: torch.device) -> int:
     """Bytes of memory that are free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type == "xpu":
+        return torch.xpu.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return psutil.virtual_memory().available

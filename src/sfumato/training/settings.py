@@ -28,7 +28,14 @@ WEIGHTINGS = ("none", "min-snr", "edm", "sigmoid", "p2", "debiased")
 class TrainSettings:
     """The section [train] of a recipe."""
 
-    steps: int = key(5000, "optimizer steps in all", least=1)
+    steps: int = key(5000, "optimizer steps in all; with train.minutes the most there may be", least=1)
+    minutes: float = key(
+        0.0,
+        "what the run may take, a codec and encodings included: the clock decides how many steps fit and the "
+        "learning rate's schedule with them; 0: train.steps decides",
+        least=0,
+    )
+    min_steps: int = key(0, "with train.minutes: so many steps at least, however long they take", least=0)
     batch: int = key(32, "samples in one step, over all processes and accumulation", least=1)
     gradient_accumulation: int = key(1, "parts a batch is computed in, to need less memory", least=1)
     sequence_packing: bool = key(
@@ -88,6 +95,12 @@ class TrainSettings:
         "file.py:name of a loss of your own, of (answer, target); empty: their squared difference",
         path=True,
     )
+    guidance_told: float = key(
+        0.0,
+        "the guidance that a distilled network which hears it is told while it learns (FLUX dev, "
+        "HunyuanVideo); 0: its pipeline's usual",
+        least=0,
+    )
     weighting: str = key("none", "weight of a sample's loss by its time", choices=WEIGHTINGS)
     precision: str = key(
         "auto",
@@ -124,3 +137,9 @@ class TrainSettings:
     )
     validate_every: int = key(500, "steps between measurements of the held-out loss; 0 for never", least=0)
     trackers: tuple[str, ...] = key((), "who else hears of the curves: tensorboard, wandb, trackio")
+
+    def expected_steps(self, seconds: float) -> int:
+        """How many steps the run comes to where one takes so many seconds, as far as that says."""
+        if not self.minutes:
+            return self.steps
+        return min(self.steps, max(1, self.min_steps, int(60 * self.minutes / max(seconds, 1e-9))))

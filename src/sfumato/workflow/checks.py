@@ -11,14 +11,16 @@ from sfumato import models
 from sfumato.data import buckets
 from sfumato.data.settings import EMBEDDED, DataSettings
 from sfumato.data.sources.sample import Sample
-from sfumato.errors import Refused
+from sfumato.errors import Refused, printable
 from sfumato.generation import Pipeline, load
 from sfumato.generation.guidance import ARGUMENTS, GuidanceOptions, check_negative
-from sfumato.models import control
+from sfumato.models import control, hub_files
 from sfumato.models.interface import no_context_parallel
 from sfumato.models.networks.dit import DiT
 from sfumato.models.networks.ulysses import check_heads, uneven
 from sfumato.models.networks.unet import UNet
+from sfumato.models.pretrained import token_count
+from sfumato.readers import clips
 from sfumato.recipe import DEFAULT, Recipe
 from sfumato.settings import Table
 from sfumato.training.distributed import context_parallel
@@ -31,6 +33,9 @@ from sfumato.workflow.dataset import Bucket, dataset_names, known_sizes
 from sfumato.workflow.finetune import check_latents
 
 NETWORKS: dict[str, type[models.Denoiser]] = {"dit": DiT, "unet": UNet}
+
+COUNTED = 20_000
+"""Captions whose tokens are counted, at most."""
 
 
 def check_theory(recipe: Recipe) -> None:
@@ -119,6 +124,22 @@ def check_known_frames(recipe: Recipe, base: Pipeline | None) -> None:
         raise Refused(
             "train.last_frame_share is a share of train.first_frame_share, which is 0. Set that too."
         )
+
+
+def check_clips(recipe: Recipe, base: Pipeline | None, samples: Iterable[Sample]) -> None:
+    """Raises Refused where clips would be read as pictures beside a base of clips, without data.frames."""
+    if base is None or not base.codec.of_clips or recipe.data.frames:
+        return
+    found = next((one.name for one in samples if clips.is_clip(one.name, one.source())), None)
+    if found is None:
+        return
+    place = hub_files.local(recipe.model.base)
+    usual = Recipe.read(place).data.frames if (place / "effective.toml").is_file() else 0
+    example = f"data.frames = {usual}, as that run did" if usual else "data.frames"
+    raise Refused(
+        f"{found} is a clip and {recipe.model.base} draws clips, but data.frames is 0, which takes pictures. "
+        f"Set {example}; or data.frames = 1, to train on a single frame of each."
+    )
 
 
 def check_sequence_packing(recipe: Recipe, base: Pipeline | None) -> None:
@@ -267,6 +288,15 @@ def check_idle_settings(recipe: Recipe, device: torch.device, held_out: int) -> 
             f"train.elastic_max_ranks is {train.elastic_max_ranks}, but one tree of gradients needs a power "
             f"of 2. Choose {lower} or {2 * lower}."
         )
+    if train.min_steps and not train.minutes:
+        raise Refused(
+            f"train.min_steps = {train.min_steps} is the least that train.minutes may come to, and "
+            "train.minutes is 0. Say how many minutes, or leave train.min_steps out: train.steps decides."
+        )
+    if train.min_steps > train.steps:
+        raise Refused(
+            f"train.min_steps = {train.min_steps} is more than train.steps = {train.steps}. Change one."
+        )
     if train.hsdp_shard_size and train.parallel != "hsdp":
         raise Refused(
             'train.hsdp_shard_size is about train.parallel = "hsdp". Say that too, or leave it out.'
@@ -310,3 +340,41 @@ def recipe_warnings(recipe: Recipe) -> list[str]:
     if train.threads > cores:
         found.append(f"train.threads = {train.threads}, but there are {cores} cores: threads will wait.")
     return found
+
+
+def truncation(conditioner: models.Conditioner, samples: Iterable[Sample]) -> dict[str, int] | None:
+    """How many captions the model's own tokenizer cuts off: {read, longest, counted, cut_off}; None without.
+
+    Of more than COUNTED captions so many, evenly spread, are counted.
+    """
+    found = _counted_tokens(conditioner, samples)
+    if found is None:
+        return None
+    most, _, lengths = found
+    cut = sum(length > most for length in lengths)
+    return {"read": most, "longest": max(lengths), "counted": len(lengths), "cut_off": cut}
+
+
+def truncation_warning(conditioner: models.Conditioner, samples: Iterable[Sample]) -> str:
+    """A sentence about captions that are longer than the text encoder reads; "" where none is."""
+    most, captions, lengths = _counted_tokens(conditioner, samples) or (0, [], [])
+    cut = [(length, text) for length, text in zip(lengths, captions, strict=True) if length > most]
+    if not cut:
+        return ""
+    longest, example = max(cut)
+    return (
+        f"{len(cut):,} of {len(captions):,} captions are longer than the {most} tokens this model reads: "
+        f'what is beyond says nothing. The longest has {longest}: "{printable(example[:60])}…"'
+    )
+
+
+def _counted_tokens(
+    conditioner: models.Conditioner, samples: Iterable[Sample]
+) -> tuple[int, list[str], list[int]] | None:
+    """(tokens that are read, captions, their tokens); None where no text is read."""
+    reading = token_count.of_conditioner(conditioner)
+    captions = sorted({caption for sample in samples for caption in sample.captions if caption})
+    if reading is None or not captions:
+        return None
+    some = captions[:: -(-len(captions) // COUNTED)]
+    return reading.most, some, reading.count(some)

@@ -96,14 +96,19 @@ def attach_control(model: Pipeline, recipe: Recipe) -> None:
 
 
 @torch.no_grad()
-def with_blank_control(model: Pipeline, condition: Condition, side: int) -> Condition:
-    """The condition with what the model's control modules read of grey pictures of this side."""
+def with_blank_control(model: Pipeline, condition: Condition, side: int, frames: int = 0) -> Condition:
+    """The condition with what the model's control modules read of grey pictures of this side.
+
+    Args:
+        frames: of the clips that are drawn; 0: pictures are.
+    """
     if not isinstance(model.denoiser, ControlledDenoiser):
         return condition
     encodings: dict[str, Tensor] = {}
     for name, how in model.denoiser.encoders(model).items():
         width, height = how.size or (side, side)
-        gray = torch.zeros(1, 3, height, width, device=model.device, dtype=model.dtype)
+        of_clip = [frames if how.moves else 1] if frames else []
+        gray = torch.zeros(1, 3, *of_clip, height, width, device=model.device, dtype=model.dtype)
         encoding = how.encode(gray)
         encodings[name] = encoding.expand(condition.size, *encoding.shape[1:])
     return Condition({**condition, **encodings}, size=condition.size)

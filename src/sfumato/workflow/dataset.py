@@ -12,7 +12,7 @@ from sfumato.data import condition_images
 from sfumato.data.encoding import views
 from sfumato.data.encoding.views import EncodingOptions
 from sfumato.data.settings import EMBEDDED, DataSettings
-from sfumato.data.sources import folder, user_dataset
+from sfumato.data.sources import folder, hub_dataset, user_dataset
 from sfumato.data.sources.captions import CaptionOptions, expand_captions
 from sfumato.data.sources.sample import Collection, Sample
 from sfumato.errors import Refused
@@ -149,6 +149,17 @@ def _source(settings: DataSettings) -> Collection:
         from sfumato.data.sources import openmoji
 
         return openmoji.collection(every=settings.train == "openmoji-all", size=settings.resolution)
+    if hub_dataset.is_hub_dataset(settings.train):
+        of_hub = hub_dataset.parse(settings.train)
+        found = folder.open_collection(
+            hub_dataset.fetch(of_hub),
+            captions=settings.captions,
+            held_out=settings.held_out,
+            companions=control_training.columns(settings),
+            image=of_hub.image,
+            caption=of_hub.caption,
+        )
+        return replace(found, name=of_hub.repo.name.replace("/", "--"))
     return folder.open_collection(
         settings.train,
         captions=settings.captions,

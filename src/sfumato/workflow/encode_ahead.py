@@ -13,8 +13,8 @@ from sfumato.data.encoding.streaming_dataset import StreamingDataset
 from sfumato.errors import Refused
 from sfumato.recipe import Recipe
 from sfumato.run_folder import write_atomic
+from sfumato.settings import parse_bytes
 from sfumato.training.distributed.processes import BatchSplit, current_processes
-from sfumato.training.estimate.fit_memory import parse_bytes
 from sfumato.training.objective.diffusion import part_slice
 from sfumato.training.objective.packed_batches import indices_by_shape
 

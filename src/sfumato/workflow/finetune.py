@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sfumato import models
+from sfumato import hub, models
 from sfumato.errors import Refused, nearest
 from sfumato.generation import Pipeline, load
-from sfumato.models import locate
 from sfumato.models.control import ControlledDenoiser
 from sfumato.models.control.control_plan import write_plans
 from sfumato.models.interface import Codec
@@ -23,11 +22,11 @@ from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.models.lora.lora_file import WeightDelta
 from sfumato.models.networks import blocks, quantized
 from sfumato.models.pretrained import train_text_encoders
-from sfumato.models.pretrained.pipeline_folder import INDEX
+from sfumato.models.pretrained.pipeline_folder import INDEX, find_model
 from sfumato.models.pretrained.stages import PretrainedConditioner, options_of
 from sfumato.models.pretrained.textual_inversion import SUFFIX
 from sfumato.models.pretrained.train_text_encoders import TextPlan
-from sfumato.recipe import DEFAULT, Recipe
+from sfumato.recipe import BASE, DEFAULT, Recipe
 from sfumato.settings import Table, plain
 from sfumato.training.settings import TrainSettings
 
@@ -60,7 +59,7 @@ def base_of(recipe: Recipe) -> Pipeline | None:
         return None
     kept = Path(recipe.output) / "model"
     begun = (kept / "model.json").is_file() or (kept / INDEX).is_file()
-    base = load(kept if begun else recipe.model.base)
+    base = load(kept if begun else pinned_base(recipe))
     if adapter.names(adapter.peft_target(base.denoiser)):
         adapter.merge(adapter.peft_target(base.denoiser))
     train_text_encoders.settle_all(base)
@@ -73,6 +72,15 @@ def base_of(recipe: Recipe) -> Pipeline | None:
         plan.config(adapter.chosen(adapter.peft_target(base.denoiser), plan, base.denoiser.lora_targets))
     check_text(base, text_plan_of(recipe, plan, base))
     return base
+
+
+def pinned_base(recipe: Recipe) -> str:
+    """The base that a recipe names; a run that began on one of the Hub's goes on from the commit it took."""
+    kept = adapter_run.hub_commit(Path(recipe.output) / "model")
+    named = hub.parse(recipe.model.base)
+    if kept and named is not None and named.name == kept["hub"]:
+        return f"{kept['hub']}@{kept['commit']}"
+    return recipe.model.base
 
 
 def check_keys(recipe: Recipe) -> None:
@@ -179,6 +187,19 @@ def _asked(recipe: Recipe, base: Pipeline) -> dict[str, Any]:
     if recipe.data.source_image and family is not None and family.as_trained:
         overrides["prompt_options"] = {**family.as_trained, **overrides.get("prompt_options", {})}
     return overrides
+
+
+def with_base_sampling(recipe: Recipe, base: Pipeline | None) -> Recipe:
+    """The recipe with the steps and guidance that take effect: where it says none, the base's own."""
+    own = {
+        name: type(getattr(recipe.sample, name))(base.info[name])
+        for name in ("steps", "guidance")
+        if base is not None and recipe.origin(f"sample.{name}") == DEFAULT and name in base.info
+    }
+    if not own:
+        return recipe
+    origins = {**recipe.origins, **{f"sample.{name}": BASE for name in own}}
+    return replace(recipe, sample=replace(recipe.sample, **own), origins=origins)
 
 
 def prompt_options(options: Mapping[str, object], base: Pipeline) -> dict[str, Any]:
@@ -319,7 +340,7 @@ def with_text_learning_rate(recipe: Recipe) -> TrainSettings:
 
 def save_base_reference(model: Pipeline, recipe: Recipe, folder: Path) -> None:
     """Write down what the run's checkpoints will be laid over: the base by its place, or the whole model."""
-    base = locate.place(recipe.model.base)
+    base = find_model(pinned_base(recipe))
     is_begun = any((folder / name).is_file() for name in ("model.json", INDEX))
     if recipe.model.base != "scratch" and (base / INDEX).is_file():
         adapter_run.write_base(folder, base, {k: v for k, v in model.info.items() if k != "guides"})
@@ -358,6 +379,7 @@ def prepare_trainable(model: Pipeline, recipe: Recipe, device: torch.device | No
         adapter_run.attach(model.denoiser, plan)
         if begin is not None:
             init_from_file.fill(network, begin.changes.get("", {}))
+    check_guidance_told(model, recipe)
     device = device or model.device
     model.denoiser.compute_dtype = quantized.quantize_frozen(network, recipe.model.base_quantization, device)
     if recipe.model.attention_backend:
@@ -379,6 +401,15 @@ def prepare_trainable(model: Pipeline, recipe: Recipe, device: torch.device | No
     return (
         train_text_encoders.DenoiserWithTextEncoders(model.denoiser, learning) if learning else model.denoiser
     )
+
+
+def check_guidance_told(model: Pipeline, recipe: Recipe) -> None:
+    """Raises Refused where a guidance is to be told to a network that hears none."""
+    if recipe.train.guidance_told and not model.denoiser.guidance.is_embedded:
+        raise Refused(
+            f"train.guidance_told = {recipe.train.guidance_told:g}: this network does not hear its guidance; "
+            "only networks that were distilled to hear it do (FLUX dev, HunyuanVideo). Leave it out."
+        )
 
 
 def check_latents(recipe: Recipe, codec: Codec, base: Pipeline | None, width: int, height: int) -> None:

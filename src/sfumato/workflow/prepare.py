@@ -19,6 +19,7 @@ from sfumato.training.estimate import probe
 from sfumato.training.loop.loop import print_to_stderr
 from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
 from sfumato.workflow.checks import (
+    check_clips,
     check_guidance,
     check_idle_settings,
     check_known_frames,
@@ -93,6 +94,7 @@ def resolve_recipe(recipe: Recipe) -> ResolvedRecipe:
     check_known_frames(recipe, base)
     check_sequence_packing(recipe, base)
     collection = collection_of(recipe)
+    check_clips(recipe, base, collection.samples)
     control_training.check_column(recipe, collection.samples)
     classes = class_names(collection) if recipe.model.text_encoder == "labels" else ()
     conditioner = base.conditioner if base else models.new_conditioner(recipe.model, classes)

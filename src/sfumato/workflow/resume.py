@@ -1,15 +1,14 @@
 """A run keeps the recipe it began with: what may change does, what may not is refused by name."""
 
-import shlex
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Any
 
-from sfumato import trust, user_code
+from sfumato import paths, trust, user_code
 from sfumato.data.sources.sample import Sample
 from sfumato.errors import Refused
 from sfumato.models.files import read_json
-from sfumato.recipe import Recipe
+from sfumato.recipe import BASE, DEFAULT, Recipe
 from sfumato.run_folder import RunFolder, explain_disk_errors
 from sfumato.settings import toml
 from sfumato.user_code import code_hash, is_user_code
@@ -20,6 +19,8 @@ FREE = (
     "data.cache_dir",
     "data.cache_limit",
     "train.steps",
+    "train.minutes",
+    "train.min_steps",
     "train.log_every",
     "train.save_every",
     "train.keep_checkpoints",
@@ -69,12 +70,15 @@ def check_resume(run: RunFolder, recipe: Recipe, content: str = "") -> list[str]
     before = data_summary(run)
     same_data = not before or not content or before.get("content") == content
     notes = []
-    for name, (was, now) in Recipe.read(run.path).differences(recipe).items():
+    earlier = Recipe.read(run.path)
+    for name, (was, now) in earlier.differences(recipe).items():
+        if recipe.origin(name) == BASE and earlier.origin(name) == DEFAULT:
+            continue  # runs of before 0.2 wrote the default, and took the base's
         moved = name == "data.train" and same_data
         if not (moved or name in FREE or name in RATES or name.startswith(FREE_PARTS)):
             raise Refused(
                 f"{run.path} was begun with {name} = {toml(was)}, but the recipe now says {toml(now)}. "
-                f"Go on with {shlex.quote(f'{name}={toml(was)}')}, or give this recipe another output."
+                f"Go on with {paths.quoted(f'{name}={toml(was)}')}, or give this recipe another output."
             )
         said_by_the_loop = name in RATES and bool(run.checkpoint_folders())
         if name not in ("output", "format") and not said_by_the_loop:

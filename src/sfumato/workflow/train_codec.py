@@ -146,6 +146,8 @@ def codec_train_settings(recipe: Recipe) -> TrainSettings:
     return replace(
         recipe.train,
         steps=steps,
+        minutes=0.0,
+        min_steps=0,
         batch=recipe.model.codec_batch,
         gradient_accumulation=1,
         learning_rate=1e-3,

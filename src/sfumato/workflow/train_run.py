@@ -23,12 +23,13 @@ from sfumato.training.objective.user_loss import UserLoss
 from sfumato.training.state.run_precision import precision_of
 from sfumato.trust import trusting
 from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
-from sfumato.workflow.checks import check_context_parallel, recipe_warnings
+from sfumato.workflow.checks import check_context_parallel, recipe_warnings, truncation_warning
 from sfumato.workflow.encode_samples import caption_encoder, dataset_and_sampler, is_conditional
 from sfumato.workflow.finetune import (
     prepare_trainable,
     save_base_reference,
     text_plan_of,
+    with_base_sampling,
     with_text_learning_rate,
 )
 from sfumato.workflow.planning import step_costs
@@ -37,6 +38,9 @@ from sfumato.workflow.preview import Preview, groups
 from sfumato.workflow.resume import check_classes, check_resume, code_of, data_fingerprint, keep_code
 from sfumato.workflow.train_codec import Progress, trained_codec
 from sfumato.workflow.user_objects import with_user_objects
+
+BEFORE_TRAINING = ("codec", "prior", "encode", "sanity")
+"""Phases that `train.minutes` counts beside the training itself."""
 
 RecipeLike = Recipe | str | Path
 
@@ -194,10 +198,11 @@ def train(
             with processes.first():
                 check_classes(run, resolved.classes)
                 adapter_run.verify_base(run.path / "model")
-                for note in check_resume(run, parsed, data_fingerprint(resolved.samples)):
+                effective = with_base_sampling(parsed, resolved.base)
+                for note in check_resume(run, effective, data_fingerprint(resolved.samples)):
                     say(note)
                 if processes.is_rank_zero:
-                    RunFolder.create(parsed.output, parsed.to_toml(), parsed.to_toml(every=True))
+                    RunFolder.create(parsed.output, parsed.to_toml(), effective.to_toml(every=True))
                     if codes := code_of(parsed):
                         run.event("code", hashes=codes)
                         keep_code(parsed, run)
@@ -252,6 +257,8 @@ def _train(
     counts = {"train": len(prepared.train), "held_out": len(prepared.held_out)}
     for warning in recipe_warnings(recipe):
         say(warning)
+    if leads and (cut := truncation_warning(model.conditioner, prepared.collection.samples)):
+        say(cut)
     if steps_made(run) < settings.steps:
         inputs = step_costs.inputs_of_run(recipe, model, prepared.train, objective)
         say(step_costs.cost_summary(recipe, network, inputs, fresh=not run.checkpoint_folders()))
@@ -275,14 +282,21 @@ def _train(
                 counts=counts,
                 callbacks=[Callback.load(word) for word in recipe.train.callbacks],
                 profile=run.path / "profile" if profile else None,
+                spent=seconds_before_training(run),
             )
         run.event("stop", step=outcome.step, reason=outcome.reason, sync=True)
-        finished = outcome.step >= recipe.train.steps
+        finished = outcome.reason == "done"
     finally:
         encode_ahead.stop_encoding_ahead(train, finished)
         if leads and run.recipe.is_file():
             run_page.write(run)
     return outcome.step
+
+
+def seconds_before_training(run: RunFolder) -> float:
+    """What codec, encodings and sanity checks took, over all the times the run was started."""
+    phases = (one for one in run.events() if one["kind"] == "phase")
+    return sum(one["seconds"] for one in phases if one["name"] in BEFORE_TRAINING)
 
 
 def steps_made(run: RunFolder) -> int:

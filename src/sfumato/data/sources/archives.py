@@ -72,7 +72,7 @@ def tars(root: Path, options: SourceOptions) -> Collection:
     base = (root if root.is_dir() else root.parent).resolve()
     result.set_aside += metadata.others_beside(root, ".tar")
     for inside, path in _own_files(root, ".tar"):
-        if not path.resolve().is_relative_to(base):
+        if not metadata.lies_inside(path.resolve(), base):
             result.set_aside.append(SetAside(inside, "refused: outside the data folder"))
             continue
         try:

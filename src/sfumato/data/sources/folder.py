@@ -30,6 +30,8 @@ def open_collection(
     held_out: float = 0.05,
     empty: bool = False,
     companions: Sequence[str] = (),
+    image: str = "",
+    caption: str = "",
 ) -> Collection:
     """The samples of a data set, in a fixed order.
 
@@ -42,6 +44,7 @@ def open_collection(
         empty: whether a collection may do of which every file was set aside.
         companions: columns of the user's own that name further pictures; control, reference, mask, depth and
             edit_source are known.
+        image, caption: of tables, the columns of pictures and captions, where they have unusual names.
     Raises:
         Refused: nothing there, no pictures, or no captions; the message says what to do.
     """
@@ -50,18 +53,23 @@ def open_collection(
     if embedded is not None:
         return embedded()
     root = Path(path).expanduser()
-    if not root.exists():
-        raise Refused(
-            f"{root} does not exist. data.train takes a folder of pictures, a .tar, .npz or .parquet file, "
-            f"or one of: {', '.join(_embedded())}."
-        )
-    found = _read(root, SourceOptions(captions, tuple(companions)))
+    check_is_there(root)
+    found = _read(root, SourceOptions(captions, tuple(companions), image, caption))
     found.samples.sort(key=lambda sample: sample.name)
     if captions == "none":
         found.samples = [replace(sample, captions=("",)) for sample in found.samples]
     if not found.samples and (not empty or _lacks_captions(captions, found.set_aside)):
         raise Refused(_nothing_left(root, captions, found.set_aside))
     return replace(found, samples=split_held_out(found.samples, held_out))
+
+
+def check_is_there(root: Path) -> None:
+    """Raises Refused where a data set is named that is not there."""
+    if not root.exists():
+        raise Refused(
+            f"{root} does not exist. data.train takes a folder of pictures, a .tar, .npz or .parquet file, "
+            f"or one of: {', '.join(_embedded())}."
+        )
 
 
 def concatenate(parts: Sequence[tuple[Collection, float]]) -> Collection:
@@ -140,7 +148,7 @@ def reason_against(path: Path, base: Path) -> str | None:
         return NOWHERE if path.is_symlink() else "there is no such file"
     except (OSError, RuntimeError, ValueError):
         return "a link that leads nowhere, or no possible file name"
-    if not real.is_relative_to(base):
+    if not metadata.lies_inside(real, base):
         return OUTSIDE
     mode = real.stat().st_mode
     if stat.S_ISDIR(mode):

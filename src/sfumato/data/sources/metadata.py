@@ -50,6 +50,10 @@ class SourceOptions:
 
     captions: str = "files"
     companions: tuple[str, ...] = ()
+    image: str = ""
+    """Of tables, the column of the pictures; "" for the usual ones."""
+    caption: str = ""
+    """Of tables, the column of the captions; "" for the usual ones."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,19 @@ def files_below(root: Path) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         inside = PurePosixPath(Path(place).relative_to(root).as_posix())
         yield from (str(inside / name) for name in sorted(names) if not name.startswith("."))
+
+
+def lies_inside(path: Path, base: Path) -> bool:
+    """Whether a resolved path lies in a resolved folder of data.
+
+    A snapshot of the Hub's cache is a folder of links to the blobs of its own repository, which belong to it.
+    """
+    return path.is_relative_to(base) or any(
+        place.parent.name == "snapshots"
+        and place.parent.parent.name.startswith(("datasets--", "models--", "spaces--"))
+        and path.is_relative_to(place.parent.parent / "blobs")
+        for place in (base, *base.parents)
+    )
 
 
 def why_unread(name: str) -> str:

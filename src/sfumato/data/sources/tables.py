@@ -132,7 +132,7 @@ def parquet(root: Path, options: SourceOptions) -> Collection:
     names = [root.name] if root.is_file() else list(metadata.files_below(root))
     for inside in (name for name in names if name.lower().endswith(".parquet")):
         path = root if root.is_file() else root / inside
-        if not path.resolve().is_relative_to(base):
+        if not metadata.lies_inside(path.resolve(), base):
             result.set_aside.append(SetAside(inside, "refused: outside the data folder"))
             continue
         try:
@@ -159,15 +159,17 @@ def _add(table: TableFile, options: SourceOptions, result: Collection) -> None:
     """
     names = table.schema.names
     holds = [name for name in names if _holds_pictures(table.schema.field(name).type)]
-    picture = next((name for name in PICTURE_COLUMNS if name in holds), None)
-    text = next((name for name in metadata.CAPTION_COLUMNS if name in names), None)
+    pictures_of = [options.image] if options.image else PICTURE_COLUMNS
+    picture = next((name for name in pictures_of if name in holds), None)
+    texts_of = [options.caption] if options.caption else metadata.CAPTION_COLUMNS
+    text = next((name for name in texts_of if name in names), None)
     label = next((name for name in metadata.LABELS if name in names), None)
     classes = _class_names(table.schema, label)
     companion_columns = {
         column: what for column in holds if column != picture and (what := _what(column, options))
     }
     if picture is None or (options.captions == "files" and text is None and not classes):
-        wanted = "image" if picture is None else "caption or text"
+        wanted = options.image or "image" if picture is None else options.caption or "caption or text"
         raise Refused(f"{table.inside} has no column {wanted}; it has {', '.join(names)}.")
     result.classes = max(result.classes, classes, key=len)
     texts = table.rows[text].to_pylist() if text else None

@@ -27,6 +27,22 @@ class Tiling:
         return bool(self.tile or self.frames)
 
 
+USUAL_TILE, USUAL_FRAMES = 256, 16
+
+
+def usual(codec: Codec) -> Tiling:
+    """Pieces small enough for any device, that this codec takes."""
+    network = getattr(codec, "network", None)
+    chunks = hasattr(network, "tile_sample_min_num_frames") or hasattr(network, BATCH)
+    chunked = codec.of_clips and codec.time_stride > 1 and (network is None or chunks)
+    return Tiling(max(USUAL_TILE, 4 * codec.stride), max(USUAL_FRAMES, codec.time_stride) if chunked else 0)
+
+
+def can_tile(codec: Codec) -> bool:
+    """Whether a codec decodes in pieces at all."""
+    return codec.reach is not None or hasattr(getattr(codec, "network", None), "enable_tiling")
+
+
 def decode_tiled(codec: Codec, latents: Tensor, pieces: Tiling) -> Tensor:
     """Pixels of latents [B, C, (K,) h, w], not clamped, decoded piece by piece.
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sfumato import paths
 from sfumato.errors import Refused
+from sfumato.models import hub_files
 from sfumato.models.control.base import ControlledDenoiser
 from sfumato.models.control.control_plan import FILE, ControlPlan, add_control_modules, read_plans
 from sfumato.models.control.ip_adapter import features_of
@@ -25,7 +27,7 @@ ENCODER = "image_encoder"
 
 def attach(model: Model, place: str | Path, image_encoder: str | Path | None = None) -> ControlledDenoiser:
     """Give a model a trained control module: a diffusers ControlNet's folder, an IP-Adapter's file, or a run
-    (or a saved model) whose control modules stand beside the same base.
+    (or a saved model) whose control modules stand beside the same base; or the Hub's id of one.
 
     Args:
         image_encoder: what an IP-Adapter sees through, a folder of transformers; default `image_encoder`
@@ -33,7 +35,7 @@ def attach(model: Model, place: str | Path, image_encoder: str | Path | None = N
     Raises:
         Refused: none of them, or one for another base.
     """
-    path = Path(place).expanduser()
+    path = hub_files.place(place)
     if path.is_file():
         if path.suffix != ".safetensors":
             raise Refused(f"{path} is no control module: an IP-Adapter is a .safetensors file.")
@@ -69,7 +71,7 @@ def _attach_run(model: Model, path: Path, home: Path, weights: Path) -> Controll
     if changing := next((one.kind for one in plans if one.kind in ("edit", "control")), ""):
         raise Refused(
             f"{path} cannot be added to a model: its base learned along ({changing}), so it draws by itself. "
-            f"Say sfumato generate {path}."
+            f"Say {paths.command('generate', path)}."
         )
     known = len(model.denoiser.control_modules) if isinstance(model.denoiser, ControlledDenoiser) else 0
     base = model.denoiser.base if isinstance(model.denoiser, ControlledDenoiser) else model.denoiser

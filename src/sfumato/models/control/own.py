@@ -55,6 +55,16 @@ def resample_frames(control: Tensor, x: Tensor, name: str) -> Tensor:
     return control.expand(-1, -1, frames, -1, -1)
 
 
+def control_pixels(control: Tensor, x: Tensor, name: str, deep: int) -> Tensor:
+    """A control in bytes as pixels in [0, 1] with as many latent frames as x.
+
+    A picture [B, 3, H, W] beside latents that stand for `deep` frames is a clip of one frame.
+    """
+    still = control.ndim == 4 and control.shape[1] == 3
+    whole = control.repeat(1, deep, 1, 1) if still else control
+    return resample_frames(whole.to(x.dtype) / 255, x, name)
+
+
 def image_features(pixels: Tensor) -> Tensor:
     """Pixels in [-1, 1] → bytes: what a control picture is stored as."""
     return pixels.clamp(-1, 1).add(1).mul(127.5).round().byte()
@@ -107,7 +117,7 @@ class OwnControlNet(ControlModule):
         """One on each of the first blocks."""
         assert isinstance(base, DiT)
         weight = weight_of(condition, self.name)
-        control = resample_frames(condition[self.name].to(x.dtype) / 255, x, self.name)
+        control = control_pixels(condition[self.name], x, self.name, self.deep)
         hint = self.hint(patched(control, self.side)).unflatten(0, (len(x), -1)).flatten(1, 2)
         state: list[Tensor] = []
 
@@ -261,7 +271,7 @@ class ControlInput(ControlModule):
 
     def hooks(self, base: Denoiser, x: Tensor, condition: Condition) -> Iterator[Hook]:
         """One on the layer through which latents enter."""
-        control = resample_frames(condition[self.name].to(x.dtype) / 255, x, self.name)
+        control = control_pixels(condition[self.name], x, self.name, self.deep)
         flat = control.transpose(1, 2).flatten(0, 1) if control.ndim == 5 else control
         said = weight_of(condition, self.name) * self.read(F.pixel_unshuffle(flat, self.stride))
         if isinstance(base, DiT):

@@ -1,6 +1,7 @@
 """What a run keeps of a base it did not change: where it is, and the plan of the adapter beside it.
 
-base.json     the base's folder, fingerprints of its files, and what the model remembers
+base.json     the base's folder (of the Hub: its id and commit too), fingerprints of its files, and what the
+              model remembers
 adapter.json  the adapter's plan; its weights are in the run's checkpoints
 """
 
@@ -12,11 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
+from sfumato import hub
 from sfumato.errors import Refused, check_types, explain_malformed, parse_object
+from sfumato.models import hub_files
 from sfumato.models.interface import Denoiser
 from sfumato.models.io.base_fingerprint import base_fingerprint, check_base
 from sfumato.models.lora import adapter
 from sfumato.models.lora.adapter import AdapterPlan
+from sfumato.models.pretrained.pipeline_folder import find_model
 from sfumato.run_folder import write_atomic
 
 FORMAT = 1
@@ -26,13 +30,18 @@ BASE, ADAPTER = "base.json", "adapter.json"
 def write_base(folder: Path, base: Path, info: Mapping[str, Any]) -> None:
     """Remember a base by its place, and by what its files are now."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = {"format": FORMAT, "base": str(base.absolute()), "info": dict(info)}
+    described = {
+        "format": FORMAT,
+        "base": str(base.absolute()),
+        "info": dict(info),
+        **hub_files.commit_of(base),
+    }
     described["fingerprint"] = base_fingerprint(base, info)
     write_atomic(folder / BASE, json.dumps(described, indent=1))
 
 
 def read_base(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The base's folder and what the model remembers.
+    """The base's folder and what the model remembers; one of the Hub's is fetched again where it is gone.
 
     Raises:
         Refused: the base is gone.
@@ -41,12 +50,21 @@ def read_base(folder: Path) -> tuple[Path, dict[str, Any]]:
     with explain_malformed(folder / BASE, "Copy the folder again."):
         base, info = Path(described["base"]), dict(described["info"])
         base.exists()  # a NUL in it is found here
+        source = f"{described['hub']}@{described['commit']}" if "hub" in described else ""
+    if not base.exists() and hub.parse(source) is not None:
+        return find_model(source), info
     if not base.exists():
         raise Refused(
             f"{folder} is of a run that was trained on {base}, which is not there any more. Put the base "
             f'back there, or write its new place into {folder / BASE} ("base").'
         )
     return base, info
+
+
+def hub_commit(folder: Path) -> dict[str, str]:
+    """{hub, commit} of the base of a run in this folder; empty where it is none of the Hub's."""
+    described = _read(folder / BASE) if (folder / BASE).is_file() else {}
+    return {name: str(described[name]) for name in ("hub", "commit") if name in described}
 
 
 def verify_base(folder: Path) -> None:

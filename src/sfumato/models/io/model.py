@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sfumato import user_code
+from sfumato import hub, paths, user_code
 from sfumato.errors import Refused, explain_malformed
-from sfumato.models import locate
+from sfumato.models import hub_files
 from sfumato.models.build import new_theory
 from sfumato.models.control import ControlledDenoiser, add_control_modules
 from sfumato.models.control.control_plan import FILE as CONTROL_PLANS
@@ -40,7 +41,7 @@ from sfumato.models.io import adapter_run, fitted_times
 from sfumato.models.locate import chosen_weights, weights_of
 from sfumato.models.lora import adapter, key_conversion
 from sfumato.models.pretrained import train_text_encoders
-from sfumato.models.pretrained.pipeline_folder import INDEX, load_pipeline, save_pipeline
+from sfumato.models.pretrained.pipeline_folder import INDEX, find_model, load_pipeline, save_pipeline
 from sfumato.models.pretrained.stages import PretrainedConditioner
 from sfumato.models.stage_folder import fill, load_stage, save_stage
 from sfumato.run_folder import atomic_folder
@@ -48,6 +49,8 @@ from sfumato.run_folder import atomic_folder
 FORMAT = 1
 AGAIN = "Copy the folder again, or save the model again."
 NO_LOAD = "does not load as it stands"
+VARIANTS = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""What the weights of a type are usually called where a repository has several."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -107,6 +110,7 @@ def load(
     device: str = "cpu",
     model_class: type[Model] = Model,
     config: Path | str | None = None,
+    codec_dtype: torch.dtype | None = None,
 ) -> Any:
     """The model in a folder that `save` wrote, or of a run: its newest averaged weights, or those of the
     checkpoint that is named (`runs/apples/checkpoints/best`).
@@ -114,21 +118,27 @@ def load(
     A single .safetensors file in its makers' layout needs `config`: a diffusers folder that describes its
     networks and lends what it lacks; by default the folder beside it, named like it.
 
+    Args:
+        codec_dtype: of the codec's weights, where it is another than the other stages'.
     Raises:
         Refused: no such folder, or nothing in it that is known.
         Failed: a file is damaged.
     """
+    variant = VARIANTS.get(DTYPES[dtype] if isinstance(dtype, str) else dtype, "")
     if (file := Path(folder).expanduser()).suffix in (".safetensors", *PICKLES) and not file.is_dir():
         number = DTYPES[dtype] if isinstance(dtype, str) else dtype
-        return load_pipeline(described_by(file, config), number, model_class, file).to(device)
+        return load_pipeline(described_by(file, config), number, model_class, file, codec_dtype).to(device)
     if config is not None:
         raise Refused(f"config = {config} is for a single .safetensors file; {folder} is none. Leave it out.")
-    path, checkpoint = weights_of(locate.place(folder))
+    found = find_model(folder, variant)
+    if found.is_file() and not Path(folder).expanduser().exists():
+        return load_lora_repo(found, dtype, device, model_class)
+    path, checkpoint = weights_of(found)
     number = DTYPES[dtype] if isinstance(dtype, str) else dtype
     insides = [path / "model" / name for name in ("model.json", INDEX, adapter_run.BASE)]
     is_run = any(file.is_file() for file in insides)
     home = path / "model" if is_run else path
-    model = load_home(home, str(folder), number, model_class)
+    model = load_home(home, str(folder), number, model_class, codec_dtype)
     model.fitted_times = fitted_times.read_times(home) or model.fitted_times
     plans = read_plans(home)
     if plans:
@@ -152,7 +162,19 @@ def load(
             model.denoiser.eval()
         elif text is None or not text.alone:
             fill(model.denoiser, tensors, weights)
-    return model.to(device, None if model.origin is not None else number)  # pipelines keep some parts wide
+    if model.origin is None:  # pipelines were read so, but for parts that they keep wide
+        _narrow(model, number, codec_dtype)
+    return model.to(device)
+
+
+def _narrow(model: Model, number: torch.dtype, codec_dtype: torch.dtype | None) -> None:
+    """Keep our own stages' weights in a dtype; beside a wide codec, only the network's matrices."""
+    if codec_dtype is None:
+        model.to(dtype=number)
+        return
+    for weight in model.denoiser.parameters():
+        if weight.ndim >= 2:
+            weight.data = weight.data.to(number)
 
 
 def load_checkpoint(model: Model, folder: Path | str) -> None:
@@ -163,7 +185,7 @@ def load_checkpoint(model: Model, folder: Path | str) -> None:
     Raises:
         Refused: no such checkpoint, or one of another run. Failed: it is damaged.
     """
-    path, checkpoint = weights_of(locate.place(folder))
+    path, checkpoint = weights_of(hub_files.local(folder))
     home, weights = path / "model", chosen_weights(path, checkpoint)
     tensors = read_tensors(weights)
     if read_plans(home):
@@ -180,7 +202,7 @@ def load_checkpoint(model: Model, folder: Path | str) -> None:
 
 def home_of(folder: Path | str) -> Path | None:
     """Where the description of a model is: of a run the folder `model` in it; None of what is no folder."""
-    path = weights_of(locate.place(folder))[0]
+    path = weights_of(hub_files.local(folder))[0]
     homes = [path / "model", path]
     known = ("model.json", INDEX, adapter_run.BASE)
     return next((one for one in homes if any((one / name).is_file() for name in known)), None)
@@ -213,6 +235,31 @@ def has_adapter(folder: Path | str) -> bool | None:
     return (home / adapter_run.ADAPTER).is_file() or (text is not None and text.lora is not None)
 
 
+def load_lora_repo(file: Path, dtype: str | torch.dtype, device: str, model_class: type[Model]) -> Any:
+    """The model of the Hub that a LoRA of the Hub was trained on, with the LoRA in its weights.
+
+    Raises:
+        Refused: neither its header nor its card says which.
+    """
+    from huggingface_hub import metadata_load
+
+    with explain_malformed(file, "Fetch it again."), safe_open(file, "pt") as opened:
+        said = dict(opened.metadata() or {})
+    base = f"{said['base']}@{said['base_commit']}" if {"base", "base_commit"} <= said.keys() else ""
+    if not base and (card := file.with_name("README.md")).is_file():
+        with explain_malformed(card, "Load its base, and add it with add_lora."):
+            listed = (metadata_load(card) or {}).get("base_model")
+            base = str(listed[0] if isinstance(listed, list) and len(listed) == 1 else listed or "")
+    if hub.parse(base) is None:
+        raise Refused(
+            f"{file.name} is a LoRA alone, and says no model of the Hub that it belongs to. Load its base, "
+            "and add it: model.add_lora(ID), or sfumato generate BASE --lora ID."
+        )
+    model = load(base, dtype, device, model_class)
+    key_conversion.merge(model, file)
+    return model
+
+
 def described_by(file: Path, config: Path | str | None) -> Path:
     """The folder that describes a single file's networks.
 
@@ -232,20 +279,26 @@ def described_by(file: Path, config: Path | str | None) -> Path:
     return folder
 
 
-def load_home(home: Path, given: str, number: torch.dtype, model_class: type[Model]) -> Any:
+def load_home(
+    home: Path,
+    given: str,
+    number: torch.dtype,
+    model_class: type[Model],
+    codec_dtype: torch.dtype | None = None,
+) -> Any:
     """The model in a folder of stages, a pipeline's folder, or one that says where its base is."""
     verify_checksums(home)
     if (home / adapter_run.BASE).is_file():
         adapter_run.verify_base(home)
         base, info = adapter_run.read_base(home)
-        model = load(base, number, model_class=model_class)
+        model = load(base, number, model_class=model_class, codec_dtype=codec_dtype)
         with explain_malformed(home / adapter_run.BASE, AGAIN):
             return restore_info(model, located(info, home))
     if (home / INDEX).is_file():
         with explain_malformed(home, "Look at its JSON files, or take it anew from where it came.", NO_LOAD):
             check_layers(home)
             try:
-                return load_pipeline(home, number, model_class)
+                return load_pipeline(home, number, model_class, codec_dtype=codec_dtype)
             except StrictDataclassError as problem:  # a config's value of another type, in transformers
                 raise ValueError(str(problem)) from problem
     if not (home / "model.json").is_file():
@@ -318,10 +371,7 @@ def restore_info(model: Any, info: Mapping[str, Any]) -> Any:
 
 def explain_missing(path: Path, given: str) -> str:
     """Why nothing can be loaded from there, and what to do."""
-    if not path.exists() and locate.is_id(given):
-        return locate.missing(given)
     if not path.exists():
-        return f"{path} does not exist. Give the folder of a model or of a run."
-    if (path / "recipe.toml").is_file():
-        return f"{path} is a run that has not trained yet. Run `sfumato train {path / 'recipe.toml'}` first."
-    return f"{path} holds no model.json. Give the folder of a model or of a run."
+        hint = paths.similar(path, "model") or " Give the folder of a model or of a run."
+        return f"{path} does not exist.{hint}"
+    return paths.no_model(path)

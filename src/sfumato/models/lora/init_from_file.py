@@ -64,7 +64,7 @@ def read(model: Model, file: Path | str) -> AdapterInit:
     for home, layer, change in key_conversion.match_layers(model, changes, path):
         if home in ("", "transformer_2"):
             expert = ("clean." if home else "noisy.") if two else ""
-            found.setdefault("", {})[expert + layer] = change
+            found.setdefault("", {})[expert + layer] = change.of_own_rows()
         else:
             found.setdefault(home, {})[layer] = change
     return AdapterInit(path, found)

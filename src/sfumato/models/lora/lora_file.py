@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sfumato.errors import Refused
+from sfumato.models import hub_files
 from sfumato.models.files import HEADER, digest, must_be_safetensors
 from sfumato.models.lora.old_spellings import usual
 
@@ -255,6 +256,18 @@ class WeightDelta:
             return replace(whole, **swapped)
         return replace(self, **swapped)
 
+    def of_own_rows(self) -> "WeightDelta":
+        """The same, of layers that a file joins with its own rows and those ranks alone that they use."""
+        if self.kind != "lora" or self.rows == slice(None) or self.length is not None:
+            return self
+        assert self.up is not None and self.down is not None
+        up = self.up[self.rows]
+        used = up.flatten(1).any(0)
+        used[0] |= not bool(used.any())
+        bias = None if self.bias is None else self.bias[self.rows]
+        whole = replace(self, up=up[:, used], down=self.down[used], given=self.scale, bias=bias)
+        return replace(whole, rows=slice(None))
+
     def straightened(self) -> "WeightDelta":
         """The same with the kernel between the two matrices in the first: ΔW is as it was."""
         if self.mid is not None and self.down is not None:
@@ -264,12 +277,12 @@ class WeightDelta:
 
 
 def files_in(file: Path | str, pair: bool = False) -> list[Path]:
-    """The file itself; of a folder the one in it, or both of a pair.
+    """The file itself, of the Hub's where an id is meant; of a folder the one in it, or both of a pair.
 
     Raises:
         Refused: a folder of none, or of more.
     """
-    path = Path(file).expanduser()
+    path = hub_files.place(file)
     if not path.is_dir():
         return [path]
     inside = sorted(path.glob("*.safetensors"))

@@ -1,7 +1,7 @@
 """A network's repeated blocks, and what can be done block by block: recompute, compile, lend to the GPU."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
@@ -29,6 +29,19 @@ def _walk(network: nn.Module) -> Iterator[nn.Module]:
             yield from part
         elif lists and name == "mid_block":
             yield part
+
+
+ASKED_ALONE = {"DiTTransformer2DModel": ("transformer_blocks.0.norm1.emb",)}
+"""Parts of blocks that a network of diffusers also asks outside of their block, by its class."""
+
+
+def asked_alone(network: nn.Module) -> list[nn.Module]:
+    """The parts of blocks that are also asked while their block is not: they must have their own weights."""
+    return [
+        part.get_submodule(name)
+        for part in network.modules()
+        for name in ASKED_ALONE.get(type(part).__name__, ())
+    ]
 
 
 Within = Callable[[], AbstractContextManager[None]]
@@ -168,9 +181,14 @@ class OffloadedBlocks:
     torch's own hook for "the backward pass of this module is over" heeds tensors given by position alone, and
     comes before that pass where none of them needs a gradient. Which block comes next is learned from the
     last forward pass.
+
+    Args:
+        alone: parts of blocks that stay on the GPU, because they are asked without their block too.
     """
 
-    def __init__(self, blocks: list[nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, blocks: list[nn.Module], device: torch.device, alone: Sequence[nn.Module] = ()
+    ) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.homes: list[list[tuple[Tensor, Tensor]]] = []
@@ -179,8 +197,13 @@ class OffloadedBlocks:
         """The block that was asked after each."""
         self.asked: int | None = None
         self.copies = 0
+        stays = {id(weight) for part in alone for weight in part.parameters()}
         for place, block in enumerate(blocks):
-            frozen = [weight for weight in block.parameters() if not weight.requires_grad]
+            frozen = [
+                weight
+                for weight in block.parameters()
+                if not weight.requires_grad and id(weight) not in stays
+            ]
             frozen += [one for name, one in block.named_buffers() if name.split(".")[-1] in QUANTIZED]
             self.homes.append([(weight, self._home(weight)) for weight in frozen])
             self.drop(place)
@@ -193,6 +216,15 @@ class OffloadedBlocks:
         for tensor in (*network.parameters(), *network.buffers()):
             if id(tensor) not in lent:
                 tensor.data = tensor.data.to(self.device)
+
+    def renew_homes(self) -> None:
+        """Keep the weights as they are now, where they were given others since."""
+        for place, homes in enumerate(self.homes):
+            self.homes[place] = [
+                (weight, home if weight.data_ptr() == home.data_ptr() else self._home(weight))
+                for weight, home in homes
+            ]
+            self.drop(place)
 
     def _home(self, weight: Tensor) -> Tensor:
         home = weight.detach().to("cpu", copy=True)
@@ -285,4 +317,4 @@ def offload_blocks(network: nn.Module, device: torch.device, recomputed: bool = 
         raise Refused(
             "train.offload: nothing in this network's blocks is frozen. It is for adapters; leave it out."
         )
-    return OffloadedBlocks(found, device)
+    return OffloadedBlocks(found, device, asked_alone(network))

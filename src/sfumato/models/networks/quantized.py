@@ -65,7 +65,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(codes, scales)
         ctx.shape, ctx.dtype, device = shape, x.dtype, x.device.type
-        if device != "cpu" and torch.is_autocast_enabled(device):
+        if device not in ("cpu", "meta") and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))  # or the weights are made wide and then narrow again
         return F.linear(x, dequantize(codes, scales, shape, x.dtype))
 

@@ -25,6 +25,11 @@ class EmbeddedGuidance(PipelineGuidance):
 
     has_guidance_embed: bool = False
 
+    @property
+    def is_embedded(self) -> bool:
+        """As it was made."""
+        return self.has_guidance_embed
+
     def embed_guidance(self, condition: Condition, scale: float) -> Condition:
         """The condition with the guidance, where the network reads it."""
         if not self.has_guidance_embed:

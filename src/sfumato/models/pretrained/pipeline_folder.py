@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.errors import Failed, Refused, nearest
+from sfumato.models import hub_files
 from sfumato.models.codecs.image import PixelCodec
 from sfumato.models.codecs.pretrained import PretrainedCodec
 from sfumato.models.files import PICKLES, must_be_safetensors
@@ -107,6 +108,17 @@ def family_of(folder: Path) -> Family:
     return known[name]
 
 
+def unused_of(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those of a pipeline's components that its family does not use, whether they are there or not."""
+    family = pipelines().get(str(index.get("_class_name")))
+    return () if family is None else tuple(family.unused_components)
+
+
+def find_model(given: Path | str, variant: str = "") -> Path:
+    """Where a model is: the path as given, or of the Hub's what its family reads; see `hub_files.place`."""
+    return hub_files.place(given, variant, unused_of)
+
+
 def check_parts(folder: Path, family: Family) -> None:
     """Raises Refused where a component that the index lists is missing, or is only there as a pickle."""
     for name, entry in read_index(folder).items():
@@ -156,8 +168,17 @@ def variant_of(folder: Path, index: dict[str, Any], dtype: torch.dtype) -> str |
     return None if not found else usual if usual in found else min(found)
 
 
-def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[str, Any]) -> Any:
+def open_pipeline(
+    folder: Path,
+    dtype: torch.dtype,
+    family: Family,
+    held: dict[str, Any],
+    codec_dtype: torch.dtype | None = None,
+) -> Any:
     """diffusers' own pipeline object from a folder, with the components that are held already.
+
+    Args:
+        codec_dtype: of the autoencoder's weights; None: as the others'.
 
     Raises:
         Refused: it does not load; the reason is passed on.
@@ -177,7 +198,9 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[s
         raise Refused(f"{folder} does not load as a {index['_class_name']}: {said}") from problem
     given |= dict.fromkeys(composed) | held
     variant = variant_of(folder, index, dtype)
-    given |= open_networks(folder, {name: index[name] for name in index if name not in given}, dtype, variant)
+    todo = {name: index[name] for name in index if name not in given}
+    dtypes = dict.fromkeys(todo, dtype) | {"vae": codec_dtype or dtype}
+    given |= open_networks(folder, todo, dtypes, variant)
     if "requires_safety_checker" in index:
         given["requires_safety_checker"] = False
     try:
@@ -199,7 +222,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, family: Family, held: dict[s
 
 
 def open_networks(
-    folder: Path, index: dict[str, Any], dtype: torch.dtype, variant: str | None
+    folder: Path, index: dict[str, Any], dtypes: Mapping[str, torch.dtype], variant: str | None
 ) -> dict[str, nn.Module]:
     """The components that are networks of diffusers or transformers, with every weight of their files.
 
@@ -222,7 +245,9 @@ def open_networks(
             continue
         files = [file.name for file in (folder / name).glob("*.safetensors")]
         words = {word.group(1) for file in files if (word := VARIANT.fullmatch(file)) is not None}
-        found[name] = load_network(kind, str(folder / name), dtype, variant if variant in words else None)
+        found[name] = load_network(
+            kind, str(folder / name), dtypes[name], variant if variant in words else None
+        )
     return found
 
 
@@ -272,7 +297,11 @@ def conditioner_of(family: Family, pipe: Any, codec: Codec) -> Conditioner:
 
 
 def load_pipeline(
-    folder: Path, dtype: torch.dtype, model_class: type[Model], file: Path | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    model_class: type[Model],
+    file: Path | None = None,
+    codec_dtype: torch.dtype | None = None,
 ) -> Model:
     """The model in a diffusers folder; with `file`, that file's weights in the folder's networks.
 
@@ -286,8 +315,8 @@ def load_pipeline(
         check_parts(folder, family)
     else:
         said = {} if family.timestep_input else single_file.said_of_theory(file)
-        held = single_file.components(file, folder, read_index(folder), family.network, dtype)
-    pipe = open_pipeline(folder, dtype, family, held)
+        held = single_file.components(file, folder, read_index(folder), family.network, dtype, codec_dtype)
+    pipe = open_pipeline(folder, dtype, family, held, codec_dtype)
     if hasattr(getattr(pipe, "scheduler", None), "alphas_cumprod"):
         pipe.register_modules(scheduler=schedulers.with_table(pipe.scheduler, said))
     network: nn.Module = family.get_denoiser(pipe)

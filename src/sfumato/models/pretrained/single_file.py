@@ -23,7 +23,12 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def components(
-    file: Path, folder: Path, index: dict[str, Any], denoiser: str, dtype: torch.dtype
+    file: Path,
+    folder: Path,
+    index: dict[str, Any],
+    denoiser: str,
+    dtype: torch.dtype,
+    codec_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """The networks that the file holds, by component; what it lacks is left to the folder.
 
@@ -47,11 +52,12 @@ def components(
             continue
         kind = getattr(diffusers, entry[1], None) if entry[0] == "diffusers" else None
         reason = NO_PART
+        number = codec_dtype or dtype if name == "vae" else dtype
         is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
         if is_network and (converter := convertible(kind)):
             with at_width(converter, folder / name):
                 held, taken = of_denoiser(tensors, entry[1]) if name == denoiser else tensors, set[str]()
-                part, reason = converted(kind, converter, held, folder, name, dtype, taken)
+                part, reason = converted(kind, converter, held, folder, name, number, taken)
                 used |= keys_of(tensors, [held[key] for key in taken])
         elif isinstance(kind, type) and name == denoiser:
             part, reason = under_its_own_names(kind, tensors, folder / name, dtype, used)

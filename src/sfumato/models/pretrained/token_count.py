@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import Refused
-from sfumato.models.interface import Conditioner
-from sfumato.models.text.encoder import MINILM, TextConditioner, minilm_folder, tokenizer
+from sfumato.models.text.minilm import MINILM, minilm_folder, token_counting
+
+if TYPE_CHECKING:
+    from sfumato.models import Conditioner
 
 MOST = 512
 """What a tokenizer that names no length is taken to read."""
@@ -22,12 +24,14 @@ class TokenCounter:
     most: int
 
 
-def of_conditioner(conditioner: Conditioner, asked: int | None = None) -> TokenCounter | None:
+def of_conditioner(conditioner: "Conditioner", asked: int | None = None) -> TokenCounter | None:
     """How much a model's conditioner reads, by its most patient tokenizer; None if it reads no text.
 
     Args:
         asked: its `max_sequence_length`, where that is not the usual one.
     """
+    from sfumato.models.text.encoder import TextConditioner
+
     if isinstance(conditioner, TextConditioner):
         most = min(asked or conditioner.max_tokens, conditioner.tokenizer.model_max_length)
         return TokenCounter(_counting(conditioner.tokenizer), int(most))
@@ -57,22 +61,21 @@ def of_folder(model: str) -> TokenCounter | None:
 
     if model == MINILM:
         try:
-            places = [minilm_folder()]
+            return TokenCounter(token_counting(minilm_folder()), USUAL)
         except Refused:
             return None  # nobody asked for it: captions are counted in words
-    else:
-        folder = Path(model).expanduser()
-        places = [folder, *sorted(folder.glob("tokenizer*")), folder / "model"]
+    folder = Path(model).expanduser()
+    places = [folder, *sorted(folder.glob("tokenizer*")), folder / "model"]
     kept = [one for one in places if any(one.glob("tokenizer*.json")) or any(one.glob("vocab*"))]
     if not kept:
         raise Refused(
             f"{model} holds no tokenizer. Give --model the folder of a text encoder or of a diffusers "
             "pipeline, or minilm, or none."
         )
+    from sfumato.models.text.encoder import tokenizer
+
     words = tokenizer(kept[0])
-    return TokenCounter(
-        _counting(words), USUAL if model == MINILM else min(int(words.model_max_length), MOST)
-    )
+    return TokenCounter(_counting(words), min(int(words.model_max_length), MOST))
 
 
 def _counting(words: Any) -> Callable[[list[str]], list[int]]:

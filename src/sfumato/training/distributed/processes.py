@@ -219,7 +219,10 @@ class BatchSplit:
 
 
 class Gradients:
-    """The sum of the parts' gradients, left in the weights' `.grad` when a batch is complete."""
+    """The sum of the parts' gradients, left in the weights' `.grad` when a batch is complete.
+
+    Those of many processes are added in exact mode alone; in fast mode `BucketedGradients` adds them.
+    """
 
     def __init__(self, weights: Sequence[nn.Parameter], processes: Processes, exact: bool) -> None:
         self.weights, self.processes, self.exact = list(weights), processes, exact
@@ -247,16 +250,10 @@ class Gradients:
 
     def total(self, stop: bool) -> tuple[Tensor, Tensor | bool]:
         """Add what the processes have: (the batch's mean loss, how many of them were asked to stop)."""
-        if not self.exact and self.processes.count == 1:
+        if not self.exact:
             loss, self.loss = self.loss, torch.zeros_like(self.loss)
             return loss, stop
-        if self.exact:
-            packed = self._sum_in_tree(self._tree.pop()[1], stop)
-        else:
-            packed = self._pack(self.loss)
-            packed[-1] = float(stop)
-            dist.all_reduce(packed)
-            self.loss = torch.zeros_like(self.loss)
+        packed = self._sum_in_tree(self._tree.pop()[1], stop)
         self._unpack(packed)
         return packed[-2].clone(), packed[-1].clone()
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sfumato.models.files import Rows
-from sfumato.models.networks.blocks import blocks_of
+from sfumato.models.networks.blocks import asked_alone, blocks_of
 from sfumato.training.distributed.processes import Processes
 from sfumato.training.precision import NARROW
 
@@ -86,13 +86,16 @@ class Shards:
 
     def square(self) -> Tensor:
         """This process's share of the squared norm of all gradients."""
-        total = torch.zeros((), device=next(iter(self.held.values())).device)
-        for name, row in self.held.items():
-            if row.grad is not None:
-                is_divided = hasattr(self.whole[name], "placements")
-                twice = self.copies if is_divided else self.processes.count
-                total = total + row.grad.float().square().sum() / twice
-        return total
+        held = {name: row.grad for name, row in self.held.items() if row.grad is not None}
+        if not held:
+            return torch.zeros((), device=next(iter(self.held.values())).device)
+        norms = torch._foreach_norm(list(held.values()))  # pyright: ignore[reportPrivateImportUsage]
+        here = [
+            norm.float()
+            / (self.copies if hasattr(self.whole[name], "placements") else self.processes.count) ** 0.5
+            for name, norm in zip(held, norms, strict=True)
+        ]
+        return torch.stack(here).square().sum()
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -141,7 +144,7 @@ def shard(network: nn.Module, processes: Processes, precision: str, shard_size: 
         param_dtype=narrow, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
     )
     undivided = set(_undivided(network))
-    for block in dict.fromkeys([*blocks_of(network), network]):
+    for block in dict.fromkeys([*asked_alone(network), *blocks_of(network), network]):
         if any(weight not in undivided for weight in block.parameters()):
             fully_shard(
                 block, mesh=mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=undivided

@@ -6,7 +6,6 @@ that fit, the fastest is chosen.
 """
 
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +18,6 @@ from sfumato.training.settings import TrainSettings
 
 RESERVE = 0.06
 """Of the memory, what is left to the allocator's gaps and the driver."""
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MIB": 2**20, "GIB": 2**30}
 BASE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.03, "fp8": 1.03, "nf4": 0.53}
 BASE_TIME = {"float32": 1.0, "bfloat16": 1.01, "int8": 1.08, "fp8": 1.08, "nf4": 1.15}
 PART_TIME, OFFLOAD_TIME, NARROW_STATE_TIME = 0.02, 1.6, 1.02
@@ -39,23 +37,6 @@ SHARED = {
 }
 PARALLEL_TIME = {"ddp": 1.0, "hsdp": 1.06, "fsdp": 1.08}
 """Beside whole copies, which send their gradients once a step; divided ones also gather their weights."""
-
-
-def parse_bytes(text: str) -> float:
-    """The number of bytes a text like "24GB" means; without a unit they are GB.
-
-    Raises:
-        Refused: it is no size.
-    """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([a-zA-Z]*)\s*", text)
-    unit = match[2].upper() if match else ""
-    try:
-        value = float(match[1]) if match else 0.0
-    except ValueError:
-        value = 0.0
-    if not match or unit not in UNITS or value <= 0:
-        raise Refused(f'"{text}" is no size. Write, for example, --fit 24GB.')
-    return value * (UNITS[unit] if unit else 1e9)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from sfumato.training.device import keep_freed_memory, trim_memory
+from sfumato.training.device import keep_freed_memory, trim_memory, wait_for
 from sfumato.training.distributed.processes import BatchSplit, Gradients, Processes
 from sfumato.training.precision import autocast, effective_precision
 from sfumato.training.settings import TrainSettings
@@ -78,7 +78,7 @@ def _seconds(
         train_state.optimizer.step(middle + len(taken))
         gradients.clear()
         train_state.update(middle + len(taken) + 1)
-        _finish(device)
+        wait_for(device)
         taken.append(time.perf_counter() - began)
     return statistics.median(taken[1:])
 
@@ -105,15 +105,10 @@ def measure_call(work: Callable[[], Any], device: torch.device) -> Probe:
         for _ in range(2):
             began = time.perf_counter()
             work()
-            _finish(device)
+            wait_for(device)
             taken = time.perf_counter() - began
         highest = peak()
     return Probe(taken, max(0, highest - before))
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def flops_per_second(
@@ -124,17 +119,17 @@ def flops_per_second(
     A GPU is asked for products that keep it busy (4096³), several at a time, and waited for.
     """
     place = torch.device(device)
-    on_gpu = place.type == "cuda"
+    on_gpu = place.type != "cpu"
     size, at_once = (4096, 8) if on_gpu else (512, 1)
     a, b = torch.randn(2, size, size, device=place, dtype=dtype if on_gpu else None)
     c = a @ b
-    _finish(place)
+    wait_for(place)
     count, began = 0, time.perf_counter()
     while time.perf_counter() - began < seconds:
         for _ in range(at_once):
             torch.matmul(a, b, out=c)
         count += at_once
-        _finish(place)
+        wait_for(place)
     return count * 2 * size**3 / (time.perf_counter() - began)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sfumato import paths
 from sfumato.run_folder import RunFolder, write_atomic
 from sfumato.training.objective.diffusion import Objective
 from sfumato.training.settings import TrainSettings
@@ -52,7 +53,7 @@ def write(
         "ids": bad or culprits or list(losses),
         "losses": {str(sample): repr(loss) for sample, loss in losses.items()},
         "first_module": module,
-        "replay": f"sfumato train {run.path} train.steps={step + 1}",
+        "replay": paths.command("train", run.path, f"train.steps={step + 1}"),
     }
     describe = getattr(objective, "describe_part", None)
     if describe is not None:

@@ -19,6 +19,7 @@ from sfumato.errors import Failed, for_terminal
 from sfumato.run_folder import RunFolder
 from sfumato.training import device, precision
 from sfumato.training.distributed import context_parallel, sharding, strategy
+from sfumato.training.distributed.gradient_buckets import gradients_of
 from sfumato.training.distributed.processes import (
     BatchSplit,
     Gradients,
@@ -32,6 +33,7 @@ from sfumato.training.loop.early_stopping import EarlyStopping, LossSpikes
 from sfumato.training.loop.periodic_tasks import Measure, PeriodicTasks, Preview
 from sfumato.training.loop.profiling import part
 from sfumato.training.loop.signals import Signals, Stopped
+from sfumato.training.loop.time_budget import EVENT, TimeBudget
 from sfumato.training.objective.diffusion import Objective
 from sfumato.training.objective.timestep_importance import TimestepImportance
 from sfumato.training.optim.ema import EMA, ScheduleFreeEMA
@@ -83,6 +85,7 @@ def fit(
     counts: Mapping[str, int] | None = None,
     profile: Path | None = None,
     callbacks: Sequence[Callback] = (),
+    spent: float = 0.0,
 ) -> Outcome:
     """Train `network` on `objective`, from the run's newest good checkpoint on if it has one.
 
@@ -96,6 +99,7 @@ def fit(
         counts: written into the start event.
         profile: a folder for a trace and a table of a few steps.
         callbacks: are told of steps, measurements, pictures and checkpoints.
+        spent: seconds of `settings.minutes` that are over already.
     Raises:
         Failed: a loss or gradient is not finite (the weights are those before it), no checkpoint is
             whole, the disk is full, a callback fails.
@@ -104,7 +108,7 @@ def fit(
     """
     if settings.threads or settings.exact_elastic:
         torch.set_num_threads(settings.threads or 1)
-    loop = _Loop(objective, network, settings, run, seed, say)
+    loop = _Loop(objective, network, settings, run, seed, say, spent)
     loop.periodic_tasks.measure, loop.periodic_tasks.measure_every = held_out, settings.validate_every
     loop.periodic_tasks.preview, loop.periodic_tasks.preview_every = preview, preview_every
     if loop.processes.is_rank_zero:
@@ -129,7 +133,7 @@ def fit(
     finally:
         loop.checkpoint_writer.close()
         end()
-    why = "done" if loop.step >= settings.steps else "held-out loss no longer falls"
+    why = "done" if loop.step >= loop.last_step else "held-out loss no longer falls"
     return Outcome(loop.step, loop.resumed, loop.last_loss, loop.seconds, loop.average, why)
 
 
@@ -144,10 +148,12 @@ class _Loop:
         run: RunFolder,
         seed: int,
         say: Callable[[str], None],
+        spent: float = 0.0,
     ) -> None:
         self.objective, self.network, self.settings = objective, network, settings
         self.processes = replace(current_processes(), group_size=settings.context_parallel)
         self.run = run_folder_of_rank(run)
+        self.time_budget = TimeBudget(settings, spent, agree=self.processes.broadcast_number)
         self.seed, self.say = seed, say if self.processes.is_rank_zero else _nothing
         self.device = next(network.parameters()).device
         self.precision = precision_of(settings, self.device, self.run)
@@ -169,12 +175,12 @@ class _Loop:
         self.norm = torch.zeros((), device=self.device)
         self.batch_split = BatchSplit.of(settings, self.processes)
         self.gradients: Gradients | ShardedGradients = (
-            Gradients(self.weights, self.processes, self.batch_split.exact)
+            gradients_of(self.weights, self.processes, self.batch_split.exact)
             if self.train_state.shards is None
             else ShardedGradients(self.train_state.shards)
         )
         self.timestep_importance: TimestepImportance | None = getattr(objective, "timestep_importance", None)
-        self.stop_was_asked = False
+        self.stop_was_asked = self.said_late = False
         self.loss_records: list[blackbox.LossRecord] = []
         self.early_stopping = EarlyStopping(settings.patience)
         self.periodic_tasks = PeriodicTasks(
@@ -202,7 +208,7 @@ class _Loop:
         try:
             if self.tasks_are_due:
                 self.run_callbacks()
-            while self.step < self.settings.steps and not (self.must_stop or self.early_stopping.is_over):
+            while self.step < self.last_step and not (self.must_stop or self.early_stopping.is_over):
                 began = time.perf_counter()
                 with part("step"):
                     rate = self.advance()
@@ -213,6 +219,7 @@ class _Loop:
                 self.window_seconds += time.perf_counter() - began
                 if self.is_logged(self.step):
                     self.log(rate)
+                self.ask_clock()
                 if not self.must_stop:
                     self.run_callbacks()
             self.checkpoint_writer.wait()
@@ -227,9 +234,23 @@ class _Loop:
         """Whether the run was asked to stop; many processes stop when all of them know."""
         return self.stop_was_asked or (self.processes.count == 1 and self.signals.received is not None)
 
+    @property
+    def last_step(self) -> int:
+        """The last step: the recipe's, or what the clock decided."""
+        return self.time_budget.last_step
+
     def is_logged(self, step: int) -> bool:
         """Whether the loss is read after `step` updates."""
-        return step % self.settings.log_every == 0 or step == self.settings.steps
+        return step % self.settings.log_every == 0 or step == self.last_step
+
+    def ask_clock(self) -> None:
+        """Decide the last step anew where the run has its minutes and the pace asks for it."""
+        if self.time_budget.decide(self.step) is None:
+            return
+        self.run.event(EVENT, **self.time_budget.event())
+        if self.time_budget.is_late and not self.said_late:
+            self.say(self.time_budget.explain())
+        self.said_late = self.time_budget.is_late
 
     def advance(self) -> float:
         """One update of the weights; returns the learning rate.
@@ -262,7 +283,8 @@ class _Loop:
             excess = self.clip(gradients) if moves else None
         with part("optimizer"):
             skips = None if self.checks_every_step else self.not_finite
-            rate = self.optimizer.step(self.step, skips, excess) if moves else 0.0
+            done = self.time_budget.done(self.step)
+            rate = self.optimizer.step(self.step, skips, excess, done) if moves else 0.0
             self.gradients.clear()
         self.step += 1
         if self.timestep_importance is not None:
@@ -274,9 +296,7 @@ class _Loop:
         self.callbacks.step(self.step, loss)
         if self.progress is not None:
             figures = {} if self.last_loss != self.last_loss else {"loss": self.last_loss}
-            self.progress(
-                self.step, self.settings.steps, self.phase, **figures, samples_per_second=self.speed
-            )
+            self.progress(self.step, self.last_step, self.phase, **figures, samples_per_second=self.speed)
         return rate
 
     def unscale(self, gradients: list[Tensor], loss: Tensor) -> bool:
@@ -317,8 +337,8 @@ class _Loop:
     def clip(self, gradients: list[Tensor]) -> Tensor | None:
         """Scale the gradient down to the largest norm allowed, or return what the optimizer divides it by."""
         most = self.settings.max_grad_norm
-        if not most or (self.checks_every_step and float(self.norm) <= most):
-            return None
+        if not most or (self.device.type == "cpu" and float(self.norm) <= most):
+            return None  # a GPU is not asked: a factor of 1 changes nothing
         if self.optimizer.skips_on_device:
             return (self.norm.float() / most).clamp(min=1.0)
         torch.nn.utils.clip_grads_with_norm_(self.weights, most, self.norm, foreach=True)
@@ -359,7 +379,7 @@ class _Loop:
 
     def run_callbacks(self) -> None:
         """Measure and draw where due, then save where due: a kill in between only repeats them."""
-        step, is_last = self.step, self.step == self.settings.steps
+        step, is_last = self.step, self.step == self.last_step
         self.checkpoint_writer.finish_if_written()
         is_best = self.periodic_tasks.run_due(step, is_last, self.signals) and self.settings.keep_best
         self.tasks_are_due = False
@@ -386,6 +406,8 @@ class _Loop:
             "loss_scale": self.scale.state(),
             "verdict": self.early_stopping.state(),
         }
+        if self.time_budget.is_used:
+            state["time_budget"] = self.time_budget.state()
         if self.timestep_importance is not None:
             state["adaptive"] = self.timestep_importance.state(self.processes.add)
         settings = self.settings
@@ -403,7 +425,7 @@ class _Loop:
         self.checkpoint_writer.wait()
         self.run.event("stop", step=self.step, reason=stopped.signal.name, sync=True)
         self.say(
-            f"Stopped by {stopped.signal.name} at step {self.step} of {self.settings.steps}, saved in "
+            f"Stopped by {stopped.signal.name} at step {self.step} of {self.last_step}, saved in "
             f"{folder}. The same command goes on from there."
         )
 
@@ -423,6 +445,9 @@ class _Loop:
         self.loss_sum.fill_(state["loss"][0])
         self.loss_count = int(state["loss"][1])
         self.tasks_are_due = bool(state["owes"])
+        if self.time_budget.is_used:
+            known = state.get("time_budget", {"seconds": self.seconds})
+            self.time_budget.load(self.step, known, self.run.events())
         if "loss_scale" in state and self.scale.is_needed:
             self.scale.load(state["loss_scale"])
         if "verdict" in state:
@@ -447,20 +472,23 @@ class _Loop:
 
     def say_if_complete(self) -> None:
         """Say so where nothing is left to train, and what would make the run go on."""
-        if self.step < self.settings.steps and not self.early_stopping.is_over:
+        last = self.last_step
+        if self.step < last and not self.early_stopping.is_over:
             return
-        more = f"train.steps={max(self.step, self.settings.steps) * 2}"
-        if self.step < self.settings.steps:
+        more = f"train.steps={max(self.step, last) * 2}"
+        if self.time_budget.is_used and self.step < self.settings.steps:
+            more = f"train.minutes={self.settings.minutes * 2:g}"
+        if self.step < last:
             self.say(
                 f"{self.run.path} ended at step {self.step}, because the held-out loss no longer fell for "
                 f"{self.settings.patience} measurements. It goes on with train.patience=0."
             )
-        elif self.step == self.settings.steps:
+        elif self.step == last:
             self.say(f"{self.run.path} is complete: {self.step} steps. It goes on with {more}, for example.")
         else:
             self.say(
                 f"{self.run.path} has {self.step} steps already, which is more than train.steps = "
-                f"{self.settings.steps}; they stay. It goes on with {more}, for example."
+                f"{last}; they stay. It goes on with {more}, for example."
             )
 
     def announce(self, counts: Mapping[str, int]) -> None:

@@ -45,7 +45,8 @@ def profiled(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callab
 
 def table(found: Any) -> str:
     """The shares of a step's parts, then the operations that took longest."""
-    averages = {event.key: event for event in found.key_averages()}
+    events = found.key_averages()
+    averages = {event.key: event for event in events}
     step = max((one.cpu_time_total for name, one in averages.items() if name == "step"), default=0.0)
     lines = [f"{'part of a step':<20}{'ms a step':>12}{'share':>9}"]
     known = 0.0
@@ -57,4 +58,4 @@ def table(found: Any) -> str:
     lines.append(f"{'the rest':<20}{rest / 1e3 / WATCHED:>12.2f}{rest / max(step, 1e-9):>9.1%}")
     lines.append(f"{'in all':<20}{step / 1e3 / WATCHED:>12.2f}{1:>9.1%}")
     key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return "\n".join(lines) + "\n\n" + found.key_averages().table(sort_by=key, row_limit=40)
+    return "\n".join(lines) + "\n\n" + events.table(sort_by=key, row_limit=40)

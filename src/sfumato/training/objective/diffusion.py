@@ -176,6 +176,7 @@ class DiffusionObjective:
         self.condition_dropout = dict(condition_dropout or {})
         self.read_text = read_text
         self.stratified = settings.stratified_timesteps
+        self.guidance_told = settings.guidance_told
         self.frame_times = FrameTimes.of(settings)
         self.density = densities.density(settings.timestep_sampling)
         self.timestep_importance = TimestepImportance() if settings.timestep_importance_sampling else None
@@ -277,7 +278,10 @@ class DiffusionObjective:
         self, x_0: Tensor, drawn: NoiseDraw, rows: Sequence[Mapping[str, Tensor]]
     ) -> tuple[Tensor, Condition]:
         """What the model is shown, and told beside the time; known frames are shown as they are."""
-        condition = Condition.stack(self.apply_dropout(rows, drawn)).to(x_0.device, x_0.dtype)
+        condition = Condition.stack(self.apply_dropout(rows, drawn))
+        if self.guidance_told:
+            condition = self.model.denoiser.guidance.embed_guidance(condition, self.guidance_told)
+        condition = condition.to(x_0.device, x_0.dtype)
         x_t = drawn.of(self.model.theory.mix, x_0)
         if drawn.known is not None:
             x_t = torch.where(drawn.known[:, None, :, None, None], x_0, x_t)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 UPDATES_PER_WINDOW = 100
 """How often the average sees the weights within 1 / (1 − β) steps, at least."""
 LONGEST_INTERVAL = 8
+NUMBERS_AT_ONCE = 50_000_000
+"""Weights kept in bfloat16 whose float32 copies exist at the same time."""
 
 
 def update_interval(step: int, decay: float = 1.0) -> int:
@@ -64,8 +66,9 @@ class EMA:
             return
         since = last_update_step(step - 1, self.decay) if step > 1 else 0
         share = 1 - math.prod(decay_at(one, self.decay) for one in range(since + 1, step + 1))
-        now = [weight.detach().float() for weight in self._weights]
-        torch._foreach_lerp_(self._mean, now, share)  # pyright: ignore[reportPrivateImportUsage]
+        for some in _slices(self._weights):
+            now = [weight.detach().float() for weight in self._weights[some]]
+            torch._foreach_lerp_(self._mean[some], now, share)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -95,6 +98,18 @@ class EMA:
         """Continue from `state`, as `state()` gave it; entries of other names are left out."""
         for name, mean in zip(self._names, self._mean, strict=True):
             mean.copy_(state[name])
+
+
+def _slices(weights: Sequence[Tensor]) -> Iterator[slice]:
+    """Weights in order, so many together that their copies stay small; those in float32 need none."""
+    first = size = 0
+    for number, weight in enumerate(weights):
+        numbers = weight.numel() * (weight.dtype != torch.float32)
+        if size and size + numbers > NUMBERS_AT_ONCE:
+            yield slice(first, number)
+            first, size = number, 0
+        size += numbers
+    yield slice(first, len(weights))
 
 
 class ScheduleFreeEMA:

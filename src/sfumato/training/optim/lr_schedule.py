@@ -1,4 +1,7 @@
-"""The learning rate over a run, as a factor that is a pure function of the step."""
+"""The learning rate over a run, as a factor that is a pure function of the step.
+
+Where the clock says how long a run is, it is one of the step and of what the clock decided.
+"""
 
 import math
 from collections.abc import Callable
@@ -47,13 +50,18 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def lr_factor(name: str, step: int, steps: int, warmup_steps: int) -> float:
+def lr_factor(name: str, step: int, steps: int, warmup_steps: int, done: float | None = None) -> float:
     """What the learning rate is multiplied by in step `step` (0, 1, …) of `steps`.
 
+    Args:
+        done: share of training that is done, where something else than `steps` says so; the warm-up is
+            counted in steps all the same.
     Raises:
         Refused: there is no schedule of that name.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     schedule = SCHEDULES[one_of("train.lr_schedule", name, SCHEDULES)]
-    return schedule(min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps)))
+    if done is None:
+        done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return schedule(min(1.0, done))

@@ -66,17 +66,24 @@ class RunOptimizer:
             getattr(part, "_step_supports_amp_scaling", False) for part in self.parts
         )
 
-    def step(self, step: int, skip: Tensor | None = None, excess: Tensor | None = None) -> float:
+    def step(
+        self,
+        step: int,
+        skip: Tensor | None = None,
+        excess: Tensor | None = None,
+        done: float | None = None,
+    ) -> float:
         """Move the weights in step `step` (0, 1, …).
 
         Args:
             skip: a number on the device, 1 to leave the weights alone; excess: what gradients are divided by
                 on the way; both only where `skips_on_device`.
+            done: share of training that is done, where the clock says so; else the settings' steps do.
         Returns:
             the learning rate of the first group.
         """
         settings = self.settings
-        scale = lr_factor(settings.lr_schedule, step, settings.steps, settings.warmup_steps)
+        scale = lr_factor(settings.lr_schedule, step, settings.steps, settings.warmup_steps, done)
         for part, peaks in zip(self.parts, self._peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * scale

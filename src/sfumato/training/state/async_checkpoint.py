@@ -61,7 +61,7 @@ class CheckpointWriter:
             checkpoint.save(self.run, step, groups, state, keep)
             return
         folder = checkpoint.prepare(self.run, step, groups)
-        self._write_beside(step, keep, _written, folder, copy_to_host(groups), {"step": step, **state})
+        self._write_beside(step, keep, _write, folder, HostCopy(groups), {"step": step, **state})
 
     def _save_part(
         self,
@@ -79,9 +79,9 @@ class CheckpointWriter:
             self._write_beside(
                 step,
                 keep,
-                sharded_checkpoint.write,
+                _write_part,
                 folder,
-                copy_to_host(mine),
+                HostCopy(mine),
                 firsts,
                 whole,
                 shards.processes,
@@ -130,17 +130,39 @@ class CheckpointWriter:
             self._pool = None
 
 
-def _written(folder: Path, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> Path:
-    checkpoint.write(folder, groups, state)
+def _write(folder: Path, copy: "HostCopy", state: Mapping[str, Any]) -> Path:
+    checkpoint.write(folder, copy.groups(), state)
     return folder
 
 
-def copy_to_host(groups: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
-    """The tensors in host memory, as they are now."""
-    return {
-        name: {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
-        for name, tensors in groups.items()
-    }
+def _write_part(folder: Path, copy: "HostCopy", *rest: Any) -> Path:
+    return sharded_checkpoint.write(folder, copy.groups(), *rest)
+
+
+class HostCopy:
+    """Tensors in host memory as they are now: a GPU's come behind the step before, and nobody waits."""
+
+    def __init__(self, groups: Mapping[str, Tensors]) -> None:
+        self._groups = {
+            name: {key: _to_host(tensor.detach()) for key, tensor in tensors.items()}
+            for name, tensors in groups.items()
+        }
+        devices = {one.device for tensors in groups.values() for one in tensors.values()}
+        self._copied = [
+            torch.cuda.current_stream(one).record_event() for one in devices if one.type == "cuda"
+        ]
+
+    def groups(self) -> Mapping[str, Tensors]:
+        """The tensors, when they are there; on any thread."""
+        for event in self._copied:
+            event.synchronize()
+        return self._groups
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True)
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def fits_in_memory(groups: Mapping[str, Tensors]) -> bool:

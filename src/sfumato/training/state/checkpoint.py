@@ -168,22 +168,19 @@ def _write_group(folder: Path, group: str, tensors: Tensors) -> None:
 def write_file(file: Path, tensors: Tensors, firsts: Mapping[str, list[int]] | None = None) -> None:
     """Write one safetensors file; with `firsts`, its tensors are rows of larger ones, which begin there."""
     here: dict[str, Tensor] = {}
+    places: set[int] = set()
     for name, tensor in tensors.items():
-        here[name] = _unshared(tensor, here)
+        kept = tensor.detach().cpu().contiguous()
+        if kept.numel() and kept.untyped_storage().data_ptr() in places:
+            kept = kept.clone()  # of memory that another has too, which safetensors would refuse
+        places.add(kept.untyped_storage().data_ptr())
+        here[name] = kept
     try:
         save_file(here, file, None if firsts is None else heading(dict(firsts)))
     except SafetensorError as problem:
         if "os error 28" in str(problem) or "os error 122" in str(problem):
             raise OSError(errno.ENOSPC, "No space left on device") from problem
         raise
-
-
-def _unshared(tensor: Tensor, others: Tensors) -> Tensor:
-    """The tensor in host memory that it shares with none of the others: safetensors would refuse it."""
-    here = tensor.detach().cpu().contiguous()
-    place = here.untyped_storage().data_ptr()
-    shared = any(other.untyped_storage().data_ptr() == place for other in others.values())
-    return here.clone() if shared and here.numel() else here
 
 
 def find_damage(folder: Path) -> str | None:

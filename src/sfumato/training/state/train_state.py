@@ -33,7 +33,8 @@ HARMLESS = {
     "callbacks",
 }
 """Settings that do not change the weights."""
-RATES = {"learning_rate", "text_learning_rate", "lr_multipliers", "lr_schedule", "warmup_steps", "steps"}
+LENGTHS = {"steps", "minutes", "min_steps"}
+RATES = {"learning_rate", "text_learning_rate", "lr_multipliers", "lr_schedule", "warmup_steps", *LENGTHS}
 """Settings that decide a step's learning rate, which each step asks for anew."""
 
 
@@ -116,7 +117,7 @@ class TrainState:
                 one["lr_multipliers"] = multipliers
         harmless = set(HARMLESS)
         if was.get("lr_schedule") == now["lr_schedule"] == "constant":
-            harmless.add("steps")
+            harmless |= LENGTHS
         changed = {
             name: f"train.{name} was {toml(value)} and is {toml(now[name])}"
             for name, value in was.items()

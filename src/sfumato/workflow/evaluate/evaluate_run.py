@@ -1,7 +1,7 @@
 """Measuring a run: its loss by noise level, whether pictures are of what was asked, how far from the data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sfumato.training.objective.diffusion import DiffusionObjective
 from sfumato.workflow.checks import choose_sizes
 from sfumato.workflow.dataset import collection_of
 from sfumato.workflow.encode_samples import batch_sampler_of, caption_encoder, encoded_samples
-from sfumato.workflow.evaluate.image_metrics import ClosestMatch, measure_images
+from sfumato.workflow.evaluate.image_metrics import ClosestMatch, measure_images, untold
 from sfumato.workflow.evaluate.video_metrics import measure_videos
 from sfumato.workflow.train_codec import Progress
 
@@ -30,6 +30,7 @@ class Evaluation:
     """What was measured after `step`; by_level: {split: [{level, loss, error}]}; drawn: prompts, pictures.
 
     closest: of the drawn pictures most like one training picture: its name, both uint8 [3, H, W], the ratio.
+    notes: what could not be measured, and why.
     """
 
     step: int
@@ -37,6 +38,7 @@ class Evaluation:
     by_level: dict[str, list[dict[str, float]]]
     drawn: list[tuple[str, Any]]
     closest: list[ClosestMatch] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def evaluate(
@@ -90,17 +92,22 @@ def evaluate(
             )
     drawing = {"steps": steps, "guidance": guidance}
     split = {name: collection.with_split(name) for name in ("train", "held_out")}
+    if model.conditioner.kind == "none":  # captions say nothing to a model without text
+        split = {name: [replace(one, captions=("",)) for one in part] for name, part in split.items()}
     closest: list[ClosestMatch] = []
+    notes: list[str] = []
     if recipe.data.frames:
         painted, drawn = measure_videos(recipe, model, split["train"], bucket_of, samples, drawing)
     else:
         painted, drawn, closest = measure_images(
             recipe, model, split, bucket_of, samples, seeds, drawing, progress
         )
+        texts = {text for sample in split["train"] for text in sample.captions if text}
+        notes = untold(painted, len(texts), len(split["train"]))
     metrics |= painted
     if Path(folder).resolve() == run.path.resolve():
         _record(run, step, metrics, say)
-    return Evaluation(step, metrics, by_level, drawn, closest)
+    return Evaluation(step, metrics, by_level, drawn, closest, notes)
 
 
 def run_containing(path: Path) -> RunFolder:

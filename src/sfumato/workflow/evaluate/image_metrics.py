@@ -1,7 +1,7 @@
 """Pictures measured: of what was asked, how far from the data, what the codec leaves, what was copied."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from sfumato.data.sources.sample import Sample
 from sfumato.evaluation import Measure, Neighbors, kernel_distance, mean_with_error, measure_memorization
 from sfumato.evaluation.latent_kernel_distance import latent_features
 from sfumato.evaluation.measure import proportion
+from sfumato.evaluation.neighbors import FEWEST
 from sfumato.generation import Pipeline
 from sfumato.readers.media import center_crop_resize
 from sfumato.recipe import Recipe
@@ -23,6 +24,8 @@ from sfumato.workflow.draw_sizes import draw_in_sizes, squeeze_to_square
 from sfumato.workflow.train_codec import Progress
 
 MOST_REAL = 2000
+FEWEST_TO_COMPARE = 4
+"""Pictures of each kind, below which a distance between the kinds says nothing."""
 CLOSEST = 8
 CODEC = "codec latents averaged to 4×4, polynomial kernel, subsets of 100"
 ClosestMatch = tuple[str, Tensor, Tensor, float]
@@ -78,7 +81,7 @@ def measure_images(
     side = recipe.data.resolution
     real, unseen = (RealImages.of(split[name], bucket_of, side) for name in ("train", "held_out"))
     neighbors = Neighbors(torch.stack(real.squares), [list(real.captions[name]) for name in real.names])
-    compares = len(real.squares) > 1  # a distance between sets needs two of each
+    compares = len(real.squares) >= FEWEST_TO_COMPARE
     features = _features(model, real.squares[:MOST_REAL])
     captions, sizes = real.texts or [""], real.sizes
     right: list[float] = []
@@ -86,6 +89,7 @@ def measure_images(
     judged: dict[str, list[float]] = {}
     drawn: list[tuple[str, Image.Image]] = []
     drawn_pixels: list[Tensor] = []
+    by_chance: list[float] = []
     for seed in range(seeds):
         prompts = _drawn_prompts(captions, samples, seed)
         phase = f"drawing {seed + 1} of {seeds}"
@@ -96,7 +100,8 @@ def measure_images(
         )
         drawn_pixels.append(pixels)
         right.append(sum(neighbors.judge(pixels, prompts)) / len(prompts))
-        if compares and len(pixels) > 1:
+        by_chance.append(neighbors.chance(prompts))
+        if compares and len(pixels) >= FEWEST_TO_COMPARE:
             distances.append(kernel_distance(features, _features(model, list(pixels)), seed=seed).value)
         drawn = drawn or list(zip(prompts, pictures, strict=True))
         if recipe.data.train == "shapes" and unseen.texts:
@@ -110,8 +115,9 @@ def measure_images(
     if distances:
         metrics["latent_kernel_distance"] = mean_with_error(distances, CODEC)
         metrics |= _floor(model, features, unseen, seeds)
-    if captions != [""]:
-        metrics["nearest_neighbor_accuracy"] = _merged(right, samples, neighbors.how)
+    if captions != [""] and neighbors.can_tell:
+        chance = sum(by_chance) / len(by_chance)
+        metrics["nearest_neighbor_accuracy"] = replace(_merged(right, samples, neighbors.how), chance=chance)
     metrics |= {
         name: _merged(values, samples, "unseen captions, read from pixels") for name, values in judged.items()
     }
@@ -120,12 +126,28 @@ def measure_images(
     return metrics | copied, drawn, closest
 
 
+def untold(metrics: Mapping[str, Measure], texts: int, pictures: int) -> list[str]:
+    """Why numbers that one might look for are not among these, of so many captions and pictures."""
+    found = []
+    if "nearest_neighbor_accuracy" not in metrics and texts:
+        found.append(
+            f"Whether pictures show what was asked cannot be told from {texts} different captions: it takes "
+            f"{FEWEST}. Look at the pictures."
+        )
+    if "latent_kernel_distance" not in metrics:
+        found.append(
+            f"How far what is drawn is from the data cannot be told from {pictures} training pictures or so "
+            f"few drawn ones: it takes {FEWEST_TO_COMPARE} of each (--samples)."
+        )
+    return found
+
+
 def _floor(model: Pipeline, features: Tensor, unseen: RealImages, seeds: int) -> dict[str, Measure]:
     """The kernel distance of held-out pictures from the training pictures: what no model can beat."""
-    if len(unseen.squares) < 2:
+    if len(unseen.squares) < FEWEST_TO_COMPARE:
         return {}
     clean = [kernel_distance(features, _features(model, unseen.squares), seed=s).value for s in range(seeds)]
-    note = "the floor: held-out pictures against training pictures"
+    note = "what a perfect model has: held-out pictures against training pictures"
     return {"latent_kernel_distance_floor": mean_with_error(clean, note)}
 
 

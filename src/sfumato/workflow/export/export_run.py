@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sfumato import __version__
-from sfumato.errors import Refused
+from sfumato.errors import Refused, one_of
 from sfumato.generation import Pipeline, load
 from sfumato.models.control import ControlledDenoiser
 from sfumato.models.io import adapter_run
@@ -23,9 +23,8 @@ from sfumato.models.pretrained.train_text_encoders import TextPlan
 from sfumato.run_folder import RunFolder
 from sfumato.workflow.export.compare import Exported
 from sfumato.workflow.export.lora import export_lora
+from sfumato.workflow.export.targets import TARGETS
 from sfumato.workflow.export.whole_model import export_whole
-
-TARGETS = ("diffusers", "comfyui", "kohya")
 
 
 def export(
@@ -41,8 +40,7 @@ def export(
         Refused: what cannot be written for this target.
         Failed: what was written does not load there, changes nothing, or answers otherwise.
     """
-    if to not in TARGETS:
-        raise Refused(f'--to "{to}" is not known. Choose one of {", ".join(TARGETS)}.')
+    one_of("--to", to, TARGETS)
     model = load(run)
     if model.origin is None:
         raise Refused(
@@ -74,13 +72,14 @@ def metadata_of(
     """What a reader of the file wants to know, under keys that are read elsewhere."""
     is_run = (run / "model").is_dir()
     base = adapter_run.read_base(run / "model")[0] if (run / "model" / adapter_run.BASE).is_file() else run
+    of_hub = adapter_run.hub_commit(run / "model")
     newest = RunFolder.open(run).checkpoint_folders()[-1] if is_run else None
     step = chosen.name.rpartition("-")[2] if (chosen := checkpoint or newest) else "0"
     name = run.name if checkpoint is None else f"{run.name}-{checkpoint.name}"
     known: dict[str, Any] = {
         "format": "pt",
         "software": f"sfumato {__version__}",
-        "base": base.name,
+        "base": of_hub.get("hub", base.name),
         "pipeline": model.info["pipeline"],
         "theory": model.theory.name,
         "steps": int(step),
@@ -105,6 +104,8 @@ def metadata_of(
             "ss_network_dim": plan.rank,
             "ss_network_alpha": alpha,
             "ss_base_model_version": model.info["family"],
-            "ss_sd_model_name": base.name,
+            "ss_sd_model_name": of_hub.get("hub", base.name),
         }
+    if of_hub:
+        known["base_commit"] = of_hub["commit"]
     return {name: str(value) for name, value in known.items()}

@@ -33,7 +33,7 @@ TRIED_SECONDS = 3.0
 LOOKED_UP = 20_000
 """Samples of more are not looked up in the store: all are taken to be missing."""
 FEW, TOKENS = 8, 77
-LEVELS, MEASURED, SPLITS = 8, 64, 2
+LEVELS, MEASURED = 8, 64
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def phase_costs(
     found["encode"] = encoding(recipe, model, samples, resolved.bucket_of, machine)
     one_answer = evaluation(network, step, machine)
     each = one_answer.seconds / step.samples
-    held_out = len(resolved.collection.with_split("held_out"))
-    if seconds := measuring(recipe, held_out, each):
+    held_out, trained = (len(resolved.collection.with_split(split)) for split in ("held_out", "train"))
+    if seconds := measuring(recipe, held_out, trained, each):
         found["measure"] = PhaseCost(seconds, one_answer.peak)
     found["draw"] = drawing(recipe, model, bool(held_out), each, machine)
     return found
@@ -205,11 +205,12 @@ def evaluation(network: nn.Module, step: StepEstimate, machine: Machine) -> Phas
     return PhaseCost(found.seconds, found.peak)
 
 
-def measuring(recipe: Recipe, held_out: int, each: float) -> float:
+def measuring(recipe: Recipe, held_out: int, trained: int, each: float) -> float:
     """Seconds of all measurements of the loss, an answer for one sample taking `each`."""
     if not (recipe.train.validate_every and held_out):
         return 0.0
-    answers = SPLITS * min(MEASURED, held_out) * LEVELS * (1 + bool(recipe.train.ema))
+    samples = min(MEASURED, held_out) + min(MEASURED, trained)
+    answers = samples * LEVELS * (1 + bool(recipe.train.ema))
     return -(-recipe.train.steps // recipe.train.validate_every) * answers * each
 
 
@@ -221,7 +222,8 @@ def drawing(recipe: Recipe, model: Pipeline, has_held_out: bool, each: float, ma
     latents = torch.zeros(1, *shape, device=machine.device, dtype=model.dtype)
     flops = flops_of(model.codec, lambda codec: codec.decode(latents.to("meta")))
     decoded = machine.cost(lambda: model.codec.decode(latents), flops)
-    evaluations = model.info.get("steps", sample.steps) * (1 + (guided and sample.guidance != 1))
+    guidance = model.info.get("guidance", sample.guidance)
+    evaluations = model.info.get("steps", sample.steps) * (1 + (guided and guidance != 1))
     times = -(-recipe.train.steps // sample.every) if sample.every else 1
     peak = None if decoded.peak is None else decoded.peak * min(count, SHOWN)
     return PhaseCost(times * count * (evaluations * each + decoded.seconds), peak)

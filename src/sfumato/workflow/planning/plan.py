@@ -1,32 +1,38 @@
 """What a recipe would do, said before it is done: counts, what is missing, memory and disk."""
 
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 
 from sfumato import models
 from sfumato.data import buckets
 from sfumato.data.encoding.batch_sampler import BatchSampler
+from sfumato.data.sources import hub_dataset
 from sfumato.data.sources.sample import Sample
 from sfumato.generation import Pipeline, as_pipeline
+from sfumato.models import hub_files
 from sfumato.models.interface import StagePlacement
 from sfumato.models.io import adapter_run
-from sfumato.models.pretrained import token_count
+from sfumato.models.pretrained.pipeline_folder import unused_of
 from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
+from sfumato.settings import parse_bytes, plain
+from sfumato.training.device import free_bytes
 from sfumato.training.distributed.strategy import processes_per_machine
 from sfumato.training.estimate import fit_memory, probe
 from sfumato.training.estimate.memory import MemoryBreakdown, count_memory, repeated_blocks
 from sfumato.training.precision import effective_precision
 from sfumato.workflow import class_images, condition_encoders, control_training
-from sfumato.workflow.checks import check_context_parallel
-from sfumato.workflow.dataset import known_sizes
-from sfumato.workflow.finetune import prepare_trainable
+from sfumato.workflow.checks import check_context_parallel, recipe_warnings, truncation
+from sfumato.workflow.dataset import dataset_names, known_sizes
+from sfumato.workflow.finetune import pinned_base, prepare_trainable, with_base_sampling
 from sfumato.workflow.planning import phase_costs
 from sfumato.workflow.planning.step_costs import (
     StepEstimate,
@@ -36,11 +42,10 @@ from sfumato.workflow.planning.step_costs import (
     step_cost,
     store_bytes,
 )
+from sfumato.workflow.planning.summary import unusual
 from sfumato.workflow.prepare import ResolvedRecipe, resolve_recipe, stages_take_turns
 from sfumato.workflow.resume import check_resume, data_fingerprint
 from sfumato.workflow.train_codec import codec_home
-
-COUNTED = 20_000
 
 
 def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
@@ -51,10 +56,14 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     Returns:
         plain values: samples, captions, held_out, set_aside, tokens, codec, parameters, steps_per_epoch,
         epochs, device, precision, memory_gb, memory, seconds_per_step, hours, probed, process_gb, phases,
-        store_gb, disk_gb, run.
+        store_gb, disk_gb, run, step, free, unusual, and recipe: {key: {value that takes effect,
+        origin}}. `summary` makes twelve lines of them. While something is to be fetched, only fetch: {id:
+        commit, files, size, bytes}.
     Raises:
         Refused: for whatever training would refuse.
     """
+    if fetched := to_fetch(recipe):
+        return {"fetch": fetched, "then": "memory, disk and time are said once these files are here"}
     resolved = resolve_recipe(recipe)
     collection, base = resolved.collection, resolved.base
     check_context_parallel(recipe, base, many or started_processes())
@@ -86,7 +95,6 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     found["steps_per_epoch"] = max(1, round(epoch_samples) // recipe.train.batch)
     if callable(resolved.bucket_of):
         found["buckets"] = _buckets(recipe, train, resolved.bucket_of)
-    found["epochs"] = round(recipe.train.steps / found["steps_per_epoch"], 1)
     found["device"] = str(resolved.device)
     found["precision"] = effective_precision(
         recipe.train.precision, resolved.device, recipe.train.weight_dtype
@@ -105,6 +113,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         many or started_processes(),
         _sizes(recipe, train, resolved.bucket_of),
     )
+    found["epochs"] = round(recipe.train.expected_steps(step.seconds) / found["steps_per_epoch"], 1)
     with model.at_work(model.codec, model.conditioner):
         parts = phase_costs.phase_costs(recipe, model, network, resolved, step, home)
     found |= step_report(recipe, step, parts, resolved.device)
@@ -119,20 +128,49 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     store = store_bytes(recipe, len(collection.samples), codec)
     found["store_gb"] = round(store / 1e9, 3)
     found["disk_gb"] = round((store + checkpoint_bytes(recipe, parameters)) / 1e9, 3)
-    return found | _standing(recipe, resolved)
+    effective = with_base_sampling(recipe, base)
+    found |= _standing(effective, resolved)
+    found["free"] = _free(recipe, resolved.device)
+    found["recipe"] = {
+        name: {"value": plain(value), "origin": effective.origin(name)}
+        for name, value in effective.values().items()
+    }
+    found["unusual"] = unusual(found, recipe_warnings(recipe))
+    return found
+
+
+def _free(recipe: Recipe, device: torch.device) -> dict[str, float]:
+    """GB that are free now: memory of this machine, of the device if it has its own, and disk for the run."""
+    place = next(one for one in (Path(recipe.output), *Path(recipe.output).parents) if one.is_dir())
+    found = {"memory": psutil.virtual_memory().available, "disk": shutil.disk_usage(place).free}
+    if device.type != "cpu":
+        found["device"] = free_bytes(device)
+    return {f"{name}_gb": gigabytes(size) for name, size in found.items()}
+
+
+def to_fetch(recipe: Recipe) -> dict[str, Any]:
+    """{id: commit, files, size, bytes} of what a recipe names of the Hub and is not here yet."""
+    model = recipe.model
+    named = [pinned_base(recipe), *model.merge_loras, model.init_adapter]
+    found = hub_files.plan_fetch([one for one in named if one and one != "scratch"], unused_of)
+    for name in dataset_names(recipe.data):
+        if hub_dataset.is_hub_dataset(name) and (said := hub_dataset.to_fetch(hub_dataset.parse(name))):
+            found[name] = said
+    return found
 
 
 def _standing(recipe: Recipe, resolved: ResolvedRecipe) -> dict[str, Any]:
     """Where the recipe's run stands, and what was changed since it began."""
     output = Path(recipe.output)
     if not (output / "effective.toml").is_file():
-        return {"run": "new"}
+        return {"run": "new", "step": 0}
     run = RunFolder.open(output)
     adapter_run.verify_base(run.path / "model")
     changed = check_resume(run, recipe, data_fingerprint(resolved.samples))
     folders = run.checkpoint_folders()
     stands = f"goes on from {folders[-1].name}" if folders else "begun, no checkpoint yet"
-    return {"changed": changed, "run": stands}
+    step = int(folders[-1].name.removeprefix("step-")) if folders else 0
+    return {"changed": changed, "run": stands, "step": step}
 
 
 def step_report(
@@ -143,7 +181,8 @@ def step_report(
     memory_gb is a step's, process_gb all that the process has in host memory at its largest, phases the
     seconds of each part of the run and the memory that it takes beside what is there already.
     """
-    steps = phase_costs.PhaseCost(step.seconds * recipe.train.steps, step.memory.peak - step.memory.weights)
+    count = recipe.train.expected_steps(step.seconds)
+    steps = phase_costs.PhaseCost(step.seconds * count, step.memory.peak - step.memory.weights)
     most = max((part.peak or 0 for part in (*parts.values(), steps)), default=0)
     host = torch.device("cpu")
     on_host = 0 if device.type == "cuda" else most
@@ -194,21 +233,6 @@ def gigabytes(size: float) -> float:
     return round(size / 1e9, 3)
 
 
-def truncation(conditioner: models.Conditioner, samples: Sequence[Sample]) -> dict[str, int] | None:
-    """How many captions the model's own tokenizer cuts off: {read, longest, counted, cut_off}; None without.
-
-    Of more than COUNTED captions so many, evenly spread, are counted.
-    """
-    reading = token_count.of_conditioner(conditioner)
-    captions = sorted({caption for sample in samples for caption in sample.captions if caption})
-    if reading is None or not captions:
-        return None
-    some = captions[:: -(-len(captions) // COUNTED)]
-    lengths = reading.count(some)
-    cut = sum(length > reading.most for length in lengths)
-    return {"read": reading.most, "longest": max(lengths), "counted": len(some), "cut_off": cut}
-
-
 def _buckets(recipe: Recipe, train: list[Sample], bucket_of: Any) -> dict[str, Any]:
     """For each bucket: samples an epoch shows, the batch, and how many the next epoch takes over."""
     held: list[tuple[int, int]] = []
@@ -255,7 +279,7 @@ def fit_to_memory(recipe: Recipe, size: str, many: int = 0) -> tuple[Recipe, dic
     Raises:
         Refused: nothing fits, or the recipe cannot be used.
     """
-    room = fit_memory.parse_bytes(size)
+    room = parse_bytes(size)
     resolved, frames = resolve_recipe(recipe), recipe.data.frames
     codec = (
         resolved.base.codec if resolved.base else models.new_codec(recipe.model, recipe.seed, bool(frames))

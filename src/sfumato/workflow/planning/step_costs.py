@@ -94,7 +94,8 @@ def inputs_of(
 def _alike(recipe: Recipe, model: Pipeline, texts: Sequence[str], size: Sequence[int]) -> tuple:
     """What the denoiser is given for samples of one size, one for each text."""
     unguided = base_images.example_condition(model, recipe.data, texts).to(model.device, model.dtype)
-    condition = control_training.with_blank_control(model, unguided, recipe.data.resolution)
+    frames = size[2] if recipe.data.frames else 0
+    condition = control_training.with_blank_control(model, unguided, recipe.data.resolution, frames)
     latents = torch.zeros(len(texts), *model.codec.latent_shape(*size), device=model.device)
     return latents, torch.full((len(texts),), 500.0, device=model.device), condition
 
@@ -220,9 +221,18 @@ def cost_summary(recipe: Recipe, network: nn.Module, inputs: tuple[Any, ...], fr
         words.append(f"{recipe.train.context_parallel} of them share each sample")
     words += [
         f"{memory.peak / 1e9:.2f} GB of memory a step" + (f" ({sizes})" if sizes else ""),
-        f"about {seconds:.2g} s a step, {duration(seconds * recipe.train.steps)} in all",
+        f"about {seconds:.2g} s a step, {_length(recipe, seconds)}",
     ]
     return f"Plan: {'; '.join(words)}."
+
+
+def _length(recipe: Recipe, seconds: float) -> str:
+    """How long the run is, where a step takes so many seconds."""
+    steps = recipe.train.expected_steps(seconds)
+    words = f"{duration(seconds * steps)} in all"
+    if not recipe.train.minutes:
+        return words
+    return f"about {steps:,} steps, {words}: the clock decides (train.minutes = {recipe.train.minutes:g})"
 
 
 def product_dtype(recipe: Recipe, device: torch.device) -> torch.dtype | None:

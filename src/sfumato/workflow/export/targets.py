@@ -1,0 +1,3 @@
+"""Where files are written for."""
+
+TARGETS = ("diffusers", "comfyui", "kohya")
