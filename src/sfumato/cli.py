@@ -189,6 +189,7 @@ def generate(
     mask: generate_options.Mask = None,
     count: generate_options.Count = 1,
     seed: generate_options.Seed = 0,
+    literal_prompt: generate_options.LiteralPrompt = False,
     same_seeds: generate_options.SameSeeds = False,
     grid: generate_options.Grid = "",
     steps: Steps = None,

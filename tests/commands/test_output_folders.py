@@ -3,7 +3,6 @@
 import json
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -191,10 +190,9 @@ def test_few_training_pictures_are_measured(tmp_path, count, held_out):
 def test_a_still_of_a_model_of_clips_is_a_picture(tmp_path):
     import numpy
 
-    from sfumato.commands.generate import GenerateRequest, write
+    from sfumato.workflow.drawings import Drawing, write_drawings
 
     still = numpy.full((1, 16, 16, 3), 200, numpy.uint8)
-    request = GenerateRequest(tmp_path, ["a"], [], 1, {"seed": 0}, tmp_path / "out", "cpu")
-    write(request, SimpleNamespace(info={"frames": 1, "fps": 8.0}), ["a"], [still], {}, as_json=True)
+    write_drawings(tmp_path / "out", [Drawing(still, "a", 0, {})], "")
     assert numpy.asarray(Image.open(tmp_path / "out" / "000-a-0.png")).tolist() == still[0].tolist()
     assert not list((tmp_path / "out").glob("*.mp4"))

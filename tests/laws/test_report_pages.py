@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from sfumato.commands import error_matrix, generate
+from sfumato.commands import error_matrix
 from sfumato.commands import eval as commands_eval
 from sfumato.data import dataset_report as data_report
 from sfumato.data.sources import folder as sources_folder
@@ -21,6 +21,7 @@ from sfumato.report import data_page, page, run_page
 from sfumato.report.charts import Axis, Line, chart, downsample, smooth
 from sfumato.report.page import Picture, amount, document, duration, embedded, section, table, tiles
 from sfumato.run_folder import RunFolder
+from sfumato.workflow.drawings import Drawing, write_drawings
 
 NASTY = '<script>alert("x")</script> & "quotes"'
 
@@ -184,14 +185,24 @@ def page_of_data(folder):
 
 
 def page_of_drawings(folder):
-    asked = SimpleNamespace(folder=Path(HOSTILE), out=folder)
-    told = [{"prompt": HOSTILE, "seed": HOSTILE}]
-    return generate.overview(asked, [Image.new("RGB", (8, 8))], told, 8.0, "")[1].read_text(encoding="utf-8")
+    one = Drawing(
+        Image.new("RGB", (8, 8)), HOSTILE, 0, {"negative": HOSTILE, HOSTILE: HOSTILE, "loras": [HOSTILE]}
+    )
+    return write_drawings(folder, [one], f"By {HOSTILE}.")["page"].read_text(encoding="utf-8")
+
+
+def page_of_a_grid(folder):
+    axes = {"prompt": [HOSTILE], "solver": [HOSTILE], HOSTILE: [HOSTILE]}
+    values = dict.fromkeys(axes, HOSTILE)
+    one = Drawing(Image.new("RGB", (8, 8)), HOSTILE, 0, {"negative": HOSTILE}, (0, 0, 0), values)
+    return write_drawings(folder, [one], f"By {HOSTILE}.", axes=axes)["page"].read_text(encoding="utf-8")
 
 
 def page_of_an_evaluation(folder):
     Image.new("RGB", (8, 8)).save(folder / "a.png")
-    found = SimpleNamespace(step=1, metrics={HOSTILE: SimpleNamespace(note=HOSTILE)}, by_level={})
+    found = SimpleNamespace(
+        step=1, metrics={HOSTILE: SimpleNamespace(note=HOSTILE)}, by_level={}, notes=[HOSTILE]
+    )
     pairs = [Picture(embedded(folder / "a.png"), HOSTILE, HOSTILE)]
     return commands_eval._page(Path(HOSTILE), found, [(folder / "a.png", HOSTILE)], pairs)
 
@@ -211,7 +222,14 @@ def page_of_a_theory(folder):
     return document(HOSTILE, HOSTILE, parts, kicker=HOSTILE)
 
 
-PAGES = (page_of_a_run, page_of_data, page_of_drawings, page_of_an_evaluation, page_of_a_theory)
+PAGES = (
+    page_of_a_run,
+    page_of_data,
+    page_of_drawings,
+    page_of_a_grid,
+    page_of_an_evaluation,
+    page_of_a_theory,
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.__name__)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,7 @@ class GenerateRequest:
         pictures = condition_arguments({name: rest.pop(name) for name in PICTURES}, own["control_from"])
         last = rest.pop("last_image")
         options = further_options(rest.pop("image") or [], rest.pop("option") or [], known)
-        usual = {"negative": "", "solver": "", **dict.fromkeys(AS_TRAINED, 0)}
+        usual = {"negative": "", "solver": "", "literal_prompt": False, **dict.fromkeys(AS_TRAINED, 0)}
         usual_left_out = {name: value for name, value in rest.items() if value not in (None, usual.get(name))}
         options |= {"regions": regions} if regions else {}
         options |= {"last_image": str(last)} if last is not None else {}
@@ -206,6 +207,7 @@ def run_generation(
 ) -> tuple[Any, list[Any]]:
     """The model, and all that was drawn with it, in order."""
     from sfumato.generation import load
+    from sfumato.models.pretrained import prompt_weights
     from sfumato.training.device import resolve
     from sfumato.training.distributed import context_parallel
 
@@ -214,8 +216,12 @@ def run_generation(
     check_formats(request, model)
     options = dict(request.options)
     prompts = list(axes.get("prompt", request.prompts))
-    for sentence in cut_off(model, [*prompts, *axes.get("negative", ()), *words_of(options)], options):
+    texts = [*prompts, *axes.get("negative", ()), *words_of(options)]
+    for sentence in cut_off(model, texts, options):
         say(sentence)
+    if not options.get("literal_prompt"):
+        for sentence in prompt_weights.notes(model.conditioner, texts):
+            say(sentence)
     if request.control_from:
         shape = model.latent_shape(options.get("width"), options.get("height"))
         size = model.codec.pixel_size(shape)
@@ -231,8 +237,10 @@ def run_generation(
         metadata["loras"] = [f"{Path(file).name}:{weight:g}" for file, weight in request.loras]
     with (
         progress() as bar,
+        warnings.catch_warnings(),
         context_parallel.enabled(model.denoiser, request.context_parallel, processes),
     ):
+        warnings.simplefilter("ignore", prompt_weights.LiteralPromptWarning)  # said above
         draw = draw_grid if axes else draw_list
         return model, draw(request, model, axes, options, metadata, bar)
 
@@ -274,8 +282,12 @@ def draw_grid(
     fixed = {name: value for name, value in options.items() if name not in axes}
     if "prompt" not in axes and (named := request.prompts or request.labels):
         fixed["prompt"] = named[0]
+
+    def tell(done: int, total: int) -> None:
+        bar(done // 100, total // 100, "drawing cells")
+
     found = []
-    for cell in model.grid(axes, watch=lambda done, total: bar(done, total, "drawing"), **fixed):
+    for cell in model.grid(axes, watch=tell, **fixed):
         varied = {name: value for name, value in cell.values.items() if name not in SAID_OTHERWISE}
         said = scaled(model, metadata) | varied
         said |= effective_settings(model, cell.settings, cell.drawn)
@@ -309,12 +321,14 @@ def words_of(options: Mapping[str, Any]) -> list[str]:
 def cut_off(model: Any, texts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
     """A sentence for each text that is longer than the model's text encoders read."""
     from sfumato.data.sources.metadata import printable
-    from sfumato.generation.pipeline import check_is_unicode
-    from sfumato.models.pretrained import token_count
+    from sfumato.generation.requests import check_is_unicode
+    from sfumato.models.pretrained import prompt_weights, token_count
 
     texts = [text for text in dict.fromkeys(texts) if text]
     for text in texts:
         check_is_unicode(text)
+    if not options.get("literal_prompt"):
+        texts = [prompt_weights.plain(model.conditioner, text) for text in texts]
     asked = options.get("max_sequence_length")
     reading = token_count.of_conditioner(model.conditioner, asked if isinstance(asked, int) else None)
     if reading is None or not texts:

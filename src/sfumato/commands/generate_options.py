@@ -42,6 +42,10 @@ Formats = Annotated[
 SameSeeds = Annotated[
     bool, typer.Option("--same-seeds", help="Each prompt from the same seeds: seed to seed + count − 1.")
 ]
+LiteralPrompt = Annotated[
+    bool,
+    typer.Option("--literal-prompt", help="Read brackets as they stand: (red:1.3), [word] are no weights."),
+]
 Grid = Annotated[
     str,
     typer.Option(

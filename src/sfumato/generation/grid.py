@@ -146,7 +146,7 @@ def checkpoints_of(source: Path | str | None, values: Sequence[Any]) -> list[Pat
             steps = ", ".join(str(int(one.name.removeprefix("step-"))) for one in there)
             raise Refused(f"{run} has no checkpoint {value}. It has {steps or 'none'}.")
         found.append(place)
-    return found
+    return list(dict.fromkeys(found))
 
 
 def checkpoint_name(place: Path) -> int | str:

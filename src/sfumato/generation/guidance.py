@@ -16,6 +16,7 @@ from sfumato.errors import Refused, one_of
 from sfumato.generation.settings import FORMS
 from sfumato.models import Codec, Condition, Denoiser, Model
 from sfumato.models.guidance_policy import GuidancePolicy
+from sfumato.models.pretrained import prompt_weights
 from sfumato.theory import Theory, translate
 from sfumato.theory import guidance as forms
 from sfumato.theory.types import Denoise
@@ -189,14 +190,16 @@ class GuidanceOptions:
             )
 
     def autoguidance_denoiser(
-        self, model: Model, prompts: Sequence[str], options: Mapping[str, Any]
+        self, model: Model, prompts: Sequence[str], options: Mapping[str, Any], literal_prompt: bool = False
     ) -> Denoise | None:
         """`autoguidance_model` as a denoiser of these prompts, in the theory of `model`; None without it."""
         self.check_latents(model.codec)
         weaker = self.autoguidance_model
         if not isinstance(weaker, Model):
             return None
-        condition = weaker.condition(prompts, **options).to(weaker.device, weaker.dtype)
+        with torch.no_grad(), weaker.at_work(weaker.conditioner):
+            read = prompt_weights.encode(weaker.conditioner, prompts, literal_prompt, **options)
+        condition = read.to(weaker.device, weaker.dtype)
 
         def ask(x_t: Tensor, t: Tensor) -> Tensor:
             return weaker.predict(x_t.to(weaker.device, weaker.dtype), t.to(weaker.device), condition).to(x_t)

@@ -3,9 +3,10 @@
 A picture depends on its prompt and its own seed, not on what is drawn beside it.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -24,11 +25,12 @@ from sfumato.generation.guidance import GuidanceOptions, check_negative, mark_pe
 from sfumato.generation.image_guidance import ImageGuidance
 from sfumato.generation.memory_limit import LimitedPlacement, place_within, within_memory
 from sfumato.generation.regions import Regions, parse_regions
+from sfumato.generation.requests import SampleRequest, batches, parse_requests
 from sfumato.generation.video import VideoConditioning, parse_video
 from sfumato.models import Condition, Model
 from sfumato.models.codecs import tiling
 from sfumato.models.io.model import DTYPES
-from sfumato.models.pretrained.image_inputs import images_per_prompt
+from sfumato.models.pretrained import prompt_weights
 from sfumato.settings import parse_bytes
 from sfumato.theory import Theory, noise, solve
 from sfumato.theory import guidance as forms
@@ -36,80 +38,6 @@ from sfumato.theory import times as sampling_times
 from sfumato.theory.definition import as_float64
 from sfumato.theory.types import Denoise
 from sfumato.trust import trusting
-
-# ----------------------------------------------------------------
-# What is to be drawn: one request a picture, and which of them can be drawn together.
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """One picture to be drawn: what it shows, what it leans away from, and its own seed."""
-
-    prompt: str
-    negative: str | None
-    seed: int
-    shown: Mapping[str, list[Image.Image]] = field(default_factory=dict)
-
-    @property
-    def image_sizes(self) -> list[tuple[str, tuple[int, int]]]:
-        """The sizes of the pictures it is shown; only equal ones can be drawn together."""
-        return [(name, one.size) for name, some in self.shown.items() for one in some]
-
-
-def parse_requests(
-    prompt: str | Sequence[str] | None,
-    negative: str | Sequence[str] | None,
-    seed: int | Sequence[int],
-    shown: Mapping[str, Any],
-) -> list[SampleRequest]:
-    """One request a picture; single values serve all, and picture i of an int seed uses seed + i.
-
-    `shown` holds pictures by the argument that brings them: one for all, one for each, or a list for each.
-
-    Raises:
-        Refused: lists of different lengths, or an empty one.
-    """
-    lists = {"prompt": prompt, "negative": negative, "seed": seed}
-    lengths = {
-        name: len(value)
-        for name, value in lists.items()
-        if isinstance(value, Sequence) and not isinstance(value, str)
-    }
-    if len(set(lengths.values())) > 1 or 0 in lengths.values():
-        said = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise Refused(f"Lists must be as long as there are pictures, at least 1, but these have {said}.")
-    many = [len(some) for some in shown.values() if isinstance(some, list | tuple)]
-    count = next(iter(lengths.values()), max(many, default=1) if prompt is None else 1)
-    prompts = [prompt or ""] * count if prompt is None or isinstance(prompt, str) else list(prompt)
-    away = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    seen = {name: images_per_prompt(some, count, name) for name, some in shown.items()}
-    for text in (*prompts, *away):
-        check_is_unicode(text or "")
-    return [
-        SampleRequest(*request, {name: some[i] for name, some in seen.items()})
-        for i, request in enumerate(zip(prompts, away, seeds, strict=True))
-    ]
-
-
-def check_is_unicode(text: str) -> None:
-    """Raises Refused for a text that no tokenizer reads: one that came in from bytes that are no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise Refused(
-            f"The prompt {text[:60]!r} is no UTF-8. Write it in UTF-8, or set the terminal to it."
-        ) from None
-
-
-def batches(todo: Sequence[SampleRequest], most: int) -> Iterator[Sequence[SampleRequest]]:
-    """The requests in order, at most so many at once, and only such as are shown pictures of equal sizes."""
-    first = 0
-    for last in range(1, len(todo) + 1):
-        if last == len(todo) or last - first == most or todo[last].image_sizes != todo[first].image_sizes:
-            yield todo[first:last]
-            first = last
-
 
 # ----------------------------------------------------------------
 # What is decided before a picture is begun: when the network is asked, and what guides its answers.
@@ -146,6 +74,7 @@ class SamplingPlan:
     regions: Regions
     extra_guidance: Mapping[str, Any]
     options: dict[str, Any]
+    literal_prompt: bool = False
 
     def part(self, rows: slice) -> "SamplingPlan":
         """What is decided about some of the pictures."""
@@ -230,6 +159,7 @@ class Pipeline(AdjustableModel):
         tile: int = 0,
         chunk: int = 0,
         watch: Callable[[int, int], None] | None = None,
+        literal_prompt: bool = False,
         **options: Any,
     ) -> list[Any]:
         """Draw one picture (or clip) a prompt.
@@ -246,6 +176,8 @@ class Pipeline(AdjustableModel):
             batch: pictures drawn at once; changes memory, not pictures.
             tile, chunk: decode in tiles of so many pixels a side, so many frames of a clip at once; 0: whole.
             watch: called with (pictures' steps done, in all).
+            literal_prompt: read brackets as they stand; else (red:1.3), ((word)) and [word] are weights where
+                the model reads with CLIP or T5 (`prompt_weights`), and where it does not, a warning says so.
             options: pictures that guide (`control`, `reference`, `init`, `mask`, `image`, …) as
                 `image_guidance.parse_image_guidance` explains; `regions` as in `regions.parse_regions`;
                 guidance_form, guidance_rescale, … as `GuidanceOptions`; of clips `window`, `overlap`,
@@ -271,6 +203,11 @@ class Pipeline(AdjustableModel):
         plan = self.sampling_plan(
             len(todo), shape, guidance, self.schedule(shape, steps, times, solver), options
         )
+        plan = replace(plan, literal_prompt=literal_prompt)
+        if not literal_prompt:
+            texts = [text or "" for request in todo for text in (request.prompt, request.negative)]
+            for sentence in prompt_weights.notes(self.conditioner, [*texts, *plan.regions.prompts]):
+                warnings.warn(sentence, prompt_weights.LiteralPromptWarning, stacklevel=2)
         pictures: list[Any] = []
         for some in batches(todo, batch):
             rows = slice(len(pictures), len(pictures) + len(some))
@@ -357,11 +294,12 @@ class Pipeline(AdjustableModel):
         schedule, images = plan.schedule, plan.images
         sampler = self.with_video(plan.video)
         given = plan.options | self.image_conditions(todo, plan.shape)
-        prompted = self.condition([request.prompt for request in todo], **given)
+        read = partial(self._read_prompts, plan.literal_prompt, **given)
+        prompted = read([request.prompt for request in todo])
         denoise = sampler.guided_denoiser(prompted, todo, replace(plan, options=given))
         if plan.regions:
             others = [[replace(request, prompt=text) for request in todo] for text in plan.regions.prompts]
-            conditions = [self.condition([request.prompt for request in some], **given) for some in others]
+            conditions = [read([request.prompt for request in some]) for some in others]
             elsewhere = map(
                 partial(sampler.guided_denoiser, plan=replace(plan, options=given)), conditions, others
             )
@@ -440,6 +378,12 @@ class Pipeline(AdjustableModel):
         shown: dict[str, Any] = {name: [request.shown[name] for request in todo] for name in todo[0].shown}
         return shown | (self.codec.pixel_size(shape) if shown and self.conditioner.sizes_images else {})
 
+    @torch.no_grad()
+    def _read_prompts(self, literal: bool, prompts: Sequence[str], **options: Any) -> Condition:
+        """The condition of prompts whose weights act; with `literal` as `condition` reads them."""
+        with self.at_work(self.conditioner):
+            return prompt_weights.encode(self.conditioner, prompts, literal, **options)
+
     def guided_denoiser(
         self, prompted: Condition, todo: Sequence[SampleRequest], plan: SamplingPlan
     ) -> Denoise:
@@ -468,10 +412,14 @@ class Pipeline(AdjustableModel):
         alone = denoiser_of(*answers)
         if not leans and not how.pag_scale:
             return alone
-        other = how.autoguidance_denoiser(self, [request.prompt for request in todo], given)
+        prompts = [request.prompt for request in todo]
+        other = how.autoguidance_denoiser(self, prompts, given, plan.literal_prompt)
         if leans and other is None:
             with torch.no_grad(), self.at_work(self.conditioner):
-                weak = images.add_to(self.conditioner.encode_negative(away, **given), is_weak=True)
+                negative = prompt_weights.encode(
+                    self.conditioner, away, plan.literal_prompt, negative=True, **given
+                )
+                weak = images.add_to(negative, is_weak=True)
             answers.append(weak.to(self.device))
         if how.pag_scale:
             answers = [*(mark_perturbed(one, False) for one in answers), mark_perturbed(answers[0], True)]

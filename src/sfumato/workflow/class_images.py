@@ -133,6 +133,7 @@ def draw(recipe: Recipe, model: Pipeline, place: Path, progress: Progress | None
             seed=[recipe.seed + i for i in group],
             height=data.resolution,
             width=data.resolution,
+            literal_prompt=True,  # it is their caption
         )
         for index, picture in zip(group, drawn, strict=True):
             metadata = {"prompt": data.class_prompt, "seed": recipe.seed + index}

@@ -125,6 +125,7 @@ class Preview:
                 [seeds[index] for index in mine[at]],
                 [sizes[index] for index in mine[at]],
                 negative=sample.negative or None,
+                literal_prompt=group.name is not None,  # captions are read as they were learned
                 guides={name: [pictures[i] for i in mine[at]] for name, pictures in group.guides.items()},
             )
 

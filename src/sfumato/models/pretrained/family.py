@@ -58,6 +58,9 @@ class Family:
     """Our names for what encode_prompt returns, in its order; empty for what is not kept."""
     prompt_only: ClassVar[tuple[str, ...]] = ()
     """Options of encode_prompt that the pipeline does not apply to a negative prompt."""
+    weighted_tokens: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    """The tokenizers of CLIP and T5 whose tokens prompt weights act on: blocks of `tokens`, one after the
+    other, each of the tokenizers whose features stand side by side; empty where nothing reads weights."""
     video: ClassVar[bool] = False
     trains_micro_conditioning: ClassVar[bool] = False
     """Whether training tells the network how each picture was cut, as `time_ids`."""

@@ -202,6 +202,7 @@ def _draw(
 
     first = 1_000_003 * (seed + 1)
     seeds = [first + i for i in range(len(prompts))]
+    drawing = {"literal_prompt": True, **drawing}  # captions are read as they were learned
     return draw_in_sizes(model, prompts, seeds, sizes or [None] * len(prompts), watch, **drawing)
 
 

@@ -33,7 +33,8 @@ def measure_videos(
     prompts = [captions[found.names[i]] for i in chosen]
     texts = prompts if model.conditioner.kind != "none" else None
     seeds = [2_000_003 + i for i in range(len(chosen))]
-    drawn = model.generate(texts, seed=seeds, watch=watch, **drawing) if chosen else []
+    known = {"literal_prompt": True, "watch": watch, **drawing}  # captions are read as they were learned
+    drawn = model.generate(texts, seed=seeds, **known) if chosen else []
     ratios = []
     for i in chosen:
         pixels = found.pictures[i][None].to(model.device).float() / 127.5 - 1

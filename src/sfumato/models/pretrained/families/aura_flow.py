@@ -39,6 +39,7 @@ AURA_FLOW: list[Rule] = [
 class AuraFlow(Family):
     """Tokens of a fixed length, zero where there are no words."""
 
+    weighted_tokens = (("tokenizer",),)
     pipelines = ("AuraFlowPipeline",)
     layer_names = LayerNames(tuple(AURA_FLOW), "plain", "")
     comfyui_loads_whole = True

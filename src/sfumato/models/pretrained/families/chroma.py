@@ -37,6 +37,7 @@ class Chroma(Family):
     timestep_input = "share of noise"
     even_sigmas = True
     normalizes = ("factor", "shift")
+    weighted_tokens = (("tokenizer",),)
     prompt_outputs = ("tokens", "", "favoured")
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:

@@ -14,6 +14,7 @@ from sfumato.models.pretrained.family import Family, called_with
 class CogVideoX(Family):
     """Latents [B, 16, F, H, W]; the network takes frames before channels, and places by rotation (5B)."""
 
+    weighted_tokens = (("tokenizer",),)
     pipelines = ("CogVideoXPipeline",)
     video = True
     stride = 8

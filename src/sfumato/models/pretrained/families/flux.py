@@ -134,6 +134,7 @@ class Flux(GuidanceDistilled):
     ip_adapter = FluxIPAdapter()
     even_sigmas = True
     normalizes = ("factor", "shift")
+    weighted_tokens = (("tokenizer_2",),)
     prompt_outputs = ("tokens", "pooled")
     prompt_only = ("prompt_2",)
     lora_targets = (

@@ -40,6 +40,7 @@ class LTXVideo(Family):
     normalizes = ("factor", "channels")
     patch = 1
     video = True
+    weighted_tokens = (("tokenizer",),)
     prompt_outputs = ("tokens", "mask")
     per_second, stride, time_stride = 25, 32, 8
 

@@ -44,6 +44,7 @@ class Mochi(Family):
     sign = -1
     normalizes = ("factor", "channels")
     video, fps = True, 30.0
+    weighted_tokens = (("tokenizer",),)
     prompt_outputs = ("tokens", "mask")
 
     def size(self, pipe: Any) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class PixArtSigma(Family):
     pipelines = ("PixArtSigmaPipeline",)
     layer_names = LayerNames(tuple(PIXART), "plain", "")
     comfyui_loads_whole = True
+    weighted_tokens = (("tokenizer",),)
     prompt_outputs = ("tokens", "mask")
 
     def predict(self, network: Any, x: Tensor, clock: Tensor, condition: Condition) -> Tensor:

@@ -26,6 +26,7 @@ class StableDiffusion(UNetFamily):
     )
     layer_names = LayerNames((), "kohya", "plain", kohya_holds=UNET_BLOCKS, of_network=unet_names)
     comfyui_loads_whole = True
+    weighted_tokens = (("tokenizer",),)
     prompt_only = ("clip_skip",)
 
     def read(self, pipe: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Tensor]:

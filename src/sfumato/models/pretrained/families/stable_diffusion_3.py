@@ -167,6 +167,7 @@ class StableDiffusion3(Family):
     controlnet = StableDiffusion3ControlNet()
     ip_adapter = StableDiffusion3IPAdapter()
     normalizes = ("factor", "shift")
+    weighted_tokens = (("tokenizer", "tokenizer_2"), ("tokenizer_3",))
     prompt_outputs = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "prompt_3", "clip_skip")
     lora_targets = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -36,6 +36,7 @@ class StableDiffusionXL(UNetFamily):
     addition_embed = "text_time"
     normalizes = ("factor", "channels")
     stride = 8
+    weighted_tokens = (("tokenizer", "tokenizer_2"),)
     prompt_outputs = ("tokens", "", "pooled")
     prompt_only = ("prompt_2", "clip_skip")
     micro_conditioning = "time_ids"

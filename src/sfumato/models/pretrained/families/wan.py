@@ -84,6 +84,7 @@ class WanGuidance(PipelineGuidance):
 class Wan(Family):
     """Latents [B, 16, F, H, W]; tokens of a fixed length, zero after the words."""
 
+    weighted_tokens = (("tokenizer",),)
     pipelines = ("WanPipeline",)
     layer_names = LayerNames(tuple(WAN), "original", "original", kohya_holds=r"blocks\..*")
     timestep_input = "thousandths"
