@@ -93,7 +93,14 @@ def inputs_of(
 
 def _alike(recipe: Recipe, model: Pipeline, texts: Sequence[str], size: Sequence[int]) -> tuple:
     """What the denoiser is given for samples of one size, one for each text."""
-    unguided = base_images.example_condition(model, recipe.data, texts).to(model.device, model.dtype)
+    once = list(dict.fromkeys(texts))  # a batch may be larger than the data has captions
+    unguided = base_images.example_condition(model, recipe.data, once).to(model.device, model.dtype)
+    if len(once) < len(texts):
+        at = {text: place for place, text in enumerate(once)}
+        rows = torch.tensor([at[text] for text in texts], device=model.device)
+        repeated = {name: one.index_select(0, rows) for name, one in unguided.tensors.items()}
+        is_unpadded, unguided = unguided.is_unpadded, Condition(repeated, len(texts))
+        unguided.is_unpadded = is_unpadded
     frames = size[2] if recipe.data.frames else 0
     condition = control_training.with_blank_control(model, unguided, recipe.data.resolution, frames)
     latents = torch.zeros(len(texts), *model.codec.latent_shape(*size), device=model.device)
