@@ -11,11 +11,13 @@ from PIL import Image
 import sfumato
 from sfumato import user_code
 from sfumato.errors import Failed, Refused
+from sfumato.recipe import Recipe
 from sfumato.run_folder import RunFolder
-from sfumato.theory import get
+from sfumato.theory import get, integrate, oracle
 from sfumato.training.distributed import processes
 from sfumato.training.distributed.processes import Processes, run_folder_of_rank
 from sfumato.training.loop import callbacks
+from sfumato.workflow import sanity_checks
 
 DOCS = Path(__file__).parents[2] / "docs" / "own-code.md"
 EXAMPLES = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL))
@@ -255,6 +257,37 @@ def test_every_form_of_a_picture_gives_the_same_latents(form, world):
     assert torch.equal(latents, expected.train.read([0], 0, 0).latents)
 
 
+NET = """from torch import nn
+from sfumato.models import Denoiser
+class x(Denoiser):
+    def __init__(self, **rest):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+    def forward(self, x, clock, condition):
+        {}
+        {}
+    def config(self):
+        return {{}}
+"""
+CODEC = """from sfumato.models import Codec
+class x(Codec):
+    kind, stride, latent_channels = "x", 2, 3
+    def config(self): return {{}}
+    def encode(self, pixels, noise=None):
+        return {}
+    def decode(self, latents):
+        return {}
+"""
+TEXT = """import torch
+from sfumato.models import Condition, Conditioner
+class x(Conditioner):
+    kind, width = "x", 3
+    def config(self): return {{}}
+    def forward(self, prompt, **options):
+        return Condition({{"pooled": torch.zeros(len({}), 5)}})
+    def encode_empty(self, count):
+        return self([""] * count)
+"""
 BROKEN = {
     "a loss that is none": ({"train.loss": "x = 3"}, r"train\.loss: .* is a int\. A loss is called as"),
     "a loss of three": ({"train.loss": "def x(a, b, weight): return a"}, r"cannot be called so .*weight"),
@@ -291,6 +324,38 @@ BROKEN = {
         r"item 0 fails in .*own\.py:x, line 3: ZeroDivisionError",
     ),
     "a codec that is none": ({"model.codec": "x = dict"}, "here a Codec is needed"),
+    "a denoiser without config": (
+        {"model.denoiser": "from sfumato.models import Denoiser\nclass x(Denoiser): kind = 'x'"},
+        r"lacks config\(\), forward\(\)\. A Denoiser is a class of `from sfumato\.models import Denoiser`",
+    ),
+    "a denoiser of torch alone": (
+        {"model.denoiser": "from torch import nn\ndef x(**rest): return nn.Linear(1, 1)"},
+        "but here a Denoiser is needed. A Denoiser is a class of `from sfumato.models import Denoiser`",
+    ),
+    "a denoiser that takes a mapping for an object": (
+        {"model.denoiser": NET.format("condition.pooled", "return x")},
+        r'forward fails in .*own\.py:x, line 8: AttributeError: a condition has no attribute "pooled"',
+    ),
+    "a denoiser of another shape": (
+        {"model.denoiser": NET.format("0", "return x[:, :1]")},
+        r"forward gives \[2, 1, 16, 16\], not \[2, 3, 16, 16\]\. A Denoiser is",
+    ),
+    "a codec of another stride": (
+        {"model.codec": CODEC.format("pixels[..., ::4, ::4]", "latents")},
+        r"encode gives \[2, 3, 4, 4\], not \[2, 3, 8, 8\]\. A Codec is",
+    ),
+    "a codec whose decoder fails": (
+        {"model.codec": CODEC.format("pixels[..., ::2, ::2]", "latents.nothing")},
+        r"decode fails in .*own\.py:x, line 8: AttributeError",
+    ),
+    "a text encoder of one for all": (
+        {"model.text_encoder": TEXT.format("['a']")},
+        r"it gives one of 1 for two prompts, not a Condition of two",
+    ),
+    "a text encoder of another width": (
+        {"model.text_encoder": TEXT.format("prompt")},
+        r'"pooled" is \[2, 5\], but its pooled_width is 3\. A Conditioner is',
+    ),
     "a denoiser of other arguments": (
         {"model.denoiser": "def x(size): pass"},
         "A Denoiser is made by calling it with channels",
@@ -323,3 +388,51 @@ def test_what_a_run_could_not_load_again_is_refused(world):
 def test_stages_of_ones_own_beside_a_base_are_refused(world):
     with pytest.raises(Refused, match="for a model from scratch"):
         train(world, "run", "model.base=somewhere", codec=user_code.load_named_object("halves.py:Halves"))
+
+
+def test_doctor_says_whether_a_batch_is_answered_as_each_alone(world):
+    """Law: a mean over the batch is found; the docs' own stages have none."""
+    words = [f"{key}={word}" for key, word in (WORDS["denoiser"], WORDS["codec"], WORDS["conditioner"])]
+    read = Recipe.read(recipe(world), words)
+    checks = {check.claim: check for check in sanity_checks.check_recipe(read)}
+    own = [check for claim, check in checks.items() if claim.startswith("your ")]
+    assert len(own) == 3 and all(check.holds for check in own), own
+    (world / "own.py").write_text(NET.format("0", "return x + self.layer(x.mean(0)[..., :1])"))
+    checks = sanity_checks.check_recipe(Recipe.read(recipe(world), ["model.denoiser=own.py:x"]))
+    (mixing,) = [check for check in checks if check.claim.startswith("your denoiser")]
+    assert not mixing.holds and "no means over the batch" in mixing.detail
+
+
+def test_a_solver_of_ones_own_walks_as_ours_does(world):
+    """Law: the docs' midpoint is our midpoint, under any theory; by its file and by itself."""
+    mine = user_code.load_named_object("solver.py:midpoint")
+    noise = torch.randn(5, 2, dtype=torch.float64)
+    for name in ("flow-matching", "ddpm-velocity", "edm"):
+        theory = get(name)
+        denoise = oracle.mixture([[1.0, 0.0], [-1.0, 0.5]], [0.01, 0.02], [0.4, 0.6]).denoiser(theory)
+        expected = integrate(denoise, noise, theory, 12, solver="midpoint")
+        for solver in (mine, "solver.py:midpoint"):
+            found = integrate(denoise, noise, theory, 12, solver=solver)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    model = train(world, "run", "train.steps=2").model()
+    ours, own, named = (
+        model.generate(None, seed=1, steps=4, solver=solver)[0].tobytes()
+        for solver in ("midpoint", mine, "solver.py:midpoint")
+    )
+    assert own == named and max(abs(a - b) for a, b in zip(ours, own, strict=True)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("x = 3", "is a int. A solver is called as"),
+        ("def x(z): yield z", "cannot be called so"),
+        ("def x(slope, z, angles): yield z", "yields 1 states for 4 steps"),
+        ("def x(slope, z, angles):\n    for _ in angles[1:]: yield z[:1]", r"yields \[1, 2\] for \[5, 2\]"),
+        ("def x(slope, z, angles):\n    yield 1 / 0", r"own\.py:x, line 2: ZeroDivisionError"),
+    ],
+)
+def test_a_solver_that_breaks_its_contract_is_named(code, words, world):
+    (world / "own.py").write_text(code)
+    with pytest.raises((Refused, Failed), match=words):
+        integrate(lambda x, t: x, torch.randn(5, 2), get("flow-matching"), 4, solver="own.py:x")

@@ -29,7 +29,7 @@ ANSWERS = {
     ("train", "--help"): (0, "--profile"),
     ("data", "pictures"): (0, "report.html"),
     ("new", "bad", "--data", "nothing"): (2, "nothing is no folder"),
-    ("new", "my cats", "--data", "pictures"): (0, "Next: sfumato plan 'my cats.toml', then sfumato train"),
+    ("new", "recipe", "--data", "pictures"): (2, "recipe.toml exists already"),
     ("plan", "recip.toml"): (2, "recip.toml does not exist. Did you mean recipe.toml?"),
     ("plan", "recipe.toml", "train.stepz=3"): (2, 'Did you mean "train.steps"?'),
     ("plan", "recipe.toml", "data.train=cats"): (2, "cats does not exist. data.train takes"),

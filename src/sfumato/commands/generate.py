@@ -14,6 +14,7 @@ from sfumato.commands.options import with_present_names
 from sfumato.errors import Refused, one_of
 from sfumato.run_folder import check_output
 from sfumato.settings import parse_bytes
+from sfumato.user_code import is_user_code
 
 AS_TRAINED = ("width", "height", "frames", "window", "tile", "chunk")
 """Options that leave it to the model where they are 0."""
@@ -121,6 +122,7 @@ def check_before_loading(request: GenerateRequest) -> dict[str, list[Any]]:
     from sfumato.models.lora.experts import split_expert
     from sfumato.models.pretrained.textual_inversion import parse_embedding
     from sfumato.theory.grids import grids
+    from sfumato.theory.solvers import user_solver
     from sfumato.theory.solvers.solver import methods
 
     must_exist("--lora", *(split_expert(file)[0] for file, _ in request.loras))
@@ -129,7 +131,9 @@ def check_before_loading(request: GenerateRequest) -> dict[str, list[Any]]:
         one_of("--format", kind, dict.fromkeys((*files.PICTURE_KINDS, *files.CLIP_KINDS)))
     axes = grid_axes(request)
     for solver in axes.get("solver", [request.options.get("solver")]):
-        if solver is not None:
+        if solver is not None and is_user_code(solver):
+            user_solver.find(solver)
+        elif solver is not None:
             one_of("Solver", solver, methods())
     for times in axes.get("times", [request.options.get("times")]):
         if isinstance(times, str):

@@ -86,7 +86,9 @@ ImageEncoder = Annotated[
         help="What an added IP-Adapter sees through (CLIP, SigLIP); default: image_encoder beside its file.",
     ),
 ]
-Solver = Annotated[str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them.")]
+Solver = Annotated[
+    str, typer.Option(metavar="NAME", help="As `sfumato theory list` names them, or FILE.py:NAME.")
+]
 Times = Annotated[
     str,
     typer.Option(metavar="NAME|T,T,…", help="The grid of times: its name (karras, log-snr, …) or the times."),

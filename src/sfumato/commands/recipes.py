@@ -12,12 +12,15 @@ from sfumato.run_folder import write_atomic
 
 def new(name: str, data: str, base: str, train: str, minutes: float, aim: str) -> None:
     """Write NAME.toml, with only the keys that matter, chosen for these data, this base and this machine."""
+    from sfumato.data.sources import folder
     from sfumato.recipe import Recipe
-    from sfumato.workflow.suggest import suggest_recipe
 
     file = Path(name if name.endswith(".toml") else f"{name}.toml")
     if file.exists():
         raise Refused(f"{file} exists already. Choose another name, or remove it.")
+    folder.check_source(data)
+    from sfumato.workflow.suggest import suggest_recipe
+
     found = suggest_recipe(file, data, base, train, minutes, aim)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, found.text)

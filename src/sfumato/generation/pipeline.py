@@ -54,7 +54,7 @@ class SamplingSchedule:
 
     grid: Any
     steps: int
-    solver: str | None = None
+    solver: str | Callable[..., Any] | None = None
     order: int | None = None
     scale: float = 1.0
     clip: float | None = None
@@ -153,7 +153,7 @@ class Pipeline(AdjustableModel):
         width: int | None = None,
         frames: int | None = None,
         times: Any = None,
-        solver: str | None = None,
+        solver: str | Callable[..., Any] | None = None,
         latents: Tensor | None = None,
         batch: int = 64,
         tile: int = 0,
@@ -171,7 +171,8 @@ class Pipeline(AdjustableModel):
             height, width, frames: pixels, and pictures of a clip; default as the model was trained.
             times: a grid for `solve`, or its name ("linear", "karras", …); default the pretrained pipeline's
                 own, else the solver's; times fitted to the model (`sfumato theory fit`) go before both.
-            solver: default the nearest to the pretrained pipeline's scheduler, else "auto".
+            solver: default the nearest to the pretrained pipeline's scheduler, else "auto"; one's own is a
+                function or `file.py:name` (`theory.solvers.user_solver`).
             latents: unit noise [B, C, (F,) h, w] to start from, instead of noise from the seeds.
             batch: pictures drawn at once; changes memory, not pictures.
             tile, chunk: decode in tiles of so many pixels a side, so many frames of a clip at once; 0: whole.
@@ -230,7 +231,7 @@ class Pipeline(AdjustableModel):
         return width, height
 
     def schedule(
-        self, shape: tuple[int, ...], steps: int | None, times: Any, solver: str | None
+        self, shape: tuple[int, ...], steps: int | None, times: Any, solver: str | Callable[..., Any] | None
     ) -> SamplingSchedule:
         """When the network is asked, and which solver makes steps of its answers."""
         steps = int(self.info.get("steps", DEFAULT_STEPS)) if steps is None else steps

@@ -1,7 +1,7 @@
 """What guides a batch of samples: named tensors, that can be taken apart into rows and stacked again."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,12 @@ class Condition(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
+
+    def __getattr__(self, name: str) -> Any:
+        """Only for what is not there: its tensors are asked for as those of a mapping."""
+        known = vars(self).get("tensors", {})
+        hint = f': it is a mapping, condition["{name}"]' if name in known else ""
+        raise AttributeError(f'a condition has no attribute "{name}"{hint}')
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sfumato import user_code
-from sfumato.errors import Refused, explain_malformed, nearest
+from sfumato.errors import Failed, Refused, explain_malformed, nearest
 from sfumato.models.files import read_json, read_tensors
 from sfumato.models.interface import KINDS, Denoiser, Stage
 
@@ -27,19 +28,48 @@ def load_user_stage(word: str, kind: type[Kind], **arguments: Any) -> Kind:
     """
     made = user_code.load_user_object(word)
     if callable(made) and not isinstance(made, nn.Module):
+        if missing := sorted(getattr(made, "__abstractmethods__", ())):
+            raise Refused(f"{word} lacks {', '.join(f'{name}()' for name in missing)}. {contract(kind)}")
         try:
             stage = made(**arguments)
-        except TypeError as problem:
+        except (Refused, Failed, torch.OutOfMemoryError):
+            raise
+        except Exception as problem:
             raise Refused(
                 f"{user_code.describe_error(word, problem)}. A {kind.__name__} is made by calling it with "
-                f"{', '.join(arguments) or 'nothing'}."
+                f"{', '.join(arguments) or 'nothing'} (**rest takes what it does not need). {contract(kind)}"
             ) from problem
     else:
         stage = copy.deepcopy(made) if isinstance(made, Denoiser) else made
     if not isinstance(stage, kind):
-        raise Refused(f"{word} gives a {type(stage).__name__}, but here a {kind.__name__} is needed.")
+        what = f"the class {made.__name__}" if isinstance(made, type) else f"a {type(stage).__name__}"
+        raise Refused(f"{word} gives {what}, but here a {kind.__name__} is needed. {contract(kind)}")
     stage.own_name = "" if is_ours(type(stage)) else user_code.named_class(word)
     return stage
+
+
+CONTRACTS = {
+    "Denoiser": "config() gives the plain values its class is made with; forward(x, clock, condition) "
+    "answers x [B, C, …] with its own shape, clock is [B] within clock_range, and condition a mapping, "
+    'condition["tokens"] [B, L, D], condition["mask"] [B, L], condition["pooled"] [B, P]',
+    "Codec": "stride and latent_channels are numbers; config() gives the plain values its class is made "
+    "with; encode(pixels, noise=None) makes [B, 3, H, W] in [-1, 1] to latents [B, C, H/stride, W/stride], "
+    "decode(latents) the reverse",
+    "Conditioner": "width (and pooled_width, where it is another) say how wide its tensors are; config() "
+    "gives the plain values its class is made with; forward(prompt, **options) makes a list of texts to a "
+    "Condition, encode_empty(count) is what says nothing",
+}
+"""What one's own stages have to be."""
+
+
+def contract(kind: type[Stage]) -> str:
+    """A sentence that says what a stage is and where its base class comes from."""
+    name = kind.__name__
+    if name not in CONTRACTS:
+        return ""
+    return (
+        f"A {name} is a class of `from sfumato.models import {name}`: {CONTRACTS[name]} (docs/own-code.md)."
+    )
 
 
 def is_ours(kind: type) -> bool:

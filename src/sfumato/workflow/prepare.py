@@ -17,7 +17,14 @@ from sfumato.run_folder import RunFolder
 from sfumato.training import device as devices
 from sfumato.training.estimate import probe
 from sfumato.training.loop.loop import print_to_stderr
-from sfumato.workflow import base_images, class_images, condition_encoders, control_training, encode_ahead
+from sfumato.workflow import (
+    base_images,
+    class_images,
+    condition_encoders,
+    control_training,
+    encode_ahead,
+    own_stages,
+)
 from sfumato.workflow.checks import (
     check_clips,
     check_guidance,
@@ -136,6 +143,7 @@ def prepare_run(
     if run is not None:  # what is only encoded may be read by a loop of one's own
         condition_encoders.check_read(recipe, model)
     condition_encoders.condition_dropout(recipe.data, list(condition_encoders.encoders(model, recipe.data)))
+    own_stages.check_own_stages(recipe, model)
     drawing = (model.denoiser, model.codec, model.conditioner) if class_images.is_used(recipe) else ()
     with phase(run, "prior"), model.at_work(*drawing):
         others = class_images.samples(recipe, resolved.class_images, model, progress)

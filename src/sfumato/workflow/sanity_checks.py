@@ -15,6 +15,7 @@ from sfumato.training import device as devices
 from sfumato.training.estimate.memory import NEEDS_VALUES, predict_step
 from sfumato.training.estimate.sanity import OVERFIT_STEPS, Check, run_checks
 from sfumato.training.objective.diffusion import DiffusionObjective
+from sfumato.workflow import own_stages
 from sfumato.workflow.encode_samples import batch_sampler_of, caption_encoder
 from sfumato.workflow.finetune import prepare_trainable, with_text_learning_rate
 from sfumato.workflow.planning.step_costs import largest_inputs
@@ -52,6 +53,7 @@ def sanity_checks(
         0.0,
         read_text=read_text,
     )
+    yield from own_stages.own_stage_checks(recipe, model)
     yield memory_check(objective, recipe, network)
     adapted = [
         body for body in (adapter.peft_target(model.denoiser), *encoders_of(network)) if adapter.names(body)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from sfumato.data.settings import EMBEDDED
 from sfumato.data.sources import metadata, splits
 from sfumato.data.sources.metadata import SourceOptions
 from sfumato.data.sources.sample import HELD_OUT, TRAIN, Collection, Picture, Sample, SetAside
@@ -61,6 +62,16 @@ def open_collection(
     if not found.samples and (not empty or _lacks_captions(captions, found.set_aside)):
         raise Refused(_nothing_left(root, captions, found.set_aside))
     return replace(found, samples=split_held_out(found.samples, held_out))
+
+
+def check_source(data: str) -> None:
+    """Raises Refused for what cannot be a data set, as far as its name tells."""
+    place = Path(data).expanduser()
+    if data not in EMBEDDED and not (place.is_dir() or place.suffix.lower() in (".tar", ".npz", ".parquet")):
+        raise Refused(
+            f"{data} is no folder, .tar, .npz or .parquet. Give --data a folder of pictures, or one of "
+            f"{', '.join(EMBEDDED)}."
+        )
 
 
 def check_is_there(root: Path) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 from sfumato.errors import Refused, nearest, one_of
 from sfumato.theory.definition import Theory
 from sfumato.theory.grids import custom, two_sided
-from sfumato.theory.solvers import multistep, one_step
+from sfumato.theory.solvers import multistep, one_step, user_solver
 from sfumato.theory.solvers.adaptive import adaptive
 from sfumato.theory.solvers.damped_adams import damped_adams
 from sfumato.theory.trajectory import Trajectory, initial_state, scaled
 from sfumato.theory.types import AnyFloats, Denoise, NoiseSource
+from sfumato.user_code import is_user_code
 
 __all__ = ["Method", "evaluations", "initial_state", "integrate", "methods", "solve", "widest_step"]
 
@@ -110,6 +111,14 @@ def methods() -> dict[str, Method]:
     return dict(_METHODS)
 
 
+def _method_of(solver: str | Callable[..., Iterator[Tensor]]) -> tuple[Method, str]:
+    """The solver of a name, or one's own, and what messages call it."""
+    if isinstance(solver, str) and not is_user_code(solver):
+        return _METHODS[one_of("Solver", solver, _METHODS)], solver
+    walk, name = user_solver.find(solver)
+    return Method(user_solver.sampler(walk, name), _asked(getattr(walk, "evaluations", 1))), name
+
+
 def evaluations(solver: str, grid_steps: int, order: int | None = None) -> int:
     """How often a solver asks the network over a grid of this many steps."""
     method = _METHODS[one_of("Solver", solver, _METHODS)]
@@ -133,7 +142,7 @@ def solve(
     x_T: AnyFloats,
     theory: Theory,
     grid: int | Sequence[float] | Tensor = 20,
-    solver: str = "auto",
+    solver: str | Callable[..., Iterator[Tensor]] = "auto",
     order: int | None = None,
     eta: float = 0.0,
     noise: NoiseSource | None = None,
@@ -147,7 +156,8 @@ def solve(
             (image-to-image: theory.mix(x_0, x_T, t); inversion: x_0, with a grid from data to noise).
         grid: times [N + 1], [B, N + 1] with a row per sample, or a number of network evaluations,
             which the solver then places itself.
-        solver: a name of `methods()`: auto, euler, heun, multistep, dpm++, unipc, adaptive, …
+        solver: a name of `methods()`: auto, euler, heun, multistep, dpm++, unipc, adaptive, …; or one's own,
+            a function or `file.py:name`: see `user_solver`.
         order: for solvers that have several.
         eta: how much of the noise is drawn anew each step, 0 (none) to 1 (ancestral sampling).
         noise: noise.of(seed), needed when eta > 0.
@@ -155,7 +165,7 @@ def solve(
         Refused: before sampling, for a time at which the theory is singular, arguments that do not fit,
             and an unknown solver.
     """
-    method = _METHODS[one_of("Solver", solver, _METHODS)]
+    method, solver = _method_of(solver)
     given = cast(object, x_T)  # a user's
     if not isinstance(given, Tensor) or not given.is_floating_point() or given.ndim < 1:
         raise Refused("x_T must be a floating-point tensor [B, …].")
@@ -180,7 +190,7 @@ def integrate(
     x_T: AnyFloats,
     theory: Theory,
     grid: int | Sequence[float] | Tensor = 20,
-    solver: str = "auto",
+    solver: str | Callable[..., Iterator[Tensor]] = "auto",
     order: int | None = None,
     eta: float = 0.0,
     noise: NoiseSource | None = None,

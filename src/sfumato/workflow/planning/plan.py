@@ -29,7 +29,7 @@ from sfumato.training.distributed.strategy import processes_per_machine
 from sfumato.training.estimate import fit_memory, probe
 from sfumato.training.estimate.memory import MemoryBreakdown, count_memory, repeated_blocks
 from sfumato.training.precision import effective_precision
-from sfumato.workflow import class_images, condition_encoders, control_training
+from sfumato.workflow import class_images, condition_encoders, control_training, own_stages
 from sfumato.workflow.checks import check_context_parallel, recipe_warnings, truncation
 from sfumato.workflow.dataset import dataset_names, known_sizes
 from sfumato.workflow.finetune import pinned_base, prepare_trainable, with_base_sampling
@@ -105,6 +105,7 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
         model.codec.to(resolved.device)
         model.conditioner.to(resolved.device)
     captions = [sample.captions for sample in train]
+    own_stages.check_own_stages(recipe, model)
     step = step_cost(
         recipe,
         model,

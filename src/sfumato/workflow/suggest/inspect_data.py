@@ -6,11 +6,10 @@ from pathlib import Path
 from statistics import median
 
 from sfumato.data.settings import EMBEDDED, DataSettings
-from sfumato.data.sources import archives, moving_shapes
+from sfumato.data.sources import archives, folder, moving_shapes
 from sfumato.data.sources.folder import SIDECARS
 from sfumato.data.sources.metadata import FILES
 from sfumato.data.sources.sample import Collection, Sample
-from sfumato.errors import Refused
 from sfumato.readers import clips, media
 from sfumato.workflow.dataset import collect
 
@@ -69,12 +68,7 @@ def inspect_data(data: str) -> DataFacts:
     Raises:
         Refused: there is no such data set, or no sample in it.
     """
-    place = Path(data).expanduser()
-    if data not in EMBEDDED and not (place.is_dir() or place.suffix.lower() in (".tar", ".npz", ".parquet")):
-        raise Refused(
-            f"{data} is no folder, .tar, .npz or .parquet. Give --data a folder of pictures, or one of "
-            f"{', '.join(EMBEDDED)}."
-        )
+    folder.check_source(data)
     where = caption_source(data)
     frames = moving_shapes.FRAMES if data == "moving-shapes" else 0
     found = collect(DataSettings(train=data, captions=where, held_out=0.0, frames=frames))
