@@ -117,6 +117,7 @@ def check_before_loading(request: GenerateRequest) -> dict[str, list[Any]]:
     Raises:
         Refused: no prompt, a file that is not there, a name that is not known, a grid that cannot be drawn.
     """
+    from sfumato import hub, paths
     from sfumato.generation import files
     from sfumato.models.io.model import conditioner_kind, has_adapter
     from sfumato.models.lora.experts import split_expert
@@ -125,8 +126,12 @@ def check_before_loading(request: GenerateRequest) -> dict[str, list[Any]]:
     from sfumato.theory.solvers import user_solver
     from sfumato.theory.solvers.solver import methods
 
-    must_exist("--lora", *(split_expert(file)[0] for file, _ in request.loras))
-    must_exist("--embedding", *(parse_embedding(one)[1] for one in request.embeddings))
+    for file, _ in request.loras:
+        path = split_expert(file)[0]
+        if hub.parse(str(path)) is None or paths.is_meant_here(str(path)):
+            must_exist("--lora", path)
+    for one in request.embeddings:
+        must_exist("--embedding", parse_embedding(one)[1])
     for kind in request.formats:
         one_of("--format", kind, dict.fromkeys((*files.PICTURE_KINDS, *files.CLIP_KINDS)))
     axes = grid_axes(request)
@@ -158,11 +163,10 @@ def check_before_loading(request: GenerateRequest) -> dict[str, list[Any]]:
     return axes
 
 
-def must_exist(option: str, *places: Path | str) -> None:
+def must_exist(option: str, place: Path | str) -> None:
     """Raises Refused for a file or folder that is not there."""
-    for place in places:
-        if not Path(place).expanduser().exists():
-            raise Refused(f"{option}: {place} does not exist.")
+    if not Path(place).expanduser().exists():
+        raise Refused(f"{option}: {place} does not exist. Give the path of a .safetensors file.")
 
 
 def grid_axes(request: GenerateRequest) -> dict[str, list[Any]]:
