@@ -34,7 +34,9 @@ def _say_version(asked: bool) -> None:
     if asked:
         from sfumato import __version__
 
-        print(f"sfumato {__version__}")
+        from sfumato.errors import for_terminal
+
+        print(for_terminal(f"sfumato {__version__}"))
         raise typer.Exit
 
 

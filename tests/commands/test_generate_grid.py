@@ -142,7 +142,11 @@ def test_the_command_draws_the_same_grid_and_says_all_that_it_was_drawn_with(wor
             "seed": one["seed"],
         }  # fmt: skip
     page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert page.count("<img src=") == 8 and page.count("<span>LoRA 0.5</span>") == 2 and "guidance 2</h3>" in page
+    assert (
+        page.count("<img src=") == 8
+        and page.count("<span>LoRA 0.5</span>") == 2
+        and "guidance 2</h3>" in page
+    )
     assert Image.open(found["sheet"]).size[0] > 2 * 128
 
 
