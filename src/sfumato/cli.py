@@ -33,7 +33,6 @@ app = typer.Typer(
 def _say_version(asked: bool) -> None:
     if asked:
         from sfumato import __version__
-
         from sfumato.errors import for_terminal
 
         print(for_terminal(f"sfumato {__version__}"))
