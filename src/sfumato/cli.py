@@ -33,8 +33,9 @@ app = typer.Typer(
 def _say_version(asked: bool) -> None:
     if asked:
         from sfumato import __version__
+        from sfumato.errors import for_terminal
 
-        print(f"sfumato {__version__}")
+        print(for_terminal(f"sfumato {__version__}"))
         raise typer.Exit
 
 

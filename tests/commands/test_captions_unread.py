@@ -41,4 +41,4 @@ def test_a_model_without_text_is_measured_on_captioned_pictures(folder):
     )
     first, second = sfumato(*asked), sfumato(*asked)
     assert first.code == second.code == 0, first.err + second.err
-    assert "is replaced" in second.err and "is replaced" not in first.err
+    assert "measured/report.html" in first.out and "measured-2/report.html" in second.out

@@ -73,7 +73,7 @@ def test_zero_and_false_are_said_and_reach_the_model(wan, monkeypatch):
     monkeypatch.setattr(Pipeline, "generate", generate)
     said = ("--overlap", 0, "--guidance", 0, "--option", "true_cfg_scale=0", "--option", "clean=false")
     assert sfumato("generate", wan, "-p", "a cat", *said).code == 2
-    assert heard == {"seed": 0, "overlap": 0, "guidance": 0, "true_cfg_scale": 0, "clean": False}
+    assert heard == {"seed": [0], "overlap": 0, "guidance": 0, "true_cfg_scale": 0, "clean": False}
     one_sentence(sfumato("generate", wan, "-p", "a cat", "--option", "seed=3"), "seed")
 
 

@@ -17,6 +17,8 @@ from sfumato.training.loop.loop import print_to_stderr
 
 SOURCE = Path(sfumato.__file__).parent
 SPEAKERS = {
+    "cli.py",
+    "hub.py",
     "commands/console.py",
     "commands/exits.py",
     "commands/library_messages.py",

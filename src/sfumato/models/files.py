@@ -81,38 +81,6 @@ def read_json(file: Path) -> Mapping[str, Any]:
         ) from problem
 
 
-MOST_LAYERS = 1024
-"""Of a network that is loaded; the deepest have some hundred."""
-
-
-def check_layers(folder: Path) -> None:
-    """Raises Refused for a model's config.json that asks for more layers than any network has.
-
-    They are built one after the other before the first weight is looked at.
-    """
-    for file in sorted({*folder.glob("config.json"), *folder.glob("*/config.json")}):
-        for name, value in _numbers(read_json(file)):
-            counts = any(word in name for word in ("layer", "depth", "block"))
-            sizes = any(word in name for word in ("channels", "dim", "size", "norm", "eps"))
-            if counts and not sizes and value > MOST_LAYERS:
-                raise Refused(
-                    f"{file} says {name} = {value:.6g}, and no network has more than {MOST_LAYERS} layers. "
-                    "Take the folder anew from where it came."
-                )
-
-
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Each number in a config, with the name it stands under."""
-    if isinstance(value, Mapping):
-        for key, one in value.items():
-            yield from _numbers(one, str(key))
-    elif isinstance(value, list):
-        for one in value:
-            yield from _numbers(one, name)
-    elif isinstance(value, int | float):
-        yield name, value
-
-
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of the pieces of it that stand in its place.
 

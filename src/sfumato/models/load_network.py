@@ -8,7 +8,7 @@ and parts of a file that its class does not have (a language model's head) are e
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -20,12 +20,16 @@ from torch import Tensor, nn
 
 from sfumato.errors import Refused
 from sfumato.models.scaled_weights import apply_scales, is_beside_scale, network_name, weight_of
+from sfumato.models.size_limits import WeightCounts, check_network_size, read_config
 
 BUFFERS = re.compile(
     r"(^|\.)(position_ids|inv_freq|num_batches_tracked|masked_bias|relative_position_index)$"
 )
 """Keys of older writers that hold no weight: the network computes them."""
 WEIGHTS = ("model", "diffusion_pytorch_model")
+_FITTING: dict[Any, None] = {}
+MOST_KNOWN = 256
+"""Configs that this process remembers to be no larger than their weights."""
 
 
 def load_network(
@@ -51,6 +55,7 @@ def load_network(
         options["torch_dtype"] = dtype
     if variant is not None:
         options["variant"] = variant
+    check_size(kind, Path(folder), variant)
     try:
         with warnings.catch_warnings(), quiet("diffusers", "transformers"):
             warnings.simplefilter("ignore", FutureWarning)  # newer diffusers call torch_dtype dtype
@@ -65,6 +70,40 @@ def load_network(
             weight.data.zero_()
     check_loaded(network, {**told, "missing_keys": missing}, Path(folder), variant)
     return network
+
+
+def check_size(
+    kind: Any, folder: Path, variant: str | None = None, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Raises Refused where the config in a folder asks for a network larger than the weights it has.
+
+    Args:
+        kind: its class; variant: as of `load_network`. tensors: of a single file, counted as well.
+    """
+    config = read_config(folder)
+    counts = WeightCounts.of_files(weight_files(folder, variant) if folder.is_dir() else ())
+    counts += WeightCounts.of_tensors(tensors or {})
+    if not config or not counts.tensors:
+        return  # what is missing is said by who reads it
+
+    def build() -> None:
+        if hasattr(kind, "load_config"):
+            kind.from_config(config)
+            return
+        from transformers import AutoConfig
+
+        whose: Any = getattr(kind, "config_class", None) or AutoConfig
+        said = whose.from_pretrained(str(folder), local_files_only=True)
+        kind._from_config(said) if hasattr(kind, "_from_config") else kind.from_config(said)
+
+    seen = kind, json.dumps(config, sort_keys=True), counts
+    if seen in _FITTING:
+        return
+    with quiet("diffusers", "transformers"):
+        check_network_size(build, counts, config, folder / "config.json")
+    _FITTING[seen] = None
+    if len(_FITTING) > MOST_KNOWN:
+        _FITTING.pop(next(iter(_FITTING)))
 
 
 @contextmanager

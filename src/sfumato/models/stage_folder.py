@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sfumato import user_code
 from sfumato.errors import Failed, Refused, explain_malformed, nearest
 from sfumato.models.files import read_json, read_tensors
 from sfumato.models.interface import KINDS, Denoiser, Stage
+from sfumato.models.size_limits import WeightCounts, check_network_size
 
 Kind = TypeVar("Kind", bound=Stage)
 
@@ -113,46 +113,12 @@ def _described_stage(folder: Path, described: Mapping[str, Any]) -> Stage:
     else:
         if config.get("source") == ".":
             config["source"] = str(folder)
-        check_sizes(config, folder)
-        stage = KINDS[described["kind"]](**config)
+        kind, source = KINDS[described["kind"]], folder / "stage.json"
+        if "source" not in config:  # a text encoder of transformers is checked where it is loaded
+            counts = WeightCounts.of_files([folder / "weights.safetensors"])
+            check_network_size(lambda: kind(**config), counts, config, source)
+        stage = kind(**config)
     return stage
-
-
-MOST = 1 << 20
-"""The largest number that a stage's config may hold."""
-REPEATED = ("depth", "layers")
-"""Numbers of a config that say how often something is built, of which each has weights of its own."""
-
-
-def check_sizes(config: Any, folder: Path) -> None:
-    """Raises Refused for a config whose network is larger than any, or than its own file of weights."""
-    if isinstance(config, Mapping):
-        for name, value in config.items():
-            if name in REPEATED and isinstance(value, int) and value > _tensors_in(folder):
-                raise Refused(
-                    f"{folder / 'stage.json'} says {name} = {value}, but the weights beside it have "
-                    f"{_tensors_in(folder)} tensors. Copy the folder again."
-                )
-            check_sizes(value, folder)
-    elif isinstance(config, list | tuple):
-        for value in config:
-            check_sizes(value, folder)
-    elif isinstance(config, int | float) and not -MOST <= config <= MOST:
-        raise Refused(
-            f"{folder / 'stage.json'} holds {config:.3g}, which is no size of a network. Copy it again."
-        )
-
-
-def _tensors_in(folder: Path) -> int:
-    """The number of tensors in a stage's file of weights, read from its header alone."""
-    file = folder / "weights.safetensors"
-    if not file.is_file():
-        return 0
-    try:
-        with safe_open(file, "pt") as opened:
-            return len(opened.keys())
-    except (SafetensorError, OSError):
-        return MOST  # what is wrong with it is said when it is read
 
 
 def fill(stage: Stage, tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -7,7 +7,7 @@ from sfumato.models.codecs.image import AutoencoderCodec
 from sfumato.models.codecs.video import VIDEO_AUTOENCODERS, VideoAutoencoderCodec
 from sfumato.models.files import read_json, verify_checksums
 from sfumato.models.interface import Codec
-from sfumato.models.load_network import load_network
+from sfumato.models.load_network import check_size, load_network
 from sfumato.models.stage_folder import load_stage
 
 
@@ -22,6 +22,10 @@ def load_codec(folder: Path) -> Codec:
             raise Refused(f"{place} holds a {stage.kind}, not a codec.")
     config = dict(read_json(folder / "config.json")) if (folder / "config.json").is_file() else {}
     architecture = config.get("_class_name")
+    if architecture in (*VIDEO_AUTOENCODERS, "AutoencoderKL", "AutoencoderTiny"):
+        import diffusers
+
+        check_size(getattr(diffusers, architecture), folder)
     if architecture in VIDEO_AUTOENCODERS:
         made = VideoAutoencoderCodec(architecture, **{k: v for k, v in config.items() if k[0] != "_"})
         weights = load_network(type(made.network), folder)

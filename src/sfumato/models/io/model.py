@@ -29,7 +29,6 @@ from sfumato.models.control.control_plan import read_plans, write_plans
 from sfumato.models.control.load import WEIGHTS as GUIDES
 from sfumato.models.files import (
     PICKLES,
-    check_layers,
     must_be_safetensors,
     read_json,
     read_tensors,
@@ -296,7 +295,6 @@ def load_home(
             return restore_info(model, located(info, home))
     if (home / INDEX).is_file():
         with explain_malformed(home, "Look at its JSON files, or take it anew from where it came.", NO_LOAD):
-            check_layers(home)
             try:
                 return load_pipeline(home, number, model_class, codec_dtype=codec_dtype)
             except StrictDataclassError as problem:  # a config's value of another type, in transformers

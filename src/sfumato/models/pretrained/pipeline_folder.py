@@ -23,6 +23,7 @@ from sfumato.models.pretrained.families import pipelines
 from sfumato.models.pretrained.family import Family
 from sfumato.models.pretrained.image_inputs import Pictures
 from sfumato.models.pretrained.stages import PretrainedConditioner, PretrainedDenoiser
+from sfumato.models.size_limits import check_scheduler_size
 from sfumato.models.text.encoder import NoConditioner
 from sfumato.models.text.labels import LabelConditioner
 from sfumato.theory.types import Denoise
@@ -189,6 +190,8 @@ def open_pipeline(
 
     disable_progress_bar()
     logging.disable_progress_bar()
+    for part in sorted(folder.glob("*/scheduler_config.json")):
+        check_scheduler_size(part)
     index = read_index(folder)
     given: dict[str, Any] = dict.fromkeys(left_out(index, family))
     try:

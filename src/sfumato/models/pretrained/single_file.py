@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sfumato.errors import Refused
+from sfumato.models.load_network import check_size
 from sfumato.models.scaled_weights import dequantize
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
@@ -54,6 +55,8 @@ def components(
         reason = NO_PART
         number = codec_dtype or dtype if name == "vae" else dtype
         is_network = isinstance(kind, type) and issubclass(kind, nn.Module)
+        if is_network:
+            check_size(kind, folder / name, tensors=tensors)
         if is_network and (converter := convertible(kind)):
             with at_width(converter, folder / name):
                 held, taken = of_denoiser(tensors, entry[1]) if name == denoiser else tensors, set[str]()
