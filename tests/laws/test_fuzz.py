@@ -6,23 +6,29 @@ is lost, or bytes change. The examples are the same each time and few; `-m slow`
 
 import copy
 import hashlib
+import importlib
+import io
 import json
 import math
 import struct
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import sfumato
 from sfumato import models
 from sfumato.commands import theory_fit
+from sfumato.data import survey
 from sfumato.data.sources import folder as sources_folder
 from sfumato.data.store.store import Store, key
 from sfumato.errors import Failed, Refused
@@ -30,6 +36,7 @@ from sfumato.generation import files as generation_files
 from sfumato.models import files, locate
 from sfumato.models.control.control_plan import read_plans
 from sfumato.models.io import adapter_run, fitted_times
+from sfumato.models.lora import lora_file
 from sfumato.models.lora.adapter import AdapterPlan
 from sfumato.models.pretrained import train_text_encoders
 from sfumato.models.settings import ModelSettings
@@ -41,7 +48,7 @@ from sfumato.training.state import checkpoint
 from upgrade.material import make_base
 
 few = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-EXAMPLES, MANY = 25, 400
+EXAMPLES, MANY = 12, 400
 
 # ----------------------------------------------------------------------------- what becomes of a file
 
@@ -142,6 +149,51 @@ def broken_safetensors(draw, data: bytes):
         return struct.pack("<Q", said) + header + rest
     header = draw(broken_json(header))
     return struct.pack("<Q", len(header)) + header + rest
+
+
+@st.composite
+def broken_lora(draw, data: bytes):
+    """A LoRA of which the header, or the JSON that peft keeps inside it, says something else."""
+    if draw(st.booleans()):
+        return draw(broken_safetensors(data))
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    said = header["__metadata__"][lora_file.METADATA]
+    header["__metadata__"][lora_file.METADATA] = draw(broken_json(said.encode())).decode("utf-8", "replace")
+    changed_header = json.dumps(header).encode()
+    return struct.pack("<Q", len(changed_header)) + changed_header + data[8 + length :]
+
+
+@st.composite
+def broken_tar(draw, data: bytes):
+    """A tar of which a field of a member's header says something else, under a right checksum."""
+    if draw(st.integers(0, 2)) == 0:
+        return draw(broken_bytes(data))
+    found = bytearray(data)
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        at = draw(st.sampled_from([member.offset for member in archive.getmembers()]))
+    begin, end = draw(st.sampled_from([(0, 100), (100, 108), (124, 136), (136, 148), (156, 157), (345, 500)]))
+    fills = [
+        b"\0",
+        b"\xff",
+        b"9",
+        b"7",
+        b"../",
+        b"/",
+        b"\x1b]0;P\x07",
+        b"-",
+        b"\x80",
+        b"x",
+        b"S",
+        b"L",
+        b"g",
+        b"2",
+    ]
+    fill = draw(st.sampled_from(fills))
+    found[at + begin : at + end] = (fill * (end - begin))[: end - begin]
+    found[at + 148 : at + 156] = b" " * 8
+    found[at + 148 : at + 156] = b"%06o\0 " % sum(found[at : at + 512])
+    return bytes(found)
 
 
 @st.composite
@@ -395,6 +447,80 @@ def make_weights(folder: Path) -> Path:
     return folder / "a.safetensors"
 
 
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def make_lora(folder: Path) -> Path:
+    """As diffusers writes it, with peft's config in its header."""
+    parts = {f"unet.{LAYER}.lora_A.weight": torch.ones(2, 4), f"unet.{LAYER}.lora_B.weight": torch.ones(4, 2)}
+    said = {
+        "unet.r": 2,
+        "unet.lora_alpha": 4,
+        "unet.alpha_pattern": {"to_q": 3},
+        "unet.rank_pattern": {"to_k": 2},
+    }
+    said |= {"unet.use_rslora": False, "unet.use_dora": False, "unet.target_modules": ["to_q"]}
+    save_file(parts, folder / "a.safetensors", {lora_file.METADATA: json.dumps(said), "format": "pt"})
+    return folder / "a.safetensors"
+
+
+def make_peft(folder: Path) -> Path:
+    """As peft writes it: its config in a file of its own."""
+    lora = {"lora_A.weight": torch.ones(2, 4), "lora_B.weight": torch.ones(4, 2)}
+    save_file(
+        {f"base_model.model.{LAYER}.{name}": one for name, one in lora.items()}, folder / "a.safetensors"
+    )
+    said = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"to_q": 3}, "rank_pattern": {}, "use_rslora": False}
+    (folder / "adapter_config.json").write_text(json.dumps({**said, "peft_type": "LORA"}))
+    return folder / "adapter_config.json"
+
+
+def read_lora(folder: Path) -> None:
+    for change in lora_file.read(folder / "a.safetensors")[0].values():
+        if not change.misplaced(torch.Size((4, 4))):
+            change.delta(torch.Size((4, 4)))
+
+
+def picture_bytes() -> bytes:
+    held = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(held, "PNG")
+    return held.getvalue()
+
+
+def make_tar(folder: Path) -> Path:
+    members = {
+        "a.png": picture_bytes(),
+        "a.txt": b"words",
+        "b.png": picture_bytes(),
+        "b.json": b'{"caption": "a"}',
+    }
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for name, data in {**members, "b.cls": b"1"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return folder / "a.tar"
+
+
+def make_npz(folder: Path) -> Path:
+    np.savez(folder / "a.npz", x=np.zeros((3, 8, 8, 3), np.uint8), labels=np.arange(3))
+    return folder / "a.npz"
+
+
+def make_parquet(folder: Path) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"image": [picture_bytes()] * 2, "text": ["a", "b"], "label": [0, 1]})
+    importlib.import_module("pyarrow.parquet").write_table(table, folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def read_archive(folder: Path) -> None:
+    """Opened, and each of its pictures looked at."""
+    (file,) = folder.iterdir()
+    found = sources_folder.open_collection(file)
+    survey.inspect_images(found.samples, {0}, lambda *_: None)
+
+
 ROWS = (
     '{"file_name": "0.png", "caption": "a", "split": "train", "label": 0, "mask_image": "1.png"}\n'
     '{"file_name": "1.png", "caption": ["a", "b"], "extra": 1}\n'
@@ -436,6 +562,11 @@ KINDS = {
     "metadata.tsv": Kind(make_table("metadata.tsv", TABLE.replace(",", "\t")), read_data, broken_bytes),
     "a caption's .json": Kind(make_table("0.json", '{"caption": ["a", "b"]}'), read_data),
     "a caption's .txt": Kind(make_table("0.txt", "a\nb\n"), read_data, broken_bytes),
+    "a LoRA's header": Kind(make_lora, read_lora, broken_lora),
+    "adapter_config.json": Kind(make_peft, read_lora),
+    "a tar": Kind(make_tar, read_archive, broken_tar),
+    "an npz": Kind(make_npz, read_archive, broken_bytes),
+    "a parquet": Kind(make_parquet, read_archive, broken_bytes),
     "a drawn picture": Kind(
         make_drawn, lambda folder: generation_files.read_metadata(folder / "a.png"), broken_bytes
     ),
@@ -518,7 +649,7 @@ def test_a_broken_file_is_read_or_refused_in_a_sentence(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_broken_model_of_others_is_read_or_refused_in_a_sentence(name, tmp_path):
-    read, refused = try_out(FOREIGN[name], tmp_path, 4 * EXAMPLES)
+    read, refused = try_out(FOREIGN[name], tmp_path, MANY)
     print(f"{name}: {read} read, {refused} refused")
 
 

@@ -1,6 +1,7 @@
 """Archives: tar shards and arrays as sources; their pictures are read where they lie."""
 
 import json
+import os
 import tarfile
 import zipfile
 import zlib
@@ -77,7 +78,7 @@ def tars(root: Path, options: SourceOptions) -> Collection:
             continue
         try:
             _one_tar(path, inside, options, result)
-        except (tarfile.TarError, OSError, EOFError) as problem:
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as problem:
             result.set_aside.append(SetAside(inside, f"the archive is broken: {problem}"))
     found = splits.by_path([one.name for one in result.samples])
     result.samples = [
@@ -194,8 +195,9 @@ def _beside_in_tar(path: Path, members: Members, options: SourceOptions) -> dict
 
 def _slice(path: Path, begin: int, length: int) -> bytes:
     with path.open("rb") as file:
-        file.seek(begin)
-        return file.read(length)
+        whole = file.seek(0, os.SEEK_END)  # a header may claim more than there is
+        file.seek(min(begin, whole))
+        return file.read(min(length, whole - file.tell()))
 
 
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:
