@@ -185,7 +185,7 @@ def test_no_pattern_runs_for_ever(pattern, sides, tmp_path):
 def test_patterns_have_one_time_for_all_layers(tmp_path, monkeypatch):
     """Law: what takes too long is refused by its name, however many layers ask."""
     patterns = lora_file.Patterns("here")
-    monkeypatch.setattr(patterns, "left", 0.0)
+    monkeypatch.setattr(patterns.bounded, "left", 0.0)
     slow = "(([a-z]|[a-y]|\\w)+)+[!?]"
     with pytest.raises(Refused, match=r"the pattern .* takes too long"):
         patterns.value({"alpha_pattern": {slow: 1}}, "alpha_pattern", "abcdefgh" * 30, 2)

@@ -10,6 +10,7 @@ import sfumato
 from sfumato import models
 from sfumato.errors import Refused
 from sfumato.models.codecs.load import load_codec
+from sfumato.models.lora import adapter
 from sfumato.models.settings import ModelSettings
 from sfumato.models.size_limits import WeightCounts, check_network_size
 from sfumato.models.text.encoder import text_encoder
@@ -125,3 +126,14 @@ def test_counting_draws_no_random_numbers():
     state = torch.get_rng_state()
     check_network_size(lambda: torch.nn.Linear(3, 5), WeightCounts(20, 2), {}, "a file")
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("target", ["(x+x+)+y", "(x|x)*y", "(.*)*y", "((x{9}){9}){9}y"])
+def test_a_regular_expression_among_the_targets_ends(target):
+    """Law: those of a recipe or of a stranger's adapter.json have a bounded time."""
+    network = torch.nn.Module()
+    network.add_module("x" * 60, torch.nn.Linear(4, 4))
+    with pytest.raises(Refused, match=r"model\.targets.*(takes too long|no regular expression|matches no)"):
+        adapter.chosen(network, adapter.AdapterPlan("lora", 2, targets=(target,)))
+    found = adapter.chosen(network, adapter.AdapterPlan("lora", 2, targets=("x+",)))
+    assert found == ["x" * 60]

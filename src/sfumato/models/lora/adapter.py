@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sfumato.errors import Refused, nearest
 from sfumato.models.interface import Denoiser, seeded
 from sfumato.models.networks.quantized import QuantizedLinear
+from sfumato.models.patterns import BoundedPatterns
 
 KINDS = ("lora", "lokr", "loha")
 NAME = "default"
@@ -100,8 +101,9 @@ def chosen(network: nn.Module, plan: AdapterPlan, usual: Sequence[str] = ()) -> 
             f'{type(network).__name__} has no usual targets. Name layers: model.targets = ["to_q"].'
         )
     found: set[str] = set()
+    patterns = BoundedPatterns()
     for target in targets:
-        matched = {name for name in layers if _means(target, name)}
+        matched = {name for name in layers if _means(target, name, patterns)}
         if not matched and plan.targets != ("auto",):
             raise Refused(_unmatched(target, network, layers))
         found |= matched
@@ -116,15 +118,16 @@ def chosen(network: nn.Module, plan: AdapterPlan, usual: Sequence[str] = ()) -> 
     return [name for name in layers if name in found]
 
 
-def _means(target: str, name: str) -> bool:
+def _means(target: str, name: str, patterns: BoundedPatterns) -> bool:
     """Whether a target means this layer."""
     if target == "all":
         return True
     if PATTERN & set(target):
         try:
-            return re.fullmatch(target, name) is not None
-        except re.error as problem:
-            raise Refused(f'model.targets: "{target}" is no regular expression ({problem}).') from problem
+            return patterns.fullmatch(target, name)
+        except ValueError as problem:
+            said = f'model.targets: "{target[:60]}" {problem}. Name ends of layers, as "to_q".'
+            raise Refused(said) from problem
     return name == target or name.endswith(f".{target}")
 
 

@@ -10,13 +10,11 @@ Conventions: diffusers, peft, kohya's sd-scripts, and LyCORIS (Yeh et al. 2023, 
 import json
 import math
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import regex
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,6 +23,7 @@ from sfumato.errors import Refused
 from sfumato.models import hub_files
 from sfumato.models.files import HEADER, digest, must_be_safetensors
 from sfumato.models.lora.old_spellings import usual
+from sfumato.models.patterns import BoundedPatterns
 
 ENDS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_down.weight": "down", ".lora_up.weight": "up",
@@ -55,8 +54,6 @@ MOST_NUMBERS = 1 << 29
 """Numbers that a layer's change may have before it is known which layer that is."""
 HEADER_ALPHAS = ("alpha", "lora_alpha", "network_alpha")
 """Where a header says one alpha for all layers of a file that has none beside its tensors."""
-PATTERN_SECONDS = 2.0
-"""How long the patterns of one file may take: a regular expression can be made to run for ever."""
 HOMES = ("transformer_2", "transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -476,12 +473,11 @@ def scale_as_peft(change: WeightDelta, layer: str, config: Mapping[str, Any], pa
 class Patterns:
     """Patterns of peft's: ends of layers' names, or regular expressions of whoever wrote the file.
 
-    All together they have `PATTERN_SECONDS`.
+    All together they take a bounded time.
     """
 
     def __init__(self, source: object) -> None:
-        self.source, self.left = source, PATTERN_SECONDS
-        self._known: dict[str, Any] = {}
+        self.source, self.bounded = source, BoundedPatterns()
 
     def value(self, config: Mapping[str, Any], name: str, layer: str, usual: Any) -> Any:
         """What the config's patterns of this name say of a layer, else `usual`.
@@ -498,24 +494,12 @@ class Patterns:
         """Whether a key means this layer."""
         if PLAIN_NAME.fullmatch(key):  # what nearly all are; a dot stands for itself or for any letter
             return re.fullmatch(rf"(.*\.)?({key})", layer) is not None
-        began = time.monotonic()
         try:
-            if len(key) > 1000 or key.count("{") > 8:
-                raise regex.error("it is too long")
-            if key not in self._known:
-                self._known[key] = regex.compile(rf"(.*\.)?({key})")
-            found = self._known[key].fullmatch(layer, timeout=max(self.left, 0.001)) is not None
-        except (regex.error, TimeoutError, OverflowError, RecursionError, MemoryError) as problem:
-            why = (
-                "takes too long"
-                if isinstance(problem, TimeoutError)
-                else f"is no regular expression ({problem})"
-            )
+            return self.bounded.fullmatch(rf"(.*\.)?({key})", layer)
+        except ValueError as problem:
             raise Refused(
-                f"{self.source}: the pattern {said([key[:60]])} {why}. Correct it there."
+                f"{self.source}: the pattern {said([key[:60]])} {problem}. Correct it there."
             ) from problem
-        self.left -= time.monotonic() - began
-        return found
 
 
 PLAIN_NAME = re.compile(r"[\w.-]+")
