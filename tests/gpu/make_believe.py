@@ -198,7 +198,8 @@ class _State:
         self.streams = 0
         self.known: dict[Any, int] = {}
         self.writers: dict[int, tuple[Stream, int]] = {}
-        self.pinned: set[int] = set()
+        self.pinned: dict[int, torch.Tensor] = {}
+        """Kept, so that no other tensor is found where a pinned one was."""
         self.local = threading.local()
         self.default: Any = None
 
@@ -318,7 +319,7 @@ def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
         return tensor
     with torch.no_grad():
         pinned = torch.empty_like(tensor).copy_(tensor)
-    STATE.pinned.add(_storage(pinned))
+    STATE.pinned[_storage(pinned)] = pinned
     return pinned
 
 
@@ -392,7 +393,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _write_down(asked, func)
     result = func(*real_args, **real_kwargs)
     if kwargs.get("pin_memory"):
-        STATE.pinned.add(_storage(result))
+        STATE.pinned[_storage(result)] = result
     place = target if target is not None else CUDA if device else CPU
     return _wrapped(func, args, kwargs, result, CUDA if place.type == "cuda" else CPU)
 
