@@ -62,6 +62,7 @@ def clips(folder):
     ],
     ids=["small", "oblong", "classes", "without captions", "clips"],
 )
+@pytest.mark.slow
 def test_a_recipe_fits_its_data_and_plans_as_it_stands(make, wanted, tmp_path):
     """Law: sizes, shapes, classes and frames are read from the data; `plan` takes what was written."""
     make(tmp_path / "my data")

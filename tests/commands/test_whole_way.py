@@ -218,6 +218,7 @@ def test_an_average_of_any_length_is_a_model_to_draw_and_measure_with(tmp_path):
     assert sfumato("train", "run", "train.steps=7").code == 0  # a run's folder is a recipe too
 
 
+@pytest.mark.slow
 def test_plan_says_what_fits_and_train_says_what_it_costs(tmp_path):
     recipe = write_recipe(tmp_path)
     large = "train.batch=64"  # what a step keeps then outweighs the weights, so computing it in parts helps

@@ -50,7 +50,15 @@ OPTIONS = {"flux-2-klein": KLEIN, "flux-2-klein-edit": KLEIN}
 SHOWN = (
     "qwen-image-edit", "qwen-image-edit-plus", "wan-2.1-i2v", "wan-2.1-flf", "wan-2.2-i2v", "wan-2.2-ti2v",
 )  # fmt: skip
-SIBLINGS = ("stable-diffusion-2-v", "flux-schnell", "flux-kontext")
+SIBLINGS = (
+    "stable-diffusion-2-v",
+    "flux-schnell",
+    "flux-kontext",
+    "wan-2.2-5b",
+    "chroma",
+    "auraflow",
+    "stable-diffusion-xl",
+)
 """Families whose network another of these tests trains: among the slow tests."""
 
 
