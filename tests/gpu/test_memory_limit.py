@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import sfumato
 from families.test_training import make_base
 from sfumato.cli import app
-from sfumato.generation.memory_limit import BY_BLOCKS, COMES, STAYS, WORKING_SHARE, bytes_of
+from sfumato.generation.memory_limit import BY_BLOCKS, COMES, STAYS, WORKING_SHARE, stage_bytes
 from sfumato.models.interface import Codec
 from sfumato.settings import parse_bytes
 
@@ -47,7 +48,7 @@ def ways_of(model) -> list[str]:
 def test_a_model_draws_within_any_memory_what_it_draws_in_plenty(gpu, base, expected):
     """Law: each arrangement is chosen where the one before does not fit, keeps its limit, draws the same."""
     whole = sfumato.load(base)
-    c, d, v = (bytes_of(one) for one in (whole.conditioner, whole.denoiser, whole.codec))
+    c, d, v = (stage_bytes(one) for one in (whole.conditioner, whole.denoiser, whole.codec))
     enough = 1 / (1 - WORKING_SHARE)
     limits = {
         (STAYS, STAYS, STAYS): c + d + v,
@@ -123,14 +124,21 @@ def test_where_memory_is_out_after_all_less_is_on_the_device_and_the_codec_decod
 
 def test_a_lora_that_is_added_later_is_heard_by_the_blocks_that_come(gpu, base, tmp_path):
     """Law: what waits in the host's memory is what the weights are now."""
+    draw = torch.Generator().manual_seed(1)
+    layer = "transformer_blocks.0.attn1.to_q"
+    rows, columns = sfumato.load(base).denoiser.network.get_submodule(layer).weight.shape
+    file = tmp_path / "lora.safetensors"
+    save_file(
+        {
+            f"transformer.{layer}.lora_A.weight": torch.randn(4, columns, generator=draw),
+            f"transformer.{layer}.lora_B.weight": torch.randn(rows, 4, generator=draw),
+        },
+        file,
+    )
     model = sfumato.load(base, device="cuda", memory=1.0)
     before = model.generate(PROMPTS, **ASKED)
-    for weight in model.denoiser.parameters():
-        weight.data = weight.data * 1.5
-    model.placement.weights_changed()
     other = sfumato.load(base)
-    for weight in other.denoiser.parameters():
-        weight.data = weight.data * 1.5
+    assert model.add_lora(file) == other.add_lora(file)
     after = model.generate(PROMPTS, **ASKED)
     assert close(after, [np.asarray(one) for one in other.generate(PROMPTS, **ASKED)])
     assert not close(after, [np.asarray(one) for one in before])

@@ -116,12 +116,9 @@ def extract(
     json: Json = False,
 ) -> None:
     """Write what a fine-tuned model differs in from its base as a LoRA."""
-    from sfumato.errors import one_of
-    from sfumato.models.io.model import DTYPES
     from sfumato.workflow.lora_files import extract
 
-    place = place_for(out, tuned, to)
-    number = DTYPES[one_of("--dtype", dtype, DTYPES)]
+    place, number = destination(out, tuned, to, dtype)
     say_written(extract(tuned, base, to, place, rank, energy, number), json)
 
 
@@ -136,26 +133,25 @@ def write(
     as_json: bool,
 ) -> None:
     """Merge the files, of which there may be one, and say what came of it."""
-    from sfumato.errors import one_of
-    from sfumato.models.io.model import DTYPES
     from sfumato.models.lora.key_conversion import weighted
     from sfumato.workflow.lora_files import merge
 
     given = [weighted(one, "FILE") for one in files]
-    place = place_for(out, Path(given[0][0]), to)
-    number = DTYPES[one_of("--dtype", dtype, DTYPES)]
+    place, number = destination(out, Path(given[0][0]), to, dtype)
     say_written(merge(given, base, to, place, rank, energy, number), as_json)
 
 
-def place_for(out: Path | None, source: Path, to: str) -> Path:
-    """The folder to write into, which must be free or hold an earlier export."""
+def destination(out: Path | None, source: Path, to: str, dtype: str) -> tuple[Path, Any]:
+    """(the folder to write into, which must be free or hold an earlier export; the dtype of the tensors)."""
     from sfumato.commands.export import check_replaceable
+    from sfumato.errors import one_of
+    from sfumato.models.io.model import DTYPES
     from sfumato.run_folder import check_output
 
     place = out or Path("runs/lora") / f"{source.absolute().name.removesuffix('.safetensors')}-{to}"
     check_output(place)
     check_replaceable(place)
-    return place
+    return place, DTYPES[one_of("--dtype", dtype, DTYPES)]
 
 
 def say_written(done: Any, as_json: bool) -> None:

@@ -49,10 +49,9 @@ def plan(
     from sfumato import workflow
 
     fitted: dict[str, Any] = {}
-    found = {} if fit else workflow.plan(read, devices)
     if fit and not workflow.to_fetch(read):
         read, fitted = workflow.fit_to_memory(read, fit, devices)
-    found = found or workflow.plan(read, devices)
+    found = workflow.plan(read, devices)
     lines = workflow.summary(found)
     width = max(len(word) for word, _ in lines)
     text = "\n".join(f"{word:<{width}}  {line}" for word, line in lines)

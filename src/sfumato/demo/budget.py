@@ -3,26 +3,21 @@
 A faster machine trains longer. None trains less than a good picture needs: there it takes longer.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sfumato import models
 from sfumato.data.settings import DataSettings
-from sfumato.models import Condition
-from sfumato.models.build import new_denoiser
 from sfumato.models.settings import ModelSettings
 from sfumato.recipe import Recipe
-from sfumato.theory import noise
 from sfumato.training import device as devices
-from sfumato.training.precision import autocast, effective_precision
 from sfumato.training.settings import TrainSettings
+from sfumato.workflow.suggest.measure_steps import step_losses, step_seconds
 
-TEXT_WIDTH = 384
 START_SECONDS = 10.0
 """What is no phase of the run: loading, timing steps, writing the page."""
 
@@ -85,44 +80,12 @@ def time_steps(
     model: ModelSettings, settings: TrainSettings, side: int, where: torch.device, frames: int = 0
 ) -> tuple[float, float]:
     """Seconds that a step of the codec and one of the denoiser take here, measured on noise."""
-    codec = models.new_codec(model, clips=bool(frames))
-    assert isinstance(codec, models.TrainableCodec)
-    size = (3, frames, side, side) if frames else (3, side, side)
-    pixels = noise.normal(size, 0, range(model.codec_batch)).clamp(-1, 1).to(where)
-    shape = codec.latent_shape(side, side, frames or 1)
-    drawn = noise.normal(shape, 0, range(model.codec_batch)).to(where)
-
-    def codec_loss() -> Tensor:
-        again, kl = codec.reconstruct(pixels, drawn)
-        return (again - pixels).abs().mean() + kl.mean()
-
-    widths = TEXT_WIDTH, (1 + 2 * model.pooled_fourier_terms) * TEXT_WIDTH
-    words = {"tokens": torch.zeros(8, widths[0]), "pooled": torch.zeros(widths[1])}
-    condition = Condition.stack([words] * settings.batch).to(where)
-    theory = models.new_theory(model.theory)
-    denoiser = new_denoiser(model, theory, codec, widths, frames=codec.latent_frames(frames) if frames else 0)
-    x = noise.normal(shape, 0, range(settings.batch)).to(where)
-    clock = torch.full((settings.batch,), 500.0, device=where)
-    cast = autocast(effective_precision(settings.precision, where), where)
-
-    def loss() -> Tensor:
-        with cast:
-            return denoiser(x, clock, condition).float().square().mean()
-
-    codec_seconds = _seconds(codec.to(where), codec_loss, where)
-    return codec_seconds, _seconds(denoiser.to(where), loss, where)
+    found = step_losses(model, settings, side, frames, where)
+    codec_seconds = _seconds(found.codec, found.codec_loss, where)
+    return codec_seconds, _seconds(found.denoiser, found.denoiser_loss, where)
 
 
 def _seconds(network: torch.nn.Module, loss: Callable[[], Tensor], where: torch.device) -> float:
     """The median of five optimizer steps after two that warm up."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-6, fused=True)
-    taken = []
-    for _ in range(7):
-        began = time.perf_counter()
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-        taken.append(time.perf_counter() - began)
+    taken = [seconds for seconds, _ in islice(step_seconds(network, loss, where), 7)]
     return sorted(taken[2:])[2] * 1.1

@@ -5,6 +5,7 @@ checked by eye. A neighbor counts as right if one of its captions says what the 
 such number stands what pure chance gives, from how often each caption occurs.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -58,11 +59,15 @@ class Neighbors:
 
     def chance(self, prompts: Sequence[str]) -> float:
         """The share that is right where a picture's neighbor has nothing to do with its prompt."""
-        once = {
-            prompt: sum(is_right(prompt, texts, self.namesakes) for texts in self.captions)
-            for prompt in dict.fromkeys(prompts)
-        }
-        return sum(once[prompt] for prompt in prompts) / (len(prompts) * len(self.captions))
+        shared: Counter[tuple[str, ...]] = Counter()
+        for texts in self.captions:  # each counts once for what any of its captions is right for
+            shared.update({self._asked(text) for text in texts} - {()})
+        return sum(shared[self._asked(prompt)] for prompt in prompts) / (len(prompts) * len(self.captions))
+
+    def _asked(self, text: str) -> tuple[str, ...]:
+        """What of a text must be the same: all its words, or the last one."""
+        words = _words(text)
+        return tuple(words[-1:] if self.namesakes else words)
 
     @property
     def can_tell(self) -> bool:

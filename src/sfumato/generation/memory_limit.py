@@ -22,8 +22,8 @@ STAYS, COMES, BY_BLOCKS = "stays", "comes", "by blocks"
 NAMES = {"conditioner": "text encoders", "denoiser": "network", "codec": "codec"}
 
 
-def bytes_of(module: nn.Module) -> int:
-    """Bytes of a module's weights and buffers."""
+def stage_bytes(module: nn.Module) -> int:
+    """Bytes of a stage's, or any network's, weights and buffers."""
     return sum(one.nbytes for one in _tensors(module))
 
 
@@ -44,7 +44,7 @@ class LimitedPlacement(StagePlacement):
     ) -> None:
         super().__init__(device)
         self.limit, self.stages, self.say = limit, dict(stages), say
-        self.sizes = {name: bytes_of(stage) for name, stage in stages.items()}
+        self.sizes = {name: stage_bytes(stage) for name, stage in stages.items()}
         self.ways: dict[str, str] = {}
         self._lent: dict[str, OffloadedBlocks] = {}
         self._left = [one for one in self._arrangements() if self._needs(one) <= limit * (1 - WORKING_SHARE)]
@@ -72,7 +72,7 @@ class LimitedPlacement(StagePlacement):
 
     def _lent_bytes(self, name: str) -> int:
         """Bytes of a stage on the device when its blocks come one by one, the next one beside each."""
-        blocks = [bytes_of(block) for block in blocks_of(self.stages[name])]
+        blocks = [stage_bytes(block) for block in blocks_of(self.stages[name])]
         return self.sizes[name] - sum(blocks) + 2 * max(blocks)
 
     def step_down(self) -> bool:
@@ -92,11 +92,6 @@ class LimitedPlacement(StagePlacement):
         if set(self.ways.values()) != {STAYS}:
             self.say(self.describe())
         return True
-
-    def weights_changed(self) -> None:
-        """Take up weights that were given other numbers since the stages were placed."""
-        for lent in self._lent.values():
-            lent.renew_homes()
 
     def describe(self) -> str:
         """What is where, and what is copied for it."""

@@ -217,15 +217,6 @@ class OffloadedBlocks:
             if id(tensor) not in lent:
                 tensor.data = tensor.data.to(self.device)
 
-    def renew_homes(self) -> None:
-        """Keep the weights as they are now, where they were given others since."""
-        for place, homes in enumerate(self.homes):
-            self.homes[place] = [
-                (weight, home if weight.data_ptr() == home.data_ptr() else self._home(weight))
-                for weight, home in homes
-            ]
-            self.drop(place)
-
     def _home(self, weight: Tensor) -> Tensor:
         home = weight.detach().to("cpu", copy=True)
         return home.pin_memory() if self.stream is not None else home

@@ -57,7 +57,7 @@ def lora_of(model: Pipeline, tensors: Mapping[str, dict[str, Tensor]], to: str, 
 
     The names are those that every version of diffusers, ComfyUI and kohya reads: with `text_model`.
     """
-    found, single = TextLora(), len(encoders(model)) == 1
+    found = TextLora()
     for home, network in adapted_encoders(model).items():
         parts = key_conversion.trained(tensors[home])
         if to == "diffusers":
@@ -70,8 +70,7 @@ def lora_of(model: Pipeline, tensors: Mapping[str, dict[str, Tensor]], to: str, 
                 for name, tensor in with_scale(tensors[home], scale).items()
             }
             continue
-        number = home.rpartition("_")[2] if home != "text_encoder" else "1"
-        flat = "lora_te_" if single else f"lora_te{number}_"
+        flat = flat_prefix(model, home)
         for layer, one in parts.items():
             key = flat + full_layer_name(layer).replace(".", "_")
             found.tensors[f"{key}.lora_down.weight"] = one["down"].contiguous()
@@ -83,6 +82,12 @@ def lora_of(model: Pipeline, tensors: Mapping[str, dict[str, Tensor]], to: str, 
             if "length" in one:
                 found.tensors[f"{key}.dora_scale"] = one["length"].reshape(-1, 1).contiguous()
     return found
+
+
+def flat_prefix(model: Pipeline, home: str) -> str:
+    """What names of a text encoder's layers begin with where kohya and ComfyUI read them."""
+    number = home.rpartition("_")[2] if home != "text_encoder" else "1"
+    return "lora_te_" if len(encoders(model)) == 1 else f"lora_te{number}_"
 
 
 def with_scale(tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from sfumato.models.lora.layer_names import layer_names_of
 from sfumato.run_folder import atomic_folder
 from sfumato.workflow.export.export_run import TARGETS
 from sfumato.workflow.export.lora import LORA_FILE, load_back, merged_weight
-from sfumato.workflow.export.text_encoders import encoders, full_layer_name
+from sfumato.workflow.export.text_encoders import encoders, flat_prefix, full_layer_name
 from sfumato.workflow.lora_files.low_rank import LowRank, Place, layers_by_network, of_matrix, read_low_rank
 
 SECOND = "transformer_2"
@@ -228,10 +228,8 @@ def _text_keys(
 ) -> dict[str, Tensor]:
     """What is changed of the text encoders, under the target's names."""
     found: dict[str, Tensor] = {}
-    single = len(encoders(model)) == 1
     for home in encoders(model):
-        number = home.rpartition("_")[2] if home != "text_encoder" else "1"
-        flat = "lora_te_" if single else f"lora_te{number}_"
+        flat = flat_prefix(model, home)
         for name, tensor in _peft({y: one for (x, y), one in total.items() if x == home}, dtype).items():
             end = lora_file.end_of(name)
             layer = full_layer_name(name.removesuffix(end))

@@ -15,8 +15,9 @@ from sfumato import models
 from sfumato.data import buckets
 from sfumato.data.encoding.batch_sampler import BatchSampler
 from sfumato.data.sources import hub_dataset
-from sfumato.data.sources.sample import Sample
+from sfumato.data.sources.sample import Collection, Sample
 from sfumato.generation import Pipeline, as_pipeline
+from sfumato.generation.memory_limit import stage_bytes
 from sfumato.models import hub_files
 from sfumato.models.interface import StagePlacement
 from sfumato.models.io import adapter_run
@@ -68,13 +69,8 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     collection, base = resolved.collection, resolved.base
     check_context_parallel(recipe, base, many or started_processes())
     condition_encoders.check_read_early(recipe, base)
-    train, held_out = collection.with_split("train"), collection.with_split("held_out")
-    found: dict[str, Any] = {
-        "samples": len(train),
-        "held_out": len(held_out),
-        "captions": len({caption for sample in collection.samples for caption in sample.captions}),
-        "set_aside": [{"file": one.file, "reason": one.reason} for one in collection.set_aside],
-    }
+    train = collection.with_split("train")
+    found = _counts(collection)
     found |= {"tokens": cut} if (cut := truncation(resolved.conditioner, collection.samples)) else {}
     frames = recipe.data.frames
     codec = base.codec if base else models.new_codec(recipe.model, recipe.seed, bool(frames))
@@ -138,6 +134,16 @@ def plan(recipe: Recipe, many: int = 0) -> dict[str, Any]:
     }
     found["unusual"] = unusual(found, recipe_warnings(recipe))
     return found
+
+
+def _counts(collection: Collection) -> dict[str, Any]:
+    """How much data there is, and what of it is set aside."""
+    return {
+        "samples": len(collection.with_split("train")),
+        "held_out": len(collection.with_split("held_out")),
+        "captions": len({caption for sample in collection.samples for caption in sample.captions}),
+        "set_aside": [{"file": one.file, "reason": one.reason} for one in collection.set_aside],
+    }
 
 
 def _free(recipe: Recipe, device: torch.device) -> dict[str, float]:
@@ -222,11 +228,6 @@ def device_bytes(
         "steps": step.peak + rest,
         "draw": beside + takes_turns * max(codec, words) + extra.get("draw", 0),
     }
-
-
-def stage_bytes(stage: torch.nn.Module) -> int:
-    """Bytes of a stage's weights."""
-    return sum(tensor.nbytes for tensor in (*stage.parameters(), *stage.buffers()))
 
 
 def gigabytes(size: float) -> float:

@@ -1,8 +1,6 @@
 """What a base is like, as far as a recipe depends on it: its JSON and the heads of its files are read."""
 
 import json
-import math
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from sfumato.models.files import read_json
 from sfumato.models.io import adapter_run
 from sfumato.models.io.model import described_by
 from sfumato.models.pretrained.pipeline_folder import INDEX, check_parts, family_of
+from sfumato.models.size_limits import WeightCounts
 from sfumato.readers import media
 from sfumato.recipe import EFFECTIVE, Recipe
 
@@ -133,7 +132,7 @@ def pipeline_facts(folder: Path, weights: Iterable[Path]) -> BaseFacts:
         resolution=CLIPS if rate else native_resolution(folder, network),
         frames=FRAMES if rate else 0,
         fps=float(rate),
-        parameters=sum(_count_weights(file) for file in files),
+        parameters=WeightCounts.of_files(files).numbers,
     )
 
 
@@ -146,17 +145,6 @@ def native_resolution(folder: Path, network: Path | None) -> int:
                         if (folder / one).is_dir()), folder / "vae"))  # fmt: skip
     levels = codec.get("block_out_channels") or codec.get("encoder_block_out_channels") or [1]
     return side * 2 ** (len(levels) - 1)
-
-
-def _count_weights(file: Path) -> int:
-    """Numbers in a safetensors file, from its head; 0 where that cannot be read, which loading will say."""
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            head = json.loads(opened.read(length)) if length < 100_000_000 else {}
-        return sum(math.prod(one["shape"]) for name, one in head.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
-        return 0
 
 
 def _json(file: Path) -> dict[str, Any]:

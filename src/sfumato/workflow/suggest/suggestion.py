@@ -1,12 +1,12 @@
 """A recipe is suggested: its values by the rules, its steps by a measurement, written as commented TOML."""
 
 import os
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sfumato import paths
 from sfumato.data.settings import EMBEDDED
 from sfumato.errors import Refused, nearest
 from sfumato.recipe import RULES, Recipe
@@ -168,10 +168,9 @@ def _time_words(
 
 def toml_text(file: Path, values: Mapping[str, Any], notes: list[str]) -> str:
     """The recipe as TOML: how it is run and what was seen first, then its sections."""
-    quoted = shlex.quote(str(file))
     lines = [
-        f"# sfumato plan {quoted}     says what will run",
-        f"# sfumato train {quoted}    trains; the same command resumes",
+        f"# {paths.command('plan', file)}     says what will run",
+        f"# {paths.command('train', file)}    trains; the same command resumes",
         "#",
         *(f"# {' '.join(note.split())}" for note in notes),
         *(_line(name, values[name]) for name in ("output", "seed")),
